@@ -1,0 +1,44 @@
+# python3.11 where it runs (a pyenv shim may stand there and not), else python3.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+python := .venv/bin/python
+
+.PHONY: help demo test parity nightly lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Stamps are touched last: an interrupted install is taken up again by the next make.
+.venv/.dev: setup.py
+	$(PYTHON) -m venv .venv
+	$(python) -m pip install -e '.[dev]'
+	@touch $@
+
+.venv/.parity: .venv/.dev
+	$(python) -m pip install -e '.[dev,parity]'
+	@touch $@
+
+demo: .venv/.dev  ## teach a tiny language model to add, on this CPU
+	$(python) experiments/arithmetic_grpo.py
+
+test: .venv/.dev  ## every test that needs neither torch nor the network
+	$(python) -m pytest
+
+parity: .venv/.parity  ## compare with torch and transformers (installs torch)
+	$(python) -m pytest -m parity
+
+nightly: .venv/.dev  ## the long tests
+	$(python) -m pytest -m nightly
+
+lint: .venv/.dev  ## ruff, and the schema of the CI workflow
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+bench: .venv/.dev  ## run every script in experiments/benchmarks
+	@set -e; found=; for script in experiments/benchmarks/*.py; do \
+	  [ -e "$$script" ] || continue; found=1; echo "== $$script"; $(python) "$$script"; \
+	done; [ -n "$$found" ] || echo "no benchmark in experiments/benchmarks yet"
+
+clean:  ## delete caches and build outputs; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,125 @@
+r"""The supervised warm-up of arithmetic_grpo.py: a character-level decoder is shown right answers, and stopped early.
+
+    python experiments/arithmetic_sft.py --target 0.9 --steps 2000       # or alone, and for longer
+
+Problems to train on and held-out ones are made of different numbers.
+
+Reached: not yet run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+import options
+from options import MeshShape, Optimizer
+from rljax.algorithms import sft
+from rljax.data.demonstrations import demonstrations
+from rljax.data.prompts import Prompts
+from rljax.data.tasks import additions, sortings, split
+from rljax.data.tokenizer import Tokenizer, character_tokenizer
+from rljax.models import decoder, policy
+from rljax.rewards.score import make_score
+from rljax.rewards.text import exact_text
+from rljax.rollouts.tokens import sample
+from rljax.train import mesh as meshes
+from rljax.train.log import say
+from rljax.train.objective import policy_objective
+from rljax.train.run import Run
+from rljax.train.update import make_update
+from rljax.types import LM, Params, Rows, Sampling, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Supervised learning of two-digit additions (or of sorting digits)."""
+
+    seed: int = 0  # of everything: parameters, split, order, samples
+    task: Literal["additions", "sortings"] = "additions"  # what to learn
+    target: float = 0.35  # share of training problems answered rightly at which to stop
+    steps: int = 400  # at which to stop at the latest
+    batch: int = 128  # demonstrations per step
+    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warm_up=20)
+    width: int = 128  # of the decoder
+    layers: int = 4  # of the decoder
+    held_out: int = 1024  # problems never trained on
+    directory: str = "runs/arithmetic_sft"  # of the run
+    mesh: MeshShape = MeshShape()
+    debug: bool = False  # no jit, NaN checks, one step
+
+
+class Task(NamedTuple):
+    """Two sides of a set of problems that share none, and the model that is to learn them."""
+
+    tokenizer: Tokenizer
+    train: Prompts
+    held_out: Prompts
+    longest: int  # answer, its end included
+    config: decoder.DecoderConfig
+    lm: LM
+    policy: Callable
+
+    def answers(self, rows: Rows) -> list[list[int]]:
+        return [[*self.tokenizer.encode(row["answer"]), self.tokenizer.stop[0]] for row in rows.columns]
+
+    def sampling(self, n: int = 1) -> Sampling:
+        return Sampling(n=n, max_tokens=self.longest, stop=self.tokenizer.stop)
+
+    def accuracy(self, params: Params, rows: Rows, seed: int) -> float:
+        """Share of the prompts answered rightly by one answer drawn at temperature 1."""
+        drawn = sample(self.lm, params, {}, rows, self.sampling(), seed, 0)
+        return float(np.mean(make_score({"exact": exact_text}, self.tokenizer.decode)(drawn, rows).scores))
+
+
+def make_task(cfg: Config) -> Task:
+    problems = {"additions": additions, "sortings": sortings}[cfg.task]()
+    sides = split(problems, cfg.held_out, cfg.seed)
+    tokenizer = character_tokenizer("0123456789+=")
+    width = max(len(problem["prompt"]) for problem in problems)
+    train, held_out = (Prompts(side, tokenizer.encode, lambda row: row["prompt"], width, cfg.seed) for side in sides)
+    longest = 1 + max(len(problem["answer"]) for problem in problems)
+    config = decoder.DecoderConfig(
+        tokenizer.size, cfg.width, cfg.layers, 4, 4, cfg.width // 4, 11 * cfg.width // 4, max_positions=width + longest
+    )
+    lm, model = decoder.language_model(config), policy.make_policy(config)
+    return Task(tokenizer, train, held_out, longest, config, lm, model)
+
+
+def warm_up(cfg: Config, task: Task, params: Params) -> Params:
+    """Maximum likelihood on demonstrations until the target is reached on problems of the training side."""
+    mesh = meshes.make_mesh(**asdict(cfg.mesh))
+    algorithm, optimizer = sft(), options.optimizer(cfg.optimizer, cfg.steps)
+    state = TrainState(step=0, params=params, opt_state=optimizer.init(params), key=jax.random.key(cfg.seed + 1))
+    shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, params))
+    update = make_update(policy_objective(task.policy, algorithm), optimizer, shardings=shardings)
+    seen, steps = task.train.first(512), 1 if cfg.debug else cfg.steps
+    with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, headlines=("loss", "accuracy")) as run:
+        state = run.restore(jax.device_put(state, shardings.state))
+        right = 0.0
+        for step in run.steps(state.step):
+            if step % 10 == 0:
+                right = task.accuracy(state.params, seen, step)
+                if right >= cfg.target:
+                    break
+            rows = task.train.draw(state.cursor, cfg.batch)
+            shown = demonstrations(rows, task.answers(rows), task.longest)
+            state, metrics = update(state, algorithm.credit(shown, {}))
+            state = state.replace(step=step + 1, cursor=rows.cursor)
+            run.record(step, state, metrics | {"accuracy": right})
+        run.save(state)
+    say(f"warm-up: right on {right:.0%} of the training problems after {int(state.step)} steps of supervised learning")
+    return state.params
+
+
+def main(cfg: Config) -> None:
+    task = make_task(cfg)
+    params = warm_up(cfg, task, policy.init(task.config, jax.random.key(cfg.seed)))
+    say(f"held-out accuracy: {task.accuracy(params, task.held_out.first(cfg.held_out), cfg.seed):.3f}")
+
+
+if __name__ == "__main__":
+    options.run(Config, main)

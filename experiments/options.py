@@ -1,0 +1,142 @@
+"""What experiments share: blocks of settings, and how a command line becomes them."""
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import optax
+import tyro
+
+from rljax.rewards.score import RewardError
+from rljax.train.log import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW behind a clip of the global norm."""
+
+    learning_rate: float = 3e-4  # at its highest
+    warm_up: int = 5  # updates of linear increase before that
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after that; cosine and linear end at 0
+    clip_norm: float = 1.0  # largest global gradient norm
+    weight_decay: float = 0.0  # AdamW's
+    beta2: float = 0.99  # decay of the second moment
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn while training."""
+
+    temperature: float = 1.0  # of the softmax; the trainer rescales by it too
+    top_k: int | None = None  # keep the k most likely tokens
+    top_p: float | None = None  # keep the likeliest tokens that hold this share
+    min_p: float | None = None  # keep tokens this likely relative to the likeliest
+    max_tokens: int = 64  # of an answer
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices as data x fsdp x tensor; one of them may be -1: what is left."""
+
+    data: int = 1  # replicas of the parameters
+    fsdp: int = -1  # rows and parameters both cut
+    tensor: int = 1  # heads, MLP and vocabulary cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """One step: prompts x group rows, learnt from in epochs x minibatches updates, each in micro_batches pieces."""
+
+    prompts: int = 32  # prompts per step
+    group: int = 8  # answers per prompt
+    epochs: int = 1  # passes over the rows of a step
+    minibatches: int = 1  # updates per pass
+    micro_batches: int = 1  # pieces of an update, for memory; the gradient does not depend on it
+
+
+def optimizer(options: Optimizer, updates: int) -> optax.GradientTransformation:
+    """The optax chain, its schedule ending after `updates`."""
+    rest = max(updates - options.warm_up, 1)
+    after = {
+        "constant": optax.constant_schedule(options.learning_rate),
+        "cosine": optax.cosine_decay_schedule(options.learning_rate, rest),
+        "linear": optax.linear_schedule(options.learning_rate, 0.0, rest),
+    }[options.schedule]
+    ramp = optax.linear_schedule(options.learning_rate / (options.warm_up + 1), options.learning_rate, options.warm_up)
+    rate = optax.join_schedules([ramp, after], [options.warm_up])
+    adam = optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), adam)
+
+
+def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
+    """Raise one ValueError that lists every number that does not divide, and the legal ones nearest to it."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = batches.prompts * batches.group
+    wrong = [
+        f"{f.name} = {getattr(batches, f.name)}; at least 1"
+        for f in dataclasses.fields(batches)
+        if getattr(batches, f.name) < 1
+    ]
+    if not wrong:
+        if batches.prompts % ways:
+            near = sorted({max(ways, batches.prompts // ways * ways), (batches.prompts // ways + 1) * ways})
+            wrong.append(f"prompts = {batches.prompts} over {ways} devices (data x fsdp); nearest legal: {near}")
+        cuts = batches.minibatches * batches.micro_batches
+        pieces = [c for c in range(1, rows + 1) if rows % c == 0 and (rows // c) % ways == 0]
+        if cuts not in pieces:
+            near = sorted(sorted(pieces, key=lambda c: abs(c - cuts))[:4])
+            wrong.append(
+                f"prompts x group = {batches.prompts} x {batches.group} = {rows} rows in minibatches x micro_batches = "
+                f"{batches.minibatches} x {batches.micro_batches} = {cuts} pieces; nearest legal products: {near}"
+            )
+    if wrong:
+        raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
+
+
+def setup(debug: bool = False) -> None:
+    """Process-wide settings: the compilation cache outside the checkout (RLJAX_CACHE moves it, empty: none), debugging."""
+    cache = os.environ.get("RLJAX_CACHE", str(Path.home() / ".cache" / "rljax" / "xla"))
+    if cache and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if debug:
+        jax.config.update("jax_disable_jit", True)
+        jax.config.update("jax_debug_nans", True)
+
+
+def run(config_type: type, main: Callable) -> None:
+    """Parse the command line into `config_type` and call `main` with it.
+
+    Unknown names, wrong types, and what the rooms refuse: one error that says what would be legal, exit code 2 or 1. The
+    traceback is shown with --debug True.
+    """
+    try:
+        config = tyro.cli(config_type, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as stop:
+        if stop.code:
+            print("legal fields: " + " ".join(_flags(config_type)), file=sys.stderr)
+        raise
+    setup(getattr(config, "debug", False))
+    try:
+        main(config)
+    except (ValueError, OSError, RewardError, FloatingPointError) as error:
+        if getattr(config, "debug", False):
+            traceback.print_exc()
+        say(f"error: {error}")
+        raise SystemExit(1) from None
+
+
+def _flags(config_type: type, prefix: str = "--") -> list[str]:
+    out = []
+    for field in dataclasses.fields(config_type):
+        if dataclasses.is_dataclass(field.type):
+            out += _flags(field.type, f"{prefix}{field.name}.")
+        else:
+            out.append(prefix + field.name)
+    return out

@@ -1,0 +1,28 @@
+"""What every `credit` begins with: whole-episode rewards, and the batch made of advantages."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rljax.types import Batch, Trajectory
+
+
+def episode_rewards(traj: Trajectory) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """R_i = Σ_t r_it over each row's decisions, and whether the row was judged at all.
+
+    A row is not judged if a reward on one of its decisions is NaN, or if it has no decision; its R is 0.
+    """
+    total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
+    judged = jnp.isfinite(total) & traj.mask.any(axis=1)
+    return jnp.where(judged, total, 0.0), judged
+
+
+def outcome_batch(traj: Trajectory, advantages: Float[Array, " B"], judged: Bool[Array, " B"], coefficients) -> Batch:
+    """A batch in which every decision of a row is credited with the row's advantage. Rows not judged leave the mask."""
+    mask = traj.mask & judged[:, None]
+    spread = jnp.where(mask, advantages[:, None], 0.0)
+    return Batch(traj=traj, advantages=spread, mask=mask, coefficients=coefficients)
+
+
+def old_logp(traj: Trajectory) -> Float[Array, "B T"]:
+    """The policy that ratios are taken against: the trainer's recomputation, or else the sampler's own log-probs."""
+    return traj.logp if traj.old_logp is None else traj.old_logp

@@ -1,0 +1,47 @@
+"""Algorithm -> Algorithm: terms that any method can carry.
+
+A coefficient given here is the value used unless the training state carries one of that name (`coefficients["kl"]`): then
+the state's holds, a traced scalar that a controller may change without recompiling.
+"""
+
+from collections.abc import Callable
+
+from rljax.ops.kl import k1, k3
+from rljax.types import Algorithm
+
+
+def _add(algorithm: Algorithm, name: str, coefficient: float, term: Callable, needs: tuple[str, ...]) -> Algorithm:
+    """L_t + coefficient · term(output, batch), where term also gives the value to log under `name`."""
+
+    def loss(output, batch):
+        terms, metrics = algorithm.loss(output, batch)
+        extra, shown = term(output, batch)
+        scale = batch.coefficients.get(name, coefficient)
+        return terms + scale * extra, {**metrics, name: shown}
+
+    return algorithm._replace(loss=loss, needs=tuple(dict.fromkeys(algorithm.needs + needs)))
+
+
+def with_kl(algorithm: Algorithm, coefficient: float = 0.04, estimator: Callable = k3) -> Algorithm:
+    """L_t + β KL(π ‖ π_ref), estimated at the drawn token by one of `ops.kl` (whose docstring says what each one's
+    gradient is). The default is GRPO's k3.
+
+    Raises ValueError for k1, whose gradient in a loss is zero on average: it belongs in the reward.
+    """
+    if estimator is k1:
+        raise ValueError("k1 in a loss has no gradient on average; take k3_with_k2_gradient, k2 or k3")
+
+    def term(output, batch):
+        value = estimator(output.logp, batch.traj.ref_logp)
+        return value, value
+
+    return _add(algorithm, "kl", coefficient, term, ("ref_logp",))
+
+
+def with_entropy(algorithm: Algorithm, coefficient: float = 0.01) -> Algorithm:
+    """L_t - c H(π(· | s_t)): an entropy bonus, in nats a decision."""
+
+    def term(output, batch):
+        return -output.entropy, output.entropy
+
+    return _add(algorithm, "entropy", coefficient, term, ())

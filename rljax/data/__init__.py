@@ -1,0 +1,1 @@
+"""Prompts, preferences, chat templates, packing."""

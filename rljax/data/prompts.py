@@ -1,0 +1,97 @@
+"""Prompts: a list of texts with their columns, and an order that is a pure function of (seed, cursor)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rljax.types import Rows
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """One dict a line. Raises FileNotFoundError, or ValueError naming the file and line."""
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}, line {number}: a {type(row).__name__}; each line must be an object")
+                rows.append(row)
+    return rows
+
+
+def draw_order(size: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Dataset indices of draws start .. start + count - 1: each epoch is a permutation of its own, made from the seed."""
+    numbers = np.arange(start, start + count)
+    out = np.empty(count, np.int64)
+    for epoch in np.unique(numbers // size):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(size)
+        here = numbers // size == epoch
+        out[here] = order[numbers[here] % size]
+    return out
+
+
+def pad_left(rows: list[list[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [P L] that end in the last column, and the mask of real ones."""
+    tokens = np.full((len(rows), length), pad, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for i, ids in enumerate(rows):
+        tokens[i, length - len(ids) :] = ids
+        mask[i, length - len(ids) :] = True
+    return tokens, mask
+
+
+class Prompts:
+    """A dataset of prompts. `draw(cursor, count)` is a pure function: resuming needs the cursor alone."""
+
+    def __init__(
+        self,
+        columns: list[dict],
+        encode: Callable[[str], list[int]],
+        text: Callable[[dict], str],
+        max_tokens: int,
+        seed: int = 0,
+        pad: int = 0,
+    ):
+        """Encode every prompt once, and drop those longer than `max_tokens` (their number is `dropped`).
+
+        text: columns of a row -> the prompt. Raises ValueError for an empty dataset, for an empty prompt, and where
+        every prompt is too long.
+        """
+        if not columns:
+            raise ValueError("the dataset is empty: at least one prompt is needed")
+        encoded = [encode(text(row)) for row in columns]
+        if any(not ids for ids in encoded):
+            raise ValueError(f"prompt {[bool(ids) for ids in encoded].index(False)} of the dataset has no tokens")
+        kept = [i for i, ids in enumerate(encoded) if len(ids) <= max_tokens]
+        if not kept:
+            shortest = min(map(len, encoded))
+            raise ValueError(f"every prompt is longer than {max_tokens} tokens; the shortest has {shortest}")
+        self.columns = [columns[i] for i in kept]
+        self.encoded = [encoded[i] for i in kept]
+        self.dropped = len(encoded) - len(kept)
+        self.length = max(map(len, self.encoded))  # L: one width for every draw, so nothing recompiles
+        self.seed, self.pad = seed, pad
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def _rows(self, indices, numbers, cursor: int) -> Rows:
+        tokens, mask = pad_left([self.encoded[i] for i in indices], self.length, self.pad)
+        return Rows(tokens, mask, np.asarray(numbers, np.int32), [self.columns[i] for i in indices], cursor)
+
+    def draw(self, cursor: int, count: int) -> Rows:
+        """The next `count` prompts of the shuffled order from draw number `cursor` on."""
+        cursor = int(cursor)
+        order = draw_order(len(self), self.seed, cursor, count)
+        return self._rows(order, range(cursor, cursor + count), cursor + count)
+
+    def first(self, count: int) -> Rows:
+        """The first `count` prompts in the dataset's own order: a fixed set to evaluate on."""
+        count = min(count, len(self))
+        return self._rows(range(count), range(count), count)

@@ -1,0 +1,58 @@
+"""Text <-> token ids. Whatever has these five attributes is a tokenizer here; a Hugging Face one is wrapped to have them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Tokenizer(NamedTuple):
+    encode: Any  # str -> list[int]: a prompt, with the special tokens that begin a text
+    decode: Any  # list[int] -> str: special tokens left out
+    stop: tuple[int, ...]  # ids that end an answer
+    pad: int  # any id: padding is told by masks, never by ids
+    size: int
+
+
+@dataclass(frozen=True)
+class _Characters:
+    alphabet: str
+
+    def encode(self, text: str) -> list[int]:
+        unknown = sorted(set(text) - set(self.alphabet))
+        if unknown:
+            raise ValueError(f"characters {unknown} are not in the alphabet {self.alphabet!r}")
+        return [self.alphabet.index(c) + 1 for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[i - 1] for i in ids if 0 < i <= len(self.alphabet))
+
+
+def character_tokenizer(alphabet: str) -> Tokenizer:
+    """One token a character; id 0 ends an answer."""
+    characters = _Characters(alphabet)
+    return Tokenizer(characters.encode, characters.decode, stop=(0,), pad=0, size=len(alphabet) + 1)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face model directory; its EOS ids from generation_config.json or config.json too."""
+    import json
+
+    from transformers import AutoTokenizer  # a second of import: only where it is needed
+
+    directory = Path(directory)
+    inner = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    ends = {inner.eos_token_id}
+    for file in ("generation_config.json", "config.json"):
+        if (directory / file).is_file():
+            value = json.loads((directory / file).read_text()).get("eos_token_id")
+            ends |= set(value) if isinstance(value, list) else {value}
+    stop = tuple(sorted(ends - {None}))
+
+    def encode(text: str) -> list[int]:
+        return inner(text)["input_ids"]
+
+    def decode(ids: Sequence[int]) -> str:
+        return inner.decode(list(ids), skip_special_tokens=True)
+
+    return Tokenizer(encode, decode, stop, pad=stop[0] if stop else 0, size=len(inner))

@@ -1,0 +1,1 @@
+"""Arrays to arrays: the mathematics of every algorithm."""

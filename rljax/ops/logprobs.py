@@ -1,0 +1,59 @@
+"""Log-probs and entropies of chosen tokens, without ever holding [B T V].
+
+`chosen_logp` is the one log-prob function: the sampler calls it on the logits it draws from, the trainer through
+`chunked_logprobs`, so that the two agree to the rounding of the matmuls.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def chosen_logp(
+    logits: Float[Array, "*N V"], actions: Int[Array, "*N"], temperature: Float[Array, "*N"]
+) -> Float[Array, "*N"]:
+    """log softmax(z/τ)[a], in float32: a gather minus a log-sum-exp, so no [V] array of log-probs is made."""
+    scaled = logits.astype(jnp.float32) / temperature[..., None]
+    chosen = jnp.take_along_axis(scaled, actions[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def entropy(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """H = logsumexp(z/τ) - Σ softmax(z/τ) z/τ, in nats."""
+    scaled = logits.astype(jnp.float32) / temperature[..., None]
+    return jax.nn.logsumexp(scaled, axis=-1) - (jax.nn.softmax(scaled, axis=-1) * scaled).sum(axis=-1)
+
+
+def chunked_logprobs(
+    logits_of: Callable,
+    hidden: Float[Array, "B T D"],
+    actions: Int[Array, "B T"],
+    temperature: Float[Array, "B T"],
+    chunk_tokens: int = 4096,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-prob and entropy of each decision, computed for about `chunk_tokens` decisions at a time.
+
+    Columns are cut, never rows, so rows stay sharded as they are. The backward pass computes each chunk's logits again:
+    the largest array alive is [B, chunk_tokens / B, V].
+
+    Args: logits_of: hidden [.. D] -> logits [.. V].
+    """
+    B, T, _ = hidden.shape
+    columns = min(T, max(1, chunk_tokens // B))
+    chunks = -(-T // columns)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, chunks * columns - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(B, chunks, columns, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one_chunk(h, a, t):
+        logits = logits_of(h)
+        return chosen_logp(logits, a, t), entropy(logits, t)
+
+    if chunks == 1:
+        return one_chunk(hidden, actions, temperature)
+    out = jax.lax.map(lambda chunk: one_chunk(*chunk), (cut(hidden), cut(actions), cut(temperature)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * columns)[:, :T], out)

@@ -1,0 +1,42 @@
+"""Losses of one decision: to be minimised, unreduced. Advantages, returns and old quantities are constants."""
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from rljax.ops.ratios import importance_ratio
+
+Terms = Float[Array, "*shape"]
+
+
+def policy_gradient(logp: Terms, advantages: Terms) -> Terms:
+    """REINFORCE: -Â log π (Williams 1992)."""
+    return -stop_gradient(advantages) * logp
+
+
+def clipped_surrogate(logp: Terms, old_logp: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
+    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7): max(-ρÂ, -clip(ρ, 1 - low, 1 + high) Â).
+
+    `high` > `low` is DAPO's clip-higher (arXiv:2503.14476). At ρ = 1 the gradient is that of `policy_gradient`.
+    """
+    ratio, advantages = importance_ratio(logp, stop_gradient(old_logp)), stop_gradient(advantages)
+    return jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1.0 - low, 1.0 + high) * advantages)
+
+
+def clipped_fraction(logp: Terms, old_logp: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
+    """1 where `clipped_surrogate` passes no gradient because the ratio left the range on the profitable side, else 0."""
+    ratio = importance_ratio(logp, old_logp)
+    outside = ((ratio > 1.0 + high) & (advantages > 0)) | ((ratio < 1.0 - low) & (advantages < 0))
+    return outside.astype(ratio.dtype)
+
+
+def value_loss(values: Terms, returns: Terms) -> Terms:
+    """½ (V - R̂)²."""
+    return 0.5 * (values - stop_gradient(returns)) ** 2
+
+
+def clipped_value_loss(values: Terms, old_values: Terms, returns: Terms, clip: float = 0.2) -> Terms:
+    """½ max((V - R̂)², (V_old + clip(V - V_old, ±clip) - R̂)²), as in the PPO of Baselines and of RLHF."""
+    old_values, returns = stop_gradient(old_values), stop_gradient(returns)
+    near = old_values + jnp.clip(values - old_values, -clip, clip)
+    return 0.5 * jnp.maximum((values - returns) ** 2, (near - returns) ** 2)

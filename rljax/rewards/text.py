@@ -1,0 +1,41 @@
+"""Rewards that read plain text: an exact answer, and which words a text uses."""
+
+import re
+from collections.abc import Mapping
+
+
+def exact_text(completion: str, answer) -> float:
+    """1.0 if the completion is the answer and nothing else (white space around either aside), else 0.0."""
+    return float(completion.strip() == str(answer).strip())
+
+
+def distinct_words(completion: str, *, words: Mapping[str, str], enough: int) -> float:
+    """Share, in [0, 1], of `enough` *different* things that the completion names: min(found, enough) / enough.
+
+    `words`: spelling in lower case -> the thing it names ("mice" -> "mouse"). Whole words count, in any case. Neither
+    repetition nor length earns anything: one word repeated scores at most 1 / enough.
+    """
+    if enough < 1:
+        raise ValueError(f"enough={enough}; it must be at least 1")
+    found = {words[word] for word in re.findall(r"[^\W\d_]+", completion.lower()) if word in words}
+    return min(len(found), enough) / enough
+
+
+def animals(completion: str) -> float:
+    """Different animals that a story names, up to 3, divided by 3: the text reward for a TinyStories model."""
+    return distinct_words(completion, words=ANIMALS, enough=3)
+
+
+_REGULAR = (
+    *("ant", "bear", "bee", "bird", "cat", "chicken", "cow", "deer", "dog", "duck", "elephant", "fish", "frog"),
+    *("giraffe", "goat", "horse", "lion", "monkey", "owl", "pig", "rabbit", "shark", "snake", "spider", "squirrel"),
+    *("tiger", "turtle"),
+)
+ANIMALS: Mapping[str, str] = {
+    **{name: name for name in _REGULAR},
+    **{name + "s": name for name in _REGULAR},
+    **{"mouse": "mouse", "mice": "mouse", "fox": "fox", "foxes": "fox", "wolf": "wolf", "wolves": "wolf"},
+    **{"butterfly": "butterfly", "butterflies": "butterfly", "sheep": "sheep", "fishes": "fish"},
+    **{"bunny": "rabbit", "bunnies": "rabbit", "kitten": "cat", "kittens": "cat", "kitty": "cat"},
+    **{"puppy": "dog", "puppies": "dog", "doggy": "dog", "birdie": "bird", "hen": "chicken", "hens": "chicken"},
+}

@@ -1,0 +1,143 @@
+"""The process that calls verifiers: `python -m rljax.rewards.worker FD MEGABYTES`, started by `rljax.rewards.pool`.
+
+It imports no JAX and no numpy, so that it starts in tens of milliseconds. It answers each message on the pipe FD:
+("load", reference) with None or an error text; ("call", args, kwargs) with the fields of a `Result`. It ends when the
+pipe closes, and on Linux the kernel kills it when the thread that started it ends, however busy it is.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from numbers import Real
+from typing import Literal, NamedTuple
+
+from rljax.rewards.reference import resolve
+
+LARGEST = 3.4028234663852886e38  # scores are float32
+REFUSED = {
+    *("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"),
+    *("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo"),
+}
+
+
+class Result(NamedTuple):
+    """What came of one call. `value` is a number only if the status is "ok".
+
+    none: the verifier said that it does not apply. timeout, died: it could not be judged (no answer in time; its
+    process ended or ran out of memory). error: it raised, or returned what is no finite number; the verifier's fault.
+    """
+
+    value: float | None
+    status: Literal["ok", "none", "timeout", "died", "error"]
+    detail: str = ""
+
+
+def judge(function: Callable, args: tuple, kwargs: dict) -> Result:
+    """Call a verifier. Never raises, but for the interruption of the process itself."""
+    try:
+        value = function(*args, **kwargs)
+    except MemoryError:
+        return Result(None, "died", "out of memory")
+    except (Exception, SystemExit) as error:
+        return Result(None, "error", _shown(error))
+    if value is None:
+        return Result(None, "none")
+    number = _number(value)
+    if not abs(number) <= LARGEST:
+        return Result(None, "error", f"it returned {repr(value)[:200]} ({type(value).__name__})")
+    return Result(number, "ok")
+
+
+def _number(value) -> float:
+    """A bool, int, float, Fraction or scalar array as a float; NaN for everything else."""
+    scalar = getattr(getattr(value, "dtype", None), "kind", "") in "biuf" and getattr(value, "shape", None) == ()
+    if not (scalar or isinstance(value, Real)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _shown(error: BaseException) -> str:
+    """The error and the last lines that led to it, without the frame of `judge`."""
+    lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next, limit=-3)
+    return "".join(lines).strip()[-2000:]
+
+
+# -------------------------------------------------------------------------------------------------- the walls around it
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends. Linux only; elsewhere a busy worker outlives a killed parent."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig, sigkill = 1, 9
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, sigkill)
+
+
+def refuse_network() -> None:
+    """Make Python's sockets raise PermissionError; unnamed local pairs stay legal. Cannot be undone."""
+
+    def hook(event, args):
+        # Families: 1 is AF_UNIX, which socket.socketpair() needs.
+        if event in REFUSED or (event == "socket.__new__" and args[1] != 1):
+            raise PermissionError("no network in the reward pool")
+
+    sys.addaudithook(hook)
+
+
+def limit_memory(megabytes: int | None) -> None:
+    """Let this process grow by so many megabytes of address space from its present size; None: as far as it may."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; macOS refuses RLIMIT_AS
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        soft = hard
+        if megabytes is not None:
+            with open("/proc/self/statm") as file:
+                size = int(file.read().split()[0]) * resource.getpagesize()
+            soft = size + megabytes * 2**20
+            soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def main(descriptor: int, megabytes: int) -> None:
+    os.set_inheritable(descriptor, False)
+    die_with_parent()
+    refuse_network()
+    pipe = Connection(descriptor)
+    functions, function = {}, None
+    while True:
+        try:
+            kind, *parts = pipe.recv()
+        except (EOFError, OSError):
+            return
+        except Exception as error:  # an argument that this process cannot rebuild
+            pipe.send(Result(None, "error", f"an argument could not travel: {_shown(error)}")[:])
+            continue
+        if kind == "call":
+            pipe.send(judge(function, *parts)[:])
+            continue
+        (reference,) = parts
+        limit_memory(None)  # importing is the verifier's own size, not its growth
+        try:
+            function = functions[reference] = functions.get(reference) or resolve(reference)
+            problem = None
+        except (Exception, SystemExit) as error:
+            problem = _shown(error)
+        limit_memory(megabytes)
+        pipe.send(problem)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

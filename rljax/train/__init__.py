@@ -1,0 +1,1 @@
+"""Objective to update, and what a long run needs: sharding, checkpoints, logs."""

@@ -1,0 +1,75 @@
+"""What a rollout shows before anything is learnt from it: rewards by name, lengths, signal, distance to the reference."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rljax.ops import groups
+from rljax.types import Batch
+
+
+def describe(batch: Batch, names: tuple[str, ...]) -> dict:
+    """Scalars of a credited rollout batch. `names` of the verifiers, in the order of `scores`. docs/metrics.md explains each."""
+    return _describe(batch, tuple(names))
+
+
+@partial(jax.jit, static_argnames="names")
+def _describe(batch: Batch, names: tuple[str, ...]) -> dict:
+    traj = batch.traj
+    total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
+    judged = jnp.isfinite(total)
+    length = traj.mask.sum(axis=1)
+    out = {
+        "reward": _mean(total, judged),
+        "reward_std": jnp.sqrt(_mean((total - _mean(total, judged)) ** 2, judged)),
+        "length": length.mean(),
+        "length_max": length.max(),
+        "not_judged": 1.0 - judged.mean(),
+        "no_signal": _no_signal(total, judged, traj.group),
+        "tokens": length.sum(),
+    }
+    if traj.truncated is not None:
+        out["truncated"] = (traj.truncated & traj.mask).any(axis=1).mean()
+    if traj.ref_logp is not None:
+        drift = jnp.where(traj.mask, traj.logp - traj.ref_logp, 0.0).sum(axis=1)
+        out["kl_sequence"] = drift.mean()
+    for k, name in enumerate(names):
+        score = traj.scores[:, k]
+        out[f"reward/{name}"] = _mean(score, jnp.isfinite(score))
+    return out
+
+
+def _mean(x, valid):
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def _no_signal(total, judged, group):
+    """Share of rows whose group gave every judged row the same reward: nothing to learn from by comparison."""
+    reward = jnp.where(judged, total, 0.0)
+    return (groups.group_std(reward, group, judged) < 1e-6).mean()
+
+
+def average(steps: Iterable[dict]) -> dict:
+    """Mean of each metric over the updates of one rollout; *_max and *_min by extremum."""
+    steps = list(steps)
+    reduce = {"_max": max, "_min": min}
+    out = {}
+    for name in steps[0]:
+        values = [float(metrics[name]) for metrics in steps]
+        out[name] = reduce.get(name[-4:], lambda v: sum(v) / len(v))(values)
+    return out
+
+
+def require_on_policy(metrics: dict, limit: float = 1e-3) -> None:
+    """At the first update of a run the trainer's log-probs must be the sampler's.
+
+    Raises RuntimeError where they differ by more than `limit` nats: sampler and trainer then disagree on the model, the
+    temperature or the tokens, and every ratio would be wrong.
+    """
+    gap = float(metrics["logp_change_max"])
+    if not gap <= limit:
+        raise RuntimeError(
+            f"sampler and trainer log-probs differ by up to {gap:.2g} nats at the first update (limit {limit:g})"
+        )

@@ -1,0 +1,76 @@
+"""Where a model and an algorithm meet, and nowhere else."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from rljax.ops.ratios import importance_ratio
+from rljax.types import Algorithm, Batch, Objective, PolicyOutput
+
+
+def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
+    """Σ weight · loss for a policy (params, frozen, trajectory) -> PolicyOutput.
+
+    What stands at masked columns is replaced by zeros *before* the loss sees it (an exp of garbage would poison the gradient
+    even where its value is dropped), and the terms are masked again after.
+    """
+
+    def prepare(params, frozen, batch: Batch, key) -> Batch:
+        batch = _neutral_batch(batch)
+        segments = batch.traj.segments
+        batch = batch.replace(weight=algorithm.weights(batch.mask, segments))
+        if algorithm.prepare is None:
+            return batch
+        output = _neutral(policy(params, frozen, batch.traj), batch.mask)
+        return algorithm.prepare(output, batch, key)
+
+    def loss(params, frozen, batch: Batch):
+        output = _neutral(policy(params, frozen, batch.traj), batch.mask)
+        terms, shown = algorithm.loss(output, batch)
+        shown = {**_diagnostics(output, batch), **shown}
+        count = batch.mask.sum().astype(jnp.float32)
+        metrics = {name: _summary(name, value, batch.mask, count) for name, value in shown.items()}
+        return jnp.where(batch.mask, batch.weight * terms, 0.0).sum(), metrics
+
+    return Objective(prepare, loss)
+
+
+def _neutral(output: PolicyOutput, mask) -> PolicyOutput:
+    """The output with zeros at masked columns: ratios are 1 there."""
+    fields = {k: v for k, v in vars(output).items() if v is not None}
+    return output.replace(**{k: jnp.where(mask, v, 0.0) for k, v in fields.items()})
+
+
+def _neutral_batch(batch: Batch) -> Batch:
+    """The batch with zeros at masked columns of every [B T] quantity that a loss may read."""
+    mask, traj = batch.mask, batch.traj
+    names = ("logp", "old_logp", "ref_logp", "teacher_logp", "rewards", "final_values")
+    facts = {name: jnp.where(mask, getattr(traj, name), 0.0) for name in names if getattr(traj, name) is not None}
+    if traj.values is not None:
+        facts["values"] = jnp.where(jnp.pad(mask, ((0, 0), (0, 1))), traj.values, 0.0)
+    returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
+    advantages = jnp.where(mask, batch.advantages, 0.0)
+    return batch.replace(traj=traj.replace(**facts), advantages=advantages, returns=returns)
+
+
+def _diagnostics(output: PolicyOutput, batch: Batch) -> dict:
+    """What is worth a curve whatever the loss: entropy, and how far the policy is from the one that sampled."""
+    ratio = importance_ratio(output.logp, batch.traj.logp)
+    shown = {
+        "ratio": ratio,
+        "ratio_max": ratio,
+        "logp_change_max": jnp.abs(
+            output.logp - batch.traj.logp
+        ),  # at a rollout's first update: sampler against trainer
+        "kl_behaviour": ratio - 1.0 - jnp.log(ratio),  # k3 of KL(behaviour ‖ policy), from the behaviour's samples
+    }
+    return shown if output.entropy is None else {**shown, "entropy": output.entropy}
+
+
+def _summary(name: str, value, mask, count):
+    """(sum, count) over the mask; for *_max and *_min the extremum, as (extremum, 1)."""
+    if name.endswith("_max"):
+        return jnp.where(mask, value, -jnp.inf).max(), jnp.float32(1)
+    if name.endswith("_min"):
+        return jnp.where(mask, value, jnp.inf).min(), jnp.float32(1)
+    return jnp.where(mask, value, 0.0).sum(), count

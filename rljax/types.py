@@ -1,0 +1,209 @@
+"""The furniture: every pytree and every bundle of functions that the rooms hand to one another.
+
+**B rows, T decisions, time last; column t of every field speaks of the same decision.** The next-token shift happens
+once, in `trajectory_of_tokens`; nobody shifts afterwards. Frozen means never mutated: the loop fills fields with
+`replace`. A field that an algorithm does not need is None.
+
+Letters: B rows, T decisions, S tokens (S = T + 1), P prompts, G answers per prompt (B = P·G), L prompt columns,
+V vocabulary, D width, K reward components.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Array = jax.Array | np.ndarray
+Params = Any  # a nested dict of arrays
+
+
+# ------------------------------------------------------------------------------------------------- facts and credit
+
+
+@struct.dataclass
+class Trajectory:
+    """What happened: the facts of B rows of T decisions.
+
+    A row is prompt and answer. Inside a segment `actions[:, t] == inputs[:, t + 1]`; the last chosen token stands only in
+    `actions`. Scores and rewards are NaN where a row could not be judged (never silently 0).
+    """
+
+    inputs: Array  # [B T ...] token ids (or observations) the policy saw at t
+    actions: Array  # [B T ...] what it chose
+    logp: Array  # [B T] log-prob of that choice under the policy that made it (behaviour)
+    mask: Array  # [B T] True where the policy itself chose: not prompt, tool output or padding
+    positions: Array | None = None  # [B T] place of the input in its segment, from 0
+    segments: Array | None = None  # [B T] 0 = padding; several per row only after packing
+    temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
+    group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order)
+    scores: Array | None = None  # [B K] each verifier's raw result; NaN = not judged
+    rewards: Array | None = None  # [B T] per decision; an outcome reward stands on the last chosen token
+    step_ends: Array | None = None  # [B T] bool: ends of reasoning steps (process rewards)
+    baseline: Array | None = None  # [B] score of a companion answer (ReMax's greedy one)
+    old_logp: Array | None = None  # [B T] the trainer's own recomputation before the update; None means `logp`
+    ref_logp: Array | None = None  # [B T] the frozen reference
+    teacher_logp: Array | None = None  # [B T] the teacher of a distillation
+    values: Array | None = None  # [B T+1]
+    final_values: Array | None = None  # [B T] V(last observation), read where truncated
+    terminated: Array | None = None  # [B T] bool: this decision ended the episode (EOS)
+    truncated: Array | None = None  # [B T] bool: the episode was cut after this decision (length)
+    dist: Any = None  # [B T ...] parameters of the old distribution, where a method needs all of it
+    routing: Array | None = None  # [B T ...] experts chosen at sampling time, for replay
+    version: Array | None = None  # [B T] which policy version chose it
+
+
+@struct.dataclass
+class Batch:
+    """What to learn from it. `traj` stays the facts; filters shrink `mask`, never `traj.mask`."""
+
+    traj: Trajectory
+    advantages: Array  # [B T]
+    mask: Array  # [B T] starts as traj.mask
+    returns: Array | None = None  # [B T] targets of the values
+    weight: Array | None = None  # [B T] coefficient of each term in the sum; set once per optimizer step
+    coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
+
+
+@struct.dataclass
+class PolicyOutput:
+    """What the policy being trained says of the same decisions."""
+
+    logp: Array  # [B T]
+    entropy: Array | None = None  # [B T] nats
+    values: Array | None = None  # [B T]
+    kl: Array | None = None  # [B T] exact KL to `traj.dist`, in nats
+    sum_pi_squared: Array | None = None  # [B T] Σ_v π(v)²
+
+
+@struct.dataclass
+class Transition:
+    """One step of an environment, for replay: the batch of Q-learning (leading axes free)."""
+
+    observation: Array
+    action: Array
+    reward: Array
+    next_observation: Array
+    terminated: Array  # bool: no value beyond; a truncated step bootstraps
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a resumed run needs. `step` counts turns of the experiment's loop, not optimizer updates."""
+
+    step: Array  # scalar int32
+    params: Params  # trained leaves only
+    opt_state: Any
+    key: Array  # PRNG key, split by every update
+    frozen: Params = struct.field(default_factory=dict)  # LoRA base, reference: neither donated nor differentiated
+    cursor: Array = 0  # data position: prompts drawn so far
+    coefficients: dict[str, Array] = struct.field(default_factory=dict)  # KL and entropy coefficients ...
+    extra: Any = None  # replay buffer, environment state, target network, running means
+
+
+# ------------------------------------------------------------------------------------------------ bundles of functions
+
+
+class Algorithm(NamedTuple):
+    """One paper, as pure functions at three scales. A variant is an argument, a wrapper or a `_replace`."""
+
+    credit: Callable  # (Trajectory, coefficients) -> Batch: the whole rollout batch; groups, episodes
+    loss: Callable  # (PolicyOutput, Batch) -> ([B T], metrics {name: [B T]}): one decision, unreduced
+    weights: Callable  # (mask, segments) -> weight [B T]: over the whole optimizer batch
+    needs: tuple[str, ...] = ()  # Trajectory fields that annotate must fill; wrappers add theirs
+    prepare: Callable | None = None  # (PolicyOutput, Batch, key) -> Batch: no gradient, before the cut; None: identity
+
+
+class Objective(NamedTuple):
+    """All that `update` knows of a method."""
+
+    prepare: Callable  # (params, frozen, batch, key) -> batch: sets the weights, over the whole optimizer batch
+    loss: Callable  # (params, frozen, batch) -> (sum, metrics {name: (sum, count)}; *_max, *_min by extremum)
+
+
+class LM(NamedTuple):
+    """What a sampler is given of a language model; rollouts know no more."""
+
+    init_cache: Callable  # (rows, length) -> cache
+    forward: Callable  # (params, frozen, tokens, positions, segments, cache) -> (hidden, cache)
+    logits: Callable  # (params, frozen, hidden) -> [.. V]
+    gather: Callable  # (cache, rows) -> cache: fork a prompt to its group
+    scatter: Callable  # (cache, rows, other) -> cache: refill finished slots
+
+
+# ------------------------------------------------------------------------------------------------- what a sampler reads
+
+
+class Rows(NamedTuple):
+    """P prompts as drawn from a dataset, on the host. Prompts are padded on the left: they end in the same column."""
+
+    tokens: np.ndarray  # [P L] int32
+    mask: np.ndarray  # [P L] bool: True on the prompt's own tokens
+    number: np.ndarray  # [P] int32: place in the draw order; the sampler's key is made of it
+    columns: list[dict]  # the dataset's columns, one dict a prompt
+    cursor: int  # where the next draw starts
+
+
+@struct.dataclass
+class Sampling:
+    """How to draw. Scalars hold for every row; arrays [P] hold prompt by prompt. None switches a filter off."""
+
+    temperature: Array | float = 1.0  # 0: the most likely token, its log-prob reported at temperature 1
+    top_k: Array | int | None = None
+    top_p: Array | float | None = None
+    min_p: Array | float | None = None  # keep tokens with p >= min_p * max p
+    n: int = struct.field(pytree_node=False, default=1)  # answers per prompt (G)
+    max_tokens: int = struct.field(pytree_node=False, default=64)
+    stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end an answer (EOS)
+
+
+# -------------------------------------------------------------------------------------------------------------- doors
+
+
+def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory:
+    """Facts from whole token rows: the one place where the next-token shift happens.
+
+    Args:
+      tokens: [B S] ids. segments: [B S], 0 = padding. chosen: [B S] True on tokens the policy drew.
+      logp: [B S] log-prob of each chosen token. fields: further [B S] facts about *chosen tokens*, shifted alike
+      (`temperature`, `rewards`, `terminated` ...), and [B ...] facts of rows (`group`, `scores`), taken as they are.
+
+    Returns: T = S - 1 decisions; decision t chose tokens[:, t + 1] on seeing tokens[:, : t + 1].
+    """
+    tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
+    inside = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0)
+    real = (segments > 0).astype(jnp.int32)
+    starts = real * (segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0))))
+    count = jnp.cumsum(real, axis=1) - real
+    positions = (count - jax.lax.cummax(starts * count, axis=1)) * real
+
+    def shift(x):
+        return x[:, 1:] if jnp.ndim(x) >= 2 and jnp.shape(x)[:2] == tokens.shape else x
+
+    return Trajectory(
+        inputs=tokens[:, :-1],
+        actions=tokens[:, 1:],
+        logp=shift(logp),
+        mask=chosen[:, 1:] & inside,
+        positions=positions[:, :-1],
+        segments=jnp.where(inside, segments[:, :-1], 0),
+        **{name: shift(value) for name, value in fields.items()},
+    )
+
+
+def check(x: Trajectory | Batch) -> None:
+    """Raise ValueError, naming the field, unless every [B T] field of `x` has the shape of its mask. Free under jit."""
+    traj = x.traj if isinstance(x, Batch) else x
+    B, T = traj.mask.shape
+    expected = {"group": (B,), "baseline": (B,), "values": (B, T + 1), "scores": (B,)}
+    for owner in {id(traj): traj, id(x): x}.values():
+        for name, value in vars(owner).items():
+            if value is None or name in ("traj", "coefficients", "dist"):
+                continue
+            want = expected.get(name, (B, T))
+            if jnp.shape(value)[: len(want)] != want:
+                raise ValueError(
+                    f"{type(owner).__name__}.{name} has shape {jnp.shape(value)}; with a mask of {(B, T)} it must start {want}"
+                )

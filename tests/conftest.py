@@ -1,0 +1,65 @@
+"""Eight CPU devices, strict shapes, warnings as errors, one compilation cache for every test run of this user."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# By environment, so that the processes which tests start inherit it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.environ.get("RLJAX_CACHE") or str(Path.home() / ".cache" / "rljax" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Not rljax.types: vmap, scan and tree.map rebuild its dataclasses with leaves that are no arrays.
+jaxtyping.install_import_hook(["rljax.ops", "rljax.algorithms"], "beartype.beartype")
+
+# The checkout itself: worker processes find a function that a test hands to them as tests.rewards.test_pool.
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tests"), str(ROOT)]
+
+# The first example compiles, which no deadline foresees; a run that can be repeated beats one more random example.
+hypothesis.settings.register_profile("rljax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("rljax")
+
+SHARED = Path(os.environ.get("RLJAX_SHARED") or ROOT.parent / "shared")
+NO_SHARED = "the shared folder is absent (RLJAX_SHARED)"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of recorded outputs and real inputs: golden/, data/, models/."""
+    if not SHARED.is_dir():
+        pytest.skip(NO_SHARED)
+    return SHARED
+
+
+deselected = []
+
+
+def pytest_deselected(items):
+    deselected.extend(items)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+    counts = {
+        NO_SHARED: sum(NO_SHARED in reason for reason in reasons),
+        "torch is absent": sum("torch" in reason for reason in reasons),
+        "make parity runs them": sum("parity" in item.keywords for item in deselected),
+        "make nightly runs them": sum("nightly" in item.keywords for item in deselected),
+    }
+    for why, count in counts.items():
+        if count:
+            terminalreporter.write_line(f"not run: {count:4d} tests, {why}")
