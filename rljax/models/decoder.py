@@ -7,6 +7,7 @@ up to its own.
 """
 
 import dataclasses
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -42,6 +43,16 @@ def _param(rngs: nnx.Rngs, shape, axes, fan_in) -> nnx.Param:
     """A normal matrix of standard deviation 1/√fan_in, with logical axis names for the sharding rules."""
     value = jax.random.normal(rngs.params(), shape) * fan_in**-0.5
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def project(x, weight, inputs: int = 1):
+    """x · W over x's last `inputs` axes, which are W's first, as one two-dimensional matmul.
+
+    Measured on CPU: the gradient of [512 9 128] x [128 352] takes half the time of the same product on three axes.
+    """
+    kept, contracted = x.shape[: x.ndim - inputs], weight.shape[:inputs]
+    flat = x.reshape(math.prod(kept), math.prod(contracted)) @ weight.reshape(math.prod(contracted), -1)
+    return flat.reshape(*kept, *weight.shape[inputs:])
 
 
 class RMSNorm(nnx.Module):
@@ -88,12 +99,12 @@ class Attention(nnx.Module):
         self.theta = config.rope_theta
 
     def __call__(self, x, positions, visible, cache, where):
-        query, key, value = (jnp.einsum("btd,dhk->bthk", x, w[...]) for w in (self.query, self.key, self.value))
+        query, key, value = (project(x, w[...]) for w in (self.query, self.key, self.value))
         query, key = rotate(query, positions, self.theta), rotate(key, positions, self.theta)
         if cache is not None:
             key, value = _write(cache["key"], key, where), _write(cache["value"], value, where)
             cache = {"key": key, "value": value}
-        return jnp.einsum("bthk,hkd->btd", attend(query, key, value, visible), self.out[...]), cache
+        return project(attend(query, key, value, visible), self.out[...], inputs=2), cache
 
 
 class MLP(nnx.Module):
@@ -104,7 +115,7 @@ class MLP(nnx.Module):
         self.down = _param(rngs, (F, D), ("mlp", "embed"), F)
 
     def __call__(self, x):
-        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+        return project(jax.nn.silu(project(x, self.gate[...])) * project(x, self.up[...]), self.down[...])
 
 
 class Block(nnx.Module):

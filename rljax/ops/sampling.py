@@ -40,14 +40,21 @@ def invert_cdf(probs: Probs, uniform: Float[Array, " B"], block: int = 128) -> I
     table = jnp.pad(probs, ((0, 0), (0, blocks * block - V))).reshape(B, blocks, block)
     upper = jnp.cumsum(table.sum(axis=-1), axis=-1)
     target = jnp.minimum(uniform * upper[:, -1], jnp.nextafter(upper[:, -1], 0.0))
-    where = jnp.minimum((upper <= target[:, None]).sum(axis=-1), blocks - 1)
+    where = _crossing(table.sum(axis=-1), upper, target)
     inside = jnp.take_along_axis(table, where[:, None, None], axis=1)[:, 0]
     below = jnp.take_along_axis(jnp.pad(upper, ((0, 0), (1, 0))), where[:, None], axis=1)
-    cdf = below + jnp.cumsum(inside, axis=-1)
-    # The two levels add in different orders: where rounding leaves the target above the block's last entry, take the last
-    # token that can be drawn at all.
-    last = block - 1 - argmax((inside > 0)[:, ::-1].astype(jnp.float32))
-    return where * block + jnp.minimum((cdf <= target[:, None]).sum(axis=-1), last)
+    return where * block + _crossing(inside, below + jnp.cumsum(inside, axis=-1), target)
+
+
+def _crossing(mass: Float[Array, "B N"], cdf: Float[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
+    """First entry with mass whose cdf is above the target; where rounding leaves none, the last entry with mass.
+
+    XLA adds long prefixes as a tree: a computed cdf may rise at an entry without mass, or fall.
+    """
+    above = (mass > 0) & (cdf > target[:, None])
+    first = argmax(above.astype(jnp.float32))
+    last = mass.shape[-1] - 1 - argmax((mass > 0)[:, ::-1].astype(jnp.float32))
+    return jnp.where(above.any(axis=-1), first, last)
 
 
 def _largest_threshold(probs: Probs, enough) -> Float[Array, "B 1"]:

@@ -38,7 +38,7 @@ console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout
 
 def say(text: str = "") -> None:
     """Print a line as it is; above the progress bar while there is one."""
-    console.print(text, markup=False, emoji=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:

@@ -58,7 +58,7 @@ function tickLabel(x, step) {
 
 function drawTitle() {
   const t = DATA.title;
-  const facts = [t.total === null ? `step ${t.steps}` : `${t.steps} of ${t.total} steps`];
+  const facts = [t.total === null ? `${t.steps} steps` : `${t.steps} of ${t.total} steps`];
   facts.push(...Object.entries(t.facts).map(([name, value]) => `${name} ${value}`));
   if (t.written) facts.push(`last written ${t.written}`);
   const meta = el("p", { class: "meta" }, ...facts.map((fact) => el("span", {}, fact)));
@@ -97,6 +97,7 @@ function makeChart(series) {
   chart.draw = () => drawChart(chart);
   chart.point = (step) => pointAt(chart, step);
   canvas.addEventListener("pointermove", (event) => {
+    if (!chart.stepAt) return; // nothing finite, nothing drawn
     const step = chart.stepAt(event.clientX - canvas.getBoundingClientRect().left);
     charts.forEach((other) => other.point(step));
   });
@@ -126,12 +127,12 @@ function drawChart(chart) {
   ticks.forEach((v, i) => canvas.append(
     svg("line", { class: "grid", x1: left, x2: W - right, y1: y(v), y2: y(v) }),
     svg("text", { x: left - 5, y: y(v) + 3.5, "text-anchor": "end" }, labels[i])));
-  const along = niceTicks(first, last === first ? first + 1 : last, W < 230 ? 2 : 4);
+  const along = niceTicks(first, last === first ? first + 1 : last, W < 170 ? 2 : W < 260 ? 3 : 5);
   for (const s of along.ticks.filter(Number.isInteger))
     canvas.append(svg("text", { x: x(s), y: H - 4, "text-anchor": x(s) > W - 22 ? "end" : "middle" }, tickLabel(s, along.step)));
   drawLines(chart);
   chart.mark = svg("g", { visibility: "hidden" });
-  chart.mark.append(svg("line", { class: "cross", y1: top, y2: H - bottom }), svg("circle", { class: "pin", r: 3.4 }));
+  chart.mark.append(svg("line", { class: "cross", y1: top, y2: H - bottom }), svg("text", { class: "here", y: H - 4 }), svg("circle", { class: "pin", r: 3.4 }));
   canvas.append(chart.mark, svg("rect", { x: 0, y: 0, width: W, height: H, fill: "transparent" }));
   pointAt(chart, null);
 }
@@ -160,10 +161,13 @@ function pointAt(chart, step) {
     return;
   }
   const i = nearest(series.steps, step), at = { cx: chart.x(series.steps[i]), cy: chart.y(series.values[i]) };
-  value.replaceChildren(`step ${series.steps[i].toLocaleString("en-US")} `, el("b", {}, short(series.values[i])));
+  value.replaceChildren(el("b", {}, short(series.values[i])));
   mark.setAttribute("visibility", "visible");
-  mark.firstChild.setAttribute("x1", at.cx); mark.firstChild.setAttribute("x2", at.cx);
-  mark.lastChild.setAttribute("cx", at.cx); mark.lastChild.setAttribute("cy", at.cy);
+  const [line, here, pin] = mark.children, put = (node, values) => Object.entries(values).forEach(([name, x]) => node.setAttribute(name, x));
+  put(line, { x1: at.cx, x2: at.cx });
+  put(pin, at);
+  here.textContent = series.steps[i].toLocaleString("en-US");
+  put(here, { x: at.cx, "text-anchor": at.cx > chart.x(DATA.steps[1]) - 16 ? "end" : "middle" });
 }
 
 // -------------------------------------------------------------------------------------------------------- answers
@@ -216,7 +220,7 @@ function drawGroup(group, i, count, scales) {
   const judged = group.map((record) => record.reward).filter((reward) => reward !== null);
   const mean = judged.reduce((sum, reward) => sum + reward, 0) / judged.length;
   const far = Math.max(...judged.map((reward) => Math.abs(reward - mean)));
-  const facts = [`prompt ${i + 1} of ${count}`, `${group.length} answers`];
+  const facts = [`prompt ${i + 1} of ${count}`, group.length === 1 ? "1 answer" : `${group.length} answers`];
   if (judged.length) facts.push(`mean reward ${short(mean)}`);
   if (judged.length < group.length) facts.push(`${group.length - judged.length} not judged`);
   const columns = Object.entries(group[0].columns || {});

@@ -1,0 +1,62 @@
+"""Statistics by group against numpy, group by group."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.ops.groups import group_count, group_mean, group_std, group_sum, leave_one_out_mean
+from tests.ops.golden import close, narrow
+
+# Any ids in any order: a group of four (one row not judged), a singleton, a pair with one judged, one with none.
+GROUP = np.array([7, -2, 7, 40, 7, 40, 3, 7, 3])
+VALID = np.array([1, 1, 0, 1, 1, 0, 0, 1, 0], bool)
+X = np.array([1.0, 5.0, np.nan, 2.0, -4.0, np.nan, np.nan, 0.5, np.nan])
+
+
+def by_hand(statistic):
+    """statistic(values of the others who were judged, own values who were judged) for each row."""
+    rows = range(len(X))
+    mates = [[j for j in rows if GROUP[j] == GROUP[i] and VALID[j]] for i in rows]
+    return [statistic(X[[j for j in mates[i] if j != i]], X[mates[i]]) for i in rows]
+
+
+@pytest.mark.parametrize(
+    ("ours", "hand"),
+    [
+        (group_mean, lambda others, own: own.mean() if len(own) else 0.0),
+        (group_std, lambda others, own: own.std(ddof=1) if len(own) > 1 else 0.0),
+        (leave_one_out_mean, lambda others, own: others.mean() if len(others) else 0.0),
+        (lambda x, group, valid: group_count(group, valid), lambda others, own: len(own)),
+    ],
+)
+def test_statistics_are_those_of_the_judged_rows_with_the_same_id(ours, hand):
+    close(ours(narrow(X), jnp.asarray(GROUP), jnp.asarray(VALID)), by_hand(hand))
+
+
+def test_group_sum_adds_every_row():
+    close(group_sum(jnp.ones(len(X)), jnp.asarray(GROUP)), [(GROUP == g).sum() for g in GROUP])
+
+
+@pytest.mark.parametrize("statistic", [group_mean, group_std, leave_one_out_mean])
+def test_row_order_does_not_matter(statistic):
+    order = np.random.default_rng(0).permutation(len(X))
+    straight = statistic(narrow(X), jnp.asarray(GROUP), jnp.asarray(VALID))
+    shuffled = statistic(narrow(X[order]), jnp.asarray(GROUP[order]), jnp.asarray(VALID[order]))
+    close(shuffled, np.asarray(straight)[order])
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, -2.3, 1000.1, 3.3e7])
+@pytest.mark.parametrize("size", [2, 3, 7, 12])
+def test_equal_values_have_exactly_their_value_as_mean(value, size):
+    """Else rounding, divided by a standard deviation of the same rounding, would pass for an advantage."""
+    x, group = jnp.full(2 * size, value, jnp.float32), jnp.tile(jnp.arange(2), size)
+    valid = jnp.ones(2 * size, bool)
+    np.testing.assert_array_equal(group_mean(x, group, valid), x)
+    np.testing.assert_array_equal(leave_one_out_mean(x, group, valid), x)
+    np.testing.assert_array_equal(group_std(x, group, valid), 0.0)
+
+
+def test_no_judged_row_at_all_gives_zeros():
+    nobody = jnp.zeros(len(X), bool)
+    for statistic in (group_mean, group_std, leave_one_out_mean):
+        np.testing.assert_array_equal(statistic(narrow(X), jnp.asarray(GROUP), nobody), 0.0)

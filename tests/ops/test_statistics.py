@@ -1,0 +1,38 @@
+"""Masked statistics against numpy on the unmasked entries alone."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.ops.statistics import explained_variance, masked_mean, masked_var, whiten
+from tests.ops.golden import close, narrow
+
+draw = np.random.default_rng(0)
+MASK = draw.random((5, 7)) < 0.6
+X = np.where(MASK, draw.normal(size=(5, 7)) * 3 + 2, np.nan)
+
+
+def test_mean_and_variance_are_those_of_the_unmasked():
+    close(masked_mean(narrow(X), jnp.asarray(MASK)), X[MASK].mean())
+    close(masked_var(narrow(X), jnp.asarray(MASK)), X[MASK].var(ddof=1))
+
+
+def test_whitened_entries_have_mean_0_and_variance_1_and_masked_ones_are_0():
+    white = np.asarray(whiten(narrow(X), jnp.asarray(MASK)), np.float64)
+    close(white, (X - X[MASK].mean()) / X[MASK].std(ddof=1), where=MASK)
+    assert (white[~MASK] == 0).all()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_entries_give_zeros(count):
+    x, mask = jnp.full((2, 3), jnp.nan).at[0, 0].set(4.0), jnp.zeros((2, 3), bool).at[0, 0].set(count > 0)
+    close(masked_mean(x, mask), 4.0 * count)
+    assert masked_var(x, mask) == 0
+    assert (whiten(x, mask) == 0).all()
+
+
+def test_explained_variance_of_a_perfect_a_constant_and_a_halfway_critic():
+    targets, mask = narrow(X), jnp.asarray(MASK)
+    close(explained_variance(targets, targets, mask), 1.0)
+    close(explained_variance(jnp.ones_like(targets), targets, mask), 0.0, atol=1e-5)
+    close(explained_variance(targets / 2, targets, mask), 0.75, atol=1e-5)
