@@ -67,7 +67,8 @@ function drawTitle() {
   const cells = DATA.headline.map((h) => el("div", { title: h.name }, el("dt", {}, h.name), el("dd", { class: "number" },
     el("span", { class: "from" }, short(h.first) + " \u2192"), el("span", { class: "to" }, short(h.last)))));
   const over = Math.max(...DATA.headline.map((h) => h.over));
-  const note = over > 1 ? `Means of the first and of the last ${over} values logged; single values where few were.` : "The first and the last value logged.";
+  const note = over > 1 ? `Means of the first and of the last ${over} values logged; single values where few were.`
+    : "The first and the last value logged.";
   $("title").append(el("dl", { class: "headline" }, ...cells), el("p", { class: "note" }, note));
 }
 
@@ -81,7 +82,8 @@ function drawCurves() {
     const grid = el("div", { class: "charts" }, ...theme.series.map(makeChart));
     $("charts").append(el("h3", {}, theme.title), grid);
   }
-  let width = 0;
+  let width = $("charts").clientWidth;
+  charts.forEach((chart) => chart.draw());
   new ResizeObserver(() => {
     if ($("charts").clientWidth === width) return;
     width = $("charts").clientWidth;
@@ -132,7 +134,8 @@ function drawChart(chart) {
     canvas.append(svg("text", { x: x(s), y: H - 4, "text-anchor": x(s) > W - 22 ? "end" : "middle" }, tickLabel(s, along.step)));
   drawLines(chart);
   chart.mark = svg("g", { visibility: "hidden" });
-  chart.mark.append(svg("line", { class: "cross", y1: top, y2: H - bottom }), svg("text", { class: "here", y: H - 4 }), svg("circle", { class: "pin", r: 3.4 }));
+  chart.mark.append(svg("line", { class: "cross", y1: top, y2: H - bottom }), svg("text", { class: "here", y: H - 4 }),
+    svg("circle", { class: "pin", r: 3.4 }));
   canvas.append(chart.mark, svg("rect", { x: 0, y: 0, width: W, height: H, fill: "transparent" }));
   pointAt(chart, null);
 }
@@ -154,7 +157,8 @@ function nearest(steps, step) {
 
 function pointAt(chart, step) {
   const { series, value, mark } = chart;
-  const nulls = series.missing ? el("span", { class: "nulls", title: `not finite at ${series.missing} steps, marked below` }, `${series.missing} null `) : null;
+  const why = `not finite at ${series.missing} steps, marked below`;
+  const nulls = series.missing ? el("span", { class: "nulls", title: why }, `${series.missing} null `) : null;
   if (step === null || !series.values.length) {
     value.replaceChildren(...[nulls, el("b", {}, short(series.last))].filter(Boolean));
     if (mark) mark.setAttribute("visibility", "hidden");
@@ -163,7 +167,8 @@ function pointAt(chart, step) {
   const i = nearest(series.steps, step), at = { cx: chart.x(series.steps[i]), cy: chart.y(series.values[i]) };
   value.replaceChildren(el("b", {}, short(series.values[i])));
   mark.setAttribute("visibility", "visible");
-  const [line, here, pin] = mark.children, put = (node, values) => Object.entries(values).forEach(([name, x]) => node.setAttribute(name, x));
+  const [line, here, pin] = mark.children;
+  const put = (node, values) => Object.entries(values).forEach(([name, x]) => node.setAttribute(name, x));
   put(line, { x1: at.cx, x2: at.cx });
   put(pin, at);
   here.textContent = series.steps[i].toLocaleString("en-US");
@@ -182,13 +187,17 @@ function drawAnswers() {
   view.at = all.length - 1;
   readHash();
   const go = (at) => { view.at = Math.max(0, Math.min(all.length - 1, at)); view.answer = null; drawStep(); writeHash(); };
-  const slider = el("input", { id: "slider", type: "range", min: 0, max: all.length - 1, "aria-label": "sampled step", oninput: (e) => go(+e.target.value) });
-  const sort = el("select", { "aria-label": "order of answers", onchange: (e) => { view.sort = e.target.value; drawStep(); } },
-    ...Object.entries(SORTS).map(([key, label]) => el("option", { value: key }, label)));
-  $("samples").append(el("div", { class: "bar" },
-    el("div", { class: "steps" }, el("button", { id: "before", "aria-label": "step before", onclick: () => go(view.at - 1) }, "\u2039"), slider,
-      el("button", { id: "after", "aria-label": "step after", onclick: () => go(view.at + 1) }, "\u203a"), el("output", { id: "step" })),
-    el("span", { class: "hint", id: "counts" }), el("label", {}, el("span", { class: "soft" }, "answers "), sort)), el("div", { id: "groups" }));
+  const move = (id, title, by, sign) => el("button", { id, "aria-label": title, onclick: () => go(view.at + by) }, sign);
+  const slider = el("input", {
+    id: "slider", type: "range", min: 0, max: all.length - 1, "aria-label": "sampled step", oninput: (event) => go(+event.target.value),
+  });
+  const sort = el("select", { "aria-label": "order of answers", onchange: (event) => { view.sort = event.target.value; drawStep(); } },
+    ...Object.entries(SORTS).map(([key, title]) => el("option", { value: key }, title)));
+  const steps = el("div", { class: "steps" },
+    move("before", "step before", -1, "\u2039"), slider, move("after", "step after", 1, "\u203a"), el("output", { id: "step" }));
+  const order = el("label", {}, el("span", { class: "soft" }, "answers "), sort);
+  const bar = el("div", { class: "bar" }, steps, el("span", { class: "hint", id: "counts" }), order);
+  $("samples").append(bar, el("div", { id: "groups" }));
   drawStep();
   window.addEventListener("hashchange", () => { if (readHash()) { drawStep(); showOpen(); } });
   showOpen();
@@ -223,11 +232,11 @@ function drawGroup(group, i, count, scales) {
   const facts = [`prompt ${i + 1} of ${count}`, group.length === 1 ? "1 answer" : `${group.length} answers`];
   if (judged.length) facts.push(`mean reward ${short(mean)}`);
   if (judged.length < group.length) facts.push(`${group.length - judged.length} not judged`);
-  const columns = Object.entries(group[0].columns || {});
-  return el("article", { class: "group" },
-    el("header", {}, el("p", { class: "meta" }, ...facts.map((fact) => el("span", {}, fact))), el("div", { class: "prompt" }, group[0].prompt),
-      columns.length ? el("p", { class: "columns" }, ...columns.map(([name, value]) => el("span", {}, name + " ", el("b", {}, value)))) : null),
-    el("ol", { class: "answers" }, ...sorted(group).map((record) => drawAnswer(record, mean, far, scales))));
+  const columns = Object.entries(group[0].columns || {}).map(([name, value]) => el("span", {}, name + " ", el("b", {}, value)));
+  const header = el("header", {}, el("p", { class: "meta" }, ...facts.map((fact) => el("span", {}, fact))),
+    el("div", { class: "prompt" }, group[0].prompt), columns.length ? el("p", { class: "columns" }, ...columns) : null);
+  const answers = sorted(group).map((record) => drawAnswer(record, mean, far, scales));
+  return el("article", { class: "group" }, header, el("ol", { class: "answers" }, ...answers));
 }
 
 function tint(share) {
@@ -235,12 +244,22 @@ function tint(share) {
   return `rgb(var(${name}) / ${(0.78 * Math.min(1, size)).toFixed(3)})`;
 }
 
+function drawReward(reward, mean, far) {
+  if (reward === null) return el("span", { class: "reward unjudged" }, "not judged");
+  const box = el("span", { class: "reward" }, short(reward));
+  if (far > 1e-6 * Math.max(1, Math.abs(mean))) box.style.background = tint(0.7 * (reward - mean) / far);
+  return box;
+}
+
+function drawFacts(record) {
+  const scores = Object.entries(record.scores).map(([name, score]) =>
+    el("span", {}, name + " ", el("b", {}, score === null ? "not judged" : short(score)), " \u00b7 "));
+  const length = el("i", {}, `${record.length} ${record.length === 1 ? "token" : "tokens"}`);
+  const end = record.ended ? el("i", {}, " \u00b7 ended") : el("i", { class: "cut" }, " \u00b7 cut off");
+  return el("div", { class: "facts" }, ...scores, length, record.ended === null ? null : end);
+}
+
 function drawAnswer(record, mean, far, scales) {
-  const reward = record.reward === null ? el("span", { class: "reward unjudged" }, "not judged") : el("span", { class: "reward" }, short(record.reward));
-  if (record.reward !== null) reward.style.background = tint(far > 1e-6 * Math.max(1, Math.abs(mean)) ? 0.7 * (record.reward - mean) / far : 0);
-  const facts = Object.entries(record.scores).map(([name, score]) => el("span", {}, name + " ", el("b", {}, score === null ? "not judged" : short(score)), " \u00b7 "));
-  const end = record.ended === null ? null : el("i", record.ended ? {} : { class: "cut" }, record.ended ? " \u00b7 ended" : " \u00b7 cut off");
-  facts.push(el("i", {}, `${record.length} ${record.length === 1 ? "token" : "tokens"}`), end);
   const open = view.answer === record.index;
   const toggle = () => {
     view.answer = open ? null : record.index;
@@ -252,14 +271,17 @@ function drawAnswer(record, mean, far, scales) {
     class: "line", role: "button", tabindex: 0, "data-answer": record.index, "aria-expanded": open,
     onclick: () => { if (!String(getSelection())) toggle(); },
     onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); toggle(); } },
-  }, reward, el("div", { class: open ? "text faint once" : "text clamp" }, record.completion || "(nothing)"), el("div", { class: "facts" }, ...facts));
+  });
+  const text = el("div", { class: open ? "text faint once" : "text clamp" }, record.completion || "(nothing)");
+  line.append(drawReward(record.reward, mean, far), text, drawFacts(record));
   return el("li", open ? { class: "open", id: "open" } : {}, line, open ? drawTokens(record, scales) : null);
 }
 
 // --------------------------------------------------------------------------------------------------------- tokens
 
 const rank = (name) => (name in NAMES ? Object.keys(NAMES).indexOf(name) : 99);
-const quantities = (record) => Object.keys(record.tokens).filter((name) => !["id", "text", "chosen"].includes(name)).sort((a, b) => rank(a) - rank(b));
+const quantities = (record) => Object.keys(record.tokens)
+  .filter((name) => !["id", "text", "chosen"].includes(name)).sort((a, b) => rank(a) - rank(b));
 const label = (name) => NAMES[name] || name;
 
 function scalesOf(records) {
@@ -293,9 +315,14 @@ function drawTokens(record, scales) {
 }
 
 function legendOf(name, scale) {
-  const key = (colour, text) => { const box = el("span", { class: "key" }); box.style.background = colour; return [box, el("span", {}, text)]; };
-  if (name === "mask") return [...key(tint(0.6), "learned from"), ...key(tint(-0.6), "left out"), el("span", { class: "faint" }, "grey: not the policy's")];
-  return [minus(`-${short(scale)}`), el("span", { class: "scale" }), `+${short(scale)}`, el("span", { class: "faint" }, "grey: not the policy's")];
+  const others = el("span", { class: "faint" }, "grey: not the policy's");
+  if (name !== "mask") return [minus(`-${short(scale)}`), el("span", { class: "scale" }), `+${short(scale)}`, others];
+  const keys = [[0.6, "learned from"], [-0.6, "left out"]].flatMap(([share, text]) => {
+    const box = el("span", { class: "key" });
+    box.style.background = tint(share);
+    return [box, el("span", {}, text)];
+  });
+  return [...keys, others];
 }
 
 function colourOf(tokens, name, i, scale) {
@@ -304,7 +331,8 @@ function colourOf(tokens, name, i, scale) {
   return tokens[name][i] === null ? "" : tint(tokens[name][i] / scale);
 }
 
-const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\ufff0-\ufffb]/;
+const INVISIBLE = new RegExp("[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u00a0\\u00ad\\u061c\\u115f\\u1160\\u180e" +
+  "\\u2000-\\u200f\\u2028-\\u202f\\u205f-\\u206f\\u3000\\u3164\\ufe00-\\ufe0f\\ufeff\\ufff0-\\ufffb]");
 
 function visible(text) {
   // The text with its spaces, line ends and invisible characters drawn; real spaces stay, so that lines break where they would.
@@ -386,7 +414,8 @@ function drawConfig() {
   if (!DATA.config.length) $("config").replaceWith(el("p", { class: "empty" }, "No configuration was saved."));
   else $("config").append(...DATA.config.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
   const { samples, thinned } = DATA, notes = [];
-  if (samples.left_out) notes.push(`${samples.left_out} of ${samples.left_out + samples.steps.length} sampled steps were left out of this page; samples.jsonl has them all.`);
+  const all = samples.left_out + samples.steps.length;
+  if (samples.left_out) notes.push(`${samples.left_out} of ${all} sampled steps were left out of this page; samples.jsonl has them all.`);
   if (thinned) notes.push(`Curves of more than ${thinned} points are thinned; every peak and trough stands.`);
   $("footer").textContent = notes.join(" ");
 }

@@ -1,11 +1,15 @@
 """Statistics by group against numpy, group by group."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops.groups import group_count, group_mean, group_std, group_sum, leave_one_out_mean
+from rljax.ops import groups
 from tests.ops.golden import close, narrow
+
+group_count, group_mean, group_std = (jax.jit(f) for f in (groups.group_count, groups.group_mean, groups.group_std))
+group_sum, leave_one_out_mean = jax.jit(groups.group_sum), jax.jit(groups.leave_one_out_mean)
 
 # Any ids in any order: a group of four (one row not judged), a singleton, a pair with one judged, one with none.
 GROUP = np.array([7, -2, 7, 40, 7, 40, 3, 7, 3])

@@ -1,13 +1,14 @@
 """Returns and GAE against sums written out in numpy, and against rlax, verl and tunix."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops.returns import discounted_returns, gae
-from rljax.ops.statistics import whiten
+from rljax.ops import returns, statistics
 from tests.ops.golden import close, golden, narrow
 
+discounted_returns, gae, whiten = (jax.jit(f) for f in (returns.discounted_returns, returns.gae, statistics.whiten))
 B, T = 6, 9
 
 
@@ -38,8 +39,9 @@ def advantage_by_sums(rewards, values, mask, terminated, truncated, final_values
 
 
 def run_gae(rewards, values, mask, terminated, truncated, final_values, gamma, lam):
-    floats = (narrow(x) for x in (rewards, values))
-    return gae(*floats, jnp.asarray(mask), gamma, lam, jnp.asarray(terminated), jnp.asarray(truncated), narrow(final_values))
+    rewards, values, final_values = (narrow(x) for x in (rewards, values, final_values))
+    mask, terminated, truncated = (jnp.asarray(x) for x in (mask, terminated, truncated))
+    return gae(rewards, values, mask, gamma, lam, terminated, truncated, final_values)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,8 +67,8 @@ def test_at_lambda_one_the_advantage_is_the_return_less_the_value():
     values[:, -1] = 0.0
     never = np.zeros((B, T), bool)
     got = run_gae(rewards, values, mask, never, never, np.zeros((B, T)), 0.9, 1.0)
-    returns = discounted_returns(narrow(rewards), jnp.asarray(mask), 0.9)
-    close(got + values[:, :-1], returns, where=mask, atol=1e-5)
+    earned = discounted_returns(narrow(rewards), jnp.asarray(mask), 0.9)
+    close(got + values[:, :-1], earned, where=mask, atol=1e-5)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 1e30])
@@ -77,14 +79,15 @@ def test_what_stands_at_masked_columns_never_matters(garbage):
     values = np.concatenate([spoil(values[:, :-1]), values[:, -1:]], axis=1)
     dirty = run_gae(spoil(rewards), values, mask, terminated | ~mask, truncated | ~mask, spoil(final_values), 0.9, 0.8)
     np.testing.assert_array_equal(clean, dirty)
-    returns = discounted_returns(narrow(spoil(rewards)), jnp.asarray(mask), 0.9)
-    np.testing.assert_array_equal(returns, discounted_returns(narrow(rewards), jnp.asarray(mask), 0.9))
+    earned = discounted_returns(narrow(spoil(rewards)), jnp.asarray(mask), 0.9)
+    np.testing.assert_array_equal(earned, discounted_returns(narrow(rewards), jnp.asarray(mask), 0.9))
 
 
 def test_leading_axes_are_free():
     rewards, values, mask, *_ = (np.asarray(x) for x in episodes(0))
-    stacked = gae(narrow(rewards.reshape(2, 3, T)), narrow(values.reshape(2, 3, T + 1)), jnp.asarray(mask.reshape(2, 3, T)))
-    close(stacked.reshape(B, T), gae(narrow(rewards), narrow(values), jnp.asarray(mask)))
+    flat = narrow(rewards), narrow(values), jnp.asarray(mask)
+    stacked = gae(*(x.reshape(2, 3, -1) for x in flat))
+    close(stacked.reshape(B, T), gae(*flat))
 
 
 def test_rlax_gae_with_an_episode_that_ends_inside(shared):

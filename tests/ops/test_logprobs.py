@@ -1,0 +1,90 @@
+"""Log-probs and entropies against a dense float64 log-softmax."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.ops.logprobs import chosen_logp, chunked_logprobs, entropy
+from rljax.ops.weights import token_mean
+from tests.ops.golden import close, golden, narrow
+
+B, T, D, V = 3, 10, 4, 11
+draw = np.random.default_rng(0)
+HIDDEN, TABLE = draw.normal(size=(B, T, D)), 2 * draw.normal(size=(D, V))
+ACTIONS, TEMPERATURE = draw.integers(V, size=(B, T)), draw.uniform(0.5, 2.0, size=(B, T))
+
+
+def dense(logits, temperature):
+    z = logits / temperature[..., None]
+    return z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+
+
+def by_chunks(chunk_tokens):
+    def run(hidden, table):
+        return chunked_logprobs(lambda h: h @ table, hidden, jnp.asarray(ACTIONS), narrow(TEMPERATURE), chunk_tokens)
+
+    return run
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 6, 9, 12, 30, 4096])  # columns: 1, 2, 3 (10 do not divide), 4, all, all
+def test_values_are_the_dense_ones_whatever_the_chunk(chunk_tokens):
+    logp, h = jax.jit(by_chunks(chunk_tokens))(narrow(HIDDEN), narrow(TABLE))
+    want = dense(HIDDEN @ TABLE, TEMPERATURE)
+    close(logp, np.take_along_axis(want, ACTIONS[..., None], -1)[..., 0])
+    close(h, -(np.exp(want) * want).sum(-1))
+
+
+@pytest.mark.parametrize("chunk_tokens", [9, 4096])
+def test_gradients_are_the_dense_ones_whatever_the_chunk(chunk_tokens):
+    """∂ logp/∂z = onehot - p and ∂ H/∂z = -p (log p + H), over the temperature."""
+    a, b = draw.normal(size=(2, B, T))
+    run = by_chunks(chunk_tokens)
+
+    def loss(hidden, table):
+        logp, h = run(hidden, table)
+        return (narrow(a) * logp + narrow(b) * h).sum()
+
+    slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))(narrow(HIDDEN), narrow(TABLE))
+    logp = dense(HIDDEN @ TABLE, TEMPERATURE)
+    p, h = np.exp(logp), -(np.exp(logp) * logp).sum(-1, keepdims=True)
+    by_logits = (a[..., None] * (np.eye(V)[ACTIONS] - p) - b[..., None] * p * (logp + h)) / TEMPERATURE[..., None]
+    close(slopes[0], by_logits @ TABLE.T, atol=1e-5)
+    close(slopes[1], np.einsum("btd,btv->dv", HIDDEN, by_logits), atol=1e-5)
+
+
+def test_no_array_of_the_size_of_all_logits_exists_in_value_or_gradient():
+    run = by_chunks(6)
+    program = jax.make_jaxpr(jax.grad(lambda h, w: sum(x.sum() for x in run(h, w)), argnums=(0, 1)))
+    shapes = re.findall(r"\[([\d,]+)\]", str(program(narrow(HIDDEN), narrow(TABLE))))
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
+    assert 2 * B * V <= max(sizes) < B * T * V
+
+
+def test_low_precision_logits_are_summed_in_float32():
+    logits = narrow(np.full((1, 1000), 0.1)).astype(jnp.bfloat16)
+    one = jnp.ones(1)
+    close(chosen_logp(logits, jnp.zeros(1, int), one), [-np.log(1000)])
+    close(entropy(logits, one), [np.log(1000)])
+
+
+def test_trl_logps_and_entropy(shared):
+    _, ins, outs = golden(shared, "trl_logps_entropy")["a"]
+    one = jnp.ones(ins["index"].shape)
+    both = lambda z: (chosen_logp(z, ins["index"], one), entropy(z, one))  # noqa: E731
+    logp, h = both(ins["logits"])
+    close(logp, outs["logps"])
+    close(h, outs["entropy"])
+    slope = jax.grad(lambda z: both(z)[0].sum() + 2 * both(z)[1].sum())(ins["logits"])
+    close(slope, outs["grad_logits"], atol=5e-6)
+
+
+def test_verl_entropy(shared):
+    for case, (_, ins, outs) in golden(shared, "verl_entropy").items():
+        mask = ins["response_mask"] > 0
+        mean = lambda z, mask=mask: (token_mean(mask) * entropy(z, jnp.ones(mask.shape))).sum()  # noqa: E731
+        value, slope = jax.value_and_grad(mean)(ins["logits"])
+        close(value, outs["entropy"], case=case)
+        close(slope, outs["grad_logits"], case=case)

@@ -1,0 +1,84 @@
+"""Weights against the peers' aggregation modes: the gradient of an aggregate by its terms is its weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.ops import weights
+from tests.ops.golden import close, golden
+
+T = 9
+MODES = {
+    "token-mean": jax.jit(weights.token_mean),
+    "seq-mean-token-mean": jax.jit(weights.sequence_mean),
+    "seq-mean-token-sum": jax.jit(weights.sequence_sum),
+    "seq-mean-token-sum-norm": jax.jit(weights.constant_length(float(T))),
+}
+BY_MODE = pytest.mark.parametrize("mode", MODES)
+
+
+@BY_MODE
+def test_verl_new_agg_loss(shared, mode):
+    for case, (_, ins, outs) in golden(shared, "verl_new_agg_loss").items():
+        got = MODES[mode](ins["loss_mask"] > 0)
+        close(got, outs[f"grad {mode}"], case=case, atol=1e-7)
+        close((got * ins["loss_mat"]).sum(), outs[mode], case=case)
+
+
+def test_tunix_aggregate_loss(shared):
+    names = {
+        "token-mean": "token-mean",
+        "sequence-mean-token-mean": "seq-mean-token-mean",
+        "seq-mean-token-sum": "seq-mean-token-sum",
+        "sequence-mean-token-scale": "seq-mean-token-sum-norm",  # divides by T
+    }
+    for case, (_, ins, outs) in golden(shared, "tunix_aggregate_loss").items():
+        for theirs, ours in names.items():
+            got = (MODES[ours](ins["completion_mask"] > 0) * ins["per_token_loss"]).sum()
+            close(got, outs[theirs], case=(case, theirs))
+
+
+def rows_and_packed():
+    """Four sequences in rows of their own; the same ones as segments of two rows. The second has no decision."""
+    draw = np.random.default_rng(0)
+    lengths, terms = [4, 3, 5, 2], draw.normal(size=(4, T))
+    mask = np.zeros((4, T), bool)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = draw.random(length) < 0.8
+    mask[0, 0], mask[1] = True, False
+    packed, segments, packed_terms = np.zeros((2, T), bool), np.zeros((2, T), int), np.zeros((2, T))
+    for into, rows in enumerate([(0, 1), (2, 3)]):
+        at = 0
+        for number, row in enumerate(rows):
+            take = slice(at, at + lengths[row])
+            packed[into, take], segments[into, take] = mask[row, : lengths[row]], number + 1
+            packed_terms[into, take] = terms[row, : lengths[row]]
+            at = take.stop
+    return (mask, terms), (packed, segments, packed_terms)
+
+
+@BY_MODE
+def test_packing_changes_no_sum(mode):
+    (mask, terms), (packed, segments, packed_terms) = rows_and_packed()
+    own = MODES[mode](jnp.asarray(mask), jnp.asarray(mask).astype(int))
+    together = MODES[mode](jnp.asarray(packed), jnp.asarray(segments))
+    close((own * terms).sum(), (np.asarray(MODES[mode](jnp.asarray(mask))) * terms).sum())
+    close((together * packed_terms).sum(), (own * terms).sum())
+    np.testing.assert_array_equal(np.asarray(together)[~packed], 0.0)
+
+
+def test_sequence_lengths_count_decisions_of_the_segment():
+    (_, _), (packed, segments, _) = rows_and_packed()
+    want = [[(packed[b] & (segments[b] == segments[b, t])).sum() for t in range(T)] for b in range(2)]
+    got = np.asarray(weights.sequence_lengths(jnp.asarray(packed), jnp.asarray(segments)))
+    close(got, want, where=segments > 0)
+
+
+@BY_MODE
+def test_rows_without_a_decision_weigh_nothing_and_divide_nothing(mode):
+    (mask, _), _ = rows_and_packed()
+    full = np.asarray(MODES[mode](jnp.asarray(mask)))
+    np.testing.assert_array_equal(full[~mask], 0.0)
+    close(np.delete(full, 1, axis=0), MODES[mode](jnp.asarray(np.delete(mask, 1, axis=0))))
+    np.testing.assert_array_equal(MODES[mode](jnp.zeros((3, T), bool)), 0.0)
