@@ -3,8 +3,8 @@ r"""Does rljax compute what transformers computes? Logits and log-probs of one m
     pip install 'rljax[parity]'                              # torch
     python experiments/check_parity.py --model DIR
 
-Both run on the CPU, transformers with eager attention. What transformers says of each text alone is the reference; rljax
-must say the same with the text alone, through its KV cache, and in a batch padded on the left.
+Both run on the CPU, transformers with eager attention. What transformers says of each text alone is the reference;
+rljax must say the same with the text alone, through its KV cache, and in a batch padded on the left.
 
 Float32 rounds in proportion to the logits, so a difference is judged relative to the standard deviation of the logits
 at its position (at least 1). On stories260k, whose logits reach 23, transformers' own eager and SDPA attention differ

@@ -2,7 +2,8 @@ r"""GRPO on any Hugging Face model directory and any jsonl of prompts.
 
     python experiments/grpo.py --model DIR --prompts experiments/story_openings.jsonl \
         --rewards animals --sampling.max_tokens 128
-    python experiments/grpo.py --model DIR --prompts gsm8k_train.jsonl --template "{question}\n" --rewards number think=0.1
+    python experiments/grpo.py --model DIR --prompts gsm8k_train.jsonl --template "{question}\n" \
+        --rewards number think=0.1
 
 The reward is a weighted sum of verifiers (rljax/rewards/, or your own in VERIFIERS), run in worker processes under a
 deadline. The reference of the KL term is the model as it was at the start.
@@ -13,16 +14,14 @@ Reached: not yet run.
 import dataclasses
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
 import options
 from options import Batches, MeshShape, Optimizer
-
 from rljax.algorithms import grpo, with_kl
-from rljax.data.prompts import Prompts, read_jsonl
+from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
@@ -33,7 +32,7 @@ from rljax.rewards.text import animals
 from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say
-from rljax.train.metrics import average, describe, require_on_policy
+from rljax.train.metrics import average, describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import make_update, minibatches
@@ -69,51 +68,34 @@ class Config:
     debug: bool = False  # no jit, NaN checks, one step
 
 
-def read_rewards(names: tuple[str, ...]) -> tuple[dict, dict[str, float]]:
-    """Verifiers and weights by name, from NAME or NAME=WEIGHT."""
-    weights = {}
-    for item in names:
-        name, _, weight = item.partition("=")
-        try:
-            weights[name] = float(weight or 1.0)
-            VERIFIERS[name]
-        except (ValueError, KeyError):
-            raise ValueError(f"reward {item!r}; legal: {', '.join(VERIFIERS)}, each with =WEIGHT or without") from None
-    return {name: VERIFIERS[name] for name in weights}, weights
-
-
 def read_prompts(cfg: Config, tokenizer, context: int) -> tuple[Prompts, Prompts]:
     """Training and held-out prompts; over-long ones are dropped and counted."""
     longest = cfg.max_prompt_tokens or context - cfg.sampling.max_tokens
     if not 0 < longest <= context - cfg.sampling.max_tokens:
         raise ValueError(
-            f"prompts of {longest} tokens and answers of {cfg.sampling.max_tokens} do not fit the context of {context}; "
+            f"prompts of {longest} and answers of {cfg.sampling.max_tokens} tokens do not fit the model's context; "
             f"legal: max_prompt_tokens + sampling.max_tokens <= {context}"
         )
-    columns = read_jsonl(cfg.prompts)
-    try:
-        texts = [{**row, "": cfg.template.replace("\\n", "\n").format(**row)} for row in columns]
-    except KeyError as missing:
-        raise ValueError(f"the template asks for column {missing}; the columns are {sorted(columns[0])}") from None
-    order = np.random.default_rng([cfg.seed, 2]).permutation(len(texts))
-    cut = min(cfg.held_out, len(texts) // 2)
-    make = partial(Prompts, encode=tokenizer.encode, text=lambda row: row[""], max_tokens=longest, pad=tokenizer.pad)
-    train, held_out = make([texts[i] for i in order[cut:]], seed=cfg.seed), make([texts[i] for i in order[: cut or None]])
-    say(f"{len(train)} prompts, {len(held_out)} held out; dropped {train.dropped + held_out.dropped} of over {longest} tokens")
+    text = from_template(cfg.template.replace("\\n", "\n"))
+    make = partial(Prompts, encode=tokenizer.encode, text=text, max_tokens=longest, pad=tokenizer.pad, seed=cfg.seed)
+    train, held_out = map(make, hold_out(read_jsonl(cfg.prompts), cfg.held_out, cfg.seed))
+    dropped = train.dropped + held_out.dropped
+    say(f"{len(train)} prompts and {len(held_out)} held out; dropped {dropped} of more than {longest} tokens")
     return train, held_out
 
 
-def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
-    """Train; returns held-out reward before and after with standard errors. `algorithm` replaces with_kl(grpo())."""
+def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
+    """Train, and return the held-out reward before and after. `algorithm` replaces with_kl(grpo())."""
     algorithm, b = algorithm or with_kl(grpo(), cfg.kl), cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
-    verifiers, weights = read_rewards(cfg.rewards)
+    weights = options.read_rewards(cfg.rewards, verifiers)
     config, tokenizer = hf.read_config(cfg.model, cfg.remat), load_tokenizer(cfg.model)
     train, held_out = read_prompts(cfg, tokenizer, config.max_positions)
 
     axes = policy.logical_axes(config, {"decoder": None})
-    params = {"decoder": hf.load(cfg.model, config, meshes.param_shardings(mesh, axes["decoder"], decoder.abstract(config)))}
+    places = meshes.param_shardings(mesh, axes["decoder"], decoder.abstract(config))
+    params = {"decoder": hf.load(cfg.model, config, places)}
     model, lm = policy.make_policy(config), decoder.language_model(config)
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
     start = jax.tree.map(jnp.copy, params)
@@ -125,33 +107,24 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
     sampling = Sampling(n=b.group, stop=tokenizer.stop, **asdict(cfg.sampling))
 
-    def evaluate(state: TrainState, score) -> dict[str, float]:
-        """Reward, its standard error and the KL to the start, on answers to held-out prompts."""
-        drawn = sampling.replace(n=-(-cfg.evaluate_samples // len(held_out)))
-        rows = held_out.first(len(held_out))
-        traj = score(with_reference(state, sample(lm, state.params, state.frozen, rows, drawn, cfg.seed, -1)), rows)
-        total = np.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
-        total = total[np.isfinite(total)]
-        return {
-            "reward": float(total.mean()),
-            "error": float(total.std(ddof=1) / len(total) ** 0.5),
-            "kl": float(np.where(traj.mask, traj.logp - traj.ref_logp, 0.0).sum(axis=1).mean()),
-        }
+    exam = held_out.first(len(held_out))
 
-    headlines = ("reward", "no_signal", "length", "kl_sequence", "tokens_per_second")
-    with (
-        Pool(workers=cfg.verifier_workers, seconds=cfg.verifier_seconds) as pool,
-        Run(
-            cfg.directory,
-            asdict(cfg),
-            steps=1 if cfg.debug else cfg.steps,
-            source=__file__,
-            save_every=cfg.save_every,
-            show_every=cfg.show_every,
-            headlines=headlines,
-        ) as run,
-    ):
-        score = make_score(verifiers, tokenizer.decode, weights, pool)
+    def evaluate(state: TrainState, score) -> dict[str, float]:
+        drawn = sampling.replace(n=-(-cfg.evaluate_samples // len(held_out)))
+        traj = sample(lm, state.params, state.frozen, exam, drawn, cfg.seed, -1)
+        return reward_and_kl(score(with_reference(state, traj), exam))
+
+    run = Run(
+        cfg.directory,
+        asdict(cfg),
+        steps=1 if cfg.debug else cfg.steps,
+        source=__file__,
+        save_every=cfg.save_every,
+        show_every=cfg.show_every,
+        headlines=("reward", "no_signal", "length", "kl_sequence", "tokens_per_second"),
+    )
+    with run, Pool(workers=cfg.verifier_workers, seconds=cfg.verifier_seconds) as pool:
+        score = make_score({n: verifiers[n] for n in weights}, tokenizer.decode, weights, pool)
         state = jax.device_put(state, shardings.state)
         before = evaluate(state, score)
         state = run.restore(state)
@@ -172,10 +145,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             if run.shows(step):
                 run.show(step, batch, tokenizer.decode, score.names, rows.columns, log_ratio(state, traj))
         after = evaluate(state, score)
-    say(f"report: {Path(cfg.directory) / 'report.html'}")
+    say(f"report: {cfg.directory}/report.html")
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))
     say(f"held-out reward: {shown}, at a KL to the start of {after['kl']:.1f} nats a sequence")
-    return {f"{name}_{when}": r[name] for when, r in (("before", before), ("after", after)) for name in r}
+    return {"before": before, "after": after}
 
 
 if __name__ == "__main__":

@@ -98,8 +98,22 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
 
 
+def read_rewards(names: tuple[str, ...], legal: dict[str, Callable]) -> dict[str, float]:
+    """Weights by name from NAME or NAME=WEIGHT. Raises ValueError for a name that is not in `legal`, or no number."""
+    weights = {}
+    for item in names:
+        name, _, weight = item.partition("=")
+        try:
+            weights[name] = float(weight or 1.0)
+        except ValueError:
+            name = ""
+        if name not in legal:
+            raise ValueError(f"reward {item!r}; legal: {', '.join(legal)}, each with =WEIGHT or without")
+    return weights
+
+
 def setup(debug: bool = False) -> None:
-    """Process-wide settings: the compilation cache outside the checkout (RLJAX_CACHE moves it, empty: none), debugging."""
+    """Process-wide: debugging, and a compilation cache outside the checkout (RLJAX_CACHE moves it; empty: none)."""
     cache = os.environ.get("RLJAX_CACHE", str(Path.home() / ".cache" / "rljax" / "xla"))
     if cache and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -113,8 +127,8 @@ def setup(debug: bool = False) -> None:
 def run(config_type: type, main: Callable) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
-    Unknown names, wrong types, and what the rooms refuse: one error that says what would be legal, exit code 2 or 1. The
-    traceback is shown with --debug True.
+    Unknown names, wrong types, and what the rooms refuse: one error that says what would be legal, exit code 2 or 1.
+    The traceback is shown with --debug True.
     """
     try:
         config = tyro.cli(config_type, config=(tyro.conf.FlagConversionOff,))

@@ -27,8 +27,8 @@ Params = Any  # a nested dict of arrays
 class Trajectory:
     """What happened: the facts of B rows of T decisions.
 
-    A row is prompt and answer. Inside a segment `actions[:, t] == inputs[:, t + 1]`; the last chosen token stands only in
-    `actions`. Scores and rewards are NaN where a row could not be judged (never silently 0).
+    A row is prompt and answer. Inside a segment `actions[:, t] == inputs[:, t + 1]`; the last chosen token stands only
+    in `actions`. Scores and rewards are NaN where a row could not be judged (never silently 0).
     """
 
     inputs: Array  # [B T ...] token ids (or observations) the policy saw at t
@@ -204,6 +204,5 @@ def check(x: Trajectory | Batch) -> None:
                 continue
             want = expected.get(name, (B, T))
             if jnp.shape(value)[: len(want)] != want:
-                raise ValueError(
-                    f"{type(owner).__name__}.{name} has shape {jnp.shape(value)}; with a mask of {(B, T)} it must start {want}"
-                )
+                owned = f"{type(owner).__name__}.{name}"
+                raise ValueError(f"{owned} has shape {jnp.shape(value)}; with a mask of {(B, T)} it must start {want}")

@@ -3,8 +3,9 @@
     Â_it = (R_i - mean_group R) / (std_group R + ε)
     L = (1/N⁺) Σ_i (1/n_i) Σ_t max(-ρ_it Â_it, -clip(ρ_it, 1 - low, 1 + high) Â_it)
 
-The paper's KL term is a wrapper: `with_kl(grpo(), 0.04)`. With one update per rollout ρ = 1: the loss is 0 and the gradient
-is not. std is unbiased; a group of equal rewards, or of one row, has advantage 0. Left out: process supervision.
+The paper's KL term is a wrapper: `with_kl(grpo(), 0.04)`. With one update per rollout ρ = 1: the loss is 0 and the
+gradient is not. std is unbiased; a group of equal rewards, or of one row, has advantage 0. Left out: process
+supervision.
 
 Variants are arguments: `grpo(std_epsilon=None, weights=constant_length(C))` is Dr.GRPO (arXiv:2503.20783);
 `grpo(high=0.28, weights=token_mean)` is the loss of DAPO (arXiv:2503.14476).

@@ -3,8 +3,8 @@
     L = -(1/N⁺) Σ_i Σ_t (R_i - b_i) log π(a_it | s_it)
 
 A baseline b that does not depend on row i's own decisions leaves the mean of the gradient unchanged and lowers its
-variance. `leave_one_out` is such a baseline (RLOO, arXiv:2402.14740); `group_mean` and `batch_mean` contain the row itself
-and so shrink the gradient by (n - 1)/n.
+variance. `leave_one_out` is such a baseline (RLOO, arXiv:2402.14740); `group_mean` and `batch_mean` contain the row
+itself and so shrink the gradient by (n - 1)/n.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Algorithm -> Algorithm: terms that any method can carry.
 
-A coefficient given here is the value used unless the training state carries one of that name (`coefficients["kl"]`): then
-the state's holds, a traced scalar that a controller may change without recompiling.
+A coefficient given here is the value used unless the training state carries one of that name (`coefficients["kl"]`):
+then the state's holds, a traced scalar that a controller may change without recompiling.
 """
 
 from collections.abc import Callable

@@ -25,8 +25,30 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return rows
 
 
+def from_template(template: str) -> Callable[[dict], str]:
+    """columns of a row -> prompt, by a template with column names in braces: "{question}\n".
+
+    The function raises ValueError, naming the columns that exist, where one is missing.
+    """
+
+    def text(row: dict) -> str:
+        try:
+            return template.format_map(row)
+        except (KeyError, IndexError) as missing:
+            raise ValueError(f"the template asks for column {missing}; the columns are {sorted(row)}") from None
+
+    return text
+
+
+def hold_out(columns: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """A random split into (training, held-out): `count` rows held out, at most half; of a single row, both sides."""
+    order = np.random.default_rng([seed, 2]).permutation(len(columns))
+    cut = min(count, len(columns) // 2)
+    return [columns[i] for i in order[cut:]], [columns[i] for i in order[: cut or None]]
+
+
 def draw_order(size: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Dataset indices of draws start .. start + count - 1: each epoch is a permutation of its own, made from the seed."""
+    """Dataset indices of draws start .. start + count - 1: each epoch a permutation of its own, made from the seed."""
     numbers = np.arange(start, start + count)
     out = np.empty(count, np.int64)
     for epoch in np.unique(numbers // size):

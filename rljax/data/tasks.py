@@ -12,7 +12,7 @@ def additions() -> list[dict]:
 
 
 def sortings(digits: int = 6) -> list[dict]:
-    """Every order of `digits` different digits, to be put in ascending order: {"prompt": "504183=", "answer": "013458"}."""
+    """Every order of `digits` different digits, to be sorted: {"prompt": "504183=", "answer": "013458"}."""
     orders = itertools.permutations("0123456789", digits)
     return [{"prompt": "".join(o) + "=", "answer": "".join(sorted(o))} for o in orders]
 

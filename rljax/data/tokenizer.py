@@ -1,4 +1,4 @@
-"""Text <-> token ids. Whatever has these five attributes is a tokenizer here; a Hugging Face one is wrapped to have them."""
+"""Text <-> token ids: characters for what is trained from scratch, a Hugging Face tokenizer for the rest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """One decoder for the Llama family, told apart by numbers and booleans, not by subclasses.
 
 Flax modules (nnx) define the layers; outside this file parameters are a plain nested dict of arrays and everything is a
-pure function of them. The cache is a plain pytree too: per-layer keys and values, and which columns are filled with what.
-One attention rule serves training, prefill, decoding and packing: a query sees the keys of its own segment at positions
-up to its own.
+pure function of them. The cache is a plain pytree too: per-layer keys and values, and which columns are filled with
+what. One attention rule serves training, prefill, decoding and packing: a query sees the keys of its own segment at
+positions up to its own.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def rotate(x, positions, theta: float):
 
 
 def attend(query, key, value, visible):
-    """softmax(QKᵀ/√K) V with heads in groups that share keys. query [B T H K]; key, value [B S KV K]; visible [B T S]."""
+    """softmax(QKᵀ/√K) V, heads in groups that share keys. query [B T H K]; key, value [B S KV K]; visible [B T S]."""
     B, T, H, K = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(B, T, kv_heads, H // kv_heads, K)
@@ -132,7 +132,8 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, V = config.width, config.vocabulary
-        # Tables are split along the vocabulary only: a table split along both axes makes XLA gather it whole at each use.
+        # Tables are split along the vocabulary only: a table split along both axes makes XLA gather it whole at each
+        # use.
         self.embedding = _param(rngs, (V, D), ("vocabulary", None), D)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = RMSNorm(config)
@@ -237,8 +238,8 @@ def logical_axes(config: DecoderConfig) -> Params:
 def forward(config: DecoderConfig, params: Params, tokens, positions, segments, cache=None):
     """Hidden states [B T D] after the last norm, and the cache with the new columns.
 
-    Without a cache the keys are the tokens themselves; with one they are its columns, and the new tokens are appended at
-    each row's own length.
+    Without a cache the keys are the tokens themselves; with one they are its columns, and the new tokens are appended
+    at each row's own length.
     """
     return nnx.merge(_definition(config)[0], params)(tokens, positions, segments, cache)
 

@@ -24,7 +24,7 @@ def clipped_surrogate(logp: Terms, old_logp: Terms, advantages: Terms, low: floa
 
 
 def clipped_fraction(logp: Terms, old_logp: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
-    """1 where `clipped_surrogate` passes no gradient because the ratio left the range on the profitable side, else 0."""
+    """1 where `clipped_surrogate` passes no gradient: the ratio left the range on the profitable side. Else 0."""
     ratio = importance_ratio(logp, old_logp)
     outside = ((ratio > 1.0 + high) & (advantages > 0)) | ((ratio < 1.0 - low) & (advantages < 0))
     return outside.astype(ratio.dtype)

@@ -1,8 +1,8 @@
 """Returns and advantages over time.
 
-Time is the last axis; column t is one decision: r_t follows a_t, V_t was seen before it. Columns with mask False (prompt,
-tool output, padding) are skipped: what stands to their right reaches the decision to their left unchanged, as if they
-were not there. Values at masked columns may be garbage.
+Time is the last axis; column t is one decision: r_t follows a_t, V_t was seen before it. Columns with mask False
+(prompt, tool output, padding) are skipped: what stands to their right reaches the decision to their left unchanged, as
+if they were not there. Values at masked columns may be garbage.
 """
 
 import jax

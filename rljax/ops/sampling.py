@@ -1,8 +1,8 @@
 """Drawing tokens: one uniform number a row, inverted through the cumulative distribution.
 
-The uniform of a token depends on (seed, step, prompt, sample, position) alone, so the same sample comes out whatever the
-batch split or the mesh. Nothing is sorted: thresholds are found by bisection over the bit patterns of the probabilities,
-which is exact and some forty times cheaper than a sort on a CPU.
+The uniform of a token depends on (seed, step, prompt, sample, position) alone, so the same sample comes out whatever
+the batch split or the mesh. Nothing is sorted: thresholds are found by bisection over the bit patterns of the
+probabilities, which is exact and some forty times cheaper than a sort on a CPU.
 """
 
 import jax

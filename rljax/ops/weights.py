@@ -1,7 +1,7 @@
 """How the terms of a batch become one sum: loss = Σ weight · term.
 
-Every "aggregation mode" of the field is one function (mask, segments) -> weight [B T]. It sees the whole optimizer batch
-before that is cut into micro-batches or shards, so that a plain sum is exact however it is cut. A sequence is one
+Every "aggregation mode" of the field is one function (mask, segments) -> weight [B T]. It sees the whole optimizer
+batch before that is cut into micro-batches or shards, so that a plain sum is exact however it is cut. A sequence is one
 segment of one row; sequences without a decision (N⁺ counts the others) weigh nothing.
 """
 

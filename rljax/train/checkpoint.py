@@ -1,8 +1,8 @@
 """Checkpoints of a whole TrainState: asynchronous, atomic, and verified. The only file that knows Orbax.
 
-A step is good once its manifest (sha256 of every file) stands beside it; the manifest is written after Orbax has committed
-the step. A step without one was interrupted and is removed at start; one that no longer matches is reported and passed
-over for the one before it.
+A step is good once its manifest (sha256 of every file) stands beside it; the manifest is written after Orbax has
+committed the step. A step without one was interrupted and is removed at start; one that no longer matches is reported
+and passed over for the one before it.
 """
 
 import hashlib

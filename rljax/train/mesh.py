@@ -1,7 +1,7 @@
 """Sharding as data: logical axis name -> mesh axis, one table; every array is made in its place.
 
-Mesh axes: `data` (replicas), `fsdp` (rows and parameters both cut), `tensor` (heads, MLP and vocabulary cut). One device is
-a mesh of 1 x 1 x 1: the same code.
+Mesh axes: `data` (replicas), `fsdp` (rows and parameters both cut), `tensor` (heads, MLP and vocabulary cut). One
+device is a mesh of 1 x 1 x 1: the same code.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class Shardings(NamedTuple):
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1: what is left. Raises ValueError unless the product is their number."""
+    """A mesh over all devices; one size may be -1: the rest. Raises ValueError unless the product is their number."""
     sizes, count = [data, fsdp, tensor], jax.device_count()
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and known > 0 and count % known == 0:
@@ -66,7 +66,7 @@ def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
 
 
 def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTransformation, axes: Params) -> Shardings:
-    """Shardings of a whole state: optimizer statistics and the reference lie as the parameters do, the rest is replicated.
+    """Shardings of a state: optimizer statistics and the reference lie as the parameters do, the rest is replicated.
 
     Args: state: the state, or its shapes. axes: a tuple of logical axes per parameter.
     """
@@ -84,7 +84,7 @@ def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTran
 
 
 def place_rows(shardings: Shardings, tree: Any) -> Any:
-    """Put arrays of rows in their place; scalars everywhere. Raises ValueError where rows do not divide over the devices."""
+    """Put arrays of rows in their place, scalars everywhere. Raises ValueError where rows do not divide."""
     mesh = shardings.rows.mesh
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
 

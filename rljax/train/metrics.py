@@ -1,17 +1,18 @@
-"""What a rollout shows before anything is learnt from it: rewards by name, lengths, signal, distance to the reference."""
+"""What a rollout shows before anything is learnt: rewards by name, lengths, signal, distance to the reference."""
 
 from collections.abc import Iterable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rljax.ops import groups
-from rljax.types import Batch
+from rljax.types import Batch, Trajectory
 
 
 def describe(batch: Batch, names: tuple[str, ...]) -> dict:
-    """Scalars of a credited rollout batch. `names` of the verifiers, in the order of `scores`. docs/metrics.md explains each."""
+    """Scalars of a credited rollout batch, explained in docs/metrics.md. `names`: of the verifiers, as in `scores`."""
     return _describe(batch, tuple(names))
 
 
@@ -39,6 +40,15 @@ def _describe(batch: Batch, names: tuple[str, ...]) -> dict:
         score = traj.scores[:, k]
         out[f"reward/{name}"] = _mean(score, jnp.isfinite(score))
     return out
+
+
+def reward_and_kl(traj: Trajectory) -> dict[str, float]:
+    """Mean reward of the judged rows with its standard error, and the KL to the reference in nats a sequence."""
+    total = np.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
+    total = total[np.isfinite(total)]
+    error = total.std(ddof=1) / len(total) ** 0.5 if len(total) > 1 else np.nan
+    kl = np.where(traj.mask, np.asarray(traj.logp) - np.asarray(traj.ref_logp), 0.0).sum(axis=1).mean()
+    return {"reward": float(total.mean()), "error": float(error), "kl": float(kl)}
 
 
 def _mean(x, valid):

@@ -11,8 +11,8 @@ from rljax.types import Algorithm, Batch, Objective, PolicyOutput
 def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     """Σ weight · loss for a policy (params, frozen, trajectory) -> PolicyOutput.
 
-    What stands at masked columns is replaced by zeros *before* the loss sees it (an exp of garbage would poison the gradient
-    even where its value is dropped), and the terms are masked again after.
+    What stands at masked columns is replaced by zeros *before* the loss sees it (an exp of garbage would poison the
+    gradient even where its value is dropped), and the terms are masked again after.
     """
 
     def prepare(params, frozen, batch: Batch, key) -> Batch:

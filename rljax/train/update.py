@@ -18,9 +18,9 @@ def make_update(
 ) -> Callable:
     """update(state, batch) -> (state, metrics). The old state's buffers are donated, all but `frozen`.
 
-    Weights are fixed over the whole batch before it is cut, so gradients do not depend on `micro_batches` or on the mesh:
-    they are plain sums. Metrics are means over the whole batch, and `loss`, `grad_norm` (before any clipping in the
-    optimizer's chain) and `update_norm`. With `shardings` the state enters and leaves in them.
+    Weights are fixed over the whole batch before it is cut, so gradients do not depend on `micro_batches` or on the
+    mesh: they are plain sums. Metrics are means over the whole batch, and `loss`, `grad_norm` (before any clipping in
+    the optimizer's chain) and `update_norm`. With `shardings` the state enters and leaves in them.
     """
 
     def step(state: TrainState, frozen, batch):

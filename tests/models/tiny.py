@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 CASES = {
     "grouped": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": False},
     "plain": {"num_attention_heads": 3, "rope_theta": 100.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
-    "deep": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 2, "num_hidden_layers": 12},
+    "deep": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4, "num_hidden_layers": 11},
 }
 BASE = {
     "architectures": ["LlamaForCausalLM"],

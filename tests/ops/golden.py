@@ -1,4 +1,4 @@
-"""Recorded outputs of the peers' own code: golden/<name>.npz in the shared folder, whose README says how to read them."""
+"""Recorded outputs of the peers' own code: golden/NAME.npz in the shared folder; the README there explains them."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-MASKS = ("right", "left", "holes", "empty")
 
 
 class Case(NamedTuple):

@@ -38,7 +38,7 @@ def test_statistics_are_those_of_the_judged_rows_with_the_same_id(ours, hand):
 
 
 def test_group_sum_adds_every_row():
-    close(group_sum(jnp.ones(len(X)), jnp.asarray(GROUP)), [(GROUP == g).sum() for g in GROUP])
+    close(group_sum(jnp.ones(len(X)), jnp.asarray(GROUP)), [np.sum(g == GROUP) for g in GROUP])
 
 
 @pytest.mark.parametrize("statistic", [group_mean, group_std, leave_one_out_mean])
@@ -50,11 +50,10 @@ def test_row_order_does_not_matter(statistic):
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, -2.3, 1000.1, 3.3e7])
-@pytest.mark.parametrize("size", [2, 3, 7, 12])
-def test_equal_values_have_exactly_their_value_as_mean(value, size):
+def test_equal_values_have_exactly_their_value_as_mean(value):
     """Else rounding, divided by a standard deviation of the same rounding, would pass for an advantage."""
-    x, group = jnp.full(2 * size, value, jnp.float32), jnp.tile(jnp.arange(2), size)
-    valid = jnp.ones(2 * size, bool)
+    group = jnp.asarray([size for size in (2, 3, 7, 12, 16) for _ in range(size)])
+    x, valid = jnp.full(len(group), value, jnp.float32), jnp.ones(len(group), bool)
     np.testing.assert_array_equal(group_mean(x, group, valid), x)
     np.testing.assert_array_equal(leave_one_out_mean(x, group, valid), x)
     np.testing.assert_array_equal(group_std(x, group, valid), 0.0)

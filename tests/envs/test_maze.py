@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rljax.algorithms import ppo, reinforce
+from rljax.algorithms.reinforce import batch_mean
+from rljax.envs.maze import MOVES, State, make_maze
+from rljax.models import mlp
+from rljax.models.policy import make_annotate
+from rljax.rollouts.episodes import episodes
+from rljax.train.objective import policy_objective
+from rljax.train.update import make_update
+from rljax.types import TrainState, check
+
+UP, DOWN, LEFT, RIGHT = range(4)
+
+
+def walk(env, actions, at=(0, 0)):
+    state, out = State(jnp.asarray(at, jnp.int32), jnp.int32(0)), None
+    for action in actions:
+        out = env.step(jax.random.key(0), state, action, env.params)
+        state = out.state
+    return out
+
+
+@pytest.mark.parametrize(
+    ("at", "action", "lands", "reward", "ended"),
+    [
+        ((0, 0), UP, (0, 0), 0, False),
+        ((0, 0), LEFT, (0, 0), 0, False),
+        ((0, 0), DOWN, (1, 0), 0, False),
+        ((0, 0), RIGHT, (0, 1), 0, False),
+        ((1, 1), UP, (0, 1), 0, False),
+        ((1, 0), DOWN, (1, 0), 0, False),
+        ((0, 1), RIGHT, (0, 2), 10, True),
+        ((1, 1), RIGHT, (1, 2), -10, True),
+    ],
+)
+def test_a_step_goes_where_the_map_says(at, action, lands, reward, ended):
+    out = walk(make_maze(), [action], at)
+    assert tuple(out.state.position.tolist()) == lands
+    assert (float(out.reward), bool(out.terminated), bool(out.truncated)) == (reward, ended, False)
+    assert int(out.observation.argmax()) == lands[0] * 3 + lands[1]
+    assert float(out.observation.sum()) == 1
+
+
+def test_walls_block_and_time_runs_out():
+    walled = make_maze(walls=[(0, 1)], limit=2)
+    out = walk(walled, [RIGHT, RIGHT])
+    assert tuple(out.state.position.tolist()) == (0, 0)
+    assert bool(out.truncated)
+    assert not bool(out.terminated)
+
+
+def test_optimal_values_by_value_iteration_are_those_of_the_docstring():
+    env, places = make_maze(), [(r, c) for r in range(2) for c in range(3)]
+    values = dict.fromkeys(places, 0.0)
+    for _ in range(50):
+        for place in set(places) - {(0, 2), (1, 2)}:
+            steps = [walk(env, [a], place) for a in range(len(MOVES))]
+            follow = [0.0 if bool(s.terminated) else values[tuple(s.state.position.tolist())] for s in steps]
+            values[place] = max(float(s.reward) + 0.9 * v for s, v in zip(steps, follow, strict=True))
+        if abs(values[0, 0] - 9) < 1e-9 and abs(values[1, 0] - 8.1) < 1e-6:
+            break
+    np.testing.assert_allclose([values[p] for p in ((0, 0), (0, 1), (1, 0), (1, 1))], [9, 10, 8.1, 9], rtol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", [reinforce(batch_mean), ppo(gamma=0.9)], ids=["reinforce", "ppo"])
+def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
+    """One set of functions: the same credit, objective and update, on observations in place of tokens."""
+    env, policy, optimizer = make_maze(limit=16), mlp.make_policy(), optax.adam(3e-2)
+    params = mlp.init(jax.random.key(0), 6, 4, 16)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
+    update = make_update(policy_objective(policy, algorithm), optimizer)
+    annotate = make_annotate(policy, algorithm.needs)
+    play = jax.jit(lambda params, key: episodes(env, mlp.act, params, key, 64, 16))
+    for step in range(40):
+        traj = annotate(state, play(state.params, jax.random.key(step)))
+        check(traj)
+        state, _ = update(state, algorithm.credit(traj, {}))
+    total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
+    assert float(total.mean()) > 9.0
+    assert float(traj.mask.sum(axis=1).mean()) < 4.0 or algorithm.needs == ()
