@@ -28,10 +28,10 @@ from rljax.rewards.text import exact_text
 from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say
-from rljax.train.metrics import average, describe, require_on_policy
+from rljax.train.metrics import describe, require_on_policy
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
-from rljax.train.update import make_update, minibatches
+from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, TrainState
 
 ALGORITHMS = {
@@ -67,14 +67,17 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
     directory = cfg.directory or f"runs/arithmetic_grpo/{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}"
+    warm_up = f"{cfg.directory}/warm_up" if cfg.directory else f"runs/arithmetic_sft/{cfg.task}-seed{cfg.seed}"
 
     shared = {name: getattr(cfg, name) for name in ("seed", "task", "held_out", "mesh", "debug")}
-    taught = arithmetic_sft.Config(target=cfg.warm_up_target, directory=f"{directory}/warm_up", **shared)
+    taught = arithmetic_sft.Config(target=cfg.warm_up_target, directory=warm_up, **shared)
     task = arithmetic_sft.make_task(taught)
-    start = policy.init(task.config, jax.random.key(cfg.seed), value_head="values" in algorithm.needs)
-    start = jax.device_get(arithmetic_sft.warm_up(taught, task, start))
+    start = arithmetic_sft.warm_up(taught, task, policy.init(task.config, jax.random.key(cfg.seed)))
+    if "values" in algorithm.needs:
+        start = policy.with_value_head(start, task.config)
 
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
+    before = task.accuracy(start, task.held_out.first(cfg.held_out), cfg.seed)
     state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=jax.random.key(cfg.seed + 2))
     shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, start))
     update = make_update(policy_objective(task.policy, algorithm), optimizer, b.micro_batches, shardings)
@@ -83,7 +86,6 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
 
     exam = task.held_out.first(cfg.held_out)
-    before = task.accuracy(start, exam, cfg.seed)
     steps = 1 if cfg.debug else cfg.steps
     headlines = ("reward", "held_out", "length", "entropy", "tokens_per_second")
     with Run(
@@ -97,19 +99,16 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             traj = annotate(state, traj)
             traj = disturb(score(traj, rows), cfg.reward, jax.random.fold_in(jax.random.key(cfg.seed), step))
             batch = credit(traj, state.coefficients)
-            learnt = []
-            for mini in minibatches(jax.random.fold_in(state.key, step), batch, b.epochs, b.minibatches):
-                state, metrics = update(state, mini)
-                learnt.append(metrics)
+            state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
             if run.first(step):
-                require_on_policy(learnt[0])
+                require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            seen = describe(batch, score.names) | average(learnt)
+            seen = describe(batch, score.names) | metrics
             if (step + 1) % cfg.evaluate_every == 0:
                 seen["held_out"] = task.accuracy(state.params, exam, cfg.seed)
-            run.record(step, state, seen)
             if run.shows(step):
                 run.show(step, batch, task.tokenizer.decode, score.names, rows.columns, log_ratio(state, traj))
+            run.record(step, state, seen)
         after = task.accuracy(state.params, exam, cfg.seed)
     say(f"report: {directory}/report.html")
     say(f"held-out accuracy: {before:.3f} -> {after:.3f}")

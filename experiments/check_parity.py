@@ -70,10 +70,11 @@ def compare(directory: str, texts: list[list[int]]) -> dict[str, Difference]:
     config = hf.read_config(directory)
     params = {"decoder": hf.load(directory, config)}
     tokens, mask = pad_left(texts, max(map(len, texts)), 0)
+    behind, _ = pad_left([ids[::-1] for ids in texts], tokens.shape[1], 0)
     found = {
-        "teacher-forced": [teacher_forced(config, params, *pad_left([ids], len(ids), 0))[0] for ids in texts],
-        "through the cache": [cached(config, params, ids) for ids in texts],
-        "batch padded on the left": _real(teacher_forced(config, params, tokens, mask), mask),
+        "teacher-forced": _real(teacher_forced(config, params, behind[:, ::-1], mask[:, ::-1]), mask[:, ::-1]),
+        "padded on the left": _real(teacher_forced(config, params, tokens, mask), mask),
+        "through the cache": _real(cached(config, params, tokens, mask), mask),
     }
     scales = [np.maximum(rows.std(axis=1), 1.0) for rows in logits]
     out = {f"logits, {name}": _largest(ours, logits, scales) for name, ours in found.items()}
@@ -110,31 +111,32 @@ def transformers_says(directory: str, texts: list[list[int]]) -> tuple[list[np.n
     return [rows.numpy() for rows in logits], [rows.numpy() for rows in logps]
 
 
+def _places(mask):
+    """Positions and segments of rows that may be padded on either side."""
+    segments = jnp.asarray(mask, jnp.int32)
+    return jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0), segments
+
+
 @partial(jax.jit, static_argnames="config")
+def feed(config: decoder.DecoderConfig, params, tokens, positions, segments, cache=None):
+    """Logits [B T V], and the cache with these tokens."""
+    hidden, cache = decoder.forward(config, params["decoder"], tokens, positions, segments, cache)
+    return decoder.logits(config, params["decoder"], hidden), cache
+
+
 def teacher_forced(config: decoder.DecoderConfig, params, tokens, mask):
-    """Logits [B T V] of rows that may be padded on either side."""
-    segments = mask.astype(jnp.int32)
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    hidden, _ = decoder.forward(config, params["decoder"], tokens, positions, segments)
-    return decoder.logits(config, params["decoder"], hidden)
+    """Logits [B T V] of whole rows."""
+    return feed(config, params, tokens, *_places(mask))[0]
 
 
-def cached(config: decoder.DecoderConfig, params, ids: list[int]):
-    """Logits [T V] of one text: half of it prefilled, the rest token by token."""
-    lm, tokens, first = decoder.language_model(config), jnp.asarray(ids)[None], (len(ids) + 1) // 2
-
-    @jax.jit
-    def feed(cache, tokens, start):
-        positions = start + jnp.arange(tokens.shape[1])[None]
-        hidden, cache = lm.forward(params, {}, tokens, positions, jnp.ones_like(tokens), cache)
-        return cache, lm.logits(params, {}, hidden)[0]
-
-    cache, rows = feed(lm.init_cache(1, len(ids)), tokens[:, :first], 0)
-    out = [rows]
-    for t in range(first, len(ids)):
-        cache, rows = feed(cache, tokens[:, t : t + 1], t)
-        out.append(rows)
-    return jnp.concatenate(out)
+def cached(config: decoder.DecoderConfig, params, tokens, mask):
+    """Logits [B T V]: the first half of the columns at once, then column by column."""
+    B, T = tokens.shape
+    cache, out = decoder.init_cache(config, B, T), []
+    for start, stop in [(0, T // 2), *((t, t + 1) for t in range(T // 2, T))]:
+        logits, cache = feed(config, params, *(x[:, start:stop] for x in (tokens, *_places(mask))), cache)
+        out.append(logits)
+    return jnp.concatenate(out, axis=1)
 
 
 def trainer_logps(config: decoder.DecoderConfig, params, tokens, mask) -> list[np.ndarray]:

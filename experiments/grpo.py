@@ -32,10 +32,10 @@ from rljax.rewards.text import animals
 from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say
-from rljax.train.metrics import average, describe, require_on_policy, reward_and_kl
+from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
-from rljax.train.update import make_update, minibatches
+from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, Sampling, TrainState
 
 VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
@@ -134,16 +134,13 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             traj = sample(lm, state.params, state.frozen, placed, sampling, cfg.seed, step)
             traj = score(annotate(state, traj), rows)
             batch = credit(traj, state.coefficients)
-            learnt = []
-            for mini in minibatches(jax.random.fold_in(state.key, step), batch, b.epochs, b.minibatches):
-                state, metrics = update(state, mini)
-                learnt.append(metrics)
+            state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
             if run.first(step):
-                require_on_policy(learnt[0])
+                require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            run.record(step, state, describe(batch, score.names) | average(learnt))
             if run.shows(step):
                 run.show(step, batch, tokenizer.decode, score.names, rows.columns, log_ratio(state, traj))
+            run.record(step, state, describe(batch, score.names) | metrics)
         after = evaluate(state, score)
     say(f"report: {cfg.directory}/report.html")
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))

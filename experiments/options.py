@@ -139,7 +139,9 @@ def run(config_type: type, main: Callable) -> None:
     setup(getattr(config, "debug", False))
     try:
         main(config)
-    except (ValueError, OSError, RewardError, FloatingPointError) as error:
+    except jax.errors.JaxRuntimeError:
+        raise
+    except (ValueError, OSError, RuntimeError, RewardError, FloatingPointError) as error:
         if getattr(config, "debug", False):
             traceback.print_exc()
         say(f"error: {error}")

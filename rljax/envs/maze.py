@@ -3,8 +3,8 @@
     . . G
     . . T
 
-Four actions (up, down, left, right); a step off the grid or into a wall stays; goal +10, trap -10, both end the episode;
-every other step 0. With γ = 0.9 the optimal values are 9, 10 in the upper row and 8.1, 9 in the lower.
+Four actions (up, down, left, right); a step off the grid or into a wall stays; goal +10, trap -10, both end the
+episode; every other step 0. With γ = 0.9 the optimal values are 9, 10 in the upper row and 8.1, 9 in the lower.
 """
 
 from typing import NamedTuple

@@ -10,13 +10,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.types import Params
 
 FAMILIES = ("llama",)
+NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 
 
 def read_config(directory: str | Path, remat: str = "none") -> DecoderConfig:
@@ -26,7 +35,10 @@ def read_config(directory: str | Path, remat: str = "none") -> DecoderConfig:
         raise FileNotFoundError(
             f"no model in {directory}: config.json is missing (a Hugging Face model directory holds it)"
         )
-    raw = json.loads((directory / "config.json").read_text())
+    try:
+        raw = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
     _refuse(directory, raw)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     return DecoderConfig(
@@ -58,6 +70,8 @@ def _refuse(directory: Path, raw: dict) -> None:
     for name, (value, legal) in found.items():
         if value not in legal:
             raise ValueError(f"{directory / 'config.json'}: {name} is {value!r}; legal: {', '.join(map(repr, legal))}")
+    if absent := [name for name in NUMBERS if name not in raw]:
+        raise ValueError(f"{directory / 'config.json'} lacks {', '.join(absent)}; a decoder needs {', '.join(NUMBERS)}")
 
 
 def load(directory: str | Path, config: DecoderConfig, shardings: Params | None = None, dtype=jnp.float32) -> Params:
@@ -128,8 +142,11 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"no *.safetensors in {directory}; pickled weights (.bin, .pt) are not read")
     found = {}
     for file in files:
-        with safe_open(file, framework="numpy") as opened:
-            found |= {name: file for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                found |= {name: file for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no whole safetensors file: {error}") from None
     return found
 
 

@@ -11,12 +11,14 @@ from rljax.ops.logprobs import chunked_logprobs
 from rljax.types import Params, PolicyOutput, TrainState, Trajectory
 
 
-def init(config: DecoderConfig, key, value_head: bool = False) -> Params:
-    """{"decoder": ...} and, for an actor-critic on one trunk, {"value_head": [D]}, zero: its first values are 0."""
-    params = {"decoder": decoder.init(config, key)}
-    if value_head:
-        params["value_head"] = jnp.zeros(config.width)
-    return params
+def init(config: DecoderConfig, key) -> Params:
+    """{"decoder": ...}, at random."""
+    return {"decoder": decoder.init(config, key)}
+
+
+def with_value_head(params: Params, config: DecoderConfig) -> Params:
+    """An actor-critic on one trunk: adds "value_head" [D], zero, so that its first values are 0."""
+    return {**params, "value_head": jnp.zeros(config.width)}
 
 
 def logical_axes(config: DecoderConfig, params: Params) -> Params:

@@ -78,7 +78,7 @@ def require_on_policy(metrics: dict, limit: float = 1e-3) -> None:
     Raises RuntimeError where they differ by more than `limit` nats: sampler and trainer then disagree on the model, the
     temperature or the tokens, and every ratio would be wrong.
     """
-    gap = float(metrics["logp_change_max"])
+    gap = float(metrics["sampler_gap"])
     if not gap <= limit:
         raise RuntimeError(
             f"sampler and trainer log-probs differ by up to {gap:.2g} nats at the first update (limit {limit:g})"

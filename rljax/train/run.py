@@ -138,10 +138,15 @@ class Run:
         return step % self.show_every == 0 or step + 1 == self.total
 
     def show(self, step: int, batch: Batch, decode: Callable, names: Sequence[str], columns, log_ratio=None) -> None:
-        """Keep what the policy wrote to the first prompts of the batch, token by token, and renew the report."""
+        """Keep what the policy wrote to the first prompts of the batch, token by token, and renew the report.
+
+        Before `record`, so that no checkpoint comes without its samples. Its time does not count as the step's.
+        """
+        began = time.monotonic()
         records = sample_records(step, batch, decode, names=names, columns=columns, log_ratio=log_ratio)
         self._log.samples(records)
         write_report(self.directory)
+        self._began += time.monotonic() - began
 
     # ------------------------------------------------------------------------------------------------------ inside
 

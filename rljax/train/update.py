@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rljax.train.mesh import Shardings, place_rows
+from rljax.train.metrics import average
 from rljax.types import Objective, TrainState
 
 
@@ -106,6 +107,18 @@ def _cut(batch, micro_batches: int):
 def _join(rows: list, whole):
     tree, scalars = whole
     return jax.tree.unflatten(tree, [s if r is None else r for r, s in zip(rows, scalars, strict=True)])
+
+
+def learn(update: Callable, state: TrainState, batch, epochs: int = 1, count: int = 1) -> tuple[TrainState, dict]:
+    """All updates of one rollout: `epochs` passes in `count` minibatches; metrics averaged over them.
+
+    Adds `sampler_gap`: `logp_change_max` at the first of them, where trainer and sampler have the same parameters.
+    """
+    learnt = []
+    for mini in minibatches(jax.random.fold_in(state.key, state.step), batch, epochs, count):
+        state, metrics = update(state, mini)
+        learnt.append(metrics)
+    return state, average(learnt) | {"sampler_gap": learnt[0]["logp_change_max"]}
 
 
 def minibatches(key, batch, epochs: int = 1, count: int = 1) -> Iterator:

@@ -105,7 +105,7 @@ def test_logits_through_the_cache(model):
         np.testing.assert_allclose(mine[: len(theirs)], theirs, **TOLERANCE)
 
 
-# --------------------------------------------------------------------------------------------------- one model is enough
+# -------------------------------------------------------------------------------------------------- one model is enough
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,92 @@
+"""The policy that the trainer sees, and the facts that annotate adds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from rljax.models import decoder, policy
+from rljax.types import TrainState, trajectory_of_tokens
+
+CONFIG = decoder.DecoderConfig(13, 12, 2, 2, 1, 6, 16)
+B, S = 3, 9
+
+
+@pytest.fixture(scope="module")
+def params():
+    made = policy.with_value_head(policy.init(CONFIG, jax.random.key(0)), CONFIG)
+    return made | {"value_head": jax.random.normal(jax.random.key(1), (CONFIG.width,))}
+
+
+@pytest.fixture(scope="module")
+def traj():
+    tokens = np.random.default_rng(0).integers(0, 13, (B, S))
+    segments = np.array([[1] * 9, [0] * 2 + [1] * 7, [1] * 4 + [2] * 5])
+    chosen = (segments > 0) & (np.arange(S) >= 3)
+    temperature = np.broadcast_to(np.array([1.0, 0.5, 2.0])[:, None], (B, S))
+    return trajectory_of_tokens(
+        tokens, segments, jnp.asarray(chosen), np.zeros((B, S)), temperature=jnp.asarray(temperature)
+    )
+
+
+def expected(params, traj):
+    """Log-probs, entropies and values in float64, from the decoder's hidden states."""
+    hidden, _ = decoder.forward(CONFIG, params["decoder"], traj.inputs, traj.positions, traj.segments)
+    hidden = np.float64(hidden)
+    logits = hidden @ np.float64(params["decoder"]["embedding"]).T / np.asarray(traj.temperature)[..., None]
+    shares = log_softmax(logits, axis=-1)
+    logp = np.take_along_axis(shares, np.asarray(traj.actions)[..., None], axis=-1)[..., 0]
+    return logp, -(np.exp(shares) * shares).sum(-1), hidden @ np.float64(params["value_head"])
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 4096])
+def test_policy_speaks_at_the_temperature_of_each_token(params, traj, chunk_tokens):
+    out = policy.make_policy(CONFIG, chunk_tokens)(params, {}, traj)
+    for got, want in zip((out.logp, out.entropy, out.values), expected(params, traj), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_temperature_is_temperature_one(params, traj):
+    model = policy.make_policy(CONFIG)
+    ones = traj.replace(temperature=jnp.ones_like(traj.temperature))
+    np.testing.assert_array_equal(model(params, {}, traj.replace(temperature=None)).logp, model(params, {}, ones).logp)
+
+
+def test_value_head_starts_at_zero_and_is_optional(traj):
+    without = policy.init(CONFIG, jax.random.key(0))
+    with_head = policy.with_value_head(without, CONFIG)
+    model = policy.make_policy(CONFIG)
+    np.testing.assert_array_equal(model(with_head, {}, traj).values, np.zeros((B, S - 1)))
+    assert model(without, {}, traj).values is None
+    for params in (with_head, without):
+        axes = policy.logical_axes(CONFIG, params)
+        jax.tree.map(lambda x, names: len(names) == x.ndim or pytest.fail(f"{x.shape}: {names}"), params, axes)
+
+
+def test_annotate_fills_what_is_needed(params, traj):
+    model = policy.make_policy(CONFIG)
+    reference = policy.init(CONFIG, jax.random.key(7))
+    state = TrainState(0, params, None, jax.random.key(0), frozen={"reference": reference})
+    filled = policy.make_annotate(model, ("ref_logp", "values", "old_logp"))(state, traj)
+    logp, _, values = expected(params, traj)
+    mask = np.asarray(traj.mask)
+    np.testing.assert_allclose(filled.old_logp, logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(filled.ref_logp, model(reference, {}, traj).logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(filled.values, np.pad(np.where(mask, values, 0), ((0, 0), (0, 1))), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needs", [(), ("values",), ("old_logp",)])
+def test_annotate_fills_no_more(params, traj, needs):
+    state = TrainState(0, params, None, jax.random.key(0))
+    filled = policy.make_annotate(policy.make_policy(CONFIG), needs)(state, traj)
+    names = ("ref_logp", "values", "old_logp")
+    assert {name for name in names if getattr(filled, name) is not None} == set(needs)
+    assert traj.values is None
+
+
+def test_annotate_refuses_what_it_does_not_know():
+    with pytest.raises(
+        ValueError, match=r"cannot fill \['routing'\]; it can fill \['old_logp', 'ref_logp', 'values'\]"
+    ):
+        policy.make_annotate(policy.make_policy(CONFIG), ("values", "routing"))
