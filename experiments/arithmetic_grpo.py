@@ -21,6 +21,7 @@ import arithmetic_sft
 import options
 from options import Batches, MeshShape, Optimizer
 from rljax.algorithms import grpo, ppo, reinforce
+from rljax.algorithms.dynamic_sampling import keep_informative
 from rljax.models import policy
 from rljax.ops.weights import token_mean
 from rljax.rewards.score import make_score
@@ -49,9 +50,9 @@ class Config:
     task: Literal["additions", "sortings"] = "additions"  # what to learn
     algorithm: Literal["grpo", "reinforce", "ppo"] = "grpo"  # how to learn it
     reward: Literal["exact", "random", "shuffled"] = "exact"  # the last two are controls
-    steps: int = 240  # of reinforcement
-    batches: Batches = Batches(prompts=64, group=8)
-    optimizer: Optimizer = Optimizer(learning_rate=3e-4)
+    steps: int = 200  # of reinforcement
+    batches: Batches = Batches(prompts=64, group=8, oversample=2, micro_batches=4)
+    optimizer: Optimizer = Optimizer(learning_rate=5e-4, schedule="cosine")
     warm_up_target: float = 0.35  # share of training problems right at which supervision stops
     held_out: int = 1024  # problems never trained on
     evaluate_every: int = 20  # steps
@@ -82,6 +83,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, start))
     update = make_update(policy_objective(task.policy, algorithm), optimizer, b.micro_batches, shardings)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
+    keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
 
@@ -93,21 +95,21 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     ) as run:
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
-            rows = task.train.draw(state.cursor, b.prompts)
+            rows = task.train.draw(state.cursor, b.prompts * b.oversample)
             placed = meshes.place_prompts(shardings, rows)
             traj = sample(task.lm, state.params, state.frozen, placed, task.sampling(b.group), cfg.seed, step)
             traj = annotate(state, traj)
             traj = disturb(score(traj, rows), cfg.reward, jax.random.fold_in(jax.random.key(cfg.seed), step))
-            batch = credit(traj, state.coefficients)
+            batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
             if run.first(step):
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            seen = describe(batch, score.names) | metrics
+            seen = describe(traj, score.names) | metrics
             if (step + 1) % cfg.evaluate_every == 0:
                 seen["held_out"] = task.accuracy(state.params, exam, cfg.seed)
             if run.shows(step):
-                run.show(step, batch, task.tokenizer.decode, score.names, rows.columns, log_ratio(state, traj))
+                run.show(step, batch, task.tokenizer.decode, score.names, rows.columns, log_ratio(state, batch.traj))
             run.record(step, state, seen)
         after = task.accuracy(state.params, exam, cfg.seed)
     say(f"report: {directory}/report.html")

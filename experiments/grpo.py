@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import options
 from options import Batches, MeshShape, Optimizer
 from rljax.algorithms import grpo, with_kl
+from rljax.algorithms.dynamic_sampling import keep_informative
 from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf, policy
@@ -103,6 +104,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     shardings = meshes.state_shardings(mesh, state, optimizer, axes)
     update = make_update(policy_objective(model, algorithm), optimizer, b.micro_batches, shardings)
     annotate, credit = policy.make_annotate(model, algorithm.needs), jax.jit(algorithm.credit)
+    keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
     with_reference = policy.make_annotate(model, ("ref_logp",))
     log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
     sampling = Sampling(n=b.group, stop=tokenizer.stop, **asdict(cfg.sampling))
@@ -129,18 +131,18 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         before = evaluate(state, score)
         state = run.restore(state)
         for step in run.steps(state.step):
-            rows = train.draw(state.cursor, b.prompts)
+            rows = train.draw(state.cursor, b.prompts * b.oversample)
             placed = meshes.place_prompts(shardings, rows)
             traj = sample(lm, state.params, state.frozen, placed, sampling, cfg.seed, step)
             traj = score(annotate(state, traj), rows)
-            batch = credit(traj, state.coefficients)
+            batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
             if run.first(step):
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
             if run.shows(step):
-                run.show(step, batch, tokenizer.decode, score.names, rows.columns, log_ratio(state, traj))
-            run.record(step, state, describe(batch, score.names) | metrics)
+                run.show(step, batch, tokenizer.decode, score.names, rows.columns, log_ratio(state, batch.traj))
+            run.record(step, state, describe(traj, score.names) | metrics)
         after = evaluate(state, score)
     say(f"report: {cfg.directory}/report.html")
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))

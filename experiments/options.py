@@ -50,10 +50,11 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """One step: prompts x group rows, learnt from in epochs x minibatches updates, each in micro_batches pieces."""
+    """One step: prompts x group rows kept, learnt from in epochs x minibatches updates of micro_batches pieces each."""
 
     prompts: int = 32  # prompts per step
     group: int = 8  # answers per prompt
+    oversample: int = 1  # prompts drawn for each one kept; those whose answers differ in reward are kept first
     epochs: int = 1  # passes over the rows of a step
     minibatches: int = 1  # updates per pass
     micro_batches: int = 1  # pieces of an update, for memory; the gradient does not depend on it

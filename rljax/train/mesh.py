@@ -76,8 +76,20 @@ def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTran
     frozen = dict(everywhere.frozen)
     if "reference" in frozen:
         frozen["reference"] = {name: params[name] for name in frozen["reference"]}
+
+    def lie(leaf, place, param):
+        if isinstance(leaf, optax.MaskedNode):  # a part of the parameters that this part of the optimizer leaves alone
+            return leaf
+        return place if leaf.shape == param.shape else replicated  # Adafactor: a row and a column of a matrix
+
     opt_state = optax.tree_map_params(
-        optimizer, lambda _, place: place, state.opt_state, params, transform_non_params=lambda _: replicated
+        optimizer,
+        lie,
+        state.opt_state,
+        params,
+        state.params,
+        transform_non_params=lambda _: replicated,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     placed = everywhere.replace(params=params, opt_state=opt_state, frozen=frozen)
     return Shardings(placed, NamedSharding(mesh, PartitionSpec(RULES["rows"])), replicated)

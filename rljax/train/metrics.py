@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.ops import groups
-from rljax.types import Batch, Trajectory
+from rljax.types import Trajectory
 
 
-def describe(batch: Batch, names: tuple[str, ...]) -> dict:
-    """Scalars of a credited rollout batch, explained in docs/metrics.md. `names`: of the verifiers, as in `scores`."""
-    return _describe(batch, tuple(names))
+def describe(traj: Trajectory, names: tuple[str, ...]) -> dict:
+    """Scalars of a judged rollout, explained in docs/metrics.md. `names`: of the verifiers, as in `scores`."""
+    return _describe(traj, tuple(names))
 
 
 @partial(jax.jit, static_argnames="names")
-def _describe(batch: Batch, names: tuple[str, ...]) -> dict:
-    traj = batch.traj
+def _describe(traj: Trajectory, names: tuple[str, ...]) -> dict:
     total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
     judged = jnp.isfinite(total)
     length = traj.mask.sum(axis=1)

@@ -42,10 +42,12 @@ def _neutral(output: PolicyOutput, mask) -> PolicyOutput:
 
 
 def _neutral_batch(batch: Batch) -> Batch:
-    """The batch with zeros at masked columns of every [B T] quantity that a loss may read."""
+    """The batch with zeros (temperature: ones) at masked columns of every [B T] number that may be read."""
     mask, traj = batch.mask, batch.traj
     names = ("logp", "old_logp", "ref_logp", "teacher_logp", "rewards", "final_values")
     facts = {name: jnp.where(mask, getattr(traj, name), 0.0) for name in names if getattr(traj, name) is not None}
+    if traj.temperature is not None:
+        facts["temperature"] = jnp.where(mask, traj.temperature, 1.0)
     if traj.values is not None:
         facts["values"] = jnp.where(jnp.pad(mask, ((0, 0), (0, 1))), traj.values, 0.0)
     returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from rljax.train.checkpoint import Checkpoints
 from rljax.train.log import HEADLINES, Log, say, write_atomically
@@ -140,9 +141,11 @@ class Run:
     def show(self, step: int, batch: Batch, decode: Callable, names: Sequence[str], columns, log_ratio=None) -> None:
         """Keep what the policy wrote to the first prompts of the batch, token by token, and renew the report.
 
-        Before `record`, so that no checkpoint comes without its samples. Its time does not count as the step's.
+        To be called before `record`, so that no checkpoint comes without its samples; its time is not the step's.
+        columns: one dict a prompt, indexed by `batch.traj.group`.
         """
         began = time.monotonic()
+        columns = [columns[prompt] for prompt in np.asarray(batch.traj.group)]
         records = sample_records(step, batch, decode, names=names, columns=columns, log_ratio=log_ratio)
         self._log.samples(records)
         write_report(self.directory)

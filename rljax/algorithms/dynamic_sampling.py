@@ -1,0 +1,24 @@
+"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): learn only from prompts whose answers differ in reward.
+
+A group of equal rewards has advantage 0 and adds nothing but cost. The paper draws until the batch is full; here more
+prompts are drawn than are kept, so that shapes stay fixed, and the groups that teach something are kept first.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import episode_rewards
+from rljax.ops.groups import group_std
+from rljax.types import Trajectory
+
+
+def keep_informative(traj: Trajectory, rows: int) -> Trajectory:
+    """The first `rows` rows of `traj` once whole groups are sorted: unequal rewards first, then by group id.
+
+    Groups must be of one size that divides `rows`. Report rewards and lengths of the trajectory before: what is kept is a
+    choice.
+    """
+    reward, judged = episode_rewards(traj)
+    silent = group_std(reward, traj.group, judged) < 1e-6
+    kept = jnp.lexsort((traj.group, silent))[:rows]
+    return jax.tree.map(lambda x: x[kept], traj)
