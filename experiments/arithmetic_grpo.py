@@ -50,10 +50,10 @@ class Config:
     task: Literal["additions", "sortings"] = "additions"  # what to learn
     algorithm: Literal["grpo", "reinforce", "ppo"] = "grpo"  # how to learn it
     reward: Literal["exact", "random", "shuffled"] = "exact"  # the last two are controls
-    steps: int = 200  # of reinforcement
+    steps: int = 300  # of reinforcement
     batches: Batches = Batches(prompts=64, group=8, oversample=2, micro_batches=4)
-    optimizer: Optimizer = Optimizer(learning_rate=5e-4, schedule="cosine")
-    warm_up_target: float = 0.35  # share of training problems right at which supervision stops
+    optimizer: Optimizer = Optimizer(learning_rate=8e-4, schedule="cosine")
+    warm_up_target: float = 0.4  # share of training problems right at which supervision stops
     held_out: int = 1024  # problems never trained on
     evaluate_every: int = 20  # steps
     save_every: int = 20  # steps between checkpoints
@@ -70,6 +70,14 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     directory = cfg.directory or f"runs/arithmetic_grpo/{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}"
     warm_up = f"{cfg.directory}/warm_up" if cfg.directory else f"runs/arithmetic_sft/{cfg.task}-seed{cfg.seed}"
 
+    run = Run(
+        directory,
+        asdict(cfg),
+        steps=1 if cfg.debug else cfg.steps,
+        source=__file__,
+        save_every=cfg.save_every,
+        headlines=("reward", "held_out", "length", "entropy", "tokens_per_second"),
+    )
     shared = {name: getattr(cfg, name) for name in ("seed", "task", "held_out", "mesh", "debug")}
     taught = arithmetic_sft.Config(target=cfg.warm_up_target, directory=warm_up, **shared)
     task = arithmetic_sft.make_task(taught)
@@ -88,11 +96,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
 
     exam = task.held_out.first(cfg.held_out)
-    steps = 1 if cfg.debug else cfg.steps
-    headlines = ("reward", "held_out", "length", "entropy", "tokens_per_second")
-    with Run(
-        directory, asdict(cfg), steps=steps, source=__file__, save_every=cfg.save_every, headlines=headlines
-    ) as run:
+    with run:
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
             rows = task.train.draw(state.cursor, b.prompts * b.oversample)

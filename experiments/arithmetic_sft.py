@@ -40,7 +40,7 @@ class Config:
 
     seed: int = 0  # of everything: parameters, split, order, samples
     task: Literal["additions", "sortings"] = "additions"  # what to learn
-    target: float = 0.35  # share of training problems answered rightly at which to stop
+    target: float = 0.4  # share of training problems answered rightly at which to stop
     steps: int = 400  # at which to stop at the latest
     batch: int = 128  # demonstrations per step
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, warm_up=20)

@@ -26,4 +26,6 @@ def test_a_notebook_runs(notebook, tmp_path):
         [sys.executable, "-W", "error", script], cwd=notebook.parent, env=os.environ, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not any(cell.get("outputs") for cell in cells if cell["cell_type"] == "code"), "commit notebooks without outputs"
+    assert not any(cell.get("outputs") for cell in cells if cell["cell_type"] == "code"), (
+        "commit notebooks without outputs"
+    )

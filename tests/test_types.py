@@ -9,7 +9,7 @@ from rljax.types import Batch, Trajectory, check, trajectory_of_tokens
 # Padding on the left; on the right; two packed segments and padding between them; no padding; nothing but padding.
 TOKENS = np.array([[0, 0, 5, 6, 7, 8], [5, 6, 7, 0, 0, 0], [1, 2, 0, 3, 4, 5], [1, 2, 3, 4, 5, 6], [0] * 6])
 SEGMENTS = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 2, 2, 2], [1, 1, 1, 2, 2, 2], [0] * 6])
-CHOSEN = np.array([[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 1], [1, 0, 1, 1, 1, 1], [0] * 6], bool)
+CHOSEN = np.array([[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1], [1, 0, 1, 1, 1, 1], [0] * 6], bool)
 
 
 def trajectory(**fields):
@@ -36,7 +36,7 @@ def test_positions_count_from_zero_in_each_segment():
     np.testing.assert_array_equal(trajectory().positions, want)
 
 
-def test_the_mask_marks_chosen_tokens_but_never_the_first_of_a_segment():
+def test_the_mask_marks_chosen_tokens_but_never_padding_nor_the_first_of_a_segment():
     want = [[0, 0, 0, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 1], [0, 1, 0, 1, 1], [0] * 5]
     np.testing.assert_array_equal(trajectory().mask, np.array(want, bool))
 

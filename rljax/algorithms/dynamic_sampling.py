@@ -15,7 +15,7 @@ from rljax.types import Trajectory
 def keep_informative(traj: Trajectory, rows: int) -> Trajectory:
     """The first `rows` rows of `traj` once whole groups are sorted: unequal rewards first, then by group id.
 
-    Groups must be of one size that divides `rows`. Report rewards and lengths of the trajectory before: what is kept is a
+    Groups must be of one size that divides `rows`. Report rewards and lengths of the trajectory before: this one is a
     choice.
     """
     reward, judged = episode_rewards(traj)

@@ -42,6 +42,8 @@ def from_template(template: str) -> Callable[[dict], str]:
 
 def hold_out(columns: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
     """A random split into (training, held-out): `count` rows held out, at most half; of a single row, both sides."""
+    if count < 1:
+        raise ValueError(f"{count} prompts to hold out; at least 1 is needed to evaluate on")
     order = np.random.default_rng([seed, 2]).permutation(len(columns))
     cut = min(count, len(columns) // 2)
     return [columns[i] for i in order[cut:]], [columns[i] for i in order[: cut or None]]

@@ -47,11 +47,13 @@ class Checkpoints:
 
         Raises RuntimeError where there are checkpoints and none is good: starting over would lose them.
         """
+        self.wait()
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             damage = self._damage(step)
             if damage is None:
                 for bad in damaged:
+                    self._manifest(bad).unlink()  # first: without one, what is left of the step is removed at start
                     self._manager.delete(bad)
                 return self._read(step, state)
             self.say(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
@@ -62,9 +64,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the last save is committed and sealed; raises what went wrong in its thread."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         try:
@@ -95,7 +97,11 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """What differs from the manifest, or None."""
-        wanted, found = json.loads(self._manifest(step).read_text()), _digests(self.directory / str(step))
+        try:
+            wanted = json.loads(self._manifest(step).read_text())
+        except ValueError:
+            return "its manifest is no JSON"
+        found = _digests(self.directory / str(step))
         changed = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         return f"{len(changed)} files differ from its manifest, first {changed[0]}" if changed else None
 

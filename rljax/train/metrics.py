@@ -19,7 +19,7 @@ def describe(traj: Trajectory, names: tuple[str, ...]) -> dict:
 @partial(jax.jit, static_argnames="names")
 def _describe(traj: Trajectory, names: tuple[str, ...]) -> dict:
     total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
-    judged = jnp.isfinite(total)
+    judged = jnp.isfinite(total) & traj.mask.any(axis=1)
     length = traj.mask.sum(axis=1)
     out = {
         "reward": _mean(total, judged),
@@ -44,7 +44,7 @@ def _describe(traj: Trajectory, names: tuple[str, ...]) -> dict:
 def reward_and_kl(traj: Trajectory) -> dict[str, float]:
     """Mean reward of the judged rows with its standard error, and the KL to the reference in nats a sequence."""
     total = np.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
-    total = total[np.isfinite(total)]
+    total = total[np.isfinite(total) & np.any(traj.mask, axis=1)]
     error = total.std(ddof=1) / len(total) ** 0.5 if len(total) > 1 else np.nan
     kl = np.where(traj.mask, np.asarray(traj.logp) - np.asarray(traj.ref_logp), 0.0).sum(axis=1).mean()
     return {"reward": float(total.mean()), "error": float(error), "kl": float(kl)}

@@ -60,6 +60,7 @@ class Run:
         self._config, self._source, self._headlines = json.loads(json.dumps(config)), source, headlines
         self._start, self._saved, self._stop = 0, None, None
         self._log = self._checkpoints = None
+        self._refuse_other_settings()  # before the experiment does any work
 
     def __enter__(self) -> "Run":
         self._refuse_other_settings()
@@ -112,9 +113,8 @@ class Run:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, 0.0))]
         if bad:
-            raise FloatingPointError(
-                f"{' and '.join(bad)} not finite at step {step}; the last checkpoint is step {self._saved}"
-            )
+            last = "there is no checkpoint" if self._saved is None else f"the last checkpoint is step {self._saved}"
+            raise FloatingPointError(f"{' and '.join(bad)} not finite at step {step}; {last}")
         values["seconds"] = time.monotonic() - self._began
         if "tokens" in values:
             values["tokens_per_second"] = values["tokens"] / values["seconds"]

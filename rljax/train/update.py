@@ -10,6 +10,9 @@ from rljax.train.mesh import Shardings, place_rows
 from rljax.train.metrics import average
 from rljax.types import Objective, TrainState
 
+# What no update changes. `step` and `cursor` are now arrays, now Python numbers: in the jitted call both would compile.
+LEFT_OUT = {"frozen": None, "step": None, "cursor": None}
+
 
 def make_update(
     objective: Objective,
@@ -36,7 +39,7 @@ def make_update(
     if shardings is None:
         jitted = jax.jit(step, donate_argnums=0)
     else:
-        thawed = shardings.state.replace(frozen=None)
+        thawed = shardings.state.replace(**LEFT_OUT)
         jitted = jax.jit(
             step,
             donate_argnums=0,
@@ -46,8 +49,8 @@ def make_update(
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
         batch = batch if shardings is None else place_rows(shardings, batch)
-        new, metrics = jitted(state.replace(frozen=None), state.frozen, batch)
-        return new.replace(frozen=state.frozen), metrics
+        new, metrics = jitted(state.replace(**LEFT_OUT), state.frozen, batch)
+        return new.replace(**{name: getattr(state, name) for name in LEFT_OUT}), metrics
 
     update.jitted = jitted
     return update

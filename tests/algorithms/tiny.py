@@ -1,5 +1,7 @@
 """What tests of algorithms share: every algorithm, a policy that is a table, a rollout with all the rough edges."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +43,14 @@ def table_policy(params, frozen, traj):
     )
 
 
-def table_params(seed=0):
-    draw = np.random.default_rng(seed)
+@lru_cache
+def table_params():
+    draw = np.random.default_rng(0)
     return {"table": jnp.float32(draw.normal(size=(V, V))), "values": jnp.float32(draw.normal(size=V))}
 
 
-def rollout(seed=0, vocabulary=V, unjudged=True):
+@lru_cache
+def rollout(seed=0, vocabulary=V):
     """16 rows of 6 decisions: padding on both sides, tool output inside, ids in any order, a group of one.
 
     Row 3 has no decision; row 7 could not be judged. The behaviour policy, the reference and the critic are arbitrary.
@@ -63,8 +67,7 @@ def rollout(seed=0, vocabulary=V, unjudged=True):
     last = chosen & (np.cumsum(chosen[:, ::-1], axis=1)[:, ::-1] == 1)
     ended = draw.random((B, 1)) < 0.5
     rewards = np.where(last, draw.normal(size=(B, 1)), 0.0)
-    if unjudged:
-        rewards[7] = np.where(last[7], np.nan, 0.0)
+    rewards[7] = np.where(last[7], np.nan, 0.0)
     values = np.pad(draw.normal(size=(B, T)), ((0, 0), (0, 1)))
     logp, ref_logp, final_values = np.log(draw.uniform(0.05, 0.9, size=(3, *cells)))
     floats = {"rewards": rewards, "ref_logp": ref_logp, "final_values": final_values}
@@ -95,11 +98,19 @@ def state_of(params, optimizer=GRADIENT):
     return TrainState(step=0, params=params, opt_state=optimizer.init(params), key=jax.random.key(0))
 
 
+@lru_cache
+def updater(algorithm, policy=table_policy, micro_batches=1):
+    return make_update(policy_objective(policy, algorithm), GRADIENT, micro_batches)
+
+
 def learn(algorithm, batch, params, policy=table_policy, micro_batches=1, shardings=None):
     """The gradient and the metrics (with the loss) of one update."""
-    update = make_update(policy_objective(policy, algorithm), GRADIENT, micro_batches, shardings)
     state = state_of(params)
-    state, metrics = update(state if shardings is None else jax.device_put(state, shardings.state), batch)
+    if shardings is None:
+        state, metrics = updater(algorithm, policy, micro_batches)(state, batch)
+    else:
+        update = make_update(policy_objective(policy, algorithm), GRADIENT, micro_batches, shardings)
+        state, metrics = update(jax.device_put(state, shardings.state), batch)
     return jax.device_get((state.opt_state[0].trace, metrics))
 
 

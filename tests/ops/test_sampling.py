@@ -61,6 +61,15 @@ def test_filters_that_are_off_change_nothing(filters):
     np.testing.assert_array_equal(truncate(probs, **arrays), probs)
 
 
+@pytest.mark.parametrize("p", [1e-30, 1e-3, 0.25, 0.7])
+def test_the_threshold_tells_neighbouring_floats_apart(p):
+    ladder = [np.float32(p)]
+    for _ in range(6):
+        ladder.append(np.nextafter(ladder[-1], np.float32(1)))
+    kept = truncate(jnp.asarray([ladder]), top_k=jnp.array([3]))
+    np.testing.assert_array_equal(kept, [[0, 0, 0, 0, *ladder[4:]]])
+
+
 def test_top_p_of_any_probabilities_is_the_smallest_set_that_holds_the_share():
     probs = np.random.default_rng(1).dirichlet(np.full(100, 0.3), size=200).astype(np.float32)
     share = np.linspace(0.01, 0.99, 200, dtype=np.float32)

@@ -1,0 +1,132 @@
+"""Credit and wrappers: exact expectations, what counts as judged, coefficients that change while training."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.algorithms import grpo, ppo, reinforce, with_entropy, with_kl
+from rljax.algorithms.credit import episode_rewards
+from rljax.algorithms.dynamic_sampling import keep_informative
+from rljax.algorithms.reinforce import group_mean, leave_one_out, no_baseline
+from rljax.ops import kl
+from rljax.types import Batch, PolicyOutput, Trajectory
+from tests.algorithms.tiny import ALGORITHMS, agree, learn, rollout, table_params
+from tests.ops.golden import close
+
+
+def bandit(actions, rewards, group):
+    shape = actions.shape
+    zeros = jnp.zeros(shape)
+    return Trajectory(
+        inputs=jnp.zeros(shape, jnp.int32),
+        actions=jnp.asarray(actions),
+        logp=zeros,
+        mask=jnp.ones(shape, bool),
+        rewards=jnp.float32(rewards),
+        group=jnp.asarray(group),
+    )
+
+
+@pytest.mark.parametrize(("baseline", "shrunk"), [(no_baseline, 1.0), (leave_one_out, 1.0), (group_mean, 2 / 3)])
+def test_the_expected_gradient_over_all_groups_of_three_is_that_of_the_expected_reward(baseline, shrunk):
+    """27 groups of three answers out of three, each weighted by its probability: no sampling error."""
+    p, reward = np.array([0.5, 0.3, 0.2]), np.array([1.0, -2.0, 4.0])
+    groups = np.array(list(itertools.product(range(3), repeat=3)))
+    chance = p[groups].prod(axis=1)
+    batch = reinforce(baseline).credit(
+        bandit(groups.reshape(-1, 1), reward[groups].reshape(-1, 1), np.repeat(np.arange(27), 3)), {}
+    )
+    score = np.eye(3)[groups] - p  # ∇ log π by the logits
+    advantages = np.float64(batch.advantages).reshape(27, 3, 1)
+    got = (chance[:, None] * (advantages * score).mean(axis=1)).sum(axis=0)
+    close(got, shrunk * p * (reward - p @ reward), atol=1e-5)
+
+
+def test_a_row_is_judged_if_it_has_decisions_and_each_has_a_number():
+    mask = jnp.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1]], bool)
+    rewards = jnp.array([[1.0, 2.0, jnp.nan], [jnp.nan, 5.0, 5.0], [7.0, 7.0, 7.0], [9.0, 0.5, -1.0]])
+    traj = bandit(np.zeros((4, 3), int), rewards, np.zeros(4, int)).replace(mask=mask)
+    total, judged = episode_rewards(traj)
+    np.testing.assert_array_equal(total, [3.0, 0.0, 0.0, -0.5])
+    np.testing.assert_array_equal(judged, [True, False, False, True])
+    batch = grpo().credit(traj, {})
+    np.testing.assert_array_equal(batch.mask, mask & judged[:, None])
+    np.testing.assert_array_equal(batch.traj.mask, mask)  # facts stay
+
+
+def test_credit_hands_the_coefficients_on():
+    for algorithm in ALGORITHMS.values():
+        assert algorithm.credit(rollout(), {"kl": jnp.float32(3)}).coefficients == {"kl": 3}
+
+
+def test_groups_whose_answers_differ_are_kept_first_and_whole():
+    """Groups of two: 5 and 3 differ; in 8 one answer was not judged; 1 and 4 are all right, to the last bit."""
+    group = np.array([5, 8, 1, 3, 4, 5, 1, 8, 4, 3])
+    reward = np.array([1.0, 0.0, 0.1, 0.0, 0.7, 0.0, 0.1, np.nan, 0.7, 0.5])
+    traj = bandit(np.arange(10).reshape(10, 1), reward[:, None], group)
+    for rows, want in {4: [3, 9, 0, 5], 6: [3, 9, 0, 5, 2, 6]}.items():
+        kept = keep_informative(traj, rows)
+        np.testing.assert_array_equal(kept.actions[:, 0], want)
+        np.testing.assert_array_equal(kept.group, group[want])
+        np.testing.assert_array_equal(kept.rewards[:, 0], np.float32(reward[want]))
+
+
+def test_critic_targets_are_the_lambda_returns_before_whitening():
+    """One decision that ends its episode: target = reward, whatever the old values."""
+    rewards = np.array([[1.0], [2.0], [6.0]])
+    traj = bandit(np.zeros((3, 1), int), rewards, np.arange(3))
+    traj = traj.replace(values=jnp.array([[0.5, 9.0], [0.0, 9.0], [-1.0, 9.0]]), terminated=jnp.ones((3, 1), bool))
+    batch = ppo().credit(traj, {})
+    close(batch.returns, rewards)
+    raw = rewards - np.asarray(traj.values[:, :1])
+    close(batch.advantages, (raw - raw.mean()) / raw.std(ddof=1))
+
+
+def one_decision(logp, **facts):
+    cell = {name: jnp.full((1, 1), value) for name, value in facts.items()}
+    traj = bandit(np.zeros((1, 1), int), [[0.0]], [0]).replace(logp=jnp.full((1, 1), logp), **cell)
+    return Batch(traj=traj, advantages=jnp.zeros((1, 1)), mask=traj.mask)
+
+
+@pytest.mark.parametrize("estimator", [kl.k2, kl.k3, kl.k3_with_k2_gradient])
+def test_with_kl_adds_the_estimate_and_logs_it(estimator):
+    algorithm = with_kl(grpo(), 0.5, estimator)
+    terms, metrics = algorithm.loss(PolicyOutput(logp=jnp.full((1, 1), -1.0)), one_decision(-1.0, ref_logp=-3.0))
+    want = {kl.k2: 2.0}.get(estimator, np.exp(-2.0) - 1 + 2)
+    close(metrics["kl"], [[want]])
+    close(terms, [[0.5 * want]])
+    assert "clip_fraction" in metrics
+    assert algorithm.needs == ("ref_logp",)
+
+
+def test_with_entropy_subtracts_it_and_logs_it():
+    output = PolicyOutput(logp=jnp.full((1, 1), -1.0), entropy=jnp.full((1, 1), 1.5))
+    terms, metrics = with_entropy(grpo(), 0.1).loss(output, one_decision(-1.0))
+    close(terms, [[-0.15]])
+    close(metrics["entropy"], [[1.5]])
+
+
+def test_the_training_states_coefficient_holds_over_the_given_one():
+    params, traj = table_params(), rollout()
+
+    def gradient(given, coefficients):
+        algorithm = with_entropy(with_kl(grpo(), given), given)
+        return learn(algorithm, algorithm.credit(traj, coefficients), params)[0]
+
+    held = {"kl": jnp.float32(0.3), "entropy": jnp.float32(0.3)}
+    agree(gradient(7.0, held), gradient(0.3, {}))
+    assert np.abs(gradient(7.0, {})["table"] - gradient(0.3, {})["table"]).max() > 0.01
+
+
+def test_wrappers_add_what_they_need_once_and_keep_the_rest():
+    assert with_kl(with_kl(ppo())).needs == ("values", "ref_logp")
+    assert with_entropy(grpo()).needs == ()
+    assert with_kl(ppo()).credit is not None
+    assert with_kl(grpo()).weights is grpo().weights
+
+
+def test_k1_in_a_loss_is_refused_in_words():
+    with pytest.raises(ValueError, match="no gradient on average; take k3_with_k2_gradient, k2 or k3"):
+        with_kl(grpo(), 0.1, kl.k1)

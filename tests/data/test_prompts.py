@@ -1,0 +1,169 @@
+"""Prompts: an order that a cursor resumes, what is dropped, and demonstrations."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rljax.data.demonstrations import demonstrations
+from rljax.data.prompts import Prompts, draw_order, from_template, hold_out, pad_left, read_jsonl
+from rljax.types import check
+
+LETTERS = [{"text": text} for text in ("abc", "a", "abcdefg", "ab", "abcd", "zzzzzzzzz", "q")]
+
+
+def encode(text):
+    return [ord(c) for c in text]
+
+
+def make(columns=LETTERS, max_tokens=8, **options):
+    return Prompts(columns, encode, lambda row: row["text"], max_tokens, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+@given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 200), st.integers(0, 100), st.integers(0, 100))
+def test_order_is_a_pure_function_of_seed_and_cursor(size, seed, start, one, two):
+    """Any cut of the draws gives the same draws, across the borders of epochs too."""
+    whole = draw_order(size, seed, start, one + two)
+    parts = [draw_order(size, seed, start, one), draw_order(size, seed, start + one, two)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+@given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 5))
+def test_every_epoch_draws_each_prompt_once(size, seed, epoch):
+    assert sorted(draw_order(size, seed, epoch * size, size)) == list(range(size))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [draw_order(50, seed, epoch * 50, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_draws_hold_the_prompts_and_their_columns():
+    prompts = make(seed=3, pad=7)
+    assert (len(prompts), prompts.dropped, prompts.length) == (6, 1, 7)  # "zzzzzzzzz" is too long
+    rows = prompts.draw(4, 9)
+    assert rows.cursor == 13
+    assert rows.tokens.shape == (9, 7)
+    assert rows.number.tolist() == list(range(4, 13))
+    for ids, real, row in zip(rows.tokens, rows.mask, rows.columns, strict=True):
+        assert ids[real].tolist() == encode(row["text"])
+        assert real.tolist() == sorted(real)  # on the right: the last column is the prompt's last token
+        assert (ids[~real] == 7).all()
+    order = draw_order(6, 3, 4, 9)
+    assert rows.columns == [prompts.columns[i] for i in order]
+
+
+def test_a_cursor_resumes():
+    prompts = make(seed=3)
+    first = prompts.draw(0, 5)
+    again = make(seed=3).draw(np.int32(first.cursor), 5)  # as a checkpoint holds it
+    assert [*first.columns, *again.columns] == prompts.draw(0, 10).columns
+    assert again.tokens.dtype == again.number.dtype == np.int32
+
+
+def test_first_is_the_datasets_own_order():
+    rows = make().first(3)
+    assert [row["text"] for row in rows.columns] == ["abc", "a", "abcdefg"]
+    assert len(make().first(1000).columns) == 6
+
+
+@pytest.mark.parametrize(
+    ("columns", "max_tokens", "message"),
+    [
+        ([], 8, "the dataset is empty: at least one prompt is needed"),
+        ([{"text": "abc"}, {"text": "abcd"}], 2, "every prompt is longer than 2 tokens; the shortest has 3"),
+        ([{"text": "abc"}, {"text": ""}], 8, "prompt 1 of the dataset has no tokens"),
+    ],
+)
+def test_datasets_without_a_usable_prompt(columns, max_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        make(columns, max_tokens)
+
+
+def test_pad_left():
+    tokens, mask = pad_left([[1, 2], [], [3, 4, 5]], 4, 9)
+    assert tokens.tolist() == [[9, 9, 1, 2], [9, 9, 9, 9], [9, 3, 4, 5]]
+    assert mask.astype(int).tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("size", "count", "held"), [(10, 3, 3), (10, 9, 5), (3, 8, 1), (2, 1, 1)])
+def test_held_out_rows_are_not_trained_on(size, count, held):
+    train, exam = hold_out([{"n": i} for i in range(size)], count, 0)
+    assert (len(train), len(exam)) == (size - held, held)
+    assert {row["n"] for row in train} | {row["n"] for row in exam} == set(range(size))
+    assert hold_out([{"n": i} for i in range(size)], count, 0) == (train, exam)
+
+
+def test_a_single_row_serves_both_sides():
+    assert hold_out([{"n": 1}], 4, 0) == ([{"n": 1}], [{"n": 1}])
+    with pytest.raises(ValueError, match="0 prompts to hold out; at least 1"):
+        hold_out([{"n": 1}, {"n": 2}], 0, 0)
+
+
+def test_template_names_columns():
+    assert from_template("Q: {question}\nA:")({"question": "{1}?", "answer": 3}) == "Q: {1}?\nA:"
+    with pytest.raises(ValueError, match=r"asks for column 'q'; the columns are \['answer', 'question'\]"):
+        from_template("{q}")({"question": "", "answer": ""})
+
+
+# ------------------------------------------------------------------------------------------------------------- jsonl
+
+
+def test_jsonl_is_read_line_by_line(tmp_path):
+    rows = [{"q": "é\n", "n": 1}, {"q": None}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n  \n", encoding="utf-8")
+    assert read_jsonl(tmp_path / "a.jsonl") == rows
+    (tmp_path / "empty.jsonl").write_text("")
+    assert read_jsonl(tmp_path / "empty.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"q": "a"', r"broken\.jsonl, line 3: not JSON"), ("[1, 2]", r"broken\.jsonl, line 3: a list; .* an object")],
+)
+def test_broken_lines_are_named(line, message, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"q": 1}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_jsonl(tmp_path / "broken.jsonl")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        read_jsonl(tmp_path / "absent.jsonl")
+
+
+def test_gsm8k_prompts_over_the_limit_are_dropped(shared):
+    rows = read_jsonl(shared / "data" / "gsm8k_test.jsonl")
+    prompts = Prompts(rows, encode, lambda row: row["question"], 200)
+    kept = [row for row in rows if len(row["question"]) <= 200]
+    assert prompts.columns == kept
+    assert prompts.dropped == len(rows) - len(kept) > 100
+
+
+# ---------------------------------------------------------------------------------------------------- demonstrations
+
+
+def test_demonstrations_are_prompt_and_answer():
+    rows = make([{"text": "ab"}, {"text": "abcd"}]).first(2)
+    traj = demonstrations(rows, [[1, 2, 0], [3, 0]], 4)
+    check(traj)
+    assert traj.inputs.tolist() == [[0, 0, 97, 98, 1, 2, 0], [97, 98, 99, 100, 3, 0, 0]]
+    assert traj.actions.tolist() == [[0, 97, 98, 1, 2, 0, 0], [98, 99, 100, 3, 0, 0, 0]]
+    assert traj.mask.astype(int).tolist() == [[0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0]]
+    assert traj.segments.tolist() == [[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]]
+    assert np.where(traj.segments, traj.positions, 0).tolist() == [[0, 0, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 0, 0]]
+    assert np.unique(traj.temperature).tolist() == [1.0]
+    assert traj.group.tolist() == [0, 1]
+
+
+def test_demonstrations_that_are_too_long():
+    with pytest.raises(ValueError, match="an answer has 3 tokens; at most 2 fit"):
+        demonstrations(make().first(2), [[1], [1, 2, 3]], 2)

@@ -1,0 +1,124 @@
+"""The same answers come out however the batch is cut, on whatever mesh: DESIGN.md §3, "the same sample"."""
+
+import jax
+import numpy as np
+import pytest
+
+from rljax.models import policy
+from rljax.rollouts.tokens import sample
+from rljax.train import mesh as meshes
+from rljax.types import Sampling
+from rollouts.common import (
+    CONFIG,
+    LM,
+    STOP,
+    answers,
+    assert_same_sample,
+    close_rows,
+    draws,
+    make_params,
+    make_rows,
+    take,
+)
+
+PROMPTS = 16
+SEED, STEP = 3, 11
+LENGTHS = [2, 9, 4, 7, 1, 9, 3, 6, 8, 5, 2, 9, 7, 4, 1, 6]
+SAMPLING = Sampling(n=4, max_tokens=16, stop=STOP)
+FILTERED = Sampling(n=4, max_tokens=16, stop=STOP, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(LENGTHS, start=100)
+
+
+@pytest.fixture(scope="module", params=[SAMPLING, FILTERED], ids=["plain", "filtered"])
+def reference(request, params, rows):
+    """(settings, the answers to all prompts at once, margins)"""
+    traj = sample(LM, params, {}, rows, request.param, SEED, STEP)
+    return request.param, traj, draws(params, rows, request.param, SEED, STEP, traj)
+
+
+def drawn(params, rows, sampling):
+    return sample(LM, params, {}, rows, sampling, SEED, STEP)
+
+
+def stack(trajs):
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *trajs)
+
+
+def test_float64_draws_the_same_tokens(reference, record_property):
+    """The sampler against sorting and cumulative sums in float64, from the same uniforms and prefixes."""
+    sampling, traj, (tokens, margins) = reference
+    met, _ = close_rows(traj, margins)
+    got, _, mask = answers(traj, sampling)
+    clear = mask & (margins >= 1e-5)
+    np.testing.assert_array_equal(np.where(clear, got, 0), np.where(clear, tokens, 0))
+    print(f"{met.sum()} of {len(met)} rows met a boundary, smallest margin {margins[mask].min():.1e}")
+    record_property("rows_at_a_boundary", int(met.sum()))
+    assert met.mean() <= 0.05
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_cut_into_smaller_batches(reference, params, rows, size):
+    sampling, traj, (_, margins) = reference
+    pieces = [drawn(params, take(rows, slice(i, i + size)), sampling) for i in range(0, PROMPTS, size)]
+    assert_same_sample(sampling, traj, stack(pieces), margins)
+
+
+def test_with_other_prompts_in_the_batch(reference, params, rows):
+    """Half of the prompts in another order, among others that are longer: padding changes too."""
+    sampling, traj, (_, margins) = reference
+    which = [13, 2, 5, 7, 0, 11, 8, 4]
+    some, others = take(rows, which), make_rows([12] * 8, start=500)
+    pad = ((0, 0), (12 - rows.tokens.shape[1], 0))
+    fields = zip((some.tokens, some.mask, some.number), (others.tokens, others.mask, others.number), strict=True)
+    tokens, mask, number = (np.concatenate([np.pad(a, pad) if a.ndim == 2 else a, b]) for a, b in fields)
+    mixed = others._replace(tokens=tokens, mask=mask, number=number, columns=[{}] * 16)
+    got = drawn(params, mixed, sampling)
+    mine = np.concatenate([np.arange(4) + 4 * i for i in which])
+    cut = jax.tree.map(lambda x: np.asarray(x)[mine], traj)
+    assert_same_sample(sampling, cut, jax.tree.map(lambda x: x[:32], got), margins[mine])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 2, 4)])
+@pytest.mark.parametrize("reference", [SAMPLING], ids=["plain"], indirect=True)
+def test_on_any_mesh(reference, params, rows, shape):
+    sampling, traj, (_, margins) = reference
+    mesh = meshes.make_mesh(*shape)
+    places = meshes.param_shardings(mesh, policy.logical_axes(CONFIG, params), params)
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(meshes.RULES["rows"]))
+    tokens, mask, number = (jax.device_put(x, by_row) for x in (rows.tokens, rows.mask, rows.number))
+    placed = rows._replace(tokens=tokens, mask=mask, number=number)
+    got = drawn(jax.device_put(params, places), placed, sampling)
+    assert_same_sample(sampling, traj, got, margins)
+
+
+def test_again_gives_the_same_bits(reference, params, rows):
+    sampling, traj, _ = reference
+    jax.tree.map(np.testing.assert_array_equal, drawn(params, rows, sampling), traj)
+
+
+def test_another_step_seed_or_number_gives_other_answers(reference, params, rows):
+    sampling, traj, _ = reference
+    others = [
+        sample(LM, params, {}, rows, sampling, SEED, STEP + 1),
+        sample(LM, params, {}, rows, sampling, SEED + 1, STEP),
+        drawn(params, rows._replace(number=rows.number + PROMPTS), sampling),
+    ]
+    tokens = [answers(x, sampling)[0] for x in (traj, *others)]
+    for i, one in enumerate(tokens):
+        for other in tokens[:i]:
+            assert (one != other).any(axis=1).mean() > 0.9
+
+
+def test_answers_to_one_prompt_differ(reference):
+    sampling, traj, _ = reference
+    tokens = answers(traj, sampling)[0].reshape(PROMPTS, sampling.n, -1)
+    assert np.mean([len(np.unique(group, axis=0)) for group in tokens]) > 0.9 * sampling.n

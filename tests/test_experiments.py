@@ -1,0 +1,201 @@
+"""Experiment scripts as a user runs them: a few tiny steps, killed and run again, and every kind of bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import arithmetic_grpo
+import check_parity
+import options
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "experiments"
+LAST = re.compile(r"held-out accuracy: [01]\.\d{3} -> [01]\.\d{3}")
+# One device, as a laptop has; the tests themselves run on eight virtual ones.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+STEPS = 60
+TINY = {
+    "algorithm": "ppo",
+    "reward": "random",
+    "steps": STEPS,
+    "warm_up_target": 0.0,
+    "held_out": 16,
+    "save_every": 7,
+    "evaluate_every": 5,
+    "batches.prompts": 4,
+    "batches.group": 2,
+    "batches.oversample": 1,
+    "batches.micro_batches": 1,
+}
+
+
+def flags(fields: dict) -> list[str]:
+    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
+
+
+def command(directory: Path) -> list[str]:
+    script = str(SCRIPTS / "arithmetic_grpo.py")
+    return [sys.executable, "-W", "error", script, *flags({**TINY, "directory": directory})]
+
+
+def run(words: list) -> list[str]:
+    """Lines printed by a command that succeeds."""
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def metrics(directory: Path) -> list[dict]:
+    """All but the clock's."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    clocks = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(a run that was never stopped, its last line)"""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    return directory, run(command(directory))[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+def test_a_run_leaves_what_one_looks_at(finished):
+    directory, last = finished
+    assert LAST.fullmatch(last)
+    records = metrics(directory)
+    assert [record["step"] for record in records] == list(range(STEPS))
+    assert {"reward", "reward/exact", "length", "entropy", "loss", "grad_norm"} <= set(records[0])
+    assert [record["step"] for record in records if "held_out" in record] == list(range(4, STEPS, 5))
+    assert max(record["grad_norm"] for record in records) > 0
+    config = json.loads((directory / "config.json").read_text())
+    assert config["experiment"] == "arithmetic_grpo"
+    assert config["config"]["batches"]["prompts"] == 4
+    assert (directory / "experiment.py").read_text() == (SCRIPTS / "arithmetic_grpo.py").read_text()
+    assert "</html>" in (directory / "report.html").read_text()
+    assert list((directory / "tensorboard").iterdir())
+
+
+def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
+    """kill -9 between two checkpoints; metrics and samples are equal to the last bit."""
+    uninterrupted, last = finished
+    directory = tmp_path / "run"
+    words = command(directory)
+    killed = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = directory / "metrics.jsonl"
+    while killed.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= STEPS // 4):
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert killed.returncode == -signal.SIGKILL
+    assert STEPS // 4 <= log.read_bytes().count(b"\n") < STEPS
+
+    lines = run(words)
+    assert any("resumed after step" in line for line in lines)
+    assert lines[-1] == last
+    assert metrics(directory) == metrics(uninterrupted)
+    assert (directory / "samples.jsonl").read_bytes() == (uninterrupted / "samples.jsonl").read_bytes()
+
+
+# In one process, which starts once.
+PROGRAM = """
+import dataclasses, sys
+root, scripts = sys.argv[1:]
+sys.path[:0] = [scripts]
+import arithmetic_grpo as experiment, arithmetic_sft, options
+
+options.setup()
+batches = options.Batches(prompts=4, group=2, epochs=2, minibatches=2)
+tiny = experiment.Config(warm_up_target=0.0, steps=2, held_out=16, batches=batches)
+for words in ("grpo exact additions", "reinforce random additions", "grpo shuffled sortings"):
+    fields = dict(zip(("algorithm", "reward", "task"), words.split()))
+    experiment.main(dataclasses.replace(tiny, directory=f"{root}/{words}", **fields))
+arithmetic_sft.main(arithmetic_sft.Config(steps=2, batch=8, held_out=16, target=1.0, directory=f"{root}/sft"))
+"""
+
+
+def test_every_algorithm_reward_and_task(tmp_path):
+    lines = run([sys.executable, "-W", "error", "-c", PROGRAM, tmp_path, SCRIPTS])
+    assert len([line for line in lines if LAST.fullmatch(line)]) == 3
+    assert "after 2 steps of supervised learning" in lines[-2]
+    assert re.fullmatch(r"held-out accuracy: [01]\.\d{3}", lines[-1])
+    for name in ("grpo exact additions", "reinforce random additions", "grpo shuffled sortings"):
+        assert [record["step"] for record in metrics(tmp_path / name)] == [0, 1]
+
+
+def test_a_finished_run_again_says_the_same_and_changes_nothing(finished):
+    directory, last = finished
+    kept = ("metrics.jsonl", "samples.jsonl", "config.json", "experiment.py")
+    before = {name: (directory / name).read_bytes() for name in kept}
+    assert run(command(directory))[-1] == last
+    assert {name: (directory / name).read_bytes() for name in kept} == before
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def complain(monkeypatch, capsys, module, fields: dict) -> tuple[int, str]:
+    """Exit code and all that was printed."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *flags(fields)])
+    with pytest.raises(SystemExit) as stop:
+        options.run(module.Config, module.main)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return stop.value.code, out + err
+
+
+LEGAL = r"[\s\S]*legal fields: --seed .*--steps .*--batches\.prompts"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"stps": 3}, 2, r"--stps" + LEGAL),
+        ({"batches.groups": 3}, 2, r"--batches\.groups" + LEGAL),
+        ({"steps": "many"}, 2, r"--steps[\s\S]*many" + LEGAL),
+        ({"algorithm": "gpro"}, 2, r"gpro[\s\S]*grpo" + LEGAL),
+        ({"debug": "perhaps"}, 2, r"perhaps.*--debug" + LEGAL),
+        ({"batches.prompts": 12}, 1, r"error: .*prompts = 12 over 8 devices .*nearest legal: \[8, 16\]\n$"),
+        ({"batches.group": 0}, 1, r"error: .*group = 0; at least 1\n$"),
+        (
+            {"batches.group": 6, "batches.minibatches": 5},
+            1,
+            r"error: .*8 x 6 = 48 .* 5 x 1 .*legal products: \[.*\]\n$",
+        ),
+        ({"mesh.data": 3}, 1, r"error: mesh .* 3 x .* does not cover 8 devices; .* one of \[1, 2, 4, 8\]"),
+        ({"seed": 1}, 1, r"error: .* holds a run with other settings: .*seed = 0, now 1.* another directory\n$"),
+        ({"steps": 61}, 1, r"error: .* holds a run with other settings: .*steps = 60, now 61.* another directory\n$"),
+    ],
+    ids=lambda value: " ".join(flags(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings_harm_no_run(fields, code, message, finished, monkeypatch, capsys):
+    """Here there are eight devices; the run was made on one."""
+    directory, _ = finished
+    before = contents(directory)
+    legal = {**TINY, "batches.prompts": 8, "directory": directory}
+    got, printed = complain(monkeypatch, capsys, arithmetic_grpo, legal | fields)
+    assert (got, bool(re.search(message, printed))) == (code, True), printed
+    assert contents(directory) == before
+
+
+def test_parity_needs_a_model(monkeypatch, capsys, tmp_path):
+    code, printed = complain(monkeypatch, capsys, check_parity, {"model": tmp_path})
+    assert code == 1
+    assert re.fullmatch(r"error: no model in .*: config\.json is missing .*\n", printed)
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_say_what_they_reached(path):
+    assert path.stem == "options" or "Reached" in path.read_text().split('"""')[1]

@@ -1,0 +1,201 @@
+"""Checkpoints: the whole state to the last bit, on any mesh; damage is seen, said and survived."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rljax.models import decoder
+from rljax.train.checkpoint import Checkpoints
+from rljax.train.mesh import make_mesh, state_shardings
+from rljax.types import TrainState
+
+CONFIG = decoder.DecoderConfig(vocabulary=16, width=8, layers=2, heads=2, kv_heads=2, head_dim=4, mlp_width=16)
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0, 10)))
+EMPTY = {}
+FULL = {
+    "frozen": {"reference": {"scale": jnp.full(8, 1.5, jnp.bfloat16)}},
+    "coefficients": {"kl": jnp.float32(0.04)},
+    "extra": {"buffer": jnp.arange(6, dtype=jnp.uint8), "env": (jax.random.key(9), jnp.array([True, False]))},
+}
+
+
+def whole_state(seed, **fields):
+    params = {"decoder": decoder.init(CONFIG, jax.random.key(seed)), "odd": jnp.array([jnp.nan, -0.0, 1e-45])}
+    opt_state = jax.tree.map(lambda x: x + seed, OPTIMIZER.init(params))
+    key = jax.random.fold_in(jax.random.key(7), seed)
+    return TrainState(step=seed, params=params, opt_state=opt_state, key=key, cursor=100 * seed, **fields)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A state of two numbers, to save often."""
+    return lambda step: TrainState(
+        step=step, params={"w": jnp.full(3, float(step))}, opt_state=(), key=jax.random.key(step)
+    )
+
+
+def bits(state):
+    def raw(x):
+        x = jnp.asarray(x)
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return str(x.dtype), x.shape, np.asarray(x).tobytes()
+
+    return {jax.tree_util.keystr(path): raw(x) for path, x in jax.tree.leaves_with_path(state)}
+
+
+def files(directory):
+    return {
+        str(f.relative_to(directory)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(directory.rglob("*"))
+        if f.is_file()
+    }
+
+
+def saved(directory, states, **options):
+    checkpoints = Checkpoints(directory, **options)
+    for state in states:
+        checkpoints.save(int(state.step), state)
+    checkpoints.close()
+    return directory
+
+
+def restored(directory, template, **options):
+    checkpoints = Checkpoints(directory, **options)
+    try:
+        return checkpoints.restore(template)
+    finally:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("fields", [EMPTY, FULL], ids=["nothing optional", "everything"])
+def test_a_state_comes_back_to_the_last_bit(tmp_path, fields):
+    state = whole_state(3, **fields)
+    other = jax.tree.map(lambda x: x, whole_state(0, **fields)).replace(key=jax.random.key(0))
+    back = restored(saved(tmp_path, [state]), other)
+    assert bits(back) == bits(state)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert jax.random.uniform(back.key) == jax.random.uniform(state.key)
+
+
+def test_a_state_comes_back_onto_another_mesh(tmp_path):
+    state = whole_state(2)
+    axes = {"decoder": decoder.logical_axes(CONFIG), "odd": (None,)}
+    first, second = (state_shardings(make_mesh(*s), state, OPTIMIZER, axes).state for s in [(1, 8, 1), (2, 2, 2)])
+    state = jax.device_put(state, first)
+    back = restored(saved(tmp_path, [state]), jax.device_put(whole_state(0), second))
+    assert bits(back) == bits(state)
+    assert jax.tree.map(lambda x: x.sharding, (back.params, back.opt_state)) == (second.params, second.opt_state)
+    assert not back.params["decoder"]["embedding"].sharding.is_fully_replicated
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path, small):
+    assert restored(tmp_path / "new", small(0)) is None
+
+
+def test_the_newest_is_restored_and_only_the_newest_are_kept(tmp_path, small):
+    saved(tmp_path, [small(step) for step in (1, 2, 3, 4)], keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.sha256.json", "4", "4.sha256.json"]
+    assert restored(tmp_path, small(0)).params["w"][0] == 4
+
+
+def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path, small):
+    state, checkpoints = small(1), Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    state.params["w"].delete()
+    assert checkpoints.restore(small(0)).params["w"][0] == 1  # restore waits for what is being saved
+    checkpoints.close()
+
+
+def largest(directory):
+    return max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def flip_a_byte(step):
+    file = largest(step)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut_short(step):
+    file = largest(step)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_file(step):
+    largest(step).unlink()
+
+
+def add_a_file(step):
+    (step / "stray").write_text("?")
+
+
+def spoil_the_manifest(step):
+    step.with_name(f"{step.name}.sha256.json").write_text('{"half')
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, lose_a_file, add_a_file, spoil_the_manifest])
+def test_damage_to_the_newest_is_said_and_the_one_before_is_taken(tmp_path, small, damage):
+    saved(tmp_path, [small(1), small(2)])
+    damage(tmp_path / "2")
+    said = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    assert checkpoints.restore(small(0)).params["w"][0] == 1
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint 2 is damaged (")
+    assert said[0].endswith("); falling back to the one before")
+    checkpoints.save(2, small(2).replace(params={"w": jnp.full(3, 22.0)}))  # the run goes on and saves again
+    checkpoints.close()
+    assert restored(tmp_path, small(0)).params["w"][0] == 22
+
+
+def test_if_all_are_damaged_nothing_is_started_over_and_nothing_deleted(tmp_path, small):
+    saved(tmp_path, [small(1), small(2)])
+    for step in ("1", "2"):
+        flip_a_byte(tmp_path / step)
+    before = files(tmp_path)
+    with pytest.raises(RuntimeError, match="no checkpoint is good; move the run directory away to start over"):
+        restored(tmp_path, small(0))
+    assert files(tmp_path) == before
+
+
+def test_a_step_that_was_never_sealed_is_removed_at_start(tmp_path, small):
+    saved(tmp_path, [small(1), small(2)])
+    (tmp_path / "2.sha256.json").unlink()
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    assert restored(tmp_path, small(0)).params["w"][0] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.sha256.json"]
+
+
+def test_the_manifest_names_every_file_with_its_hash(tmp_path, small):
+    saved(tmp_path, [small(1)])
+    manifest = json.loads((tmp_path / "1.sha256.json").read_text())
+    assert manifest == files(tmp_path / "1")
+    assert manifest
+
+
+def test_what_goes_wrong_in_the_saving_thread_is_raised(tmp_path, small, monkeypatch):
+    def full(self, step):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Checkpoints, "_seal", full)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, small(1))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.wait()
+    checkpoints.close()
+
+
+def test_a_step_saved_already_is_refused(tmp_path, small):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, small(5))
+    with pytest.raises(Exception, match="5"):
+        checkpoints.save(5, small(5))
+    with pytest.raises(RuntimeError, match=r"step 4 was not saved; steps there: \[5\]"):
+        checkpoints.save(4, small(4))
+    checkpoints.close()

@@ -1,0 +1,105 @@
+"""Where arrays lie: the mesh, the rules, a whole state, rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from rljax.train.mesh import make_mesh, param_shardings, place_prompts, place_rows, sharding_of, state_shardings
+from rljax.types import Rows, TrainState
+
+P = PartitionSpec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((2, 1, -1), (2, 1, 4)), ((8, 1, 1), (8, 1, 1))],
+)
+def test_one_size_may_be_what_is_left(sizes, shape):
+    assert tuple(make_mesh(*sizes).shape.values()) == shape
+
+
+@pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, -1, 1), (16, 1, 1), (-8, 1, -1)])
+def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_the_legal_sizes(sizes):
+    with pytest.raises(ValueError, match=r"does not cover 8 devices; each size must be one of \[1, 2, 4, 8\]"):
+        make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        (("embed", "mlp"), (8, 12), P("fsdp", "tensor")),
+        (("embed", "heads", None), (8, 4, 3), P("fsdp", "tensor", None)),
+        (("embed", "kv_heads", None), (8, 3, 3), P("fsdp", None, None)),  # 3 heads over 2: whole
+        (("vocabulary", None), (16, 8), P(("tensor", "fsdp"), None)),
+        (("vocabulary", None), (6, 8), P("tensor", None)),  # 6 over 8 does not go, over 2 it does
+        (("vocabulary", None), (7, 8), P(None, None)),
+        ((None,), (8,), P(None)),
+        (("unheard of",), (8,), P(None)),
+    ],
+)
+def test_an_axis_that_does_not_divide_stays_whole(axes, shape, spec):
+    sharding = sharding_of(make_mesh(1, 4, 2), axes, shape)
+    whole = jax.sharding.NamedSharding(sharding.mesh, spec)
+    assert sharding.is_equivalent_to(whole, len(shape))
+
+
+PARAMS = {"table": jnp.zeros((16, 8)), "up": jnp.zeros((8, 12)), "scale": jnp.zeros(8)}
+AXES = {"table": ("vocabulary", None), "up": ("embed", "mlp"), "scale": (None,)}
+
+
+def whole_state(optimizer):
+    return TrainState(
+        step=0,
+        params=PARAMS,
+        opt_state=optimizer.init(PARAMS),
+        key=jax.random.key(0),
+        frozen={"reference": {"up": PARAMS["up"]}, "other": jnp.zeros(8)},
+        coefficients={"kl": jnp.float32(0)},
+    )
+
+
+def test_moments_and_reference_lie_as_the_parameters_do_and_the_rest_is_copied():
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0, 10)))
+    mesh = make_mesh(2, 2, 2)
+    shardings = state_shardings(mesh, whole_state(optimizer), optimizer, AXES)
+    placed = param_shardings(mesh, AXES, PARAMS)
+    adam = shardings.state.opt_state[1][0]
+    assert shardings.state.params == adam.mu == adam.nu == placed
+    assert shardings.state.frozen["reference"] == {"up": placed["up"]}
+    rest = (adam.count, shardings.state.frozen["other"], shardings.state.key, shardings.state.coefficients)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rest))
+    state = jax.device_put(whole_state(optimizer), shardings.state)
+    assert state.params["up"].addressable_shards[0].data.shape == (4, 6)
+    assert state.params["table"].addressable_shards[0].data.shape == (4, 8)
+
+
+def test_statistics_of_another_shape_than_their_parameter_are_copied():
+    """Adafactor keeps a row and a column of each matrix: the matrix's sharding would not fit them."""
+    optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=2)
+    state = whole_state(optimizer)
+    for known in (state, jax.eval_shape(lambda: state)):
+        shardings = state_shardings(make_mesh(2, 2, 2), known, optimizer, AXES)
+        placed = jax.device_put(state, shardings.state)
+        assert not placed.params["up"].sharding.is_fully_replicated
+
+
+def test_rows_go_over_data_and_fsdp_and_scalars_everywhere():
+    shardings = state_shardings(make_mesh(2, 2, 2), whole_state(optax.sgd(1)), optax.sgd(1), AXES)
+    out = place_rows(shardings, {"x": np.arange(24).reshape(8, 3), "absent": None, "scalar": np.float32(1)})
+    assert [shard.data.shape for shard in out["x"].addressable_shards] == [(2, 3)] * 8
+    assert out["scalar"].sharding.is_fully_replicated
+    with pytest.raises(ValueError, match=r"6 rows do not divide over 4 devices \(data x fsdp\); take a multiple of 4"):
+        place_rows(shardings, np.zeros((6, 2)))
+
+
+def test_prompts_are_spread_and_their_columns_stay_on_the_host():
+    shardings = state_shardings(make_mesh(8, 1, 1), whole_state(optax.sgd(1)), optax.sgd(1), AXES)
+    columns = [{"answer": i} for i in range(8)]
+    rows = Rows(np.zeros((8, 3), np.int32), np.ones((8, 3), bool), np.arange(8, dtype=np.int32), columns, 8)
+    placed = place_prompts(shardings, rows)
+    assert placed.tokens.addressable_shards[0].data.shape == (1, 3)
+    assert placed.columns is columns
+    assert placed.cursor == 8

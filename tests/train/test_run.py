@@ -1,0 +1,199 @@
+"""A run directory: resumed to the last bit, locked, refused unharmed, stopped by a signal, never trained on NaN."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rljax.train.run import Run
+from rljax.train.update import make_update
+from rljax.types import Objective, TrainState
+
+OPTIMIZER = optax.adam(0.1)
+CONFIG = {"seed": 0, "sizes": (1, 2), "nested": {"rate": 0.1}}
+STEPS = 7
+
+
+def noisy_squares(params, frozen, batch):
+    error = batch["x"] @ params["w"] - 1.0 + batch["noise"]
+    return (error**2).sum(), {"error": (error.sum(), error.size)}
+
+
+def prepare(params, frozen, batch, key):
+    return batch | {"noise": 0.1 * jax.random.normal(key, (4,))}
+
+
+UPDATE = make_update(Objective(prepare, noisy_squares), OPTIMIZER)
+
+
+def train(directory, after_step=lambda step: None, config=CONFIG, **options):
+    """A loop as an experiment's: data by cursor, noise by key. Returns the last state."""
+    params = {"w": jnp.zeros(3)}
+    state = TrainState(step=0, params=params, opt_state=OPTIMIZER.init(params), key=jax.random.key(5))
+    with Run(directory, config, steps=STEPS, save_every=2, **options) as run:
+        state = run.restore(state)
+        for step in run.steps(state.step):
+            x = np.random.default_rng(int(state.cursor)).normal(size=(4, 3))
+            state, metrics = UPDATE(state, {"x": jnp.float32(x)})
+            state = state.replace(step=step + 1, cursor=state.cursor + 4)
+            after_step(step)
+            run.record(step, state, metrics | {"tokens": 12})
+    return state
+
+
+def files(directory):
+    found = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
+
+
+def log(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def same(one, other):
+    jax.tree.map(
+        lambda x, y: (
+            np.testing.assert_array_equal(*(np.asarray(jax.random.key_data(z)) for z in (x, y)))
+            if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key)
+            else np.testing.assert_array_equal(x, y)
+        ),
+        one,
+        other,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return train(directory), log(directory)
+
+
+def test_a_run_logs_every_step_and_saves_the_last(tmp_path):
+    state = train(tmp_path)
+    assert state.step == STEPS
+    assert [line["step"] for line in log(tmp_path)] == list(range(STEPS))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()) == ["6", "7"]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tokens_per_second"] == pytest.approx(12 / last["seconds"])
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_and_run_again_the_result_is_the_same_to_the_last_bit(tmp_path, uninterrupted, at, number):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, lambda step: os.kill(os.getpid(), number) if step == at else None)
+    assert stop.value.code == 128 + number
+    assert len(log(tmp_path)) == at + 1  # that step was finished
+    state = train(tmp_path)
+    same(state, uninterrupted[0])
+    assert log(tmp_path) == uninterrupted[1]
+
+
+def test_killed_between_two_checkpoints_what_was_logged_since_is_done_again(tmp_path, uninterrupted):
+    """The crash leaves metrics of a step that no checkpoint knows, and half a line."""
+
+    def crash(step):
+        if step == 5:
+            raise ConnectionError("the machine is gone")
+
+    with pytest.raises(ConnectionError):
+        train(tmp_path, crash)
+    assert [line["step"] for line in log(tmp_path)] == [0, 1, 2, 3, 4]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    steps = []
+    state = train(tmp_path, steps.append)
+    assert steps == [4, 5, 6]
+    same(state, uninterrupted[0])
+    assert log(tmp_path) == uninterrupted[1]
+
+
+def test_a_finished_run_run_again_does_nothing(tmp_path, uninterrupted):
+    train(tmp_path)
+    before, steps = log(tmp_path), []
+    state = train(tmp_path, steps.append)
+    assert steps == []
+    assert log(tmp_path) == before
+    same(state, uninterrupted[0])
+
+
+def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(tmp_path):
+    train(tmp_path)
+    before = files(tmp_path)
+    other = CONFIG | {"seed": 1, "new": True}
+    with pytest.raises(ValueError, match="other settings: new = None, now True; seed = 0, now 1"):
+        train(tmp_path, config=other)
+    assert files(tmp_path) == before
+
+
+def test_a_directory_in_use_is_refused_and_left_as_it_was(tmp_path):
+    train(tmp_path)
+    before = files(tmp_path)
+    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, tmp_path / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match="another process is running in this directory"):
+            train(tmp_path)
+        holder.communicate("\n")
+    assert files(tmp_path) == before
+    train(tmp_path)  # and it is free again
+
+
+def record_all(directory, *metrics):
+    state = TrainState(step=0, params={"w": jnp.zeros(1)}, opt_state=(), key=jax.random.key(0))
+    with Run(directory, {}, steps=len(metrics), save_every=1) as run:
+        for step in run.steps(run.restore(state).step):
+            run.record(step, state.replace(step=step + 1), metrics[step])
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [({"loss": np.nan}, "loss not finite"), ({"loss": 1.0, "grad_norm": np.inf}, "grad_norm not finite")],
+)
+def test_a_step_that_is_not_finite_stops_the_run_and_is_neither_logged_nor_saved(tmp_path, bad, words):
+    with pytest.raises(FloatingPointError, match=f"{words} at step 1; the last checkpoint is step 1"):
+        record_all(tmp_path, {"loss": 1.0}, bad, {"loss": 1.0})
+    assert [line["step"] for line in log(tmp_path)] == [0]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["1"]
+    with pytest.raises(FloatingPointError, match=f"{words} at step 0; there is no checkpoint"):
+        record_all(tmp_path / "at the start", bad)
+
+
+def test_another_metric_that_is_not_finite_is_null_in_the_log(tmp_path):
+    record_all(tmp_path, {"loss": 1.0, "kl": np.nan})
+    assert log(tmp_path) == [{"step": 0, "loss": 1.0, "kl": None}]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_handlers_come_back(tmp_path):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def press_twice(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, press_twice)
+    assert log(tmp_path) == []
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_the_directory_says_what_was_run(tmp_path):
+    source = tmp_path / "script.py"
+    source.write_text("print('an experiment')")
+    train(tmp_path / "run", source=str(source))
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["config"] == {"seed": 0, "sizes": [1, 2], "nested": {"rate": 0.1}}
+    assert about["experiment"] == "script"
+    assert about["devices"] == 8
+    assert (tmp_path / "run" / "experiment.py").read_text() == source.read_text()
