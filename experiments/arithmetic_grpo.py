@@ -50,7 +50,7 @@ class Config:
     task: Literal["additions", "sortings"] = "additions"  # what to learn
     algorithm: Literal["grpo", "reinforce", "ppo"] = "grpo"  # how to learn it
     reward: Literal["exact", "random", "shuffled"] = "exact"  # the last two are controls
-    steps: int = 300  # of reinforcement
+    steps: int = 240  # of reinforcement
     batches: Batches = Batches(prompts=64, group=8, oversample=2, micro_batches=4)
     optimizer: Optimizer = Optimizer(learning_rate=8e-4, schedule="cosine")
     warm_up_target: float = 0.4  # share of training problems right at which supervision stops
