@@ -104,6 +104,18 @@ def test_what_stands_at_masked_columns_changes_nothing(algorithm, garbage):
 
 
 @EVERY
+def test_what_the_policy_says_of_masked_columns_changes_nothing(algorithm):
+    """As of padding, where attention sees nothing. Garbage is added, so that a careless mask would pass it back."""
+
+    def careless(params, frozen, traj):
+        garbage = jnp.where(traj.mask, 0.0, jnp.nan)
+        return jax.tree.map(lambda x: x + garbage, table_policy(params, frozen, traj))
+
+    batch = credited(algorithm, rollout())
+    agree(learn(algorithm, batch, table_params(), careless), learn(algorithm, batch, table_params()))
+
+
+@EVERY
 def test_row_order_and_the_names_of_groups_do_not_matter(algorithm):
     traj, order = rollout(), np.random.default_rng(0).permutation(16)
     straight = credited(algorithm, traj)
