@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 import tyro
 
@@ -71,7 +72,19 @@ def optimizer(options: Optimizer, updates: int) -> optax.GradientTransformation:
     ramp = optax.linear_schedule(options.learning_rate / (options.warm_up + 1), options.learning_rate, options.warm_up)
     rate = optax.join_schedules([ramp, after], [options.warm_up])
     adam = optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(options.clip_norm), adam)
+    return optax.chain(clip_global_norm(options.clip_norm), adam)
+
+
+def clip_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scale gradients whose global norm exceeds `limit` down to it.
+
+    optax.clip_by_global_norm divides 0 by 0 where the gradient is zero (a batch without signal): `--debug` stops there.
+    """
+
+    def clip(updates, params=None):
+        return optax.tree.scale(limit / jnp.maximum(optax.tree.norm(updates), limit), updates)
+
+    return optax.stateless(clip)
 
 
 def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
