@@ -116,7 +116,6 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
                 run.show(step, batch, task.tokenizer.decode, score.names, rows.columns, log_ratio(state, batch.traj))
             run.record(step, state, seen)
         after = task.accuracy(state.params, exam, cfg.seed)
-    say(f"report: {directory}/report.html")
     say(f"held-out accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
 

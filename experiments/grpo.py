@@ -90,8 +90,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm, b = algorithm or with_kl(grpo(), cfg.kl), cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
-    weights = options.read_rewards(cfg.rewards, verifiers)
-    config, tokenizer = hf.read_config(cfg.model, cfg.remat), load_tokenizer(cfg.model)
+    weights, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model, cfg.remat)
+    tokenizer = load_tokenizer(cfg.model)
     train, held_out = read_prompts(cfg, tokenizer, config.max_positions)
 
     axes = policy.logical_axes(config, {"decoder": None})
@@ -103,18 +103,17 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen={"reference": start})
     shardings = meshes.state_shardings(mesh, state, optimizer, axes)
     update = make_update(policy_objective(model, algorithm), optimizer, b.micro_batches, shardings)
-    annotate, credit = policy.make_annotate(model, algorithm.needs), jax.jit(algorithm.credit)
+    annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the start is always shown
+    credit = jax.jit(algorithm.credit)
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
-    with_reference = policy.make_annotate(model, ("ref_logp",))
     log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
     sampling = Sampling(n=b.group, stop=tokenizer.stop, **asdict(cfg.sampling))
-
     exam = held_out.first(len(held_out))
 
     def evaluate(state: TrainState, score) -> dict[str, float]:
         drawn = sampling.replace(n=-(-cfg.evaluate_samples // len(held_out)))
         traj = sample(lm, state.params, state.frozen, exam, drawn, cfg.seed, -1)
-        return reward_and_kl(score(with_reference(state, traj), exam))
+        return reward_and_kl(score(annotate(state, traj), exam))
 
     run = Run(
         cfg.directory,
@@ -126,9 +125,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         headlines=("reward", "no_signal", "length", "kl_sequence", "tokens_per_second"),
     )
     with run, Pool(workers=cfg.verifier_workers, seconds=cfg.verifier_seconds) as pool:
-        score = make_score({n: verifiers[n] for n in weights}, tokenizer.decode, weights, pool)
-        state = jax.device_put(state, shardings.state)
-        before = evaluate(state, score)
+        score = make_score({name: verifiers[name] for name in weights}, tokenizer.decode, weights, pool)
+        before = evaluate(state := jax.device_put(state, shardings.state), score)
         state = run.restore(state)
         for step in run.steps(state.step):
             rows = train.draw(state.cursor, b.prompts * b.oversample)
@@ -144,7 +142,6 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
                 run.show(step, batch, tokenizer.decode, score.names, rows.columns, log_ratio(state, batch.traj))
             run.record(step, state, describe(traj, score.names) | metrics)
         after = evaluate(state, score)
-    say(f"report: {cfg.directory}/report.html")
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))
     say(f"held-out reward: {shown}, at a KL to the start of {after['kl']:.1f} nats a sequence")
     return {"before": before, "after": after}

@@ -6,7 +6,8 @@ then the state's holds, a traced scalar that a controller may change without rec
 
 from collections.abc import Callable
 
-from rljax.ops.kl import k1, k3
+from rljax.algorithms.credit import old_logp
+from rljax.ops.kl import importance_weighted_k3, k1, k3
 from rljax.types import Algorithm
 
 
@@ -33,6 +34,18 @@ def with_kl(algorithm: Algorithm, coefficient: float = 0.04, estimator: Callable
 
     def term(output, batch):
         value = estimator(output.logp, batch.traj.ref_logp)
+        return value, value
+
+    return _add(algorithm, "kl", coefficient, term, ("ref_logp",))
+
+
+def with_importance_weighted_kl(algorithm: Algorithm, coefficient: float = 0.04) -> Algorithm:
+    """L_t + β (π/π_old) k3 with the ratio differentiated: the KL term whose value and gradient stay right off-policy
+    (DeepSeek-V3.2, arXiv:2512.02556).
+    """
+
+    def term(output, batch):
+        value = importance_weighted_k3(output.logp, batch.traj.ref_logp, old_logp(batch.traj))
         return value, value
 
     return _add(algorithm, "kl", coefficient, term, ("ref_logp",))

@@ -10,8 +10,8 @@ averages to when it stands in a loss are different questions (arXiv:2510.01555):
     k3_with_k2_gradient       as k3      KL                  ∇ KL(π ‖ π_ref): right
     importance_weighted_k3    ρ·k3       KL, off-policy too  ∇ KL(π ‖ π_ref): right, off-policy too
 
-Use k1 in rewards (no gradient flows there) and k3_with_k2_gradient, k2 or importance_weighted_k3 in losses. Exponents
-are clamped to ±20, with no gradient beyond.
+Use k1 in rewards (no gradient flows there) and the others in losses. Exponents are clamped to ±20, with no gradient
+beyond.
 """
 
 import jax

@@ -21,9 +21,10 @@ def chosen_logp(
 
 
 def entropy(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """H = logsumexp(z/τ) - Σ softmax(z/τ) z/τ, in nats."""
+    """H = logsumexp(z/τ) - Σ softmax(z/τ) z/τ, in nats. Tokens of logit -inf add 0 (0 · log 0)."""
     scaled = logits.astype(jnp.float32) / temperature[..., None]
-    return jax.nn.logsumexp(scaled, axis=-1) - (jax.nn.softmax(scaled, axis=-1) * scaled).sum(axis=-1)
+    finite = jnp.where(jnp.isneginf(scaled), 0.0, scaled)
+    return jax.nn.logsumexp(scaled, axis=-1) - (jax.nn.softmax(scaled, axis=-1) * finite).sum(axis=-1)
 
 
 def chunked_logprobs(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from rljax.ops.ratios import importance_ratio
@@ -50,6 +51,8 @@ def _neutral_batch(batch: Batch) -> Batch:
         facts["temperature"] = jnp.where(mask, traj.temperature, 1.0)
     if traj.values is not None:
         facts["values"] = jnp.where(jnp.pad(mask, ((0, 0), (0, 1))), traj.values, 0.0)
+    if traj.dist is not None:
+        facts["dist"] = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 0.0), traj.dist)
     returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
     advantages = jnp.where(mask, batch.advantages, 0.0)
     return batch.replace(traj=traj.replace(**facts), advantages=advantages, returns=returns)

@@ -82,7 +82,7 @@ class Run:
         self._checkpoints.close()
         if self._log is not None:
             self._log.close()
-            write_report(self.directory)
+            say(f"report: {write_report(self.directory)}")
         self._lock.close()
 
     def restore(self, state: TrainState) -> TrainState:
