@@ -51,11 +51,11 @@ class Config:
     template: str = "{prompt}"  # of a prompt, columns in braces; \n is a new line
     rewards: tuple[str, ...] = ("number",)  # verifiers, each NAME or NAME=WEIGHT
     seed: int = 0  # of order and samples
-    steps: int = 60  # of reinforcement
+    steps: int = 20  # of reinforcement
     kl: float = 0.04  # coefficient of the KL to the start
     batches: Batches = Batches(prompts=16, group=8, micro_batches=4)
     sampling: options.Sampling = options.Sampling(max_tokens=128)
-    optimizer: Optimizer = Optimizer(learning_rate=1e-4)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="cosine")
     max_prompt_tokens: int = 0  # longer prompts are dropped; 0: what the context leaves
     held_out: int = 32  # prompts set aside to evaluate on
     evaluate_samples: int = 256  # answers to them, before and after
