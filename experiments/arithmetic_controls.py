@@ -10,6 +10,7 @@ Reached: not yet run.
 """
 
 import dataclasses
+from typing import Literal
 
 import arithmetic_grpo
 import options
@@ -21,7 +22,7 @@ class Config:
     """Three arms over seeds."""
 
     seeds: tuple[int, ...] = (0,)  # of the runs
-    arms: tuple[str, ...] = ("exact", "random", "shuffled")  # rewards
+    arms: tuple[Literal["exact", "random", "shuffled"], ...] = ("exact", "random", "shuffled")  # rewards
     run: arithmetic_grpo.Config = arithmetic_grpo.Config()  # what all of them share
 
 
@@ -36,7 +37,8 @@ def main(cfg: Config) -> list[dict]:
     for arm in cfg.arms:
         for seed in cfg.seeds:
             say(f"== reward {arm}, seed {seed}")
-            run = dataclasses.replace(cfg.run, seed=seed, reward=arm)
+            place = cfg.run.directory and f"{cfg.run.directory}/{arm}-seed{seed}"
+            run = dataclasses.replace(cfg.run, seed=seed, reward=arm, directory=place)
             reached = arithmetic_grpo.main(run)
             change, half = gain(reached["before"], reached["after"], run.held_out)
             verdict = "gain" if change > half else "loss" if change < -half else "no change"

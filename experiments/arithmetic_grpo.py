@@ -29,7 +29,7 @@ from rljax.rewards.text import exact_text
 from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say
-from rljax.train.metrics import describe, require_on_policy
+from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
@@ -63,47 +63,61 @@ class Config:
 
 
 def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
-    """Warm up, then improve. `algorithm` replaces the one cfg names. Returns held-out accuracy before and after."""
+    """Warm up, then improve. `algorithm` replaces the one cfg names, and wants a directory of its own.
+
+    Returns held-out accuracy before and after.
+    """
+    if algorithm is not None and not cfg.directory:
+        raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
     algorithm, b = algorithm or ALGORITHMS[cfg.algorithm](), cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
-    directory = cfg.directory or f"runs/arithmetic_grpo/{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}"
-    warm_up = f"{cfg.directory}/warm_up" if cfg.directory else f"runs/arithmetic_sft/{cfg.task}-seed{cfg.seed}"
-
+    name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
+    directory = cfg.directory or f"runs/arithmetic_grpo/{name}"
     run = Run(
         directory,
-        asdict(cfg),
+        asdict(cfg) | {"code": options.fingerprint(algorithm)},
         steps=1 if cfg.debug else cfg.steps,
         source=__file__,
         save_every=cfg.save_every,
-        headlines=("reward", "held_out", "length", "entropy", "tokens_per_second"),
+        headlines=("reward", "held_out", "length", "kl_sequence", "tokens_per_second"),
     )
-    shared = {name: getattr(cfg, name) for name in ("seed", "task", "held_out", "mesh", "debug")}
+    shared = {field: getattr(cfg, field) for field in ("seed", "task", "held_out", "mesh", "debug")}
+    alone = f"runs/arithmetic_sft/{cfg.task}-{cfg.warm_up_target}-{cfg.held_out}-seed{cfg.seed}" + "-debug" * cfg.debug
+    warm_up = f"{cfg.directory}/warm_up" if cfg.directory else alone
     taught = arithmetic_sft.Config(target=cfg.warm_up_target, directory=warm_up, **shared)
-    task = arithmetic_sft.make_task(taught)
-    start = arithmetic_sft.warm_up(taught, task, policy.init(task.config, jax.random.key(cfg.seed)))
+    task, key = arithmetic_sft.make_task(taught), jax.random.key(cfg.seed)
+    start = arithmetic_sft.warm_up(taught, task, policy.init(task.config, jax.random.fold_in(key, 0)))
+    reference = jax.tree.map(jnp.copy, start)
     if "values" in algorithm.needs:
         start = policy.with_value_head(start, task.config)
 
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
-    before = task.accuracy(start, task.held_out.first(cfg.held_out), cfg.seed)
-    state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=jax.random.key(cfg.seed + 2))
+    frozen, key = {"reference": reference}, jax.random.fold_in(key, 2)
+    state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=key, frozen=frozen)
     shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, start))
     update = make_update(policy_objective(task.policy, algorithm), optimizer, b.micro_batches, shardings)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
+    with_reference = policy.make_annotate(task.policy, ("ref_logp",))
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
-
     exam = task.held_out.first(cfg.held_out)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        found = reward_and_kl(with_reference(state, task.examine(state.params, exam, cfg.seed)))
+        return {"held_out": found["reward"], "kl_sequence": found["kl"]}
+
     with run:
-        state = run.restore(jax.device_put(state, shardings.state))
+        state = jax.device_put(state, shardings.state)
+        before = evaluate(state)["held_out"]
+        state = run.restore(state)
         for step in run.steps(state.step):
             rows = task.train.draw(state.cursor, b.prompts * b.oversample)
             placed = meshes.place_prompts(shardings, rows)
             traj = sample(task.lm, state.params, state.frozen, placed, task.sampling(b.group), cfg.seed, step)
             traj = annotate(state, traj)
-            traj = disturb(score(traj, rows), cfg.reward, jax.random.fold_in(jax.random.key(cfg.seed), step))
+            traj = disturb(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))  # updates split off 0 and 1
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
             if run.first(step):
@@ -111,11 +125,11 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             state = state.replace(step=step + 1, cursor=rows.cursor)
             seen = describe(traj, score.names) | metrics
             if (step + 1) % cfg.evaluate_every == 0:
-                seen["held_out"] = task.accuracy(state.params, exam, cfg.seed)
+                seen |= evaluate(state)
             if run.shows(step):
-                run.show(step, batch, task.tokenizer.decode, score.names, rows.columns, log_ratio(state, batch.traj))
+                run.show(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
             run.record(step, state, seen)
-        after = task.accuracy(state.params, exam, cfg.seed)
+        after = evaluate(state)["held_out"]
     say(f"held-out accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
 

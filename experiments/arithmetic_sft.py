@@ -31,7 +31,7 @@ from rljax.train.log import say
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import make_update
-from rljax.types import LM, Params, Rows, Sampling, TrainState
+from rljax.types import LM, Params, Rows, Sampling, TrainState, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Config:
     width: int = 128  # of the decoder
     layers: int = 4  # of the decoder
     held_out: int = 1024  # problems never trained on
-    directory: str = "runs/arithmetic_sft"  # of the run
+    directory: str = "runs/arithmetic_sft/alone"  # of the run
     mesh: MeshShape = MeshShape()
     debug: bool = False  # no jit, NaN checks, one step
 
@@ -69,10 +69,14 @@ class Task(NamedTuple):
     def sampling(self, n: int = 1) -> Sampling:
         return Sampling(n=n, max_tokens=self.longest, stop=self.tokenizer.stop)
 
+    def examine(self, params: Params, rows: Rows, seed: int) -> Trajectory:
+        """One answer to each prompt, drawn at temperature 1 with keys that no training step uses, and judged."""
+        drawn = sample(self.lm, params, {}, rows, self.sampling(), seed, -1)
+        return make_score({"exact": exact_text}, self.tokenizer.decode)(drawn, rows)
+
     def accuracy(self, params: Params, rows: Rows, seed: int) -> float:
-        """Share of the prompts answered rightly by one answer drawn at temperature 1."""
-        drawn = sample(self.lm, params, {}, rows, self.sampling(), seed, 0)
-        return float(np.mean(make_score({"exact": exact_text}, self.tokenizer.decode)(drawn, rows).scores))
+        """Share of the prompts answered rightly."""
+        return float(np.mean(self.examine(params, rows, seed).scores))
 
 
 def make_task(cfg: Config) -> Task:
@@ -93,13 +97,14 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
     """Maximum likelihood on demonstrations until the target is reached on problems of the training side."""
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     algorithm, optimizer = sft(), options.optimizer(cfg.optimizer, cfg.steps)
-    state = TrainState(step=0, params=params, opt_state=optimizer.init(params), key=jax.random.key(cfg.seed + 1))
+    state = TrainState(0, params, optimizer.init(params), jax.random.fold_in(jax.random.key(cfg.seed), 1))
+        step=0, params=params, opt_state=optimizer.init(params), key=jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    )
     shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, params))
     update = make_update(policy_objective(task.policy, algorithm), optimizer, shardings=shardings)
     seen, steps = task.train.first(512), 1 if cfg.debug else cfg.steps
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, headlines=("loss", "accuracy")) as run:
         state = run.restore(jax.device_put(state, shardings.state))
-        right = 0.0
         for step in run.steps(state.step):
             if step % 10 == 0:
                 right = task.accuracy(state.params, seen, step)
@@ -109,15 +114,16 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
             shown = demonstrations(rows, task.answers(rows), task.longest)
             state, metrics = update(state, algorithm.credit(shown, {}))
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            run.record(step, state, metrics | {"accuracy": right})
+            run.record(step, state, metrics | ({"accuracy": right} if step % 10 == 0 else {}))
         run.save(state)
+    right = task.accuracy(state.params, seen, int(state.step))
     say(f"warm-up: right on {right:.0%} of the training problems after {int(state.step)} steps of supervised learning")
     return state.params
 
 
 def main(cfg: Config) -> None:
     task = make_task(cfg)
-    params = warm_up(cfg, task, policy.init(task.config, jax.random.key(cfg.seed)))
+    params = warm_up(cfg, task, policy.init(task.config, jax.random.fold_in(jax.random.key(cfg.seed), 0)))
     say(f"held-out accuracy: {task.accuracy(params, task.held_out.first(cfg.held_out), cfg.seed):.3f}")
 
 

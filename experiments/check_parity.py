@@ -1,6 +1,6 @@
 r"""Does rljax compute what transformers computes? Logits and log-probs of one model directory, compared in float32.
 
-    pip install 'rljax[parity]'                              # torch
+    pip install -e '.[parity]'                              # torch
     python experiments/check_parity.py --model DIR
 
 Both run on the CPU, transformers with eager attention. What transformers says of each text alone is the reference;
@@ -98,7 +98,7 @@ def transformers_says(directory: str, texts: list[list[int]]) -> tuple[list[np.n
     try:
         import torch
     except ModuleNotFoundError:
-        raise ValueError("torch is not installed; the parity extra brings it: pip install 'rljax[parity]'") from None
+        raise ValueError("torch is not installed; the parity extra brings it: pip install -e '.[parity]'") from None
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

@@ -92,16 +92,19 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     options.check_batches(b, mesh)
     weights, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model, cfg.remat)
     tokenizer = load_tokenizer(cfg.model)
+    if tokenizer.size > config.vocabulary:
+        raise ValueError(f"{cfg.model}: the tokenizer has {tokenizer.size} ids, the model {config.vocabulary}")
     train, held_out = read_prompts(cfg, tokenizer, config.max_positions)
 
-    axes = policy.logical_axes(config, {"decoder": None})
-    places = meshes.param_shardings(mesh, axes["decoder"], decoder.abstract(config))
+    places = meshes.param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
     params = {"decoder": hf.load(cfg.model, config, places)}
     model, lm = policy.make_policy(config), decoder.language_model(config)
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
-    start = jax.tree.map(jnp.copy, params)
-    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen={"reference": start})
-    shardings = meshes.state_shardings(mesh, state, optimizer, axes)
+    frozen = {"reference": jax.tree.map(jnp.copy, params)}
+    if "values" in algorithm.needs:
+        params = policy.with_value_head(params, config)
+    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
+    shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(config, params))
     update = make_update(policy_objective(model, algorithm), optimizer, b.micro_batches, shardings)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the start is always shown
     credit = jax.jit(algorithm.credit)
@@ -116,8 +119,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         return reward_and_kl(score(annotate(state, traj), exam))
 
     run = Run(
-        cfg.directory,
-        asdict(cfg),
+        cfg.directory + "-debug" * cfg.debug,
+        asdict(cfg) | {"code": options.fingerprint(algorithm, [verifiers[name] for name in weights])},
         steps=1 if cfg.debug else cfg.steps,
         source=__file__,
         save_every=cfg.save_every,
@@ -139,7 +142,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
             if run.shows(step):
-                run.show(step, batch, tokenizer.decode, score.names, rows.columns, log_ratio(state, batch.traj))
+                run.show(step, batch, tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
             run.record(step, state, describe(traj, score.names) | metrics)
         after = evaluate(state, score)
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))

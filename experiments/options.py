@@ -1,10 +1,12 @@
 """What experiments share: blocks of settings, and how a command line becomes them."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -126,6 +128,33 @@ def read_rewards(names: tuple[str, ...], legal: dict[str, Callable]) -> dict[str
     return weights
 
 
+def fingerprint(*parts) -> str:
+    """What an algorithm or verifier computes, as a hash of its code and of the numbers it closes over.
+
+    Runs with a function of your own are told apart by it: an edited loss is another experiment.
+    """
+
+    def words(x, depth=0):
+        inner = getattr(x, "__wrapped__", x.func if isinstance(x, partial) else None)
+        if x is None or isinstance(x, int | float | str):
+            return repr(x)
+        if depth > 8:
+            return type(x).__qualname__
+        if isinstance(x, dict):
+            return [[name, words(value, depth + 1)] for name, value in x.items()]
+        if isinstance(x, list | tuple):
+            return [words(y, depth + 1) for y in x]
+        if inner is not None:
+            return [words(y, depth + 1) for y in (inner, getattr(x, "args", ()), getattr(x, "keywords", {}))]
+        if not hasattr(x, "__code__"):
+            return type(x).__qualname__
+        constants = [c for c in x.__code__.co_consts if isinstance(c, int | float | str)]
+        cells = [words(cell.cell_contents, depth + 1) for cell in x.__closure__ or ()]
+        return [x.__code__.co_code.hex(), x.__code__.co_names, constants, cells, words(x.__defaults__, depth + 1)]
+
+    return hashlib.sha256(repr(words(parts)).encode()).hexdigest()[:16]
+
+
 def setup(debug: bool = False) -> None:
     """Process-wide: debugging, and a compilation cache outside the checkout (RLJAX_CACHE moves it; empty: none)."""
     cache = os.environ.get("RLJAX_CACHE", str(Path.home() / ".cache" / "rljax" / "xla"))
@@ -133,6 +162,7 @@ def setup(debug: bool = False) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    jax.config.update("jax_default_matmul_precision", "float32")  # else TF32 on GPUs, bf16 on TPUs: no longer on-policy
     if debug:
         jax.config.update("jax_disable_jit", True)
         jax.config.update("jax_debug_nans", True)

@@ -168,7 +168,7 @@ def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory
     Args:
       tokens: [B S] ids. segments: [B S], 0 = padding. chosen: [B S] True on tokens the policy drew.
       logp: [B S] log-prob of each chosen token. fields: further [B S] facts about *chosen tokens*, shifted alike
-      (`temperature`, `rewards`, `terminated` ...), and [B ...] facts of rows (`group`, `scores`), taken as they are.
+      (`temperature`, `rewards`, `terminated` ...), and facts of rows (`group`, `scores`, `baseline`), kept as they are.
 
     Returns: T = S - 1 decisions; decision t chose tokens[:, t + 1] on seeing tokens[:, : t + 1].
     """
@@ -179,17 +179,16 @@ def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory
     count = jnp.cumsum(real, axis=1) - real
     positions = (count - jax.lax.cummax(starts * count, axis=1)) * real
 
-    def shift(x):
-        return x[:, 1:] if jnp.ndim(x) >= 2 and jnp.shape(x)[:2] == tokens.shape else x
-
+    of_rows = ("group", "scores", "baseline")
+    shifted = {name: value if name in of_rows else value[:, 1:] for name, value in fields.items()}
     return Trajectory(
         inputs=tokens[:, :-1],
         actions=tokens[:, 1:],
-        logp=shift(logp),
+        logp=logp[:, 1:],
         mask=chosen[:, 1:] & inside,
         positions=positions[:, :-1],
         segments=jnp.where(inside, segments[:, :-1], 0),
-        **{name: shift(value) for name, value in fields.items()},
+        **shifted,
     )
 
 

@@ -3,17 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rljax.types import Batch, Trajectory
+from rljax.ops import returns
+from rljax.types import Batch, Trajectory, check
 
 
 def episode_rewards(traj: Trajectory) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """R_i = Σ_t r_it over each row's decisions, and whether the row was judged at all.
-
-    A row is not judged if a reward on one of its decisions is NaN, or if it has no decision; its R is 0.
-    """
-    total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
-    judged = jnp.isfinite(total) & traj.mask.any(axis=1)
-    return jnp.where(judged, total, 0.0), judged
+    """`ops.returns.episode_rewards` of a trajectory, whose shapes it checks."""
+    check(traj)
+    return returns.episode_rewards(traj.rewards, traj.mask)
 
 
 def outcome_batch(traj: Trajectory, advantages: Float[Array, " B"], judged: Bool[Array, " B"], coefficients) -> Batch:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.algorithms.credit import episode_rewards
-from rljax.ops.groups import group_std
+from rljax.ops.groups import no_signal
 from rljax.types import Trajectory
 
 
@@ -19,6 +19,5 @@ def keep_informative(traj: Trajectory, rows: int) -> Trajectory:
     choice.
     """
     reward, judged = episode_rewards(traj)
-    silent = group_std(reward, traj.group, judged) < 1e-6
-    kept = jnp.lexsort((traj.group, silent))[:rows]
+    kept = jnp.lexsort((traj.group, no_signal(reward, traj.group, judged)))[:rows]
     return jax.tree.map(lambda x: x[kept], traj)

@@ -4,7 +4,8 @@
     L = token-mean of  max(-ρÂ, -clip(ρ) Â) + c_v ½ max((V - R̂)², (V_old + clip(V - V_old) - R̂)²)
 
 V_old are the critic's values when the rollout was scored; they stay fixed over the epochs. Advantages are whitened over
-the whole rollout batch, the targets R̂ are not. Defaults are those of text: γ = 1, λ = 0.95; CartPole wants γ = 0.99.
+the whole rollout batch, the targets R̂ are not. A truncated episode bootstraps from `final_values`; where nobody filled
+them (text), an answer cut by its length counts as ended. Defaults are those of text: γ = 1, λ = 0.95.
 """
 
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def ppo(
         _, judged = episode_rewards(traj)
         mask = traj.mask & judged[:, None]
         rewards = jnp.where(mask, traj.rewards, 0.0)
-        advantages = gae(rewards, traj.values, mask, gamma, lam, traj.terminated, traj.truncated, traj.final_values)
+        cut = None if traj.final_values is None else traj.truncated
+        advantages = gae(rewards, traj.values, mask, gamma, lam, traj.terminated, cut, traj.final_values)
         returns = jnp.where(mask, advantages + traj.values[:, :-1], 0.0)
         advantages = whiten(advantages, mask)
         return Batch(traj=traj, advantages=advantages, mask=mask, returns=returns, coefficients=coefficients)

@@ -1,1 +1,1 @@
-"""Prompts, preferences, chat templates, packing."""
+"""Prompts, tokenizers, demonstrations, and tasks that the code makes itself."""

@@ -34,8 +34,10 @@ def from_template(template: str) -> Callable[[dict], str]:
     def text(row: dict) -> str:
         try:
             return template.format_map(row)
-        except (KeyError, IndexError) as missing:
-            raise ValueError(f"the template asks for column {missing}; the columns are {sorted(row)}") from None
+        except (KeyError, IndexError, AttributeError, ValueError) as missing:
+            raise ValueError(
+                f"the template {template!r} does not fit ({missing}); legal in braces: {', '.join(sorted(row))}"
+            ) from None
 
     return text
 
@@ -44,7 +46,7 @@ def hold_out(columns: list[dict], count: int, seed: int) -> tuple[list[dict], li
     """A random split into (training, held-out): `count` rows held out, at most half; of a single row, both sides."""
     if count < 1:
         raise ValueError(f"{count} prompts to hold out; at least 1 is needed to evaluate on")
-    order = np.random.default_rng([seed, 2]).permutation(len(columns))
+    order = np.random.default_rng([2, seed]).permutation(len(columns))
     cut = min(count, len(columns) // 2)
     return [columns[i] for i in order[cut:]], [columns[i] for i in order[: cut or None]]
 
@@ -54,7 +56,7 @@ def draw_order(size: int, seed: int, start: int, count: int) -> np.ndarray:
     numbers = np.arange(start, start + count)
     out = np.empty(count, np.int64)
     for epoch in np.unique(numbers // size):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(size)
+        order = np.random.default_rng([0, seed, int(epoch)]).permutation(size)
         here = numbers // size == epoch
         out[here] = order[numbers[here] % size]
     return out

@@ -26,7 +26,7 @@ def split(problems: list[dict], held_out: int, seed: int) -> tuple[list[dict], l
     for problem in problems:
         kinds.setdefault("".join(sorted(problem["prompt"])), []).append(problem)
     groups = list(kinds.values())
-    order = np.random.default_rng([seed, 1]).permutation(len(groups))
+    order = np.random.default_rng([1, seed]).permutation(len(groups))
     sides: tuple[list[dict], list[dict]] = ([], [])
     for i in order:
         sides[len(sides[1]) < held_out].extend(groups[i])

@@ -1,1 +1,1 @@
-"""Environments: pure ones that compile, and text ones in turns."""
+"""Environments as pure functions."""

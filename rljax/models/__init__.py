@@ -1,1 +1,1 @@
-"""The decoder and its heads, caches, adapters and Hugging Face files."""
+"""The decoder, its cache and heads, Hugging Face files, the policy as the trainer sees it, and an MLP."""

@@ -249,6 +249,7 @@ def logits(config: DecoderConfig, params: Params, hidden):
     return nnx.merge(_definition(config)[0], params).logits(hidden)
 
 
+@lru_cache
 def language_model(config: DecoderConfig) -> LM:
     """The decoder as a sampler sees it. Its parameters are params["decoder"]."""
     return LM(

@@ -72,6 +72,9 @@ def _refuse(directory: Path, raw: dict) -> None:
             raise ValueError(f"{directory / 'config.json'}: {name} is {value!r}; legal: {', '.join(map(repr, legal))}")
     if absent := [name for name in NUMBERS if name not in raw]:
         raise ValueError(f"{directory / 'config.json'} lacks {', '.join(absent)}; a decoder needs {', '.join(NUMBERS)}")
+    heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or 1
+    if heads % kv_heads:
+        raise ValueError(f"{directory / 'config.json'}: num_key_value_heads is {kv_heads}; legal: a divisor of {heads}")
 
 
 def load(directory: str | Path, config: DecoderConfig, shardings: Params | None = None, dtype=jnp.float32) -> Params:

@@ -59,12 +59,16 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
         if {"values", "old_logp"} & set(needs):
             own = policy(params, frozen, traj)
             if "values" in needs:
+                if own.values is None:
+                    raise ValueError("this algorithm needs values: give the parameters a head (policy.with_value_head)")
                 fields["values"] = jnp.pad(jnp.where(traj.mask, own.values, 0.0), ((0, 0), (0, 1)))
             if "old_logp" in needs:
                 fields["old_logp"] = own.logp
         return fields
 
     def annotate(state: TrainState, traj: Trajectory) -> Trajectory:
+        if "ref_logp" in needs and "reference" not in state.frozen:
+            raise ValueError('this algorithm needs ref_logp: put a copy of the parameters in state.frozen["reference"]')
         return traj.replace(**fill(state.params, state.frozen, traj)) if needs else traj
 
     return annotate

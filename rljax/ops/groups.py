@@ -51,3 +51,8 @@ def leave_one_out_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bo
     own = jnp.where(valid, x - least, 0.0)
     others = group_count(group, valid) - valid
     return jnp.where(others > 0, least + (group_sum(own, group) - own) / jnp.maximum(others, 1.0), 0.0)
+
+
+def no_signal(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Bool[Array, " B"]:
+    """Rows whose group gave every valid row the same x: comparison teaches nothing there."""
+    return group_std(x, group, valid) < 1e-6

@@ -19,6 +19,18 @@ def _backward(step, carry, columns):
     return jnp.moveaxis(out, 0, -1)
 
 
+def episode_rewards(
+    rewards: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """R_i = Σ_t r_it over each row's decisions, and whether the row was judged at all.
+
+    A row is not judged if a reward on one of its decisions is NaN, or if it has no decision; its R is 0.
+    """
+    total = jnp.where(mask, rewards, 0.0).sum(axis=1)
+    judged = jnp.isfinite(total) & mask.any(axis=1)
+    return jnp.where(judged, total, 0.0), judged
+
+
 def discounted_returns(
     rewards: Float[Array, "*B T"], mask: Bool[Array, "*B T"], gamma: Scalar = 1.0
 ) -> Float[Array, "*B T"]:
@@ -50,8 +62,10 @@ def gae(
     decision has no value and no advantage beyond it; a truncated one bootstraps from `final_values` and cuts the sum.
     The targets of the critic are Â + V (the λ-return). Whitening is a separate step (`statistics.whiten`).
 
-    Returns: advantages, 0 where masked.
+    Returns: advantages, 0 where masked. Raises ValueError for `truncated` without `final_values`.
     """
+    if truncated is not None and final_values is None:
+        raise ValueError("truncated decisions bootstrap: give final_values, V of the observation after each of them")
     never = jnp.zeros_like(mask)
     terminated = never if terminated is None else terminated
     truncated = never if truncated is None else truncated

@@ -1,1 +1,1 @@
-"""How good it was: verifiers, reward models, judges, and the pool that isolates them."""
+"""How good it was: verifiers, and the pool that isolates them."""

@@ -54,7 +54,7 @@ def make_score(
       special tokens. weights: name -> factor in the reward; 1 where not given. pool: None calls the verifiers in this
       process, where nothing stops one that hangs; the numbers are the same.
 
-    Returns: `Score`. It reads `group` (row b answers prompt `group[b]` of `rows`), `actions` and `mask`, and fills
+    Returns: `Score`. It reads `group` (row b answers the prompt of number `group[b]`), `actions` and `mask`, and fills
     `scores` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen token as the mask tells, 0
     elsewhere. A row that chose nothing gets scores and no reward.
     Raises RewardError naming the verifier, the prompt and the completion; ValueError for weights it does not know.
@@ -132,12 +132,12 @@ def _arguments(verifier: Callable, wanted: _Wanted, rows: Rows, prompt: int) -> 
 
 
 def _prompts(traj: Trajectory, rows: Rows) -> np.ndarray:
-    """[B] the index into `rows` of each row's prompt."""
-    count = len(rows.columns)
-    group = None if traj.group is None else np.asarray(traj.group)
-    if group is None or (group.size and not 0 <= group.min() <= group.max() < count):
-        raise ValueError(f"score needs traj.group: for each row the index of its prompt, 0 .. {count - 1}; got {group}")
-    return group
+    """[B] where in `rows` the prompt of each row stands: its number is the row's group."""
+    place = {int(number): i for i, number in enumerate(rows.number)}
+    group = [] if traj.group is None else np.asarray(traj.group).tolist()
+    if traj.group is None or not set(group) <= place.keys():
+        raise ValueError(f"score needs traj.group: the number of each row's prompt, one of {sorted(place)[:8]} ...")
+    return np.array([place[number] for number in group], np.int64)
 
 
 # --------------------------------------------------------------------------------------------------- what becomes of it

@@ -1,0 +1,1 @@
+"""What happened: answers drawn from a language model, episodes of an environment."""

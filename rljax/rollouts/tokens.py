@@ -17,7 +17,7 @@ from rljax.types import LM, Params, Rows, Sampling, Trajectory, trajectory_of_to
 def sample(lm: LM, params: Params, frozen: Params, rows: Rows, sampling: Sampling, seed: int, step: int) -> Trajectory:
     """Draw sampling.n answers to each of P prompts: B = P·n rows, row p·n + g being answer g to prompt p.
 
-    T = L + max_tokens - 1. `group` is the prompt's place in `rows`; `terminated` marks the decision for a stop token,
+    T = L + max_tokens - 1. `group` is the prompt's number; `terminated` marks the decision for a stop token,
     `truncated` the last one of an answer that met none. The same (seed, step, rows.number, g) gives the same answer
     whatever else is in the batch. Raises ValueError for parameters out of range.
     """
@@ -77,7 +77,7 @@ def _sample(lm, params, frozen, tokens, mask, number, sampling, seed, step):
         temperature=jnp.broadcast_to(used, (P * n, L + N)),
         terminated=jnp.concatenate([prompt_zeros > 0, last & ended[:, None]], axis=1),
         truncated=jnp.concatenate([prompt_zeros > 0, last & ~ended[:, None]], axis=1),
-        group=fork,
+        group=number[fork],
     )
 
 

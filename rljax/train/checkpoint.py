@@ -27,7 +27,9 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.say = say
         for leftover in self.directory.iterdir():
-            if leftover.is_dir() and not self._manifest(leftover.name).is_file():
+            ours = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
+            if ours and not self._manifest(leftover.name).is_file():
+                say(f"removing {leftover}: its saving was interrupted")
                 shutil.rmtree(leftover)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)

@@ -5,9 +5,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rljax.ops import groups
+from rljax.ops.returns import episode_rewards
+from rljax.ops.statistics import masked_mean, masked_var
 from rljax.types import Trajectory
 
 
@@ -18,46 +19,38 @@ def describe(traj: Trajectory, names: tuple[str, ...]) -> dict:
 
 @partial(jax.jit, static_argnames="names")
 def _describe(traj: Trajectory, names: tuple[str, ...]) -> dict:
-    total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
-    judged = jnp.isfinite(total) & traj.mask.any(axis=1)
+    total, judged = episode_rewards(traj.rewards, traj.mask)
     length = traj.mask.sum(axis=1)
+    mean = masked_mean(total, judged)
     out = {
-        "reward": _mean(total, judged),
-        "reward_std": jnp.sqrt(_mean((total - _mean(total, judged)) ** 2, judged)),
+        "reward": mean,
+        "reward_std": jnp.sqrt(masked_mean((total - mean) ** 2, judged)),
         "length": length.mean(),
         "length_max": length.max(),
         "not_judged": 1.0 - judged.mean(),
-        "no_signal": _no_signal(total, judged, traj.group),
+        "no_signal": groups.no_signal(total, traj.group, judged).mean(),
         "tokens": length.sum(),
     }
     if traj.truncated is not None:
         out["truncated"] = (traj.truncated & traj.mask).any(axis=1).mean()
     if traj.ref_logp is not None:
-        drift = jnp.where(traj.mask, traj.logp - traj.ref_logp, 0.0).sum(axis=1)
-        out["kl_sequence"] = drift.mean()
+        out["kl_sequence"] = _drift(traj).mean()
     for k, name in enumerate(names):
         score = traj.scores[:, k]
-        out[f"reward/{name}"] = _mean(score, jnp.isfinite(score))
+        out[f"reward/{name}"] = masked_mean(score, jnp.isfinite(score))
     return out
+
+
+def _drift(traj: Trajectory):
+    """Σ_t log π_behaviour - log π_ref of each row, nats."""
+    return jnp.where(traj.mask, traj.logp - traj.ref_logp, 0.0).sum(axis=1)
 
 
 def reward_and_kl(traj: Trajectory) -> dict[str, float]:
     """Mean reward of the judged rows with its standard error, and the KL to the reference in nats a sequence."""
-    total = np.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
-    total = total[np.isfinite(total) & np.any(traj.mask, axis=1)]
-    error = total.std(ddof=1) / len(total) ** 0.5 if len(total) > 1 else np.nan
-    kl = np.where(traj.mask, np.asarray(traj.logp) - np.asarray(traj.ref_logp), 0.0).sum(axis=1).mean()
-    return {"reward": float(total.mean()), "error": float(error), "kl": float(kl)}
-
-
-def _mean(x, valid):
-    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
-
-
-def _no_signal(total, judged, group):
-    """Share of rows whose group gave every judged row the same reward: nothing to learn from by comparison."""
-    reward = jnp.where(judged, total, 0.0)
-    return (groups.group_std(reward, group, judged) < 1e-6).mean()
+    total, judged = episode_rewards(jnp.asarray(traj.rewards), traj.mask)
+    error = jnp.sqrt(masked_var(total, judged) / jnp.maximum(judged.sum(), 1))
+    return {"reward": float(masked_mean(total, judged)), "error": float(error), "kl": float(_drift(traj).mean())}
 
 
 def average(steps: Iterable[dict]) -> dict:

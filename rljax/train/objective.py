@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.ops.ratios import importance_ratio
-from rljax.types import Algorithm, Batch, Objective, PolicyOutput
+from rljax.types import Algorithm, Batch, Objective, PolicyOutput, check
 
 
 def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
@@ -17,6 +17,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     """
 
     def prepare(params, frozen, batch: Batch, key) -> Batch:
+        check(batch)
         batch = _neutral_batch(batch)
         segments = batch.traj.segments
         batch = batch.replace(weight=algorithm.weights(batch.mask, segments))
@@ -28,6 +29,10 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     def loss(params, frozen, batch: Batch):
         output = _neutral(policy(params, frozen, batch.traj), batch.mask)
         terms, shown = algorithm.loss(output, batch)
+        if terms.shape != batch.mask.shape:
+            raise ValueError(
+                f"a loss is unreduced: it must return {batch.mask.shape}, one term a decision, not {terms.shape}"
+            )
         shown = {**_diagnostics(output, batch), **shown}
         count = batch.mask.sum().astype(jnp.float32)
         metrics = {name: _summary(name, value, batch.mask, count) for name, value in shown.items()}
@@ -52,7 +57,7 @@ def _neutral_batch(batch: Batch) -> Batch:
     if traj.values is not None:
         facts["values"] = jnp.where(jnp.pad(mask, ((0, 0), (0, 1))), traj.values, 0.0)
     if traj.dist is not None:
-        facts["dist"] = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 0.0), traj.dist)
+        facts["dist"] = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 1.0), traj.dist)
     returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
     advantages = jnp.where(mask, batch.advantages, 0.0)
     return batch.replace(traj=traj.replace(**facts), advantages=advantages, returns=returns)

@@ -26,7 +26,7 @@ from rljax.train.checkpoint import Checkpoints
 from rljax.train.log import HEADLINES, Log, say, write_atomically
 from rljax.train.report import write_report
 from rljax.train.samples import sample_records
-from rljax.types import Batch, TrainState
+from rljax.types import Batch, Rows, TrainState
 
 
 class Run:
@@ -110,6 +110,10 @@ class Run:
 
         Raises FloatingPointError, saving nothing, where the loss or the gradient is not finite.
         """
+        if int(state.step) != step + 1:
+            raise ValueError(
+                f"record({step}, ...) wants state.step = {step + 1}, not {int(state.step)}: replace it first"
+            )
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, 0.0))]
         if bad:
@@ -131,21 +135,22 @@ class Run:
     def save(self, state: TrainState) -> None:
         """Checkpoint now, unless this step is saved already."""
         if int(state.step) != self._saved:
+            self._checkpoints.save(int(state.step), state)
             self._saved = int(state.step)
-            self._checkpoints.save(self._saved, state)
 
     def shows(self, step: int) -> bool:
         """Whether samples of this step are due."""
         return step % self.show_every == 0 or step + 1 == self.total
 
-    def show(self, step: int, batch: Batch, decode: Callable, names: Sequence[str], columns, log_ratio=None) -> None:
+    def show(self, step: int, batch: Batch, decode: Callable, names: Sequence[str], rows: Rows, log_ratio=None) -> None:
         """Keep what the policy wrote to the first prompts of the batch, token by token, and renew the report.
 
         To be called before `record`, so that no checkpoint comes without its samples; its time is not the step's.
-        columns: one dict a prompt, indexed by `batch.traj.group`.
+        rows: the prompts, told by their number, which is `batch.traj.group`.
         """
         began = time.monotonic()
-        columns = [columns[prompt] for prompt in np.asarray(batch.traj.group)]
+        place = {int(number): i for i, number in enumerate(rows.number)}
+        columns = [rows.columns[place[number]] for number in np.asarray(batch.traj.group).tolist()]
         records = sample_records(step, batch, decode, names=names, columns=columns, log_ratio=log_ratio)
         self._log.samples(records)
         write_report(self.directory)
@@ -157,7 +162,9 @@ class Run:
         path = self.directory / "config.json"
         if not path.is_file():
             return
-        before = json.loads(path.read_text())["config"]
+        before = json.loads(path.read_text()).get("config")
+        if before is None:
+            raise ValueError(f"{self.directory} is no run directory: its config.json is not of a run; name another")
         names = sorted(before.keys() | self._config.keys())
         other = [
             f"{n} = {before.get(n)!r}, now {self._config.get(n)!r}"

@@ -117,11 +117,13 @@ def learn(update: Callable, state: TrainState, batch, epochs: int = 1, count: in
 
     Adds `sampler_gap`: `logp_change_max` at the first of them, where trainer and sampler have the same parameters.
     """
-    learnt = []
-    for mini in minibatches(jax.random.fold_in(state.key, state.step), batch, epochs, count):
+    key, used = jax.random.split(state.key)
+    state, learnt = state.replace(key=key), []
+    for mini in minibatches(used, batch, epochs, count):
         state, metrics = update(state, mini)
         learnt.append(metrics)
-    return state, average(learnt) | {"sampler_gap": learnt[0]["logp_change_max"]}
+    gap = {"sampler_gap": learnt[0]["logp_change_max"]} if "logp_change_max" in learnt[0] else {}
+    return state, average(learnt) | gap
 
 
 def minibatches(key, batch, epochs: int = 1, count: int = 1) -> Iterator:
