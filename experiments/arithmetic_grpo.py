@@ -69,7 +69,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     """
     if algorithm is not None and not cfg.directory:
         raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
-    algorithm, b = algorithm or ALGORITHMS[cfg.algorithm](), cfg.batches
+    algorithm, b = algorithm or ALGORITHMS[cfg.algorithm](), options.small(cfg.batches) if cfg.debug else cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
     name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
@@ -102,7 +102,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
-    exam = task.held_out.first(cfg.held_out)
+    exam = task.held_out.first(8 if cfg.debug else cfg.held_out)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         found = reward_and_kl(with_reference(state, task.examine(state.params, exam, cfg.seed)))
@@ -124,7 +124,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
             seen = describe(traj, score.names) | metrics
-            if (step + 1) % cfg.evaluate_every == 0:
+            if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps:
                 seen |= evaluate(state)
             if run.shows(step):
                 run.show(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))

@@ -100,7 +100,8 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
     state = TrainState(0, params, optimizer.init(params), jax.random.fold_in(jax.random.key(cfg.seed), 1))
     shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, params))
     update = make_update(policy_objective(task.policy, algorithm), optimizer, shardings=shardings)
-    seen, steps = task.train.first(512), 1 if cfg.debug else cfg.steps
+    seen, steps = task.train.first(8 if cfg.debug else 512), 1 if cfg.debug else cfg.steps
+    say(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, headlines=("loss", "accuracy")) as run:
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
@@ -108,7 +109,7 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
                 right = task.accuracy(state.params, seen, step)
                 if right >= cfg.target:
                     break
-            rows = task.train.draw(state.cursor, cfg.batch)
+            rows = task.train.draw(state.cursor, 8 if cfg.debug else cfg.batch)
             shown = demonstrations(rows, task.answers(rows), task.longest)
             state, metrics = update(state, algorithm.credit(shown, {}))
             state = state.replace(step=step + 1, cursor=rows.cursor)

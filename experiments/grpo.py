@@ -13,7 +13,7 @@ Reached: not yet run.
 
 import dataclasses
 from dataclasses import asdict
-from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ import options
 from options import Batches, MeshShape, Optimizer
 from rljax.algorithms import grpo, with_kl
 from rljax.algorithms.dynamic_sampling import keep_informative
-from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
@@ -64,37 +63,22 @@ class Config:
     save_every: int = 20  # steps between checkpoints
     show_every: int = 10  # steps between samples in the report
     remat: str = "none"  # what the backward pass computes again: none, dots or full
-    directory: str = "runs/grpo"  # of the run
+    directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
     mesh: MeshShape = MeshShape()
     debug: bool = False  # no jit, NaN checks, one step
 
 
-def read_prompts(cfg: Config, tokenizer, context: int) -> tuple[Prompts, Prompts]:
-    """Training and held-out prompts; over-long ones are dropped and counted."""
-    longest = cfg.max_prompt_tokens or context - cfg.sampling.max_tokens
-    if not 0 < longest <= context - cfg.sampling.max_tokens:
-        raise ValueError(
-            f"prompts of {longest} and answers of {cfg.sampling.max_tokens} tokens do not fit the model's context; "
-            f"legal: max_prompt_tokens + sampling.max_tokens <= {context}"
-        )
-    text = from_template(cfg.template.replace("\\n", "\n"))
-    make = partial(Prompts, encode=tokenizer.encode, text=text, max_tokens=longest, pad=tokenizer.pad, seed=cfg.seed)
-    train, held_out = map(make, hold_out(read_jsonl(cfg.prompts), cfg.held_out, cfg.seed))
-    dropped = train.dropped + held_out.dropped
-    say(f"{len(train)} prompts and {len(held_out)} held out; dropped {dropped} of more than {longest} tokens")
-    return train, held_out
-
-
 def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Train, and return the held-out reward before and after. `algorithm` replaces with_kl(grpo())."""
-    algorithm, b = algorithm or with_kl(grpo(), cfg.kl), cfg.batches
+    algorithm, b = algorithm or with_kl(grpo(), cfg.kl), options.small(cfg.batches) if cfg.debug else cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
     weights, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model, cfg.remat)
     tokenizer = load_tokenizer(cfg.model)
     if tokenizer.size > config.vocabulary:
         raise ValueError(f"{cfg.model}: the tokenizer has {tokenizer.size} ids, the model {config.vocabulary}")
-    train, held_out = read_prompts(cfg, tokenizer, config.max_positions)
+    longest = options.longest_prompt(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
+    train, held_out = options.read_prompts(cfg.prompts, cfg.template, tokenizer, longest, cfg.held_out, cfg.seed)
 
     places = meshes.param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
     params = {"decoder": hf.load(cfg.model, config, places)}
@@ -118,8 +102,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         traj = sample(lm, state.params, state.frozen, exam, drawn, cfg.seed, -1)
         return reward_and_kl(score(annotate(state, traj), exam))
 
+    name = f"{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}" + "-debug" * cfg.debug
+    directory = cfg.directory or f"runs/grpo/{name}"
     run = Run(
-        cfg.directory + "-debug" * cfg.debug,
+        directory,
         asdict(cfg) | {"code": options.fingerprint(algorithm, [verifiers[name] for name in weights])},
         steps=1 if cfg.debug else cfg.steps,
         source=__file__,
@@ -143,10 +129,13 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state = state.replace(step=step + 1, cursor=rows.cursor)
             if run.shows(step):
                 run.show(step, batch, tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
-            run.record(step, state, describe(traj, score.names) | metrics)
+            seen = describe(traj, score.names) | metrics
+            if step + 1 == cfg.steps:
+                seen["held_out"] = evaluate(state, score)["reward"]
+            run.record(step, state, seen)
         after = evaluate(state, score)
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))
-    say(f"held-out reward: {shown}, at a KL to the start of {after['kl']:.1f} nats a sequence")
+    say(f"held-out reward: {shown}, at a KL to the start of {max(after['kl'], 0):.1f} nats a sequence")
     return {"before": before, "after": after}
 
 

@@ -1,9 +1,12 @@
 """What experiments share: blocks of settings, and how a command line becomes them."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +18,8 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
+from rljax.data.tokenizer import Tokenizer
 from rljax.rewards.score import RewardError
 from rljax.train.log import say
 
@@ -61,6 +66,11 @@ class Batches:
     epochs: int = 1  # passes over the rows of a step
     minibatches: int = 1  # updates per pass
     micro_batches: int = 1  # pieces of an update, for memory; the gradient does not depend on it
+
+
+def small(batches: Batches) -> Batches:
+    """Two prompts with two answers each: what a step without jit can bear."""
+    return dataclasses.replace(batches, prompts=2, group=2, oversample=1, minibatches=1, micro_batches=1)
 
 
 def optimizer(options: Optimizer, updates: int) -> optax.GradientTransformation:
@@ -128,6 +138,28 @@ def read_rewards(names: tuple[str, ...], legal: dict[str, Callable]) -> dict[str
     return weights
 
 
+def longest_prompt(wanted: int, answer: int, context: int) -> int:
+    """Tokens that a prompt may have: `wanted`, or what an answer leaves of the context where that is 0."""
+    longest = wanted or context - answer
+    if not 0 < longest <= context - answer:
+        raise ValueError(
+            f"max_prompt_tokens = {wanted} and sampling.max_tokens = {answer} do not fit the model's context; "
+            f"legal: a sum of at most {context}, with room for a prompt"
+        )
+    return longest
+
+
+def read_prompts(
+    path: str, template: str, tokenizer: Tokenizer, longest: int, held_out: int, seed: int
+) -> tuple[Prompts, Prompts]:
+    """Training and held-out prompts of a jsonl file; those of more than `longest` tokens are dropped and counted."""
+    text = from_template(template.replace("\\n", "\n"))
+    make = partial(Prompts, encode=tokenizer.encode, text=text, max_tokens=longest, pad=tokenizer.pad, seed=seed)
+    train, exam = map(make, hold_out(read_jsonl(path), held_out, seed))
+    say(f"{len(train)} prompts and {len(exam)} held out; {train.dropped + exam.dropped} dropped, over {longest} tokens")
+    return train, exam
+
+
 def fingerprint(*parts) -> str:
     """What an algorithm or verifier computes, as a hash of its code and of the numbers it closes over.
 
@@ -172,13 +204,17 @@ def run(config_type: type, main: Callable) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
     Unknown names, wrong types, and what the rooms refuse: one error that says what would be legal, exit code 2 or 1.
-    The traceback is shown with --debug True.
+    The traceback is shown with --debug.
     """
     try:
-        config = tyro.cli(config_type, config=(tyro.conf.FlagConversionOff,))
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            config = tyro.cli(config_type)
     except SystemExit as stop:
-        if stop.code:
-            print("legal fields: " + " ".join(_flags(config_type)), file=sys.stderr)
+        print(said.getvalue(), end="", file=sys.stderr)
+        if stop.code and "Unrecognized" in said.getvalue():
+            print(
+                textwrap.fill("legal: " + " ".join(_flags(config_type)), 100, break_on_hyphens=False), file=sys.stderr
+            )
         raise
     setup(getattr(config, "debug", False))
     try:

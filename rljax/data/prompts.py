@@ -22,13 +22,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: a {type(row).__name__}; each line must be an object")
                 rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty: a dataset needs at least one row")
     return rows
 
 
 def from_template(template: str) -> Callable[[dict], str]:
     """columns of a row -> prompt, by a template with column names in braces: "{question}\n".
 
-    The function raises ValueError, naming the columns that exist, where one is missing.
+    The function raises ValueError, naming the columns, where the template does not fit them.
     """
 
     def text(row: dict) -> str:

@@ -55,6 +55,8 @@ class Run:
         show_every: int = 20,
         headlines: Sequence[str] = HEADLINES,
     ):
+        if steps < 1 or save_every < 1 or show_every < 1:
+            raise ValueError(f"steps {steps}, save_every {save_every}, show_every {show_every}; legal: at least 1")
         self.directory = Path(directory)
         self.total, self.save_every, self.show_every = steps, save_every, show_every
         self._config, self._source, self._headlines = json.loads(json.dumps(config)), source, headlines
@@ -165,16 +167,13 @@ class Run:
         before = json.loads(path.read_text()).get("config")
         if before is None:
             raise ValueError(f"{self.directory} is no run directory: its config.json is not of a run; name another")
-        names = sorted(before.keys() | self._config.keys())
-        other = [
-            f"{n} = {before.get(n)!r}, now {self._config.get(n)!r}"
-            for n in names
-            if before.get(n) != self._config.get(n)
-        ]
+        before, now = _flat(before), _flat(self._config)
+        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        other = [f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in names]
         if other:
             raise ValueError(
                 f"{self.directory} holds a run with other settings: {'; '.join(other)}. "
-                "Resume it with its own settings, or name another directory"
+                "Resume it with its own settings, or name another with --directory"
             )
 
     def _describe(self) -> None:
@@ -192,6 +191,14 @@ class Run:
             raise KeyboardInterrupt
         self._stop = number
         say("finishing this step, then saving; once more to stop at once")
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings by their dotted names, as on the command line."""
+    out = {}
+    for name, value in settings.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
 
 
 def _revision() -> str | None:

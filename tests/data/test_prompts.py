@@ -110,8 +110,10 @@ def test_a_single_row_serves_both_sides():
 
 def test_template_names_columns():
     assert from_template("Q: {question}\nA:")({"question": "{1}?", "answer": 3}) == "Q: {1}?\nA:"
-    with pytest.raises(ValueError, match=r"asks for column 'q'; the columns are \['answer', 'question'\]"):
+    with pytest.raises(ValueError, match=r"legal in braces: answer, question"):
         from_template("{q}")({"question": "", "answer": ""})
+    with pytest.raises(ValueError, match=r"legal in braces: answer, question"):
+        from_template("{question.text}")({"question": "", "answer": ""})
 
 
 # ------------------------------------------------------------------------------------------------------------- jsonl
@@ -122,7 +124,8 @@ def test_jsonl_is_read_line_by_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n  \n", encoding="utf-8")
     assert read_jsonl(tmp_path / "a.jsonl") == rows
     (tmp_path / "empty.jsonl").write_text("")
-    assert read_jsonl(tmp_path / "empty.jsonl") == []
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty"):
+        read_jsonl(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize(

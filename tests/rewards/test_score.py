@@ -29,7 +29,9 @@ def rows_of(columns) -> Rows:
 
 def traj_of(actions, mask, group) -> Trajectory:
     actions, mask = jnp.array(actions, jnp.int32), jnp.array(mask, bool)
-    return Trajectory(inputs=actions, actions=actions, logp=jnp.zeros(mask.shape), mask=mask, group=jnp.array(group))
+    return Trajectory(
+        inputs=actions, actions=actions, logp=jnp.zeros(mask.shape), mask=mask, group=jnp.array(group) + 40
+    )
 
 
 # Prompt, "12" EOS; "3" cut; "4" with an observation in between; nothing chosen.
@@ -70,7 +72,7 @@ def test_a_row_is_scored_alike_alone_and_in_company():
     score = make_score({"right": exact_number}, decode)
     whole = score(TRAJ, rows_of(COLUMNS))
     for b in range(4):
-        alone = traj_of(TRAJ.actions[b : b + 1], TRAJ.mask[b : b + 1], TRAJ.group[b : b + 1])
+        alone = traj_of(TRAJ.actions[b : b + 1], TRAJ.mask[b : b + 1], TRAJ.group[b : b + 1] - 40)
         np.testing.assert_array_equal(score(alone, rows_of(COLUMNS)).rewards, whole.rewards[b : b + 1])
 
 
@@ -161,5 +163,5 @@ def test_what_make_score_refuses():
     with pytest.raises(ValueError, match="first argument"):
         make_score({"none": lambda: 0.0}, decode)
     for group in (None, jnp.array([0, 1, 2, 0])):
-        with pytest.raises(ValueError, match=r"index of its prompt, 0 \.\. 1"):
+        with pytest.raises(ValueError, match=r"number of each row's prompt, one of \[40, 41\]"):
             make_score({"right": exact_number}, decode)(TRAJ.replace(group=group), rows_of(COLUMNS))
