@@ -180,9 +180,18 @@ def fingerprint(*parts) -> str:
             return [words(y, depth + 1) for y in (inner, getattr(x, "args", ()), getattr(x, "keywords", {}))]
         if not hasattr(x, "__code__"):
             return type(x).__qualname__
-        constants = [c for c in x.__code__.co_consts if isinstance(c, int | float | str)]
         cells = [words(cell.cell_contents, depth + 1) for cell in x.__closure__ or ()]
-        return [x.__code__.co_code.hex(), x.__code__.co_names, constants, cells, words(x.__defaults__, depth + 1)]
+        defaults = [words(y, depth + 1) for y in (x.__defaults__, x.__kwdefaults__) if y is not None]
+        return [*code(x.__code__), cells, defaults]
+
+    def code(x):
+        return [x.co_code.hex(), x.co_names, [constant(c) for c in x.co_consts]]
+
+    def constant(c):
+        if isinstance(c, tuple | frozenset):
+            parts = [constant(part) for part in c]
+            return parts if isinstance(c, tuple) else sorted(parts, key=repr)  # the order of a set is not its own
+        return code(c) if hasattr(c, "co_code") else repr(c)  # of lambdas and comprehensions inside
 
     return hashlib.sha256(repr(words(parts)).encode()).hexdigest()[:16]
 

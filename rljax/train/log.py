@@ -174,7 +174,7 @@ class Log:
         self._events = SummaryWriter(
             str(directory / "tensorboard"), purge_step=start or None, flush_secs=5, filename_suffix=f".{start}"
         )
-        self._also = also
+        self._also, self._seen = also, {}
         self._progress = _Bar(total_steps, names, start) if _live() else _Lines(total_steps, names)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -190,7 +190,8 @@ class Log:
         self._events.file_writer.add_summary(Summary(value=scalars), step)
         for writer in self._also:
             writer(step, values)
-        self._progress.show(step, values)
+        self._seen |= values  # what is measured now and then stays on the screen in between
+        self._progress.show(step, self._seen)
 
     def samples(self, records: Sequence[Mapping]) -> None:
         """Lines of samples.jsonl, as `sample_records` makes them."""

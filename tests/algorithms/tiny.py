@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rljax.algorithms import grpo, ppo, reinforce, sft, with_entropy, with_kl
+from rljax.algorithms import grpo, ppo, reinforce, sft, with_entropy, with_importance_weighted_kl, with_kl
 from rljax.algorithms.reinforce import batch_mean, group_mean, leave_one_out, no_baseline
 from rljax.ops.weights import constant_length, token_mean
 from rljax.train.mesh import place_rows
@@ -28,6 +28,7 @@ ALGORITHMS = {
     "ppo": ppo(),
     "sft": sft(),
     "grpo + kl": with_kl(grpo(), 0.3),
+    "grpo + importance-weighted kl": with_importance_weighted_kl(grpo(), 0.3),
     "grpo + entropy": with_entropy(grpo(), 0.2),
     "ppo + kl + entropy": with_entropy(with_kl(ppo(), 0.3), 0.2),
 }

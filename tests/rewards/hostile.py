@@ -110,3 +110,8 @@ def knows(completion, module):
 
 def environment(completion, name):
     return float(os.environ.get(name) == "cpu")
+
+
+def share_of(completion, letter):
+    """Share of the completion that is the dataset's letter."""
+    return completion.count(letter) / max(len(completion), 1)

@@ -1,0 +1,381 @@
+"""experiments/grpo.py on a model directory made here: what a run leaves, what it refuses, whose run a directory is."""
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+import grpo
+import options
+from models import tiny
+from rewards import hostile
+from rljax.algorithms import grpo as plain_grpo
+from rljax.algorithms import with_kl
+from rljax.rewards.score import RewardError
+
+LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-'\""
+RAW = tiny.config_of("plain") | {"num_hidden_layers": 1}
+ROWS = [{"prompt": "once upon"[: 3 + i], "letter": "aeio"[i % 4], "what": "yes"} for i in range(6)]
+LONG = {"prompt": "a" * 60, "letter": "a", "what": "yes"}  # with 8 tokens of answer it leaves the context of 64
+VERIFIERS = grpo.VERIFIERS | {"share": hostile.share_of, "raises": hostile.raises, "says": hostile.says}
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token a character, <s> before a text: 37 ids, as many as the model has."""
+    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    made.post_processor = processors.TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 1)])
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.save(str(directory / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(about | {"unk_token": "<unk>"}))
+
+
+def write_prompts(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> grpo.Config:
+    """Two steps of two prompts with two answers each, whose directory does not exist yet."""
+    root = tmp_path_factory.mktemp("grpo")
+    write_tokenizer(tiny.write(root / "model", RAW, tiny.tensors_of(RAW)))
+    return grpo.Config(
+        model=str(root / "model"),
+        prompts=write_prompts(root / "prompts.jsonl", [*ROWS, LONG]),
+        rewards=("share", "animals=0.5"),
+        steps=2,
+        batches=options.Batches(prompts=2, group=2),
+        sampling=options.Sampling(max_tokens=8),
+        held_out=2,
+        evaluate_samples=4,
+        save_every=1,
+        directory=str(root / "run"),
+        mesh=options.MeshShape(fsdp=1, tensor=-1),  # two prompts, eight devices
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run):
+    """(its settings, what it returned)"""
+    return tiny_run, grpo.main(tiny_run, verifiers=VERIFIERS)
+
+
+def change(cfg: grpo.Config, **fields) -> grpo.Config:
+    """With fields of its blocks as block__field."""
+    inner = {name: value for name, value in fields.items() if "__" in name}
+    for name, value in inner.items():
+        block, field = name.split("__")
+        fields[block] = dataclasses.replace(fields.get(block, getattr(cfg, block)), **{field: fields.pop(name)})
+    return dataclasses.replace(cfg, **fields)
+
+
+def metrics(directory) -> list[dict]:
+    """All but the clock's."""
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(s).items() if k not in ("seconds", "tokens_per_second")} for s in lines]
+
+
+def contents(directory) -> dict[str, bytes]:
+    files = sorted(p for p in Path(directory).rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
+
+
+# ------------------------------------------------------------------------------------------------------ what is left
+
+
+def test_a_run_leaves_what_one_looks_at(finished):
+    cfg, result = finished
+    directory = Path(cfg.directory)
+    first, last = metrics(directory)
+    assert {"reward", "kl_sequence", "reward/share", "reward/animals", "kl", "length", "loss", "grad_norm"} <= set(last)
+    assert (first["step"], last["step"]) == (0, 1)
+    assert "held_out" not in first
+    assert last["held_out"] == result["after"]["reward"]
+    assert first["kl_sequence"] == pytest.approx(0, abs=1e-5)  # the policy is the reference yet
+    assert first["reward"] == pytest.approx(first["reward/share"] + 0.5 * first["reward/animals"])
+    assert 0 < first["reward/share"] < 1
+    assert first["grad_norm"] > 0
+    assert result["before"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert result["after"]["kl"] != 0
+    assert "</html>" in (directory / "report.html").read_text()
+    assert {"1", "2"} <= {path.name for path in (directory / "checkpoints").iterdir()}
+    assert json.loads((directory / "config.json").read_text())["config"]["batches"]["group"] == 2
+    assert (directory / "experiment.py").read_text() == Path(grpo.__file__).read_text()
+
+
+def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
+    """What a run leaves that was stopped after its first step; every number is equal to the last bit."""
+    cfg, result = finished
+    kept = {name: (Path(cfg.directory) / name).read_bytes() for name in ("config.json", "samples.jsonl")}
+    before = metrics(cfg.directory)
+    shutil.rmtree(Path(cfg.directory) / "checkpoints" / "2")
+    (Path(cfg.directory) / "checkpoints" / "2.sha256.json").unlink()
+    capsys.readouterr()
+    assert grpo.main(cfg, verifiers=VERIFIERS) == result
+    printed = capsys.readouterr().out
+    assert "resumed after step 1 of 2" in printed
+    assert re.search(r"held-out reward: [01]\.\d{3} ± [01]\.\d{3} -> .* nats a sequence\n$", printed)
+    assert metrics(cfg.directory) == before
+    assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
+
+
+def test_over_long_prompts_are_dropped_and_counted(finished, capsys):
+    cfg, _ = finished
+    with pytest.raises(ValueError, match="other settings"):  # after prompts are read
+        grpo.main(change(cfg, seed=3), verifiers=VERIFIERS)
+    found = re.search(r"(\d) prompts and (\d) held out; (\d) dropped, over 56 tokens\n", capsys.readouterr().out)
+    kept, held_out, dropped = map(int, found.groups())
+    assert (kept + held_out, dropped) == (6, 1)
+
+
+# ------------------------------------------------------------------------------------------------- functions of one's own
+
+
+def own_loss(cap: float):
+    def loss(output, batch):
+        ratio = jnp.exp(output.logp - batch.traj.logp)
+        return -jnp.minimum(ratio, cap) * batch.advantages, {"capped": (ratio > cap).astype(jnp.float32)}
+
+    return plain_grpo()._replace(loss=loss)
+
+
+def test_an_own_loss_logs_its_metric_and_another_is_another_run(tiny_run, tmp_path):
+    cfg = change(tiny_run, steps=1, directory=str(tmp_path / "run"))
+    result = grpo.main(cfg, own_loss(2.0), VERIFIERS)
+    (record,) = metrics(cfg.directory)
+    assert record["capped"] == 0
+    assert {"kl_sequence", "reward/share", "held_out"} <= set(
+        record
+    )  # the KL to the start, though it is not in the loss
+    assert "kl" not in record
+    assert set(result) == {"before", "after"}
+
+    left = contents(cfg.directory)
+    for algorithm, verifiers in (
+        (own_loss(3.0), VERIFIERS),
+        (None, VERIFIERS),
+        (own_loss(2.0), VERIFIERS | {"share": hostile.length}),
+    ):
+        with pytest.raises(ValueError, match=r"holds a run with other settings: code = .* now .*--directory"):
+            grpo.main(cfg, algorithm, verifiers)
+    assert contents(cfg.directory) == left
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def broken_model(cfg: grpo.Config, root: Path, config: dict | None = None, without: str = "") -> grpo.Config:
+    raw = RAW | (config or {})
+    tensors = {name: tensor for name, tensor in tiny.tensors_of(raw).items() if name != without}
+    write_tokenizer(tiny.write(root / "model", raw, tensors))
+    return change(cfg, model=str(root / "model"))
+
+
+def prompts_of(*rows):
+    return lambda cfg, root: change(cfg, prompts=write_prompts(root / "prompts.jsonl", list(rows)))
+
+
+def settings(**fields):
+    return lambda cfg, root: change(cfg, **fields)
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+LEGAL_REWARDS = "legal: animals, number, think, share, raises, says, each with =WEIGHT or without"
+BAD = {
+    "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),
+    "a family": (lambda c, r: broken_model(c, r, {"model_type": "mamba"}), ValueError, r"'mamba'; legal: .*'llama'"),
+    "a tensor": (lambda c, r: broken_model(c, r, without=NORM), ValueError, f"tensors missing {re.escape(NORM)}"),
+    "fewer ids": (lambda c, r: broken_model(c, r, {"vocab_size": 36}), ValueError, "37 ids, the model 36"),
+    "remat": (settings(remat="some"), ValueError, "some.*none.*dots.*full"),
+    "no prompts file": (settings(prompts="/absent.jsonl"), OSError, r"/absent\.jsonl"),
+    "empty prompts": (prompts_of(), ValueError, r"prompts\.jsonl is empty: .* at least one row"),
+    "column": (settings(template="{question}"), ValueError, r"'\{question\}' .*legal in braces: letter, prompt, what"),
+    "max_tokens": (settings(sampling__max_tokens=64), ValueError, "max_tokens = 64 .*legal: a sum of at most 64"),
+    "max_prompt": (settings(max_prompt_tokens=57), ValueError, "max_prompt_tokens = 57 .*legal: a sum of at most 64"),
+    "all over-long": (prompts_of(LONG, LONG), ValueError, "every prompt is longer than 56 tokens; the shortest has 61"),
+    "held_out": (settings(held_out=0), ValueError, "0 prompts to hold out; at least 1"),
+    "reward": (settings(rewards=("animal",)), ValueError, f"reward 'animal'; {LEGAL_REWARDS}"),
+    "weight": (settings(rewards=("share=much",)), ValueError, f"reward 'share=much'; {LEGAL_REWARDS}"),
+    "group": (settings(batches__group=0), ValueError, "group = 0; at least 1"),
+    "pieces": (
+        settings(batches__micro_batches=3),
+        ValueError,
+        r"2 x 2 = 4 rows .* 1 x 3 = 3 pieces; nearest legal products: \[1, 2, 4\]",
+    ),
+    "devices": (
+        settings(mesh=options.MeshShape()),
+        ValueError,
+        r"prompts = 2 over 8 devices .*nearest legal: \[8\]",
+    ),
+    "other settings": (settings(kl=0.1), ValueError, r"holds a run with other settings: kl = 0\.04, now 0\.1\."),
+}
+
+
+@pytest.mark.parametrize(("make", "kind", "message"), BAD.values(), ids=BAD)
+def test_bad_input_harms_no_run(make, kind, message, finished, tmp_path):
+    cfg, _ = finished
+    left = contents(cfg.directory)
+    with pytest.raises(kind, match=message):
+        grpo.main(make(cfg, tmp_path), verifiers=VERIFIERS)
+    assert contents(cfg.directory) == left
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            "raises",
+            r"hostile:raises failed on prompt \d, completion '[\s\S]*no such rubric[\s\S]*Legal: a finite number",
+        ),
+        (
+            "says",
+            r"hostile:says failed on prompt \d, completion '[\s\S]*returned 'yes' \(str\)\nLegal: a finite number",
+        ),
+        ("number", r"exact_number asks for answer, .* its columns are prompt, letter, what"),
+    ],
+)
+def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, tiny_run, tmp_path):
+    cfg = change(tiny_run, rewards=(reward,), directory=str(tmp_path / "run"))
+    with pytest.raises(RewardError, match=message):
+        grpo.main(cfg, verifiers=VERIFIERS)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("fields", [{"model": "/absent"}, {"rewards": "animal"}, {"batches.group": 0}], ids=str)
+def test_the_command_line_says_it_in_one_line(fields, tiny_run, monkeypatch, capsys):
+    legal = {"model": tiny_run.model, "prompts": tiny_run.prompts, "directory": "/absent", "batches.prompts": 8}
+    words = [part for name, value in (legal | fields).items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *words])
+    monkeypatch.setattr(options, "setup", lambda debug: None)
+    with pytest.raises(SystemExit) as stop:
+        options.run(grpo.Config, grpo.main)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (1, "")
+    assert re.fullmatch(r"error: .*\n", out)
+
+
+# ------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def closing(value):
+    return lambda completion: value
+
+
+def one(completion):
+    return 1.0
+
+
+def two(completion):
+    return 2.0
+
+
+def default_one(completion, limit=1):
+    return limit
+
+
+def default_two(completion, limit=2):
+    return limit
+
+
+def keyword_one(completion, *, limit=1):
+    return limit
+
+
+def keyword_two(completion, *, limit=2):
+    return limit
+
+
+def inner_one(completion):
+    return sum(x + 1.5 for x in completion)
+
+
+def inner_two(completion):
+    return sum(x + 2.5 for x in completion)
+
+
+def words_one(completion):
+    return completion in ("cat", "dog")
+
+
+def words_two(completion):
+    return completion in ("cat", "cow")
+
+
+def set_one(completion):
+    return completion in {"cat", "dog", "pig"}
+
+
+def set_two(completion):
+    return completion in {"cat", "dog", "cow"}
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (one, two),
+        (closing(1.0), closing(2.0)),
+        (closing((1, 2)), closing((1, 3))),
+        (default_one, default_two),
+        (keyword_one, keyword_two),
+        (inner_one, inner_two),
+        (words_one, words_two),
+        (set_one, set_two),
+        (functools.partial(default_one, limit=3), functools.partial(default_one, limit=4)),
+        (with_kl(plain_grpo(), 0.1), with_kl(plain_grpo(), 0.2)),
+        (own_loss(2.0), own_loss(3.0)),
+    ],
+    ids=["constant", "closure", "tuple", "default", "keyword", "inner", "words", "set", "partial", "kl", "loss"],
+)
+def test_fingerprints_tell_functions_apart(left, right):
+    assert options.fingerprint(left) == options.fingerprint(left)
+    assert options.fingerprint(left) != options.fingerprint(right)
+
+
+def test_a_function_made_again_or_called_often_has_its_fingerprint():
+    assert options.fingerprint(closing(0.5)) == options.fingerprint(closing(0.5))
+    assert options.fingerprint(own_loss(2.0)) == options.fingerprint(own_loss(2.0))
+    before = options.fingerprint(inner_one)
+    for _ in range(100):  # the interpreter rewrites what is called often
+        inner_one([1, 2])
+    assert options.fingerprint(inner_one) == before
+
+
+PRINTS = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import grpo, options
+from rewards import hostile
+from rljax.algorithms import grpo as plain_grpo, with_kl
+def kinds(completion): return completion in {"cat", "dog", "pig"}
+print(options.fingerprint(with_kl(plain_grpo(), 0.1), [hostile.share_of, kinds, *grpo.VERIFIERS.values()]))
+"""
+
+
+def test_two_processes_agree_on_a_fingerprint():
+    """Under other hash seeds, by which the order of sets changes."""
+    root = Path(grpo.__file__).resolve().parents[1]
+    paths = [str(root / "experiments"), str(root / "tests"), str(root)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PRINTS, *paths],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu", "PATH": ""},
+        )
+        for seed in ("1", "2")
+    ]
+    first, second = (process.communicate()[0] for process in started)
+    assert re.fullmatch(r"[0-9a-f]{16}\n", first)
+    assert first == second
