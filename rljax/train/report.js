@@ -50,7 +50,7 @@ function tickLabel(x, step) {
   if (Math.abs(x) < step * 1e-6) return "0";
   if (step >= 1e6) return minus(x / 1e6 + "M");
   if (step >= 1000) return minus(x / 1000 + "k");
-  if (step < 1e-3) return minus(Number(x.toPrecision(3)).toExponential());
+  if (step < 1e-3 && Math.abs(x) < 0.1) return minus(Number(x.toPrecision(3)).toExponential());
   return minus(x.toFixed(Math.max(0, -Math.floor(Math.log10(step) + 1e-9))));
 }
 

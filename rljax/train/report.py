@@ -233,8 +233,8 @@ def headline(series: Sequence[dict], columns: dict) -> list[dict]:
     """First -> last of at most six main metrics: what is rewarded, then how the policy moves, then the speed."""
     names = [each["name"] for each in series if not each["name"].endswith(SPREAD)]
     chosen = [name for name in names if theme_of(name)[0] == "Reward"][:3]
-    for word in ("kl", "entropy", "length", "tokens_per_second"):
-        chosen += [name for name in names if name.startswith(word)][:1]
+    for words in (("kl_sequence", "kl"), ("entropy",), ("length",), ("tokens_per_second",)):
+        chosen += [name for word in words for name in names if name.startswith(word)][:1]
     out = []
     for name in chosen[:6]:
         values = [v for v in columns[name][1] if v is not None]
