@@ -14,6 +14,7 @@ Reached: not yet run.
 import dataclasses
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class Config:
     verifier_workers: int = 1  # processes that judge
     save_every: int = 20  # steps between checkpoints
     show_every: int = 10  # steps between samples in the report
-    remat: str = "none"  # what the backward pass computes again: none, dots or full
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
     directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
     mesh: MeshShape = MeshShape()
     debug: bool = False  # no jit, NaN checks, one step

@@ -21,10 +21,10 @@ from rljax.algorithms import grpo as plain_grpo
 from rljax.algorithms import with_kl
 from rljax.rewards.score import RewardError
 
-LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-'\""
+LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-:;"
 RAW = tiny.config_of("plain") | {"num_hidden_layers": 1}
-ROWS = [{"prompt": "once upon"[: 3 + i], "letter": "aeio"[i % 4], "what": "yes"} for i in range(6)]
-LONG = {"prompt": "a" * 60, "letter": "a", "what": "yes"}  # with 8 tokens of answer it leaves the context of 64
+ROWS = [{"prompt": "once upon"[: 3 + i], "letters": "abcdefghijklm", "what": "yes"} for i in range(6)]
+LONG = {"prompt": "a" * 60, "letters": "a", "what": "yes"}  # with 8 tokens of answer it leaves the context of 64
 VERIFIERS = grpo.VERIFIERS | {"share": hostile.share_of, "raises": hostile.raises, "says": hostile.says}
 
 
@@ -55,6 +55,7 @@ def tiny_run(tmp_path_factory) -> grpo.Config:
         model=str(root / "model"),
         prompts=write_prompts(root / "prompts.jsonl", [*ROWS, LONG]),
         rewards=("share", "animals=0.5"),
+        seed=1,
         steps=2,
         batches=options.Batches(prompts=2, group=2),
         sampling=options.Sampling(max_tokens=8),
@@ -74,8 +75,7 @@ def finished(tiny_run):
 
 def change(cfg: grpo.Config, **fields) -> grpo.Config:
     """With fields of its blocks as block__field."""
-    inner = {name: value for name, value in fields.items() if "__" in name}
-    for name, value in inner.items():
+    for name in [name for name in fields if "__" in name]:
         block, field = name.split("__")
         fields[block] = dataclasses.replace(fields.get(block, getattr(cfg, block)), **{field: fields.pop(name)})
     return dataclasses.replace(cfg, **fields)
@@ -137,10 +137,10 @@ def test_over_long_prompts_are_dropped_and_counted(finished, capsys):
         grpo.main(change(cfg, seed=3), verifiers=VERIFIERS)
     found = re.search(r"(\d) prompts and (\d) held out; (\d) dropped, over 56 tokens\n", capsys.readouterr().out)
     kept, held_out, dropped = map(int, found.groups())
-    assert (kept + held_out, dropped) == (6, 1)
+    assert (kept + held_out, dropped) == (len(ROWS), 1)
 
 
-# ------------------------------------------------------------------------------------------------- functions of one's own
+# ----------------------------------------------------------------------------------------------- functions of one's own
 
 
 def own_loss(cap: float):
@@ -198,10 +198,9 @@ BAD = {
     "a family": (lambda c, r: broken_model(c, r, {"model_type": "mamba"}), ValueError, r"'mamba'; legal: .*'llama'"),
     "a tensor": (lambda c, r: broken_model(c, r, without=NORM), ValueError, f"tensors missing {re.escape(NORM)}"),
     "fewer ids": (lambda c, r: broken_model(c, r, {"vocab_size": 36}), ValueError, "37 ids, the model 36"),
-    "remat": (settings(remat="some"), ValueError, "some.*none.*dots.*full"),
     "no prompts file": (settings(prompts="/absent.jsonl"), OSError, r"/absent\.jsonl"),
     "empty prompts": (prompts_of(), ValueError, r"prompts\.jsonl is empty: .* at least one row"),
-    "column": (settings(template="{question}"), ValueError, r"'\{question\}' .*legal in braces: letter, prompt, what"),
+    "column": (settings(template="{question}"), ValueError, r"'\{question\}' .*legal in braces: letters, prompt, what"),
     "max_tokens": (settings(sampling__max_tokens=64), ValueError, "max_tokens = 64 .*legal: a sum of at most 64"),
     "max_prompt": (settings(max_prompt_tokens=57), ValueError, "max_prompt_tokens = 57 .*legal: a sum of at most 64"),
     "all over-long": (prompts_of(LONG, LONG), ValueError, "every prompt is longer than 56 tokens; the shortest has 61"),
@@ -219,7 +218,8 @@ BAD = {
         ValueError,
         r"prompts = 2 over 8 devices .*nearest legal: \[8\]",
     ),
-    "other settings": (settings(kl=0.1), ValueError, r"holds a run with other settings: kl = 0\.04, now 0\.1\."),
+    "other settings": (settings(seed=3), ValueError, r"holds a run with other settings: seed = 1, now 3\."),
+    "another coefficient": (settings(kl=0.1), ValueError, r"other settings: code = .*; kl = 0\.04, now 0\.1\."),
 }
 
 
@@ -243,8 +243,9 @@ def test_bad_input_harms_no_run(make, kind, message, finished, tmp_path):
             "says",
             r"hostile:says failed on prompt \d, completion '[\s\S]*returned 'yes' \(str\)\nLegal: a finite number",
         ),
-        ("number", r"exact_number asks for answer, .* its columns are prompt, letter, what"),
+        ("number", r"exact_number asks for answer, .* its columns are prompt, letters, what"),
     ],
+    ids=["raises", "says", "number"],
 )
 def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, tiny_run, tmp_path):
     cfg = change(tiny_run, rewards=(reward,), directory=str(tmp_path / "run"))
@@ -253,17 +254,26 @@ def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("fields", [{"model": "/absent"}, {"rewards": "animal"}, {"batches.group": 0}], ids=str)
-def test_the_command_line_says_it_in_one_line(fields, tiny_run, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"model": "/absent"}, 1, r"error: no model in /absent: .*\n"),
+        ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, number, think, .*\n"),
+        ({"batches.group": 0}, 1, r"error: .*group = 0; at least 1\n"),
+        ({"remat": "some"}, 2, r"[\s\S]*--remat[\s\S]*dots[\s\S]*"),
+    ],
+    ids=["model", "reward", "group", "remat"],
+)
+def test_the_command_line_says_it_too(fields, code, message, tiny_run, monkeypatch, capsys):
     legal = {"model": tiny_run.model, "prompts": tiny_run.prompts, "directory": "/absent", "batches.prompts": 8}
     words = [part for name, value in (legal | fields).items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *words])
-    monkeypatch.setattr(options, "setup", lambda debug: None)
     with pytest.raises(SystemExit) as stop:
         options.run(grpo.Config, grpo.main)
     out, err = capsys.readouterr()
-    assert (stop.value.code, err) == (1, "")
-    assert re.fullmatch(r"error: .*\n", out)
+    assert "Traceback" not in out + err
+    assert stop.value.code == code
+    assert re.fullmatch(message, out + err)
 
 
 # ------------------------------------------------------------------------------------------------------- fingerprints

@@ -112,6 +112,6 @@ def environment(completion, name):
     return float(os.environ.get(name) == "cpu")
 
 
-def share_of(completion, letter):
-    """Share of the completion that is the dataset's letter."""
-    return completion.count(letter) / max(len(completion), 1)
+def share_of(completion, letters):
+    """Share of the completion that is one of the dataset's letters."""
+    return sum(c in letters for c in completion) / max(len(completion), 1)
