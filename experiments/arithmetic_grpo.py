@@ -7,7 +7,8 @@ r"""A small language model learns to add by reinforcement, from scratch, on a la
 A character-level decoder of 0.8 M parameters is shown right sums until it is right about three times in ten
 (arithmetic_sft.py). From then on it sees no answer any more, only whether its own were right: 0 or 1.
 
-Reached: not yet run.
+Reached: seeds 0 to 4, held-out 0.380 0.371 0.423 0.435 0.375 -> 0.918 0.884 0.947 0.931 0.868 (median 0.918), in 149 to
+211 s each, warm-up and compilation included, on 2 shared Xeon cores (commit ac89f43, jax 0.10.2).
 """
 
 import dataclasses
