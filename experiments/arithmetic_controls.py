@@ -6,7 +6,8 @@ r"""Is it the reward? arithmetic_grpo.py with right, random and shuffled rewards
 Random rewards are coins; shuffled ones are the right rewards given to other rows of the batch. A gain in those arms
 beyond its 95 % interval would mean that something other than the answers' correctness raises accuracy.
 
-Reached: not yet run.
+Reached: seed 0, 240 steps: random 0.380 -> 0.000, shuffled 0.380 -> 0.000 (interval ± 0.030): no gain; noise at this
+learning rate destroys what the warm-up taught. With the right rewards: 0.380 -> 0.918.
 """
 
 import dataclasses
