@@ -95,16 +95,20 @@ def _cut(batch, micro_batches: int):
     """
     leaves, tree = jax.tree.flatten(batch)
     rows = {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}
-    bad = [n for n in rows if n % micro_batches]
-    if bad:
-        legal = [m for m in range(1, bad[0] + 1) if bad[0] % m == 0]
-        raise ValueError(f"{bad[0]} rows do not divide into {micro_batches} micro-batches; legal: {legal}")
+    for n in rows:
+        _require_division(n, micro_batches, "micro-batches")
 
     def fold(x):
         return jnp.swapaxes(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1)
 
     cut = [fold(leaf) if jnp.ndim(leaf) else None for leaf in leaves]
     return cut, (tree, [None if jnp.ndim(leaf) else leaf for leaf in leaves])
+
+
+def _require_division(rows: int, pieces: int, name: str) -> None:
+    if rows % pieces:
+        legal = [m for m in range(1, rows + 1) if rows % m == 0]
+        raise ValueError(f"{rows} rows do not divide into {pieces} {name}; legal: {legal}")
 
 
 def _join(rows: list, whole):
@@ -132,9 +136,7 @@ def minibatches(key, batch, epochs: int = 1, count: int = 1) -> Iterator:
     Raises ValueError where the rows do not divide.
     """
     rows = max(leaf.shape[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf))
-    if rows % count:
-        legal = [m for m in range(1, rows + 1) if rows % m == 0]
-        raise ValueError(f"{rows} rows do not divide into {count} minibatches; legal: {legal}")
+    _require_division(rows, count, "minibatches")
     for epoch in range(epochs):
         if count == 1:
             yield batch
