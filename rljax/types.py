@@ -53,6 +53,7 @@ class Trajectory:
     dist: Any = None  # [B T ...] parameters of the old distribution, where a method needs all of it
     routing: Array | None = None  # [B T ...] experts chosen at sampling time, for replay
     version: Array | None = None  # [B T] which policy version chose it
+    sum_pi_squared: Array | None = None  # [B T] Σ_v π_old(v)², where a baseline is weighted by it
 
 
 @struct.dataclass
@@ -65,6 +66,7 @@ class Batch:
     returns: Array | None = None  # [B T] targets of the values
     weight: Array | None = None  # [B T] coefficient of each term in the sum; set once per optimizer step
     coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
+    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B T] each: what `prepare` found out for `loss`
 
 
 @struct.dataclass
@@ -199,7 +201,7 @@ def check(x: Trajectory | Batch) -> None:
     expected = {"group": (B,), "baseline": (B,), "values": (B, T + 1), "scores": (B,)}
     for owner in {id(traj): traj, id(x): x}.values():
         for name, value in vars(owner).items():
-            if value is None or name in ("traj", "coefficients", "dist"):
+            if value is None or name in ("traj", "coefficients", "dist", "extra"):
                 continue
             want = expected.get(name, (B, T))
             if jnp.shape(value)[: len(want)] != want:

@@ -17,7 +17,7 @@ def group_sum(x: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " 
 
 def group_count(group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Valid rows in the group of each row."""
-    return group_sum(valid.astype(jnp.float32), group)
+    return group_sum(valid.astype(float), group)
 
 
 def _least(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:

@@ -14,17 +14,27 @@ from jaxtyping import Array, Float, Int
 def chosen_logp(
     logits: Float[Array, "*N V"], actions: Int[Array, "*N"], temperature: Float[Array, "*N"]
 ) -> Float[Array, "*N"]:
-    """log softmax(z/τ)[a], in float32: a gather minus a log-sum-exp, so no [V] array of log-probs is made."""
-    scaled = logits.astype(jnp.float32) / temperature[..., None]
+    """log softmax(z/τ)[a], in float32 or better: a gather minus a log-sum-exp, so no [V] array of log-probs is made."""
+    scaled = _scaled(logits, temperature)
     chosen = jnp.take_along_axis(scaled, actions[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def entropy(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """H = logsumexp(z/τ) - Σ softmax(z/τ) z/τ, in nats. Tokens of logit -inf add 0 (0 · log 0)."""
-    scaled = logits.astype(jnp.float32) / temperature[..., None]
+    scaled = _scaled(logits, temperature)
     finite = jnp.where(jnp.isneginf(scaled), 0.0, scaled)
     return jax.nn.logsumexp(scaled, axis=-1) - (jax.nn.softmax(scaled, axis=-1) * finite).sum(axis=-1)
+
+
+def sum_pi_squared(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """Σ_v π(v)²: the probability that two draws agree (collision). exp(logsumexp(2z/τ) - 2 logsumexp(z/τ))."""
+    scaled = _scaled(logits, temperature)
+    return jnp.exp(jax.nn.logsumexp(2.0 * scaled, axis=-1) - 2.0 * jax.nn.logsumexp(scaled, axis=-1))
+
+
+def _scaled(logits, temperature):
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature[..., None]
 
 
 def chunked_logprobs(

@@ -5,25 +5,14 @@ batch before that is cut into micro-batches or shards, so that a plain sum is ex
 segment of one row; sequences without a decision (N⁺ counts the others) weigh nothing.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from rljax.ops.sequences import sequence_lengths
 
 Mask = Bool[Array, "B T"]
 Segments = Int[Array, "B T"] | None
 Weight = Float[Array, "B T"]
-
-
-def sequence_lengths(mask: Mask, segments: Segments = None) -> Weight:
-    """n_i: decisions in the sequence that each column belongs to."""
-    chosen = mask.astype(jnp.float32)
-    if segments is None:
-        return jnp.broadcast_to(chosen.sum(axis=1, keepdims=True), mask.shape)
-
-    def one_row(terms, ids):
-        return jax.ops.segment_sum(terms, ids, num_segments=ids.shape[0] + 1)[ids]
-
-    return jax.vmap(one_row)(chosen, segments)
 
 
 def _per_token(mask: Mask, segments: Segments) -> Weight:
@@ -33,7 +22,7 @@ def _per_token(mask: Mask, segments: Segments) -> Weight:
 
 def token_mean(mask: Mask, segments: Segments = None) -> Weight:
     """1/Σm: every token alike (DAPO, CISPO, PPO)."""
-    return mask / jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    return mask / jnp.maximum(mask.sum(), 1).astype(float)
 
 
 def sequence_mean(mask: Mask, segments: Segments = None) -> Weight:

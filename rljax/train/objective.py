@@ -34,7 +34,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
                 f"a loss is unreduced: it must return {batch.mask.shape}, one term a decision, not {terms.shape}"
             )
         shown = {**_diagnostics(output, batch), **shown}
-        count = batch.mask.sum().astype(jnp.float32)
+        count = batch.mask.sum().astype(float)
         metrics = {name: _summary(name, value, batch.mask, count) for name, value in shown.items()}
         return jnp.where(batch.mask, batch.weight * terms, 0.0).sum(), metrics
 
@@ -50,7 +50,7 @@ def _neutral(output: PolicyOutput, mask) -> PolicyOutput:
 def _neutral_batch(batch: Batch) -> Batch:
     """The batch with zeros (temperature: ones) at masked columns of every [B T] number that may be read."""
     mask, traj = batch.mask, batch.traj
-    names = ("logp", "old_logp", "ref_logp", "teacher_logp", "rewards", "final_values")
+    names = ("logp", "old_logp", "ref_logp", "teacher_logp", "rewards", "final_values", "sum_pi_squared")
     facts = {name: jnp.where(mask, getattr(traj, name), 0.0) for name in names if getattr(traj, name) is not None}
     if traj.temperature is not None:
         facts["temperature"] = jnp.where(mask, traj.temperature, 1.0)
@@ -80,7 +80,7 @@ def _diagnostics(output: PolicyOutput, batch: Batch) -> dict:
 def _summary(name: str, value, mask, count):
     """(sum, count) over the mask; for *_max and *_min the extremum, as (extremum, 1)."""
     if name.endswith("_max"):
-        return jnp.where(mask, value, -jnp.inf).max(), jnp.float32(1)
+        return jnp.where(mask, value, -jnp.inf).max(), jnp.ones(())
     if name.endswith("_min"):
-        return jnp.where(mask, value, jnp.inf).min(), jnp.float32(1)
+        return jnp.where(mask, value, jnp.inf).min(), jnp.ones(())
     return jnp.where(mask, value, 0.0).sum(), count

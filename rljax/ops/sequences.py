@@ -1,0 +1,35 @@
+"""Sums and means over a sequence, given to each of its columns.
+
+A sequence is one segment of one row: several share a row after packing. Without segments the row is the sequence.
+Masked columns take no part, and may hold NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Terms = Float[Array, "B T"]
+Mask = Bool[Array, "B T"]
+Segments = Int[Array, "B T"] | None
+
+
+def sequence_sum(x: Terms, mask: Mask, segments: Segments = None) -> Terms:
+    """Σ_t x over the decisions of the sequence that each column belongs to."""
+    x = jnp.where(mask, x, 0.0)
+    if segments is None:
+        return jnp.broadcast_to(x.sum(axis=1, keepdims=True), x.shape)
+
+    def one_row(terms, ids):
+        return jax.ops.segment_sum(terms, ids, num_segments=ids.shape[0] + 1)[ids]
+
+    return jax.vmap(one_row)(x, segments)
+
+
+def sequence_lengths(mask: Mask, segments: Segments = None) -> Terms:
+    """n_i: decisions in the sequence that each column belongs to."""
+    return sequence_sum(mask.astype(float), mask, segments)
+
+
+def sequence_mean(x: Terms, mask: Mask, segments: Segments = None) -> Terms:
+    """(1/n_i) Σ_t x over the decisions of the sequence that each column belongs to; 0 for one without decisions."""
+    return sequence_sum(x, mask, segments) / jnp.maximum(sequence_lengths(mask, segments), 1.0)
