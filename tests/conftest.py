@@ -63,3 +63,7 @@ def pytest_terminal_summary(terminalreporter):
     for why, count in counts.items():
         if count:
             terminalreporter.write_line(f"not run: {count:4d} tests, {why}")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden-dir", help="recorded outputs of the peers (tests/test_golden.py)")

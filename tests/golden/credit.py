@@ -1,0 +1,5 @@
+"""Advantages against the peers."""
+
+from tests.golden.entry import Entry
+
+TABLE: dict[str, Entry] = {}
