@@ -70,6 +70,33 @@ class Batch:
 
 
 @struct.dataclass
+class Pairs:
+    """B comparisons of two answers to one prompt: the batch of DPO and of reward models.
+
+    Chosen and rejected are separate fields, so that any cut of the batch keeps pairs. Their widths may differ.
+    """
+
+    chosen: Trajectory  # [B T]
+    rejected: Trajectory  # [B T']
+    margin: Array | None = None  # [B] by how much the chosen one is better, where a rater said so
+    weight: Array | None = None  # [B] coefficient of each pair in the sum; set once per optimizer step
+    coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
+    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` found out for `loss`
+
+
+@struct.dataclass
+class Judged:
+    """B answers, each judged good or bad alone: the batch of KTO and BCO."""
+
+    traj: Trajectory  # [B T]
+    desirable: Array  # [B] bool
+    mismatched: Trajectory | None = None  # [B T'] each prompt with another prompt's answer (KTO's z)
+    weight: Array | None = None  # [B] coefficient of each answer in the sum; set once per optimizer step
+    coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
+    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` found out for `loss`
+
+
+@struct.dataclass
 class PolicyOutput:
     """What the policy being trained says of the same decisions."""
 
