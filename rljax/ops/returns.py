@@ -2,21 +2,53 @@
 
 Time is the last axis; column t is one decision: r_t follows a_t, V_t was seen before it. Columns with mask False
 (prompt, tool output, padding) are skipped: what stands to their right reaches the decision to their left unchanged, as
-if they were not there. Values at masked columns may be garbage.
+if they were not there. V_{t+1} is the value at the *next unmasked* decision, values[..., T] after the last one (0 for
+text, whose last token ends the episode). Masked columns may hold garbage; results are 0 there.
+
+γ and λ are scalars or hold one number a decision [.. T]; both weigh what follows the decision they stand at. γ_t is 0
+where decision t ended its episode; `fold_ends` makes such γ and the rewards of truncated episodes.
+
+The policy gradient is E Σ_t ∇log π(a_t | s_t) Ψ_t (Schulman et al. 2016, arXiv:1506.02438, eq. 1). Ψ_t may be
+
+    R(τ), the return of the whole episode              total_return
+    Σ_{t' ≥ t} r_t', reward-to-go                      discounted_returns
+    reward-to-go less a baseline b(s_t)                discounted_returns - b; b = V(s_t): gae at λ = 1
+    Q(s_t, a_t)                                        known, or estimated: n_step_returns, lambda_returns
+    A(s_t, a_t) = Q - V                                known, or estimated: n_step_returns - V
+    the TD residual r_t + γ V_{t+1} - V_t              td_errors
+    Â_t, GAE(γ, λ)                                     gae; off-policy: vtrace(...).advantages
+
+The first three are unbiased; exact Q and A too; the last two where V is the policy's own value (GAE also at λ = 1). At
+γ < 1 all leave out the factor γ^t in front of decision t, as everybody does.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Scalar = float | Float[Array, ""]
+Terms = Float[Array, "*B T"]
+Values = Float[Array, "*B T+1"]
+Mask = Bool[Array, "*B T"]
+Weights = float | Float[Array, ""] | Float[Array, "*B T"]  # γ, λ
 
 
 def _backward(step, carry, columns):
-    """Scan the columns from the last to the first. Each is [B T] outside and [B] inside."""
-    major = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), columns)
-    _, out = jax.lax.scan(step, carry, major, reverse=True)
-    return jnp.moveaxis(out, 0, -1)
+    """Scan the columns from the last to the first, each [B T] outside and [B] inside; scalars are the same in all."""
+    leaves, tree = jax.tree.flatten(columns)
+    major = [jnp.moveaxis(x, -1, 0) if jnp.ndim(x) else None for x in leaves]
+
+    def one(carry, column):
+        return step(carry, tree.unflatten(x if c is None else c for x, c in zip(leaves, column, strict=True)))
+
+    carry, out = jax.lax.scan(one, carry, major, reverse=True)
+    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), out)
+
+
+def _clean(x: Weights, mask: Mask) -> Weights:
+    """Zeros where masked: garbage times a zero cotangent is a NaN gradient."""
+    return jnp.where(mask, x, 0.0) if jnp.ndim(x) else x
 
 
 def episode_rewards(
@@ -31,54 +63,167 @@ def episode_rewards(
     return jnp.where(judged, total, 0.0), judged
 
 
-def discounted_returns(
-    rewards: Float[Array, "*B T"], mask: Bool[Array, "*B T"], gamma: Scalar = 1.0
-) -> Float[Array, "*B T"]:
-    """Reward-to-go G_t = r_t + γ G_{t+1} over the unmasked decisions; 0 where masked."""
+def fold_ends(
+    rewards: Terms,
+    gamma: Weights,
+    terminated: Mask | None = None,
+    truncated: Mask | None = None,
+    final_values: Terms | None = None,
+) -> tuple[Terms, Weights]:
+    """Rewards and discounts in which the ends of episodes are written, for every function of this module.
 
-    def step(following, column):
-        reward, valid = column
-        here = jnp.where(valid, reward + gamma * following, following)
-        return here, jnp.where(valid, here, 0.0)
+        γ_t = 0 where episode t ended, terminated or truncated        r_t + γ V(last observation) where truncated
 
-    return _backward(step, jnp.zeros_like(rewards[..., 0]), (rewards, mask))
-
-
-def gae(
-    rewards: Float[Array, "*B T"],
-    values: Float[Array, "*B T+1"],
-    mask: Bool[Array, "*B T"],
-    gamma: Scalar = 1.0,
-    lam: Scalar = 0.95,
-    terminated: Bool[Array, "*B T"] | None = None,
-    truncated: Bool[Array, "*B T"] | None = None,
-    final_values: Float[Array, "*B T"] | None = None,
-) -> Float[Array, "*B T"]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
-
-        δ_t = r_t + γ V_{t+1} - V_t        Â_t = δ_t + γ λ Â_{t+1}
-
-    V_{t+1} is the value at the next unmasked decision; values[..., T] after the last one (0 for text). A terminated
-    decision has no value and no advantage beyond it; a truncated one bootstraps from `final_values` and cuts the sum.
-    The targets of the critic are Â + V (the λ-return). Whitening is a separate step (`statistics.whiten`).
-
-    Returns: advantages, 0 where masked. Raises ValueError for `truncated` without `final_values`.
+    A terminated episode has nothing beyond it. A truncated one would have gone on: it bootstraps from `final_values`.
+    Raises ValueError for `truncated` without `final_values`.
     """
     if truncated is not None and final_values is None:
         raise ValueError("truncated decisions bootstrap: give final_values, V of the observation after each of them")
-    never = jnp.zeros_like(mask)
-    terminated = never if terminated is None else terminated
-    truncated = never if truncated is None else truncated
-    final_values = jnp.zeros_like(rewards) if final_values is None else final_values
+    if truncated is not None:
+        cut = truncated if terminated is None else truncated & ~terminated
+        rewards = rewards + jnp.where(cut, gamma * final_values, 0.0)
+    ends = [x for x in (terminated, truncated) if x is not None]
+    for end in ends:
+        gamma = jnp.where(end, 0.0, gamma).astype(rewards.dtype)
+    return rewards, gamma
+
+
+def discounted_returns(
+    rewards: Terms, mask: Mask, gamma: Weights = 1.0, bootstrap: Float[Array, "*B"] | None = None
+) -> Terms:
+    """G_t = r_t + γ_t G_{t+1}; reward-to-go at γ = 1. After the last decision G = `bootstrap`, or 0."""
+    return _returns(rewards, mask, gamma, bootstrap)[1]
+
+
+def total_return(rewards: Terms, mask: Mask, gamma: Weights = 1.0) -> Float[Array, "*B"]:
+    """R(τ) = Σ_t γ^t r_t, t counting the unmasked decisions from 0."""
+    return _returns(rewards, mask, gamma, None)[0]
+
+
+def _returns(rewards, mask, gamma, bootstrap):
+    def step(following, column):
+        reward, valid, discount = column
+        here = jnp.where(valid, reward + discount * following, following)
+        return here, jnp.where(valid, here, 0.0)
+
+    start = jnp.zeros_like(rewards[..., 0]) if bootstrap is None else bootstrap
+    return _backward(step, start, (rewards, mask, _clean(gamma, mask)))
+
+
+def gae(
+    rewards: Terms,
+    values: Values,
+    mask: Mask,
+    gamma: Weights = 1.0,
+    lam: Weights = 0.95,
+    terminated: Mask | None = None,
+    truncated: Mask | None = None,
+    final_values: Terms | None = None,
+) -> Terms:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
+
+        δ_t = r_t + γ_t V_{t+1} - V_t        Â_t = δ_t + γ_t λ_t Â_{t+1}
+
+    The ends of episodes are those of `fold_ends`. The targets of the critic are Â + V: `lambda_returns`. Whitening is a
+    separate step (`statistics.whiten`). λ = 0 is `td_errors`, λ = 1 the return less V.
+    """
+    rewards, gamma = fold_ends(rewards, gamma, terminated, truncated, final_values)
 
     def step(carry, column):
         next_value, next_advantage = carry
-        reward, value, valid, ended, cut, last_value = column
-        bootstrap = jnp.where(ended, 0.0, jnp.where(cut, last_value, next_value))
-        further = jnp.where(ended | cut, 0.0, next_advantage)
-        advantage = reward + gamma * bootstrap - value + gamma * lam * further
+        reward, value, valid, discount, further = column
+        advantage = reward - value + discount * (next_value + further * next_advantage)
         carry = (jnp.where(valid, value, next_value), jnp.where(valid, advantage, next_advantage))
         return carry, jnp.where(valid, advantage, 0.0)
 
     start = (values[..., -1], jnp.zeros_like(values[..., -1]))
-    return _backward(step, start, (rewards, values[..., :-1], mask, terminated, truncated, final_values))
+    columns = (rewards, values[..., :-1], mask, _clean(gamma, mask), _clean(lam, mask))
+    return _backward(step, start, columns)[1]
+
+
+def td_errors(rewards: Terms, values: Values, mask: Mask, gamma: Weights = 1.0) -> Terms:
+    """δ_t = r_t + γ_t V_{t+1} - V_t: the errors of TD(0)."""
+    return gae(rewards, values, mask, gamma, lam=0.0)
+
+
+def lambda_returns(rewards: Terms, values: Values, mask: Mask, gamma: Weights = 1.0, lam: Weights = 0.95) -> Terms:
+    """G_t = r_t + γ_t ((1 - λ_t) V_{t+1} + λ_t G_{t+1}), which is GAE + V: the targets of the critic.
+
+    λ = 1 is the Monte-Carlo return, λ = 0 the target of TD(0).
+    """
+    return jnp.where(mask, gae(rewards, values, mask, gamma, lam) + values[..., :-1], 0.0)
+
+
+def n_step_returns(rewards: Terms, values: Values, mask: Mask, n: int, gamma: Weights = 1.0) -> Terms:
+    """G_t = Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}; fewer steps where fewer decisions follow. n = 1 is TD(0).
+
+    Raises ValueError for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n-step returns need n >= 1, not {n}")
+    T = rewards.shape[-1]
+    own = jnp.where(mask, jnp.broadcast_to(jnp.arange(T), mask.shape), T)
+    following = jax.lax.cummin(own, axis=own.ndim - 1, reverse=True)  # the first decision at t or after
+    following = jnp.concatenate([following[..., 1:], jnp.full_like(own[..., :1], T)], axis=-1)  # after t; T: none
+    gamma = _clean(gamma, mask)
+
+    def extend(_, returns):
+        beyond = jnp.concatenate([returns, values[..., -1:]], axis=-1)
+        return jnp.where(mask, rewards + gamma * jnp.take_along_axis(beyond, following, axis=-1), 0.0)
+
+    return jax.lax.fori_loop(0, n, extend, values[..., :-1])
+
+
+class VTrace(NamedTuple):
+    """Of a policy π, estimated from what another one, μ, did."""
+
+    targets: Terms  # v_t of the critic
+    advantages: Terms  # Ψ_t of the policy gradient, the ratio ρ_t in it
+
+
+def vtrace(
+    rewards: Terms,
+    values: Values,
+    ratios: Terms,
+    mask: Mask,
+    gamma: Weights = 1.0,
+    lam: Weights = 1.0,
+    rho_bar: float = 1.0,
+    c_bar: float = 1.0,
+    policy_rho_bar: float = 1.0,
+) -> VTrace:
+    """V-trace (IMPALA, arXiv:1802.01561, eq. 1), ρ_t = π(a_t | s_t) / μ(a_t | s_t).
+
+        δ_t = min(ρ̄, ρ_t) (r_t + γ_t V_{t+1} - V_t)        v_t - V_t = δ_t + γ_t λ_t min(c̄, ρ_t) (v_{t+1} - V_{t+1})
+        Ψ_t = min(ρ̄_π, ρ_t) (r_t + γ_t (V_{t+1} + λ_t (v_{t+1} - V_{t+1})) - V_t)
+
+    The paper has λ = 1 (λ < 1 is its remark 2) and ρ̄ >= c̄. ρ̄ decides what the critic learns, V of a policy between
+    μ and π; c̄ only how fast. On-policy the targets are `lambda_returns` and Ψ is `gae`, whatever λ is. rlax fixes
+    c̄ = 1; it leaves masked columns to the caller's V_{t+1} and reports the next error at them.
+    """
+
+    def step(carry, column):
+        next_value, next_error = carry
+        reward, value, ratio, valid, discount, further = column
+        error = jnp.minimum(rho_bar, ratio) * (reward + discount * next_value - value)
+        error = error + discount * further * jnp.minimum(c_bar, ratio) * next_error
+        estimate = reward + discount * (next_value + further * next_error)
+        advantage = jnp.minimum(policy_rho_bar, ratio) * (estimate - value)
+        carry = (jnp.where(valid, value, next_value), jnp.where(valid, error, next_error))
+        return carry, VTrace(jnp.where(valid, value + error, 0.0), jnp.where(valid, advantage, 0.0))
+
+    start = (values[..., -1], jnp.zeros_like(values[..., -1]))
+    rewards, ratios = _clean(rewards, mask), _clean(ratios, mask)
+    own = _clean(values[..., :-1], mask)
+    columns = (rewards, own, ratios, mask, _clean(gamma, mask), _clean(lam, mask))
+    return _backward(step, start, columns)[1]
+
+
+def importance_corrected_td_errors(
+    rewards: Terms, values: Values, ratios: Terms, mask: Mask, gamma: Weights = 1.0, lam: Weights = 1.0
+) -> Terms:
+    """ρ_t (δ_t + γ_t λ_t ρ_{t+1} (δ_{t+1} + ...)): multi-step TD errors with per-decision importance sampling (Sutton,
+    Mahmood, Precup, van Hasselt 2014, "A new Q(λ)"). V-trace without any clip: unbiased, its variance not bounded.
+    """
+    never = float("inf")
+    return vtrace(rewards, values, ratios, mask, gamma, lam, never, never, never).advantages
