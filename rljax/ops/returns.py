@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float
 Terms = Float[Array, "*B T"]
 Values = Float[Array, "*B T+1"]
 Mask = Bool[Array, "*B T"]
+Scalar = float | Float[Array, ""]
 Weights = float | Float[Array, ""] | Float[Array, "*B T"]  # γ, λ
 
 
@@ -65,14 +66,15 @@ def episode_rewards(
 
 def fold_ends(
     rewards: Terms,
-    gamma: Weights,
+    mask: Mask,
+    gamma: Weights = 1.0,
     terminated: Mask | None = None,
     truncated: Mask | None = None,
     final_values: Terms | None = None,
 ) -> tuple[Terms, Weights]:
     """Rewards and discounts in which the ends of episodes are written, for every function of this module.
 
-        γ_t = 0 where episode t ended, terminated or truncated        r_t + γ V(last observation) where truncated
+        γ_t = 0 where decision t ended it, either way        r_t + γ V(last observation) where truncated
 
     A terminated episode has nothing beyond it. A truncated one would have gone on: it bootstraps from `final_values`.
     Raises ValueError for `truncated` without `final_values`.
@@ -80,11 +82,10 @@ def fold_ends(
     if truncated is not None and final_values is None:
         raise ValueError("truncated decisions bootstrap: give final_values, V of the observation after each of them")
     if truncated is not None:
-        cut = truncated if terminated is None else truncated & ~terminated
-        rewards = rewards + jnp.where(cut, gamma * final_values, 0.0)
-    ends = [x for x in (terminated, truncated) if x is not None]
-    for end in ends:
-        gamma = jnp.where(end, 0.0, gamma).astype(rewards.dtype)
+        cut = truncated & mask if terminated is None else truncated & mask & ~terminated
+        rewards = rewards + jnp.where(cut, gamma * jnp.where(cut, final_values, 0.0), 0.0)
+    for end in (terminated, truncated):
+        gamma = gamma if end is None else jnp.where(end, 0.0, gamma).astype(rewards.dtype)
     return rewards, gamma
 
 
@@ -127,7 +128,7 @@ def gae(
     The ends of episodes are those of `fold_ends`. The targets of the critic are Â + V: `lambda_returns`. Whitening is a
     separate step (`statistics.whiten`). λ = 0 is `td_errors`, λ = 1 the return less V.
     """
-    rewards, gamma = fold_ends(rewards, gamma, terminated, truncated, final_values)
+    rewards, gamma = fold_ends(rewards, mask, gamma, terminated, truncated, final_values)
 
     def step(carry, column):
         next_value, next_advantage = carry
@@ -188,9 +189,9 @@ def vtrace(
     mask: Mask,
     gamma: Weights = 1.0,
     lam: Weights = 1.0,
-    rho_bar: float = 1.0,
-    c_bar: float = 1.0,
-    policy_rho_bar: float = 1.0,
+    rho_bar: Scalar = 1.0,
+    c_bar: Scalar = 1.0,
+    policy_rho_bar: Scalar = 1.0,
 ) -> VTrace:
     """V-trace (IMPALA, arXiv:1802.01561, eq. 1), ρ_t = π(a_t | s_t) / μ(a_t | s_t).
 

@@ -31,7 +31,7 @@ def at_last_decision(outcome: Float[Array, " B"], mask: Mask) -> Terms:
 
 
 def step_numbers(step_ends: Bool[Array, "B T"], mask: Mask) -> Int[Array, "B T"]:
-    """Which reasoning step a decision belongs to, from 0; an end is part of its step. Ends at masked columns are none."""
+    """Which reasoning step a decision belongs to, from 0; an end is part of its step. Masked columns have no ends."""
     ends = (step_ends & mask).astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) - ends
 
@@ -81,15 +81,15 @@ def kl_penalised(
 
 
 def potential_shaping(
-    potentials: Float[Array, "*B T+1"],
+    potentials: Float[Array, "*B S"],
     mask: Bool[Array, "*B T"],
     gamma: Weights = 1.0,
     terminated: Bool[Array, "*B T"] | None = None,
 ) -> Float[Array, "*B T"]:
     """F_t = γ Φ(s_{t+1}) - Φ(s_t), to be added to the rewards: no policy gains on another by it (Ng et al. 1999).
 
-    That holds only if Φ is 0 in terminal states: it is taken as 0 after a `terminated` decision. potentials[..., T] is
-    Φ after the last decision, as in `returns`.
+    That holds only if Φ is 0 in terminal states: it is taken as 0 after a `terminated` decision. S = T + 1:
+    potentials[..., T] is Φ after the last decision, as in `returns`.
     """
     gamma = gamma if terminated is None else jnp.where(terminated, 0.0, gamma).astype(potentials.dtype)
     return td_errors(jnp.zeros_like(potentials[..., :-1]), potentials, mask, gamma)
