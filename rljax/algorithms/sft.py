@@ -1,13 +1,20 @@
 """Supervised fine-tuning: L = -(1/Σm) Σ log π(a_t | s_t) over the answers' tokens of the whole batch.
 
 An Algorithm like the others, whose rows are demonstrations: it passes the same laws (micro-batch, shard, mask).
+`weights` says what counts alike: tokens, or sequences (`ops.weights.sequence_mean`). Packed rows are fine: the first
+token of a segment is nobody's target (`trajectory_of_tokens`).
 """
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
 
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Batch
 
 
-def sft() -> Algorithm:
+def sft(weights: Callable = token_mean) -> Algorithm:
     """Maximum likelihood of demonstrations."""
 
     def credit(traj, coefficients):
@@ -17,4 +24,13 @@ def sft() -> Algorithm:
     def loss(output, batch):
         return -output.logp, {}
 
-    return Algorithm(credit=credit, loss=loss, weights=token_mean)
+    return Algorithm(credit=credit, loss=loss, weights=weights)
+
+
+def dft(weights: Callable = token_mean) -> Algorithm:
+    """Dynamic fine-tuning (arXiv:2508.05629): -sg(π) log π, so that unlikely tokens do not dominate."""
+
+    def loss(output, batch):
+        return -stop_gradient(jnp.exp(output.logp)) * output.logp, {}
+
+    return sft(weights)._replace(loss=loss)

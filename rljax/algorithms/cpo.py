@@ -1,0 +1,41 @@
+"""Preferences without a reference: CPO, SimPO, AlphaPO.
+
+CPO      -log σ(β(log π_w - log π_l)) + c NLL(chosen)              sums          arXiv:2401.08417
+SimPO    -log σ(β(ℓ̄_w - ℓ̄_l) - γ)                                  token means   arXiv:2405.14734
+AlphaPO  SimPO with ℓ̄ -> (1 - e^{-αℓ̄})/α                           token means   arXiv:2501.03884
+"""
+
+from collections.abc import Callable
+
+from rljax.algorithms.pairs import preference_objective
+from rljax.ops import preferences
+from rljax.types import Objective
+
+
+def cpo(policy: Callable, loss: Callable = preferences.sigmoid, beta: float = 0.1, nll: float = 1.0) -> Objective:
+    """CPO. `loss`: (log π_w [B], log π_l [B], β) -> [B], one of `ops.preferences`; `nll` is the coefficient c."""
+
+    def term(pair):
+        return loss(pair.chosen.logp, pair.rejected.logp, beta) + nll * pair.nll
+
+    return preference_objective(policy, term, lambda answer: beta * answer.logp)
+
+
+def simpo(
+    policy: Callable,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    alpha: float = 0.0,
+    nll: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Objective:
+    """SimPO; AlphaPO with `alpha` above 0; CPO-SimPO with `nll` above 0. γ is in units of reward."""
+
+    def reward(answer):
+        return beta * preferences.alphapo_reward(answer.mean_logp, alpha)
+
+    def term(pair):
+        compared = preferences.simpo(reward(pair.chosen), reward(pair.rejected), 1.0, gamma, label_smoothing)
+        return compared + nll * pair.nll
+
+    return preference_objective(policy, term, reward)
