@@ -1,29 +1,45 @@
-"""Estimators of KL(π ‖ π_ref) from one drawn token (Schulman, "Approximating KL divergence", 2020).
+"""KL divergences: exact ones, and estimators of KL(π ‖ π_ref) from one drawn token.
 
-With d = log π - log π_ref at a token drawn from π. What an estimator's *value* averages to and what its *gradient*
-averages to when it stands in a loss are different questions (arXiv:2510.01555):
+With d = log π - log π_ref at a token drawn from π, or from an older policy where ρ = π/π_old stands before it. What an
+estimator's *value* averages to and what its *gradient* averages to when it stands in a loss are different questions
+(Schulman, "Approximating KL divergence", 2020; arXiv:2510.01555). All rows are checked by enumeration:
 
-    name                      value      mean of the value   gradient in a loss, on-policy
-    k1                        d          KL                  0: it regularises nothing
-    k2                        d²/2       biased              ∇ KL(π ‖ π_ref): right
-    k3                        e⁻ᵈ-1+d    KL                  ∇ KL(π_ref ‖ π): of the other KL
-    k3_with_k2_gradient       as k3      KL                  ∇ KL(π ‖ π_ref): right
-    importance_weighted_k3    ρ·k3       KL, off-policy too  ∇ KL(π ‖ π_ref): right, off-policy too
+    name                      value      mean of the value   gradient in a loss, on-policy       use
+    k1                        d          KL                  0: it regularises nothing           reward, metric
+    absolute                  |d|        biased              of neither KL                       metric
+    k2                        d²/2       biased              ∇ KL(π ‖ π_ref): right              loss
+    k3                        e⁻ᵈ-1+d    KL                  ∇ KL(π_ref ‖ π): of the other KL    metric; loss (GRPO's)
+    k3_with_k2_gradient       as k3      KL                  ∇ KL(π ‖ π_ref): right              loss
 
-Use k1 in rewards (no gradient flows there) and the others in losses. Exponents are clamped to ±20, with no gradient
-beyond.
+    off-policy too:
+    importance_weighted_k1    ρ·d        KL                  ∇ KL(π ‖ π_ref): right              loss
+    importance_weighted_k2    sg(ρ)·k2   biased, as k2       ∇ KL(π ‖ π_ref): right              loss
+    importance_weighted_k3    ρ·k3       KL                  ∇ KL(π ‖ π_ref): right              loss
+
+In rewards no gradient flows: there only the value counts, and k1 is the one whose sum over an answer is log π/π_ref of
+the whole. In losses these give the KL of each decision at the states that were visited; what a token does to the KL of
+later states only reward-to-go carries. Exponents are clamped to ±20, with no gradient beyond.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rljax.ops.ratios import importance_ratio
+
 LogProbs = Float[Array, "*shape"]
+Logits = Float[Array, "*N V"]
+Terms = Float[Array, "*shape"]
 
 
 def k1(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
     """d: unbiased value, may be negative; no gradient on average."""
     return logp - ref_logp
+
+
+def absolute(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
+    """|d|: how far apart the two are, whichever way."""
+    return jnp.abs(logp - ref_logp)
 
 
 def k2(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
@@ -43,6 +59,54 @@ def k3_with_k2_gradient(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
     return slope + jax.lax.stop_gradient(value - slope)
 
 
+def importance_weighted_k1(logp: LogProbs, ref_logp: LogProbs, old_logp: LogProbs) -> LogProbs:
+    """(π/π_old)·d with the ratio differentiated: value and gradient right off-policy too."""
+    return importance_ratio(logp, old_logp) * k1(logp, ref_logp)
+
+
+def importance_weighted_k2(logp: LogProbs, ref_logp: LogProbs, old_logp: LogProbs) -> LogProbs:
+    """(π/π_old)·d²/2 with the ratio held constant: gradient right off-policy too; the value is biased as k2's is."""
+    return jax.lax.stop_gradient(importance_ratio(logp, old_logp)) * k2(logp, ref_logp)
+
+
 def importance_weighted_k3(logp: LogProbs, ref_logp: LogProbs, old_logp: LogProbs) -> LogProbs:
     """(π/π_old)·k3 with the ratio differentiated: value and gradient right off-policy too (arXiv:2512.02556)."""
-    return jnp.exp(jnp.clip(logp - old_logp, -20.0, 20.0)) * k3(logp, ref_logp)
+    return importance_ratio(logp, old_logp) * k3(logp, ref_logp)
+
+
+# ------------------------------------------------------------------------------------------------------------- exact
+
+
+def categorical_kl(logits: Logits, ref_logits: Logits) -> Float[Array, "*N"]:
+    """KL(p ‖ q) = Σ_v p (log p - log q), p = softmax(logits), in nats. 0 where p = 0; inf where q = 0 < p."""
+    logp, p = _log_softmax(logits)
+    log_q, _ = _log_softmax(ref_logits)
+    inside = p > 0  # a difference of two -inf is NaN, and so is its gradient
+    difference = jnp.where(inside, logp, 0.0) - jnp.where(inside, log_q, 0.0)
+    return (p * difference).sum(axis=-1)
+
+
+def cross_entropy(logits: Logits, ref_logits: Logits) -> Float[Array, "*N"]:
+    """H(p, q) = -Σ_v p log q = H(p) + KL(p ‖ q), p = softmax(logits), in nats; inf where q = 0 < p."""
+    _, p = _log_softmax(logits)
+    log_q, _ = _log_softmax(ref_logits)
+    return -(p * jnp.where(p > 0, log_q, 0.0)).sum(axis=-1)
+
+
+def _log_softmax(logits: Logits) -> tuple[Logits, Logits]:
+    """log p and p, in float32 or better."""
+    logp = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    return logp, jnp.exp(logp)
+
+
+def gaussian_kl(mean: Terms, std: Terms, ref_mean: Terms, ref_std: Terms) -> Terms:
+    """KL(N(μ, σ²) ‖ N(μ_ref, σ_ref²)) = log(σ_ref/σ) + (σ² + (μ - μ_ref)²)/(2σ_ref²) - ½, of each dimension alone.
+
+    Independent dimensions add up.
+    """
+    return jnp.log(ref_std / std) + (std**2 + (mean - ref_mean) ** 2) / (2.0 * ref_std**2) - 0.5
+
+
+def gaussian_entropy(std: Terms) -> Terms:
+    """H(N(μ, σ²)) = ½ log(2πe σ²) of each dimension alone, in nats; that of a categorical is `logprobs.entropy`."""
+    return jnp.log(std) + 0.5 * (1.0 + jnp.log(2.0 * jnp.pi))

@@ -1,4 +1,4 @@
-"""The table in the docstring of ops/kl.py, by exact enumeration of a categorical; and the peers' estimators."""
+"""The table in the docstring of ops/kl.py, by exact enumeration of a categorical. Peers: tests/golden/estimation.py."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from rljax.ops import kl
-from tests.ops.golden import close, golden
 
 LOGITS, REF, OLD = np.random.default_rng(0).normal(size=(3, 6))
+
+
+def close(got, want, rtol=2e-5, atol=2e-6):
+    np.testing.assert_allclose(np.float64(got), np.float64(want), rtol=rtol, atol=atol)
 
 
 def softmax(z):
@@ -46,11 +49,27 @@ def test_on_policy_means_are_those_of_the_table(estimator, value, gradient):
     close(got[1], gradient, atol=1e-6)
 
 
-def test_the_importance_weighted_estimator_is_right_off_policy_too():
-    for drawn_from in (P, P_OLD):
-        value, gradient = averages(kl.importance_weighted_k3, drawn_from, jnp.log(jnp.float32(drawn_from)))
-        close(value, FORWARD)
-        close(gradient, FORWARD_GRADIENT, atol=1e-6)
+@pytest.mark.parametrize(
+    ("estimator", "mean"),
+    [
+        (kl.importance_weighted_k1, FORWARD),
+        (kl.importance_weighted_k2, (P * np.log(P / Q) ** 2).sum() / 2),
+        (kl.importance_weighted_k3, FORWARD),
+    ],
+)
+@pytest.mark.parametrize("drawn_from", [P, P_OLD], ids=["on-policy", "off-policy"])
+def test_importance_weighted_means_are_those_of_the_table_off_policy_too(estimator, mean, drawn_from):
+    value, gradient = averages(estimator, drawn_from, jnp.log(jnp.float32(drawn_from)))
+    close(value, mean)
+    close(gradient, FORWARD_GRADIENT, atol=1e-6)
+
+
+def test_the_absolute_difference_has_the_gradient_of_neither_kl():
+    value, gradient = averages(kl.absolute, P)
+    close(value, (P * np.abs(np.log(P / Q))).sum())
+    signs = np.sign(np.log(P / Q))
+    close(gradient, P * (signs - (P * signs).sum()))
+    assert min(np.abs(gradient - other).max() for other in (FORWARD_GRADIENT, REVERSE_GRADIENT)) > 0.05
 
 
 def test_the_gradients_of_the_table_are_those_of_the_kls():
@@ -73,28 +92,44 @@ def test_far_from_the_reference_exponents_stop_at_20_and_nothing_overflows(d):
     assert jnp.isfinite(kl.importance_weighted_k3(logp, ref, ref))
 
 
-@pytest.mark.parametrize(
-    ("recorded", "case", "estimator"),
-    [
-        ("verl_kl_penalty", "k1", kl.k1),
-        ("verl_kl_penalty", "k2", kl.k2),
-        ("verl_kl_penalty", "k3", kl.k3),
-        ("verl_kl_penalty", "k3plus_intended", kl.k3_with_k2_gradient),
-        ("verl_new_kl_penalty", "k3+", kl.k3_with_k2_gradient),
-    ],
-)
-def test_verl_kl_penalty(shared, recorded, case, estimator):
-    """verl also clamps k3's value to ±10, and its gradient there to 0: compared below that."""
-    _, ins, outs = golden(shared, recorded)[case]
-    logp, ref = ins["logprob"], ins["ref_logprob"]
-    near = (np.asarray(ref - logp) < 2.3) & (np.asarray(kl.k3(logp, ref)) < 10)
-    close(estimator(logp, ref), outs["kl"], near)
-    slope = jax.grad(lambda x: estimator(x, ref).sum())(logp)
-    close(slope, outs["grad_sum_logprob"], near)
+def test_exact_kl_and_cross_entropy_of_categoricals():
+    z, q = jnp.float32(LOGITS), jnp.float32(REF)
+    close(kl.categorical_kl(z, q), FORWARD)
+    close(jax.grad(kl.categorical_kl)(z, q), FORWARD_GRADIENT)
+    close(jax.grad(kl.categorical_kl, 1)(q, z), softmax(LOGITS) - softmax(REF))
+    close(kl.cross_entropy(z, q), -(P * np.log(Q)).sum())
+    close(kl.cross_entropy(z, z), -(P * np.log(P)).sum())
+    stacked = kl.categorical_kl(jnp.stack([z, q])[None], jnp.stack([q, q])[None])
+    close(stacked, [[FORWARD, 0.0]])
 
 
-def test_tunix_kl(shared):
-    for case, (_, ins, outs) in golden(shared, "tunix_kl").items():
-        pair = ins["per_token_logps"], ins["ref_per_token_logps"]
-        for name, estimator in {"kl": kl.k1, "mse_kl": kl.k2, "low_var_kl": kl.k3}.items():
-            close(estimator(*pair), outs[name], case=(case, name))
+def test_tokens_of_probability_0_add_nothing_unless_only_the_reference_rules_them_out():
+    z, q = jnp.float32(LOGITS).at[2].set(-jnp.inf), jnp.float32(REF)
+    p = softmax(np.delete(LOGITS, 2))
+    close(kl.categorical_kl(z, q), (p * np.log(p / np.delete(Q, 2))).sum())
+    close(kl.categorical_kl(z, q.at[2].set(-jnp.inf)), (p * np.log(p / softmax(np.delete(REF, 2)))).sum())
+    for both in (kl.categorical_kl, kl.cross_entropy):
+        slopes = jax.grad(both, (0, 1))(z, q.at[2].set(-jnp.inf))
+        assert all(jnp.isfinite(slope).all() and slope[2] == 0 and jnp.abs(slope).max() > 0.01 for slope in slopes)
+        assert both(q, z) == jnp.inf
+    far = jnp.float32([0.0, -200.0])  # exp underflows, the log-prob does not
+    assert kl.categorical_kl(far, jnp.float32([0.0, -jnp.inf])) == 0
+
+
+def test_exact_kl_and_entropy_of_gaussians_are_those_of_a_fine_histogram():
+    mean, std, ref_mean, ref_std = 0.3, 0.8, -0.5, 1.7
+    x = np.linspace(-12, 12, 200_001)
+    density = lambda m, s: np.exp(-((x - m) ** 2) / (2 * s * s)) / (s * np.sqrt(2 * np.pi))  # noqa: E731
+    p, q = density(mean, std), density(ref_mean, ref_std)
+    step = x[1] - x[0]
+    args = [jnp.full(2, value) for value in (mean, std, ref_mean, ref_std)]
+    close(kl.gaussian_kl(*args), [(p * np.log(p / q)).sum() * step] * 2)
+    close(kl.gaussian_entropy(args[1]), [-(p * np.log(p)).sum() * step] * 2)
+    close(kl.gaussian_kl(*args[:2], *args[:2]), [0.0, 0.0])
+
+
+def test_exact_divergences_of_half_precision_logits_are_taken_in_float32():
+    z, q = jnp.bfloat16(LOGITS), jnp.bfloat16(REF)
+    assert kl.categorical_kl(z, q).dtype == kl.cross_entropy(z, q).dtype == jnp.float32
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(kl.categorical_kl(jnp.asarray(LOGITS), jnp.asarray(REF)), FORWARD, rtol=1e-12)
