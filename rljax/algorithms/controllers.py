@@ -1,0 +1,49 @@
+"""Coefficients that follow a measurement: (coefficient, what was measured, ...) -> coefficient.
+
+Pure functions of scalars, traced or not: a loop keeps their result in `TrainState.coefficients`, where a wrapper
+(`with_kl`, `with_entropy`) or a loss reads it, and nothing compiles again.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Scalar = float | Float[Array, ""]
+Count = int | float | Int[Array, ""] | Float[Array, ""]
+
+
+def fixed(coefficient: Scalar, measured: Scalar) -> Scalar:
+    """The coefficient as it is."""
+    return coefficient
+
+
+def adaptive_kl(coefficient: Scalar, kl: Scalar, target: Scalar, horizon: Count, samples: Count) -> Float[Array, ""]:
+    """β (1 + clip(KL/target - 1, ±0.2) · samples/horizon) (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+
+    `kl` in the unit of `target`, in the paper nats a *sequence* (`kl_sequence` of `train.metrics.describe`); `samples`:
+    episodes since the last call. The paper takes β = 0.2 to begin with, target 6, horizon 10,000.
+    """
+    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    return coefficient * (1.0 + error * samples / horizon)
+
+
+def ppo_penalty_coefficient(coefficient: Scalar, kl: Scalar, target: Scalar) -> Float[Array, ""]:
+    """β/2 where KL < target/1.5, 2β where KL > 1.5 target, else β (PPO, arXiv:1707.06347, section 4).
+
+    `kl`: KL(π_old ‖ π) in nats a decision after the updates of one rollout.
+    """
+    return coefficient * jnp.where(kl > 1.5 * target, 2.0, jnp.where(kl < target / 1.5, 0.5, 1.0))
+
+
+def adaptive_entropy(
+    coefficient: Scalar, entropy: Scalar, target: Scalar, delta: Scalar = 5e-3, low: Scalar = 0.0, high: Scalar = 1.0
+) -> Float[Array, ""]:
+    """c + Δ where H <= target, else c - Δ, kept within [low, high] (Skywork-OR1, arXiv:2505.22312, section 4).
+
+    What the loss is given is `applied_entropy_coefficient` of it.
+    """
+    return jnp.clip(coefficient + jnp.where(entropy <= target, delta, -delta), low, high)
+
+
+def applied_entropy_coefficient(coefficient: Scalar, entropy: Scalar, target: Scalar) -> Float[Array, ""]:
+    """c where H <= target, else 0: the bonus holds entropy up and never pushes it further (arXiv:2505.22312)."""
+    return jnp.where(entropy <= target, coefficient, 0.0)
