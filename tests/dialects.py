@@ -13,17 +13,14 @@ def trl_float32_mean(share):
     return jnp.float32(share)
 
 
-def openrlhf_token_mean(weights):
-    """OpenRLHF adds 1e-8 to the number of tokens it divides by."""
-
-    def dialect(mask, segments=None):
-        return weights(mask, segments) * mask.sum() / (mask.sum() + 1e-8)
-
-    return dialect
+def trl_weight_by_log_probs(loss_type: str, weight: float) -> float:
+    """TRL's sft term is a cross-entropy of the logits, apart from the log-probs that the other terms of DPO share: the
+    gradient by those does not see it."""
+    return 0.0 if loss_type == "sft" else weight
 
 
 def openrlhf_sequence_mean(weights):
-    """As `openrlhf_token_mean` row by row; and its mean over the rows counts those without tokens."""
+    """OpenRLHF adds 1e-8 to the tokens of a row, and its mean over the rows counts those without tokens."""
 
     def dialect(mask, segments=None):
         n, said = mask.sum(axis=1, keepdims=True), mask.any(axis=1).mean()

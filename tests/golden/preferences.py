@@ -32,7 +32,7 @@ from rljax.ops import logprobs, preferences
 from rljax.ops.weights import sequence_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.types import Judged, Pairs, PolicyOutput, Trajectory, trajectory_of_tokens
-from tests.dialects import openrlhf_sequence_mean, openrlhf_token_mean, trl_float32_mean
+from tests.dialects import openrlhf_sequence_mean, openrlhf_token_mean, trl_float32_mean, trl_weight_by_log_probs
 from tests.golden.entry import Case, Entry, gradient
 
 
@@ -139,8 +139,6 @@ def trl_objective(policy, hyper: dict):
     beta, loss_type = hyper["beta"], hyper.get("loss_type", "sigmoid")
     if "loss_types" in hyper:
         return trl_mixture(policy, hyper)
-    if loss_type == "sft":
-        return trl_mixture(policy, {"beta": beta, "loss_types": ["sft"], "loss_weights": [1.0]})
     if loss_type.startswith("aot"):
         return {"aot": aot, "aot_unpaired": aot_unpaired}[loss_type](policy, beta, hyper["label_smoothing"])
     loss, measure = trl_term(loss_type, hyper)
@@ -163,14 +161,20 @@ def trl_objective(policy, hyper: dict):
 def trl_dpo(case: Case) -> dict:
     """From logits to the gradient of logits; and once more from the log-probs of the tokens."""
     traj = with_reference(from_tokens(case.ins["input_ids"], case.ins["completion_mask"]), case.ins["ref_logits"])
-    by_logits = trl_objective(reads_logits, case.hyper)
+    hyper = case.hyper
+    if hyper.get("loss_type") == "sft":
+        hyper = {"beta": hyper["beta"], "loss_types": ["sft"], "loss_weights": [1.0]}
+    by_logits = trl_objective(reads_logits, hyper)
     loss, metrics, grad = learn(by_logits, halves(traj), lambda x: {"logits": table(x["logits"])}, case, "logits")
 
     seen = reads_logits({"logits": table(case.ins["logits"])}, {}, traj)
     wide = lambda x: table(jnp.pad(x, ((0, 0), (0, 1)), constant_values=1.0))  # noqa: E731  one cell a token
     knows = {"sum_pi_squared": wide(seen.sum_pi_squared)}
     case = case._replace(ins={"logp": seen.logp})
-    by_logp = trl_objective(reads_logp, case.hyper)
+    if "loss_types" in hyper:
+        weights = map(trl_weight_by_log_probs, hyper["loss_types"], hyper["loss_weights"])
+        hyper = hyper | {"loss_weights": list(weights)}
+    by_logp = trl_objective(reads_logp, hyper)
     _, _, grad_logp = learn(by_logp, halves(traj), lambda x: {"logp": wide(x["logp"])}, case, "logp", frozen=knows)
     return {
         "loss": loss,
