@@ -32,7 +32,7 @@ from rljax.ops import logprobs, preferences
 from rljax.ops.weights import sequence_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.types import Judged, Pairs, PolicyOutput, Trajectory, trajectory_of_tokens
-from tests.dialects import openrlhf_sequence_mean, openrlhf_token_mean, trl_float32_mean, trl_weight_by_log_probs
+from tests.dialects import openrlhf_sequence_mean, trl_float32_mean, trl_weight_by_log_probs
 from tests.golden.entry import Case, Entry, gradient
 
 
@@ -369,8 +369,8 @@ def imitate(policy, algorithm, traj, params_of, case: Case, name: str):
 
 
 def openrlhf_sft(case: Case) -> dict:
-    by_token, by_row = openrlhf_token_mean(token_mean), openrlhf_sequence_mean(sequence_mean)
-    algorithm = sft(by_token if case.hyper["token_level_loss"] else by_row)
+    by_row = openrlhf_sequence_mean(sequence_mean)
+    algorithm = sft(token_mean if case.hyper["token_level_loss"] else by_row)
     params_of = lambda x: {"logp": table(x["per_token_logps"])}  # noqa: E731
     traj = rows_of(case.ins["loss_mask"])
     loss, grad = imitate(reads_logp, algorithm, traj, params_of, case, "per_token_logps")
@@ -419,7 +419,7 @@ TABLE: dict[str, Entry] = {
         not_compared={"metric num_tokens": "TRL's running count of the tokens fed, an input the file does not have"},
     ),
     "openrlhf_reward_loss": Entry("algorithms.reward_model", openrlhf_reward),
-    "prm_token_classification_loss": Entry("algorithms.process_reward_model", process_reward, rtol=1e-5, mask="labels"),
+    "prm_token_classification_loss": Entry("algorithms.process_reward_model", process_reward, rtol=1e-5),
     "openrlhf_sft_loss": Entry("algorithms.sft", openrlhf_sft, mask="loss_mask"),
     "trl_dft_loss": Entry("algorithms.sft.dft", trl_dft, mask="labels"),
     "trl_logps_entropy": Entry("ops.logprobs", trl_logps),
