@@ -67,9 +67,7 @@ def exo_pair(chosen: Ratios, rejected: Ratios, beta: Scalar = 0.1, label_smoothi
     Raises ValueError for ε = 0, where the loss is infinite.
     """
     if label_smoothing == 0:
-        raise ValueError(
-            "exo_pair measures a KL from (1 - ε, ε): label_smoothing must be above 0; the paper takes 1e-3"
-        )
+        raise ValueError("exo_pair needs label_smoothing > 0: its target is (1 - ε, ε), and the paper takes ε = 1e-3")
     x = beta * (chosen - rejected)
     better = logistic(x) * (log_sigmoid(x) - jnp.log1p(-label_smoothing))
     return better + logistic(-x) * (log_sigmoid(-x) - jnp.log(label_smoothing))
