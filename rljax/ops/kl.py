@@ -9,6 +9,7 @@ estimator's *value* averages to and what its *gradient* averages to when it stan
     absolute                  |d|        biased              of neither KL                       metric
     k2                        d²/2       biased              ∇ KL(π ‖ π_ref): right              loss
     k3                        e⁻ᵈ-1+d    KL                  ∇ KL(π_ref ‖ π): of the other KL    metric; loss (GRPO's)
+    k1_with_k2_gradient       as k1      KL                  ∇ KL(π ‖ π_ref): right              loss
     k3_with_k2_gradient       as k3      KL                  ∇ KL(π ‖ π_ref): right              loss
 
     off-policy too:
@@ -53,9 +54,18 @@ def k3(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
     return jnp.expm1(minus_d) - minus_d
 
 
+def k1_with_k2_gradient(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
+    """k1's value with k2's gradient: both are right on-policy."""
+    return _with_k2_gradient(k1(logp, ref_logp), logp, ref_logp)
+
+
 def k3_with_k2_gradient(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
     """k3's value with k2's gradient: both are right on-policy."""
-    value, slope = k3(logp, ref_logp), k2(logp, ref_logp)
+    return _with_k2_gradient(k3(logp, ref_logp), logp, ref_logp)
+
+
+def _with_k2_gradient(value: LogProbs, logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
+    slope = k2(logp, ref_logp)
     return slope + jax.lax.stop_gradient(value - slope)
 
 

@@ -40,6 +40,7 @@ def averages(estimator, drawn_from, *more):
         (kl.k1, FORWARD, 0 * P),
         (kl.k2, (P * np.log(P / Q) ** 2).sum() / 2, FORWARD_GRADIENT),
         (kl.k3, FORWARD, REVERSE_GRADIENT),
+        (kl.k1_with_k2_gradient, FORWARD, FORWARD_GRADIENT),
         (kl.k3_with_k2_gradient, FORWARD, FORWARD_GRADIENT),
     ],
 )
