@@ -19,6 +19,21 @@ def masked_var(x: Values, mask: Mask) -> Scalar:
     return (centred**2).sum() / jnp.maximum(mask.sum() - 1, 1)
 
 
+def masked_std(x: Values, mask: Mask) -> Scalar:
+    """Square root of `masked_var`."""
+    return jnp.sqrt(masked_var(x, mask))
+
+
+def masked_max(x: Values, mask: Mask) -> Scalar:
+    """Largest unmasked entry; 0 where there is none."""
+    return jnp.where(mask.any(), jnp.where(mask, x, -jnp.inf).max(), 0.0)
+
+
+def masked_min(x: Values, mask: Mask) -> Scalar:
+    """Least unmasked entry; 0 where there is none."""
+    return -masked_max(-x, mask)
+
+
 def whiten(x: Values, mask: Mask) -> Values:
     """(x - μ)/√(var + 1e-8) over the unmasked entries; 0 where masked."""
     return jnp.where(mask, (x - masked_mean(x, mask)) / jnp.sqrt(masked_var(x, mask) + 1e-8), 0.0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rljax.ops.ratios import importance_ratio
+from rljax.train import diagnostics
 from rljax.types import Algorithm, Batch, Objective, PolicyOutput, check
 
 
@@ -33,7 +33,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
             raise ValueError(
                 f"a loss is unreduced: it must return {batch.mask.shape}, one term a decision, not {terms.shape}"
             )
-        shown = {**_diagnostics(output, batch), **shown}
+        shown = {**diagnostics.policy(output, batch), **shown}
         count = batch.mask.sum().astype(float)
         metrics = {name: _summary(name, value, batch.mask, count) for name, value in shown.items()}
         return jnp.where(batch.mask, batch.weight * terms, 0.0).sum(), metrics
@@ -61,20 +61,6 @@ def _neutral_batch(batch: Batch) -> Batch:
     returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
     advantages = jnp.where(mask, batch.advantages, 0.0)
     return batch.replace(traj=traj.replace(**facts), advantages=advantages, returns=returns)
-
-
-def _diagnostics(output: PolicyOutput, batch: Batch) -> dict:
-    """What is worth a curve whatever the loss: entropy, and how far the policy is from the one that sampled."""
-    ratio = importance_ratio(output.logp, batch.traj.logp)
-    shown = {
-        "ratio": ratio,
-        "ratio_max": ratio,
-        "logp_change_max": jnp.abs(
-            output.logp - batch.traj.logp
-        ),  # at a rollout's first update: sampler against trainer
-        "kl_behaviour": ratio - 1.0 - jnp.log(ratio),  # k3 of KL(behaviour ‖ policy), from the behaviour's samples
-    }
-    return shown if output.entropy is None else {**shown, "entropy": output.entropy}
 
 
 def _summary(name: str, value, mask, count):

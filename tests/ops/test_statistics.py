@@ -4,30 +4,57 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops.statistics import explained_variance, masked_mean, masked_var, whiten
-from tests.ops.golden import close, narrow
+from rljax.ops.statistics import (
+    explained_variance,
+    masked_max,
+    masked_mean,
+    masked_min,
+    masked_std,
+    masked_var,
+    whiten,
+)
 
 draw = np.random.default_rng(0)
 MASK = draw.random((5, 7)) < 0.6
 X = np.where(MASK, draw.normal(size=(5, 7)) * 3 + 2, np.nan)
 
 
-def test_mean_and_variance_are_those_of_the_unmasked():
-    close(masked_mean(narrow(X), jnp.asarray(MASK)), X[MASK].mean())
-    close(masked_var(narrow(X), jnp.asarray(MASK)), X[MASK].var(ddof=1))
+def close(got, want, atol=2e-6):
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=atol)
+
+
+def narrow(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("ours", "numpys"),
+    [
+        (masked_mean, np.mean),
+        (masked_var, lambda x: x.var(ddof=1)),
+        (masked_std, lambda x: x.std(ddof=1)),
+        (masked_max, np.max),
+        (masked_min, np.min),
+    ],
+)
+def test_statistics_are_those_of_the_unmasked(ours, numpys):
+    for sign in (1, -1):
+        close(ours(narrow(sign * X), jnp.asarray(MASK)), numpys(sign * X[MASK]))
+        close(ours(narrow(np.where(MASK, sign * X, 1e30)), jnp.asarray(MASK)), numpys(sign * X[MASK]))
 
 
 def test_whitened_entries_have_mean_0_and_variance_1_and_masked_ones_are_0():
     white = np.asarray(whiten(narrow(X), jnp.asarray(MASK)), np.float64)
-    close(white, (X - X[MASK].mean()) / X[MASK].std(ddof=1), where=MASK)
+    close(white[MASK], (X[MASK] - X[MASK].mean()) / X[MASK].std(ddof=1))
     assert (white[~MASK] == 0).all()
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_entries_give_zeros(count):
     x, mask = jnp.full((2, 3), jnp.nan).at[0, 0].set(4.0), jnp.zeros((2, 3), bool).at[0, 0].set(count > 0)
-    close(masked_mean(x, mask), 4.0 * count)
-    assert masked_var(x, mask) == 0
+    for one_is_enough in (masked_mean, masked_max, masked_min):
+        close(one_is_enough(x, mask), 4.0 * count)
+    assert masked_var(x, mask) == masked_std(x, mask) == 0
     assert (whiten(x, mask) == 0).all()
 
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.train.metrics import average, describe, require_on_policy, reward_and_kl
-from rljax.types import Trajectory
+from rljax.train.metrics import average, describe, describe_credit, require_on_policy, reward_and_kl
+from rljax.types import Batch, Trajectory
 
 nan = np.nan
 MASK = np.array([[0, 1, 1], [0, 1, 0], [1, 1, 1], [0, 0, 1], [0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 1, 1]], bool)
@@ -33,15 +33,30 @@ def test_rewards_lengths_and_signal():
     want = {
         "reward": (1 + 0 + 0.3 + 0.3 + 0.7) / 5,
         "reward_std": np.std([1, 0, 0.3, 0.3, 0.7]),
+        "reward_max": 1,
+        "reward_min": 0,
+        "solved_all": 0,
+        "solved_none": 4 / 8,  # the group without a judged row counts in neither
         "length": 12 / 8,
         "length_max": 3,
+        "length_min": 1,
+        "aborted": 0,
         "tokens": 12,
         "not_judged": 3 / 8,
         "no_signal": 6 / 8,
         "reward/right": 3 / 5,
+        "reward/right_std": np.std([1, 0, 1, 1, 0]),
         "reward/long": 30 / 6,
+        "reward/long_std": np.std([5, 5, 7, 5, 5, 3]),
     }
     assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_groups_are_solved_by_all_or_by_none():
+    got = describe(trajectory(), (), solved=0.3)
+    assert (got["solved_all"], got["solved_none"]) == (pytest.approx(4 / 8), 0)  # {0.3, 0.3} and {0.7}
+    got = describe(trajectory(), (), solved=0.7)
+    assert (got["solved_all"], got["solved_none"]) == (pytest.approx(2 / 8), pytest.approx(2 / 8))
 
 
 def test_truncation_and_distance_to_the_reference_are_shown_where_they_are_known():
@@ -59,6 +74,7 @@ def test_a_row_without_a_decision_is_not_judged():
     got = describe(traj, ())
     assert got["not_judged"] == pytest.approx(4 / 8)
     assert got["reward"] == pytest.approx(1.3 / 4)
+    assert (got["aborted"], got["length_min"]) == (pytest.approx(1 / 8), 0)
     assert reward_and_kl(traj.replace(ref_logp=traj.logp))["reward"] == pytest.approx(1.3 / 4)
 
 
@@ -67,6 +83,46 @@ def test_reward_with_its_standard_error_and_the_kl_a_sequence():
     judged = np.array([1, 0, 0.3, 0.3, 0.7])
     want = {"reward": judged.mean(), "error": judged.std(ddof=1) / np.sqrt(5), "kl": 0.5 * 12 / 8}
     assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_the_gap_between_sampler_and_trainer_is_shown_where_both_are_known():
+    logp = np.where(MASK, np.random.default_rng(0).normal(size=MASK.shape) - 1, nan)
+    got = describe(trajectory(old_logp=logp), ())
+    assert got["sampler_kl"] == pytest.approx((-1.0 - logp[MASK]).mean(), rel=1e-5)
+    assert not any(name.startswith("sampler_") for name in describe(trajectory(), ()))
+
+
+def test_credit_is_described_over_the_batchs_own_mask():
+    draw = np.random.default_rng(1)
+    mask = MASK & (np.arange(8) != 2)[:, None]
+    advantages, returns, values = (np.where(mask, draw.normal(size=MASK.shape), nan) for _ in range(3))
+    traj = trajectory(values=np.pad(values, ((0, 0), (0, 1))))
+    batch = Batch(traj=traj, advantages=jnp.float32(advantages), returns=jnp.float32(returns), mask=jnp.asarray(mask))
+    want = {"explained_variance": 1 - (returns - values)[mask].var(ddof=1) / (returns[mask].var(ddof=1) + 1e-5)}
+    for name, x in {"advantage": advantages, "return": returns, "value": values}.items():
+        x = x[mask]
+        want |= {name: x.mean(), f"{name}_std": x.std(ddof=1), f"{name}_max": x.max(), f"{name}_min": x.min()}
+    got = {name: float(value) for name, value in describe_credit(batch).items()}
+    assert got == pytest.approx(want, rel=1e-4)
+    assert set(describe_credit(batch.replace(returns=None, traj=trajectory()))) == {
+        "advantage",
+        "advantage_std",
+        "advantage_max",
+        "advantage_min",
+    }
+
+
+def test_ratios_have_their_spread_and_their_effective_share():
+    ratios = np.random.default_rng(2).lognormal(size=(2, 50))
+    steps = [{"ratio": row.mean(), "ratio_squared": (row**2).mean()} for row in ratios]
+    want = {
+        "ratio": ratios.mean(),
+        "ratio_std": ratios.std(),
+        "ratio_effective_share": 1 / ((ratios / ratios.mean()) ** 2).mean(),
+    }
+    assert average(steps) == pytest.approx(want)
+    same = average([{"ratio": 1.0, "ratio_squared": 1.0 - 1e-7}])  # rounding
+    assert same == {"ratio": 1.0, "ratio_std": 0.0, "ratio_effective_share": 1.0}
 
 
 def test_average_takes_means_and_extremes():
