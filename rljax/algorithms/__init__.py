@@ -1,9 +1,54 @@
-"""One paper, one file, one function that returns an Algorithm. `wrap` changes an Algorithm into another."""
+"""One paper, one file, one function that returns an Algorithm (preferences and reward models: an Objective).
 
+`wrap`, `shape` and `correct` change an Algorithm into another: terms in the loss, rewards and rows, sampler corrections.
+"""
+
+from rljax.algorithms.a_star_po import a_star_po
+from rljax.algorithms.capo import capo
+from rljax.algorithms.cispo import cispo
+from rljax.algorithms.correct import (
+    drop_stale_failures,
+    mask_is,
+    normalised_is,
+    only_high_entropy,
+    reject,
+    truncate_is,
+)
+from rljax.algorithms.covariance import clip_cov, kl_cov
+from rljax.algorithms.dapo import dapo
+from rljax.algorithms.dppo import dppo_kl, dppo_tv
+from rljax.algorithms.dr_grpo import dr_grpo
+from rljax.algorithms.dro import dro
+from rljax.algorithms.fipo import fipo
+from rljax.algorithms.gdpo import gdpo
+from rljax.algorithms.gmpo import gmpo
+from rljax.algorithms.gpg import gpg
 from rljax.algorithms.grpo import grpo
-from rljax.algorithms.ppo import ppo
+from rljax.algorithms.grpo_process import grpo_process
+from rljax.algorithms.gspo import gspo, gspo_token
+from rljax.algorithms.lite_ppo import lite_ppo
+from rljax.algorithms.luspo import luspo
+from rljax.algorithms.maxrl import maxrl
+from rljax.algorithms.opo import opo
+from rljax.algorithms.otb import otb
+from rljax.algorithms.pass_at_k import pass_at_k
+from rljax.algorithms.ppo import ppo, ppo_penalty
+from rljax.algorithms.real import real
 from rljax.algorithms.reinforce import reinforce
+from rljax.algorithms.reinforce_ada import reinforce_ada
+from rljax.algorithms.reinforce_pp import reinforce_pp, reinforce_pp_baseline
+from rljax.algorithms.remax import remax
+from rljax.algorithms.rloo import rloo
+from rljax.algorithms.sapo import sapo
 from rljax.algorithms.sft import sft
-from rljax.algorithms.wrap import with_entropy, with_importance_weighted_kl, with_kl
-
-__all__ = ["grpo", "ppo", "reinforce", "sft", "with_entropy", "with_importance_weighted_kl", "with_kl"]
+from rljax.algorithms.shape import distil, filter_overlong, kl_in_reward, penalise_overlong
+from rljax.algorithms.vapo import vapo
+from rljax.algorithms.vespo import vespo
+from rljax.algorithms.vine_ppo import vine_ppo
+from rljax.algorithms.vtrace import off_policy_pg, vtrace
+from rljax.algorithms.wrap import (
+    with_entropy,
+    with_importance_weighted_kl,
+    with_kl,
+    with_likelihood_of_good,
+)

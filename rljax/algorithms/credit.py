@@ -1,10 +1,13 @@
 """What every `credit` begins with: whole-episode rewards, and the batch made of advantages."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rljax.ops import returns
-from rljax.types import Batch, Trajectory, check
+from rljax.ops import groups, returns
+from rljax.ops.ratios import importance_ratio
+from rljax.types import Batch, PolicyOutput, Trajectory, check
 
 
 def episode_rewards(traj: Trajectory) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
@@ -20,6 +23,35 @@ def outcome_batch(traj: Trajectory, advantages: Float[Array, " B"], judged: Bool
     return Batch(traj=traj, advantages=spread, mask=mask, coefficients=coefficients)
 
 
+def from_rewards(advantage: Callable) -> Callable:
+    """credit: every decision of row i gets advantage(rewards [B], group [B], judged [B])[i]."""
+
+    def credit(traj, coefficients):
+        rewards, judged = episode_rewards(traj)
+        return outcome_batch(traj, advantage(rewards, traj.group, judged), judged, coefficients)
+
+    return credit
+
+
+def group_relative(std_epsilon: float | None = 1e-6) -> Callable:
+    """credit of GRPO: (R_i - mean)/(std + ε) over the judged rows of the group. None: no division (Dr.GRPO)."""
+    if std_epsilon is None:
+        return from_rewards(groups.centred)
+    return from_rewards(lambda rewards, group, judged: groups.standardised(rewards, group, judged, std_epsilon))
+
+
+def judged_rewards(traj: Trajectory) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Rewards of single decisions, 0 elsewhere, and the mask without rows that were not judged."""
+    _, judged = episode_rewards(traj)
+    mask = traj.mask & judged[:, None]
+    return jnp.where(mask, traj.rewards, 0.0), mask
+
+
 def old_logp(traj: Trajectory) -> Float[Array, "B T"]:
     """The policy that ratios are taken against: the trainer's recomputation, or else the sampler's own log-probs."""
     return traj.logp if traj.old_logp is None else traj.old_logp
+
+
+def ratio_to_old(output: PolicyOutput, batch: Batch) -> Float[Array, "B T"]:
+    """ρ = π/π_old of each decision."""
+    return importance_ratio(output.logp, old_logp(batch.traj))

@@ -6,16 +6,44 @@
 V_old are the critic's values when the rollout was scored; they stay fixed over the epochs. Advantages are whitened over
 the whole rollout batch, the targets R̂ are not. A truncated episode bootstraps from `final_values`; where nobody filled
 them (text), an answer cut by its length counts as ended. Defaults are those of text: γ = 1, λ = 0.95.
+
+`ppo_penalty` is the paper's other form (eq. 8): -ρÂ + β KL(π_old ‖ π), no clip. β is `coefficients["kl_old"]`, moved
+after each rollout by `controllers.ppo_penalty_coefficient`. Leaving the epochs early is `learn(..., stop_kl=...)`.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, old_logp
+from rljax.algorithms.credit import judged_rewards, old_logp, ratio_to_old
 from rljax.ops import losses
+from rljax.ops.kl import k3
 from rljax.ops.returns import gae
 from rljax.ops.statistics import whiten
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Batch
+
+
+def actor_critic(actor: Callable, gamma, lam, value_coefficient: float, value_clip: float | None) -> Algorithm:
+    """GAE and a critic around actor(output, batch) -> (terms, metrics)."""
+
+    def credit(traj, coefficients):
+        rewards, mask = judged_rewards(traj)
+        cut = None if traj.final_values is None else traj.truncated
+        advantages = gae(rewards, traj.values, mask, gamma, lam, traj.terminated, cut, traj.final_values)
+        returns = jnp.where(mask, advantages + traj.values[:, :-1], 0.0)
+        return Batch(traj, whiten(advantages, mask), mask, returns=returns, coefficients=coefficients)
+
+    def loss(output, batch):
+        policy_terms, metrics = actor(output, batch)
+        if value_clip is None:
+            value_terms = losses.value_loss(output.values, batch.returns)
+        else:
+            value_terms = losses.clipped_value_loss(output.values, batch.traj.values[:, :-1], batch.returns, value_clip)
+        metrics = {**metrics, "policy_loss": policy_terms, "value_loss": value_terms}
+        return policy_terms + value_coefficient * value_terms, metrics
+
+    return Algorithm(credit=credit, loss=loss, weights=token_mean, needs=("values",))
 
 
 def ppo(
@@ -24,29 +52,34 @@ def ppo(
     gamma: float = 1.0,
     lam: float = 0.95,
     value_coefficient: float = 0.5,
-    value_clip: float = 0.2,
+    value_clip: float | None = 0.2,
+    dual: float | None = None,
 ) -> Algorithm:
-    """PPO-clip with generalised advantage estimation and a clipped value loss."""
+    """PPO-clip. `dual`: bound c of the dual clip (`losses.dual_clip`); `value_clip` None: plain squared error."""
 
-    def credit(traj, coefficients):
-        _, judged = episode_rewards(traj)
-        mask = traj.mask & judged[:, None]
-        rewards = jnp.where(mask, traj.rewards, 0.0)
-        cut = None if traj.final_values is None else traj.truncated
-        advantages = gae(rewards, traj.values, mask, gamma, lam, traj.terminated, cut, traj.final_values)
-        returns = jnp.where(mask, advantages + traj.values[:, :-1], 0.0)
-        advantages = whiten(advantages, mask)
-        return Batch(traj=traj, advantages=advantages, mask=mask, returns=returns, coefficients=coefficients)
+    def actor(output, batch):
+        ratio = ratio_to_old(output, batch)
+        terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
+        if dual is not None:
+            terms = losses.dual_clip(terms, batch.advantages, dual)
+        return terms, {"clip_fraction": losses.clipped_fraction(ratio, batch.advantages, low, high)}
 
-    def loss(output, batch):
-        old = old_logp(batch.traj)
-        policy_terms = losses.clipped_surrogate(output.logp, old, batch.advantages, low, high)
-        value_terms = losses.clipped_value_loss(output.values, batch.traj.values[:, :-1], batch.returns, value_clip)
-        metrics = {
-            "clip_fraction": losses.clipped_fraction(output.logp, old, batch.advantages, low, high),
-            "policy_loss": policy_terms,
-            "value_loss": value_terms,
-        }
-        return policy_terms + value_coefficient * value_terms, metrics
+    return actor_critic(actor, gamma, lam, value_coefficient, value_clip)
 
-    return Algorithm(credit=credit, loss=loss, weights=token_mean, needs=("values",))
+
+def ppo_penalty(
+    coefficient: float = 1.0,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    value_coefficient: float = 0.5,
+    value_clip: float | None = 0.2,
+) -> Algorithm:
+    """PPO with a KL penalty: exact where the policy reports it (`PolicyOutput.kl`), else k3 of the old one's draws."""
+
+    def actor(output, batch):
+        divergence = k3(old_logp(batch.traj), output.logp) if output.kl is None else output.kl
+        beta = batch.coefficients.get("kl_old", coefficient)
+        terms = beta * divergence - ratio_to_old(output, batch) * batch.advantages
+        return terms, {"kl_old": divergence}
+
+    return actor_critic(actor, gamma, lam, value_coefficient, value_clip)

@@ -6,12 +6,20 @@ then the state's holds, a traced scalar that a controller may change without rec
 
 from collections.abc import Callable
 
-from rljax.algorithms.credit import old_logp
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import episode_rewards, old_logp
 from rljax.ops.kl import importance_weighted_k3, k1, k3
+from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
 
 
-def _add(algorithm: Algorithm, name: str, coefficient: float, term: Callable, needs: tuple[str, ...]) -> Algorithm:
+def needing(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:
+    """The algorithm with further needs and other changes."""
+    return algorithm._replace(needs=tuple(dict.fromkeys((*algorithm.needs, *fields))), **changes)
+
+
+def _add(algorithm: Algorithm, name: str, coefficient: float, term: Callable, *needs: str) -> Algorithm:
     """L_t + coefficient · term(output, batch), where term also gives the value to log under `name`."""
 
     def loss(output, batch):
@@ -20,23 +28,26 @@ def _add(algorithm: Algorithm, name: str, coefficient: float, term: Callable, ne
         scale = batch.coefficients.get(name, coefficient)
         return terms + scale * extra, {**metrics, name: shown}
 
-    return algorithm._replace(loss=loss, needs=tuple(dict.fromkeys(algorithm.needs + needs)))
+    return needing(algorithm, *needs, loss=loss)
 
 
-def with_kl(algorithm: Algorithm, coefficient: float = 0.04, estimator: Callable = k3) -> Algorithm:
+def with_kl(
+    algorithm: Algorithm, coefficient: float = 0.04, estimator: Callable = k3, allow_k1: bool = False
+) -> Algorithm:
     """L_t + β KL(π ‖ π_ref), estimated at the drawn token by one of `ops.kl` (whose docstring says what each one's
     gradient is). The default is GRPO's k3.
 
-    Raises ValueError for k1, whose gradient in a loss is zero on average: it belongs in the reward.
+    Raises ValueError for k1, whose gradient in a loss is zero on average, unless `allow_k1`: it belongs in the reward
+    (`kl_in_reward`).
     """
-    if estimator is k1:
-        raise ValueError("k1 in a loss has no gradient on average; take k3_with_k2_gradient, k2 or k3")
+    if estimator is k1 and not allow_k1:
+        raise ValueError("k1 in a loss has no gradient on average; take k3_with_k2_gradient, k2 or k3, or kl_in_reward")
 
     def term(output, batch):
         value = estimator(output.logp, batch.traj.ref_logp)
         return value, value
 
-    return _add(algorithm, "kl", coefficient, term, ("ref_logp",))
+    return _add(algorithm, "kl", coefficient, term, "ref_logp")
 
 
 def with_importance_weighted_kl(algorithm: Algorithm, coefficient: float = 0.04) -> Algorithm:
@@ -48,13 +59,31 @@ def with_importance_weighted_kl(algorithm: Algorithm, coefficient: float = 0.04)
         value = importance_weighted_k3(output.logp, batch.traj.ref_logp, old_logp(batch.traj))
         return value, value
 
-    return _add(algorithm, "kl", coefficient, term, ("ref_logp",))
+    return _add(algorithm, "kl", coefficient, term, "ref_logp")
 
 
 def with_entropy(algorithm: Algorithm, coefficient: float = 0.01) -> Algorithm:
-    """L_t - c H(π(· | s_t)): an entropy bonus, in nats a decision."""
+    """L_t - c H(π(· | s_t)): an entropy bonus, in nats a decision. `controllers.adaptive_entropy` moves c."""
 
     def term(output, batch):
         return -output.entropy, output.entropy
 
-    return _add(algorithm, "entropy", coefficient, term, ())
+    return _add(algorithm, "entropy", coefficient, term)
+
+
+def with_likelihood_of_good(algorithm: Algorithm, coefficient: float = 0.1, above: float = 0.0) -> Algorithm:
+    """Adds -c (1/Σ_good n) Σ_good log π over the answers whose reward is above `above` (VAPO, arXiv:2504.05118)."""
+
+    def prepare(output, batch, key):
+        if algorithm.prepare is not None:
+            batch = algorithm.prepare(output, batch, key)
+        rewards, judged = episode_rewards(batch.traj)
+        share = token_mean(batch.mask & (judged & (rewards > above))[:, None])
+        relative = jnp.where(batch.weight > 0, share / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)
+        return batch.replace(extra={**batch.extra, "likelihood": relative})
+
+    def term(output, batch):
+        value = -batch.extra["likelihood"] * output.logp
+        return value, value
+
+    return _add(algorithm._replace(prepare=prepare), "likelihood", coefficient, term)

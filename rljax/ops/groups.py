@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def group_sum(x: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " B"]:
+def group_sum(x: Float[Array, "B *rest"], group: Int[Array, " B"]) -> Float[Array, "B *rest"]:
     """Σ of x over the rows with the same id, given back to each of them."""
     _, ids = jnp.unique(group, return_inverse=True, size=group.shape[0])
     return jax.ops.segment_sum(x, ids, num_segments=group.shape[0])[ids]
@@ -40,8 +40,7 @@ def group_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array
 
 def group_std(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Unbiased standard deviation (ddof 1) over the valid rows of each row's group; 0 for fewer than two."""
-    centred = jnp.where(valid, x - group_mean(x, group, valid), 0.0)
-    variance = group_sum(centred**2, group) / jnp.maximum(group_count(group, valid) - 1.0, 1.0)
+    variance = group_sum(centred(x, group, valid) ** 2, group) / jnp.maximum(group_count(group, valid) - 1.0, 1.0)
     return jnp.sqrt(variance)
 
 
@@ -51,6 +50,24 @@ def leave_one_out_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bo
     own = jnp.where(valid, x - least, 0.0)
     others = group_count(group, valid) - valid
     return jnp.where(others > 0, least + (group_sum(own, group) - own) / jnp.maximum(others, 1.0), 0.0)
+
+
+def leave_one_out_max(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+    """Largest x among the *other* valid rows of each row's group; -inf where there is no other."""
+    others = (group[:, None] == group[None, :]) & valid[None, :] & ~jnp.eye(len(x), dtype=bool)
+    return jnp.where(others, x[None, :], -jnp.inf).max(axis=1)
+
+
+def centred(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+    """x - mean over the valid rows of the group; 0 for rows not valid."""
+    return jnp.where(valid, x - group_mean(x, group, valid), 0.0)
+
+
+def standardised(
+    x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"], epsilon: float = 1e-6
+) -> Float[Array, " B"]:
+    """(x - mean)/(std + ε) over the valid rows of the group, std unbiased; 0 for rows not valid."""
+    return centred(x, group, valid) / (group_std(x, group, valid) + epsilon)
 
 
 def no_signal(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Bool[Array, " B"]:

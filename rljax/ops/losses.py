@@ -4,8 +4,6 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from rljax.ops.ratios import importance_ratio
-
 Terms = Float[Array, "*shape"]
 
 
@@ -14,18 +12,25 @@ def policy_gradient(logp: Terms, advantages: Terms) -> Terms:
     return -stop_gradient(advantages) * logp
 
 
-def clipped_surrogate(logp: Terms, old_logp: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
+def clipped_surrogate(ratio: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7): max(-ρÂ, -clip(ρ, 1 - low, 1 + high) Â).
 
     `high` > `low` is DAPO's clip-higher (arXiv:2503.14476). At ρ = 1 the gradient is that of `policy_gradient`.
     """
-    ratio, advantages = importance_ratio(logp, stop_gradient(old_logp)), stop_gradient(advantages)
+    advantages = stop_gradient(advantages)
     return jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1.0 - low, 1.0 + high) * advantages)
 
 
-def clipped_fraction(logp: Terms, old_logp: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
+def dual_clip(terms: Terms, advantages: Terms, bound: float = 3.0) -> Terms:
+    """min(terms, -c Â) where Â < 0: no gradient for a bad decision whose ratio exceeds c (arXiv:1912.09729).
+
+    With c > 1 + high it is also the two-sided clip of INTELLECT-2 (arXiv:2505.07291).
+    """
+    return jnp.where(advantages < 0, jnp.minimum(terms, -bound * stop_gradient(advantages)), terms)
+
+
+def clipped_fraction(ratio: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
     """1 where `clipped_surrogate` passes no gradient: the ratio left the range on the profitable side. Else 0."""
-    ratio = importance_ratio(logp, old_logp)
     outside = ((ratio > 1.0 + high) & (advantages > 0)) | ((ratio < 1.0 - low) & (advantages < 0))
     return outside.astype(ratio.dtype)
 

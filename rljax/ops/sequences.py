@@ -33,3 +33,14 @@ def sequence_lengths(mask: Mask, segments: Segments = None) -> Terms:
 def sequence_mean(x: Terms, mask: Mask, segments: Segments = None) -> Terms:
     """(1/n_i) Σ_t x over the decisions of the sequence that each column belongs to; 0 for one without decisions."""
     return sequence_sum(x, mask, segments) / jnp.maximum(sequence_lengths(mask, segments), 1.0)
+
+
+def sequence_max(x: Terms, mask: Mask, segments: Segments = None) -> Terms:
+    """max_t x over the decisions of the sequence that each column belongs to; 0 for one without decisions."""
+    x = jnp.where(mask, x, -jnp.inf)
+    if segments is None:
+        largest = jnp.broadcast_to(x.max(axis=1, keepdims=True), x.shape)
+    else:
+        most = lambda terms, ids: jax.ops.segment_max(terms, ids, num_segments=ids.shape[0] + 1)[ids]  # noqa: E731
+        largest = jax.vmap(most)(x, segments)
+    return jnp.where(jnp.isneginf(largest), 0.0, largest)

@@ -7,30 +7,85 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rljax.algorithms import grpo, ppo, reinforce, sft, with_entropy, with_importance_weighted_kl, with_kl
+from rljax import algorithms as a
 from rljax.algorithms.reinforce import batch_mean, group_mean, leave_one_out, no_baseline
-from rljax.ops.weights import constant_length, token_mean
-from rljax.train.mesh import place_rows
+from rljax.ops import sequences
+from rljax.ops.kl import k2, k3_with_k2_gradient
+from rljax.ops.ratios import sequence_geometric_mean, sequence_product
+from rljax.ops.weights import sequence_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import PolicyOutput, TrainState, trajectory_of_tokens
 
 B, T, V = 16, 6, 5
 
+# Every algorithm and wrapper, with settings under which the tiny rollout meets both sides of each threshold.
 ALGORITHMS = {
-    "reinforce": reinforce(no_baseline),
-    "reinforce, batch mean": reinforce(batch_mean),
-    "reinforce, group mean": reinforce(group_mean),
-    "reinforce, leave one out": reinforce(leave_one_out),
-    "grpo": grpo(),
-    "grpo without std": grpo(std_epsilon=None, weights=constant_length(float(T))),
-    "grpo, clip higher": grpo(high=0.28, weights=token_mean),
-    "ppo": ppo(),
-    "sft": sft(),
-    "grpo + kl": with_kl(grpo(), 0.3),
-    "grpo + importance-weighted kl": with_importance_weighted_kl(grpo(), 0.3),
-    "grpo + entropy": with_entropy(grpo(), 0.2),
-    "ppo + kl + entropy": with_entropy(with_kl(ppo(), 0.3), 0.2),
+    "reinforce": a.reinforce(no_baseline),
+    "reinforce, batch mean": a.reinforce(batch_mean),
+    "reinforce, group mean": a.reinforce(group_mean),
+    "reinforce, leave one out": a.reinforce(leave_one_out),
+    "rloo": a.rloo(),
+    "remax": a.remax(),
+    "reinforce_pp": a.reinforce_pp(gamma=0.9),
+    "reinforce_pp_baseline": a.reinforce_pp_baseline(),
+    "opo": a.opo(),
+    "otb": a.otb(),
+    "gpg": a.gpg(),
+    "maxrl": a.maxrl(),
+    "pass_at_k": a.pass_at_k(),
+    "grpo": a.grpo(),
+    "grpo_process": a.grpo_process(),
+    "dr_grpo": a.dr_grpo(float(T)),
+    "dapo": a.dapo(),
+    "lite_ppo": a.lite_ppo(),
+    "gdpo": a.gdpo((1.0, 0.3)),
+    "gspo": a.gspo(0.2, 0.3),
+    "gspo_token": a.gspo_token(0.2, 0.3),
+    "luspo": a.luspo(0.2, 0.3),
+    "cispo": a.cispo(0.3, 1.5),
+    "sapo": a.sapo(),
+    "gmpo": a.gmpo(),
+    "vespo": a.vespo(),
+    "dppo_tv": a.dppo_tv(cap=2.0),
+    "dppo_kl": a.dppo_kl(cap=2.0),
+    "dro": a.dro(),
+    "clip_cov": a.clip_cov(share=0.1, bounds=(0.05, 5.0)),
+    "kl_cov": a.kl_cov(share=0.1),
+    "fipo": a.fipo(safe=1.5),
+    "real": a.real(),
+    "a_star_po": a.a_star_po(0.1),
+    "capo": a.capo(),
+    "reinforce_ada": a.reinforce_ada(),
+    "off_policy_pg": a.off_policy_pg(),
+    "off_policy_pg, by token": a.off_policy_pg(sequence_geometric_mean, cap=1.5),
+    "vtrace": a.vtrace(0.95, 0.9, 1.3, 1.1, 1.2),
+    "ppo": a.ppo(),
+    "ppo, dual clip": a.ppo(dual=1.5, value_clip=None),
+    "ppo_penalty": a.ppo_penalty(),
+    "vapo": a.vapo(alpha=0.4),
+    "vine_ppo": a.vine_ppo(),
+    "sft": a.sft(),
+    "grpo + kl": a.with_kl(a.grpo(), 0.3),
+    "grpo + kl of k2": a.with_kl(a.grpo(), 0.3, k2),
+    "grpo + kl of k3 and k2": a.with_kl(a.grpo(), 0.3, k3_with_k2_gradient),
+    "grpo + importance-weighted kl": a.with_importance_weighted_kl(a.grpo(), 0.3),
+    "grpo + entropy": a.with_entropy(a.grpo(), 0.2),
+    "ppo + kl + entropy": a.with_entropy(a.with_kl(a.ppo(), 0.3), 0.2),
+    "vapo + likelihood": a.with_likelihood_of_good(a.vapo(), 0.3),
+    "rloo + kl in reward": a.kl_in_reward(a.rloo(), 0.1),
+    "dapo + overlong": a.penalise_overlong(a.filter_overlong(a.dapo()), 4, 2),
+    "grpo + teacher": a.distil(a.grpo(), 0.3),
+    "grpo + tis": a.truncate_is(a.grpo(), 1.2),
+    "grpo + tis by sequence": a.truncate_is(a.grpo(), 1.2, sequence_product),
+    "grpo + icepop": a.mask_is(a.grpo(), 0.5, 2.0),
+    "grpo + mis by sequence": a.mask_is(a.grpo(), 0.7, 1.5, sequence_geometric_mean),
+    "grpo + normalised is": a.normalised_is(a.grpo(), token_mean),
+    "grpo + normalised is by sequence": a.normalised_is(a.grpo(), sequence_mean, level=sequence_product),
+    "grpo + reject": a.reject(a.grpo(), high=0.6, level=sequences.sequence_max),
+    "grpo + drop stale failures": a.drop_stale_failures(a.grpo(), 0.0),
+    "dapo + only high entropy": a.only_high_entropy(a.dapo(), 0.5),
+    "all at once": a.with_kl(a.truncate_is(a.only_high_entropy(a.clip_cov(share=0.1, bounds=(0.05, 5.0)))), 0.1),
 }
 
 
@@ -40,6 +95,7 @@ def table_policy(params, frozen, traj):
     return PolicyOutput(
         logp=jnp.take_along_axis(log_p, traj.actions[..., None], axis=-1)[..., 0],
         entropy=-(jnp.exp(log_p) * log_p).sum(-1),
+        sum_pi_squared=jnp.exp(2 * log_p).sum(-1),
         values=params["values"][traj.inputs],
     )
 
@@ -73,6 +129,13 @@ def rollout(seed=0, vocabulary=V):
     logp, ref_logp, final_values = np.log(draw.uniform(0.05, 0.9, size=(3, *cells)))
     floats = {"rewards": rewards, "ref_logp": ref_logp, "final_values": final_values}
     floats["temperature"] = draw.uniform(0.5, 2.0, size=cells)
+    floats["old_logp"], floats["teacher_logp"] = np.log(draw.uniform(0.05, 0.9, size=(2, *cells)))
+    floats["sum_pi_squared"] = draw.uniform(1 / vocabulary, 1.0, size=cells)
+    step_ends = last | (chosen & (draw.random(cells) < 0.4))
+    floats["rewards"] = np.where(step_ends & ~last, 0.1 * draw.normal(size=cells), rewards)
+    scores = draw.normal(size=(B, 2))
+    scores[[2, 5], [0, 1]] = np.nan  # one verifier could not judge
+    of_rows = {"scores": jnp.float32(scores), "baseline": jnp.float32(draw.normal(size=B))}
     traj = trajectory_of_tokens(
         jnp.asarray(tokens, jnp.int32),
         jnp.asarray(inside, jnp.int32),
@@ -80,15 +143,24 @@ def rollout(seed=0, vocabulary=V):
         jnp.float32(logp),
         terminated=jnp.asarray(last & ended),
         truncated=jnp.asarray(last & ~ended),
+        step_ends=jnp.asarray(step_ends),
         group=jnp.asarray(np.array([9, 4, 4, 9, 9, 4, 2, 9, 4, 4, 9, 4, 7, 9, 9, 7])),
         **{name: jnp.float32(x) for name, x in floats.items()},
+        **of_rows,
     )
     return traj.replace(values=jnp.float32(values))
 
 
-def credited(algorithm, traj, shardings=None):
-    traj = traj if shardings is None else place_rows(shardings, traj)
-    return jax.jit(algorithm.credit)(traj, {})
+ANNOTATIONS = {"values", "ref_logp", "old_logp", "teacher_logp", "baseline", "sum_pi_squared"}
+
+
+def credited(algorithm, traj):
+    """The batch, of a trajectory that has only those annotations which the algorithm says it needs."""
+    return algorithm.credit(asked_for(algorithm, traj), {})
+
+
+def asked_for(algorithm, traj):
+    return traj.replace(**{name: None for name in ANNOTATIONS - set(algorithm.needs)})
 
 
 GRADIENT = optax.sgd(1.0, momentum=0.0)  # its state after one step is the gradient, to the last bit
@@ -99,20 +171,33 @@ def state_of(params, optimizer=GRADIENT):
     return TrainState(step=0, params=params, opt_state=optimizer.init(params), key=jax.random.key(0))
 
 
-@lru_cache
-def updater(algorithm, policy=table_policy, micro_batches=1):
-    return make_update(policy_objective(policy, algorithm), GRADIENT, micro_batches)
+def learn(algorithm, batch, params, policy=table_policy, micro_batches=1):
+    """The gradient of one update and its metrics, with the loss, computed operation by operation: nothing compiles."""
+    objective, rows = policy_objective(policy, algorithm), batch.mask.shape[0]
+    batch = objective.prepare(params, {}, batch, jax.random.split(jax.random.key(0))[1])
+    parts = []
+    for first in range(micro_batches):
+        taken = np.arange(first, rows, micro_batches)
+        micro = jax.tree.map(lambda x, taken=taken: x[taken] if jnp.ndim(x) else x, batch)
+        (loss, metrics), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, {}, micro)
+        parts.append((gradient, metrics | {"loss": (loss, 1.0 / micro_batches)}))
+    gradient = jax.tree.map(lambda *x: sum(x), *(part[0] for part in parts))
+    metrics = {name: _merge(name, [part[1][name] for part in parts]) for name in parts[0][1]}
+    return jax.device_get((gradient, metrics))
 
 
-def learn(algorithm, batch, params, policy=table_policy, micro_batches=1, shardings=None):
-    """The gradient and the metrics (with the loss) of one update."""
-    state = state_of(params)
-    if shardings is None:
-        state, metrics = updater(algorithm, policy, micro_batches)(state, batch)
-    else:
-        update = make_update(policy_objective(policy, algorithm), GRADIENT, micro_batches, shardings)
-        state, metrics = update(jax.device_put(state, shardings.state), batch)
-    return jax.device_get((state.opt_state[0].trace, metrics))
+def _merge(name, pairs):
+    values = jnp.stack([jnp.asarray(value) for value, _ in pairs])
+    if name.endswith(("_max", "_min")):
+        return values.max() if name.endswith("_max") else values.min()
+    return values.sum() / jnp.maximum(sum(count for _, count in pairs), 1)
+
+
+def compiled(algorithm, params, shardings=None, policy=table_policy, micro_batches=1):
+    """The real thing: (credit, update), jitted, on a mesh where there are shardings."""
+    return jax.jit(algorithm.credit), make_update(
+        policy_objective(policy, algorithm), GRADIENT, micro_batches, shardings
+    )
 
 
 def agree(got, want, rtol=1e-5, rounding=1e-7):

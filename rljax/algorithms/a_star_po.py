@@ -1,0 +1,36 @@
+"""A*-PO: regression onto the optimal advantage (arXiv:2505.20686).
+
+    V*(x) = β₁ log mean_j exp(r_j/β₁)    over answers of the reference, drawn once before training
+    L = (1/N⁺) Σ_i (β₂ log(π(y_i|x)/π_ref(y_i|x)) - (R_i - V*(x)))²
+
+`traj.baseline` holds V*(x) (`optimal_value`). One answer per prompt suffices, and no group statistics.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rljax.algorithms.credit import episode_rewards, outcome_batch
+from rljax.ops.ratios import sequence_product
+from rljax.ops.weights import sequence_mean
+from rljax.types import Algorithm
+
+
+def optimal_value(rewards: Float[Array, "*P N"], beta: float = 0.5) -> Float[Array, "*P"]:
+    """V* = β log mean exp(r/β) over N answers of the reference policy."""
+    return beta * (jax.nn.logsumexp(rewards / beta, axis=-1) - jnp.log(rewards.shape[-1]))
+
+
+def a_star_po(beta: float = 1e-3) -> Algorithm:
+    """A*-PO. `beta`: β₂, the strength of the KL in the objective that the regression solves."""
+
+    def credit(traj, coefficients):
+        rewards, judged = episode_rewards(traj)
+        judged = judged & jnp.isfinite(traj.baseline)
+        return outcome_batch(traj, rewards - jnp.where(judged, traj.baseline, 0.0), judged, coefficients)
+
+    def loss(output, batch):
+        log_ratio = sequence_product(output.logp - batch.traj.ref_logp, batch.mask, batch.traj.segments)
+        return (beta * log_ratio - batch.advantages) ** 2, {}
+
+    return Algorithm(credit=credit, loss=loss, weights=sequence_mean, needs=("ref_logp", "baseline"))

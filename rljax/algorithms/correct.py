@@ -1,0 +1,122 @@
+"""Algorithm -> Algorithm: where the sampler, the trainer's old policy and the policy being trained are not the same.
+
+`traj.logp` is what the sampler reported, `traj.old_logp` what the trainer computes from the same parameters; stale
+samples, quantised or merely different kernels part the two. Corrections multiply the policy's terms by a constant weight
+made of π_old/π_sampler; apply them before `with_kl`, whose term they should not weigh. Where no `old_logp` is annotated
+the ratio is to the sampler already, and a correction on top would count twice: hence each asks for it.
+
+A token that a weight or a mask takes out still counts in the divisor; only `reject` takes it out of the batch.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from rljax.algorithms.wrap import needing
+from rljax.ops import ratios
+from rljax.ops.kl import k3
+from rljax.ops.sequences import sequence_mean
+from rljax.types import Algorithm, Batch
+
+
+def _weigh(algorithm: Algorithm, weight: Callable, name: str, *needs: str) -> Algorithm:
+    """weight(output, batch) · terms, without gradient through the weight."""
+
+    def loss(output, batch):
+        terms, metrics = algorithm.loss(output, batch)
+        factor = stop_gradient(weight(output, batch))
+        return factor * terms, {**metrics, name: factor}
+
+    return needing(algorithm, *needs, loss=loss)
+
+
+def sampler_ratio(batch: Batch, level: Callable = ratios.token_level):
+    """π_old/π_sampler on each decision, by a level of `ops.ratios`. [B T]"""
+    log_ratio = batch.traj.old_logp - batch.traj.logp
+    return jnp.where(batch.mask, ratios.bounded_exp(level(log_ratio, batch.mask, batch.traj.segments)), 0.0)
+
+
+def truncate_is(algorithm: Algorithm, cap: float = 2.0, level: Callable = ratios.token_level) -> Algorithm:
+    """TIS: terms times min(π_old/π_sampler, cap)."""
+    return _weigh(algorithm, lambda _, b: ratios.truncated(sampler_ratio(b, level), cap), "sampler_weight", "old_logp")
+
+
+def mask_is(
+    algorithm: Algorithm, low: float = 0.5, high: float = 5.0, level: Callable = ratios.token_level
+) -> Algorithm:
+    """MIS: terms times π_old/π_sampler where that is inside [low, high], 0 outside. By token it is IcePop."""
+    return _weigh(
+        algorithm, lambda _, b: ratios.banded(sampler_ratio(b, level), low, high), "sampler_weight", "old_logp"
+    )
+
+
+def normalised_is(
+    algorithm: Algorithm, mean: Callable, cap: float = 2.0, level: Callable = ratios.token_level
+) -> Algorithm:
+    """TIS divided by its mean over the optimizer batch, itself taken by one of `ops.weights`."""
+
+    def prepare(output, batch, key):
+        if algorithm.prepare is not None:
+            batch = algorithm.prepare(output, batch, key)
+        weight = ratios.truncated(sampler_ratio(batch, level), cap)
+        weight = ratios.normalised(weight, mean(batch.mask, batch.traj.segments))
+        return batch.replace(extra={**batch.extra, "sampler_weight": weight})
+
+    weighed = _weigh(algorithm, lambda _, b: b.extra["sampler_weight"], "sampler_weight", "old_logp")
+    return weighed._replace(prepare=prepare)
+
+
+def reject(
+    algorithm: Algorithm,
+    low: float = float("-inf"),
+    high: float = float("inf"),
+    divergence: Callable = k3,
+    level: Callable = sequence_mean,
+) -> Algorithm:
+    """Takes decisions out of the batch (and its divisors) unless low <= level(divergence) <= high.
+
+    divergence(sampler's log-prob, old log-prob): an estimator of KL(sampler ‖ old) in `ops.kl`; level: `token_level`,
+    or a sum, mean or maximum of `ops.sequences`. k1's bounds are on log π_sampler - log π_old.
+    """
+
+    def credit(traj, coefficients):
+        batch = algorithm.credit(traj, coefficients)
+        return batch.replace(mask=batch.mask & kept(batch, low, high, divergence, level))
+
+    return needing(algorithm, "old_logp", credit=credit)
+
+
+def kept(batch: Batch, low: float, high: float, divergence: Callable, level: Callable):
+    """Which decisions `reject` keeps. bool [B T]"""
+    sampler, old = (jnp.where(batch.mask, x, 0.0) for x in (batch.traj.logp, batch.traj.old_logp))
+    measured = level(divergence(sampler, old), batch.mask, batch.traj.segments)
+    return (measured >= low) & (measured <= high)
+
+
+def drop_stale_failures(algorithm: Algorithm, limit: float = 0.1) -> Algorithm:
+    """No gradient from answers with Â < 0 that the policy has moved away from: mean_t(log π_sampler - log π) > limit
+    (off-policy sequence mask, DeepSeek-V3.2, arXiv:2512.02556).
+    """
+
+    def weight(output, batch):
+        mean = lambda x: sequence_mean(x, batch.mask, batch.traj.segments)  # noqa: E731
+        stale = mean(batch.traj.logp - output.logp) > limit
+        return 1.0 - (stale & (mean(batch.advantages) < 0)).astype(output.logp.dtype)
+
+    return _weigh(algorithm, weight, "fresh")
+
+
+def only_high_entropy(algorithm: Algorithm, share: float = 0.2) -> Algorithm:
+    """Only the `share` of decisions with the highest entropy, over the optimizer batch, keep their gradient (80/20,
+    arXiv:2506.01939).
+    """
+
+    def prepare(output, batch, key):
+        if algorithm.prepare is not None:
+            batch = algorithm.prepare(output, batch, key)
+        limit = jnp.nanquantile(jnp.where(batch.mask, output.entropy, jnp.nan), 1.0 - share)
+        return batch.replace(extra={**batch.extra, "uncertain": output.entropy >= limit})
+
+    weighed = _weigh(algorithm, lambda o, b: b.extra["uncertain"].astype(o.logp.dtype), "uncertain")
+    return weighed._replace(prepare=prepare)

@@ -1,0 +1,29 @@
+"""GPG: group policy gradient (arXiv:2504.02546).
+
+    Â_i = α (R_i - mean_group R)        α = groups / groups whose rewards differ        L = token mean of -Â log π
+
+Groups of equal rewards add nothing to the gradient but count in its divisor: α makes up for them. No ratio, no clip, no
+KL, no division by a deviation.
+"""
+
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import from_rewards
+from rljax.ops import groups, losses
+from rljax.ops.weights import token_mean
+from rljax.types import Algorithm
+
+
+def gpg() -> Algorithm:
+    """GPG."""
+
+    def advantage(rewards, group, judged):
+        share = jnp.where(judged, 1.0 / jnp.maximum(groups.group_count(group, judged), 1.0), 0.0)
+        informative = jnp.where(groups.no_signal(rewards, group, judged), 0.0, share)
+        alpha = share.sum() / jnp.maximum(informative.sum(), 1.0)
+        return alpha * groups.centred(rewards, group, judged)
+
+    def loss(output, batch):
+        return losses.policy_gradient(output.logp, batch.advantages), {}
+
+    return Algorithm(credit=from_rewards(advantage), loss=loss, weights=token_mean)

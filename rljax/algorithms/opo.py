@@ -1,0 +1,30 @@
+"""OPO: exactly on-policy REINFORCE with the length-weighted optimal baseline (arXiv:2505.23585).
+
+    Â_i = R_i - Σ_j n_j R_j / Σ_j n_j        over the group        L = -(1/N⁺) Σ_i Σ_t Â_i log π
+
+The variance-optimal baseline weighs each answer by its squared score norm, for which its length n stands. No ratio, no
+clip, no KL, no entropy term: one update per rollout.
+"""
+
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import episode_rewards, outcome_batch
+from rljax.ops import groups, losses
+from rljax.ops.weights import sequence_sum
+from rljax.types import Algorithm
+
+
+def opo() -> Algorithm:
+    """OPO."""
+
+    def credit(traj, coefficients):
+        rewards, judged = episode_rewards(traj)
+        length = jnp.where(judged, traj.mask.sum(axis=1), 0).astype(rewards.dtype)
+        total = groups.group_sum(length, traj.group)
+        baseline = groups.group_sum(length * rewards, traj.group) / jnp.maximum(total, 1.0)
+        return outcome_batch(traj, rewards - baseline, judged, coefficients)
+
+    def loss(output, batch):
+        return losses.policy_gradient(output.logp, batch.advantages), {}
+
+    return Algorithm(credit=credit, loss=loss, weights=sequence_sum)

@@ -1,0 +1,38 @@
+"""REINFORCE++: PPO's tricks without its critic (arXiv:2501.03262).
+
+    Â = whiten(Σ_{t'≥t} γ^{t'-t} r_t')    over all decisions of the batch; no group is needed
+    L = (1/Σm) Σ max(-ρÂ, -clip(ρ) Â)
+
+The paper's KL stands in the reward: `kl_in_reward(reinforce_pp(), β)`. `reinforce_pp_baseline` subtracts the mean
+reward of the group before whitening (several answers per prompt); its KL is k2 in the loss:
+`with_kl(reinforce_pp_baseline(), β, k2)`.
+"""
+
+from rljax.algorithms.credit import from_rewards, judged_rewards
+from rljax.algorithms.dapo import dapo
+from rljax.ops import groups
+from rljax.ops.returns import discounted_returns
+from rljax.ops.statistics import whiten
+from rljax.types import Algorithm, Batch
+
+
+def reinforce_pp(low: float = 0.2, high: float = 0.2, gamma: float = 1.0) -> Algorithm:
+    """REINFORCE++."""
+
+    def credit(traj, coefficients):
+        rewards, mask = judged_rewards(traj)
+        returns = discounted_returns(rewards, mask, gamma)
+        return Batch(traj, whiten(returns, mask), mask, returns=returns, coefficients=coefficients)
+
+    return dapo(low, high)._replace(credit=credit)
+
+
+def reinforce_pp_baseline(low: float = 0.2, high: float = 0.2) -> Algorithm:
+    """REINFORCE++ with the group's mean reward as baseline."""
+    centred = from_rewards(groups.centred)
+
+    def credit(traj, coefficients):
+        batch = centred(traj, coefficients)
+        return batch.replace(advantages=whiten(batch.advantages, batch.mask))
+
+    return dapo(low, high)._replace(credit=credit)

@@ -1,0 +1,30 @@
+"""ReMax: the reward of the greedy answer as baseline (arXiv:2310.10505).
+
+    Â_it = Σ_{t'≥t} r_it' - R(greedy answer)        L = -(1/N⁺) Σ_i Σ_t Â_it log π(a_it | s_it)
+
+The greedy answer depends on the prompt alone, so the baseline leaves the mean of the gradient unchanged. It costs one
+more decode per prompt; `traj.baseline` holds its reward.
+"""
+
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import judged_rewards
+from rljax.ops import losses
+from rljax.ops.returns import discounted_returns
+from rljax.ops.weights import sequence_sum
+from rljax.types import Algorithm, Batch
+
+
+def remax() -> Algorithm:
+    """ReMax. Rows whose greedy answer could not be judged (NaN) leave the batch."""
+
+    def credit(traj, coefficients):
+        rewards, mask = judged_rewards(traj)
+        mask = mask & jnp.isfinite(traj.baseline)[:, None]
+        advantages = jnp.where(mask, discounted_returns(rewards, mask) - traj.baseline[:, None], 0.0)
+        return Batch(traj, advantages, mask, coefficients=coefficients)
+
+    def loss(output, batch):
+        return losses.policy_gradient(output.logp, batch.advantages), {}
+
+    return Algorithm(credit=credit, loss=loss, weights=sequence_sum, needs=("baseline",))

@@ -1,0 +1,25 @@
+"""SAPO: a soft gate instead of a clip (arXiv:2511.20347).
+
+    L = -(1/N⁺) Σ_i (1/n_i) Σ_t (4/τ) σ(τ (ρ - 1)) Â        τ = positive where Â > 0, negative else
+
+The gradient is that of the policy gradient at ρ = 1 and fades like sech²(τ (ρ - 1)/2) on both sides. The higher
+temperature for bad tokens makes their gradient fade faster. The value at ρ = 1 is 2Â/τ, not Â. Â is GRPO's.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import group_relative, ratio_to_old
+from rljax.ops.weights import sequence_mean
+from rljax.types import Algorithm
+
+
+def sapo(positive: float = 1.0, negative: float = 1.05) -> Algorithm:
+    """SAPO. `positive`, `negative`: the gate's temperatures τ by the sign of the advantage."""
+
+    def loss(output, batch):
+        tau = jnp.where(batch.advantages > 0, positive, negative)
+        gate = 4.0 / tau * jax.nn.sigmoid(tau * (ratio_to_old(output, batch) - 1.0))
+        return -gate * batch.advantages, {}
+
+    return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean)

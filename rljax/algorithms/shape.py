@@ -1,0 +1,59 @@
+"""Algorithm -> Algorithm: what happens to rewards, rows and advantages around `credit`."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import old_logp
+from rljax.algorithms.wrap import needing
+from rljax.ops import shaping
+from rljax.ops.kl import k1
+from rljax.types import Algorithm
+
+
+def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: Callable = k1) -> Algorithm:
+    """r_t - β KL_t before credit, β = `coefficients["kl"]` where the state has one: the KL of PPO-RLHF, RLOO, ReMax and
+    REINFORCE++ (arXiv:1909.08593). Unlike a KL term in the loss it credits a token with the KL that follows from it.
+    """
+
+    def credit(traj, coefficients):
+        beta = coefficients.get("kl", coefficient)
+        rewards = shaping.kl_penalised(traj.rewards, old_logp(traj), traj.ref_logp, traj.mask, beta, estimator)
+        return algorithm.credit(traj.replace(rewards=rewards), coefficients)
+
+    return needing(algorithm, "ref_logp", credit=credit)
+
+
+def penalise_overlong(algorithm: Algorithm, longest: int, cache: int) -> Algorithm:
+    """Adds DAPO's soft overlong punishment to the reward (arXiv:2503.14476, eq. 13; `shaping.soft_overlong`)."""
+
+    def credit(traj, coefficients):
+        penalty = shaping.soft_overlong(traj.mask.sum(axis=1), longest, cache)
+        rewards = traj.rewards + shaping.at_last_decision(penalty.astype(traj.rewards.dtype), traj.mask)
+        return algorithm.credit(traj.replace(rewards=rewards), coefficients)
+
+    return algorithm._replace(credit=credit)
+
+
+def filter_overlong(algorithm: Algorithm) -> Algorithm:
+    """Answers cut by the length limit count for the advantages of the others but are not learnt from (DAPO, section
+    3.4): they leave the mask, so that weights do not count them either.
+    """
+
+    def credit(traj, coefficients):
+        batch = algorithm.credit(traj, coefficients)
+        cut = (traj.truncated & traj.mask).any(axis=1, keepdims=True)
+        return batch.replace(mask=batch.mask & ~cut)
+
+    return algorithm._replace(credit=credit)
+
+
+def distil(algorithm: Algorithm, coefficient: float = 1.0) -> Algorithm:
+    """Â_t + c (log π_teacher - log π_old): on-policy distillation, the reverse KL to a teacher token by token."""
+
+    def credit(traj, coefficients):
+        batch = algorithm.credit(traj, coefficients)
+        gap = jnp.where(batch.mask, traj.teacher_logp - old_logp(traj), 0.0)
+        return batch.replace(advantages=batch.advantages + coefficients.get("distil", coefficient) * gap)
+
+    return needing(algorithm, "teacher_logp", credit=credit)

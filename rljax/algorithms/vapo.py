@@ -1,0 +1,29 @@
+"""VAPO: a critic for long chains of thought (arXiv:2504.05118).
+
+    λ_i = max(0, 1 - 1/(α n_i))  for the actor's GAE, α = 0.05        λ = 1 for the critic's targets
+    L = token-mean of  PPO's clip-higher terms + c_v ½ (V - R̂)²
+
+The longer the answer, the further the actor looks; the critic always learns full returns. The paper adds 0.1 times the
+likelihood of right answers: `with_likelihood_of_good(vapo(), 0.1)`. Left out: pretraining the critic on returns.
+"""
+
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.ppo import ppo
+from rljax.ops.returns import discounted_returns, gae
+from rljax.ops.statistics import whiten
+from rljax.types import Algorithm, Batch
+
+
+def vapo(low: float = 0.2, high: float = 0.28, alpha: float = 0.05, value_coefficient: float = 0.5) -> Algorithm:
+    """VAPO."""
+
+    def credit(traj, coefficients):
+        rewards, mask = judged_rewards(traj)
+        length = jnp.maximum(mask.sum(axis=1, keepdims=True), 1).astype(rewards.dtype)
+        lam = jnp.broadcast_to(jnp.maximum(0.0, 1.0 - 1.0 / (alpha * length)), mask.shape)
+        advantages = whiten(gae(rewards, traj.values, mask, lam=lam), mask)
+        return Batch(traj, advantages, mask, returns=discounted_returns(rewards, mask), coefficients=coefficients)
+
+    return ppo(low, high, value_coefficient=value_coefficient, value_clip=None)._replace(credit=credit)

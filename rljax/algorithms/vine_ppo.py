@@ -1,0 +1,34 @@
+"""VinePPO: values of reasoning steps by Monte Carlo instead of a critic (arXiv:2410.01679).
+
+    Â_t = (reward of the step) + V̂(state after the step) - V̂(state before it)    for every token of the step
+
+V̂(s) is the mean reward of several answers continued from s. `traj.values` holds it at the first token of each step (other
+columns are not read), 0 after the last one. The loss is PPO's without a critic.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.dapo import dapo
+from rljax.ops.returns import td_errors
+from rljax.ops.sequences import sequence_sum
+from rljax.ops.shaping import step_numbers
+from rljax.types import Algorithm, Batch
+
+
+def vine_ppo(low: float = 0.2, high: float = 0.2) -> Algorithm:
+    """VinePPO."""
+
+    def credit(traj, coefficients):
+        rewards, mask = judged_rewards(traj)
+        steps = step_numbers(traj.step_ends, mask)
+        count = jnp.cumsum(mask, axis=1)
+        done = jax.lax.cummax(jnp.where(traj.step_ends & mask, count, 0), axis=1)  # decisions of finished steps
+        first = mask & (count - jnp.pad(done[:, :-1], ((0, 0), (1, 0))) == 1)
+        of_step = jnp.where(first, sequence_sum(rewards, mask, steps), 0.0)
+        gain = td_errors(of_step, traj.values, first)  # from the first token of a step to that of the next
+        advantages = jnp.where(mask, sequence_sum(gain, mask, steps), 0.0)
+        return Batch(traj, advantages, mask, coefficients=coefficients)
+
+    return dapo(low, high)._replace(credit=credit, needs=("values",))

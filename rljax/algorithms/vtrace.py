@@ -1,0 +1,59 @@
+"""Off-policy policy gradients: plain importance weights, and V-trace with a critic (IMPALA, arXiv:1802.01561).
+
+    off_policy_pg    L = -(1/N⁺) Σ_i Σ_t sg(min(w, cap)) (R_i - b_i) log π       w = π/μ by a level of `ops.ratios`
+    vtrace           L = token-mean of  -Ψ log π + c_v ½ (V - v)²                v, Ψ: `ops.returns.vtrace`
+
+μ is the policy that sampled (`traj.logp`). off_policy_pg weighs by the policy being trained, at every update; the
+product over the answer makes it unbiased. V-trace takes π from `traj.old_logp`, the trainer's own recomputation.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.reinforce import leave_one_out, reinforce
+from rljax.ops import losses, returns
+from rljax.ops.ratios import bounded_exp, importance_ratio, sequence_product, truncated
+from rljax.ops.weights import token_mean
+from rljax.types import Algorithm, Batch
+
+
+def off_policy_pg(
+    level: Callable = sequence_product, cap: float = float("inf"), baseline: Callable = leave_one_out
+) -> Algorithm:
+    """REINFORCE from another policy's answers."""
+
+    def loss(output, batch):
+        log_ratio = stop_gradient(output.logp) - batch.traj.logp
+        weight = truncated(bounded_exp(level(log_ratio, batch.mask, batch.traj.segments)), cap)
+        return losses.policy_gradient(output.logp, weight * batch.advantages), {"importance": weight}
+
+    return reinforce(baseline)._replace(loss=loss)
+
+
+def vtrace(
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    rho_bar: float = 1.0,
+    c_bar: float = 1.0,
+    policy_rho_bar: float = 1.0,
+    value_coefficient: float = 0.5,
+) -> Algorithm:
+    """IMPALA's actor-critic."""
+
+    def credit(traj, coefficients):
+        rewards, mask = judged_rewards(traj)
+        ratio = importance_ratio(jnp.where(mask, traj.old_logp, 0.0), jnp.where(mask, traj.logp, 0.0))
+        discount = returns.fold_ends(rewards, mask, gamma, traj.terminated)[1]
+        found = returns.vtrace(rewards, traj.values, ratio, mask, discount, lam, rho_bar, c_bar, policy_rho_bar)
+        return Batch(traj, found.advantages, mask, returns=found.targets, coefficients=coefficients)
+
+    def loss(output, batch):
+        policy_terms = losses.policy_gradient(output.logp, batch.advantages)
+        value_terms = losses.value_loss(output.values, batch.returns)
+        metrics = {"policy_loss": policy_terms, "value_loss": value_terms}
+        return policy_terms + value_coefficient * value_terms, metrics
+
+    return Algorithm(credit=credit, loss=loss, weights=token_mean, needs=("values", "old_logp"))
