@@ -1,0 +1,436 @@
+"""Laws of every objective over compared or judged answers, and what is peculiar to each."""
+
+import json
+from functools import lru_cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.algorithms.aot import aot, aot_unpaired
+from rljax.algorithms.bco import STATE, bco
+from rljax.algorithms.cpo import cpo, simpo
+from rljax.algorithms.dpo import desensitised, diverging, dpo, likelihood, mean_ratio, of_ratios, wpo
+from rljax.algorithms.kto import balanced, fixed, kto
+from rljax.algorithms.online_dpo import online_pairs
+from rljax.algorithms.orpo import orpo
+from rljax.algorithms.pairs import preference_objective
+from rljax.algorithms.process_reward_model import process_reward_model
+from rljax.algorithms.reward_model import ranked_reward_model, reward_model
+from rljax.algorithms.sft import dft, sft
+from rljax.ops import preferences, ranking
+from rljax.train.objective import policy_objective
+from rljax.train.update import make_update
+from rljax.types import Judged, Pairs, Trajectory, trajectory_of_tokens
+from tests import test_golden
+from tests.algorithms.tiny import GRADIENT, V, agree, rollout, state_of, table_params, table_policy
+from tests.golden.preferences import TABLE, one_token, reads_logp
+
+
+def policy(params, frozen, traj):
+    """`table_policy`, and how likely two of its draws agree."""
+    squares = (jax.nn.softmax(params["table"][traj.inputs] / traj.temperature[..., None]) ** 2).sum(axis=-1)
+    return table_policy(params, frozen, traj).replace(sum_pi_squared=squares)
+
+
+def state_values(params, frozen, traj):
+    return params["values"][traj.inputs] + params["table"][traj.inputs, 0] * traj.temperature
+
+
+def score(params, frozen, traj):
+    return jnp.where(traj.mask, state_values(params, frozen, traj), 0.0).sum(axis=1)
+
+
+@lru_cache
+def pairs():
+    """16 pairs: in the fourth nobody says anything, in the sixth only the chosen answer does."""
+    rejected = rollout(1)
+    mask = rejected.mask.at[5].set(False)
+    margin = jnp.linspace(0.0, 1.0, 16).at[3].set(jnp.nan)
+    return Pairs(rollout(0), rejected.replace(mask=mask), margin=margin)
+
+
+@lru_cache
+def judged():
+    state = {"reward_mean": jnp.float32(0.3), "rewards_seen": jnp.float32(5.0)}
+    return Judged(rollout(0), jnp.arange(16) % 3 == 0, mismatched=rollout(1), coefficients=state)
+
+
+@lru_cache
+def steps():
+    """Process labels, some missing."""
+    traj, draw = rollout(0), np.random.default_rng(4)
+    labels = np.where(draw.random((16, 6)) < 0.3, np.nan, draw.choice([0.0, 0.3, 1.0], (16, 6)))
+    return traj.replace(rewards=jnp.float32(labels), step_ends=jnp.asarray(draw.random((16, 6)) < 0.6))
+
+
+@lru_cache
+def rankings():
+    """8 prompts with up to 4 answers: one has a single one."""
+    rows = [rollout(seed) for seed in range(2)]
+    traj = jax.tree.map(lambda *x: jnp.concatenate(x).reshape(8, 4, *x[0].shape[1:]), *rows)
+    return traj.replace(mask=traj.mask.at[6, 1:].set(False))
+
+
+def mixed(policy):
+    terms = (
+        (1.0, of_ratios(preferences.sigmoid, 0.5)),
+        (0.3, of_ratios(preferences.ipo, 0.5, mean_ratio)),
+        (0.2, likelihood),
+    )
+    return preference_objective(policy, preferences.mixture(*terms), lambda answer: 0.5 * answer.ratio)
+
+
+PAIRED = {
+    "dpo": dpo(policy, beta=0.5),
+    "cdpo": dpo(policy, partial(preferences.sigmoid, label_smoothing=0.1), 0.5),
+    "robust": dpo(policy, preferences.robust, 0.5),
+    "hinge": dpo(policy, preferences.hinge, 0.5),
+    "ipo": dpo(policy, preferences.ipo, measure=mean_ratio),
+    "exo": dpo(policy, preferences.exo_pair),
+    "nca": dpo(policy, preferences.nca_pair),
+    "bco pair": dpo(policy, preferences.bco_pair),
+    "sppo": dpo(policy, preferences.sppo_hard),
+    "apo zero": dpo(policy, preferences.apo_zero),
+    "apo down": dpo(policy, preferences.apo_down),
+    "discopop": dpo(policy, preferences.discopop),
+    "f-dpo": dpo(policy, measure=diverging(preferences.jensen_shannon)),
+    "rpo": dpo(policy, nll=1.0),
+    "wpo": dpo(policy, pair_weight=wpo),
+    "ld-dpo": dpo(policy, token_weights=desensitised(0.3)),
+    "mixed": mixed(policy),
+    "aot": aot(policy, 0.5, 0.1),
+    "aot unpaired": aot_unpaired(policy, 0.5, 0.1),
+    "cpo": cpo(policy),
+    "simpo": simpo(policy),
+    "alphapo": simpo(policy, alpha=0.25, nll=0.1),
+    "orpo": orpo(policy),
+    "reward model": reward_model(score, centring=0.01),
+}
+CASES = {
+    **{name: (objective, pairs) for name, objective in PAIRED.items()},
+    "kto": (kto(policy, 0.5, fixed(1.0, 1.3)), judged),
+    "kto balanced": (kto(policy, 0.5, balanced()), judged),
+    "bco": (bco(policy, 0.5), judged),
+    "plackett-luce": (ranked_reward_model(score), rankings),
+    "kwise": (ranked_reward_model(score, ranking.kwise), rankings),
+    "process": (process_reward_model(state_values), steps),
+}
+EVERY = pytest.mark.parametrize("name", CASES)
+
+
+@lru_cache
+def updater(objective, micro_batches):
+    return make_update(objective, GRADIENT, micro_batches)
+
+
+def learn(objective, batch, micro_batches=1, params=None):
+    """The gradient and the metrics (with the loss) of one update."""
+    state, metrics = updater(objective, micro_batches)(state_of(table_params() if params is None else params), batch)
+    return jax.device_get((state.opt_state[0].trace, metrics))
+
+
+@lru_cache
+def whole(name):
+    objective, batch = CASES[name]
+    return learn(objective, batch())
+
+
+def on_trajectories(change, batch):
+    return jax.tree.map(
+        lambda x: change(x) if isinstance(x, Trajectory) else x, batch, is_leaf=lambda x: isinstance(x, Trajectory)
+    )
+
+
+@EVERY
+def test_micro_batches_change_neither_gradient_nor_metrics(name):
+    objective, batch = CASES[name]
+    assert max(np.abs(x).max() for x in whole(name)[0].values()) > 1e-3
+    for count in (2, 4):
+        agree(learn(objective, batch(), count), whole(name))
+
+
+@EVERY
+def test_row_order_does_not_matter(name):
+    objective, batch = CASES[name]
+    rows = len(jax.tree.leaves(batch())[0])
+    order = np.random.default_rng(0).permutation(rows)
+    agree(learn(objective, jax.tree.map(lambda x: x[order] if jnp.ndim(x) else x, batch())), whole(name))
+
+
+@EVERY
+@pytest.mark.parametrize("garbage", [np.nan, 1e30])
+def test_what_stands_at_masked_columns_changes_nothing(name, garbage):
+    objective, batch = CASES[name]
+
+    def change(traj):
+        facts = {name: getattr(traj, name) for name in ("logp", "ref_logp", "temperature", "rewards")}
+        spoilt = {name: jnp.where(traj.mask, x, garbage) for name, x in facts.items()}
+        return traj.replace(**spoilt, step_ends=None if traj.step_ends is None else traj.step_ends | ~traj.mask)
+
+    spoilt = on_trajectories(change, batch())
+    assert any((np.isnan(x) | (x == 1e30)).any() for x in jax.tree.leaves(spoilt) if x.dtype == jnp.float32)
+    chex.assert_trees_all_equal(learn(objective, spoilt), whole(name))
+
+
+@EVERY
+def test_rows_where_nobody_speaks_are_as_if_they_were_not_there(name):
+    objective, batch = CASES[name]
+    row = 6 if batch is rankings else 3
+    kept = jax.tree.map(lambda x: np.delete(x, row, axis=0) if jnp.ndim(x) else x, batch())
+    if batch is rankings:  # a single answer teaches nothing, but is scored
+        agree(learn(objective, kept)[0], whole(name)[0])
+    else:
+        agree(learn(objective, kept), whole(name))
+
+
+@EVERY
+def test_a_batch_of_nothing_gives_no_gradient_and_no_nan(name):
+    objective, batch = CASES[name]
+    silent = on_trajectories(lambda traj: traj.replace(mask=traj.mask & False), batch())
+    gradient, metrics = learn(objective, silent)
+    assert not any(x.any() for x in gradient.values())
+    assert metrics["loss"] == 0
+    assert not any(np.isnan(x) for x in metrics.values())
+
+
+@EVERY
+def test_jit_changes_nothing_but_rounding_and_the_width_is_the_callers(name):
+    objective, batch = CASES[name]
+
+    def plain(params, batch):
+        batch = objective.prepare(params, {}, batch, jax.random.key(0))
+        return jax.value_and_grad(lambda p: objective.loss(p, {}, batch)[0])(params)
+
+    with jax.enable_x64(True):
+        wide = lambda x: jnp.asarray(x, float if x.dtype == jnp.float32 else None)  # noqa: E731
+        loss, gradient = plain(*jax.tree.map(wide, (table_params(), batch())))
+        assert {x.dtype.name for x in jax.tree.leaves((loss, gradient))} == {"float64"}
+    agree(whole(name)[1]["loss"], loss, rtol=1e-4)
+    agree(whole(name)[0], jax.device_get(gradient), rtol=1e-4)
+
+
+def test_trl_dpo_to_the_last_digits_where_it_is_in_float64(shared):
+    entry, path = TABLE["trl_dpo_loss"]._replace(rtol=1e-9), shared / "golden" / "trl_dpo_loss.npz"
+    with np.load(path) as z, jax.enable_x64(True):
+        cases = json.loads(str(z["__meta__"]))["cases"]
+        exact = [name for name, about in cases.items() if "float32" not in about["note"]]
+        assert len(exact) > len(cases) / 2
+        for name in exact:
+            case = test_golden.read(path, name)
+            test_golden.compare(entry, case, test_golden.answer(entry, case))
+
+
+# ----------------------------------------------------------------------------------------------------------- numpy
+
+
+def log_ratios(traj):
+    """Δ and log π of each row, in float64."""
+    z = np.float64(table_params()["table"])[traj.inputs] / np.float64(traj.temperature)[..., None]
+    logp = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    own = np.take_along_axis(logp, np.asarray(traj.actions)[..., None], axis=-1)[..., 0]
+    mask = np.asarray(traj.mask)
+    return np.where(mask, own - np.float64(traj.ref_logp), 0).sum(axis=1), np.where(mask, own, 0).sum(axis=1)
+
+
+def sigma(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_dpo_loss_and_metrics_by_hand():
+    batch = pairs()
+    (better, better_logp), (worse, _) = log_ratios(batch.chosen), log_ratios(batch.rejected)
+    present = np.arange(16) != 3
+    margin = 0.5 * (better - worse)[present]
+    metrics = whole("dpo")[1]
+    assert metrics["loss"] == pytest.approx(-np.log(sigma(margin)).mean(), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx((margin > 0).mean())
+    assert metrics["margin"] == pytest.approx(margin.mean(), rel=1e-5)
+    assert metrics["rewards/chosen"] == pytest.approx(0.5 * better[present].mean(), rel=1e-5)
+    assert metrics["logps/chosen"] == pytest.approx(better_logp[present].mean(), rel=1e-5)
+
+
+def test_without_a_reference_in_the_batch_the_error_says_what_to_fill():
+    batch = pairs().replace(chosen=rollout(0).replace(ref_logp=None))
+    with pytest.raises(ValueError, match="fill ref_logp"):
+        learn(dpo(policy), batch)
+
+
+def test_wpo_without_collision_probabilities_says_so():
+    with pytest.raises(ValueError, match="sum_pi_squared"):
+        learn(dpo(lambda *args: policy(*args).replace(sum_pi_squared=None), pair_weight=wpo), pairs())
+
+
+def test_zeros_for_a_reference_make_cpo_of_dpo():
+    zero = on_trajectories(lambda traj: traj.replace(ref_logp=jnp.zeros_like(traj.logp)), pairs())
+    agree(learn(dpo(policy), zero)[0], learn(cpo(policy, nll=0.0), pairs())[0])
+
+
+def test_ld_dpo_with_whole_weights_is_dpo():
+    agree(learn(dpo(policy, beta=0.5, token_weights=desensitised(1.0)), pairs()), whole("dpo"))
+
+
+@pytest.mark.parametrize("higher", [0.0, 4.0])
+def test_kto_by_hand(higher):
+    """The reference raised by so much a token: then the policy is below it, and the estimate of the KL is clamped."""
+    batch = judged()
+    other = batch.mismatched.replace(ref_logp=batch.mismatched.ref_logp + higher - 2.0)
+    delta, wrong = log_ratios(batch.traj)[0], log_ratios(other)[0]
+    good, present = np.asarray(batch.desirable), np.arange(16) != 3
+    z = wrong[present].mean()
+    assert z < 0 if higher else z > 0
+    z = max(z, 0.0)
+    terms = np.where(good, 1 - sigma(0.5 * (delta - z)), 1.3 * (1 - sigma(0.5 * (z - delta))))
+    metrics = learn(CASES["kto"][0], batch.replace(mismatched=other))[1]
+    assert metrics["kl"] == pytest.approx(z, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(terms[present].mean(), rel=1e-5)
+
+
+def test_balanced_classes_have_the_same_weight():
+    objective, batch = kto(policy, 0.5, balanced(4 / 3)), judged()
+    weight = objective.prepare(table_params(), {}, batch, jax.random.key(0)).weight
+    assert weight[batch.desirable].sum() == pytest.approx(4 / 3 * weight[~batch.desirable].sum())
+
+
+def test_kto_without_mismatched_answers_is_unpaired_apo_zero():
+    batch = judged().replace(mismatched=None)
+    delta, good, present = log_ratios(batch.traj)[0], np.asarray(batch.desirable), np.arange(16) != 3
+    terms = np.where(good, 1 - sigma(0.5 * delta), sigma(0.5 * delta))
+    metrics = learn(kto(policy, 0.5), batch)[1]
+    assert metrics["loss"] == pytest.approx(terms[present].mean(), rel=1e-5)
+    assert metrics["kl"] == 0
+
+
+def test_bco_carries_the_mean_of_all_rewards_from_batch_to_batch():
+    objective, seen, state = bco(policy, 0.5), [], {}
+    for traj in (rollout(0), rollout(1), rollout(2)):
+        metrics = learn(objective, judged().replace(traj=traj, coefficients=state))[1]
+        seen.extend(0.5 * np.delete(log_ratios(traj)[0], 3))
+        assert metrics["reward_mean"] == pytest.approx(np.mean(seen), rel=1e-4)
+        assert metrics["rewards_seen"] == len(seen)
+        state = {name: jnp.asarray(metrics[name]) for name in STATE}
+
+
+def test_bco_goes_on_as_trl_does(shared):
+    """The second recorded step starts where the first ended."""
+    state, path = {}, shared / "golden" / "trl_bco_loss.npz"
+    for name in ("step0", "step1"):
+        case = test_golden.read(path, name)
+        logp, ref_logp = (
+            jnp.concatenate([jnp.asarray(case.ins[f"{who}_{side}_logps"]) for side in ("chosen", "rejected")])
+            for who in ("policy", "reference")
+        )
+        good = jnp.ones(len(logp), bool)
+        batch = Judged(one_token(len(logp), ref_logp=ref_logp), good, coefficients=state)
+        objective = bco(reads_logp, case.hyper["beta"])
+        state = objective.prepare({"logp": logp}, {}, batch, jax.random.key(0)).coefficients
+        assert float(state["reward_mean"]) == pytest.approx(float(case.outs["delta"]), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ reward models
+
+
+def test_a_ranking_of_two_is_a_comparison():
+    chosen, rejected = rollout(0), rollout(1)
+    of_two = jax.tree.map(lambda *x: jnp.stack(x, axis=1), chosen, rejected)
+    of_two = of_two.replace(mask=of_two.mask.at[5].set(False))
+    silent = jnp.arange(16)[:, None] == 5
+    compared = Pairs(chosen.replace(mask=chosen.mask & ~silent), rejected.replace(mask=rejected.mask & ~silent))
+    for loss in (ranking.plackett_luce, ranking.kwise):
+        agree(learn(ranked_reward_model(score, loss), of_two)[0], learn(reward_model(score), compared)[0])
+
+
+def test_process_labels_by_hand():
+    traj = steps()
+    z = np.asarray(state_values(table_params(), {}, traj), np.float64)
+    here = np.asarray(traj.mask & traj.step_ends & ~jnp.isnan(traj.rewards))
+    y = np.asarray(traj.rewards, np.float64)[here]
+    want = -(y * np.log(sigma(z[here])) + (1 - y) * np.log(1 - sigma(z[here]))).mean()
+    metrics = whole("process")[1]
+    assert metrics["loss"] == pytest.approx(want, rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(((z[here] > 0) == (y > 0.5)).mean())
+    assert 0 < here.sum() < np.asarray(traj.mask & traj.step_ends).sum()
+
+
+# ----------------------------------------------------------------------------------------------------------- online
+
+
+def answered(rewards, groups, ended=True):
+    """One decision a row; its input is the number of the row."""
+    n = len(rewards)
+    column = lambda x: jnp.asarray(x)[:, None]  # noqa: E731
+    one = jnp.ones((n, 1))
+    return Trajectory(
+        inputs=column(np.arange(n)),
+        actions=column(np.zeros(n, int)),
+        logp=-one,
+        ref_logp=-one,
+        mask=one > 0,
+        rewards=column(np.asarray(rewards, np.float32)),
+        terminated=column(np.broadcast_to(ended, n)),
+        group=jnp.asarray(groups),
+    )
+
+
+def named(found, side):
+    return np.asarray(getattr(found, side).inputs)[:, 0].tolist()
+
+
+def test_the_best_answer_is_paired_with_the_worst():
+    traj = answered([1, 5, 2, 7, 3, 0], [4, 9, 4, 9, 4, 9])
+    found = jax.jit(partial(online_pairs, answers=3))(traj)
+    assert (named(found, "chosen"), named(found, "rejected")) == ([4, 3], [0, 5])
+    order = np.random.default_rng(0).permutation(6)
+    other = jax.tree.map(lambda x: x[order], traj)
+    moved = online_pairs(other.replace(group=1000 - 3 * other.group), answers=3)
+    assert (named(moved, "chosen"), named(moved, "rejected")) == ([3, 4], [5, 0])  # groups in the order of their ids
+
+
+def test_of_equal_answers_the_first_is_chosen_and_the_last_rejected():
+    found = online_pairs(answered([2, 2, 2, 1, 1, 2], [0, 0, 0, 1, 1, 1]), answers=3)
+    assert (named(found, "chosen"), named(found, "rejected")) == ([0, 5], [2, 4])
+
+
+def test_answers_without_end_lose_the_penalty_before_ranking():
+    traj = answered([3, 2, 3, 2], [0, 0, 1, 1], ended=[False, True, True, False])
+    assert named(online_pairs(traj), "chosen") == [0, 2]
+    assert named(online_pairs(traj, eos_penalty=1.5), "chosen") == [1, 2]
+
+
+def test_unjudged_answers_are_in_no_pair():
+    nan = np.nan
+    found = online_pairs(answered([nan, 1, 2, nan, nan, 5], [0, 0, 0, 1, 1, 1]), answers=3)
+    assert named(found, "chosen")[0] == 2
+    assert named(found, "rejected")[0] == 1
+    np.testing.assert_array_equal(found.chosen.mask, [[True], [False]])
+    np.testing.assert_array_equal(found.rejected.mask, [[True], [False]])
+
+
+def test_rows_that_are_no_groups_are_refused():
+    with pytest.raises(ValueError, match="groups of 4"):
+        online_pairs(answered([1, 2], [0, 0]), answers=4)
+
+
+# ----------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("algorithm", [sft(), dft()])
+def test_packed_demonstrations_teach_what_single_ones_do(algorithm):
+    """The table's state is the token seen: only a target across a border of segments could tell the rows apart."""
+    draw = np.random.default_rng(3)
+    tokens = draw.integers(V, size=(4, 2, 4))
+    chosen = np.ones((4, 2, 4), bool)  # the first token of a segment too: the door takes it out
+    rows = {"single": ((8, 4), np.ones((8, 4), int)), "packed": ((4, 8), np.repeat([[1, 2]], 4, axis=1).repeat(4, 0))}
+
+    def gradient(shape, segments):
+        one = jnp.ones(shape)
+        traj = trajectory_of_tokens(
+            tokens.reshape(shape), segments, jnp.asarray(chosen.reshape(shape)), one, temperature=one
+        )
+        assert traj.mask.sum() == 4 * 2 * 3
+        objective = policy_objective(table_policy, algorithm)
+        return learn(objective, algorithm.credit(traj, {}))[0]
+
+    agree(*(gradient(*rows[name]) for name in rows))
