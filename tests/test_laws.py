@@ -41,6 +41,7 @@ EXCEPTIONS = {
         "a_star_po": "is a regression, not a policy gradient",
         "real": "is a classification, not a policy gradient",
         "clip_cov": "holds some tokens back",
+        "kl_cov": "|log π - log π_old| has no slope at 0: rounding decides its sign",
         "dapo + only high entropy": "holds some tokens back",
         "all at once": "holds some tokens back",
         "vapo + likelihood": PULL,
@@ -129,7 +130,7 @@ def test_compiled_on_a_mesh_in_micro_batches_it_is_the_same_and_traced_once(name
 
 
 def norms(found):
-    """The metrics that only an optimizer step has: the gradient's norm, and of the update at learning rate 1 the same."""
+    """The metrics that only an optimizer step has; at a learning rate of 1 they are the same."""
     norm = np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in jax.tree.leaves(found[0])))
     return {"grad_norm": norm, "update_norm": norm}
 
@@ -138,7 +139,7 @@ def spoil(x, mask, garbage):
     """Every [B T] fact with garbage wherever the mask is False."""
     facts = {}
     for name, value in vars(x).items():
-        if name in ("mask", "traj", "inputs", "actions", "positions", "segments") or np.ndim(value) != 2:
+        if name in ("mask", "traj", "inputs", "actions", "positions", "segments", "scores") or np.ndim(value) != 2:
             continue
         keep = jnp.pad(mask, ((0, 0), (0, value.shape[1] - mask.shape[1])), constant_values=True)
         facts[name] = jnp.where(keep, value, True if value.dtype == bool else garbage)
@@ -238,7 +239,8 @@ def test_equal_rewards_are_no_signal_to_the_last_bit(name, reward):
     rewards = jnp.where(last & traj.mask & ~lone, jnp.float32(reward), 0.0)
     advantages = credited(ALGORITHMS[name], traj.replace(rewards=rewards)).advantages
     limit = 1e-6 * abs(reward) if name in ("opo", "otb") else 0.0
-    alone = (traj.mask.sum(axis=0) == 1) if name == "otb" else False
+    mates = (traj.group[:, None] == traj.group[None, :]).astype(int) @ traj.mask.astype(int)
+    alone = (mates == 1) & (name == "otb")  # in its column: no baseline there
     assert np.abs(np.where(alone, 0.0, advantages)).max() <= limit
 
 
@@ -246,7 +248,7 @@ def test_equal_rewards_are_no_signal_to_the_last_bit(name, reward):
 def test_rows_without_decisions_or_judgement_are_as_if_they_were_not_there(name):
     algorithm, traj = ALGORITHMS[name], rollout()
     gone = [3] if name == "sft" else [3, 7]  # a demonstration needs no judgement
-    kept = jax.tree.map(lambda x: np.delete(x, gone, axis=0), traj)
+    kept = jax.tree.map(lambda x: jnp.delete(x, np.asarray(gone), axis=0), traj)
     whole, less = credited(algorithm, traj), credited(algorithm, kept)
     agree(np.delete(whole.advantages, gone, axis=0), less.advantages)
     agree(learn(algorithm, whole, table_params()), learn(algorithm, less, table_params()))

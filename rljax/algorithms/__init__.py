@@ -1,6 +1,6 @@
 """One paper, one file, one function that returns an Algorithm (preferences and reward models: an Objective).
 
-`wrap`, `shape` and `correct` change an Algorithm into another: terms in the loss, rewards and rows, sampler corrections.
+`wrap`, `shape` and `correct` change an Algorithm: terms in the loss, rewards and rows, sampler corrections.
 """
 
 from rljax.algorithms.a_star_po import a_star_po

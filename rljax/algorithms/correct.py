@@ -1,7 +1,7 @@
 """Algorithm -> Algorithm: where the sampler, the trainer's old policy and the policy being trained are not the same.
 
-`traj.logp` is what the sampler reported, `traj.old_logp` what the trainer computes from the same parameters; stale
-samples, quantised or merely different kernels part the two. Corrections multiply the policy's terms by a constant weight
+`traj.logp` is what the sampler reported, `traj.old_logp` what the trainer computes before the update. Stale samples,
+quantised weights or merely other kernels part the two. Corrections multiply the policy's terms by a constant weight
 made of π_old/π_sampler; apply them before `with_kl`, whose term they should not weigh. Where no `old_logp` is annotated
 the ratio is to the sampler already, and a correction on top would count twice: hence each asks for it.
 

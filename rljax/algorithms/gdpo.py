@@ -2,9 +2,10 @@
 
     Z_k = (r_k - mean_group r_k) / (std_group r_k + ε)        A = Σ_k w_k Z_k        Â = (A - mean A) / (std A + ε)
 
-with the last mean and deviation over the rows of the batch. Normalising the sum instead, as GRPO does, lets answers with
-different components share one advantage. With one reward it is GRPO up to the rescaling over the batch. A component that
-could not judge a row adds 0 to it. The loss is GRPO's. Left out: conditioning an easy reward on a hard one.
+with the last mean and deviation over the rows of the batch. Normalising the sum instead, as GRPO does, lets answers
+with different components share one advantage. With one reward it is GRPO up to the rescaling over the batch. A
+component that could not judge a row adds 0 to it. The loss is GRPO's. Left out: conditioning an easy reward on a hard
+one.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
     Â_i = (R_i - mean_group R) / mean_group R        0 where nobody succeeded        L = -(1/N⁺) Σ_i Σ_t Â_i log π
 
-For binary rewards dividing by the success rate turns the gradient of E[R] into one of a truncated expansion of log E[R]:
-hard prompts weigh more. For rewards of other signs the quotient has no such meaning.
+For binary rewards dividing by the success rate turns the gradient of E[R] into one of a truncated expansion of
+log E[R]: hard prompts weigh more. For rewards of other signs the quotient has no such meaning.
 """
 
 import jax.numpy as jnp

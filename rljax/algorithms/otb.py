@@ -2,10 +2,9 @@
 
     W_it = Σ_{s≤t} (1 - 2 π(a_is) + Σ_v π(v)²)        Â_it = G_it - Σ_j W_jt G_jt / Σ_j W_jt
 
-1 - 2π + Σπ² is the squared norm of the gradient of log π by the logits, so W estimates the squared score of the answer
-up to t: the baseline that minimises the variance (Greensmith et al. 2004), column by column. G is the reward-to-go. Rows
-of a group must start in the same column. A row alone in a column of its group has no baseline there. Left out: verl's
-treatment of the tail of the longest answer goes by its length, here by the column, the same without gaps.
+1 - 2π + Σπ² is the squared norm of the gradient of log π by the logits, so W estimates the squared score of the
+answer up to t: the baseline that minimises the variance (Greensmith et al. 2004), column by column. G is the
+reward-to-go. Rows of a group must start in the same column. A row alone in a column of its group has no baseline there.
 """
 
 import jax.numpy as jnp

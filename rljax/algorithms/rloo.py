@@ -2,9 +2,9 @@
 
     Â_i = R_i - mean_{j≠i} R_j        L = (1/N⁺) Σ_i max(-W_i Â_i, -clip(W_i, 1 - low, 1 + high) Â_i)
 
-W_i = Π_t ρ_it is the ratio of the whole answer, not divided by its length: in the first update after a rollout W = 1 and
-the gradient is REINFORCE's, unbiased. The paper has no clip; it matters only where a rollout is learnt from more than
-once. Its KL stands in the reward: `kl_in_reward(rloo(), 0.05)`. A row alone in its group keeps its reward.
+W_i = Π_t ρ_it is the ratio of the whole answer, not divided by its length: in the first update after a rollout W = 1
+and the gradient is REINFORCE's, unbiased. The paper has no clip; it matters only where a rollout is learnt from more
+than once. Its KL stands in the reward: `kl_in_reward(rloo(), 0.05)`. A row alone in its group keeps its reward.
 """
 
 from rljax.algorithms.credit import from_rewards, old_logp

@@ -2,8 +2,8 @@
 
     L = -(1/Σm) Σ sg(φ(W_i)) Â log π        φ(W) = e^λ W^k e^{-λW}        W_i = Π_t ρ_it
 
-(k, λ) = (2, 3) where Â >= 0 and (3, 2) where Â < 0. φ(1) = 1; answers that became much more or much less likely fade out
-without a threshold. log W is kept within [log 1e-8, 20]. Â is GRPO's.
+(k, λ) = (2, 3) where Â >= 0 and (3, 2) where Â < 0. φ(1) = 1; answers that became much more or much less likely fade
+out without a threshold. log W is kept within [log 1e-8, 20]. Â is GRPO's.
 """
 
 import math

@@ -2,8 +2,8 @@
 
     Â_t = (reward of the step) + V̂(state after the step) - V̂(state before it)    for every token of the step
 
-V̂(s) is the mean reward of several answers continued from s. `traj.values` holds it at the first token of each step (other
-columns are not read), 0 after the last one. The loss is PPO's without a critic.
+V̂(s) is the mean reward of several answers continued from s. `traj.values` holds it at the first token of each step
+(other columns are not read), 0 after the last one. The loss is PPO's without a critic.
 """
 
 import jax
