@@ -72,18 +72,18 @@ def rollout(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> di
         "reward_std": _std(total, judged),
         "reward_max": masked_max(total, judged),
         "reward_min": masked_min(total, judged),
-        "not_judged": 1.0 - judged.mean(),
-        "no_signal": groups.no_signal(total, traj.group, judged).mean(),
-        "solved_all": ((count > 0) & (right == count)).mean(),
-        "solved_none": ((count > 0) & (right == 0)).mean(),
-        "length": length.mean(),
+        "not_judged": _share(~judged),
+        "no_signal": _share(groups.no_signal(total, traj.group, judged)),
+        "solved_all": _share((count > 0) & (right == count)),
+        "solved_none": _share((count > 0) & (right == 0)),
+        "length": length.astype(float).mean(),
         "length_max": length.max(),
         "length_min": length.min(),
-        "aborted": (length == 0).mean(),
+        "aborted": _share(length == 0),
         "tokens": length.sum(),
     }
     if traj.truncated is not None:
-        out["truncated"] = (traj.truncated & traj.mask).any(axis=1).mean()
+        out["truncated"] = _share((traj.truncated & traj.mask).any(axis=1))
     if traj.ref_logp is not None:
         out["kl_sequence"] = drift(traj).mean()
     if traj.old_logp is not None:
@@ -95,6 +95,10 @@ def rollout(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> di
         out[f"reward/{name}"] = masked_mean(score, known)
         out[f"reward/{name}_std"] = _std(score, known)
     return out
+
+
+def _share(x: Array) -> Array:
+    return x.astype(float).mean()
 
 
 def _std(x: Array, mask: Array) -> Array:

@@ -69,7 +69,7 @@ def verl_weights(mode: str, mask, width: float):
         return dialects.verl_row_mean(weights.sequence_mean(mask), mask)
     if mode == "seq-mean-token-sum":
         return weights.sequence_sum(mask)
-    return weights.constant_length(width)(mask)
+    return weights.constant_length(float(width))(mask)
 
 
 def verl_agg_loss(case: Case, january: bool) -> dict:
@@ -303,7 +303,8 @@ def verl_value_loss(case: Case) -> dict:
 
     weight = verl_weights(case.hyper["loss_agg_mode"], mask, case.width)
     loss, slope = critic_loss(case, weight, terms, mask, "vpreds")
-    clipped = terms(case.ins) > losses.value_loss(case.ins["vpreds"], case.ins["returns"])
+    outside = jnp.abs(case.ins["vpreds"] - case.ins["values"]) > clip  # inside both errors are one, but for rounding
+    clipped = outside & (terms(case.ins) > losses.value_loss(case.ins["vpreds"], case.ins["returns"]))
     share = statistics.masked_mean(clipped.astype(float), mask)
     return {"loss": loss, "grad_vpreds": slope, "clipfrac": dialects.verl_mean(share, mask)}
 
