@@ -37,7 +37,7 @@ def ppo_penalty_coefficient(coefficient: Scalar, kl: Scalar, target: Scalar) -> 
 def adaptive_entropy(
     coefficient: Scalar, entropy: Scalar, target: Scalar, delta: Scalar = 5e-3, low: Scalar = 0.0, high: Scalar = 1.0
 ) -> Float[Array, ""]:
-    """c + Δ where H <= target, else c - Δ, kept within [low, high] (Skywork-OR1, arXiv:2505.22312, section 4).
+    """c + Δ where H <= target, else c - Δ, kept within [low, high] (Skywork-OR1, arXiv:2505.22312).
 
     What the loss is given is `applied_entropy_coefficient` of it.
     """

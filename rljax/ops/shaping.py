@@ -57,7 +57,7 @@ def truncation_penalty(
 ) -> Float[Array, "*N"]:
     """scale · R + offset for answers that the length limit cut, R for the others.
 
-    scale in [0, 1) is the stop-properly penalty of ProRL (arXiv:2505.24864), which *raises* negative rewards; scale 0
+    scale in [0, 1) is OpenRLHF's stop-properly penalty, which *raises* negative rewards; scale 0
     puts `offset` in their place; scale 1 with a negative offset is the penalty for a missing end of sequence.
     """
     return jnp.where(truncated, scale * rewards + offset, rewards)
