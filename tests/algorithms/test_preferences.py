@@ -21,6 +21,7 @@ from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.reward_model import ranked_reward_model, reward_model
 from rljax.algorithms.sft import dft, sft
 from rljax.ops import preferences, ranking
+from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Judged, Pairs, Trajectory, trajectory_of_tokens
@@ -210,6 +211,16 @@ def test_jit_changes_nothing_but_rounding_and_the_width_is_the_callers(name):
         assert {x.dtype.name for x in jax.tree.leaves((loss, gradient))} == {"float64"}
     agree(whole(name)[1]["loss"], loss, rtol=1e-4)
     agree(whole(name)[0], jax.device_get(gradient), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rpo", "aot", "aot unpaired", "kto balanced", "bco", "plackett-luce", "process"])
+def test_a_mesh_changes_neither_gradient_nor_metrics(name):
+    objective, batch = CASES[name]
+    axes = {"table": ("embed", "mlp"), "values": (None,)}
+    shardings = state_shardings(make_mesh(2, 2, 2), state_of(table_params()), GRADIENT, axes)
+    update = make_update(objective, GRADIENT, 2, shardings)
+    state, metrics = update(jax.device_put(state_of(table_params()), shardings.state), batch())
+    agree(jax.device_get((state.opt_state[0].trace, metrics)), whole(name))
 
 
 def test_trl_dpo_to_the_last_digits_where_it_is_in_float64(shared):
