@@ -1,0 +1,80 @@
+"""How tables are written; and those of prompts, KL estimators and credit. The words between them stand in page.md."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from exact import credit, divergences
+from exact.gradients import compare, objectives
+from exact.language import Tree
+from exact.worlds import World, coin
+
+
+def digits(x) -> str:
+    """Three that count; whole numbers without any."""
+    if isinstance(x, str):
+        return x
+    if not np.isfinite(x):
+        return "–"
+    return str(round(x)) if abs(x - round(x)) < 1e-8 else f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.0e}"
+
+
+def closeness(x: float) -> str:
+    """A cosine or a correlation: 1 only where it is one."""
+    if not np.isfinite(x) or abs(x) < 1e-8:
+        return "0" if np.isfinite(x) else "–"
+    return f"{round(x)}" if abs(abs(x) - 1) < 1e-9 else f"{np.sign(x) * min(abs(x), 0.9994):.3f}"
+
+
+def markdown(rows: list[Mapping]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|--:" * (len(names) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(digits(row[name]) for name in names) + " |" for row in rows])
+
+
+def fill(parts: Mapping[str, str]) -> str:
+    """page.md with {{name}} replaced by the part of that name."""
+    page = (Path(__file__).parent / "page.md").read_text()
+    return re.sub(r"\{\{(\S+)\}\}", lambda hit: parts[hit[1]], page)
+
+
+def prompts(lm: Tree, found: Mapping, chances: tuple[float, ...]) -> str:
+    """What ∇p is multiplied by on a prompt whose one-token answers are right with probability p."""
+    truths = [objectives(lm, coin(p), 2)["J"] for p in chances]
+    rows = []
+    for name, (mean, _) in found.items():
+        scales = [compare(g[0], truth)["scale"] for g, truth in zip(mean, truths, strict=True)]
+        rows.append({"algorithm": name} | {f"p = {p}": x for p, x in zip(chances, scales, strict=True)})
+    return markdown(rows)
+
+
+def divergence(lm: Tree, near: World, far: World) -> str:
+    on, off = divergences.distances(lm, near), divergences.distances(lm, far)
+    short = lm.mask.shape[1] == 1  # then all three targets are of one decision
+    rows = []
+    for name in on:
+        columns = [c for c in on[name] if not short or "answers" not in c]
+        pairs = {f"{c}, {where}": x[name][c] for c in columns for where, x in (("on-policy", on), ("off-policy", off))}
+        rows.append({"estimator": name} | {k.replace(" at visits", "") if short else k: v for k, v in pairs.items()})
+    return markdown(rows)
+
+
+def outcome(lm: Tree, world: World, binary: World) -> str:
+    first, second = credit.by_outcome(lm, world), credit.by_outcome(lm, binary)
+    kinds = {"": first, ", rewards 0 or 1": second}
+    rows = [
+        {"credit": name}
+        | {k + kind: closeness(found[name][k]) for kind, found in kinds.items() for k in ("one", "mean")}
+        for name in sorted(first, key=lambda name: -first[name]["one"])
+    ]
+    return markdown(rows)
+
+
+def critic(lm: Tree, world: World) -> str:
+    rows = [
+        {"critic": name} | {f"{k}, λ = {lam}": closeness(x[k]) for lam, x in found.items() for k in ("one", "mean")}
+        for name, found in credit.by_critic(lm, world).items()
+    ]
+    return markdown(rows)
