@@ -1,7 +1,7 @@
 r"""A small language model learns to add by reinforcement, from scratch, on a laptop's CPU.
 
     python experiments/arithmetic_grpo.py                                # run it again and it resumes
-    python experiments/arithmetic_grpo.py --algorithm ppo --seed 1
+    python experiments/arithmetic_grpo.py --algorithm gspo --seed 1      # any of ALGORITHMS below
     python experiments/arithmetic_grpo.py --reward shuffled              # a control: nothing to learn from
 
 A character-level decoder of 0.8 M parameters is shown right sums until it is right about three times in ten
@@ -13,6 +13,7 @@ Reached: seeds 0 to 4, held-out 0.380 0.371 0.423 0.435 0.375 -> 0.918 0.884 0.9
 
 import dataclasses
 from dataclasses import asdict
+from functools import partial
 from typing import Literal
 
 import jax
@@ -21,10 +22,9 @@ import jax.numpy as jnp
 import arithmetic_sft
 import options
 from options import Batches, MeshShape, Optimizer
-from rljax.algorithms import grpo, ppo, reinforce
+from rljax import algorithms as a
 from rljax.algorithms.dynamic_sampling import keep_informative
 from rljax.models import policy
-from rljax.ops.weights import token_mean
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
 from rljax.rollouts.tokens import sample
@@ -34,13 +34,12 @@ from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
-from rljax.types import Algorithm, TrainState
+from rljax.types import Algorithm, Params, TrainState
 
-ALGORITHMS = {
-    "grpo": lambda: grpo(high=0.28, weights=token_mean),
-    "reinforce": reinforce,
-    "ppo": ppo,
-}
+BY_NAME = (a.grpo, a.dapo, a.gspo, a.cispo, a.sapo, a.gdpo, a.reinforce, a.rloo, a.remax, a.reinforce_pp, a.ppo)
+ALGORITHMS = {make.__name__: make for make in BY_NAME} | {"dr_grpo": partial(a.dr_grpo, 7.0)}  # 7: the longest answer
+Named = Literal[tuple(ALGORITHMS)]
+HEADLINES = ("reward", "held_out", "length", "kl_sequence", "tokens_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,53 +48,41 @@ class Config:
 
     seed: int = 0  # of everything: parameters, split, order, samples
     task: Literal["additions", "sortings"] = "additions"  # what to learn
-    algorithm: Literal["grpo", "reinforce", "ppo"] = "grpo"  # how to learn it
+    algorithm: Named = "dapo"  # how to learn it
     reward: Literal["exact", "random", "shuffled"] = "exact"  # the last two are controls
     steps: int = 240  # of reinforcement
     batches: Batches = Batches(prompts=64, group=8, oversample=2, micro_batches=4)
     optimizer: Optimizer = Optimizer(learning_rate=8e-4, schedule="cosine")
     warm_up_target: float = 0.4  # share of training problems right at which supervision stops
+    warm_up_check: int = 10  # steps of supervision between looks at that share
     held_out: int = 1024  # problems never trained on
     evaluate_every: int = 20  # steps
     save_every: int = 20  # steps between checkpoints
     directory: str = ""  # of the run; default runs/arithmetic_grpo/TASK-ALGORITHM-REWARD-seedSEED
+    warm_up_directory: str = ""  # default DIRECTORY/warm_up, or one that all runs of this seed share
     mesh: MeshShape = MeshShape()
     debug: bool = False  # no jit, NaN checks, one step
 
 
 def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
-    """Warm up, then improve. `algorithm` replaces the one cfg names, and wants a directory of its own.
-
-    Returns held-out accuracy before and after.
-    """
+    """Warm up, then improve; returns held-out accuracy before and after. `algorithm` replaces the one cfg names."""
     if algorithm is not None and not cfg.directory:
         raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
     algorithm, b = algorithm or ALGORITHMS[cfg.algorithm](), options.small(cfg.batches) if cfg.debug else cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
     name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
-    directory = cfg.directory or f"runs/arithmetic_grpo/{name}"
-    run = Run(
-        directory,
-        asdict(cfg) | {"code": options.fingerprint(algorithm)},
-        steps=1 if cfg.debug else cfg.steps,
-        source=__file__,
-        save_every=cfg.save_every,
-        headlines=("reward", "held_out", "length", "kl_sequence", "tokens_per_second"),
-    )
-    shared = {field: getattr(cfg, field) for field in ("seed", "task", "held_out", "mesh", "debug")}
-    alone = f"runs/arithmetic_sft/{cfg.task}-{cfg.warm_up_target}-{cfg.held_out}-seed{cfg.seed}" + "-debug" * cfg.debug
-    warm_up = f"{cfg.directory}/warm_up" if cfg.directory else alone
-    taught = arithmetic_sft.Config(target=cfg.warm_up_target, directory=warm_up, **shared)
-    task, key = arithmetic_sft.make_task(taught), jax.random.key(cfg.seed)
-    start = arithmetic_sft.warm_up(taught, task, policy.init(task.config, jax.random.fold_in(key, 0)))
-    reference = jax.tree.map(jnp.copy, start)
+    place, settings = cfg.directory or f"runs/arithmetic_grpo/{name}", asdict(cfg)
+    settings["code"], steps = options.fingerprint(algorithm), 1 if cfg.debug else cfg.steps
+    run = Run(place, settings, steps=steps, source=__file__, save_every=cfg.save_every, headlines=HEADLINES)
+    task, start = warm_up(cfg)
+    reference = {"reference": jax.tree.map(jnp.copy, start)}
     if "values" in algorithm.needs:
         start = policy.with_value_head(start, task.config)
 
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
-    frozen, key = {"reference": reference}, jax.random.fold_in(key, 2)
-    state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=key, frozen=frozen)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
+    state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=key, frozen=reference)
     shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, start))
     update = make_update(policy_objective(task.policy, algorithm), optimizer, b.micro_batches, shardings)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
@@ -116,8 +103,11 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         for step in run.steps(state.step):
             rows = task.train.draw(state.cursor, b.prompts * b.oversample)
             placed = meshes.place_prompts(shardings, rows)
-            traj = sample(task.lm, state.params, state.frozen, placed, task.sampling(b.group), cfg.seed, step)
-            traj = annotate(state, traj)
+            draw = partial(sample, task.lm, state.params, state.frozen, placed, seed=cfg.seed, step=step)
+            traj = annotate(state, draw(task.sampling(b.group)))
+            if "baseline" in algorithm.needs:  # the reward of the likeliest answer to each prompt
+                greedy = score(draw(task.sampling(1, temperature=0.0)), rows)
+                traj = traj.replace(baseline=jnp.repeat(jnp.sum(greedy.rewards, axis=1), b.group))
             traj = disturb(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))  # updates split off 0 and 1
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
@@ -125,14 +115,23 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
             seen = describe(traj, score.names) | metrics
-            if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps:
-                seen |= evaluate(state)
+            seen |= evaluate(state) if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps else {}
             if run.shows(step):
                 run.show(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
             run.record(step, state, seen)
         after = evaluate(state)["held_out"]
     say(f"held-out accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
+
+
+def warm_up(cfg: Config) -> tuple[arithmetic_sft.Task, Params]:
+    """The task, and parameters that supervision has brought to the target: shared by all runs of one seed."""
+    name = f"{cfg.task}-{cfg.warm_up_target}-{cfg.held_out}-seed{cfg.seed}" + "-debug" * cfg.debug
+    place = cfg.warm_up_directory or (f"{cfg.directory}/warm_up" if cfg.directory else f"runs/arithmetic_sft/{name}")
+    shared = {field: getattr(cfg, field) for field in ("seed", "task", "held_out", "mesh", "debug")}
+    taught = arithmetic_sft.Config(target=cfg.warm_up_target, check_every=cfg.warm_up_check, directory=place, **shared)
+    task, key = arithmetic_sft.make_task(taught), jax.random.fold_in(jax.random.key(cfg.seed), 0)
+    return task, arithmetic_sft.warm_up(taught, task, policy.init(task.config, key))
 
 
 def disturb(traj, reward: str, key):
@@ -143,7 +142,7 @@ def disturb(traj, reward: str, key):
     coins = jax.random.bernoulli(key, 0.3, total.shape).astype(total.dtype)
     other = coins if reward == "random" else jax.random.permutation(key, total)
     last = traj.mask & (jnp.cumsum(traj.mask[:, ::-1], axis=1)[:, ::-1] == 1)
-    return traj.replace(rewards=jnp.where(last, other[:, None], 0.0))
+    return traj.replace(rewards=jnp.where(last, other[:, None], 0.0), scores=other[:, None])
 
 
 if __name__ == "__main__":

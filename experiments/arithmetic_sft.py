@@ -41,6 +41,7 @@ class Config:
     seed: int = 0  # of everything: parameters, split, order, samples
     task: Literal["additions", "sortings"] = "additions"  # what to learn
     target: float = 0.4  # share of training problems answered rightly at which to stop
+    check_every: int = 10  # steps between looks at that share
     steps: int = 400  # at which to stop at the latest
     batch: int = 128  # demonstrations per step
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, warm_up=20)
@@ -66,8 +67,8 @@ class Task(NamedTuple):
     def answers(self, rows: Rows) -> list[list[int]]:
         return [[*self.tokenizer.encode(row["answer"]), self.tokenizer.stop[0]] for row in rows.columns]
 
-    def sampling(self, n: int = 1) -> Sampling:
-        return Sampling(n=n, max_tokens=self.longest, stop=self.tokenizer.stop)
+    def sampling(self, n: int = 1, temperature: float = 1.0) -> Sampling:
+        return Sampling(temperature, n=n, max_tokens=self.longest, stop=self.tokenizer.stop)
 
     def examine(self, params: Params, rows: Rows, seed: int) -> Trajectory:
         """One answer to each prompt, drawn at temperature 1 with keys that no training step uses, and judged."""
@@ -105,7 +106,7 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, headlines=("loss", "accuracy")) as run:
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
-            if step % 10 == 0:
+            if step % cfg.check_every == 0:
                 right = task.accuracy(state.params, seen, step)
                 if right >= cfg.target:
                     break
@@ -113,7 +114,7 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
             shown = demonstrations(rows, task.answers(rows), task.longest)
             state, metrics = update(state, algorithm.credit(shown, {}))
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            run.record(step, state, metrics | ({"accuracy": right} if step % 10 == 0 else {}))
+            run.record(step, state, metrics | ({"accuracy": right} if step % cfg.check_every == 0 else {}))
         run.save(state)
     right = task.accuracy(state.params, seen, int(state.step))
     say(f"warm-up: right on {right:.0%} of the training problems after {int(state.step)} steps of supervised learning")

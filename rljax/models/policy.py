@@ -34,9 +34,9 @@ def make_policy(config: DecoderConfig, chunk_tokens: int = 4096) -> Callable:
         hidden, _ = decoder.forward(config, params["decoder"], traj.inputs, traj.positions, traj.segments)
         temperature = jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
         head = lambda h: decoder.logits(config, params["decoder"], h)  # noqa: E731
-        logp, entropy = chunked_logprobs(head, hidden, traj.actions, temperature, chunk_tokens)
+        logp, entropy, sum_pi_squared = chunked_logprobs(head, hidden, traj.actions, temperature, chunk_tokens)
         values = jnp.einsum("btd,d->bt", hidden, params["value_head"]) if "value_head" in params else None
-        return PolicyOutput(logp=logp, entropy=entropy, values=values)
+        return PolicyOutput(logp=logp, entropy=entropy, values=values, sum_pi_squared=sum_pi_squared)
 
     return policy
 
@@ -44,19 +44,22 @@ def make_policy(config: DecoderConfig, chunk_tokens: int = 4096) -> Callable:
 def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
     """annotate(state, traj) -> traj with the fields in `needs` filled by forward passes without gradient.
 
-    ref_logp: the policy on state.frozen["reference"]. values: on state.params, [B T+1], 0 after the last decision.
-    old_logp: on state.params, where a method tells the trainer's log-probs from the sampler's.
+    ref_logp, teacher_logp: the policy on state.frozen["reference"], ["teacher"]. On state.params: values [B T+1], 0 after
+    the last decision; old_logp, where a method tells the trainer's log-probs from the sampler's; sum_pi_squared. `baseline` takes other answers: the experiment fills it.
     """
-    known = {"ref_logp", "values", "old_logp"}
+    needs = tuple(name for name in needs if name != "baseline")
+    frozen_parts = {"ref_logp": "reference", "teacher_logp": "teacher"}
+    known = {"values", "old_logp", "sum_pi_squared", *frozen_parts}
     if set(needs) - known:
         raise ValueError(f"annotate cannot fill {sorted(set(needs) - known)}; it can fill {sorted(known)}")
 
     @jax.jit
     def fill(params, frozen, traj):
         fields = {}
-        if "ref_logp" in needs:
-            fields["ref_logp"] = policy(frozen["reference"], frozen, traj).logp
-        if {"values", "old_logp"} & set(needs):
+        for field, part in frozen_parts.items():
+            if field in needs:
+                fields[field] = policy(frozen[part], frozen, traj).logp
+        if {"values", "old_logp", "sum_pi_squared"} & set(needs):
             own = policy(params, frozen, traj)
             if "values" in needs:
                 if own.values is None:
@@ -64,11 +67,14 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
                 fields["values"] = jnp.pad(jnp.where(traj.mask, own.values, 0.0), ((0, 0), (0, 1)))
             if "old_logp" in needs:
                 fields["old_logp"] = own.logp
+            if "sum_pi_squared" in needs:
+                fields["sum_pi_squared"] = own.sum_pi_squared
         return fields
 
     def annotate(state: TrainState, traj: Trajectory) -> Trajectory:
-        if "ref_logp" in needs and "reference" not in state.frozen:
-            raise ValueError('this algorithm needs ref_logp: put a copy of the parameters in state.frozen["reference"]')
+        for field, part in frozen_parts.items():
+            if field in needs and part not in state.frozen:
+                raise ValueError(f"this algorithm needs {field}: put the parameters of that policy in frozen[{part!r}]")
         return traj.replace(**fill(state.params, state.frozen, traj)) if needs else traj
 
     return annotate

@@ -43,8 +43,8 @@ def chunked_logprobs(
     actions: Int[Array, "B T"],
     temperature: Float[Array, "B T"],
     chunk_tokens: int = 4096,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-prob and entropy of each decision, computed for about `chunk_tokens` decisions at a time.
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-prob, entropy and Σ π² of each decision, computed for about `chunk_tokens` decisions at a time.
 
     Columns are cut, never rows, so rows stay sharded as they are. The backward pass computes each chunk's logits again:
     the largest array alive is [B, chunk_tokens / B, V].
@@ -62,7 +62,7 @@ def chunked_logprobs(
     @jax.checkpoint
     def one_chunk(h, a, t):
         logits = logits_of(h)
-        return chosen_logp(logits, a, t), entropy(logits, t)
+        return chosen_logp(logits, a, t), entropy(logits, t), sum_pi_squared(logits, t)
 
     if chunks == 1:
         return one_chunk(hidden, actions, temperature)

@@ -116,18 +116,25 @@ def _join(rows: list, whole):
     return jax.tree.unflatten(tree, [s if r is None else r for r, s in zip(rows, scalars, strict=True)])
 
 
-def learn(update: Callable, state: TrainState, batch, epochs: int = 1, count: int = 1) -> tuple[TrainState, dict]:
+def learn(
+    update: Callable, state: TrainState, batch, epochs: int = 1, count: int = 1, stop_kl: float | None = None
+) -> tuple[TrainState, dict]:
     """All updates of one rollout: `epochs` passes in `count` minibatches; metrics averaged over them.
 
-    Adds `sampler_gap`: `logp_change_max` at the first of them, where trainer and sampler have the same parameters.
+    `stop_kl`: leave the loop once an update has found the policy that far from the one that sampled (`kl_behaviour`,
+    nats a decision; PPO implementations take 1.5 times their target KL). Adds `updates`, how many there were, and
+    `sampler_gap`: `logp_change_max` at the first of them, where trainer and sampler have the same parameters.
     """
     key, used = jax.random.split(state.key)
     state, learnt = state.replace(key=key), []
     for mini in minibatches(used, batch, epochs, count):
         state, metrics = update(state, mini)
         learnt.append(metrics)
+        if stop_kl is not None and metrics["kl_behaviour"] > stop_kl:
+            break
     gap = {"sampler_gap": learnt[0]["logp_change_max"]} if "logp_change_max" in learnt[0] else {}
-    return state, average(learnt) | gap
+    count = {} if stop_kl is None else {"updates": len(learnt)}
+    return state, average(learnt) | gap | count
 
 
 def minibatches(key, batch, epochs: int = 1, count: int = 1) -> Iterator:

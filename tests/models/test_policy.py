@@ -67,12 +67,16 @@ def test_value_head_starts_at_zero_and_is_optional(traj):
 def test_annotate_fills_what_is_needed(params, traj):
     model = policy.make_policy(CONFIG)
     reference = policy.init(CONFIG, jax.random.key(7))
-    state = TrainState(0, params, None, jax.random.key(0), frozen={"reference": reference})
-    filled = policy.make_annotate(model, ("ref_logp", "values", "old_logp"))(state, traj)
+    teacher = policy.init(CONFIG, jax.random.key(8))
+    state = TrainState(0, params, None, jax.random.key(0), frozen={"reference": reference, "teacher": teacher})
+    needs = ("ref_logp", "values", "old_logp", "teacher_logp", "sum_pi_squared")
+    filled = policy.make_annotate(model, needs)(state, traj)
     logp, _, values = expected(params, traj)
     mask = np.asarray(traj.mask)
     np.testing.assert_allclose(filled.old_logp, logp, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(filled.ref_logp, model(reference, {}, traj).logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(filled.teacher_logp, model(teacher, {}, traj).logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(filled.sum_pi_squared, model(params, {}, traj).sum_pi_squared, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(filled.values, np.pad(np.where(mask, values, 0), ((0, 0), (0, 1))), rtol=1e-5, atol=1e-5)
 
 
@@ -87,6 +91,6 @@ def test_annotate_fills_no_more(params, traj, needs):
 
 def test_annotate_refuses_what_it_does_not_know():
     with pytest.raises(
-        ValueError, match=r"cannot fill \['routing'\]; it can fill \['old_logp', 'ref_logp', 'values'\]"
+        ValueError, match=r"cannot fill \['routing'\]; it can fill \['old_logp', 'ref_logp', 'sum_pi_squared'"
     ):
         policy.make_annotate(policy.make_policy(CONFIG), ("values", "routing"))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rljax.train.mesh import make_mesh, state_shardings
+from rljax.train.mesh import make_mesh, place_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update, minibatches
 from rljax.types import Objective, TrainState
@@ -151,7 +151,7 @@ def test_on_a_mesh_one_program_serves_every_step(caplog):
     at = jax.device_put(state_of(table_params()), shardings.state)
     with jax.log_compiles():
         for step in range(3):
-            at, _ = update(at, credited(algorithm, rollout(step), shardings))
+            at, _ = update(at, place_rows(shardings, credited(algorithm, rollout(step))))
             assert at.step == step
             at = at.replace(step=step + 1, cursor=5 * step)
     assert sum("Compiling jit(step)" in record.message for record in caplog.records) == 1
