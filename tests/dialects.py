@@ -97,20 +97,10 @@ def verl_mean(x, mask):
     return x * mask.sum() / (mask.sum() + 1e-8)
 
 
-def verl_token_sum(weights, mask):
-    """verl's token-sum divides by nothing: the step grows with the batch."""
-    return weights * mask.sum()
-
-
 def verl_share(weights, own: float, whole: float, ranks: int):
     """What one of several ranks of verl adds to the loss: the divisor is the whole batch's, times the ranks that DDP
     averages over. Ours are weights of the whole batch to begin with."""
     return weights * own / whole * ranks
-
-
-def tunix_divided_by_all_rows(weights, mask):
-    """tunix's sequence-mean-token-sum-norm divides by the rows of the batch, empty ones too."""
-    return weights * mask.any(axis=1).mean()
 
 
 def score_one_late(mask):
@@ -122,3 +112,142 @@ def verl_truncated(mask, width: int):
     """verl knows no flag: a row is cut if it is as long as the batch is wide."""
     full = mask.sum(axis=1, keepdims=True) == width
     return mask & full
+
+
+# ------------------------------------------------------------------------------------------ advantages, policy losses
+
+
+def verl_counted(mask, rewards, width: int):
+    """verl counts a row without tokens, with the reward that stands on its padding, in the statistics of its group; ours
+    is no row. (mask, rewards) in which such a row has one decision."""
+    empty, first = ~mask.any(axis=1, keepdims=True), (jnp.arange(mask.shape[1]) == 0)[None]
+    total = rewards[:, :width].sum(axis=1, keepdims=True)
+    return mask | (empty & first), jnp.where(empty, jnp.where(first, total, 0.0), rewards)
+
+
+def lone(group):
+    """Rows alone in their group."""
+    return (group[:, None] == group[None, :]).sum(axis=1) == 1
+
+
+def verl_lone_rows(advantages, rewards, group, epsilon: float = 0.0):
+    """verl takes mean 0 and std 1 for a group of one, which keeps its raw reward; ours teaches nothing by comparison."""
+    return jnp.where(lone(group)[:, None], (rewards / (1.0 + epsilon))[:, None], advantages)
+
+
+def verl_gpg_scale(rewards, group):
+    """verl's α is rows over rows with a reward that is not 0; the paper's, and ours, counts groups that differ inside."""
+    groups = [rewards[group == g] for g in jnp.unique(group)]
+    ours = len(groups) / max(sum(bool((x != x[0]).any()) for x in groups), 1)
+    return len(rewards) / max(int((rewards != 0).sum()), 1) / ours
+
+
+def verl_floored(advantages, std, epsilon: float):
+    """verl's vectorised GRPO takes the root of max(var, ε) before it adds ε."""
+    return advantages * (std + epsilon) / (jnp.sqrt(jnp.maximum(std**2, epsilon)) + epsilon)
+
+
+def runs_as_rows(x, mask):
+    """verl's REINFORCE++ of January forgets at a hole what follows it, as if each run of tokens were a row of its own.
+    [B T] -> [B·T T], run k of row i in row i·T + k; the mask says which columns are its."""
+    starts = mask & ~jnp.pad(mask, ((0, 0), (1, 0)))[:, :-1]
+    number = jnp.cumsum(starts, axis=1) - 1
+    own = mask[:, None, :] & (number[:, None, :] == jnp.arange(mask.shape[1])[None, :, None])
+    rows = jnp.where(own, x[:, None, :], 0.0)
+    return rows.reshape(-1, x.shape[1]), own.reshape(-1, x.shape[1])
+
+
+def verl_token_baseline(baseline, returns, weight, group, mask, epsilon: float):
+    """verl adds ε to the sum of the weights, lets a row alone in its column be its own baseline, and takes the baseline
+    from the longest row of a group from the column on that is numbered by the second longest length, wherever the
+    tokens stand. Ours gives none where a row is alone in its column."""
+    same = (group[:, None] == group[None, :]).astype(returns.dtype)
+    total, here = same @ weight, same @ mask.astype(returns.dtype)
+    baseline = jnp.where(here < 2, returns, baseline) * total / (total + epsilon)
+    length = mask.sum(axis=1)
+    others = (same > 0) & ~jnp.eye(len(length), dtype=bool)
+    second = jnp.where(others, length[None, :], -1).max(axis=1)
+    tail = (length > second)[:, None] & (jnp.arange(mask.shape[1])[None] >= second[:, None])
+    return jnp.where(tail | lone(group)[:, None], 0.0, baseline)
+
+
+def verl_geometric_mean(terms, advantages, mask):
+    """verl's GMPO divides both sums over a row by n + 1e-8. -Â w is given, -(Â s) w^s returned, s = n / (n + 1e-8)."""
+    share = verl_row_mean(jnp.ones_like(terms), mask)
+    weight = jnp.where(advantages != 0, -terms / jnp.where(advantages != 0, advantages, 1.0), 1.0)
+    return -advantages * share * weight**share
+
+
+def divided_by_all_rows(weights):
+    """TRL and ms-swift, and verl's GMPO, count rows without tokens in the mean over the rows."""
+
+    def dialect(mask, segments=None):
+        return weights(mask, segments) * mask.any(axis=1).mean()
+
+    return dialect
+
+
+def divided_by_tokens_before(mask):
+    """ms-swift divides by the tokens before it filters overlong answers."""
+
+    def dialect(kept, segments=None):
+        return kept / jnp.maximum(mask.sum(), 1)
+
+    return dialect
+
+
+def sampler_of(old_logp, weight, mask):
+    """The sampler's log-probs under which π_old/π_sampler is a recorded weight."""
+    return jnp.where(mask, old_logp - jnp.log(jnp.where(mask, weight, 1.0)), 0.0)
+
+
+def trl_row_mean(x, mask, empty: float):
+    """TRL's means of numbers that a row's tokens share count rows without tokens, as if their ratio were 1."""
+    return jnp.where(mask.any(axis=1), x, empty).mean()
+
+
+def trl_empty_rows(old_logp, advantages, mask, term):
+    """TRL's RLOO adds, without gradient, the term of a row without tokens: its log-prob is 0."""
+    return jnp.where(mask.any(axis=1), 0.0, term(jnp.exp(-old_logp), advantages)).mean()
+
+
+def trl_float32_share(share: float, entropy, mask) -> float:
+    """TRL finds the quantile in float32: a token that stands on it is left out where rounding lifted the quantile."""
+    known = jnp.sort(entropy[mask])
+    place = (1.0 - share) * (len(known) - 1)
+    nearest = round(place)
+    lifted = abs(place - nearest) < 1e-6 and jnp.float32(known[nearest]) > known[nearest]
+    return share - 1e-9 if lifted else share
+
+
+def trl_alone(advantages, judged, group):
+    """TRL gives no advantage to a row without another judged one in its group; ours keeps its reward (RLOO)."""
+    others = ((group[:, None] == group[None, :]) & judged[None, :]).sum(axis=1) - judged
+    return jnp.where(others > 0, advantages, 0.0), judged & (others > 0)
+
+
+def at_least(weight, low):
+    """TRL and OpenRLHF bound truncated weights from below too."""
+    return weight if low is None else jnp.maximum(weight, low)
+
+
+def openrlhf_columns(mask):
+    """OpenRLHF does not skip holes: they are steps of value and reward 0, and are discounted. The columns it steps
+    through."""
+    return jnp.flip(jnp.cumsum(jnp.flip(mask, 1), axis=1), 1) > 0
+
+
+def openrlhf_whitened(advantages, mask):
+    """OpenRLHF whitens by the population variance, without ε, over the tokens. Another whitening before is undone."""
+    n = mask.sum()
+    centred = advantages - jnp.where(mask, advantages, 0.0).sum() / n
+    return centred / jnp.sqrt(jnp.where(mask, centred**2, 0.0).sum() / n)
+
+
+def swift_column_decay(gamma: float, mask):
+    """ms-swift's FIPO decays by columns, holes included; ours by decisions. γ to the distance of the next token."""
+    T = mask.shape[1]
+    own = jnp.where(mask, jnp.arange(T)[None], T)
+    following = jax.lax.cummin(own, axis=1, reverse=True)
+    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=T)[:, 1:]
+    return jnp.where(mask, gamma ** (following - jnp.arange(T)[None]).astype(float), 1.0)

@@ -30,6 +30,7 @@ RANDOM = "draws a number for each place of the batch, so that other places mean 
 PULL = "pulls the policy towards another one, or towards its data, without any advantage"
 EXCEPTIONS = {
     "row order": {"clip_cov": RANDOM, "all at once": RANDOM},
+    "packing": {"clip_cov": RANDOM, "all at once": RANDOM, "real": "compares the rows of a group in `prepare`"},
     "absent rows": {"clip_cov": RANDOM, "all at once": RANDOM},
     "zero advantage": {
         **dict.fromkeys(("sft", "dro", "kl_cov", "ppo_penalty", "a_star_po", "vapo + likelihood", "all at once"), PULL),
@@ -252,6 +253,31 @@ def test_rows_without_decisions_or_judgement_are_as_if_they_were_not_there(name)
     whole, less = credited(algorithm, traj), credited(algorithm, kept)
     agree(np.delete(whole.advantages, gone, axis=0), less.advantages)
     agree(learn(algorithm, whole, table_params()), learn(algorithm, less, table_params()))
+
+
+def packed(batch):
+    """The batch with rows i and i + 8 one behind the other in one row, as segments 1 and 2."""
+    half = len(batch.mask) // 2
+
+    def join(x):
+        return jnp.concatenate([x[:half], x[half:]], axis=1)
+
+    traj = batch.traj
+    facts = {name: join(x) for name, x in vars(traj).items() if x is not None and x.shape == traj.mask.shape}
+    facts["segments"] = join(jnp.where(traj.segments > 0, traj.segments + jnp.arange(2).repeat(half)[:, None], 0))
+    if traj.values is not None:
+        facts["values"] = jnp.pad(join(traj.values[:, :-1]), ((0, 0), (0, 1)))
+    facts |= dict.fromkeys(("group", "scores", "baseline"))
+    own = {name: getattr(batch, name) for name in ("advantages", "mask", "returns")}
+    own = {name: join(x) for name, x in own.items() if x is not None}
+    return batch.replace(traj=traj.replace(**facts), extra=jax.tree.map(join, batch.extra), **own)
+
+
+@except_for("packing")
+def test_packed_rows_give_the_same_gradient(name):
+    algorithm = ALGORITHMS[name]
+    batch = credited(algorithm, rollout())
+    agree(learn(algorithm, packed(batch), table_params()), learn(algorithm, batch, table_params()))
 
 
 @EVERY

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from rljax.algorithms.credit import judged_rewards
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
-from rljax.ops.sequences import sequence_sum
-from rljax.ops.shaping import last_decision, step_numbers
+from rljax.ops.sequences import last_decision, sequence_sum
+from rljax.ops.shaping import step_numbers
 from rljax.types import Algorithm, Batch
 
 

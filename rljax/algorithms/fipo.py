@@ -13,6 +13,7 @@ from rljax.algorithms.credit import old_logp, ratio_to_old
 from rljax.algorithms.dapo import dapo
 from rljax.ops.ratios import bounded_exp
 from rljax.ops.returns import discounted_returns
+from rljax.ops.sequences import last_decision
 from rljax.types import Algorithm
 
 
@@ -22,7 +23,8 @@ def fipo(low: float = 0.2, high: float = 0.28, gamma=0.97, width: float = 0.2, s
 
     def loss(output, batch):
         log_ratio = stop_gradient(output.logp) - old_logp(batch.traj)
-        future = discounted_returns(log_ratio, batch.mask, gamma)
+        further = jnp.where(last_decision(batch.mask, batch.traj.segments), 0.0, gamma)
+        future = discounted_returns(log_ratio, batch.mask, further)
         influence = jnp.clip(bounded_exp(future), 1.0 - width, 1.0 + width)
         risky = (batch.advantages < 0) & (stop_gradient(ratio_to_old(output, batch)) > safe)
         influence = jnp.where(risky, jnp.clip(influence, 0.8, 1.0), influence)

@@ -74,11 +74,15 @@ def with_entropy(algorithm: Algorithm, coefficient: float = 0.01) -> Algorithm:
 def with_likelihood_of_good(algorithm: Algorithm, coefficient: float = 0.1, above: float = 0.0) -> Algorithm:
     """Adds -c (1/Σ_good n) Σ_good log π over the answers whose reward is above `above` (VAPO, arXiv:2504.05118)."""
 
+    def credit(traj, coefficients):
+        batch, (rewards, _) = algorithm.credit(traj, coefficients), episode_rewards(traj)
+        good = jnp.broadcast_to((rewards > above)[:, None], batch.mask.shape)
+        return batch.replace(extra={**batch.extra, "good": good})
+
     def prepare(output, batch, key):
         if algorithm.prepare is not None:
             batch = algorithm.prepare(output, batch, key)
-        rewards, judged = episode_rewards(batch.traj)
-        share = token_mean(batch.mask & (judged & (rewards > above))[:, None])
+        share = token_mean(batch.mask & batch.extra["good"])
         relative = jnp.where(batch.weight > 0, share / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)
         return batch.replace(extra={**batch.extra, "likelihood": relative})
 
@@ -86,4 +90,4 @@ def with_likelihood_of_good(algorithm: Algorithm, coefficient: float = 0.1, abov
         value = -batch.extra["likelihood"] * output.logp
         return value, value
 
-    return _add(algorithm._replace(prepare=prepare), "likelihood", coefficient, term)
+    return _add(algorithm._replace(credit=credit, prepare=prepare), "likelihood", coefficient, term)

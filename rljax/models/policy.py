@@ -44,8 +44,9 @@ def make_policy(config: DecoderConfig, chunk_tokens: int = 4096) -> Callable:
 def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
     """annotate(state, traj) -> traj with the fields in `needs` filled by forward passes without gradient.
 
-    ref_logp, teacher_logp: the policy on state.frozen["reference"], ["teacher"]. On state.params: values [B T+1], 0 after
-    the last decision; old_logp, where a method tells the trainer's log-probs from the sampler's; sum_pi_squared. `baseline` takes other answers: the experiment fills it.
+    ref_logp, teacher_logp: the policy on state.frozen["reference"] and ["teacher"]. On state.params: values [B T+1], 0
+    after the last decision; old_logp, where a method tells the trainer's log-probs from the sampler's; sum_pi_squared.
+    `baseline` takes other answers: the experiment fills it.
     """
     needs = tuple(name for name in needs if name != "baseline")
     frozen_parts = {"ref_logp": "reference", "teacher_logp": "teacher"}

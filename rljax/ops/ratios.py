@@ -1,7 +1,7 @@
 """Importance ratios between two policies at the same decisions, and the weights made of them.
 
-A *level* says what one ratio is a ratio of: (log ratio, mask, segments) -> log weight [B T]. The product over a sequence
-is its exact importance weight; single tokens and the geometric mean are biased and vary less.
+A *level* says what one ratio is a ratio of: (log ratio, mask, segments) -> log weight [B T]. The product over a
+sequence is its exact importance weight; single tokens and the geometric mean are biased and vary less.
 """
 
 import jax.numpy as jnp

@@ -44,3 +44,9 @@ def sequence_max(x: Terms, mask: Mask, segments: Segments = None) -> Terms:
         most = lambda terms, ids: jax.ops.segment_max(terms, ids, num_segments=ids.shape[0] + 1)[ids]  # noqa: E731
         largest = jax.vmap(most)(x, segments)
     return jnp.where(jnp.isneginf(largest), 0.0, largest)
+
+
+def last_decision(mask: Mask, segments: Segments = None) -> Mask:
+    """True at the last decision of each sequence that has one."""
+    column = jnp.broadcast_to(jnp.arange(mask.shape[1]).astype(float)[None], mask.shape)
+    return mask & (column == sequence_max(column, mask, segments))

@@ -11,16 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rljax.ops.kl import k1
 from rljax.ops.returns import Weights, td_errors
-from rljax.ops.sequences import sequence_mean
+from rljax.ops.sequences import last_decision, sequence_mean
 
 Mask = Bool[Array, "B T"]
 Terms = Float[Array, "B T"]
-
-
-def last_decision(mask: Mask) -> Mask:
-    """True at the last unmasked column of each row that has one."""
-    after = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]  # decisions at t or later
-    return mask & (after == 1)
 
 
 def at_last_decision(outcome: Float[Array, " B"], mask: Mask) -> Terms:

@@ -43,3 +43,17 @@ def constant_length(length: float):
         return sequence_sum(mask, segments) / length
 
     return weights
+
+
+def token_sum(mask: Mask, segments: Segments = None) -> Weight:
+    """1: no divisor; the gradient grows with the batch."""
+    return mask.astype(float)
+
+
+def over_all_rows(weights):
+    """The weights with a divisor of all B rows, not of the N⁺ that have a decision (TRL, ms-swift). Unpacked rows."""
+
+    def shared(mask: Mask, segments: Segments = None) -> Weight:
+        return weights(mask, segments) * (mask.any(axis=1).sum() / mask.shape[0])
+
+    return shared

@@ -5,7 +5,7 @@ import re
 import jax.numpy as jnp
 
 from rljax.algorithms.controllers import adaptive_kl
-from rljax.ops import kl, logprobs, losses, q_learning, returns, shaping, statistics, weights
+from rljax.ops import kl, logprobs, losses, q_learning, returns, sequences, shaping, statistics, weights
 from rljax.train import diagnostics
 from rljax.types import Batch, Trajectory
 from tests import dialects
@@ -64,7 +64,7 @@ def verl_weights(mode: str, mask, width: float):
     if mode == "token-mean":
         return weights.token_mean(mask)
     if mode == "token-sum":
-        return dialects.verl_token_sum(weights.token_mean(mask), mask)
+        return weights.token_sum(mask)
     if mode == "seq-mean-token-mean":
         return dialects.verl_row_mean(weights.sequence_mean(mask), mask)
     if mode == "seq-mean-token-sum":
@@ -95,13 +95,12 @@ GLOBAL = ("dp_size", "batch_num_tokens", "global_batch_size")
 
 def tunix_aggregate_loss(case: Case) -> dict:
     mask, terms = mask_of(case, "completion_mask"), case.ins["per_token_loss"]
-    summed = weights.sequence_sum(mask)
     by_mode = {
         "token-mean": weights.token_mean(mask),
         "sequence-mean-token-mean": weights.sequence_mean(mask),
         "sequence-mean-token-scale": weights.constant_length(float(case.width))(mask),
-        "seq-mean-token-sum": summed,
-        "sequence-mean-token-sum-norm": dialects.tunix_divided_by_all_rows(summed, mask),
+        "seq-mean-token-sum": weights.sequence_sum(mask),
+        "sequence-mean-token-sum-norm": weights.over_all_rows(weights.sequence_sum)(mask),
     }
     return {mode: (weight * terms).sum() for mode, weight in by_mode.items()}
 
@@ -380,7 +379,7 @@ def trajectory(case: Case, mask, rewards, **fields) -> Trajectory:
     nothing = jnp.zeros_like(rewards)
     group = jnp.zeros(mask.shape[0], int)
     cut = dialects.verl_truncated(mask, case.width)
-    cut &= shaping.last_decision(mask)
+    cut &= sequences.last_decision(mask)
     return Trajectory(nothing, nothing, nothing, mask, group=group, rewards=rewards, truncated=cut, **fields)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops import kl, shaping
+from rljax.ops import kl, sequences, shaping
 from rljax.ops.returns import discounted_returns, total_return
 
 nan = np.nan
@@ -95,7 +95,7 @@ def test_shaping_by_a_potential_adds_the_same_to_every_episode_from_one_state(ga
     """Σ γ^t F_t = γ^n Φ(end) - Φ(start): -Φ(start) where the episode terminated, however it went."""
     draw = np.random.default_rng(2)
     potentials = f32(np.where(np.pad(MASK, ((0, 0), (0, 1)), constant_values=True), draw.normal(size=(4, 6)), nan))
-    ended = shaping.last_decision(MASK)
+    ended = sequences.last_decision(MASK)
     added = shaping.potential_shaping(potentials, MASK, gamma, ended)
     start = np.array([potentials[0, 0], potentials[1, 2], 0.0, potentials[3, 0]])
     np.testing.assert_allclose(total_return(added, MASK, gamma), -start, rtol=1e-5)
