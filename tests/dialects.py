@@ -6,6 +6,8 @@ Used by the tables of tests/golden only. Nothing here is a recommendation.
 import jax
 import jax.numpy as jnp
 
+from rljax.ops import groups, statistics
+
 # --------------------------------------------------------------------------------------------------------- preferences
 
 
@@ -158,17 +160,12 @@ def runs_as_rows(x, mask):
 
 
 def verl_token_baseline(baseline, returns, weight, group, mask, epsilon: float):
-    """verl adds ε to the sum of the weights, lets a row alone in its column be its own baseline, and takes the baseline
-    from the longest row of a group from the column on that is numbered by the second longest length, wherever the
-    tokens stand. Ours gives none where a row is alone in its column."""
+    """verl adds ε to the sum of the weights, and lets a row alone in its column be its own baseline, unless it is alone
+    in its group; ours gives none to either."""
     same = (group[:, None] == group[None, :]).astype(returns.dtype)
     total, here = same @ weight, same @ mask.astype(returns.dtype)
     baseline = jnp.where(here < 2, returns, baseline) * total / (total + epsilon)
-    length = mask.sum(axis=1)
-    others = (same > 0) & ~jnp.eye(len(length), dtype=bool)
-    second = jnp.where(others, length[None, :], -1).max(axis=1)
-    tail = (length > second)[:, None] & (jnp.arange(mask.shape[1])[None] >= second[:, None])
-    return jnp.where(tail | lone(group)[:, None], 0.0, baseline)
+    return jnp.where(lone(group)[:, None], 0.0, baseline)
 
 
 def verl_geometric_mean(terms, advantages, mask):
@@ -242,6 +239,16 @@ def openrlhf_whitened(advantages, mask):
     n = mask.sum()
     centred = advantages - jnp.where(mask, advantages, 0.0).sum() / n
     return centred / jnp.sqrt(jnp.where(mask, centred**2, 0.0).sum() / n)
+
+
+def swift_scaled(advantages, of, group, scale: str):
+    """ms-swift divides RLOO's advantages by the deviation of the rewards and those of its REINFORCE++, which does not
+    whiten, by their own: in the group or over the batch."""
+    everybody = jnp.ones(of.shape, bool)
+    if scale not in ("group", "batch"):
+        return advantages
+    std = groups.group_std(of, group, everybody) if scale == "group" else statistics.masked_std(of, everybody)
+    return advantages / (std + 1e-4)
 
 
 def swift_column_decay(gamma: float, mask):

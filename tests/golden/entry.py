@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from rljax.types import Trajectory
 
 
 class Case(NamedTuple):
@@ -15,6 +18,7 @@ class Case(NamedTuple):
     ins: dict  # name -> array, float64. Rows that answer one prompt are told by ins["index"], whatever the peer does
     outs: dict  # name -> what the peer returned
     width: int  # columns of the recorded arrays: some peers divide by it
+    order: np.ndarray | None = None  # of the rows, where they are not as recorded: for peers that take the first ones
 
 
 class Entry(NamedTuple):
@@ -30,6 +34,12 @@ class Entry(NamedTuple):
     not_compared: dict[str, str] = {}  # name of an out (fnmatch) -> why
     not_moved: str | None = None  # why no permuted and widened copy is fed
     not_run: dict[str, str] = {}  # name of a case (fnmatch) -> why
+
+
+def trajectory(mask, **fields) -> Trajectory:
+    """Facts of decisions whose tokens do not matter."""
+    nothing = jnp.zeros(mask.shape)
+    return Trajectory(**{"inputs": nothing, "actions": nothing, "logp": nothing, "mask": mask, **fields})
 
 
 def gradient(loss: Callable, ins: dict, *names: str) -> tuple:
@@ -73,4 +83,4 @@ def moved(case: Case, entry: Entry, seed: int = 0, wider: int = 3) -> tuple[Case
             garbage = np.full(extra, x[0, 0] if x.ndim == 2 else 0)
         return np.concatenate([x, garbage.astype(x.dtype)], axis=1)
 
-    return case._replace(ins={name: move(name, x) for name, x in case.ins.items()}), order
+    return case._replace(ins={name: move(name, x) for name, x in case.ins.items()}, order=order), order
