@@ -4,6 +4,8 @@
 """
 
 from rljax.algorithms.a_star_po import a_star_po
+from rljax.algorithms.aot import aot, aot_unpaired
+from rljax.algorithms.bco import bco
 from rljax.algorithms.capo import capo
 from rljax.algorithms.cispo import cispo
 from rljax.algorithms.correct import (
@@ -15,7 +17,9 @@ from rljax.algorithms.correct import (
     truncate_is,
 )
 from rljax.algorithms.covariance import clip_cov, kl_cov
+from rljax.algorithms.cpo import cpo, simpo
 from rljax.algorithms.dapo import dapo
+from rljax.algorithms.dpo import dpo
 from rljax.algorithms.dppo import dppo_kl, dppo_tv
 from rljax.algorithms.dr_grpo import dr_grpo
 from rljax.algorithms.dro import dro
@@ -26,21 +30,26 @@ from rljax.algorithms.gpg import gpg
 from rljax.algorithms.grpo import grpo
 from rljax.algorithms.grpo_process import grpo_process
 from rljax.algorithms.gspo import gspo, gspo_token
+from rljax.algorithms.kto import kto
 from rljax.algorithms.lite_ppo import lite_ppo
 from rljax.algorithms.luspo import luspo
 from rljax.algorithms.maxrl import maxrl
+from rljax.algorithms.online_dpo import online_pairs
 from rljax.algorithms.opo import opo
+from rljax.algorithms.orpo import orpo
 from rljax.algorithms.otb import otb
 from rljax.algorithms.pass_at_k import pass_at_k
 from rljax.algorithms.ppo import ppo, ppo_penalty
+from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.real import real
 from rljax.algorithms.reinforce import reinforce
 from rljax.algorithms.reinforce_ada import reinforce_ada
 from rljax.algorithms.reinforce_pp import reinforce_pp, reinforce_pp_baseline
 from rljax.algorithms.remax import remax
+from rljax.algorithms.reward_model import ranked_reward_model, reward_model
 from rljax.algorithms.rloo import rloo
 from rljax.algorithms.sapo import sapo
-from rljax.algorithms.sft import sft
+from rljax.algorithms.sft import dft, sft
 from rljax.algorithms.shape import distil, filter_overlong, kl_in_reward, penalise_overlong
 from rljax.algorithms.vapo import vapo
 from rljax.algorithms.vespo import vespo
