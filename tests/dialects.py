@@ -26,7 +26,7 @@ def openrlhf_sequence_mean(weights):
     """OpenRLHF adds 1e-8 to the tokens of a row, and its mean over the rows counts those without tokens."""
 
     def dialect(mask, segments=None):
-        n, said = mask.sum(axis=1, keepdims=True), mask.any(axis=1).mean()
+        n, said = mask.sum(axis=1, keepdims=True), mask.any(axis=1).astype(float).mean()
         return weights(mask, segments) * n / (n + 1e-8) * said
 
     return dialect
@@ -120,8 +120,8 @@ def verl_truncated(mask, width: int):
 
 
 def verl_counted(mask, rewards, width: int):
-    """verl counts a row without tokens, with the reward that stands on its padding, in the statistics of its group; ours
-    is no row. (mask, rewards) in which such a row has one decision."""
+    """verl counts a row without tokens in its group, with the reward that stands on its padding; ours is no row.
+    (mask, rewards) in which such a row has one decision."""
     empty, first = ~mask.any(axis=1, keepdims=True), (jnp.arange(mask.shape[1]) == 0)[None]
     total = rewards[:, :width].sum(axis=1, keepdims=True)
     return mask | (empty & first), jnp.where(empty, jnp.where(first, total, 0.0), rewards)
@@ -133,12 +133,12 @@ def lone(group):
 
 
 def verl_lone_rows(advantages, rewards, group, epsilon: float = 0.0):
-    """verl takes mean 0 and std 1 for a group of one, which keeps its raw reward; ours teaches nothing by comparison."""
+    """verl takes mean 0 and std 1 for a group of one, which keeps its raw reward; in ours it has advantage 0."""
     return jnp.where(lone(group)[:, None], (rewards / (1.0 + epsilon))[:, None], advantages)
 
 
 def verl_gpg_scale(rewards, group):
-    """verl's α is rows over rows with a reward that is not 0; the paper's, and ours, counts groups that differ inside."""
+    """verl's α is rows over rows with a reward that is not 0; ours, the paper's, counts groups whose rewards differ."""
     groups = [rewards[group == g] for g in jnp.unique(group)]
     ours = len(groups) / max(sum(bool((x != x[0]).any()) for x in groups), 1)
     return len(rewards) / max(int((rewards != 0).sum()), 1) / ours
@@ -179,7 +179,7 @@ def divided_by_all_rows(weights):
     """TRL and ms-swift, and verl's GMPO, count rows without tokens in the mean over the rows."""
 
     def dialect(mask, segments=None):
-        return weights(mask, segments) * mask.any(axis=1).mean()
+        return weights(mask, segments) * mask.any(axis=1).astype(float).mean()
 
     return dialect
 
@@ -204,7 +204,7 @@ def trl_row_mean(x, mask, empty: float):
 
 
 def trl_empty_rows(old_logp, advantages, mask, term):
-    """TRL's RLOO adds, without gradient, the term of a row without tokens: its log-prob is 0."""
+    """TRL's RLOO and GMPO add, without gradient, the term of a row without tokens: its log-prob is 0."""
     return jnp.where(mask.any(axis=1), 0.0, term(jnp.exp(-old_logp), advantages)).mean()
 
 

@@ -145,8 +145,8 @@ def verl_reinforce_pp(case: Case) -> dict:
 
 
 def verl_reinforce_pp_baseline(case: Case) -> dict:
-    """Where verl counts a row that ours does not, or the other way round, the baseline is taken first, as verl takes it;
-    then the rows are one group, whose mean the whitening takes out again."""
+    """Where a row has no tokens or is alone in its group, the baseline is taken first, as verl takes it; then the rows
+    are one group, whose mean the whitening takes out again."""
     mask, group = mask_of(case), case.ins["index"]
     if mask.any(axis=1).all() and not dialects.lone(group).any():
         traj = trajectory(mask, rewards=case.ins["token_level_rewards"], group=group)

@@ -1,6 +1,7 @@
 """How one recorded file of a peer is held against rljax: a row of the tables in this folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -31,9 +32,9 @@ class Entry(NamedTuple):
     at_mask: bool = False  # the peer leaves numbers at masked places: compare [B T] outs only where the mask is 1
     halves: bool = False  # rows i and i + B/2 belong together
     still: tuple[str, ...] = ("reward_weights",)  # inputs without rows
-    not_compared: dict[str, str] = {}  # name of an out (fnmatch) -> why
+    not_compared: Mapping[str, str] = MappingProxyType({})  # name of an out (fnmatch) -> why
     not_moved: str | None = None  # why no permuted and widened copy is fed
-    not_run: dict[str, str] = {}  # name of a case (fnmatch) -> why
+    not_run: Mapping[str, str] = MappingProxyType({})  # name of a case (fnmatch) -> why
 
 
 def trajectory(mask, **fields) -> Trajectory:
