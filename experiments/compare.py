@@ -20,7 +20,7 @@ import options
 from arithmetic_grpo import ALGORITHMS, Named
 from rljax.train.log import say, table
 
-SORTING = arithmetic_grpo.Config(task="sortings", steps=50, warm_up_target=0.25, warm_up_check=1)
+SORTING = arithmetic_grpo.Config(task="sortings", steps=30, warm_up_target=0.25, warm_up_check=1)
 
 
 @dataclasses.dataclass(frozen=True)
