@@ -1,10 +1,9 @@
 """What does each estimator estimate? By enumeration, not by sampling: writes docs/estimators.md.
 
-    python experiments/estimators.py            # a few minutes on two CPU cores; the same file every time
+    python experiments/estimators.py            # two to four minutes on two CPU cores; the same file each time
 
-A language model small enough to list every answer, and every group of 2 and of 3 answers, gives the exact mean and
-variance of each algorithm's gradient, through the library's own code; `experiments/exact/` does the sums. A new
-algorithm is one line in ALGORITHMS.
+A language model small enough to list every group of 2 and of 3 answers gives the exact mean and variance of each
+algorithm's gradient, through the library's own code: `exact/` does the sums. A new algorithm is a line in ALGORITHMS.
 
 Reached: docs/estimators.md.
 """
@@ -13,11 +12,10 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 import options
-from exact import gradients, tables, worlds
-from exact.gradients import BETA, ENTROPY
+from exact import tables, worlds
+from exact.gradients import BETA, ENTROPY, measure
 from exact.language import tree
 from exact.measured import Measured
 from rljax import algorithms as a
@@ -26,7 +24,7 @@ from rljax.algorithms.wrap import needing
 from rljax.ops.kl import k1, k2, k3, k3_with_k2_gradient
 from rljax.ops.ratios import sequence_product
 from rljax.ops.weights import constant_length, sequence_mean, sequence_sum, token_mean
-from rljax.train.log import say, write_atomically
+from rljax.train.log import write_atomically
 from rljax.types import Algorithm
 
 LENGTH = 3  # most tokens of an answer
@@ -113,32 +111,24 @@ class Config:
     odds: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)  # of an answer being right, in the table of prompts
     answers: int = 8  # of a group, in that table
     seed: int = 0  # of policies and rewards
-    only: str = ""  # algorithms whose name contains this; the file then holds nothing of the others
+    only: str = ""  # algorithms whose name contains this; the file then leaves out the others
     file: str = str(Path(__file__).resolve().parents[1] / "docs" / "estimators.md")  # what is written
-
-
-def measure(algorithms: dict[str, Algorithm], lm, places: list, answers: int) -> dict:
-    """{algorithm: (mean [D W S·V], variance [D W])} in D places; weighting 0 is its own, then WEIGHTINGS."""
-    stacked, found = jax.tree.map(lambda *x: jnp.stack(x), *places), {}
-    for name, algorithm in algorithms.items():
-        run = gradients.moments(algorithm, [algorithm.weights, *WEIGHTINGS.values()], lm, answers)
-        found[name] = jax.device_get(run(stacked))
-        say(f"groups of {answers}: {name}")
-    return found
 
 
 def main(cfg: Config) -> str:
     algorithms = {name: x for name, x in ALGORITHMS.items() if cfg.only in name}
     with jax.enable_x64(True):
-        lm, token, flip = tree(cfg.vocabulary, LENGTH), tree(cfg.vocabulary + 1, 1), tree(2, 1)
-        (world, *off), (token_world, *token_off) = (worlds.moved(x, cfg.seed, cfg.distances) for x in (lm, token))
+        lm, token, flip = tree(cfg.vocabulary, LENGTH), tree(cfg.vocabulary + 1, 1), tree(2, 1)._replace(ended=True)
+        world, *off = worlds.moved(lm, cfg.seed, cfg.distances)
+        token_world, *token_off = worlds.moved(token, cfg.seed, cfg.distances)
         binary, _ = worlds.random_world(lm, cfg.seed, binary=True)
-        found = {answers: measure(algorithms, lm, [world, binary, *off], answers) for answers in (2, 3)}
-        plain = {name: x for name, x in algorithms.items() if "+ " not in name}
-        odds = measure(plain, flip, [worlds.coin(p) for p in cfg.odds], cfg.answers)
+        places, ways = [world, binary, *off], WEIGHTINGS.values()
+        found = {G: measure(algorithms, ways, lm, places, G) for G in (2, 3)}
+        plain = {name: x for name, x in algorithms.items() if "+ " not in name and "ref_logp" not in x.needs}
+        odds = measure(plain, (), flip, [worlds.coin(p) for p in cfg.odds], cfg.answers)
         seen = Measured(algorithms, tuple(WEIGHTINGS), lm, world, binary, cfg.distances, found)
         parts = {
-            "numbers": {"β": BETA, "c": ENTROPY, "G": cfg.answers, "distance": cfg.distances[1], "T": LENGTH},
+            **{"β": BETA, "c": ENTROPY, "G": cfg.answers, "distance": cfg.distances[1], "T": LENGTH},
             "own_objective": seen.own_objective(),
             "objective_by_weighting": seen.objective_by_weighting(),
             "on_policy": seen.on_policy(),
@@ -151,9 +141,7 @@ def main(cfg: Config) -> str:
             "credit": tables.outcome(lm, world, binary),
             "critic": tables.critic(lm, world),
         }
-    parts |= {name: str(x) for name, x in parts.pop("numbers").items()}
     write_atomically(Path(cfg.file), text := tables.fill(parts))
-    say(f"wrote {cfg.file}")
     return text
 
 

@@ -85,7 +85,7 @@ class Visited:
         return np.random.default_rng(seed).choice(len(self.chance), size=count, p=self.chance / self.chance.sum())
 
     def averaged(self, seed: int, count: int) -> np.ndarray:
-        """A critic fitted to `count` answers: the mean reward after each prefix, of all answers where it was not seen."""
+        """A critic fitted to `count` answers: mean reward after each prefix, of all answers where it was not seen."""
         rows = self.drawn(seed, count)
         at, paid = self.lm.prefix[rows][self.lm.mask[rows]], np.repeat(self.rewards[rows], self.lm.mask[rows].sum(1))
         seen = np.bincount(at, minlength=self.lm.prefixes)

@@ -5,7 +5,9 @@ group of G answers, N^G of them, each with its exact probability under the behav
 """
 
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 
 from exact.language import Tree, at_the_end, log_prob, sequence_kl, values, visits
 from exact.worlds import World, facts, policy
+from rljax.train.log import say
 from rljax.train.objective import policy_objective
 from rljax.types import Algorithm
 
@@ -20,15 +23,14 @@ BETA = 0.2  # of every KL term
 ENTROPY = 0.2  # of the entropy bonus
 
 
-def moments(algorithm: Algorithm, weightings: list[Callable], lm: Tree, answers: int) -> Callable:
-    """worlds -> (mean [D W S·V], variance [D W]) of the ascent direction of one update on a group of `answers`.
+def moments(algorithm: Algorithm, weightings: list[Callable], lm: Tree, worlds: World, answers: int) -> Callable:
+    """() -> (mean [D W S·V], variance [D W]) of the ascent direction of one update on a group of `answers`.
 
     For D worlds (stacked) under each of W weightings; the variance is the trace of the covariance. A method that draws
-    lots in `prepare` draws once for each group.
+    lots in `prepare` draws once for each group. Traced here; compiled and run by the call, in any thread.
     """
-    joint = jnp.asarray(list(itertools.product(range(len(lm.mask)), repeat=answers)))
 
-    def in_world(world: World):
+    def in_world(world: World, joint):
         traj, frozen = facts(lm, world, algorithm.needs), values(lm, world.behaviour, at_the_end(lm, world.rewards))
         probability = jnp.exp(log_prob(lm, world.behaviour)[joint].sum(1))
 
@@ -46,7 +48,26 @@ def moments(algorithm: Algorithm, weightings: list[Callable], lm: Tree, answers:
 
         return jax.lax.map(under, jnp.arange(len(weightings)))
 
-    return jax.jit(lambda worlds: jax.lax.map(in_world, worlds))
+    # An argument, not a constant: XLA would fold what follows from a constant, an element at a time.
+    joint = jnp.asarray(list(itertools.product(range(len(lm.mask)), repeat=answers)))
+    traced = jax.jit(lambda worlds, joint: jax.lax.map(lambda w: in_world(w, joint), worlds)).lower(worlds, joint)
+    quickly = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
+    return lambda: jax.device_get(traced.compile(quickly)(worlds, joint))
+
+
+def measure(algorithms: Mapping, weightings: Iterable[Callable], lm: Tree, places: list[World], answers: int) -> dict:
+    """{algorithm: (mean [D W S·V], variance [D W])} in D places; weighting 0 is its own, then come `weightings`."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *places)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            name: pool.submit(moments(x, [x.weights, *weightings], lm, stacked, answers))
+            for name, x in algorithms.items()
+        }
+        found = {}
+        for name, job in jobs.items():
+            found[name] = job.result()
+            say(f"groups of {answers}: {name}")
+        return found
 
 
 def objectives(lm: Tree, world: World, answers: int) -> dict[str, jax.Array]:
@@ -86,7 +107,8 @@ def objectives(lm: Tree, world: World, answers: int) -> dict[str, jax.Array]:
 def compare(mean, truth) -> dict[str, float]:
     """Cosine; scale along the truth; bias relative to the truth, as it is and after dividing by the scale."""
     size, own = jnp.linalg.norm(truth), jnp.linalg.norm(mean)
-    cosine, scale = mean @ truth / jnp.maximum(size * own, 1e-300), mean @ truth / size**2
+    scale = mean @ truth / size**2
+    cosine = jnp.where(own > 1e-9 * size, scale * size / jnp.maximum(own, 1e-300), jnp.nan)
     biased = jnp.linalg.norm(mean - truth) / size
     rest = jnp.linalg.norm(mean / jnp.where(scale == 0, 1.0, scale) - truth) / size
     return {"cosine": float(cosine), "scale": float(scale), "bias": float(biased), "rest": float(rest)}
@@ -101,5 +123,6 @@ def name_of(mean, truths: dict[str, jax.Array]) -> str:
         if found["cosine"] > 1 - 1e-9:
             near = Fraction(found["scale"]).limit_denominator(48)
             exactly = abs(float(near) - found["scale"]) < 1e-9
-            return name if exactly and near == 1 else f"{near if exactly else format(found['scale'], '.3g')} · {name}"
+            factor = str(near) if exactly else f"{found['scale']:.3g}"
+            return name if factor == "1" else f"{factor} · ({name})" if "J " in name else f"{factor} · {name}"
     return "–"

@@ -18,7 +18,7 @@ class Tree(NamedTuple):
     prefix: np.ndarray  # [N T]
     actions: np.ndarray  # [N T]
     mask: np.ndarray  # [N T]
-    ended: np.ndarray  # [N] by token 0, not by the length
+    ended: np.ndarray | bool  # [N] by token 0, not by the length
     prefixes: int  # S
     vocabulary: int  # V
 

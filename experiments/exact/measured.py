@@ -14,6 +14,7 @@ from rljax.types import Algorithm
 
 ON_POLICY, BINARY, OFF = 0, 1, 2  # places; OFF and after: behaviour policies further and further away
 OWN = 0  # the algorithm's own weighting; those of the list follow
+CONSTANT = "constant_length"  # but for its scale the same as sequence_sum
 
 
 def against(mean, variance, truth) -> dict[str, float]:
@@ -21,6 +22,11 @@ def against(mean, variance, truth) -> dict[str, float]:
     out = compare(mean, truth)
     size = float(truth @ truth) * out["scale"] ** 2
     return {**out, "variance": float(variance) / size if abs(out["scale"]) > 1e-9 else np.nan}
+
+
+def nearest(cosine: float) -> float:
+    """A key that sorts cosines from 1 down, without a direction last, and equal ones as equal."""
+    return 2.0 if np.isnan(cosine) else -round(cosine, 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Measured:
     def order(self) -> list[str]:
         """Nearest to ∇J first, the quieter one of equals."""
         each = {name: self.one(name) for name in self.algorithms}
-        return sorted(each, key=lambda x: (-round(each[x]["cosine"], 9), round(each[x]["variance"], 9), x))
+        return sorted(each, key=lambda x: (nearest(each[x]["cosine"]), round(each[x]["variance"], 9), x))
 
     def own_objective(self) -> str:
         right, rows = objectives(self.lm, self.binary, 3), []
@@ -61,7 +67,7 @@ class Measured:
         return markdown(rows)
 
     def objective_by_weighting(self) -> str:
-        where = {w: i + 1 for i, w in enumerate(self.weightings)}
+        where = {w: i + 1 for i, w in enumerate(self.weightings) if w != CONSTANT}
         return markdown([{"algorithm": x} | {w: self.said(x, 3, i) for w, i in where.items()} for x in self.order])
 
     def on_policy(self) -> str:
@@ -78,20 +84,22 @@ class Measured:
         rows = []
         for name in self.order:
             each = {w: self.one(name, weighting=i + 1) for i, w in enumerate(self.weightings)}
-            row = {"algorithm": name} | {f"cosine, {w}": closeness(x["cosine"]) for w, x in each.items()}
+            others = {w: x for w, x in each.items() if w != CONSTANT}
+            row = {"algorithm": name} | {f"cosine, {w}": closeness(x["cosine"]) for w, x in others.items()}
             row |= {f"scale, {w}": x["scale"] for w, x in each.items()}
-            rows.append(row | {f"variance, {w}": x["variance"] for w, x in each.items()})
+            rows.append(row | {f"variance, {w}": x["variance"] for w, x in others.items()})
         return markdown(rows)
 
     def off_policy(self) -> str:
         rows = {}
         for name in self.order:
             each = {0.0: self.one(name)} | {d: self.one(name, place=OFF + i) for i, d in enumerate(self.distances)}
+            last = f"{self.distances[-1]:g} nats"
             row = {"algorithm": name} | {f"cosine, {d:g} nats": closeness(x["cosine"]) for d, x in each.items()}
-            row |= {f"scale, {d:g} nats": x["scale"] for d, x in each.items()}
             row |= {f"bias, {d:g} nats": x["bias"] for d, x in each.items()}
             far = each[self.distances[-1]]
-            rows[-round(far["cosine"], 9), name] = row | {f"variance, {self.distances[-1]:g} nats": far["variance"]}
+            row |= {f"scale, {last}": far["scale"], f"variance, {last}": far["variance"]}
+            rows[nearest(far["cosine"]), name] = row
         return markdown([rows[key] for key in sorted(rows)])
 
     def regularised(self) -> str:
@@ -102,5 +110,5 @@ class Measured:
             row = {"algorithm": name, "cosine to ∇J": closeness(self.one(name)["cosine"])}
             row |= {"cosine to ∇J_β": closeness(near["cosine"]), "scale": near["scale"], "bias": near["bias"]}
             row |= {f"cosine, {d:g} nats": closeness(x["cosine"]) for d, x in zip(self.distances, far, strict=True)}
-            rows[-round(near["cosine"], 9), name] = row
+            rows[nearest(near["cosine"]), name] = row
         return markdown([rows[key] for key in sorted(rows)])

@@ -18,7 +18,9 @@ def digits(x) -> str:
         return x
     if not np.isfinite(x):
         return "–"
-    return str(round(x)) if abs(x - round(x)) < 1e-8 else f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.0e}"
+    if abs(x - round(x)) < 1e-8:
+        return str(round(x))
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.0e}"
 
 
 def closeness(x: float) -> str:
@@ -29,15 +31,19 @@ def closeness(x: float) -> str:
 
 
 def markdown(rows: list[Mapping]) -> str:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---" + "|--:" * (len(names) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(digits(row[name]) for name in names) + " |" for row in rows])
+    """A table; rows that differ in their first cell alone become one."""
+    merged: dict[tuple, list] = {}
+    for name, *cells in (map(digits, row.values()) for row in rows):
+        merged.setdefault(tuple(cells), []).append(name)
+    lines = [list(rows[0]), ["---"] + ["--:"] * (len(rows[0]) - 1)]
+    lines += [["; ".join(names), *cells] for cells, names in merged.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def fill(parts: Mapping[str, str]) -> str:
+def fill(parts: Mapping[str, object]) -> str:
     """page.md with {{name}} replaced by the part of that name."""
     page = (Path(__file__).parent / "page.md").read_text()
-    return re.sub(r"\{\{(\S+)\}\}", lambda hit: parts[hit[1]], page)
+    return re.sub(r"\{\{(\S+)\}\}", lambda hit: str(parts[hit[1]]), page)
 
 
 def prompts(lm: Tree, found: Mapping, chances: tuple[float, ...]) -> str:

@@ -76,6 +76,7 @@ def facts(lm: Tree, world: World, needs: tuple[str, ...] = ()) -> Trajectory:
     log_mu = jax.nn.log_softmax(world.behaviour)
     greedy = jnp.all((lm.actions == jnp.argmax(log_mu, 1)[lm.prefix]) | ~lm.mask, axis=1)
     V = jnp.where(lm.mask, values(lm, world.behaviour, rewards)[lm.prefix], 0.0)
+    ended = np.broadcast_to(lm.ended, len(lm.mask))[:, None]
     return Trajectory(
         inputs=jnp.asarray(lm.prefix),
         actions=jnp.asarray(lm.actions),
@@ -93,8 +94,8 @@ def facts(lm: Tree, world: World, needs: tuple[str, ...] = ()) -> Trajectory:
         ref_logp=chosen(lm, world.reference),
         teacher_logp=chosen(lm, world.teacher),
         values=jnp.pad(V, ((0, 0), (0, 1))),
-        terminated=last & lm.ended[:, None],
-        truncated=last & ~lm.ended[:, None],
+        terminated=last & ended,
+        truncated=last & ~ended,
         dist=log_mu[lm.prefix],
         version=jnp.zeros(lm.mask.shape, jnp.int32),
         sum_pi_squared=(jnp.exp(log_mu) ** 2).sum(1)[lm.prefix],
