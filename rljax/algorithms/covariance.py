@@ -1,11 +1,13 @@
 """Clip-Cov and KL-Cov: keep the entropy by holding back the few tokens that eat it (arXiv:2505.22617).
 
     cov_t = (Â_t - mean Â)(log π_t - mean log π)        over the whole optimizer batch
+    clip_cov  L = token mean of  0 where dropped, max(-ρÂ, -clip(ρ) Â) else
+    kl_cov    L = token mean of  -ρÂ + coefficient · |log π - log π_old| where held, -ρÂ else
 
-The entropy falls with the covariance of advantage and log-prob, and a few tokens carry most of it. `clip_cov` takes
-max(1, ⌊share · N⌋) random ones of those with low < cov < high out of PPO's loss, unless the clip already did; `kl_cov`
-adds coefficient · |log π - log π_old| to the share with the highest covariance, and clips nothing. Which tokens is
-decided in `prepare`, over the whole batch, before it is cut. Â is GRPO's.
+The entropy falls with the covariance of advantage and log-prob, and a few tokens carry most of it. `clip_cov` drops
+max(1, ⌊share · N⌋) random ones of those whose cov lies within `bounds`, unless the clip already did; `kl_cov` holds as
+many with the highest cov, and clips nothing. Which tokens is decided in `prepare`, over the whole batch, before it is
+cut. Â is GRPO's.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,10 @@
 """Preferences without a reference: CPO, SimPO, AlphaPO.
 
-CPO      -log σ(β(log π_w - log π_l)) + c NLL(chosen)              sums          arXiv:2401.08417
-SimPO    -log σ(β(ℓ̄_w - ℓ̄_l) - γ)                                  token means   arXiv:2405.14734
-AlphaPO  SimPO with ℓ̄ -> (1 - e^{-αℓ̄})/α                           token means   arXiv:2501.03884
+    CPO      -log σ(β(log π_w - log π_l)) + c NLL(chosen)              sums          arXiv:2401.08417
+    SimPO    -log σ(β(ℓ̄_w - ℓ̄_l) - γ)                                  token means   arXiv:2405.14734
+    AlphaPO  SimPO with ℓ̄ -> (1 - e^{-αℓ̄})/α                           token means   arXiv:2501.03884
+
+ℓ̄ is the mean of an answer's log-probs. The NLL is the token mean over the chosen answers.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,8 @@ KL, no division by a deviation.
 import jax.numpy as jnp
 
 from rljax.algorithms.credit import from_rewards
-from rljax.ops import groups, losses
+from rljax.algorithms.reinforce import reinforce
+from rljax.ops import groups
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
 
@@ -23,7 +24,4 @@ def gpg() -> Algorithm:
         alpha = share.sum() / jnp.maximum(informative.sum(), 1.0)
         return alpha * groups.centred(rewards, group, judged)
 
-    def loss(output, batch):
-        return losses.policy_gradient(output.logp, batch.advantages), {}
-
-    return Algorithm(credit=from_rewards(advantage), loss=loss, weights=token_mean)
+    return reinforce()._replace(credit=from_rewards(advantage), weights=token_mean)

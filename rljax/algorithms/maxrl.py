@@ -9,8 +9,8 @@ log E[R]: hard prompts weigh more. For rewards of other signs the quotient has n
 import jax.numpy as jnp
 
 from rljax.algorithms.credit import from_rewards
-from rljax.ops import groups, losses
-from rljax.ops.weights import sequence_sum
+from rljax.algorithms.reinforce import reinforce
+from rljax.ops import groups
 from rljax.types import Algorithm
 
 
@@ -21,7 +21,4 @@ def maxrl() -> Algorithm:
         mean = groups.group_mean(rewards, group, judged)
         return jnp.where(mean > 0, groups.centred(rewards, group, judged) / jnp.where(mean > 0, mean, 1.0), 0.0)
 
-    def loss(output, batch):
-        return losses.policy_gradient(output.logp, batch.advantages), {}
-
-    return Algorithm(credit=from_rewards(advantage), loss=loss, weights=sequence_sum)
+    return reinforce()._replace(credit=from_rewards(advantage))

@@ -9,8 +9,8 @@ clip, no KL, no entropy term: one update per rollout.
 import jax.numpy as jnp
 
 from rljax.algorithms.credit import episode_rewards, outcome_batch
-from rljax.ops import groups, losses
-from rljax.ops.weights import sequence_sum
+from rljax.algorithms.reinforce import reinforce
+from rljax.ops import groups
 from rljax.types import Algorithm
 
 
@@ -24,7 +24,4 @@ def opo() -> Algorithm:
         baseline = groups.group_sum(length * rewards, traj.group) / jnp.maximum(total, 1.0)
         return outcome_batch(traj, rewards - baseline, judged, coefficients)
 
-    def loss(output, batch):
-        return losses.policy_gradient(output.logp, batch.advantages), {}
-
-    return Algorithm(credit=credit, loss=loss, weights=sequence_sum)
+    return reinforce()._replace(credit=credit)

@@ -10,9 +10,9 @@ reward-to-go. Rows of a group must start in the same column. A row alone in a co
 import jax.numpy as jnp
 
 from rljax.algorithms.credit import judged_rewards, old_logp
-from rljax.ops import groups, losses
+from rljax.algorithms.reinforce import reinforce
+from rljax.ops import groups
 from rljax.ops.returns import discounted_returns
-from rljax.ops.weights import sequence_sum
 from rljax.types import Algorithm, Batch
 
 
@@ -30,7 +30,4 @@ def otb() -> Algorithm:
         advantages = jnp.where(mask, returns - jnp.where(alone, 0.0, baseline), 0.0)
         return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
-    def loss(output, batch):
-        return losses.policy_gradient(output.logp, batch.advantages), {}
-
-    return Algorithm(credit=credit, loss=loss, weights=sequence_sum, needs=("sum_pi_squared",))
+    return reinforce()._replace(credit=credit, needs=("sum_pi_squared",))

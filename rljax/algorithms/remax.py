@@ -9,9 +9,8 @@ more decode per prompt; `traj.baseline` holds its reward.
 import jax.numpy as jnp
 
 from rljax.algorithms.credit import judged_rewards
-from rljax.ops import losses
+from rljax.algorithms.reinforce import reinforce
 from rljax.ops.returns import discounted_returns
-from rljax.ops.weights import sequence_sum
 from rljax.types import Algorithm, Batch
 
 
@@ -24,7 +23,4 @@ def remax() -> Algorithm:
         advantages = jnp.where(mask, discounted_returns(rewards, mask) - traj.baseline[:, None], 0.0)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
-    def loss(output, batch):
-        return losses.policy_gradient(output.logp, batch.advantages), {}
-
-    return Algorithm(credit=credit, loss=loss, weights=sequence_sum, needs=("baseline",))
+    return reinforce()._replace(credit=credit, needs=("baseline",))

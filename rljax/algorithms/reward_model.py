@@ -1,10 +1,10 @@
-"""Reward models: a score per answer, learnt from comparisons.
+"""Reward models: a score per answer, learnt from comparisons (InstructGPT, arXiv:2203.02155, eq. 1).
 
     pairs     (1/N) Σ -log σ(r_w - r_l - m) + η (r_w + r_l)²       Bradley-Terry; margin m, centring η (0.01)
-    rankings  (1/P) Σ -log P(best first)                           Plackett-Luce, or all pairs of a prompt (InstructGPT)
+    rankings  (1/P) Σ -log P(best first)                           Plackett-Luce, or all pairs of a prompt
 
-`score`: (params, frozen, trajectory) -> [B], read where the model reads it (the last token, as a rule). Papers: see
-`ops.ranking`.
+`score`: (params, frozen, trajectory) -> [B], read where the model reads it (the last token, as a rule). The margin is
+Llama 2's (arXiv:2307.09288), the centring that of arXiv:2312.09244; all pairs of a prompt: `ops.ranking.kwise`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: L = -(1/Σm) Σ log π(a_t | s_t) over the answers' tokens of the whole batch.
+"""Supervised fine-tuning: imitation of demonstrations, and the same with every token weighed by its probability.
+
+    sft    L = -(1/Σm) Σ log π(a_t | s_t)                        over the answers' tokens of the whole batch
+    dft    L = -(1/Σm) Σ sg(π(a_t | s_t)) log π(a_t | s_t)
 
 An Algorithm like the others, whose rows are demonstrations: it passes the same laws (micro-batch, shard, mask).
 `weights` says what counts alike: tokens, or sequences (`ops.weights.sequence_mean`). Packed rows are fine: the first

@@ -36,8 +36,8 @@ def penalise_overlong(algorithm: Algorithm, longest: int, cache: int) -> Algorit
 
 
 def filter_overlong(algorithm: Algorithm) -> Algorithm:
-    """Answers cut by the length limit count for the advantages of the others but are not learnt from (DAPO, section
-    3.4): they leave the mask, so that weights do not count them either.
+    """Answers cut by the length limit count for the advantages of the others but are not learnt from (DAPO,
+    arXiv:2503.14476, section 3.4): they leave the mask, so that weights do not count them either.
     """
 
     def credit(traj, coefficients):

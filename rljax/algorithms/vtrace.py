@@ -1,10 +1,11 @@
-"""Off-policy policy gradients: plain importance weights, and V-trace with a critic (IMPALA, arXiv:1802.01561).
+"""Off-policy policy gradients: plain importance weights, and V-trace with a critic.
 
     off_policy_pg    L = -(1/N⁺) Σ_i Σ_t sg(min(w, cap)) (R_i - b_i) log π       w = π/μ by a level of `ops.ratios`
-    vtrace           L = token-mean of  -Ψ log π + c_v ½ (V - v)²                v, Ψ: `ops.returns.vtrace`
+    vtrace           L = token-mean of  -Ψ log π + c_v ½ (V - v)²                v, Ψ: IMPALA, arXiv:1802.01561
 
 μ is the policy that sampled (`traj.logp`). off_policy_pg weighs by the policy being trained, at every update; the
-product over the answer makes it unbiased. V-trace takes π from `traj.old_logp`, the trainer's own recomputation.
+product over the answer makes it unbiased. V-trace takes π from `traj.old_logp`, the trainer's own recomputation;
+v and Ψ are those of `ops.returns.vtrace`.
 """
 
 from collections.abc import Callable
