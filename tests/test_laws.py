@@ -33,13 +33,16 @@ EXCEPTIONS = {
     "packing": {"clip_cov": RANDOM, "all at once": RANDOM, "real": "compares the rows of a group in `prepare`"},
     "absent rows": {"clip_cov": RANDOM, "all at once": RANDOM},
     "zero advantage": {
-        **dict.fromkeys(("sft", "dro", "kl_cov", "ppo_penalty", "a_star_po", "vapo + likelihood", "all at once"), PULL),
+        **dict.fromkeys(
+            ("sft", "dft", "dro", "kl_cov", "ppo_penalty", "a_star_po", "vapo + likelihood", "all at once"), PULL
+        ),
         **{name: PULL for name in ALGORITHMS if "+ kl" in name or "entropy" in name or "importance-weighted" in name},
         "rloo + kl in reward": None,
         "dapo + only high entropy": None,
     },
     "on-policy gradient": {
         "a_star_po": "is a regression, not a policy gradient",
+        "dft": "weighs each token by its probability",
         "real": "is a classification, not a policy gradient",
         "clip_cov": "holds some tokens back",
         "kl_cov": "|log π - log π_old| has no slope at 0: rounding decides its sign",
@@ -248,7 +251,7 @@ def test_equal_rewards_are_no_signal_to_the_last_bit(name, reward):
 @except_for("absent rows")
 def test_rows_without_decisions_or_judgement_are_as_if_they_were_not_there(name):
     algorithm, traj = ALGORITHMS[name], rollout()
-    gone = [3] if name == "sft" else [3, 7]  # a demonstration needs no judgement
+    gone = [3] if name in ("sft", "dft") else [3, 7]  # a demonstration needs no judgement
     kept = jax.tree.map(lambda x: jnp.delete(x, np.asarray(gone), axis=0), traj)
     whole, less = credited(algorithm, traj), credited(algorithm, kept)
     agree(np.delete(whole.advantages, gone, axis=0), less.advantages)

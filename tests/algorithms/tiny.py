@@ -66,6 +66,7 @@ ALGORITHMS = {
     "vapo": a.vapo(alpha=0.4),
     "vine_ppo": a.vine_ppo(),
     "sft": a.sft(),
+    "dft": a.dft(),
     "grpo + kl": a.with_kl(a.grpo(), 0.3),
     "grpo + kl of k2": a.with_kl(a.grpo(), 0.3, k2),
     "grpo + kl of k3 and k2": a.with_kl(a.grpo(), 0.3, k3_with_k2_gradient),
