@@ -25,7 +25,7 @@ class Case(NamedTuple):
 class Entry(NamedTuple):
     """What of rljax a file pins, and how."""
 
-    pins: str  # for the reader: "ops.returns.gae"
+    pins: str  # functions of rljax/algorithms by name, others from rljax: "rloo, ops.returns.gae" (docs/algorithms.md)
     run: Callable[[Case], dict]  # our answer, name for name as the peer's outs
     rtol: float = 1e-9  # 1e-5 where the peer works in float32 inside
     mask: str | None = None  # the input that is the mask: such cases are also fed permuted and widened

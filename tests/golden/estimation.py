@@ -477,7 +477,7 @@ TABLE = {
     "trl_soft_overlong": Entry("ops.shaping.soft_overlong", trl_soft_overlong),
     "swift_soft_overlong": Entry("ops.shaping.soft_overlong", swift_soft_overlong),
     "verl_overlong": Entry("ops.shaping.soft_overlong", verl_overlong, rtol=1e-5),
-    "verl_adaptive_kl_controller": Entry("algorithms.controllers.adaptive_kl", verl_adaptive_kl_controller),
+    "verl_adaptive_kl_controller": Entry("adaptive_kl", verl_adaptive_kl_controller),
     "verl_data_metrics": Entry(
         "train.diagnostics",
         verl_data_metrics,

@@ -557,7 +557,8 @@ TABLE: dict[str, Entry] = {
     "verl_reinforce_is_loss": verl("reinforce, truncate_is", verl_reinforce_is),
     "verl_new_dppo_loss": verl("dppo_tv, dppo_kl", verl_dppo),
     "trl_grpo_family_loss": trl(
-        "grpo, cispo, sapo, gspo, luspo, vespo, dr_grpo's weights; all wrappers",
+        "grpo, cispo, sapo, gspo, luspo, vespo, with_kl, with_importance_weighted_kl, with_entropy, truncate_is, "
+        "drop_stale_failures, only_high_entropy",
         trl_family,
         not_compared={"metric entropy_coef": "a hyperparameter"},
     ),

@@ -401,26 +401,26 @@ def trl_logps(case: Case) -> dict:
 
 TABLE: dict[str, Entry] = {
     # Its case f_alpha_float32 is in float32; tests/algorithms/test_preferences.py holds the others to 1e-9.
-    "trl_dpo_loss": Entry("algorithms.dpo, aot", trl_dpo, rtol=1e-5, mask="completion_mask", halves=True),
-    "openrlhf_dpo_loss": Entry("algorithms.dpo", openrlhf_dpo),
-    "trl_cpo_simpo_loss": Entry("algorithms.cpo", trl_cpo),
-    "trl_orpo_odds_ratio": Entry("algorithms.orpo", trl_orpo, rtol=1e-5),
+    "trl_dpo_loss": Entry("dpo, aot, aot_unpaired", trl_dpo, rtol=1e-5, mask="completion_mask", halves=True),
+    "openrlhf_dpo_loss": Entry("dpo", openrlhf_dpo),
+    "trl_cpo_simpo_loss": Entry("cpo, simpo", trl_cpo),
+    "trl_orpo_odds_ratio": Entry("orpo", trl_orpo, rtol=1e-5),
     "trl_online_dpo_loss": Entry(
-        "algorithms.online_dpo",
+        "online_pairs, dpo",
         trl_online_dpo,
         mask="completion_mask",
         not_moved="the answer names rows by their place; tests/algorithms/test_preferences.py moves them",
     ),
-    "trl_kto_loss": Entry("algorithms.kto", trl_kto, mask="completion_mask"),
-    "trl_bco_loss": Entry("algorithms.bco", trl_bco, rtol=1e-5),
+    "trl_kto_loss": Entry("kto", trl_kto, mask="completion_mask"),
+    "trl_bco_loss": Entry("bco", trl_bco, rtol=1e-5),
     "trl_reward_loss": Entry(
-        "algorithms.reward_model",
+        "reward_model",
         trl_reward,
         not_compared={"metric num_tokens": "TRL's running count of the tokens fed, an input the file does not have"},
     ),
-    "openrlhf_reward_loss": Entry("algorithms.reward_model", openrlhf_reward),
-    "prm_token_classification_loss": Entry("algorithms.process_reward_model", process_reward, rtol=1e-5),
-    "openrlhf_sft_loss": Entry("algorithms.sft", openrlhf_sft, mask="loss_mask"),
-    "trl_dft_loss": Entry("algorithms.sft.dft", trl_dft, mask="labels"),
+    "openrlhf_reward_loss": Entry("reward_model", openrlhf_reward),
+    "prm_token_classification_loss": Entry("process_reward_model", process_reward, rtol=1e-5),
+    "openrlhf_sft_loss": Entry("sft", openrlhf_sft, mask="loss_mask"),
+    "trl_dft_loss": Entry("dft", trl_dft, mask="labels"),
     "trl_logps_entropy": Entry("ops.logprobs", trl_logps),
 }
