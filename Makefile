@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 python := .venv/bin/python
 
-.PHONY: help demo test parity nightly lint bench clean
+.PHONY: help demo test parity nightly lint bench tables clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ bench: .venv/.dev  ## run every script in experiments/benchmarks
 	@set -e; found=; for script in experiments/benchmarks/*.py; do \
 	  [ -e "$$script" ] || continue; found=1; echo "== $$script"; $(python) "$$script"; \
 	done; [ -n "$$found" ] || echo "no benchmark in experiments/benchmarks yet"
+
+tables: .venv/.dev  ## docs/algorithms.md and docs/estimators.md anew
+	$(python) -m tests.catalogue
+	$(python) experiments/estimators.py
 
 clean:  ## delete caches and build outputs; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
