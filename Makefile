@@ -29,6 +29,9 @@ parity: .venv/.parity  ## compare with torch and transformers (installs torch)
 nightly: .venv/.dev  ## the long tests
 	$(python) -m pytest -m nightly
 
+mutants: .venv/.dev  ## put known bugs into a copy of this code, one at a time, and see that a test notices each
+	$(python) -m tests.mutants.run
+
 lint: .venv/.dev  ## ruff, and the schema of the CI workflow
 	$(python) -m ruff check
 	$(python) -m ruff format --check

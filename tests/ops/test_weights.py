@@ -66,3 +66,15 @@ def test_rows_without_a_decision_weigh_nothing_and_divide_nothing(mode):
     np.testing.assert_array_equal(full[~mask], 0.0)
     close(np.delete(full, 1, axis=0), MODES[mode](jnp.asarray(np.delete(mask, 1, axis=0))))
     np.testing.assert_array_equal(MODES[mode](jnp.zeros((3, T), bool)), 0.0)
+
+
+def test_weights_of_three_answers_by_hand():
+    """Of 3, 1 and 0 tokens in rows of 9; the constant is 5."""
+    mask = jnp.zeros((3, T), bool).at[0, 2:5].set(True).at[1, 4].set(True)
+    first, second = np.zeros((3, T)), np.zeros((3, T))
+    first[0, 2:5], second[1, 4] = 1.0, 1.0
+    close(weights.token_mean(mask), first / 4 + second / 4)
+    close(weights.sequence_mean(mask), first / 6 + second / 2)
+    close(weights.sequence_sum(mask), first / 2 + second / 2)
+    close(weights.constant_length(5.0)(mask), first / 10 + second / 10)
+    close(weights.over_all_rows(weights.sequence_mean)(mask), first / 9 + second / 3)
