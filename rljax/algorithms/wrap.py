@@ -35,7 +35,7 @@ def with_kl(
     algorithm: Algorithm, coefficient: float = 0.04, estimator: Callable = k3, allow_k1: bool = False
 ) -> Algorithm:
     """L_t + β KL(π ‖ π_ref), estimated at the drawn token by one of `ops.kl` (whose docstring says what each one's
-    gradient is). The default is GRPO's k3.
+    gradient is). The default is GRPO's k3 (arXiv:2402.03300).
 
     Raises ValueError for k1, whose gradient in a loss is zero on average, unless `allow_k1`: it belongs in the reward
     (`kl_in_reward`).
