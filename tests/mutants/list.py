@@ -98,7 +98,7 @@ MUTANTS = [
         "else (lambda g: _constrain(g, shardings.state.params))",
         "else (lambda g: _constrain(jax.tree.map(lambda x: x / shardings.rows.mesh.size, g), shardings.state.params))",
         "verl PR 5798: seq-mean off by the data-parallel size squared",
-        (UPDATE,),
+        (f"{UPDATE}::test_any_optax_chain_steps_as_optax_says[adamw-mesh]",),
     ),
     Mutant(
         "last micro-batch for their sum",
@@ -151,7 +151,7 @@ MUTANTS = [
         'of the sequence that each column belongs to."""\n    x = x * mask\n    if segments is None:\n'
         "        return jnp.broadcast_to(x.sum",
         "OpenRLHF PR 1240",
-        ("tests/ops/test_shaping.py", f"{GARBAGE}[nan-grpo + reject]"),
+        ("tests/ops/test_sequences.py",),
     ),
     Mutant(
         "k3 without a clamp",
@@ -167,7 +167,7 @@ MUTANTS = [
         "return jnp.exp(jnp.clip(x, -20.0, 20.0))",
         "return jnp.exp(x)",
         "verl clamps log ratios at 20 against overflow of stale samples",
-        ("tests/ops/test_kl.py",),
+        ("tests/ops/test_ratios.py",),
     ),
     Mutant(
         "0 log 0 in the exact KL",
@@ -346,7 +346,7 @@ MUTANTS = [
         "return jnp.where((weights >= low) & (weights <= high), weights, 0.0)",
         "return jnp.clip(weights, low, high)",
         "IcePop sets them to 0; OpenRLHF's filter leaves them as they are",
-        ("tests/algorithms/test_by_hand.py",),
+        ("tests/ops/test_ratios.py",),
     ),
     Mutant(
         "a sequence's ratio by its sum",
@@ -354,7 +354,7 @@ MUTANTS = [
         "return sequence_mean(log_ratio, mask, segments)",
         "return sequence_sum(log_ratio, mask, segments)",
         "GSPO, arXiv:2507.18071: the mean of the log ratios, not their sum",
-        ("tests/algorithms/test_by_hand.py",),
+        ("tests/ops/test_ratios.py",),
     ),
     Mutant(
         "mean over the padded width",
@@ -362,7 +362,7 @@ MUTANTS = [
         "/ jnp.maximum(sequence_lengths(mask, segments), 1.0)",
         "/ x.shape[1]",
         "GSPO's mean over the batch's width for the answer's length",
-        ("tests/algorithms/test_by_hand.py",),
+        ("tests/ops/test_sequences.py",),
     ),
     # --------------------------------------------------------------------------------------------------------- losses
     Mutant(
