@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax import algorithms as a
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
 from rljax.ops import weights
@@ -281,6 +282,20 @@ def test_packed_rows_give_the_same_gradient(name):
     algorithm = ALGORITHMS[name]
     batch = credited(algorithm, rollout())
     agree(learn(algorithm, packed(batch), table_params()), learn(algorithm, batch, table_params()))
+
+
+@pytest.mark.parametrize("correct", [a.truncate_is, a.mask_is, a.drop_stale_failures, a.only_high_entropy])
+def test_corrections_touch_neither_the_critic_nor_the_kl_in_any_order(correct):
+    traj, params = rollout(), table_params()
+
+    def gradient(algorithm):
+        return learn(algorithm, credited(algorithm, traj), params)[0]
+
+    inside, outside = a.with_kl(correct(a.ppo()), 0.3), correct(a.with_kl(a.ppo(), 0.3))
+    agree(gradient(inside), gradient(outside))
+    plain = gradient(a.with_kl(a.ppo(), 0.3))
+    agree(gradient(inside)["values"], plain["values"])
+    assert np.abs(gradient(inside)["table"] - plain["table"]).max() > 1e-4
 
 
 @EVERY

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch
+from rljax.algorithms.credit import episode_rewards, outcome_batch, require
 from rljax.ops.ratios import sequence_product
 from rljax.ops.weights import sequence_mean
 from rljax.types import Algorithm
@@ -25,6 +25,7 @@ def a_star_po(beta: float = 1e-3) -> Algorithm:
     """A*-PO. `beta`: β₂, the strength of the KL in the objective that the regression solves."""
 
     def credit(traj, coefficients):
+        require(traj, "baseline")
         rewards, judged = episode_rewards(traj)
         judged = judged & jnp.isfinite(traj.baseline)
         return outcome_batch(traj, rewards - jnp.where(judged, traj.baseline, 0.0), judged, coefficients)

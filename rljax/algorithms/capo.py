@@ -9,7 +9,7 @@ penalty is not known here. The loss is GRPO's.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.sequences import last_decision, sequence_sum
@@ -21,6 +21,7 @@ def capo(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6) -> Algo
     """GRPO over token rewards: the outcome, and the mark of the token's own step."""
 
     def credit(traj, coefficients):
+        require(traj, "step_ends")
         rewards, mask = judged_rewards(traj)
         last = last_decision(mask)
         outcome = jnp.where(last, rewards, 0.0).sum(axis=1, keepdims=True)

@@ -1,11 +1,15 @@
 """Algorithm -> Algorithm: where the sampler, the trainer's old policy and the policy being trained are not the same.
 
 `traj.logp` is what the sampler reported, `traj.old_logp` what the trainer computes before the update. Stale samples,
-quantised weights or merely other kernels part the two. Corrections multiply the policy's terms by a constant weight
-made of π_old/π_sampler; apply them before `with_kl`, whose term they should not weigh. Where no `old_logp` is annotated
-the ratio is to the sampler already, and a correction on top would count twice: hence each asks for it.
+quantised weights or merely other kernels part the two. A correction multiplies the advantages by a constant weight made
+of π_old/π_sampler: for every loss proportional to Â that weighs the policy's terms, while those of a critic, of the KL
+or of the entropy stay as they are, in whatever order the wrappers stand. (Not for `a_star_po`, a regression onto Â, nor
+for `real`, which reads only its sign.)
 
-A token that a weight or a mask takes out still counts in the divisor; only `reject` takes it out of the batch.
+Where no `old_logp` is annotated the ratio of a loss is to the sampler already, and a correction on top would count
+twice: hence each asks for it. A token that a weight takes out still counts in the divisor; only `reject` takes it out
+of the batch. Truncated and sequence weights: Yao et al. 2025, "Your efficient RL framework secretly brings you
+off-policy RL training"; the bounds on tokens are called IcePop.
 """
 
 from collections.abc import Callable
@@ -21,12 +25,13 @@ from rljax.types import Algorithm, Batch
 
 
 def _weigh(algorithm: Algorithm, weight: Callable, name: str, *needs: str) -> Algorithm:
-    """weight(output, batch) · terms, without gradient through the weight."""
+    """The algorithm on advantages times weight(output, batch), a constant; its metrics are those without the weight."""
 
     def loss(output, batch):
-        terms, metrics = algorithm.loss(output, batch)
         factor = stop_gradient(weight(output, batch))
-        return factor * terms, {**metrics, name: factor}
+        _, metrics = algorithm.loss(output, batch)
+        terms, _ = algorithm.loss(output, batch.replace(advantages=factor * batch.advantages))
+        return terms, {**metrics, name: factor}
 
     return needing(algorithm, *needs, loss=loss)
 
@@ -38,14 +43,14 @@ def sampler_ratio(batch: Batch, level: Callable = ratios.token_level):
 
 
 def truncate_is(algorithm: Algorithm, cap: float = 2.0, level: Callable = ratios.token_level) -> Algorithm:
-    """TIS: terms times min(π_old/π_sampler, cap)."""
+    """TIS: Â times min(π_old/π_sampler, cap)."""
     return _weigh(algorithm, lambda _, b: ratios.truncated(sampler_ratio(b, level), cap), "sampler_weight", "old_logp")
 
 
 def mask_is(
     algorithm: Algorithm, low: float = 0.5, high: float = 5.0, level: Callable = ratios.token_level
 ) -> Algorithm:
-    """MIS: terms times π_old/π_sampler where that is inside [low, high], 0 outside. By token it is IcePop."""
+    """MIS: Â times π_old/π_sampler where that is inside [low, high], 0 outside. By token it is IcePop."""
     return _weigh(
         algorithm, lambda _, b: ratios.banded(sampler_ratio(b, level), low, high), "sampler_weight", "old_logp"
     )

@@ -10,6 +10,13 @@ from rljax.ops.ratios import importance_ratio
 from rljax.types import Batch, PolicyOutput, Trajectory, check
 
 
+def require(traj: Trajectory, *fields: str) -> None:
+    """Raise ValueError, naming it, for a field that the algorithm needs and nobody has filled."""
+    for name in fields:
+        if getattr(traj, name) is None:
+            raise ValueError(f"this algorithm needs Trajectory.{name}, which nobody has filled")
+
+
 def episode_rewards(traj: Trajectory) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """`ops.returns.episode_rewards` of a trajectory, whose shapes it checks."""
     check(traj)

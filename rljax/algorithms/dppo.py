@@ -7,7 +7,8 @@ Here a token loses its gradient when the divergence between the two policies at 
 (this token against all others), is above a bound and the update would move it further:
 
     total variation   p - q <= high where Â > 0,  p - q >= -low else
-    binary KL         q log(q/p) + (1 - q) log((1 - q)/(1 - p)) <= bound, or p moves back towards q
+    binary KL         q log(q/p) + (1 - q) log((1 - q)/(1 - p)) <= high where Â > 0, low else, or the
+                      update moves p towards q
 
 p = π, q = π_old. Â is GRPO's.
 """

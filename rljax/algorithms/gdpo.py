@@ -4,15 +4,16 @@
 
 with the last mean and deviation over the rows of the batch. Normalising the sum instead, as GRPO does, lets answers
 with different components share one advantage. With one reward it is GRPO up to the rescaling over the batch. A
-component that could not judge a row adds 0 to it. The loss is GRPO's. Left out: conditioning an easy reward on a hard
-one.
+component that could not judge a row adds 0 to it. The loss is GRPO's. It reads
+`traj.scores`, not rewards: what `kl_in_reward` or `penalise_overlong` adds does not reach it. Left out: conditioning an
+easy reward on a hard one.
 """
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch
+from rljax.algorithms.credit import episode_rewards, outcome_batch, require
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.statistics import masked_mean, masked_var
@@ -25,6 +26,7 @@ def gdpo(
     """GRPO on `traj.scores` [B K], each normalised in its group. `reward_weights`: one for each; None: all 1."""
 
     def credit(traj, coefficients):
+        require(traj, "scores")
         _, judged = episode_rewards(traj)
         scores, total = traj.scores, jnp.zeros_like(traj.scores[:, 0])
         factors = [1.0] * scores.shape[1] if reward_weights is None else reward_weights

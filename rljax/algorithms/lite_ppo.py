@@ -2,7 +2,8 @@
 
     Â_it = (R_i - mean_group R) / (std_batch R + ε)        L = token mean of GRPO's clipped terms
 
-The mean is the group's and the deviation the whole batch's: a group of nearly equal rewards is not blown up.
+The mean is the group's and the deviation the whole batch's: a group of nearly equal rewards is not blown up. The clip
+is DAPO's.
 """
 
 import jax.numpy as jnp

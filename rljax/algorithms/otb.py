@@ -1,6 +1,7 @@
 """The optimal token baseline: one baseline per column of a group, weighted by accumulated score norms.
 
     W_it = Σ_{s≤t} (1 - 2 π(a_is) + Σ_v π(v)²)        Â_it = G_it - Σ_j W_jt G_jt / Σ_j W_jt
+    L = -(1/N⁺) Σ_i Σ_t Â_it log π
 
 1 - 2π + Σπ² is the squared norm of the gradient of log π by the logits, so W estimates the squared score of the
 answer up to t: the baseline that minimises the variance (Greensmith et al. 2004), column by column. G is the
@@ -9,7 +10,7 @@ reward-to-go. Rows of a group must start in the same column. A row alone in a co
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, old_logp
+from rljax.algorithms.credit import judged_rewards, old_logp, require
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops import groups
 from rljax.ops.returns import discounted_returns
@@ -20,6 +21,7 @@ def otb() -> Algorithm:
     """REINFORCE with the optimal token baseline."""
 
     def credit(traj, coefficients):
+        require(traj, "sum_pi_squared")
         rewards, mask = judged_rewards(traj)
         returns = discounted_returns(rewards, mask)
         norm = jnp.where(mask, 1.0 - 2.0 * jnp.exp(old_logp(traj)) + traj.sum_pi_squared, 0.0)

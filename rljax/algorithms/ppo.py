@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, old_logp, ratio_to_old
+from rljax.algorithms.credit import judged_rewards, old_logp, ratio_to_old, require
 from rljax.ops import losses
 from rljax.ops.kl import k3
 from rljax.ops.returns import gae
@@ -28,6 +28,7 @@ def actor_critic(actor: Callable, gamma, lam, value_coefficient: float, value_cl
     """GAE and a critic around actor(output, batch) -> (terms, metrics)."""
 
     def credit(traj, coefficients):
+        require(traj, "values")
         rewards, mask = judged_rewards(traj)
         cut = None if traj.final_values is None else traj.truncated
         advantages = gae(rewards, traj.values, mask, gamma, lam, traj.terminated, cut, traj.final_values)

@@ -3,9 +3,9 @@
     S_i = (1/(n_i τ)) Σ_t log ρ_it
     L = (1/P) Σ_groups [log(1 + Σ_{Â<=0} e^{S_j}) + log(1 + Σ_{Â>0} e^{-S_j})]
 
-over the groups that have both kinds of answers. A group's loss couples its rows, which micro-batches may part:
-`prepare` takes the slopes ∂L/∂S_i over the whole batch, so that the loss of a row is slope · S_i, with L's own value
-and gradient. Â is GRPO's.
+over the groups that have both kinds of answers; P counts all groups. A group's loss couples its rows, which
+micro-batches may part: `prepare` takes the slopes ∂L/∂S_i over the whole batch, so that the loss of a row is
+slope · S_i, with L's own value and gradient. Â is GRPO's.
 """
 
 import jax.numpy as jnp

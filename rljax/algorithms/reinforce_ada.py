@@ -11,7 +11,7 @@ The paper draws in rounds until enough are seen; here all are drawn at once, in 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch
+from rljax.algorithms.credit import episode_rewards, outcome_batch, require
 from rljax.algorithms.dapo import dapo
 from rljax.ops import groups
 from rljax.types import Algorithm, Trajectory
@@ -37,6 +37,7 @@ def reinforce_ada(low: float = 0.2, high: float = 0.28) -> Algorithm:
     """DAPO's loss with the baseline of everything drawn."""
 
     def credit(traj, coefficients):
+        require(traj, "baseline")
         rewards, judged = episode_rewards(traj)
         return outcome_batch(traj, rewards - traj.baseline, judged, coefficients)
 

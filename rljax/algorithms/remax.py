@@ -8,7 +8,7 @@ more decode per prompt; `traj.baseline` holds its reward.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops.returns import discounted_returns
 from rljax.types import Algorithm, Batch
@@ -18,6 +18,7 @@ def remax() -> Algorithm:
     """ReMax. Rows whose greedy answer could not be judged (NaN) leave the batch."""
 
     def credit(traj, coefficients):
+        require(traj, "baseline")
         rewards, mask = judged_rewards(traj)
         mask = mask & jnp.isfinite(traj.baseline)[:, None]
         advantages = jnp.where(mask, discounted_returns(rewards, mask) - traj.baseline[:, None], 0.0)

@@ -2,8 +2,8 @@
 
     L = -(1/N⁺) Σ_i (1/n_i) Σ_t (4/τ) σ(τ (ρ - 1)) Â        τ = positive where Â > 0, negative else
 
-The gradient is that of the policy gradient at ρ = 1 and fades like sech²(τ (ρ - 1)/2) on both sides. The higher
-temperature for bad tokens makes their gradient fade faster. The value at ρ = 1 is 2Â/τ, not Â. Â is GRPO's.
+The gradient is that of the policy gradient at ρ = 1; on both sides the one by ρ fades like sech²(τ (ρ - 1)/2). The
+higher temperature for bad tokens makes theirs fade faster. The value at ρ = 1 is 2Â/τ, not Â. Â is GRPO's.
 """
 
 import jax

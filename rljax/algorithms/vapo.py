@@ -1,7 +1,7 @@
 """VAPO: a critic for long chains of thought (arXiv:2504.05118).
 
     λ_i = max(0, 1 - 1/(α n_i))  for the actor's GAE, α = 0.05        λ = 1 for the critic's targets
-    L = token-mean of  PPO's clip-higher terms + c_v ½ (V - R̂)²
+    L = token-mean of  PPO's clip-higher terms of whitened Â + c_v ½ (V - R̂)²
 
 The longer the answer, the further the actor looks; the critic always learns full returns. The paper adds 0.1 times the
 likelihood of right answers: `with_likelihood_of_good(vapo(), 0.1)`. Left out: pretraining the critic on returns.
@@ -9,9 +9,9 @@ likelihood of right answers: `with_likelihood_of_good(vapo(), 0.1)`. Left out: p
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.ppo import ppo
-from rljax.ops.returns import discounted_returns, gae
+from rljax.ops.returns import discounted_returns, fold_ends, gae
 from rljax.ops.statistics import whiten
 from rljax.types import Algorithm, Batch
 
@@ -20,10 +20,14 @@ def vapo(low: float = 0.2, high: float = 0.28, alpha: float = 0.05, value_coeffi
     """VAPO."""
 
     def credit(traj, coefficients):
+        require(traj, "values")
         rewards, mask = judged_rewards(traj)
         length = jnp.maximum(mask.sum(axis=1, keepdims=True), 1).astype(rewards.dtype)
         lam = jnp.broadcast_to(jnp.maximum(0.0, 1.0 - 1.0 / (alpha * length)), mask.shape)
-        advantages = whiten(gae(rewards, traj.values, mask, lam=lam), mask)
-        return Batch(traj, advantages, mask, returns=discounted_returns(rewards, mask), coefficients=coefficients)
+        cut = None if traj.final_values is None else traj.truncated
+        rewards, gamma = fold_ends(rewards, mask, 1.0, traj.terminated, cut, traj.final_values)
+        advantages = whiten(gae(rewards, traj.values, mask, gamma, lam), mask)
+        returns = discounted_returns(rewards, mask, gamma)
+        return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
     return ppo(low, high, value_coefficient=value_coefficient, value_clip=None)._replace(credit=credit)

@@ -9,7 +9,7 @@ V̂(s) is the mean reward of several answers continued from s. `traj.values` hol
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.dapo import dapo
 from rljax.ops.returns import td_errors
 from rljax.ops.sequences import sequence_sum
@@ -21,6 +21,7 @@ def vine_ppo(low: float = 0.2, high: float = 0.2) -> Algorithm:
     """VinePPO."""
 
     def credit(traj, coefficients):
+        require(traj, "step_ends", "values")
         rewards, mask = judged_rewards(traj)
         steps = step_numbers(traj.step_ends, mask)
         count = jnp.cumsum(mask, axis=1)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import judged_rewards
+from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.reinforce import leave_one_out, reinforce
 from rljax.ops import losses, returns
 from rljax.ops.ratios import bounded_exp, importance_ratio, sequence_product, truncated
@@ -45,9 +45,11 @@ def vtrace(
     """IMPALA's actor-critic."""
 
     def credit(traj, coefficients):
+        require(traj, "values", "old_logp")
         rewards, mask = judged_rewards(traj)
         ratio = importance_ratio(jnp.where(mask, traj.old_logp, 0.0), jnp.where(mask, traj.logp, 0.0))
-        discount = returns.fold_ends(rewards, mask, gamma, traj.terminated)[1]
+        cut = None if traj.final_values is None else traj.truncated
+        rewards, discount = returns.fold_ends(rewards, mask, gamma, traj.terminated, cut, traj.final_values)
         found = returns.vtrace(rewards, traj.values, ratio, mask, discount, lam, rho_bar, c_bar, policy_rho_bar)
         return Batch(traj, found.advantages, mask, returns=found.targets, coefficients=coefficients)
 

@@ -79,6 +79,7 @@ ALGORITHMS = {
     "grpo + teacher": a.distil(a.grpo(), 0.3),
     "grpo + tis": a.truncate_is(a.grpo(), 1.2),
     "grpo + tis by sequence": a.truncate_is(a.grpo(), 1.2, sequence_product),
+    "ppo + tis": a.truncate_is(a.ppo(), 1.2),
     "grpo + icepop": a.mask_is(a.grpo(), 0.5, 2.0),
     "grpo + mis by sequence": a.mask_is(a.grpo(), 0.7, 1.5, sequence_geometric_mean),
     "grpo + normalised is": a.normalised_is(a.grpo(), token_mean),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from rljax.ops.logprobs import chosen_logp, chunked_logprobs, entropy
-from rljax.ops.weights import token_mean
 from tests.ops.golden import close, narrow
 
 B, T, D, V = 3, 10, 4, 11
