@@ -2,9 +2,9 @@
 
     python -m pytest tests/test_golden.py --golden-dir DIR      # default: golden/ of the shared folder
 
-TABLE says which function of rljax each file pins. Hyperparameters come from the files, so that a directory recorded with
-other seeds, shapes and hyperparameters passes too. Cases with a mask are also fed with their rows in another order and
-garbage columns on the right: the answer must be the same, in that order.
+TABLE says which function of rljax each file pins. Hyperparameters come from the files, so that a directory recorded
+with other seeds, shapes and hyperparameters passes too. Cases with a mask are also fed with their rows in another order
+and garbage columns on the right: the answer must be the same, in that order.
 """
 
 import fnmatch
