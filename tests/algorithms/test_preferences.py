@@ -16,7 +16,7 @@ from rljax.algorithms.dpo import desensitised, diverging, dpo, likelihood, mean_
 from rljax.algorithms.kto import balanced, fixed, kto
 from rljax.algorithms.online_dpo import online_pairs
 from rljax.algorithms.orpo import orpo
-from rljax.algorithms.pairs import preference_objective
+from rljax.algorithms.pairs import Answers, preference_objective
 from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.reward_model import ranked_reward_model, reward_model
 from rljax.algorithms.sft import dft, sft
@@ -261,6 +261,13 @@ def test_dpo_loss_and_metrics_by_hand():
     assert metrics["margin"] == pytest.approx(margin.mean(), rel=1e-5)
     assert metrics["rewards/chosen"] == pytest.approx(0.5 * better[present].mean(), rel=1e-5)
     assert metrics["logps/chosen"] == pytest.approx(better_logp[present].mean(), rel=1e-5)
+
+
+def test_a_mean_ratio_is_one_of_tokens():
+    answer = Answers(logp=jnp.float32([-3.0, -8.0]), ref_logp=jnp.float32([-5.0, -6.0]), length=jnp.float32([4.0, 1.0]))
+    np.testing.assert_allclose(answer.ratio, [2.0, -2.0])
+    np.testing.assert_allclose(mean_ratio(answer), [0.5, -2.0])
+    np.testing.assert_allclose(answer.mean_logp, [-0.75, -8.0])
 
 
 def test_without_a_reference_in_the_batch_the_error_says_what_to_fill():

@@ -48,3 +48,26 @@ def test_advantages_returns_and_old_quantities_are_constants():
         lambda c: losses.clipped_value_loss(x, x + 1, c),
     ):
         np.testing.assert_array_equal(jax.grad(lambda c, loss=loss: loss(c).sum())(x + 0.05), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "want", "slope"),
+    [
+        (
+            1.0,
+            0.0,
+            2.0,
+            0.5 * 1.8**2,
+            0.0,
+        ),  # moved by more than 0.2 towards the target: the clipped error is the larger
+        (1.0, 0.0, 0.0, 0.5, 1.0),  # away from it: its own error is
+        (0.1, 0.0, 2.0, 0.5 * 1.9**2, -1.9),  # within the range both are the same
+        (-1.0, 0.0, 0.5, 0.5 * 1.5**2, -1.5),
+    ],
+)
+def test_of_a_value_and_its_clipped_one_the_worse_counts(value, old, target, want, slope):
+    old, target = jnp.float32(old), jnp.float32(target)
+    got = jax.value_and_grad(lambda v: losses.clipped_value_loss(v, old, target, 0.2))(jnp.float32(value))
+    np.testing.assert_allclose(got, (want, slope), rtol=1e-6)
+    plain = jax.value_and_grad(lambda v: losses.value_loss(v, target))(jnp.float32(value))
+    np.testing.assert_allclose(plain, (0.5 * (value - target) ** 2, value - target), rtol=1e-6)

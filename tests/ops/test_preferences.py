@@ -201,3 +201,39 @@ def test_unpaired_aot_has_the_gradient_of_the_sorted_difference_and_leaves_out_a
 def test_a_mixture_is_the_weighted_sum():
     mixed = p.mixture((0.7, p.sigmoid), (0.2, p.hinge))
     close(mixed(CHOSEN, REJECTED, 0.3), 0.7 * p.sigmoid(CHOSEN, REJECTED, 0.3) + 0.2 * p.hinge(CHOSEN, REJECTED, 0.3))
+
+
+def log_sigma(x):
+    return -np.log1p(np.exp(-x))
+
+
+BETA, W, L = 0.5, 0.7, -1.1  # D = 1.8, β D = 0.9
+BY_HAND = {
+    "sigmoid": -log_sigma(0.9),
+    "robust": (-0.9 * log_sigma(0.9) + 0.1 * log_sigma(-0.9)) / 0.8,
+    "hinge": 0.1,
+    "ipo": (1.8 - 1.0) ** 2,
+    "exo_pair": sigma(0.9) * np.log(sigma(0.9) / 0.999) + sigma(-0.9) * np.log(sigma(-0.9) / 0.001),
+    "discopop": -sigma(-18.0) * log_sigma(0.9) + sigma(18.0) * np.exp(-0.9),
+    "nca_pair": -log_sigma(0.35) - 0.5 * log_sigma(-0.35) - 0.5 * log_sigma(0.55),
+    "bco_pair": -log_sigma(0.35) - log_sigma(0.55),
+    "sppo_hard": (0.7 - 1.0) ** 2 + (-1.1 + 1.0) ** 2,
+    "apo_zero": 1 - sigma(0.35) + sigma(-0.55),
+    "apo_down": sigma(0.35) + 1 - sigma(0.9),
+    "simpo": -log_sigma(0.9 - 1.0),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_losses_of_one_pair_by_hand(name):
+    close(getattr(p, name)(np.array([W]), np.array([L]), BETA), [BY_HAND[name]])
+
+
+def test_judged_and_reference_free_losses_by_hand():
+    ratio, desirable = np.array([0.7, 0.7]), np.array([True, False])
+    close(p.kto(ratio, desirable, 0.3, 0.5), [1 - sigma(0.2), 1 - sigma(-0.2)])
+    close(p.bco(ratio, desirable, 0.3, 0.5), [-log_sigma(0.05), -log_sigma(-0.05)])
+    odds = [np.exp(x) / (1 - np.exp(x)) for x in (-0.2, -1.5)]
+    close(p.odds_ratio(np.array([-0.2]), np.array([-1.5])), [-log_sigma(np.log(odds[0] / odds[1]))])
+    close(p.sigmoid(np.array([W]), np.array([L]), BETA, 0.2), [-0.8 * log_sigma(0.9) - 0.2 * log_sigma(-0.9)])
+    close(p.simpo(np.array([W]), np.array([L]), BETA, 0.4), [-log_sigma(0.5)])

@@ -198,3 +198,16 @@ def test_learn_makes_all_updates_of_a_rollout_and_averages_what_they_say():
     assert at.extra == 4
     assert metrics == {"loss": 2.5, "logp_change_max": 2.0, "sampler_gap": 0.5}
     np.testing.assert_array_equal(np.sort(np.concatenate(seen[:2])), np.arange(ROWS))
+
+
+@pytest.mark.parametrize(("limit", "updates"), [(None, 6), (0.35, 4), (0.05, 1), (9.0, 6)])
+def test_learn_stops_after_the_update_that_found_the_policy_too_far(limit, updates):
+    found = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+    def update(state, mini):
+        return state.replace(extra=state.extra + 1), {"kl_behaviour": next(found)}
+
+    at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=3, count=2, stop_kl=limit)
+    assert at.extra == updates
+    assert metrics["kl_behaviour"] == pytest.approx(np.arange(1, updates + 1).mean() / 10)
+    assert metrics.get("updates") == (None if limit is None else updates)
