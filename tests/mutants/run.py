@@ -147,8 +147,9 @@ def page(verdicts: dict[str, Verdict]) -> str:
 
 
 def shown(node: str) -> str:
-    """A test's name for a table: the file under tests/, and the function with its case."""
-    return node.removeprefix("tests/").replace("|", r"\|")
+    """A test's name for a table: the file under tests/, and the function, with its case if that is short."""
+    name, _, case = node.removeprefix("tests/").partition("[")
+    return (f"{name}[{case}" if case and len(case) <= 30 else name).replace("|", r"\|")
 
 
 def main() -> int:

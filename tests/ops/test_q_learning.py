@@ -66,3 +66,18 @@ def test_leading_axes_are_free_and_may_be_none():
     one = q_learning.q_learning(q[1, 2], jnp.asarray(actions[1, 2]), rewards[1, 2], gamma[1, 2], following[1, 2])
     assert whole.shape == (3, 4)
     np.testing.assert_array_equal(whole[1, 2], one)
+
+
+def test_targets_by_hand():
+    """Q(s, 0) = 0.5, r = 1, γ = 0.9; next: Q = (3, 5, 4), the selector likes the first, the policy is (0.2, 0.3, 0.5)."""
+    q, action, reward, gamma = f32([0.5, 7.0]), jnp.asarray(0), f32(1.0), f32(0.9)
+    following, selector, policy = f32([3.0, 5.0, 4.0]), f32([9.0, 1.0, 2.0]), f32([0.2, 0.3, 0.5])
+    want = {
+        q_learning.q_learning: (5.0, ()),
+        q_learning.double_q_learning: (3.0, (selector,)),
+        q_learning.sarsa: (4.0, (jnp.asarray(2),)),
+        q_learning.expected_sarsa: (4.1, (policy,)),
+    }
+    for function, (value, more) in want.items():
+        got = function(q, action, reward, gamma, following, *more)
+        np.testing.assert_allclose(got, 1.0 + 0.9 * value - 0.5, rtol=1e-6)
