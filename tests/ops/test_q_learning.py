@@ -69,8 +69,8 @@ def test_leading_axes_are_free_and_may_be_none():
 
 
 def test_targets_by_hand():
-    """Q(s, 0) = 0.5, r = 1, γ = 0.9; next: Q = (3, 5, 4), the selector likes the first, the policy is (0.2, 0.3, 0.5)."""
-    q, action, reward, gamma = f32([0.5, 7.0]), jnp.asarray(0), f32(1.0), f32(0.9)
+    """Q(s, 0) = 0.5, r = 1, γ = 0.9; next Q = (3, 5, 4), the selector likes the first, π = (0.2, 0.3, 0.5)."""
+    q, action, reward, gamma = f32([0.5, 7.0, 7.0]), jnp.asarray(0), f32(1.0), f32(0.9)
     following, selector, policy = f32([3.0, 5.0, 4.0]), f32([9.0, 1.0, 2.0]), f32([0.2, 0.3, 0.5])
     want = {
         q_learning.q_learning: (5.0, ()),
