@@ -20,7 +20,8 @@ import options
 from arithmetic_grpo import ALGORITHMS, Named
 from rljax.train.log import say, table
 
-SORTING = arithmetic_grpo.Config(task="sortings", steps=30, warm_up_target=0.25, warm_up_check=1)
+BATCHES = options.Batches(prompts=32, group=8, oversample=2, micro_batches=2)
+SORTING = arithmetic_grpo.Config(task="sortings", steps=30, batches=BATCHES, warm_up_target=0.25, warm_up_check=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,17 +17,18 @@ def sortings(digits: int = 6) -> list[dict]:
     return [{"prompt": "".join(o) + "=", "answer": "".join(sorted(o))} for o in orders]
 
 
-def split(problems: list[dict], held_out: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """A random split into (training, held-out) of at least `held_out` problems.
+def split(problems: list[dict], held_out: int, seed: int, kinds: int = 16) -> tuple[list[dict], list[dict]]:
+    """A random split into (training, held-out): at least `held_out` problems of at least `kinds` kinds, where there are.
 
-    Problems made of the same characters stay on the same side, so that 12+34 is not held out from 34+12.
+    Problems made of the same characters are of one kind and stay on the same side, so that 12+34 is not held out from
+    34+12. All orders of the same digits are sorted to one answer: an exam of few kinds would be about few answers.
     """
-    kinds: dict[str, list[dict]] = {}
+    by_kind: dict[str, list[dict]] = {}
     for problem in problems:
-        kinds.setdefault("".join(sorted(problem["prompt"])), []).append(problem)
-    groups = list(kinds.values())
+        by_kind.setdefault("".join(sorted(problem["prompt"])), []).append(problem)
+    groups = list(by_kind.values())
     order = np.random.default_rng([1, seed]).permutation(len(groups))
     sides: tuple[list[dict], list[dict]] = ([], [])
-    for i in order:
-        sides[len(sides[1]) < held_out].extend(groups[i])
+    for taken, i in enumerate(order):
+        sides[len(sides[1]) < held_out or (taken < kinds and held_out > 0)].extend(groups[i])
     return sides
