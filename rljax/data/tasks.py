@@ -18,7 +18,7 @@ def sortings(digits: int = 6) -> list[dict]:
 
 
 def split(problems: list[dict], held_out: int, seed: int, kinds: int = 16) -> tuple[list[dict], list[dict]]:
-    """A random split into (training, held-out): at least `held_out` problems of at least `kinds` kinds, where there are.
+    """A random split into (training, held-out): at least `held_out` problems, of at least `kinds` kinds.
 
     Problems made of the same characters are of one kind and stay on the same side, so that 12+34 is not held out from
     34+12. All orders of the same digits are sorted to one answer: an exam of few kinds would be about few answers.

@@ -33,11 +33,17 @@ def test_sortings_are_right(digits, count):
 @pytest.mark.parametrize(("held_out", "seed"), [(1024, 0), (1024, 1), (1, 0)])
 def test_sides_share_no_problem(make, held_out, seed):
     problems = make()
-    train, exam = split(problems, held_out, seed)
+    train, exam = split(problems, held_out, seed, kinds=1)
     assert held_out <= len(exam) < held_out + 40  # a kind stays together
     sides = [{problem["prompt"] for problem in side} for side in (train, exam)]
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == {problem["prompt"] for problem in problems}
+
+
+def test_an_exam_is_about_many_answers():
+    _, exam = split(sortings(), 1024, 0)
+    assert len({problem["answer"] for problem in exam}) == 16
+    assert len(exam) == 16 * 720
 
 
 def test_swapped_operands_are_the_same_problem():
