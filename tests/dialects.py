@@ -144,9 +144,13 @@ def verl_gpg_scale(rewards, group):
     return len(rewards) / max(int((rewards != 0).sum()), 1) / ours
 
 
-def verl_floored(advantages, std, epsilon: float):
-    """verl's vectorised GRPO takes the root of max(var, ε) before it adds ε."""
-    return advantages * (std + epsilon) / (jnp.sqrt(jnp.maximum(std**2, epsilon)) + epsilon)
+def verl_floored(advantages, std, rewards, group, epsilon: float):
+    """verl's vectorised GRPO takes the root of max(var, ε) before it adds ε, and var is a difference of float32 sums,
+    in which close rewards lose most digits."""
+    same, x = (group[:, None] == group[None, :]).astype(jnp.float32), rewards.astype(jnp.float32)
+    n = same.sum(axis=1)
+    var = (same @ (x * x) - (same @ x) * (same @ x) / n) / jnp.maximum(n - 1.0, 1.0)
+    return advantages * ((std + epsilon) / (jnp.sqrt(jnp.maximum(var, epsilon)) + epsilon))[:, None]
 
 
 def runs_as_rows(x, mask):

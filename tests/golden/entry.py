@@ -78,6 +78,8 @@ def moved(case: Case, entry: Entry, seed: int = 0, wider: int = 3) -> tuple[Case
         extra = (B, wider, *x.shape[2:])
         if "mask" in name:
             garbage = np.full(extra, "padding" in name)
+        elif name == entry.mask:  # labels: -100 is none
+            garbage = np.full(extra, -100)
         elif x.dtype.kind == "f":
             garbage = draw.normal(size=extra) - 2.0
         else:
