@@ -215,11 +215,24 @@ def two_sided(algorithm: Algorithm, bound: float) -> Algorithm:
     return algorithm._replace(loss=loss)
 
 
+def trl_two_sided(case: Case) -> Algorithm:
+    """A delta within the clip range cuts the ratios of good answers too, and TRL does not count those."""
+    high, bound = number(case, "epsilon_high"), number(case, "args.delta")
+    narrower = case._replace(hyper={**case.hyper, "epsilon_high": min(high, bound - 1.0)})
+    algorithm = two_sided(trl_policy(narrower), max(bound, 1.0 + high))
+
+    def loss(output, batch):
+        terms, metrics = algorithm.loss(output, batch)
+        counted = (bound > 1.0 + high) | (batch.advantages < 0)
+        return terms, {**metrics, "clip_fraction": metrics["clip_fraction"] * counted}
+
+    return algorithm._replace(loss=loss)
+
+
 def trl_algorithm(case: Case) -> Algorithm:
     x, hyper = case.ins, case.hyper
-    algorithm = trl_policy(case)._replace(weights=trl_reduction(case))
-    if "args.delta" in hyper:
-        algorithm = two_sided(algorithm, number(case, "args.delta"))
+    algorithm = trl_two_sided(case) if "args.delta" in hyper else trl_policy(case)
+    algorithm = algorithm._replace(weights=trl_reduction(case))
     if "off_policy_mask_threshold" in hyper:
         algorithm = a.drop_stale_failures(algorithm, number(case, "off_policy_mask_threshold"))
     if "top_entropy_quantile" in hyper:
