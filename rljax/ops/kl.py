@@ -39,8 +39,9 @@ def k1(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
 
 
 def absolute(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
-    """|d|: how far apart the two are, whichever way."""
-    return jnp.abs(logp - ref_logp)
+    """|d|: how far apart the two are, whichever way. No slope where they agree, as in every first update."""
+    d = logp - ref_logp
+    return jnp.where(d == 0, 0.0, jnp.abs(d))  # jnp.abs alone has slope 1 at 0
 
 
 def k2(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:

@@ -73,6 +73,11 @@ def test_the_absolute_difference_has_the_gradient_of_neither_kl():
     assert min(np.abs(gradient - other).max() for other in (FORWARD_GRADIENT, REVERSE_GRADIENT)) > 0.05
 
 
+def test_the_absolute_difference_has_no_slope_where_the_two_agree():
+    assert jax.grad(kl.absolute)(jnp.float32(-1.5), jnp.float32(-1.5)) == 0
+    assert jax.grad(kl.absolute)(jnp.float32(-1.5), jnp.float32(-1.0)) == -1
+
+
 def test_the_gradients_of_the_table_are_those_of_the_kls():
     exact = {
         "forward": lambda z: (jax.nn.softmax(z) * (jax.nn.log_softmax(z) - jnp.log(jnp.float32(Q)))).sum(),
