@@ -5,8 +5,10 @@ r"""Every algorithm on the same task from the same warm-up: docs/results.md.
 
 Per seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
 optimizer and number of steps. Nothing is tuned for any of them: the tables say what each does at the demo's settings.
+A rollout is learnt from once, so ratios are 1: methods that differ only in what they do with ratios (grpo, gspo, sapo;
+dapo, cispo) make the same run but for rounding. Accuracy is measured on 1,024 held-out problems.
 
-Reached: not yet run.
+Reached: docs/results.md. On 2 shared Xeon cores, beside other jobs, a run of sorting took 22 to 51 s.
 """
 
 import dataclasses
@@ -61,7 +63,8 @@ def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
 
 def page(results: list[dict]) -> str:
     """Markdown: a table a task, algorithms by their median gain."""
-    lines = ["# Results", "", __doc__.split("Reached:")[0].split("\n\n", 1)[1].strip(), ""]
+    lines = ["# Results", "", "Written by `python experiments/compare.py`; do not edit.", ""]
+    lines += ["\n\n".join(__doc__.split("\n\n")[2:-1]), ""]
     for task in dict.fromkeys(result["task"] for result in results):
         rows = [result for result in results if result["task"] == task]
         steps, seeds = rows[0]["steps"], sorted({row["seed"] for row in rows})
@@ -76,8 +79,8 @@ def page(results: list[dict]) -> str:
             longest = max(row["seconds"] for row in of[name].values())
             lines += [f"| {name} | " + " | ".join(cells) + f" | {median[name]:.3f} | {longest:.0f} |"]
         lines += [""]
-    versions = sorted({(row["git"] or "?", row["jax"]) for row in results})
-    lines += ["Commit and jax: " + "; ".join(f"{git}, {jax}" for git, jax in versions) + "."]
+    at = {row["git"].rstrip("+"): row["jax"] for row in results if row["git"]}
+    lines += ["Commits and jax of the runs: " + ", ".join(at) + "; " + ", ".join(dict.fromkeys(at.values())) + "."]
     return "\n".join(lines) + "\n"
 
 
