@@ -99,6 +99,14 @@ def verl_mean(x, mask):
     return x * mask.sum() / (mask.sum() + 1e-8)
 
 
+def verl_whitened(ours, x, mask):
+    """verl and tunix add 1e-8 to the number of tokens when they whiten x, in the mean and in the variance."""
+    n, mean, var = mask.sum(), statistics.masked_mean(x, mask), statistics.masked_var(x, mask)
+    shift = mean * 1e-8 / (n + 1e-8)
+    theirs = (var + n / (n - 1) * shift**2) * n / (n + 1e-8)
+    return (ours * jnp.sqrt(var + 1e-8) + shift) / jnp.sqrt(theirs + 1e-8)
+
+
 def verl_share(weights, own: float, whole: float, ranks: int):
     """What one of several ranks of verl adds to the loss: the divisor is the whole batch's, times the ranks that DDP
     averages over. Ours are weights of the whole batch to begin with."""

@@ -20,11 +20,9 @@ from rljax.algorithms import (
 )
 from rljax.algorithms.reinforce import group_mean
 from rljax.ops import groups, sequences, shaping, statistics
-from rljax.types import Algorithm, Trajectory
+from rljax.types import Algorithm, Batch, Trajectory
 from tests import dialects
 from tests.golden.entry import Case, Entry, trajectory
-
-WHITENED = 1e-7  # verl adds 1e-8 to the number of tokens, in the mean and in the variance
 
 
 def mask_of(case: Case, name: str = "response_mask"):
@@ -132,15 +130,18 @@ def verl_remax(case: Case) -> dict:
 
 def verl_new_reinforce_pp(case: Case) -> dict:
     traj = trajectory(mask_of(case), rewards=case.ins["token_level_rewards"])
-    batch = reinforce_pp(gamma=case.hyper["gamma"]).credit(traj, {})
-    return {"advantages": batch.advantages, "returns": batch.returns}
+    return verl_whitened_returns(reinforce_pp(gamma=case.hyper["gamma"]).credit(traj, {}))
+
+
+def verl_whitened_returns(batch: Batch) -> dict:
+    advantages = dialects.verl_whitened(batch.advantages, batch.returns, batch.mask)
+    return {"advantages": jnp.where(batch.mask, advantages, 0.0), "returns": batch.returns}
 
 
 def verl_reinforce_pp(case: Case) -> dict:
     mask = mask_of(case)
     rewards, runs = dialects.runs_as_rows(case.ins["token_level_rewards"], mask)
-    batch = reinforce_pp(gamma=case.hyper["gamma"]).credit(trajectory(runs, rewards=rewards), {})
-    out = {"advantages": batch.advantages, "returns": batch.returns}
+    out = verl_whitened_returns(reinforce_pp(gamma=case.hyper["gamma"]).credit(trajectory(runs, rewards=rewards), {}))
     return {name: x.reshape(len(mask), -1, mask.shape[1]).sum(axis=1) for name, x in out.items()}
 
 
@@ -148,13 +149,14 @@ def verl_reinforce_pp_baseline(case: Case) -> dict:
     """Where a row has no tokens or is alone in its group, the baseline is taken first, as verl takes it; then the rows
     are one group, whose mean the whitening takes out again."""
     mask, group = mask_of(case), case.ins["index"]
+    centred = verl_outcome(case, reinforce(group_mean), 0.0)["advantages"]
     if mask.any(axis=1).all() and not dialects.lone(group).any():
         traj = trajectory(mask, rewards=case.ins["token_level_rewards"], group=group)
     else:
-        centred = verl_outcome(case, reinforce(group_mean), 0.0)["advantages"]
         rewards = jnp.where(shaping.last_decision(mask), centred, 0.0)
         traj = trajectory(mask, rewards=rewards, group=jnp.zeros_like(group))
-    return {"advantages": reinforce_pp_baseline().credit(traj, {}).advantages}
+    advantages = dialects.verl_whitened(reinforce_pp_baseline().credit(traj, {}).advantages, centred, mask)
+    return {"advantages": jnp.where(mask, advantages, 0.0)}
 
 
 def verl_gdpo(case: Case) -> dict:
@@ -306,11 +308,9 @@ TABLE: dict[str, Entry] = {
     "verl_opo_advantage": verl("opo", verl_opo),
     "verl_optimal_token_baseline_advantage": verl("otb", verl_otb, at_mask=True),
     "verl_remax_advantage": verl("remax", verl_remax, at_mask=True),
-    "verl_reinforce_plus_plus_advantage": verl("reinforce_pp", verl_reinforce_pp, rtol=WHITENED, at_mask=True),
-    "verl_new_reinforce_plus_plus_advantage": verl("reinforce_pp", verl_new_reinforce_pp, rtol=WHITENED),
-    "verl_reinforce_plus_plus_baseline_advantage": verl(
-        "reinforce_pp_baseline", verl_reinforce_pp_baseline, rtol=WHITENED
-    ),
+    "verl_reinforce_plus_plus_advantage": verl("reinforce_pp", verl_reinforce_pp, at_mask=True),
+    "verl_new_reinforce_plus_plus_advantage": verl("reinforce_pp", verl_new_reinforce_pp),
+    "verl_reinforce_plus_plus_baseline_advantage": verl("reinforce_pp_baseline", verl_reinforce_pp_baseline),
     "verl_new_gdpo_advantage": verl("gdpo", verl_gdpo, rtol=1e-5),
     "trl_grpo_gdpo_advantage": Entry("grpo, lite_ppo, gdpo", trl_grpo_gdpo),
     "trl_rloo_advantage": Entry("rloo, kl_in_reward", trl_rloo, mask="completion_mask"),

@@ -247,7 +247,8 @@ def whitened_gae(rewards, values, mask, gamma: float, lam: float) -> dict:
     values = jnp.pad(values, ((0, 0), (0, 1)))
     advantages = returns.gae(rewards, values, mask, gamma, lam)
     targets = returns.lambda_returns(rewards, values, mask, gamma, lam)
-    return {"advantages": statistics.whiten(advantages, mask), "returns": targets}
+    whitened = dialects.verl_whitened(statistics.whiten(advantages, mask), advantages, mask)
+    return {"advantages": whitened, "returns": targets}
 
 
 def verl_gae(case: Case) -> dict:
