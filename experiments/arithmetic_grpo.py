@@ -4,7 +4,7 @@ r"""A small language model learns to add by reinforcement, from scratch, on a la
     python experiments/arithmetic_grpo.py --algorithm gspo --seed 1      # any of ALGORITHMS below
     python experiments/arithmetic_grpo.py --reward shuffled              # a control: nothing to learn from
 
-A character-level decoder of 0.8 M parameters is shown right sums until it is right about three times in ten
+A character-level decoder of 0.8 M parameters is shown right sums until it is right about four times in ten
 (arithmetic_sft.py). From then on it sees no answer any more, only whether its own were right: 0 or 1.
 
 Reached: seeds 0 to 4, held-out 0.380 0.371 0.423 0.435 0.375 -> 0.918 0.884 0.947 0.931 0.868 (median 0.918), in 149 to

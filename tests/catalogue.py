@@ -166,8 +166,8 @@ One row is one function; its name leads to its file, which is the whole method. 
   model-free: nothing learns or plans with a model of the environment.
 - **learns**: a policy, a policy and its critic, a policy from preferences or demonstrations, or a reward model.
 - **data**: what it needs besides tokens and log-probs. *rewards*: of whole answers, or of decisions; *groups*: several
-  answers to each prompt; *steps*: their ends; *scores*: each verifier's own. In code: fields of `Trajectory` that the
-  experiment must fill (`Algorithm.needs`).
+  answers to each prompt; *steps*: their ends; *scores*: each verifier's own. In code: further fields of
+  `Trajectory`, which `annotate` fills (`Algorithm.needs`), or, as `baseline` and values by Monte Carlo, the experiment.
 - **constraint**: what keeps the policy near the one that sampled, or near a reference. KL terms are wrappers: any
   row takes `with_kl` or `kl_in_reward`.
 - **laws**: which of the laws at the end of the page it obeys.

@@ -25,7 +25,10 @@ TABLE: dict[str, Entry] = {**estimation.TABLE, **credit.TABLE, **losses.TABLE, *
 
 def pytest_generate_tests(metafunc):
     if {"file", "case"} <= set(metafunc.fixturenames):
-        directory = Path(metafunc.config.getoption("--golden-dir") or SHARED / "golden")
+        given = metafunc.config.getoption("--golden-dir")
+        directory = Path(given or SHARED / "golden")
+        if given and not list(directory.glob("*.npz")):
+            raise pytest.UsageError(f"--golden-dir {given}: no .npz files there")
         found = [(path, name) for path in sorted(directory.glob("*.npz")) for name in names_of(path)]
         ids = [f"{path.stem}-{name}" for path, name in found]
         absent = [pytest.param(None, None, marks=pytest.mark.skip(reason=NO_SHARED))]
@@ -82,6 +85,7 @@ def compare(entry: Entry, case: Case, got: dict, order=None, mask=None) -> None:
 
 
 def test_every_recorded_case(file, case):
+    assert file.stem in TABLE, f"no row of TABLE for {file.name}"
     entry = TABLE[file.stem]
     if why := reason(case, entry.not_run):
         pytest.skip(why)

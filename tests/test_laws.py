@@ -228,7 +228,18 @@ def test_without_advantage_the_policy_does_not_move(name):
 
 
 COMPARES = [  # answers of one prompt with one another, and nothing else
-    *("reinforce, group mean", "reinforce, leave one out", "rloo", "gpg", "maxrl", "pass_at_k", "opo", "otb", "capo"),
+    *(
+        "reinforce, group mean",
+        "reinforce, leave one out",
+        "rloo",
+        "gpg",
+        "maxrl",
+        "pass_at_k",
+        "opo",
+        "otb",
+        "capo",
+        "reinforce_pp_baseline",
+    ),
     *("grpo", "dr_grpo", "dapo", "lite_ppo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "gmpo", "vespo"),
     *("dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov", "fipo", "real", "grpo + kl", "grpo + tis", "all at once"),
 ]

@@ -64,7 +64,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "PPO, exact critic": a.ppo(),
     "PPO, KL penalty, exact critic": a.ppo_penalty(),
     "VAPO, exact critic": a.vapo(),
-    "VinePPO, exact values": a.vine_ppo(),
+    "VinePPO, exact values": needing(a.vine_ppo(), "values"),
     "SFT on its own answers": a.sft(),
     "leave one out + k1 in the loss": a.with_kl(RLOO, BETA, k1, allow_k1=True),
     "leave one out + k2 in the loss": a.with_kl(RLOO, BETA, k2),

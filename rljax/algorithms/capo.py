@@ -21,7 +21,7 @@ def capo(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6) -> Algo
     """GRPO over token rewards: the outcome, and the mark of the token's own step."""
 
     def credit(traj, coefficients):
-        require(traj, "step_ends")
+        require(traj, "group", "step_ends")
         rewards, mask = judged_rewards(traj)
         last = last_decision(mask)
         outcome = jnp.where(last, rewards, 0.0).sum(axis=1, keepdims=True)

@@ -19,6 +19,7 @@ def require(traj: Trajectory, *fields: str) -> None:
 
 def episode_rewards(traj: Trajectory) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """`ops.returns.episode_rewards` of a trajectory, whose shapes it checks."""
+    require(traj, "rewards")
     check(traj)
     return returns.episode_rewards(traj.rewards, traj.mask)
 
@@ -30,10 +31,11 @@ def outcome_batch(traj: Trajectory, advantages: Float[Array, " B"], judged: Bool
     return Batch(traj=traj, advantages=spread, mask=mask, coefficients=coefficients)
 
 
-def from_rewards(advantage: Callable) -> Callable:
-    """credit: every decision of row i gets advantage(rewards [B], group [B], judged [B])[i]."""
+def from_rewards(advantage: Callable, *needed: str) -> Callable:
+    """credit: every decision of row i gets advantage(rewards [B], group [B], judged [B])[i]. `needed`: checked."""
 
     def credit(traj, coefficients):
+        require(traj, *needed)
         rewards, judged = episode_rewards(traj)
         return outcome_batch(traj, advantage(rewards, traj.group, judged), judged, coefficients)
 
@@ -43,8 +45,12 @@ def from_rewards(advantage: Callable) -> Callable:
 def group_relative(std_epsilon: float | None = 1e-6) -> Callable:
     """credit of GRPO: (R_i - mean)/(std + ε) over the judged rows of the group. None: no division (Dr.GRPO)."""
     if std_epsilon is None:
-        return from_rewards(groups.centred)
-    return from_rewards(lambda rewards, group, judged: groups.standardised(rewards, group, judged, std_epsilon))
+        return from_rewards(groups.centred, "group")
+
+    def advantage(rewards, group, judged):
+        return groups.standardised(rewards, group, judged, std_epsilon)
+
+    return from_rewards(advantage, "group")
 
 
 def judged_rewards(traj: Trajectory) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:

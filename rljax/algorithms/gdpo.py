@@ -26,7 +26,7 @@ def gdpo(
     """GRPO on `traj.scores` [B K], each normalised in its group. `reward_weights`: one for each; None: all 1."""
 
     def credit(traj, coefficients):
-        require(traj, "scores")
+        require(traj, "group", "scores")
         _, judged = episode_rewards(traj)
         scores, total = traj.scores, jnp.zeros_like(traj.scores[:, 0])
         factors = [1.0] * scores.shape[1] if reward_weights is None else reward_weights

@@ -20,13 +20,13 @@ def gmpo(low: float = 0.4, high: float = 0.4) -> Algorithm:
     """GMPO. `low`, `high`: bounds of the log ratio."""
 
     def loss(output, batch):
-        log_ratio = output.logp - old_logp(batch.traj)
-        good, bad = batch.advantages > 0, batch.advantages < 0
+        mean = lambda x: mean_over_sequence(x, batch.mask, batch.traj.segments)  # noqa: E731
+        log_ratio, advantages = output.logp - old_logp(batch.traj), stop_gradient(mean(batch.advantages))
+        good, bad = advantages > 0, advantages < 0
         clipped = (good & (log_ratio > high)) | (bad & (log_ratio < -low))
         bounded = jnp.where(good, jnp.minimum(log_ratio, high), log_ratio)
         bounded = jnp.where(bad, jnp.maximum(log_ratio, -low), bounded)
-        mean = lambda x: mean_over_sequence(x, batch.mask, batch.traj.segments)  # noqa: E731
-        terms = -stop_gradient(mean(batch.advantages)) * bounded_exp(mean(bounded))
+        terms = -advantages * bounded_exp(mean(bounded))
         return terms, {"clip_fraction": clipped.astype(terms.dtype)}
 
     return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean)

@@ -24,4 +24,4 @@ def gpg() -> Algorithm:
         alpha = share.sum() / jnp.maximum(informative.sum(), 1.0)
         return alpha * groups.centred(rewards, group, judged)
 
-    return reinforce()._replace(credit=from_rewards(advantage), weights=token_mean)
+    return reinforce()._replace(credit=from_rewards(advantage, "group"), weights=token_mean)

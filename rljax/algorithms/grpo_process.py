@@ -20,7 +20,7 @@ def grpo_process(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6)
     """GRPO whose advantages are sums of normalised rewards of this and later steps."""
 
     def credit(traj, coefficients):
-        require(traj, "step_ends")
+        require(traj, "group", "step_ends")
         rewards, mask = judged_rewards(traj)
         ends = traj.step_ends & mask
         of_steps = jnp.broadcast_to(traj.group[:, None], mask.shape).ravel()

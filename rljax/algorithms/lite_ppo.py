@@ -22,4 +22,4 @@ def lite_ppo(low: float = 0.2, high: float = 0.28, std_epsilon: float = 1e-6) ->
     def advantage(rewards, group, judged):
         return groups.centred(rewards, group, judged) / (jnp.sqrt(masked_var(rewards, judged)) + std_epsilon)
 
-    return grpo(low, high, weights=token_mean)._replace(credit=from_rewards(advantage))
+    return grpo(low, high, weights=token_mean)._replace(credit=from_rewards(advantage, "group"))

@@ -21,4 +21,4 @@ def maxrl() -> Algorithm:
         mean = groups.group_mean(rewards, group, judged)
         return jnp.where(mean > 0, groups.centred(rewards, group, judged) / jnp.where(mean > 0, mean, 1.0), 0.0)
 
-    return reinforce()._replace(credit=from_rewards(advantage))
+    return reinforce()._replace(credit=from_rewards(advantage, "group"))

@@ -8,7 +8,7 @@ clip, no KL, no entropy term: one update per rollout.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch
+from rljax.algorithms.credit import episode_rewards, outcome_batch, require
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops import groups
 from rljax.types import Algorithm
@@ -18,6 +18,7 @@ def opo() -> Algorithm:
     """OPO."""
 
     def credit(traj, coefficients):
+        require(traj, "group")
         rewards, judged = episode_rewards(traj)
         length = jnp.where(judged, traj.mask.sum(axis=1), 0).astype(rewards.dtype)
         total = groups.group_sum(length, traj.group)

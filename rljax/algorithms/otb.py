@@ -10,7 +10,7 @@ reward-to-go. Rows of a group must start in the same column. A row alone in a co
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, old_logp, require
+from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops import groups
 from rljax.ops.returns import discounted_returns
@@ -21,10 +21,10 @@ def otb() -> Algorithm:
     """REINFORCE with the optimal token baseline."""
 
     def credit(traj, coefficients):
-        require(traj, "sum_pi_squared")
+        require(traj, "group", "old_logp", "sum_pi_squared")
         rewards, mask = judged_rewards(traj)
         returns = discounted_returns(rewards, mask)
-        norm = jnp.where(mask, 1.0 - 2.0 * jnp.exp(old_logp(traj)) + traj.sum_pi_squared, 0.0)
+        norm = jnp.where(mask, 1.0 - 2.0 * jnp.exp(traj.old_logp) + traj.sum_pi_squared, 0.0)
         weight = jnp.where(mask, jnp.cumsum(norm, axis=1), 0.0)
         total = groups.group_sum(weight, traj.group)
         baseline = groups.group_sum(weight * returns, traj.group) / jnp.where(total > 0, total, 1.0)
@@ -32,4 +32,4 @@ def otb() -> Algorithm:
         advantages = jnp.where(mask, returns - jnp.where(alone, 0.0, baseline), 0.0)
         return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
-    return reinforce()._replace(credit=credit, needs=("sum_pi_squared",))
+    return reinforce()._replace(credit=credit, needs=("old_logp", "sum_pi_squared"))

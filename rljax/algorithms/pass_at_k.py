@@ -22,4 +22,4 @@ def pass_at_k(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6) ->
         gain = jnp.where(judged & jnp.isfinite(second), jnp.maximum(rewards - second, 0.0), 0.0)
         return gain / (groups.group_std(rewards, group, judged) + std_epsilon)
 
-    return grpo(low, high)._replace(credit=from_rewards(advantage))
+    return grpo(low, high)._replace(credit=from_rewards(advantage, "group"))

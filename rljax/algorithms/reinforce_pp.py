@@ -29,7 +29,7 @@ def reinforce_pp(low: float = 0.2, high: float = 0.2, gamma: float = 1.0) -> Alg
 
 def reinforce_pp_baseline(low: float = 0.2, high: float = 0.2) -> Algorithm:
     """REINFORCE++ with the group's mean reward as baseline."""
-    centred = from_rewards(groups.centred)
+    centred = from_rewards(groups.centred, "group")
 
     def credit(traj, coefficients):
         batch = centred(traj, coefficients)

@@ -27,4 +27,4 @@ def rloo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, {"clip_fraction": losses.clipped_fraction(ratio, batch.advantages, low, high)}
 
-    return Algorithm(credit=from_rewards(advantage), loss=loss, weights=sequence_mean)
+    return Algorithm(credit=from_rewards(advantage, "group"), loss=loss, weights=sequence_mean)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import old_logp
+from rljax.algorithms.credit import old_logp, require
 from rljax.algorithms.wrap import needing
 from rljax.ops import shaping
 from rljax.ops.kl import k1
@@ -42,6 +42,7 @@ def filter_overlong(algorithm: Algorithm) -> Algorithm:
     """
 
     def credit(traj, coefficients):
+        require(traj, "truncated")
         batch = algorithm.credit(traj, coefficients)
         cut = (traj.truncated & traj.mask).any(axis=1, keepdims=True)
         return batch.replace(mask=batch.mask & ~cut)

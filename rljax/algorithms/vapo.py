@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.ppo import ppo
-from rljax.ops.returns import discounted_returns, fold_ends, gae
+from rljax.ops.returns import fold_ends, gae, lambda_returns
 from rljax.ops.statistics import whiten
 from rljax.types import Algorithm, Batch
 
@@ -27,7 +27,7 @@ def vapo(low: float = 0.2, high: float = 0.28, alpha: float = 0.05, value_coeffi
         cut = None if traj.final_values is None else traj.truncated
         rewards, gamma = fold_ends(rewards, mask, 1.0, traj.terminated, cut, traj.final_values)
         advantages = whiten(gae(rewards, traj.values, mask, gamma, lam), mask)
-        returns = discounted_returns(rewards, mask, gamma)
+        returns = lambda_returns(rewards, traj.values, mask, gamma, 1.0)
         return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
     return ppo(low, high, value_coefficient=value_coefficient, value_clip=None)._replace(credit=credit)

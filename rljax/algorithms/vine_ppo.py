@@ -3,7 +3,8 @@
     Â_t = (reward of the step) + V̂(state after the step) - V̂(state before it)    for every token of the step
 
 V̂(s) is the mean reward of several answers continued from s. `traj.values` holds it at the first token of each step
-(other columns are not read), 0 after the last one. The loss is PPO's without a critic.
+(other columns are not read), 0 after the last one: the experiment fills it. What follows the last of `step_ends` is a
+step too. A step's reward may stand on any of its tokens. The loss is PPO's without a critic.
 """
 
 import jax
@@ -32,4 +33,4 @@ def vine_ppo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         advantages = jnp.where(mask, sequence_sum(gain, mask, steps), 0.0)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
-    return dapo(low, high)._replace(credit=credit, needs=("values",))
+    return dapo(low, high)._replace(credit=credit)

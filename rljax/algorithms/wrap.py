@@ -8,15 +8,21 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, old_logp
+from rljax.algorithms.credit import episode_rewards, old_logp, require
 from rljax.ops.kl import importance_weighted_k3, k1, k3
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
 
 
 def needing(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:
-    """The algorithm with further needs and other changes."""
-    return algorithm._replace(needs=tuple(dict.fromkeys((*algorithm.needs, *fields))), **changes)
+    """The algorithm with further needs, which its credit then checks, and other changes."""
+    algorithm = algorithm._replace(needs=tuple(dict.fromkeys((*algorithm.needs, *fields))), **changes)
+
+    def credit(traj, coefficients):
+        require(traj, *fields)
+        return algorithm.credit(traj, coefficients)
+
+    return algorithm._replace(credit=credit) if fields else algorithm
 
 
 def _add(algorithm: Algorithm, name: str, coefficient: float, term: Callable, *needs: str) -> Algorithm:
@@ -72,7 +78,10 @@ def with_entropy(algorithm: Algorithm, coefficient: float = 0.01) -> Algorithm:
 
 
 def with_likelihood_of_good(algorithm: Algorithm, coefficient: float = 0.1, above: float = 0.0) -> Algorithm:
-    """Adds -c (1/Σ_good n) Σ_good log π over the answers whose reward is above `above` (VAPO, arXiv:2504.05118)."""
+    """Adds -c (1/Σ_good n) Σ_good log π over the answers whose reward is above `above` (VAPO, arXiv:2504.05118).
+
+    Put it outside of `kl_in_reward` and `penalise_overlong`: it judges by the rewards it is given.
+    """
 
     def credit(traj, coefficients):
         batch, (rewards, _) = algorithm.credit(traj, coefficients), episode_rewards(traj)

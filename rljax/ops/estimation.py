@@ -99,12 +99,19 @@ def importance_sampling(x: Samples, weights: Samples, mask: Mask = None) -> Esti
     return monte_carlo(_kept(weights, mask) * _kept(x, mask), mask)
 
 
+def _scaled(weights: Samples, mask: Mask) -> Samples:
+    """The weights over the largest of them: what only their proportions decide neither over- nor underflows."""
+    w = _kept(weights, mask)
+    largest = w.max(axis=-1, keepdims=True)
+    return w / jnp.where(largest > 0, largest, 1.0)
+
+
 def self_normalised(x: Samples, weights: Samples, mask: Mask = None) -> Estimate:
     """Σ w x / Σ w: p and q may lack their constants; a bias of order 1/N, never beyond the samples' own range.
 
     Error by the delta method: √(Σ w² (x - mean)²) / Σ w. 0 where all weights are 0.
     """
-    w = _kept(weights, mask)
+    w = _scaled(weights, mask)
     total = w.sum(axis=-1)
     total = jnp.where(total > 0, total, 1.0)
     mean = (w * _kept(x, mask)).sum(axis=-1) / total
@@ -136,7 +143,7 @@ def per_decision(rewards: Samples, ratios: Samples, mask: Bool[Array, "*B N"], g
 
 def effective_sample_size(weights: Samples, mask: Mask = None) -> Means:
     """(Σ w)² / Σ w²: N where all weights are equal, 1 where one has everything (Kish 1965). 0 without a weight."""
-    w = _kept(weights, mask)
+    w = _scaled(weights, mask)
     squares = (w**2).sum(axis=-1)
     return jnp.where(squares > 0, w.sum(axis=-1) ** 2 / jnp.where(squares > 0, squares, 1.0), 0.0)
 

@@ -51,7 +51,7 @@ def k2(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
 
 def k3(logp: LogProbs, ref_logp: LogProbs) -> LogProbs:
     """e⁻ᵈ - 1 + d: unbiased value, never negative; gradient of KL(π_ref ‖ π). GRPO's (arXiv:2402.03300, eq. 4)."""
-    minus_d = jnp.clip(ref_logp - logp, -20.0, 20.0)
+    minus_d = jnp.minimum(ref_logp - logp, 20.0)
     return jnp.expm1(minus_d) - minus_d
 
 

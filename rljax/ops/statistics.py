@@ -35,7 +35,11 @@ def masked_min(x: Values, mask: Mask) -> Scalar:
 
 
 def whiten(x: Values, mask: Mask) -> Values:
-    """(x - μ)/√(var + 1e-8) over the unmasked entries; 0 where masked."""
+    """(x - μ)/√(var + 1e-8) over the unmasked entries; 0 where masked.
+
+    Taken of what stands above the least entry: equal ones give 0, not a rounding error blown up by a deviation of 0.
+    """
+    x = x - masked_min(x, mask)
     return jnp.where(mask, (x - masked_mean(x, mask)) / jnp.sqrt(masked_var(x, mask) + 1e-8), 0.0)
 
 

@@ -28,7 +28,10 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
 
     def loss(params, frozen, batch: Batch):
         output = _neutral(policy(params, frozen, batch.traj), batch.mask)
-        terms, shown = algorithm.loss(output, batch)
+        found = algorithm.loss(output, batch)
+        if not isinstance(found, tuple):
+            raise ValueError("a loss returns (terms [B, T], metrics), metrics being a dict that may be empty")
+        terms, shown = found
         if terms.shape != batch.mask.shape:
             raise ValueError(
                 f"a loss is unreduced: it must return {batch.mask.shape}, one term a decision, not {terms.shape}"

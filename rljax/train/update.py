@@ -26,6 +26,10 @@ def make_update(
     mesh: they are plain sums. Metrics are means over the whole batch, and `loss`, `grad_norm` (before any clipping in
     the optimizer's chain) and `update_norm`. With `shardings` the state enters and leaves in them.
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            "make_update takes an Objective: policy_objective(policy, algorithm), or dpo(policy) and its like"
+        )
 
     def step(state: TrainState, frozen, batch):
         key, used = jax.random.split(state.key)

@@ -9,6 +9,7 @@ import optax
 
 from rljax import algorithms as a
 from rljax.algorithms.reinforce import batch_mean, group_mean, leave_one_out, no_baseline
+from rljax.algorithms.wrap import needing
 from rljax.ops import sequences
 from rljax.ops.kl import k2, k3_with_k2_gradient
 from rljax.ops.ratios import sequence_geometric_mean, sequence_product
@@ -64,7 +65,7 @@ ALGORITHMS = {
     "ppo, dual clip": a.ppo(dual=1.5, value_clip=None),
     "ppo_penalty": a.ppo_penalty(),
     "vapo": a.vapo(alpha=0.4),
-    "vine_ppo": a.vine_ppo(),
+    "vine_ppo": needing(a.vine_ppo(), "values"),
     "sft": a.sft(),
     "dft": a.dft(),
     "grpo + kl": a.with_kl(a.grpo(), 0.3),

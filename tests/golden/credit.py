@@ -113,7 +113,7 @@ def verl_opo(case: Case) -> dict:
 def verl_otb(case: Case) -> dict:
     x, mask = case.ins, mask_of(case)
     facts = {"rewards": x["token_level_rewards"], "group": x["index"], "sum_pi_squared": x["sum_pi_squared"]}
-    batch = otb().credit(trajectory(mask, logp=x["old_log_probs"], **facts), {})
+    batch = otb().credit(trajectory(mask, old_logp=x["old_log_probs"], **facts), {})
     norms = jnp.where(mask, 1.0 - 2.0 * jnp.exp(x["old_log_probs"]) + x["sum_pi_squared"], 0.0)
     weight = jnp.where(mask, jnp.cumsum(norms, axis=1), 0.0)
     ours = batch.returns - batch.advantages

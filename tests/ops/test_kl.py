@@ -92,9 +92,9 @@ def test_far_from_the_reference_exponents_stop_at_20_and_nothing_overflows(d):
     logp, ref = jnp.float32(min(d, 0)), jnp.float32(min(-d, 0))
     for estimator in (kl.k3, kl.k3_with_k2_gradient):
         value, slope = jax.value_and_grad(estimator)(logp, ref)
-        clamped = -np.clip(d, -20, 20)
+        clamped = min(-d, 20)  # far above the reference the linear part still pulls back
         close(value, np.expm1(clamped) - clamped, rtol=1e-5)
-        close(slope, 0 if estimator is kl.k3 else d)
+        close(slope, d if estimator is not kl.k3 else 1 if d > 0 else 0)
     assert jnp.isfinite(kl.importance_weighted_k3(logp, ref, ref))
 
 

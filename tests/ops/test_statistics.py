@@ -63,3 +63,10 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_halfway_critic():
     close(explained_variance(targets, targets, mask), 1.0)
     close(explained_variance(jnp.ones_like(targets), targets, mask), 0.0, atol=1e-5)
     close(explained_variance(targets / 2, targets, mask), 0.75, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.3, 5.3, 10.1, -1000.1])
+def test_equal_entries_are_whitened_to_zero_to_the_last_bit(value):
+    x = jnp.full((7, 13), value, jnp.float32).at[0, 0].set(jnp.nan)
+    mask = jnp.ones((7, 13), bool).at[0, 0].set(False)
+    assert not whiten(x, mask).any()
