@@ -5,8 +5,8 @@ r"""Every algorithm on the same task from the same warm-up: docs/results.md.
 
 Per seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
 optimizer and number of steps. Nothing is tuned for any of them. All learn from the answers that DAPO's filter keeps,
-and from each rollout once, so ratios are 1: methods that differ only in what they do with ratios (grpo, gspo, sapo; dapo,
-cispo; reinforce, rloo) make the same run but for rounding. Accuracy is measured on 1,024 held-out problems.
+and from each rollout once, so ratios are 1: methods that differ only in what they do with ratios (grpo, gspo, sapo;
+dapo, cispo; reinforce, rloo) make the same run but for rounding. Accuracy is measured on 1,024 held-out problems.
 
 Reached: docs/results.md. On 2 shared Xeon cores, beside other jobs, a run of sorting took 22 to 51 s.
 """
