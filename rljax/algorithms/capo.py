@@ -4,7 +4,7 @@
 
 `traj.rewards` holds the outcome on the last decision and, on the other decisions that `step_ends` marks, the penalty of
 the step that ends there (0 for a right one), which all of its tokens carry as c. How the paper weighs outcome and
-penalty is not known here. The loss is GRPO's.
+penalty is not known here; a mark on the last step has no place beside the outcome. The loss is GRPO's.
 """
 
 import jax.numpy as jnp

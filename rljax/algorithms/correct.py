@@ -2,9 +2,11 @@
 
 `traj.logp` is what the sampler reported, `traj.old_logp` what the trainer computes before the update. Stale samples,
 quantised weights or merely other kernels part the two. A correction multiplies the advantages by a constant weight made
-of π_old/π_sampler: for every loss proportional to Â that weighs the policy's terms, while those of a critic, of the KL
-or of the entropy stay as they are, in whatever order the wrappers stand. (Not for `a_star_po`, a regression onto Â, nor
-for `real`, which reads only its sign.)
+of π_old/π_sampler. In a loss proportional to Â that weighs the policy's terms; terms of a critic, of the KL and of the
+entropy stay as they are, in whatever order the wrappers stand. Three limits: `a_star_po` is a regression onto Â and
+`real` reads its sign only, so that neither can be corrected so; and where one ratio speaks for a whole answer (rloo,
+gspo, gmpo) a weight of a single token scales that token's term, not its share in the ratio (`gspo_token` has no such
+tie).
 
 Where no `old_logp` is annotated the ratio of a loss is to the sampler already, and a correction on top would count
 twice: hence each asks for it. A token that a weight takes out still counts in the divisor; only `reject` takes it out

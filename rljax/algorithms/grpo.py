@@ -24,6 +24,6 @@ def grpo(
     def loss(output, batch):
         ratio = ratio_to_old(output, batch)
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
-        return terms, {"clip_fraction": losses.clipped_fraction(ratio, batch.advantages, low, high)}
+        return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
     return Algorithm(credit=group_relative(std_epsilon), loss=loss, weights=weights)

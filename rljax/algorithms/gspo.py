@@ -23,7 +23,7 @@ def _gspo(log_ratio, low: float, high: float) -> Algorithm:
     def loss(output, batch):
         ratio = bounded_exp(log_ratio(output, batch))
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
-        return terms, {"clip_fraction": losses.clipped_fraction(ratio, batch.advantages, low, high)}
+        return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
     return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean)
 

@@ -4,8 +4,9 @@
     z = max(0, mean over the batch of log π/π_ref of prompts with other prompts' answers)
 
 z estimates the KL to the reference; it and the λ come from the whole optimizer batch and carry no gradient.
-`mismatched` holds those wrong pairs, annotated with `ref_logp` too: answers rolled by one row, so the batch needs two
-prompts. Without it z = 0: APO-zero for unpaired answers (arXiv:2408.06266).
+`mismatched` holds those wrong pairs, annotated with `ref_logp` too: each prompt followed by the *next* row's answer,
+made before the tokens become a Trajectory (rolling whole rows would give right pairs back): it takes two prompts.
+Without it z = 0: APO-zero for unpaired answers (arXiv:2408.06266).
 """
 
 from collections.abc import Callable

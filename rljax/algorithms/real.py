@@ -19,7 +19,7 @@ from rljax.types import Algorithm
 
 
 def real(temperature: float = 0.5) -> Algorithm:
-    """REAL, on unpacked rows: `prepare` needs whole groups."""
+    """REAL, on unpacked rows and in one minibatch a rollout: `prepare` needs whole groups."""
 
     def score(output, batch):
         return sequence_geometric_mean(output.logp - old_logp(batch.traj), batch.mask) / temperature

@@ -20,8 +20,11 @@ from rljax.types import Algorithm, Trajectory
 def balanced(traj: Trajectory, drawn: int, kept: int) -> Trajectory:
     """`kept` rows of every group of `drawn`, with `baseline` = mean reward of all the group's rows.
 
-    A row is right where its reward is above that mean. Rows that were not judged are taken last.
+    A row is right where its reward is above that mean. Rows that were not judged are taken last. All groups have
+    `drawn` rows. Raises ValueError where that cannot be.
     """
+    if traj.mask.shape[0] % drawn or kept > drawn:
+        raise ValueError(f"{traj.mask.shape[0]} rows are not groups of {drawn}, or hold no {kept} to keep")
     reward, judged = episode_rewards(traj)
     mean = groups.group_mean(reward, traj.group, judged)
     by_group = jnp.argsort(traj.group, stable=True)

@@ -25,6 +25,6 @@ def rloo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         log_ratio = output.logp - old_logp(batch.traj)
         ratio = bounded_exp(sequence_product(log_ratio, batch.mask, batch.traj.segments))
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
-        return terms, {"clip_fraction": losses.clipped_fraction(ratio, batch.advantages, low, high)}
+        return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
     return Algorithm(credit=from_rewards(advantage, "group"), loss=loss, weights=sequence_mean)

@@ -35,6 +35,16 @@ def clipped_fraction(ratio: Terms, advantages: Terms, low: float = 0.2, high: fl
     return outside.astype(ratio.dtype)
 
 
+def clip_metrics(ratio: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> dict[str, Terms]:
+    """`clipped_fraction`, to be logged: in all, and by the bound that was left (low where Â < 0, high where Â > 0)."""
+    clipped = clipped_fraction(ratio, advantages, low, high)
+    return {
+        "clip_fraction": clipped,
+        "clip_fraction_low": jnp.where(advantages < 0, clipped, 0.0),
+        "clip_fraction_high": jnp.where(advantages > 0, clipped, 0.0),
+    }
+
+
 def value_loss(values: Terms, returns: Terms) -> Terms:
     """½ (V - R̂)²."""
     return 0.5 * (values - stop_gradient(returns)) ** 2

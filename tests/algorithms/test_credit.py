@@ -6,10 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.algorithms import grpo, ppo, reinforce, with_entropy, with_kl
+from rljax.algorithms import (
+    filter_overlong,
+    grpo,
+    kl_in_reward,
+    ppo,
+    reinforce,
+    reinforce_ada,
+    rloo,
+    truncate_is,
+    with_entropy,
+    with_kl,
+)
 from rljax.algorithms.credit import episode_rewards
 from rljax.algorithms.dynamic_sampling import keep_informative
 from rljax.algorithms.reinforce import group_mean, leave_one_out, no_baseline
+from rljax.algorithms.reinforce_ada import balanced
 from rljax.ops import kl
 from rljax.types import Batch, PolicyOutput, Trajectory
 from tests.algorithms.tiny import ALGORITHMS, agree, learn, rollout, table_params
@@ -130,3 +142,40 @@ def test_wrappers_add_what_they_need_once_and_keep_the_rest():
 def test_k1_in_a_loss_is_refused_in_words():
     with pytest.raises(ValueError, match="no gradient on average; take k3_with_k2_gradient, k2 or k3"):
         with_kl(grpo(), 0.1, kl.k1)
+
+
+def test_reinforce_ada_keeps_right_and_wrong_answers_in_equal_parts():
+    """Two prompts of five answers: two right of four judged, and one right; three are kept of each."""
+    group = np.array([7, 3, 7, 3, 7, 3, 7, 3, 7, 3])
+    reward = np.array([1.0, 0, 0, 0, 0, 1, 1, 0, np.nan, 0])
+    traj = bandit(np.zeros((10, 1), int), reward[:, None], group)
+    kept = balanced(traj, drawn=5, kept=3)
+    found = {g: sorted(np.asarray(kept.rewards[kept.group == g, 0])) for g in (3, 7)}
+    assert found[3] == [0, 0, 1]  # one right answer is all there is
+    assert found[7] in ([0, 0, 1], [0, 1, 1])
+    np.testing.assert_allclose(kept.baseline, np.where(kept.group == 7, 0.5, 0.2), rtol=1e-6)
+    np.testing.assert_allclose(
+        reinforce_ada().credit(kept, {}).advantages[:, 0], kept.rewards[:, 0] - kept.baseline, rtol=1e-6
+    )
+    everything = balanced(traj, drawn=5, kept=5)
+    assert np.isnan(everything.rewards[everything.group == 7, 0][-1])  # not judged: taken last
+    with pytest.raises(ValueError, match="not groups of 4"):
+        balanced(traj, drawn=4, kept=2)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "field"),
+    [
+        (grpo(), "group"),
+        (rloo(), "rewards"),
+        (with_kl(grpo()), "ref_logp"),
+        (truncate_is(grpo()), "old_logp"),
+        (kl_in_reward(rloo()), "ref_logp"),
+        (filter_overlong(grpo()), "truncated"),
+        (ppo(), "values"),
+    ],
+)
+def test_what_nobody_filled_is_named(algorithm, field):
+    traj = rollout().replace(**{field: None})
+    with pytest.raises(ValueError, match=rf"needs Trajectory.{field}"):
+        algorithm.credit(traj, {})
