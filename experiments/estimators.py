@@ -1,6 +1,6 @@
 """What does each estimator estimate? By enumeration, not by sampling: writes docs/estimators.md.
 
-    python experiments/estimators.py            # two to four minutes on two CPU cores; the same file each time
+    python experiments/estimators.py            # two to five minutes on two CPU cores; the same file each time
 
 A language model small enough to list every group of 2 and of 3 answers gives the exact mean and variance of each
 algorithm's gradient, through the library's own code: `exact/` does the sums. A new algorithm is a line in
@@ -61,6 +61,8 @@ def main(cfg: Config) -> str:
             "kl_of_answers": tables.divergence(lm, world, off[1]),
             "credit": tables.outcome(lm, world, binary),
             "critic": tables.critic(lm, world),
+            "everything": seen.everything(),
+            "norm": tables.digits(float(jax.numpy.linalg.norm(seen.truth[3]["J"]))),
         }
     write_atomically(Path(cfg.file), text := tables.fill(parts))
     return text

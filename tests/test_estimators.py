@@ -321,6 +321,73 @@ def test_the_page_lists_every_algorithm():
     assert "{{" not in text
 
 
+def everything(text):
+    """{weighting: {algorithm: {column: cell}}} of the last section."""
+    found = {}
+    for block in text.split("## Everything")[1].split("<details>")[1:]:
+        title = block.split("<summary>")[1].split("</summary>")[0]
+        header, _, *rows = (
+            [x.strip() for x in line.split("|")[1:-1]] for line in block.splitlines() if line[:1] == "|"
+        )
+        each = ((name, dict(zip(header, row, strict=True))) for row in rows for name in row[0].split("; "))
+        found[title] = dict(each)
+    return found
+
+
+def test_every_algorithm_has_all_its_numbers_under_every_weighting():
+    found = everything(PAGE.read_text())
+    assert list(found) == ["the algorithm's own", *estimators.WEIGHTINGS]
+    names = {"MaxRL[^maxrl]" if name == "MaxRL" else name for name in estimators.ALGORITHMS}
+    want = {f"{what}, {d}" for what in ("climbs", "bias", "∇J", "∇J_β", "var") for d in ("0", "0.01", "0.1", "0.5")}
+    for title, rows in found.items():
+        assert set(rows) == names, title
+        assert all(set(row) == want | {"algorithm"} for row in rows.values()), title
+
+
+def test_where_rewards_are_normal_maxrl_is_outside_its_domain():
+    text = PAGE.read_text()
+    within = text.split("## Prompts")[1].split("## Estimators")[0]
+    assert "[^maxrl]" not in within
+    assert "| MaxRL |" in within
+    assert "\n[^maxrl]: " in text
+    marked = [line for line in text.replace(within, "").splitlines() if line[:1] == "|" and "MaxRL" in line]
+    assert len(marked) == 10  # five tables above, five weightings
+    assert all("MaxRL[^maxrl]" in line for line in marked)
+
+
+@pytest.mark.parametrize("weighting", list(estimators.WEIGHTINGS))
+def test_printed_numbers_are_those_of_a_plain_loop(weighting):
+    """Of leave one out over triples, whose samples come from the behaviour policy and whose loss has no ratio."""
+    lm, length, found = language.tree(3, 3), np.float64(language.tree(3, 3).mask.sum(1)), everything(PAGE.read_text())
+    places = worlds.moved(lm, estimators.Config().seed, estimators.Config().distances)
+    triples = np.array(list(itertools.product(range(15), repeat=3)))
+    for world, nats in zip(places, ("0", "0.01", "0.1", "0.5"), strict=True):
+        _, score, chance, R = by_hand(lm, world)
+        reference = by_hand(lm, world._replace(policy=world.reference))[2]
+        truth = (chance * R) @ score
+        regularised = (chance * (R - gradients.BETA * np.log(chance / reference))) @ score
+        p = by_hand(lm, world._replace(policy=world.behaviour))[2][triples].prod(1)
+        share = {
+            "token_mean": 1 / np.repeat(length[triples].sum(1), 3).reshape(-1, 3),
+            "sequence_mean": 1 / length[triples] / 3,
+            "sequence_sum": np.ones(triples.shape) / 3,
+            "constant_length": np.ones(triples.shape) / 9,
+        }[weighting]
+        ahead = 1.5 * (R[triples] - R[triples].mean(1)[:, None])
+        g = np.einsum("ij,ijk->ik", share * ahead, score[triples])
+        mean, size = p @ g, np.linalg.norm(truth)
+        scale = mean @ truth / size**2
+        want = {
+            "bias": np.linalg.norm(mean - truth) / size,
+            "∇J": mean @ truth / size / np.linalg.norm(mean),
+            "∇J_β": mean @ regularised / np.linalg.norm(regularised) / np.linalg.norm(mean),
+            "var": p @ ((g - mean) ** 2).sum(1) / (scale * size) ** 2,
+        }
+        row = found[weighting]["REINFORCE, leave one out"]
+        for what, number in want.items():
+            np.testing.assert_allclose(float(row[f"{what}, {nats}"]), number, rtol=6e-3, atol=1e-8, err_msg=what)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_the_page_is_what_the_command_writes(tmp_path):

@@ -20,7 +20,7 @@ def digits(x) -> str:
         return "–"
     if abs(x - round(x)) < 1e-8:
         return str(round(x))
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.0e}"
+    return f"{float(f'{x:.3g}'):,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def closeness(x: float) -> str:
