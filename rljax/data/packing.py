@@ -1,8 +1,9 @@
 """Demonstrations side by side in rows of one width: the same lesson as `demonstrations`, with less padding.
 
-First fit, longest first: each demonstration goes to the first row that still has room for it (at most 11/9 of the fewest
-rows possible, and one; Johnson 1973). Segments keep them apart: no token sees another demonstration, positions restart,
-and the first token of a segment is nobody's target. Sums over tokens and over sequences are those of unpacked rows.
+First fit, longest first: each demonstration goes to the first row that still has room for it, which takes at most
+11/9 n + 6/9 rows where n would do (Dósa 2007). Segments keep them apart: no token sees another demonstration, positions
+restart, and the first token of a segment is nobody's target. Sums over tokens and over sequences are those of unpacked
+rows.
 
 Left out: cutting a demonstration that is too long, and a fixed number of rows (each new number compiles once).
 """

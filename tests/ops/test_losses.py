@@ -37,6 +37,15 @@ def test_clipped_fraction_is_where_the_surrogate_has_no_gradient():
     np.testing.assert_array_equal(losses.clipped_fraction(ratio, advantages, 0.2, 0.3), slope == 0)
 
 
+def test_clip_metrics_tell_which_bound_was_left():
+    """Ratios below, inside and above [0.8, 1.3], for a bad, a neutral and a good decision."""
+    ratio, advantages = jnp.float32([[0.7, 1.0, 1.4]] * 3), jnp.float32([[-1.0] * 3, [0.0] * 3, [0.5] * 3])
+    shown = losses.clip_metrics(ratio, advantages, 0.2, 0.3)
+    assert shown["clip_fraction_low"].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert shown["clip_fraction_high"].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert shown["clip_fraction"].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+
+
 def test_advantages_returns_and_old_quantities_are_constants():
     x = jnp.float32([0.1, -0.4])
     for loss in (
