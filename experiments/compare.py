@@ -1,7 +1,7 @@
 r"""Every algorithm on the same task from the same warm-up: docs/results.md.
 
     python experiments/compare.py                        # resumes: what is done is read back, what was cut off goes on
-    python experiments/compare.py --algorithms gspo remax --seeds 0 --out /tmp/results.md
+    python experiments/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
 
 Per seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
 optimizer and number of steps. Nothing is tuned for any of them. All learn from the answers that DAPO's filter keeps,
