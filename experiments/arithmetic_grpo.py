@@ -25,6 +25,7 @@ from options import Batches, MeshShape, Optimizer
 from rljax import algorithms as a
 from rljax.algorithms.dynamic_sampling import keep_informative
 from rljax.models import policy
+from rljax.ops.shaping import at_last_decision
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
 from rljax.rollouts.tokens import sample
@@ -141,8 +142,7 @@ def disturb(traj, reward: str, key):
     total = jnp.sum(traj.rewards, axis=1)
     coins = jax.random.bernoulli(key, 0.3, total.shape).astype(total.dtype)
     other = coins if reward == "random" else jax.random.permutation(key, total)
-    last = traj.mask & (jnp.cumsum(traj.mask[:, ::-1], axis=1)[:, ::-1] == 1)
-    return traj.replace(rewards=jnp.where(last, other[:, None], 0.0), scores=other[:, None])
+    return traj.replace(rewards=at_last_decision(other, traj.mask), scores=other[:, None])
 
 
 if __name__ == "__main__":
