@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.wrap import needing
+from rljax.algorithms.wrap import needing, preparing
 from rljax.ops import ratios
 from rljax.ops.kl import k3
 from rljax.ops.sequences import sequence_mean
@@ -27,7 +27,10 @@ from rljax.types import Algorithm, Batch
 
 
 def _weigh(algorithm: Algorithm, weight: Callable, name: str, *needs: str) -> Algorithm:
-    """The algorithm on advantages times weight(output, batch), a constant; its metrics are those without the weight."""
+    """The algorithm on advantages times weight(output, batch), a constant; its metrics are those without the weight.
+
+    Its loss is traced twice for that; the compiler drops the unweighted terms.
+    """
 
     def loss(output, batch):
         factor = stop_gradient(weight(output, batch))
@@ -63,15 +66,12 @@ def normalised_is(
 ) -> Algorithm:
     """TIS divided by its mean over the optimizer batch, itself taken by one of `ops.weights`."""
 
-    def prepare(output, batch, key):
-        if algorithm.prepare is not None:
-            batch = algorithm.prepare(output, batch, key)
+    def find(_, batch):
         weight = ratios.truncated(sampler_ratio(batch, level), cap)
-        weight = ratios.normalised(weight, mean(batch.mask, batch.traj.segments))
-        return batch.replace(extra={**batch.extra, "sampler_weight": weight})
+        return {"sampler_weight": ratios.normalised(weight, mean(batch.mask, batch.traj.segments))}
 
     weighed = _weigh(algorithm, lambda _, b: b.extra["sampler_weight"], "sampler_weight", "old_logp")
-    return weighed._replace(prepare=prepare)
+    return preparing(weighed, find)
 
 
 def reject(
@@ -119,11 +119,9 @@ def only_high_entropy(algorithm: Algorithm, share: float = 0.2) -> Algorithm:
     arXiv:2506.01939).
     """
 
-    def prepare(output, batch, key):
-        if algorithm.prepare is not None:
-            batch = algorithm.prepare(output, batch, key)
+    def find(output, batch):
         limit = jnp.nanquantile(jnp.where(batch.mask, output.entropy, jnp.nan), 1.0 - share)
-        return batch.replace(extra={**batch.extra, "uncertain": output.entropy >= limit})
+        return {"uncertain": output.entropy >= limit}
 
     weighed = _weigh(algorithm, lambda o, b: b.extra["uncertain"].astype(o.logp.dtype), "uncertain")
-    return weighed._replace(prepare=prepare)
+    return preparing(weighed, find)

@@ -25,6 +25,17 @@ def needing(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:
     return algorithm._replace(credit=credit) if fields else algorithm
 
 
+def preparing(algorithm: Algorithm, find: Callable) -> Algorithm:
+    """The algorithm whose `prepare` goes on to put find(output, batch), a dict of [B T], into `batch.extra`."""
+
+    def prepare(output, batch, key):
+        if algorithm.prepare is not None:
+            batch = algorithm.prepare(output, batch, key)
+        return batch.replace(extra={**batch.extra, **find(output, batch)})
+
+    return algorithm._replace(prepare=prepare)
+
+
 def _add(algorithm: Algorithm, name: str, coefficient: float, term: Callable, *needs: str) -> Algorithm:
     """L_t + coefficient · term(output, batch), where term also gives the value to log under `name`."""
 
@@ -88,15 +99,12 @@ def with_likelihood_of_good(algorithm: Algorithm, coefficient: float = 0.1, abov
         good = jnp.broadcast_to((rewards > above)[:, None], batch.mask.shape)
         return batch.replace(extra={**batch.extra, "good": good})
 
-    def prepare(output, batch, key):
-        if algorithm.prepare is not None:
-            batch = algorithm.prepare(output, batch, key)
+    def find(_, batch):
         share = token_mean(batch.mask & batch.extra["good"])
-        relative = jnp.where(batch.weight > 0, share / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)
-        return batch.replace(extra={**batch.extra, "likelihood": relative})
+        return {"likelihood": jnp.where(batch.weight > 0, share / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)}
 
     def term(output, batch):
         value = -batch.extra["likelihood"] * output.logp
         return value, value
 
-    return _add(algorithm._replace(credit=credit, prepare=prepare), "likelihood", coefficient, term)
+    return _add(preparing(algorithm._replace(credit=credit), find), "likelihood", coefficient, term)

@@ -475,10 +475,9 @@ MUTANTS = [
     Mutant(
         "80/20 divided by the tokens that are left",
         "rljax/algorithms/correct.py",
-        'return batch.replace(extra={**batch.extra, "uncertain": output.entropy >= limit})',
+        'return {"uncertain": output.entropy >= limit}',
         "kept = batch.mask & (output.entropy >= limit)\n"
-        "        weight = batch.weight * batch.mask.sum() / jnp.maximum(kept.sum(), 1)\n"
-        '        return batch.replace(weight=weight, extra={**batch.extra, "uncertain": output.entropy >= limit})',
+        '        return {"uncertain": kept * batch.mask.sum() / jnp.maximum(kept.sum(), 1)}',
         "TRL: the divisor stays that of all tokens",
         ("tests/algorithms/test_by_hand.py",),
     ),

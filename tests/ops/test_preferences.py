@@ -8,21 +8,9 @@ import numpy as np
 import pytest
 
 from rljax.ops import preferences
+from tests.ops.lifted import Lifted
 
-
-class Lifted:
-    """The module, its functions fed with jax arrays made of numpy ones."""
-
-    def __getattr__(self, name):
-        function = getattr(preferences, name)
-
-        def lifted(*args, **keywords):
-            return function(*(jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in args), **keywords)
-
-        return lifted
-
-
-p = Lifted()
+p = Lifted(preferences)
 CHOSEN, REJECTED = np.random.default_rng(0).normal(scale=4.0, size=(2, 7))
 OF_THE_DIFFERENCE = [
     p.sigmoid,

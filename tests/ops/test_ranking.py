@@ -8,21 +8,9 @@ import numpy as np
 import pytest
 
 from rljax.ops import ranking as module
+from tests.ops.lifted import Lifted
 
-
-class Lifted:
-    """The module, its functions fed with jax arrays made of numpy ones."""
-
-    def __getattr__(self, name):
-        function = getattr(module, name)
-
-        def lifted(*args, **keywords):
-            return function(*(jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in args), **keywords)
-
-        return lifted
-
-
-ranking = Lifted()
+ranking = Lifted(module)
 SCORES = np.random.default_rng(0).normal(scale=2.0, size=(3, 4))
 ALL = np.ones((3, 4), bool)
 SOME = np.array([[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]], bool)
