@@ -146,7 +146,14 @@ SECTIONS: dict[str, dict[str, Place]] = {
 }
 
 # Of these the others are built: their laws are those of what is built.
-BLOCKS = ("wrap.needing", "ppo.actor_critic", "pairs.preference_objective", "pairs.judged_objective", "pairs.logged")
+BLOCKS = (
+    "wrap.needing",
+    "wrap.preparing",
+    "ppo.actor_critic",
+    "pairs.preference_objective",
+    "pairs.judged_objective",
+    "pairs.logged",
+)
 
 READING = """\
 # Algorithms
