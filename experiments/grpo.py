@@ -76,7 +76,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm, b = algorithm or with_kl(grpo(), cfg.kl), options.small(cfg.batches) if cfg.debug else cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
-    weights, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model, cfg.remat)
+    weights, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model)
+    config = dataclasses.replace(config, remat=cfg.remat)
     tokenizer = load_tokenizer(cfg.model)
     if tokenizer.size > config.vocabulary:
         raise ValueError(f"{cfg.model}: the tokenizer has {tokenizer.size} ids, the model {config.vocabulary}")

@@ -51,7 +51,7 @@ class Trajectory:
     terminated: Array | None = None  # [B T] bool: this decision ended the episode (EOS)
     truncated: Array | None = None  # [B T] bool: the episode was cut after this decision (length)
     dist: Any = None  # [B T ...] parameters of the old distribution, where a method needs all of it
-    routing: Array | None = None  # [B T ...] experts chosen at sampling time, for replay
+    routing: Array | None = None  # [B T M k] experts chosen at sampling time in each mixture layer, for replay
     version: Array | None = None  # [B T] which policy version chose it
     sum_pi_squared: Array | None = None  # [B T] Σ_v π_old(v)², where a baseline is weighted by it
 
@@ -160,6 +160,7 @@ class LM(NamedTuple):
     logits: Callable  # (params, frozen, hidden) -> [.. V]
     gather: Callable  # (cache, rows) -> cache: fork a prompt to its group
     scatter: Callable  # (cache, rows, other) -> cache: refill finished slots
+    routing: Callable | None = None  # (cache) -> [B S ...] experts chosen at each token (mixture models)
 
 
 # ------------------------------------------------------------------------------------------------- what a sampler reads

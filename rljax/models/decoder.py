@@ -1,9 +1,13 @@
-"""One decoder for the Llama family, told apart by numbers and booleans, not by subclasses.
+"""One decoder for the Llama-like families, told apart by numbers and booleans, not by subclasses.
 
 Flax modules (nnx) define the layers; outside this file parameters are a plain nested dict of arrays and everything is a
 pure function of them. The cache is a plain pytree too: per-layer keys and values, and which columns are filled with
 what. One attention rule serves training, prefill, decoding and packing: a query sees the keys of its own segment at
-positions up to its own.
+positions up to its own, in a layer with a window only so far back.
+
+Dtypes are decided in two places: parameters are whatever they were made or read as (float32 masters, as a rule), and
+`DecoderConfig.dtype` is what the embedding is cast to. All layers follow their input; norms, rotations, softmax, router
+and logits are float32 inside.
 """
 
 import dataclasses
@@ -15,12 +19,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rljax.models import rope
+from rljax.models.attention import Implementation, Sight, attend
+from rljax.models.experts import Experts, mix, route
+from rljax.models.lora import Adapted, Lora, attach
+from rljax.models.rope import Rope
 from rljax.types import LM, Params
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder: grouped-query attention, rotary positions, RMSNorm before each block, SwiGLU."""
+    """Shape of a decoder. What stands before the first default is a Llama: grouped-query attention, rotary positions,
+    RMSNorm before each block, SwiGLU. The rest is what other families do differently."""
 
     vocabulary: int
     width: int
@@ -30,10 +42,40 @@ class DecoderConfig:
     head_dim: int
     mlp_width: int
     max_positions: int = 2048  # the context
-    rope_theta: float = 10_000.0
+    ropes: tuple[Rope | None, ...] = ()  # layer by layer, None: no positions; (): θ = 10,000 in all
+    windows: tuple[int | None, ...] = ()  # layer by layer, how many positions a query sees, its own included; (): all
     norm_epsilon: float = 1e-5
+    norms: Literal["before", "after", "both"] = "before"  # where a block's norms stand
+    norm_offset: float = 0.0  # added to the scale of a norm (Gemma: 1)
+    qk_norm: Literal["none", "head", "whole"] = "none"  # of queries and keys: head by head, or before they are split
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float = 1.0  # of the hidden state that the table gives (Gemma: √width)
+    attention_scale: float | None = None  # of scores; None: head_dim^-½
+    attention_softcap: float | None = None  # c in c tanh(score/c)
+    logit_softcap: float | None = None
+    experts: Experts | None = None
+    adapter: Lora | None = None  # of params["lora"]
     tied: bool = True  # logits from the embedding table, no separate head
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    attention: Implementation = "auto"
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+
+    def __post_init__(self):
+        for name in ("ropes", "windows"):
+            if len(getattr(self, name)) not in (0, self.layers):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.layers} layers")
+
+    def rope(self, layer: int) -> Rope | None:
+        return self.ropes[layer] if self.ropes else rope.default(10_000.0, self.head_dim)
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def is_mixture(self, layer: int) -> bool:
+        return self.experts is not None and layer in self.experts.layers
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -45,66 +87,78 @@ def _param(rngs: nnx.Rngs, shape, axes, fan_in) -> nnx.Param:
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
-def project(x, weight, inputs: int = 1):
-    """x · W over x's last `inputs` axes, which are W's first, as one two-dimensional matmul.
+def _vector(value: float, shape, axes) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value), out_sharding=axes, eager_sharding=False)
+
+
+def project(x, weight, bias=None, inputs: int = 1):
+    """x · W + b over x's last `inputs` axes, which are W's first, as one two-dimensional matmul in x's dtype.
 
     Measured on CPU: the gradient of [512 9 128] x [128 352] takes half the time of the same product on three axes.
     """
-    kept, contracted = x.shape[: x.ndim - inputs], weight.shape[:inputs]
-    flat = x.reshape(math.prod(kept), math.prod(contracted)) @ weight.reshape(math.prod(contracted), -1)
-    return flat.reshape(*kept, *weight.shape[inputs:])
+    kept, inner, outer = x.shape[: x.ndim - inputs], weight.shape[:inputs], weight.shape[inputs:]
+    flat = x.reshape(math.prod(kept), math.prod(inner))
+    if isinstance(weight, Adapted):
+        out = weight.apply(flat, inputs)
+    else:
+        out = flat @ weight.astype(x.dtype).reshape(math.prod(inner), math.prod(outer))
+    out = out.reshape(*kept, *outer)
+    return out if bias is None else out + bias.astype(x.dtype).reshape((1,) * len(kept) + outer)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, computed in float32."""
+    """x / rms(x) · (scale + offset) over x's last axes, as many as the scale has; computed in float32."""
 
-    def __init__(self, config: DecoderConfig):
-        self.scale = nnx.Param(jnp.ones(config.width), out_sharding=(None,), eager_sharding=False)
-        self.epsilon = config.norm_epsilon
+    def __init__(self, config: DecoderConfig, shape: tuple[int, ...], axes: tuple = (None,)):
+        self.scale = _vector(1.0 - config.norm_offset, shape, axes)
+        self.epsilon, self.offset, self.over = config.norm_epsilon, config.norm_offset, tuple(range(-len(shape), 0))
 
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (normed * self.scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-def rotate(x, positions, theta: float):
-    """Rotary positions, Hugging Face's convention: dimension i is paired with i + head_dim/2. x: [B T H K]."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency.reshape((1,) * positions.ndim + (-1,))
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attend(query, key, value, visible):
-    """softmax(QKᵀ/√K) V, heads in groups that share keys. query [B T H K]; key, value [B S KV K]; visible [B T S]."""
-    B, T, H, K = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(B, T, kv_heads, H // kv_heads, K)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key).astype(jnp.float32) * K**-0.5
-    # A finite floor: a padding query sees nothing, and must still give numbers.
-    shares = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(query.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", shares, value).reshape(B, T, H, K)
+        x32, scale = x.astype(jnp.float32), self.scale[...].astype(jnp.float32) + self.offset
+        normed = x32 * jax.lax.rsqrt((x32**2).mean(axis=self.over, keepdims=True) + self.epsilon)
+        return (normed * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        D, K = config.width, config.head_dim
-        self.query = _param(rngs, (D, config.heads, K), ("embed", "heads", None), D)
-        self.key = _param(rngs, (D, config.kv_heads, K), ("embed", "kv_heads", None), D)
-        self.value = _param(rngs, (D, config.kv_heads, K), ("embed", "kv_heads", None), D)
-        self.out = _param(rngs, (config.heads, K, D), ("heads", None, "embed"), config.heads * K)
-        self.theta = config.rope_theta
+    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
+        D, H, KV, K = config.width, config.heads, config.kv_heads, config.head_dim
+        self.query = _param(rngs, (D, H, K), ("embed", "heads", None), D)
+        self.key = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+        self.value = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+        self.out = _param(rngs, (H, K, D), ("heads", None, "embed"), H * K)
+        self.query_bias = self.key_bias = self.value_bias = self.out_bias = None
+        if config.qkv_bias:
+            self.query_bias = _vector(0.0, (H, K), ("heads", None))
+            self.key_bias, self.value_bias = (_vector(0.0, (KV, K), ("kv_heads", None)) for _ in range(2))
+        if config.out_bias:
+            self.out_bias = _vector(0.0, (D,), (None,))
+        if config.qk_norm == "head":
+            self.query_norm, self.key_norm = RMSNorm(config, (K,)), RMSNorm(config, (K,))
+        elif config.qk_norm == "whole":
+            self.query_norm = RMSNorm(config, (H, K), ("heads", None))
+            self.key_norm = RMSNorm(config, (KV, K), ("kv_heads", None))
+        self.config, self.rope, self.window = config, config.rope(layer), config.window(layer)
 
-    def __call__(self, x, positions, visible, cache, where):
-        query, key, value = (project(x, w[...]) for w in (self.query, self.key, self.value))
-        query, key = rotate(query, positions, self.theta), rotate(key, positions, self.theta)
+    def __call__(self, x, sight: Sight, cache, where):
+        c = self.config
+        query = project(x, _value(self.query), _value(self.query_bias))
+        key = project(x, _value(self.key), _value(self.key_bias))
+        value = project(x, _value(self.value), _value(self.value_bias))
+        if c.qk_norm != "none":
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rope is not None:
+            query, key = (rope.rotate(x, sight.positions, self.rope) for x in (query, key))
         if cache is not None:
             key, value = _write(cache["key"], key, where), _write(cache["value"], value, where)
             cache = {"key": key, "value": value}
-        return project(attend(query, key, value, visible), self.out[...], inputs=2), cache
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        seen = attend(query, key, value, sight, scale, self.window, c.attention_softcap, c.attention)
+        return project(seen, _value(self.out), _value(self.out_bias), inputs=2), cache
+
+
+def _value(param: nnx.Param | None):
+    """What the parameter holds: an array, or an Adapted one, which `param[...]` would index."""
+    return None if param is None else param.get_value()
 
 
 class MLP(nnx.Module):
@@ -113,20 +167,53 @@ class MLP(nnx.Module):
         self.gate = _param(rngs, (D, F), ("embed", "mlp"), D)
         self.up = _param(rngs, (D, F), ("embed", "mlp"), D)
         self.down = _param(rngs, (F, D), ("mlp", "embed"), F)
+        self.gate_bias = self.up_bias = self.down_bias = None
+        if config.mlp_bias:
+            self.gate_bias, self.up_bias = (_vector(0.0, (F,), ("mlp",)) for _ in range(2))
+            self.down_bias = _vector(0.0, (D,), (None,))
+        self.activation = config.activation
 
-    def __call__(self, x):
-        return project(jax.nn.silu(project(x, self.gate[...])) * project(x, self.up[...]), self.down[...])
+    def __call__(self, x, routing=None):
+        gate = project(x, _value(self.gate), _value(self.gate_bias))
+        up = project(x, _value(self.up), _value(self.up_bias))
+        return project(ACTIVATIONS[self.activation](gate) * up, _value(self.down), _value(self.down_bias)), None
+
+
+class Mixture(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        D, E, F = config.width, config.experts.count, config.experts.width
+        self.router = _param(rngs, (D, E), ("embed", None), D)
+        self.gate = _param(rngs, (E, D, F), (None, "embed", "mlp"), D)
+        self.up = _param(rngs, (E, D, F), (None, "embed", "mlp"), D)
+        self.down = _param(rngs, (E, F, D), (None, "mlp", "embed"), F)
+        self.config = config
+
+    def __call__(self, x, routing=None):
+        """Through the experts of `routing` [B T k], or of the router's own choice; returns the choice too."""
+        B, T, D = x.shape
+        flat, replayed = x.reshape(B * T, D), None if routing is None else routing.reshape(B * T, -1)
+        chosen, weights = route(flat @ self.router[...].astype(x.dtype), self.config.experts, replayed)
+        tables = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        out = mix(flat, chosen, weights, *tables, ACTIVATIONS[self.config.activation])
+        return out.reshape(x.shape), chosen.reshape(B, T, -1)
 
 
 class Block(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.attention_norm, self.mlp_norm = RMSNorm(config), RMSNorm(config)
-        self.attention, self.mlp = Attention(config, rngs), MLP(config, rngs)
+    def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
+        if config.norms in ("before", "both"):
+            self.attention_norm, self.mlp_norm = (RMSNorm(config, (config.width,)) for _ in range(2))
+        if config.norms in ("after", "both"):
+            self.attention_post_norm, self.mlp_post_norm = (RMSNorm(config, (config.width,)) for _ in range(2))
+        self.attention = Attention(config, layer, rngs)
+        self.mlp = Mixture(config, rngs) if config.is_mixture(layer) else MLP(config, rngs)
+        self.norms = config.norms
 
-    def __call__(self, x, positions, visible, cache, where):
-        change, cache = self.attention(self.attention_norm(x), positions, visible, cache, where)
-        x = x + change
-        return x + self.mlp(self.mlp_norm(x)), cache
+    def __call__(self, x, sight: Sight, cache, where, routing):
+        before, after = self.norms != "after", self.norms != "before"
+        change, cache = self.attention(self.attention_norm(x) if before else x, sight, cache, where)
+        x = x + (self.attention_post_norm(change) if after else change)
+        change, chosen = self.mlp(self.mlp_norm(x) if before else x, routing)
+        return x + (self.mlp_post_norm(change) if after else change), cache, chosen
 
 
 class Decoder(nnx.Module):
@@ -135,27 +222,36 @@ class Decoder(nnx.Module):
         # Tables are split along the vocabulary only: a table split along both axes makes XLA gather it whole at each
         # use.
         self.embedding = _param(rngs, (V, D), ("vocabulary", None), D)
-        self.layers = nnx.List([Block(config, rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(config)
+        self.layers = nnx.List([Block(config, i, rngs) for i in range(config.layers)])
+        self.norm = RMSNorm(config, (D,))
         if not config.tied:
             self.head = _param(rngs, (D, V), (None, "vocabulary"), D)
         self.config = config
 
-    def __call__(self, tokens, positions, segments, cache):
-        cache, visible, where = _see(positions, segments, cache)
-        x = self.embedding[...][tokens]
-        kept = []
+    def __call__(self, tokens, positions, segments, cache, routing):
+        config = self.config
+        cache, sight, where = _see(positions, segments, cache)
+        x = self.embedding[...][tokens].astype(config.dtype)
+        x = x if config.embedding_scale == 1.0 else x * jnp.asarray(config.embedding_scale, x.dtype)
+        kept, record, mixtures = [], [], config.experts.layers if config.experts else ()
         for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache["layers"][i]
-            run = _rematerialised(block, self.config.remat if cache is None else "none")
-            x, layer_cache = run(x, positions, visible, layer_cache, where)
+            run = _rematerialised(block, config.remat if cache is None else "none")
+            replayed = routing[:, :, mixtures.index(i)] if routing is not None and i in mixtures else None
+            x, layer_cache, chosen = run(x, sight, None if cache is None else cache["layers"][i], where, replayed)
             kept.append(layer_cache)
-        return self.norm(x), None if cache is None else {**cache, "layers": kept}
+            record += [] if chosen is None else [chosen]
+        if cache is not None:
+            cache = {**cache, "layers": kept}
+            if record:
+                cache["routing"] = _write(cache["routing"], jnp.stack(record, axis=2), where)
+        return self.norm(x), cache
 
     def logits(self, hidden):
-        if self.config.tied:
-            return jnp.einsum("...d,vd->...v", hidden, self.embedding[...])
-        return hidden @ self.head[...]
+        """Float32: a sum of bfloat16 products is kept as it is."""
+        table = self.embedding[...].T if self.config.tied else self.head[...]
+        z = jnp.matmul(hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return z if cap is None else cap * jnp.tanh(z / cap)
 
 
 def _rematerialised(block, remat: str):
@@ -176,28 +272,31 @@ def _write(buffer, new, where):
 
 
 def _see(positions, segments, cache):
-    """Record the new columns in the cache, if there is one, and say which keys each query sees."""
-    where = None
-    key_positions, key_segments = positions, segments
-    if cache is not None:
-        where = cache["length"]
-        key_positions = _write(cache["positions"], positions, where)
-        key_segments = _write(cache["segments"], segments, where)
-        length = where + positions.shape[1]
-        cache = {**cache, "positions": key_positions, "segments": key_segments, "length": length}
-    same = (segments[:, :, None] == key_segments[:, None, :]) & (segments[:, :, None] > 0)
-    return cache, same & (key_positions[:, None, :] <= positions[:, :, None]), where
+    """The cache, if there is one, with the places of the new columns; who sees whom; where the new columns go."""
+    if cache is None:
+        return None, Sight(positions, segments), None
+    where = cache["length"]
+    key_positions, key_segments = (
+        _write(cache[name], new, where) for name, new in (("positions", positions), ("segments", segments))
+    )
+    length = where + positions.shape[1]
+    cache = {**cache, "positions": key_positions, "segments": key_segments, "length": length}
+    return cache, Sight(positions, segments, key_positions, key_segments), where
 
 
-def init_cache(config: DecoderConfig, rows: int, length: int, dtype=jnp.float32):
+def init_cache(config: DecoderConfig, rows: int, length: int):
     """An empty cache for `rows` rows of up to `length` tokens: one key and one value buffer [B S KV K] a layer."""
-    buffer = jnp.zeros((rows, length, config.kv_heads, config.head_dim), dtype)
-    return {
+    buffer = jnp.zeros((rows, length, config.kv_heads, config.head_dim), config.dtype)
+    cache = {
         "layers": [{"key": buffer, "value": buffer} for _ in range(config.layers)],
         "positions": jnp.zeros((rows, length), jnp.int32),
         "segments": jnp.zeros((rows, length), jnp.int32),  # 0: nothing there
         "length": jnp.zeros(rows, jnp.int32),
     }
+    if config.experts is not None:
+        shape = (rows, length, len(config.experts.layers), config.experts.chosen)
+        cache["routing"] = jnp.zeros(shape, config.experts.dtype)
+    return cache
 
 
 def gather_cache(cache, rows):
@@ -235,13 +334,13 @@ def logical_axes(config: DecoderConfig) -> Params:
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
 
-def forward(config: DecoderConfig, params: Params, tokens, positions, segments, cache=None):
+def forward(config: DecoderConfig, params: Params, tokens, positions, segments, cache=None, routing=None):
     """Hidden states [B T D] after the last norm, and the cache with the new columns.
 
     Without a cache the keys are the tokens themselves; with one they are its columns, and the new tokens are appended
-    at each row's own length.
+    at each row's own length. `routing` [B T M k]: the experts to take in each of the M mixture layers.
     """
-    return nnx.merge(_definition(config)[0], params)(tokens, positions, segments, cache)
+    return nnx.merge(_definition(config)[0], params)(tokens, positions, segments, cache, routing)
 
 
 def logits(config: DecoderConfig, params: Params, hidden):
@@ -249,13 +348,36 @@ def logits(config: DecoderConfig, params: Params, hidden):
     return nnx.merge(_definition(config)[0], params).logits(hidden)
 
 
+def whole(config: DecoderConfig, params: Params, frozen: Params) -> Params:
+    """Everything the model needs: frozen["base"], the trained `params` laid over it, params["lora"] attached.
+
+    So a part that is not trained stands in frozen["base"], and {} as parameters is the base itself: the reference of an
+    adapter needs no copy.
+    """
+    tree = _overlay(frozen["base"], params) if "base" in frozen else params
+    if "lora" not in tree:
+        return tree
+    if config.adapter is None:
+        raise ValueError("the parameters hold an adapter ('lora'), the config does not say which (adapter=Lora(...))")
+    return tree | {"decoder": attach(config.adapter, tree["decoder"], tree["lora"])}
+
+
+def _overlay(below: Params, above: Params) -> Params:
+    out = dict(below)
+    for name, value in above.items():
+        inner = below.get(name)
+        out[name] = _overlay(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return out
+
+
 @lru_cache
 def language_model(config: DecoderConfig) -> LM:
-    """The decoder as a sampler sees it. Its parameters are params["decoder"]."""
+    """The decoder as a sampler sees it. Its parameters are those that `whole` takes."""
     return LM(
         init_cache=lambda rows, length: init_cache(config, rows, length),
-        forward=lambda params, frozen, *args: forward(config, params["decoder"], *args),
-        logits=lambda params, frozen, hidden: logits(config, params["decoder"], hidden),
+        forward=lambda params, frozen, *args: forward(config, whole(config, params, frozen)["decoder"], *args),
+        logits=lambda params, frozen, hidden: logits(config, whole(config, params, frozen)["decoder"], hidden),
         gather=gather_cache,
         scatter=scatter_cache,
+        routing=None if config.experts is None else lambda cache: cache["routing"],
     )

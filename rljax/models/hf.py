@@ -1,11 +1,14 @@
-"""Read a Hugging Face model directory (config.json, *.safetensors) without torch.
+"""Hugging Face model directories, in and out, without torch: config.json, *.safetensors.
 
-Tensors are read one by one, by name, in numpy; what the directory holds but the family does not know, or the other way
-round, is an error, never a guess.
+Tensors are read one by one, or only the part of one that a device holds, straight into their place; never two copies of
+a model. What a directory holds and the family does not know, or the other way round, is an error, never a guess. Only
+safetensors: pickled weights are not read, and no code of a model directory is run.
 """
 
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,131 +17,195 @@ from safetensors import SafetensorError, safe_open
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
+from rljax.models.families import read_config, read_raw
 from rljax.types import Params
 
-FAMILIES = ("llama",)
-NUMBERS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
+__all__ = ["Piece", "Stored", "load", "pieces", "read_config", "stored_files", "write_tensors"]
+
+VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "out_bias", "gate_bias", "up_bias", "down_bias")
+KEPT = (*VECTORS, "embedding")  # stored as they are; matrices are [out, in] there and [in, out] here
 
 
-def read_config(directory: str | Path, remat: str = "none") -> DecoderConfig:
-    """The decoder's shape from `config.json`. Raises ValueError on anything this decoder would compute wrongly."""
-    directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no model in {directory}: config.json is missing (a Hugging Face model directory holds it)"
-        )
-    try:
-        raw = json.loads((directory / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
-    _refuse(directory, raw)
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    return DecoderConfig(
-        vocabulary=raw["vocab_size"],
-        width=raw["hidden_size"],
-        layers=raw["num_hidden_layers"],
-        heads=raw["num_attention_heads"],
-        kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        mlp_width=raw["intermediate_size"],
-        max_positions=raw["max_position_embeddings"],
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-        norm_epsilon=raw["rms_norm_eps"],
-        tied=raw.get("tie_word_embeddings", False),
-        remat=remat,
-    )
+class Piece(NamedTuple):
+    """Rows of a stored tensor that are (a part of) one of our parameters."""
+
+    name: str  # of the stored tensor
+    start: int  # first row
+    rows: int
+    columns: int | None  # None: a vector
 
 
-def _refuse(directory: Path, raw: dict) -> None:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    found = {
-        "model_type": (raw.get("model_type"), FAMILIES),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), ("default",)),
-        "hidden_act": (raw.get("hidden_act", "silu"), ("silu",)),
-        "attention_bias": (raw.get("attention_bias", False), (False,)),
-        "mlp_bias": (raw.get("mlp_bias", False), (False,)),
-        "quantization_config": (raw.get("quantization_config"), (None,)),
-    }
-    for name, (value, legal) in found.items():
-        if value not in legal:
-            raise ValueError(f"{directory / 'config.json'}: {name} is {value!r}; legal: {', '.join(map(repr, legal))}")
-    if absent := [name for name in NUMBERS if name not in raw]:
-        raise ValueError(f"{directory / 'config.json'} lacks {', '.join(absent)}; a decoder needs {', '.join(NUMBERS)}")
-    heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or 1
-    if heads % kv_heads:
-        raise ValueError(f"{directory / 'config.json'}: num_key_value_heads is {kv_heads}; legal: a divisor of {heads}")
+def pieces(config: DecoderConfig, fused: bool = False) -> dict[tuple, list[Piece]]:
+    """Where each parameter stands: path -> one piece, or one for each expert. fused: as Phi-3 stores them."""
+    shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(decoder.abstract(config))}
+    out = {}
+    for path, shape in shapes.items():
+        names = _names(config, path)
+        matrix = shape[1:] if len(names) > 1 else shape  # experts stand one by one
+        if path[-1] in VECTORS:
+            rows, columns = math.prod(matrix), None
+        elif path[-1] in KEPT:
+            rows, columns = matrix
+        else:
+            inputs = _inputs(path)
+            rows, columns = math.prod(matrix[inputs:]), math.prod(matrix[:inputs])
+        out[path] = [Piece(name, 0, rows, columns) for name in names]
+    return _fuse(out) if fused else out
+
+
+def _keys(path) -> tuple:
+    return tuple(key.key for key in path)
+
+
+def _inputs(path: tuple) -> int:
+    """Leading axes of ours that are the matrix's input."""
+    return 2 if path[-1] == "out" else 1
+
+
+def _names(config: DecoderConfig, path: tuple) -> list[str]:
+    """Names of the stored tensors that hold this parameter."""
+    if path[0] != "layers":
+        outer = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+        return [outer[path[0]]]
+    _, i, block, name, *_ = path
+    inside = f"model.layers.{i}."
+    norms = {
+        "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+        "after": {
+            "attention_post_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        },
+        "both": {
+            "attention_norm": "input_layernorm",
+            "attention_post_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        },
+    }[config.norms]
+    if block in norms:
+        return [f"{inside}{norms[block]}.weight"]
+    if block == "attention":
+        if name in ("query_norm", "key_norm"):
+            return [f"{inside}self_attn.{name[0]}_norm.weight"]
+        return [f"{inside}self_attn.{name[0]}_proj.{'bias' if name.endswith('_bias') else 'weight'}"]
+    if name == "router":
+        return [f"{inside}mlp.gate.weight"]
+    if config.is_mixture(i):
+        return [f"{inside}mlp.experts.{e}.{name}_proj.weight" for e in range(config.experts.count)]
+    kind = "bias" if name.endswith("_bias") else "weight"
+    return [f"{inside}mlp.{name.removesuffix('_bias')}_proj.{kind}"]
+
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def _fuse(apart: dict[tuple, list[Piece]]) -> dict[tuple, list[Piece]]:
+    """Projections that are stored as one tensor, below each other."""
+    rows = {piece.name: piece.rows for (piece, *_) in apart.values()}
+    whole_of = {part: (whole, parts) for whole, parts in FUSED.items() for part in parts}
+    out = {}
+    for path, (piece, *_) in apart.items():
+        *before, part, kind = piece.name.split(".")
+        whole, parts = whole_of.get(part, (part, (part,)))
+        above = [".".join([*before, p, kind]) for p in parts[: parts.index(part)]]
+        out[path] = [piece._replace(name=".".join([*before, whole, kind]), start=sum(rows[name] for name in above))]
+    return out
+
+
+def is_fused(directory: str | Path) -> bool:
+    return read_raw(directory).get("model_type") == "phi3"
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def load(directory: str | Path, config: DecoderConfig, shardings: Params | None = None, dtype=jnp.float32) -> Params:
     """Parameters of the decoder from the directory's safetensors, straight into `shardings` (one per parameter).
 
-    Raises FileNotFoundError without a safetensors file, ValueError naming every missing, unknown or misshapen tensor.
+    Each device reads its own part. Raises FileNotFoundError without a safetensors file, ValueError naming every
+    missing, unknown or misshapen tensor.
     """
-    files = _tensor_files(Path(directory))
-    names = _names(config)
-    unknown = {n for n in files if not n.endswith("rotary_emb.inv_freq")} - set(names.values())
+    files, wanted = stored_files(Path(directory)), pieces(config, is_fused(directory))
+    _require_the_same(directory, config, files, {piece.name for found in wanted.values() for piece in found})
+    heights: dict[str, int] = {}
+    for piece in (piece for found in wanted.values() for piece in found):
+        heights[piece.name] = max(heights.get(piece.name, 0), piece.start + piece.rows)
+    shapes = decoder.abstract(config)
+    places = jax.tree.map(lambda _: None, shapes) if shardings is None else shardings
+    leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
+    places = {_keys(path): place for path, place in jax.tree.leaves_with_path(places, is_leaf=lambda x: x is None)}
+    read = {}
+    # The largest first: what is alive for a moment beside the array being made is then small.
+    for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
+        for piece in wanted[path]:
+            _require_shape(directory, files, piece, heights[piece.name])
+        read[path] = _place(files, path, wanted[path], leaves[path].shape, places[path], dtype)
+    return jax.tree.map_with_path(lambda path, _: read[_keys(path)], shapes)
+
+
+def _require_the_same(directory, config: DecoderConfig, files: dict[str, Path], wanted: set[str]) -> None:
+    unknown = {n for n in files if not n.endswith("rotary_emb.inv_freq")} - wanted
     if config.tied:
         unknown -= {"lm_head.weight"}
-    missing = set(names.values()) - set(files)
+    missing = wanted - set(files)
     if missing or unknown:
         raise ValueError(f"{directory}: tensors missing {_some(missing)}; not of this family {_some(unknown)}")
 
-    def read(path, leaf, sharding=None):
-        name = names[path]
-        with safe_open(files[name], framework="numpy") as opened:
-            tensor = opened.get_tensor(name)
-        stored = _stored_shape(path, leaf.shape)
-        if tensor.shape != stored:
-            raise ValueError(f"{directory}: {name} has shape {tensor.shape}; config.json makes it {stored}")
-        tensor = tensor if path[-1] in _KEPT else tensor.T
-        tensor = np.ascontiguousarray(tensor).reshape(leaf.shape).astype(dtype)
-        return jax.device_put(tensor, sharding)
 
-    shapes = decoder.abstract(config)
-    trees = (shapes,) if shardings is None else (shapes, shardings)
-    return jax.tree.map_with_path(lambda path, *leaves: read(tuple(k.key for k in path), *leaves), *trees)
+def _require_shape(directory, files: dict[str, Path], piece: Piece, height: int) -> None:
+    want = (height,) if piece.columns is None else (height, piece.columns)
+    with safe_open(files[piece.name], framework="numpy") as opened:
+        shape = tuple(opened.get_slice(piece.name).get_shape())
+    if shape != want:
+        raise ValueError(f"{directory}: {piece.name} has shape {shape}; config.json makes it {want}")
 
 
-_KEPT = ("embedding", "scale")  # stored as they are; matrices are [out, in] there and [in, out] here
+def _place(files: dict[str, Path], path: tuple, found: list[Piece], shape, sharding, dtype) -> jax.Array:
+    """The parameter, made of what its pieces hold; each device asks for its own index."""
+
+    def part(index) -> np.ndarray:
+        index = tuple(slice(*i.indices(n)) for i, n in zip(index, shape, strict=True))
+        if len(found) == 1:
+            return _read(files, path, found[0], index, shape, dtype)
+        each = [_read(files, path, piece, index[1:], shape[1:], dtype) for piece in found[index[0]]]
+        return np.stack(each)
+
+    if sharding is None:
+        return jnp.asarray(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _stored_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if path[-1] in _KEPT:
-        return shape
-    inputs = 2 if path[-1] == "out" else 1  # leading axes of ours that are the matrix's input
-    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
+def _read(files: dict[str, Path], path: tuple, piece: Piece, index: tuple[slice, ...], shape, dtype) -> np.ndarray:
+    """The indexed part of a parameter of this shape that is stored in one piece."""
+    inputs = 0 if path[-1] in KEPT else _inputs(path)
+    inside, outside = (index[:inputs], shape[:inputs]), (index[inputs:], shape[inputs:])
+    if path[-1] == "embedding":
+        inside, outside = (index[1:], shape[1:]), (index[:1], shape[:1])
+    rows, columns = _flat(*outside), _flat(*inside)
+    rows = slice(piece.start + rows.start, piece.start + rows.stop)
+    with safe_open(files[piece.name], framework="numpy") as opened:
+        stored = opened.get_slice(piece.name)
+        tensor = stored[rows] if piece.columns is None else stored[rows, columns]
+    tensor = tensor if path[-1] in KEPT else tensor.T
+    sizes = tuple(i.stop - i.start for i in index)
+    return np.ascontiguousarray(tensor).reshape(sizes).astype(dtype, copy=False)
 
 
-def _names(config: DecoderConfig) -> dict[tuple, str]:
-    """Path of each of our parameters -> the tensor's name in the directory."""
-    inner = {
-        ("attention_norm", "scale"): "input_layernorm",
-        ("attention", "query"): "self_attn.q_proj",
-        ("attention", "key"): "self_attn.k_proj",
-        ("attention", "value"): "self_attn.v_proj",
-        ("attention", "out"): "self_attn.o_proj",
-        ("mlp_norm", "scale"): "post_attention_layernorm",
-        ("mlp", "gate"): "mlp.gate_proj",
-        ("mlp", "up"): "mlp.up_proj",
-        ("mlp", "down"): "mlp.down_proj",
-    }
-    names = {("embedding",): "model.embed_tokens.weight", ("norm", "scale"): "model.norm.weight"}
-    if not config.tied:
-        names["head",] = "lm_head.weight"
-    for i in range(config.layers):
-        names |= {("layers", i, *path): f"model.layers.{i}.{name}.weight" for path, name in inner.items()}
-    return names
+def _flat(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
+    """An index over several axes as one over their product: the first may be cut, the others are whole."""
+    if not index:
+        return slice(0, 1)
+    first, *others = index
+    if any(i != slice(0, n, 1) for i, n in zip(others, shape[1:], strict=True)):
+        raise ValueError(f"only the first of the axes {shape} that a stored axis became may be sharded")
+    step = math.prod(shape[1:])
+    return slice(first.start * step, first.stop * step)
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def stored_files(directory: Path) -> dict[str, Path]:
     """Name of each stored tensor -> the file that holds it."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:

@@ -31,7 +31,9 @@ def make_policy(config: DecoderConfig, chunk_tokens: int = 4096) -> Callable:
     """policy(params, frozen, trajectory) -> PolicyOutput, with log-probs at the temperature each token was drawn at."""
 
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
-        hidden, _ = decoder.forward(config, params["decoder"], traj.inputs, traj.positions, traj.segments)
+        params = decoder.whole(config, params, frozen)
+        places = (traj.inputs, traj.positions, traj.segments)
+        hidden, _ = decoder.forward(config, params["decoder"], *places, routing=traj.routing)
         temperature = jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
         head = lambda h: decoder.logits(config, params["decoder"], h)  # noqa: E731
         logp, entropy, sum_pi_squared = chunked_logprobs(head, hidden, traj.actions, temperature, chunk_tokens)

@@ -64,12 +64,12 @@ def _sample(lm, params, frozen, tokens, mask, number, sampling, seed, step):
     out = _decode(
         lm, params, frozen, lm.gather(cache, fork), hidden[:, -1][fork], segments.sum(1)[fork], sampling, keys, draw
     )
-    drawn, logp, alive, ended = out
+    drawn, logp, alive, ended, cache = out
 
     used = jnp.where(temperature == 0, 1.0, temperature)[:, None]
     prompt_zeros = jnp.zeros((P * n, L))
     last = alive & ~jnp.pad(alive[:, 1:], ((0, 0), (0, 1)))
-    return trajectory_of_tokens(
+    traj = trajectory_of_tokens(
         tokens=jnp.concatenate([tokens[fork], drawn], axis=1),
         segments=jnp.concatenate([segments[fork], alive.astype(jnp.int32)], axis=1),
         chosen=jnp.concatenate([prompt_zeros > 0, alive], axis=1),
@@ -79,6 +79,7 @@ def _sample(lm, params, frozen, tokens, mask, number, sampling, seed, step):
         truncated=jnp.concatenate([prompt_zeros > 0, last & ~ended[:, None]], axis=1),
         group=number[fork],
     )
+    return traj if lm.routing is None else traj.replace(routing=lm.routing(cache)[:, :-1])
 
 
 def _draw(logits, uniform, temperature, top_k, top_p, min_p):
@@ -92,7 +93,7 @@ def _draw(logits, uniform, temperature, top_k, top_p, min_p):
 
 
 def _decode(lm, params, frozen, cache, hidden, lengths, sampling, keys, draw):
-    """The loop. Returns tokens, log-probs and alive [B N] (True up to and with the stop token), and ended [B]."""
+    """The loop. Returns tokens, log-probs and alive [B N] (True up to and with the stop token), ended [B], the cache."""
     B, N = hidden.shape[0], sampling.max_tokens
     stop = jnp.asarray(sampling.stop, jnp.int32)
 
@@ -113,5 +114,5 @@ def _decode(lm, params, frozen, cache, hidden, lengths, sampling, keys, draw):
 
     blank = jnp.zeros((B, N))
     start = (jnp.int32(0), cache, hidden, jnp.zeros(B, bool), blank.astype(jnp.int32), blank, blank > 0)
-    _, _, _, ended, tokens, logps, alive = jax.lax.while_loop(unfinished, one_token, start)
-    return tokens, logps, alive, ended
+    _, cache, _, ended, tokens, logps, alive = jax.lax.while_loop(unfinished, one_token, start)
+    return tokens, logps, alive, ended, cache
