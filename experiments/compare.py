@@ -24,8 +24,11 @@ from arithmetic_grpo import ALGORITHMS, Named
 from rljax.train.log import say, table
 
 BATCHES = options.Batches(prompts=32, group=8, oversample=2, minibatches=2)
-SORTING = arithmetic_grpo.Config(task="sortings", steps=30, batches=BATCHES, warm_up_target=0.25, warm_up_check=1)
-ADDITION = arithmetic_grpo.Config(steps=40, batches=BATCHES)
+RATE = options.Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's: two updates per rollout
+SORTING = arithmetic_grpo.Config(
+    task="sortings", steps=40, batches=BATCHES, optimizer=RATE, warm_up_target=0.25, warm_up_check=1
+)
+ADDITION = arithmetic_grpo.Config(steps=100, batches=BATCHES, optimizer=RATE)
 
 
 @dataclasses.dataclass(frozen=True)
