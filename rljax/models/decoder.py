@@ -91,6 +91,10 @@ def _vector(value: float, shape, axes) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value), out_sharding=axes, eager_sharding=False)
 
 
+def _bias(present: bool, shape, axes) -> nnx.Param | None:
+    return _vector(0.0, shape, axes) if present else None
+
+
 def project(x, weight, bias=None, inputs: int = 1):
     """x · W + b over x's last `inputs` axes, which are W's first, as one two-dimensional matmul in x's dtype.
 
@@ -126,12 +130,10 @@ class Attention(nnx.Module):
         self.key = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
         self.value = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
         self.out = _param(rngs, (H, K, D), ("heads", None, "embed"), H * K)
-        self.query_bias = self.key_bias = self.value_bias = self.out_bias = None
-        if config.qkv_bias:
-            self.query_bias = _vector(0.0, (H, K), ("heads", None))
-            self.key_bias, self.value_bias = (_vector(0.0, (KV, K), ("kv_heads", None)) for _ in range(2))
-        if config.out_bias:
-            self.out_bias = _vector(0.0, (D,), (None,))
+        self.query_bias = _bias(config.qkv_bias, (H, K), ("heads", None))
+        self.key_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
+        self.value_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
+        self.out_bias = _bias(config.out_bias, (D,), (None,))
         if config.qk_norm == "head":
             self.query_norm, self.key_norm = RMSNorm(config, (K,)), RMSNorm(config, (K,))
         elif config.qk_norm == "whole":
@@ -167,10 +169,9 @@ class MLP(nnx.Module):
         self.gate = _param(rngs, (D, F), ("embed", "mlp"), D)
         self.up = _param(rngs, (D, F), ("embed", "mlp"), D)
         self.down = _param(rngs, (F, D), ("mlp", "embed"), F)
-        self.gate_bias = self.up_bias = self.down_bias = None
-        if config.mlp_bias:
-            self.gate_bias, self.up_bias = (_vector(0.0, (F,), ("mlp",)) for _ in range(2))
-            self.down_bias = _vector(0.0, (D,), (None,))
+        self.gate_bias = _bias(config.mlp_bias, (F,), ("mlp",))
+        self.up_bias = _bias(config.mlp_bias, (F,), ("mlp",))
+        self.down_bias = _bias(config.mlp_bias, (D,), (None,))
         self.activation = config.activation
 
     def __call__(self, x, routing=None):

@@ -7,6 +7,9 @@ safetensors: pickled weights are not read, and no code of a model directory is r
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_config, read_raw
 from rljax.types import Params
 
-__all__ = ["Piece", "Stored", "load", "pieces", "read_config", "stored_files", "write_tensors"]
+__all__ = ["Piece", "copy_about", "load", "pieces", "read_config", "save", "stored_files", "tensors"]
 
 VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "out_bias", "gate_bias", "up_bias", "down_bias")
 KEPT = (*VECTORS, "embedding")  # stored as they are; matrices are [out, in] there and [in, out] here
@@ -224,3 +228,108 @@ def _some(names: set[str]) -> str:
     """At most four of the names, for an error."""
     shown = sorted(names)
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") if shown else "none"
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+ABOUT = (  # what a model directory holds beside its weights
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def tensors(config: DecoderConfig, params: Params, fused: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    """Every stored tensor of the decoder's parameters, one at a time, by name: the inverse of `load`."""
+    leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    parts: dict[str, list[tuple[int, tuple, int]]] = {}
+    for path, found in pieces(config, fused).items():
+        for number, piece in enumerate(found):
+            parts.setdefault(piece.name, []).append((piece.start, path, number if len(found) > 1 else -1))
+    for name, found in parts.items():
+        rows = [_stored(path, leaves[path] if e < 0 else leaves[path][e]) for _, path, e in sorted(found)]
+        yield name, np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+
+def _stored(path: tuple, leaf) -> np.ndarray:
+    """A parameter as it is stored; always contiguous: safetensors 0.8.0 writes other arrays wrongly."""
+    array = np.asarray(leaf)
+    if path[-1] == "embedding":
+        return np.ascontiguousarray(array)
+    if path[-1] in KEPT:
+        return array.reshape(-1)
+    return np.ascontiguousarray(array.reshape(math.prod(array.shape[: _inputs(path)]), -1).T)
+
+
+def copy_about(source: str | Path, directory: str | Path) -> None:
+    """What a model directory holds beside its weights: config, tokenizer, chat template, generation config."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name in ABOUT:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(directory) / name)
+
+
+def save(
+    directory: str | Path,
+    config: DecoderConfig,
+    params: Params,
+    about: str | Path,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """A model directory that transformers loads: the decoder's parameters, and what stands beside them in `about`.
+
+    Written beside and renamed at the end, so that there is never half a directory. Tensors are written in files of at
+    most `shard_bytes`, one file in memory at a time. dtype: of the weights; None is that of the config.json. Raises
+    ValueError where `directory` already holds something.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty; name a directory that does not exist yet")
+    raw = read_raw(about)
+    dtype = dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    copy_about(about, unfinished)
+    old = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    (unfinished / "config.json").write_text(json.dumps(raw | {old: dtype}, indent=2) + "\n")
+    _write_shards(unfinished, config, params, is_fused(about), jnp.dtype(dtype), shard_bytes)
+    if directory.exists():
+        directory.rmdir()
+    os.rename(unfinished, directory)
+
+
+def _write_shards(directory: Path, config: DecoderConfig, params: Params, fused: bool, dtype, shard_bytes: int) -> None:
+    heights: dict[str, tuple[int, int]] = {}
+    for piece in (piece for found in pieces(config, fused).values() for piece in found):
+        rows = max(heights.get(piece.name, (0, 0))[0], piece.start + piece.rows)
+        heights[piece.name] = rows, piece.columns or 1
+    shards, room = [[]], shard_bytes
+    for name, (rows, columns) in heights.items():
+        size = rows * columns * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((name, size))
+        room -= size
+    names = iter(tensors(config, params, fused))
+    files = ["model.safetensors"] if len(shards) == 1 else _part_names(len(shards))
+    for file, shard in zip(files, shards, strict=True):
+        part = dict(next(names) for _ in shard)
+        save_file({n: x.astype(dtype, copy=False) for n, x in part.items()}, directory / file, {"format": "pt"})
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
+        about = {"total_size": sum(size for shard in shards for _, size in shard)}
+        index = json.dumps({"metadata": about, "weight_map": where}, indent=2)
+        (directory / "model.safetensors.index.json").write_text(index + "\n")
+
+
+def _part_names(count: int) -> list[str]:
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
