@@ -37,13 +37,16 @@ def read_config(directory: str | Path, context: int | None = None) -> DecoderCon
     family = raw.get("model_type")
     _require(file, "model_type", family, tuple(FAMILIES))
     _require(file, "quantization_config", raw.get("quantization_config"), (None,))
-    for kind in _rope_types(raw.get("rope_parameters") or raw.get("rope_scaling") or {}):
-        _require(file, "rope_type", kind, ROPES)
+    for p in _each_rope(raw.get("rope_parameters") or raw.get("rope_scaling") or {}):
+        _require(file, "rope_type", p.get("rope_type", p.get("type", "default")), ROPES)
     if absent := [name for name in NUMBERS if name not in raw]:
         raise ValueError(f"{file} lacks {', '.join(absent)}; a decoder needs {', '.join(NUMBERS)}")
     c = _filled(file, raw)
     activation = getattr(c, "hidden_activation", None) or c.hidden_act
     _require(file, "hidden_act", activation, tuple(ACTIVATIONS))
+    if family != "phi3":  # transformers rotates whole heads of the others, whatever the file says
+        for p in _each_rope(c.rope_parameters):
+            _require(file, "partial_rotary_factor", p.get("partial_rotary_factor"), (None, 1.0))
     if c.num_attention_heads % c.num_key_value_heads:
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         raise ValueError(f"{file}: num_key_value_heads is {kv_heads}; legal: a divisor of {heads}")
@@ -92,11 +95,9 @@ def _require(file: Path, name: str, value, legal: tuple) -> None:
         raise ValueError(f"{file}: {name} is {value!r}; legal: {', '.join(map(repr, legal))}")
 
 
-def _rope_types(parameters: dict) -> list[str]:
-    inner = [_rope_types(p) for p in parameters.values() if isinstance(p, dict)]
-    if inner:  # one for each kind of layer
-        return sum(inner, [])
-    return [parameters.get("rope_type", parameters.get("type", "default"))]
+def _each_rope(parameters: dict) -> list[dict]:
+    """One for each kind of layer, or the one of all."""
+    return [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
 
 
 def _ropes(c, head_dim: int, context: int | None) -> tuple[rope.Rope, ...]:
@@ -125,7 +126,8 @@ def _llama(c) -> dict[str, Any]:  # SmolLM 1 and 2 too
 
 
 def _mistral(c) -> dict[str, Any]:
-    return {"windows": _one_window(c)}
+    """With layer_types it is what transformers has come to call Ministral."""
+    return {"windows": _windows(c) if getattr(c, "layer_types", None) else _one_window(c)}
 
 
 def _qwen2(c) -> dict[str, Any]:
@@ -163,14 +165,14 @@ def _gemma2(c) -> dict[str, Any]:
 
 
 def _gemma3(c) -> dict[str, Any]:
-    return _gemma2(c) | {"qk_norm": "head"}
+    """transformers' config has attn_logit_softcapping; its attention does not apply it."""
+    return _gemma2(c) | {"qk_norm": "head", "attention_softcap": None}
 
 
 def _smollm3(c) -> dict[str, Any]:
     every = _ropes(c, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, None)
-    ropes = tuple(table if used else None for table, used in zip(every, c.no_rope_layers, strict=True))
-    windows = _windows(c) if c.use_sliding_window else ()
-    return _llama(c) | {"ropes": ropes, "windows": windows}
+    ropes = tuple(table if used else None for table, used in zip(every, c.no_rope_layers, strict=False))
+    return _llama(c) | {"ropes": ropes, "windows": _windows(c)}
 
 
 def _olmo2(c) -> dict[str, Any]:

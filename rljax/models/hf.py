@@ -138,9 +138,10 @@ def load(directory: str | Path, config: DecoderConfig, shardings: Params | None 
     for piece in (piece for found in wanted.values() for piece in found):
         heights[piece.name] = max(heights.get(piece.name, 0), piece.start + piece.rows)
     shapes = decoder.abstract(config)
-    places = jax.tree.map(lambda _: None, shapes) if shardings is None else shardings
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: here, shapes) if shardings is None else shardings
     leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
-    places = {_keys(path): place for path, place in jax.tree.leaves_with_path(places, is_leaf=lambda x: x is None)}
+    places = {_keys(path): place for path, place in jax.tree.leaves_with_path(shardings)}
     read = {}
     # The largest first: what is alive for a moment beside the array being made is then small.
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
@@ -177,8 +178,6 @@ def _place(files: dict[str, Path], path: tuple, found: list[Piece], shape, shard
         each = [_read(files, path, piece, index[1:], shape[1:], dtype) for piece in found[index[0]]]
         return np.stack(each)
 
-    if sharding is None:
-        return jnp.asarray(part((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, part)
 
 

@@ -27,8 +27,18 @@ def logical_axes(config: DecoderConfig, params: Params) -> Params:
     return {name: axes[name] for name in params}
 
 
-def make_policy(config: DecoderConfig, chunk_tokens: int = 4096) -> Callable:
-    """policy(params, frozen, trajectory) -> PolicyOutput, with log-probs at the temperature each token was drawn at."""
+def chunk_of(vocabulary: int, backend: str | None = None) -> int:
+    """Tokens whose logits are alive at a time: as many as make 4 M logits on a CPU, 128 M elsewhere."""
+    logits = 2**22 if (backend or jax.default_backend()) == "cpu" else 2**27
+    return max(1, logits // vocabulary)
+
+
+def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Callable:
+    """policy(params, frozen, trajectory) -> PolicyOutput, with log-probs at the temperature each token was drawn at.
+
+    chunk_tokens: tokens whose logits are alive at a time; None: `chunk_of` the vocabulary.
+    """
+    chunk_tokens = chunk_tokens or chunk_of(config.vocabulary)
 
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
         params = decoder.whole(config, params, frozen)
