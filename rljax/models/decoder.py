@@ -353,9 +353,10 @@ def whole(config: DecoderConfig, params: Params, frozen: Params) -> Params:
     """Everything the model needs: frozen["base"], the trained `params` laid over it, params["lora"] attached.
 
     So a part that is not trained stands in frozen["base"], and {} as parameters is the base itself: the reference of an
-    adapter needs no copy.
+    adapter needs no copy. What waits in the host's memory is brought to the device.
     """
     tree = _overlay(frozen["base"], params) if "base" in frozen else params
+    tree = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
     if "lora" not in tree:
         return tree
     if config.adapter is None:

@@ -1,11 +1,12 @@
 """The policy as the trainer sees it, and the facts that need a model: reference log-probs, values, old log-probs."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from rljax.models import decoder
+from rljax.models import decoder, lora
 from rljax.models.decoder import DecoderConfig
 from rljax.ops.logprobs import chunked_logprobs
 from rljax.types import Params, PolicyOutput, TrainState, Trajectory
@@ -21,10 +22,30 @@ def with_value_head(params: Params, config: DecoderConfig) -> Params:
     return {**params, "value_head": jnp.zeros(config.width)}
 
 
+def with_critic(params: Params, config: DecoderConfig) -> Params:
+    """A critic with a trunk of its own, at first a copy of the policy's: adds "critic"."""
+    trunk = {"decoder": jax.tree.map(jnp.copy, params["decoder"])}
+    return {**params, "critic": with_value_head(trunk, config)}
+
+
+def with_adapter(params: Params, config: DecoderConfig, key) -> tuple[Params, Params]:
+    """What is trained of a model with an adapter, and the frozen parts: the base, which is the reference too."""
+    trained = {"lora": lora.init(config.adapter, params["decoder"], key)}
+    return trained, {"base": params, "reference": {}}
+
+
 def logical_axes(config: DecoderConfig, params: Params) -> Params:
-    """Logical axis names for each of `params`."""
-    axes = {"decoder": decoder.logical_axes(config), "value_head": (None,)}
-    return {name: axes[name] for name in params}
+    """Logical axis names for each of `params`, which may be a part of the model's."""
+    trunk = decoder.logical_axes(config)
+    axes = {"decoder": trunk, "value_head": (None,), "score_head": (None,)}
+    axes["critic"] = {"decoder": trunk, "value_head": (None,)}
+    if config.adapter is not None:
+        axes["lora"] = lora.logical_axes(config.adapter, trunk, decoder.abstract(config))
+    return _like(params, axes)
+
+
+def _like(tree: Params, axes: Params) -> Params:
+    return {n: _like(x, axes[n]) if isinstance(x, dict) else axes[n] for n, x in tree.items()}
 
 
 def chunk_of(vocabulary: int, backend: str | None = None) -> int:
@@ -43,14 +64,24 @@ def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Calla
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
         params = decoder.whole(config, params, frozen)
         places = (traj.inputs, traj.positions, traj.segments)
-        hidden, _ = decoder.forward(config, params["decoder"], *places, routing=traj.routing)
+        run = partial(decoder.forward, config)
+        hidden, _ = run(params["decoder"], *places, routing=traj.routing)
         temperature = jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
         head = lambda h: decoder.logits(config, params["decoder"], h)  # noqa: E731
         logp, entropy, sum_pi_squared = chunked_logprobs(head, hidden, traj.actions, temperature, chunk_tokens)
-        values = jnp.einsum("btd,d->bt", hidden, params["value_head"]) if "value_head" in params else None
+        values = None
+        if "critic" in params:
+            values = read(run(params["critic"]["decoder"], *places)[0], params["critic"]["value_head"])
+        elif "value_head" in params:
+            values = read(hidden, params["value_head"])
         return PolicyOutput(logp=logp, entropy=entropy, values=values, sum_pi_squared=sum_pi_squared)
 
     return policy
+
+
+def read(hidden, head):
+    """A number of each column: hidden [B T D] · head [D], in float32."""
+    return jnp.einsum("btd,d->bt", hidden, head, preferred_element_type=jnp.float32)
 
 
 def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
@@ -91,3 +122,18 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
         return traj.replace(**fill(state.params, state.frozen, traj)) if needs else traj
 
     return annotate
+
+
+def refresh_reference(state: TrainState, share: float = 1.0) -> TrainState:
+    """reference ← (1 - share) reference + share · policy (TR-DPO, arXiv:2404.09656): 1 copies it, less averages.
+
+    The reference of an adapter begins as {} (the base): its first refresh counts that as an adapter of zeros.
+    """
+    reference = state.frozen["reference"] or jax.tree.map(jnp.zeros_like, state.params)
+    mixed = {name: _mix(part, state.params[name], share) for name, part in reference.items()}
+    return state.replace(frozen={**state.frozen, "reference": mixed})
+
+
+@partial(jax.jit, static_argnames="share")
+def _mix(old, new, share: float):
+    return jax.tree.map(lambda x, y: ((1.0 - share) * x + share * y).astype(x.dtype), old, new)
