@@ -44,6 +44,7 @@ def read_config(directory: str | Path, context: int | None = None) -> DecoderCon
     c = _filled(file, raw)
     activation = getattr(c, "hidden_activation", None) or c.hidden_act
     _require(file, "hidden_act", activation, tuple(ACTIVATIONS))
+    _require(file, "use_bidirectional_attention", getattr(c, "use_bidirectional_attention", None), (None, False))
     if family != "phi3":  # transformers rotates whole heads of the others, whatever the file says
         for p in _each_rope(c.rope_parameters):
             _require(file, "partial_rotary_factor", p.get("partial_rotary_factor"), (None, 1.0))
@@ -82,11 +83,12 @@ def read_raw(directory: str | Path) -> dict:
 
 def _filled(file: Path, raw: dict):
     """transformers' config: defaults filled in, old fields renewed."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING  # a second of import: only where it is needed
 
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, StrictDataclassError) as error:
         raise ValueError(f"{file}: transformers refuses it: {error}") from None
 
 
@@ -149,8 +151,6 @@ def _qwen3_moe(c) -> dict[str, Any]:
 
 
 def _gemma2(c) -> dict[str, Any]:
-    if c.use_bidirectional_attention:
-        raise ValueError("use_bidirectional_attention is True: an encoder; legal: False")
     return {
         "qkv_bias": c.attention_bias,
         "out_bias": c.attention_bias,

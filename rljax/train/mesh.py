@@ -23,6 +23,9 @@ RULES = {
     "rows": ("data", "fsdp"),
 }
 
+HOST = "pinned_host"
+OFFLOADED = ("opt_state", "frozen")
+
 
 class Shardings(NamedTuple):
     """Where everything lives: a TrainState of shardings, the sharding of rows, and the replicated one."""
@@ -65,10 +68,21 @@ def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
     return jax.tree.map(lambda leaf, names: sharding_of(mesh, names, leaf.shape), shapes, axes)
 
 
-def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTransformation, axes: Params) -> Shardings:
+def state_shardings(
+    mesh: Mesh,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    axes: Params,
+    frozen_axes: dict[str, Params] | None = None,
+    offload: tuple[str, ...] = (),
+) -> Shardings:
     """Shardings of a state: optimizer statistics and the reference lie as the parameters do, the rest is replicated.
 
-    Args: state: the state, or its shapes. axes: a tuple of logical axes per parameter.
+    Args:
+      state: the state, or its shapes.
+      axes: a tuple of logical axes per parameter; frozen_axes: the same for parts of `frozen` (a base).
+      offload: what waits in the host's memory between its uses, of OFFLOADED. Raises ValueError where devices have no
+        such memory.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     params = param_shardings(mesh, axes, state.params)
@@ -76,6 +90,8 @@ def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTran
     frozen = dict(everywhere.frozen)
     if "reference" in frozen:
         frozen["reference"] = {name: params[name] for name in frozen["reference"]}
+    for name, of_part in (frozen_axes or {}).items():
+        frozen[name] = param_shardings(mesh, of_part, state.frozen[name])
 
     def lie(leaf, place, param):
         if isinstance(leaf, optax.MaskedNode):  # a part of the parameters that this part of the optimizer leaves alone
@@ -92,7 +108,17 @@ def state_shardings(mesh: Mesh, state: TrainState, optimizer: optax.GradientTran
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
     placed = everywhere.replace(params=params, opt_state=opt_state, frozen=frozen)
+    for name in offload:
+        placed = placed.replace(**{name: _on_host(mesh, name, getattr(state, name), getattr(placed, name))})
     return Shardings(placed, NamedSharding(mesh, PartitionSpec(RULES["rows"])), replicated)
+
+
+def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
+    """The shardings with arrays in pinned host memory; scalars stay where they are."""
+    kinds = {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+    if name not in OFFLOADED or HOST not in kinds:
+        raise ValueError(f"offload {name!r}: legal are {OFFLOADED}, on devices with {HOST} memory; here: {sorted(kinds)}")
+    return jax.tree.map(lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, tree, shardings)
 
 
 def place_rows(shardings: Shardings, tree: Any) -> Any:

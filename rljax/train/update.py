@@ -35,7 +35,8 @@ def make_update(
         key, used = jax.random.split(state.key)
         batch = objective.prepare(state.params, frozen, batch, used)
         loss, metrics, grads = _summed(objective, state.params, frozen, batch, micro_batches, shardings)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)  # where it waited in the host's memory
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
         return state.replace(params=params, opt_state=opt_state, key=key), metrics
