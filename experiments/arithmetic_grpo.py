@@ -98,6 +98,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         return {"held_out": found["reward"], "kl_sequence": found["kl"]}
 
     with run:
+        task.keep_about(run.directory / "model")
         state = jax.device_put(state, shardings.state)
         before = evaluate(state)["held_out"]
         state = run.restore(state)

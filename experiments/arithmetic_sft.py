@@ -8,8 +8,10 @@ Reached: as the first stage of arithmetic_grpo.py, seeds 0 to 4: 0.371 to 0.435 
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -21,13 +23,13 @@ from rljax.algorithms import sft
 from rljax.data.demonstrations import demonstrations
 from rljax.data.prompts import Prompts
 from rljax.data.tasks import additions, sortings, split
-from rljax.data.tokenizer import Tokenizer, character_tokenizer
-from rljax.models import decoder, policy
+from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
+from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
 from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
-from rljax.train.log import say
+from rljax.train.log import say, write_atomically
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -53,6 +55,9 @@ class Config:
     debug: bool = False  # no jit, NaN checks, one step
 
 
+ALPHABET = "0123456789+="
+
+
 class Task(NamedTuple):
     """Two sides of a set of problems that share none, and the model that is to learn them."""
 
@@ -75,6 +80,11 @@ class Task(NamedTuple):
         drawn = sample(self.lm, params, {}, rows, self.sampling(), seed, -1)
         return make_score({"exact": exact_text}, self.tokenizer.decode)(drawn, rows)
 
+    def keep_about(self, directory: Path) -> None:
+        """What export.py needs to know of the model."""
+        save_characters(ALPHABET, directory)
+        write_atomically(directory / "config.json", json.dumps(hf.describe(self.config, self.tokenizer.stop)))
+
     def accuracy(self, params: Params, rows: Rows, seed: int) -> float:
         """Share of the prompts answered rightly."""
         return float(np.mean(self.examine(params, rows, seed).scores))
@@ -83,7 +93,7 @@ class Task(NamedTuple):
 def make_task(cfg: Config) -> Task:
     problems = {"additions": additions, "sortings": sortings}[cfg.task]()
     sides = split(problems, cfg.held_out, cfg.seed)
-    tokenizer = character_tokenizer("0123456789+=")
+    tokenizer = character_tokenizer(ALPHABET)
     width = max(len(problem["prompt"]) for problem in problems)
     train, held_out = (Prompts(side, tokenizer.encode, lambda row: row["prompt"], width, cfg.seed) for side in sides)
     longest = 1 + max(len(problem["answer"]) for problem in problems)
@@ -104,6 +114,7 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
     seen, steps = task.train.first(8 if cfg.debug else 512), 1 if cfg.debug else cfg.steps
     say(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, headlines=("loss", "accuracy")) as run:
+        task.keep_about(run.directory / "model")
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
             if step % cfg.check_every == 0:

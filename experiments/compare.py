@@ -4,10 +4,10 @@ r"""Every algorithm on the same task from the same warm-up: docs/results.md.
     python experiments/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
 
 Per seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
-optimizer and number of steps. Nothing is tuned for any of them. All learn from the answers that DAPO's filter keeps, in
-two updates per rollout: in the first ratios are 1, in the second they are not, so that methods which differ only in what
-they do with ratios (grpo, gspo, sapo; dapo, cispo; reinforce, rloo) part there. Accuracy is measured on 1,024 held-out
-problems.
+optimizer and number of steps. Nothing is tuned for any of them. All learn from the answers that DAPO's filter keeps,
+in two updates per rollout: in the first ratios are 1, in the second they are not, so that methods which differ only in
+what they do with ratios (grpo, gspo, sapo; dapo, cispo; reinforce, rloo) part there. Accuracy is measured on 1,024
+held-out problems.
 
 Reached: docs/results.md.
 """

@@ -16,13 +16,11 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 import dataclasses
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 import options
-from options import Batches, MeshShape, Optimizer
+from options import Batches, MeshShape, Optimizer, Weights
 from rljax.algorithms import grpo, with_kl
 from rljax.algorithms.dynamic_sampling import keep_informative
 from rljax.data.tokenizer import load_tokenizer
@@ -65,7 +63,7 @@ class Config:
     verifier_workers: int = 1  # processes that judge
     save_every: int = 20  # steps between checkpoints
     show_every: int = 10  # steps between samples in the report
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    weights: Weights = Weights()
     directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
     mesh: MeshShape = MeshShape()
     debug: bool = False  # no jit, NaN checks, one step
@@ -76,23 +74,20 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm, b = algorithm or with_kl(grpo(), cfg.kl), options.small(cfg.batches) if cfg.debug else cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
-    weights, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model)
-    config = dataclasses.replace(config, remat=cfg.remat)
+    shares, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model)
     tokenizer = load_tokenizer(cfg.model)
     if tokenizer.size > config.vocabulary:
         raise ValueError(f"{cfg.model}: the tokenizer has {tokenizer.size} ids, the model {config.vocabulary}")
     longest = options.longest_prompt(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
     train, held_out = options.read_prompts(cfg.prompts, cfg.template, tokenizer, longest, cfg.held_out, cfg.seed)
 
-    places = meshes.param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
-    params = {"decoder": hf.load(cfg.model, config, places)}
+    config, params, frozen = options.pretrained(cfg.model, cfg.weights, mesh, longest + cfg.sampling.max_tokens)
     model, lm = policy.make_policy(config), decoder.language_model(config)
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
-    frozen = {"reference": jax.tree.map(jnp.copy, params)}
     if "values" in algorithm.needs:
         params = policy.with_value_head(params, config)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
-    shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(config, params))
+    shardings = options.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
     update = make_update(policy_objective(model, algorithm), optimizer, b.micro_batches, shardings)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the start is always shown
     credit = jax.jit(algorithm.credit)
@@ -110,7 +105,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     directory = cfg.directory or f"runs/grpo/{name}"
     run = Run(
         directory,
-        asdict(cfg) | {"code": options.fingerprint(algorithm, [verifiers[name] for name in weights])},
+        asdict(cfg) | {"code": options.fingerprint(algorithm, [verifiers[name] for name in shares])},
         steps=1 if cfg.debug else cfg.steps,
         source=__file__,
         save_every=cfg.save_every,
@@ -118,7 +113,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         headlines=("reward", "no_signal", "length", "kl_sequence", "tokens_per_second"),
     )
     with run, Pool(workers=cfg.verifier_workers, seconds=cfg.verifier_seconds) as pool:
-        score = make_score({name: verifiers[name] for name in weights}, tokenizer.decode, weights, pool)
+        score = make_score({name: verifiers[name] for name in shares}, tokenizer.decode, shares, pool)
+        hf.keep_about(cfg.model, run.directory / "model", config.adapter)  # for export.py
         before = evaluate(state := jax.device_put(state, shardings.state), score)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -131,6 +127,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             if run.first(step):
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
+            if cfg.weights.reference_every and (step + 1) % cfg.weights.reference_every == 0:
+                state = policy.refresh_reference(state, cfg.weights.reference_share)
             if run.shows(step):
                 run.show(step, batch, tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
             seen = describe(traj, score.names) | metrics

@@ -20,8 +20,13 @@ import tyro
 
 from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
 from rljax.data.tokenizer import Tokenizer
+from rljax.models import decoder, hf, policy
+from rljax.models.decoder import DecoderConfig
+from rljax.models.lora import Lora
 from rljax.rewards.score import RewardError
 from rljax.train.log import say
+from rljax.train.mesh import Shardings, param_shardings, state_shardings
+from rljax.types import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,29 @@ class Batches:
     epochs: int = 1  # passes over the rows of a step
     minibatches: int = 1  # updates per pass
     micro_batches: int = 1  # pieces of an update, for memory; the gradient does not depend on it
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter: only it is trained, and the reference is the model without it."""
+
+    rank: int = 0  # of the products that are added to matrices; 0: no adapter, all is trained
+    alpha: float = 32.0  # the adapter weighs alpha/rank, with rank_stabilised alpha/√rank
+    targets: tuple[str, ...] = ("attention/", "mlp/")  # patterns of the matrices' paths (layers/3/attention/query)
+    rank_stabilised: bool = False  # rsLoRA
+    decomposed: bool = False  # DoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How a model's weights are held, computed with and trained."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of a base that is not trained
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    adapter: Adapter = Adapter()
+    offload: tuple[Literal["opt_state", "frozen"], ...] = ()  # what waits in the host's memory
+    reference_every: int = 0  # steps between refreshments of the reference by the policy; 0: it stays as it was
+    reference_share: float = 1.0  # of the policy in the refreshed reference
 
 
 def small(batches: Batches) -> Batches:
@@ -158,6 +186,40 @@ def read_prompts(
     train, exam = map(make, hold_out(read_jsonl(path), held_out, seed))
     say(f"{len(train)} prompts and {len(exam)} held out; {train.dropped + exam.dropped} dropped, over {longest} tokens")
     return train, exam
+
+
+def pretrained(
+    directory: str, weights: Weights, mesh: jax.sharding.Mesh, context: int | None = None
+) -> tuple[DecoderConfig, Params, dict]:
+    """The model of a Hugging Face directory: its config, what is trained of it, and the frozen parts.
+
+    Trained weights are float32. A base that an adapter leaves alone is held in the dtype of the computation.
+    """
+    config = hf.read_config(directory, context)
+    adapter = Lora(**dataclasses.asdict(weights.adapter)) if weights.adapter.rank else None
+    config = dataclasses.replace(config, dtype=weights.dtype, remat=weights.remat, adapter=adapter)
+    places = param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    dtype = weights.dtype if adapter else "float32"
+    params = {"decoder": hf.load(directory, config, places, jnp.dtype(dtype))}
+    if adapter is None:
+        return config, params, {"reference": jax.tree.map(jnp.copy, params)}
+    trained, frozen = policy.with_adapter(params, config, jax.random.key(0))
+    if weights.reference_every:
+        frozen["reference"] = jax.tree.map(jnp.copy, trained)
+    return config, trained, frozen
+
+
+def shardings_of(
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    config: DecoderConfig,
+    offload=(),
+) -> Shardings:
+    """Shardings of a state whose parameters, trained and frozen, are those of a decoder."""
+    axes_of = partial(policy.logical_axes, config)
+    frozen = {name: axes_of(part) for name, part in state.frozen.items()}
+    return state_shardings(mesh, state, optimizer, axes_of(state.params), frozen, offload)
 
 
 def fingerprint(*parts) -> str:

@@ -34,6 +34,17 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     return Tokenizer(characters.encode, characters.decode, stop=(0,), pad=0, size=len(alphabet) + 1)
 
 
+def save_characters(alphabet: str, directory: str | Path) -> None:
+    """The character tokenizer as files that transformers reads."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Inner(models.WordLevel({"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(directory)
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory; its EOS ids from generation_config.json or config.json too."""
     import json

@@ -62,7 +62,7 @@ def read_config(directory: str | Path, context: int | None = None) -> DecoderCon
         mlp_width=c.intermediate_size,
         max_positions=c.max_position_embeddings,
         norm_epsilon=c.rms_norm_eps,
-        tied=c.tie_word_embeddings,
+        tied=c.tie_word_embeddings or _scores(raw),
         activation=ACTIVATIONS[activation],
         **{"ropes": _ropes(c, head_dim, context)} | FAMILIES[family](c),
     )
@@ -79,6 +79,11 @@ def read_raw(directory: str | Path) -> dict:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+
+
+def _scores(raw: dict) -> bool:
+    """Whether it is a reward model, which has no table of logits of its own."""
+    return any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or [])
 
 
 def _filled(file: Path, raw: dict):

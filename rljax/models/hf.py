@@ -5,6 +5,7 @@ a model. What a directory holds and the family does not know, or the other way r
 safetensors: pickled weights are not read, and no code of a model directory is run.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -22,9 +23,8 @@ from safetensors.numpy import save_file
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_config, read_raw
+from rljax.models.lora import Lora
 from rljax.types import Params
-
-__all__ = ["Piece", "copy_about", "load", "pieces", "read_config", "save", "stored_files", "tensors"]
 
 VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "out_bias", "gate_bias", "up_bias", "down_bias")
 KEPT = (*VECTORS, "embedding")  # stored as they are; matrices are [out, in] there and [in, out] here
@@ -152,7 +152,7 @@ def load(directory: str | Path, config: DecoderConfig, shardings: Params | None 
 
 
 def _require_the_same(directory, config: DecoderConfig, files: dict[str, Path], wanted: set[str]) -> None:
-    unknown = {n for n in files if not n.endswith("rotary_emb.inv_freq")} - wanted
+    unknown = {n for n in files if not n.endswith("rotary_emb.inv_freq")} - wanted - {SCORE}
     if config.tied:
         unknown -= {"lm_head.weight"}
     missing = wanted - set(files)
@@ -206,6 +206,18 @@ def _flat(index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
         raise ValueError(f"only the first of the axes {shape} that a stored axis became may be sharded")
     step = math.prod(shape[1:])
     return slice(first.start * step, first.stop * step)
+
+
+def load_score_head(directory: str | Path, dtype=jnp.float32) -> jax.Array:
+    """The head [D] of a reward model's directory. Raises ValueError where there is none of one label."""
+    files = stored_files(Path(directory))
+    if SCORE not in files:
+        raise ValueError(f"{directory} holds no {SCORE}: it is no reward model")
+    with safe_open(files[SCORE], framework="numpy") as opened:
+        head = opened.get_tensor(SCORE)
+    if head.shape[0] != 1:
+        raise ValueError(f"{directory}: {SCORE} has {head.shape[0]} labels; legal: 1")
+    return jnp.asarray(head[0].astype(dtype))
 
 
 def stored_files(directory: Path) -> dict[str, Path]:
@@ -275,6 +287,48 @@ def copy_about(source: str | Path, directory: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(directory) / name)
 
 
+def keep_about(source: str | Path, directory: str | Path, adapter: Lora | None = None) -> None:
+    """Beside a run's checkpoints, all that an export of them needs to know."""
+    copy_about(source, directory)
+    if adapter is not None:
+        (Path(directory) / "adapter.json").write_text(json.dumps(dataclasses.asdict(adapter)))
+
+
+def read_adapter(directory: str | Path) -> Lora | None:
+    """The adapter that `keep_about` noted, if there is one."""
+    file = Path(directory) / "adapter.json"
+    if not file.is_file():
+        return None
+    fields = json.loads(file.read_text())
+    return Lora(**fields | {"targets": tuple(fields["targets"])})
+
+
+def describe(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "float32") -> dict:
+    """config.json of a Llama-shaped decoder that was made here. Raises ValueError for one that is no Llama."""
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
+        "tie_word_embeddings": config.tied,
+        "eos_token_id": list(stop),
+        "dtype": dtype,
+    }
+    plain = DecoderConfig(*(getattr(config, field.name) for field in dataclasses.fields(config)[:8]))
+    same = ("norm_epsilon", "tied", "dtype", "attention", "remat", "adapter")
+    if dataclasses.replace(plain, **{name: getattr(config, name) for name in same}) != config:
+        raise ValueError("only a Llama-shaped decoder can be described; one that was read keeps its own config.json")
+    return raw
+
+
 def save(
     directory: str | Path,
     config: DecoderConfig,
@@ -282,12 +336,15 @@ def save(
     about: str | Path,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
+    score_head=None,
 ) -> None:
     """A model directory that transformers loads: the decoder's parameters, and what stands beside them in `about`.
 
     Written beside and renamed at the end, so that there is never half a directory. Tensors are written in files of at
-    most `shard_bytes`, one file in memory at a time. dtype: of the weights; None is that of the config.json. Raises
-    ValueError where `directory` already holds something.
+    most `shard_bytes`, one file in memory at a time. Raises ValueError where `directory` already holds something.
+
+    Args: dtype: of the weights; None is that of the config.json. score_head [D]: makes it a reward model (transformers'
+    sequence classification with one label), which has no table of logits.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
@@ -297,38 +354,52 @@ def save(
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     copy_about(about, unfinished)
-    old = "torch_dtype" if "torch_dtype" in raw else "dtype"
-    (unfinished / "config.json").write_text(json.dumps(raw | {old: dtype}, indent=2) + "\n")
-    _write_shards(unfinished, config, params, is_fused(about), jnp.dtype(dtype), shard_bytes)
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
+    if score_head is not None:
+        raw["architectures"] = [name.replace(*SCORING) for name in raw.get("architectures") or []]
+        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    _write_shards(unfinished, _written(config, params, is_fused(about), score_head), jnp.dtype(dtype), shard_bytes)
     if directory.exists():
         directory.rmdir()
     os.rename(unfinished, directory)
 
 
-def _write_shards(directory: Path, config: DecoderConfig, params: Params, fused: bool, dtype, shard_bytes: int) -> None:
-    heights: dict[str, tuple[int, int]] = {}
-    for piece in (piece for found in pieces(config, fused).values() for piece in found):
-        rows = max(heights.get(piece.name, (0, 0))[0], piece.start + piece.rows)
-        heights[piece.name] = rows, piece.columns or 1
-    shards, room = [[]], shard_bytes
-    for name, (rows, columns) in heights.items():
-        size = rows * columns * dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append((name, size))
-        room -= size
-    names = iter(tensors(config, params, fused))
-    files = ["model.safetensors"] if len(shards) == 1 else _part_names(len(shards))
-    for file, shard in zip(files, shards, strict=True):
-        part = dict(next(names) for _ in shard)
-        save_file({n: x.astype(dtype, copy=False) for n, x in part.items()}, directory / file, {"format": "pt"})
-    if len(shards) > 1:
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
-        about = {"total_size": sum(size for shard in shards for _, size in shard)}
+SCORING = ("ForCausalLM", "ForSequenceClassification")
+SCORE = "score.weight"
+
+
+def _written(config: DecoderConfig, params: Params, fused: bool, score_head) -> Iterator[tuple[str, np.ndarray]]:
+    for name, tensor in tensors(config, params, fused):
+        if score_head is None or name != "lm_head.weight":
+            yield name, tensor
+    if score_head is not None:
+        yield SCORE, np.asarray(score_head)[None]
+
+
+def _write_shards(directory: Path, named: Iterator[tuple[str, np.ndarray]], dtype, shard_bytes: int) -> None:
+    """Files are numbered as they fill; how many there are is known, and put into their names, at the end."""
+    shards, part, size = [], {}, 0
+
+    def close():
+        save_file(part, directory / f"part-{len(shards)}", {"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in part.items()})
+
+    for name, tensor in named:
+        tensor = tensor.astype(dtype, copy=False)
+        if part and size + tensor.nbytes > shard_bytes:
+            close()
+            part, size = {}, 0
+        part[name], size = tensor, size + tensor.nbytes
+    close()
+    count = len(shards)
+    files = (
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    for i, file in enumerate(files):
+        (directory / f"part-{i}").rename(directory / file)
+    if count > 1:
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        about = {"total_size": sum(size for shard in shards for size in shard.values())}
         index = json.dumps({"metadata": about, "weight_map": where}, indent=2)
         (directory / "model.safetensors.index.json").write_text(index + "\n")
-
-
-def _part_names(count: int) -> list[str]:
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

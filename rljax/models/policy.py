@@ -127,13 +127,13 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
 def refresh_reference(state: TrainState, share: float = 1.0) -> TrainState:
     """reference ← (1 - share) reference + share · policy (TR-DPO, arXiv:2404.09656): 1 copies it, less averages.
 
-    The reference of an adapter begins as {} (the base): its first refresh counts that as an adapter of zeros.
+    The reference of an adapter must then be one too, at first a copy of the adapter's start, which changes nothing.
     """
-    reference = state.frozen["reference"] or jax.tree.map(jnp.zeros_like, state.params)
-    mixed = {name: _mix(part, state.params[name], share) for name, part in reference.items()}
+    mixed = {name: _mix(part, state.params[name], share) for name, part in state.frozen["reference"].items()}
     return state.replace(frozen={**state.frozen, "reference": mixed})
 
 
 @partial(jax.jit, static_argnames="share")
 def _mix(old, new, share: float):
+    old = jax.device_put(old, jax.memory.Space.Device)
     return jax.tree.map(lambda x, y: ((1.0 - share) * x + share * y).astype(x.dtype), old, new)

@@ -5,8 +5,10 @@ committed the step. A step without one was interrupted and is removed at start; 
 and passed over for the one before it.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -28,7 +30,7 @@ class Checkpoints:
         self.say = say
         for leftover in self.directory.iterdir():
             ours = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
-            if ours and not self._manifest(leftover.name).is_file():
+            if ours and not _manifest(self.directory, leftover.name).is_file():
                 say(f"removing {leftover}: its saving was interrupted")
                 shutil.rmtree(leftover)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
@@ -52,10 +54,12 @@ class Checkpoints:
         self.wait()
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            damage = self._damage(step)
+            damage = _damage(self.directory, step)
             if damage is None:
                 for bad in damaged:
-                    self._manifest(bad).unlink()  # first: without one, what is left of the step is removed at start
+                    _manifest(
+                        self.directory, bad
+                    ).unlink()  # first: without one, what is left of the step is removed at start
                     self._manager.delete(bad)
                 return self._read(step, state)
             self.say(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
@@ -83,29 +87,79 @@ class Checkpoints:
         found = {name: found[name] for name in targets}
         return state.replace(**found.pop("rest"), **found)
 
-    def _manifest(self, step: int | str) -> Path:
-        return self.directory / f"{step}.sha256.json"
-
     def _seal(self, step: int) -> None:
         self._manager.wait_until_finished()
         text = json.dumps(_digests(self.directory / str(step)), indent=1)
-        temporary = self._manifest(step).with_suffix(".tmp")
+        manifest = _manifest(self.directory, step)
+        temporary = manifest.with_suffix(".tmp")
         temporary.write_text(text)
-        os.replace(temporary, self._manifest(step))
+        os.replace(temporary, manifest)
         kept = {str(s) for s in self._manager.all_steps()}
         for manifest in self.directory.glob("*.sha256.json"):
             if manifest.name.split(".")[0] not in kept:
                 manifest.unlink()
 
-    def _damage(self, step: int) -> str | None:
-        """What differs from the manifest, or None."""
-        try:
-            wanted = json.loads(self._manifest(step).read_text())
-        except ValueError:
-            return "its manifest is no JSON"
-        found = _digests(self.directory / str(step))
-        changed = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        return f"{len(changed)} files differ from its manifest, first {changed[0]}" if changed else None
+
+def read_parts(directory: str | Path, *names: str, step: int | None = None) -> tuple[int, dict]:
+    """Parts of a saved state ("params", "frozen", ...) by name, on the first device, whatever mesh they were saved from.
+
+    step: None is the newest good one. Nothing is changed, so a run may go on meanwhile. Raises FileNotFoundError where
+    there is no such step, RuntimeError where it is damaged.
+    """
+    directory = Path(directory).absolute()
+    steps = sorted((int(file.name.split(".")[0]) for file in directory.glob("*.sha256.json")), reverse=True)
+    wanted = steps if step is None else [s for s in steps if s == step]
+    if not wanted:
+        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; legal: {steps}")
+    good = next((s for s in wanted if _damage(directory, s) is None), None)
+    if good is None:
+        raise RuntimeError(f"{directory}: checkpoint {wanted[0]} is damaged: {_damage(directory, wanted[0])}")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    parts = {}
+    with _quiet_absl(), ocp.StandardCheckpointer() as checkpointer:
+        for name in names:
+            item = directory / str(good) / name
+            if not item.is_dir():  # an empty one is not written
+                parts[name] = {}
+                continue
+            shapes = checkpointer.metadata(item).item_metadata.tree
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+            parts[name] = _numbered(checkpointer.restore(item, target))
+    return good, parts
+
+
+@contextlib.contextmanager
+def _quiet_absl():
+    """Orbax warns of a file that a checkpoint manager does not write for each item."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _numbered(tree):
+    """Keys that were integers: Orbax's own tree has them as text."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(name) if name.isdigit() else name: _numbered(value) for name, value in tree.items()}
+
+
+def _manifest(directory: Path, step: int | str) -> Path:
+    return directory / f"{step}.sha256.json"
+
+
+def _damage(directory: Path, step: int) -> str | None:
+    """What differs from the manifest, or None."""
+    try:
+        wanted = json.loads(_manifest(directory, step).read_text())
+    except ValueError:
+        return "its manifest is no JSON"
+    found = _digests(directory / str(step))
+    changed = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    return f"{len(changed)} files differ from its manifest, first {changed[0]}" if changed else None
 
 
 def _items(state: TrainState) -> dict:
