@@ -125,7 +125,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
             if run.first(step):
-                require_on_policy(metrics)
+                require_on_policy(metrics, options.SAMPLER_GAP[cfg.weights.dtype])
             state = state.replace(step=step + 1, cursor=rows.cursor)
             if cfg.weights.reference_every and (step + 1) % cfg.weights.reference_every == 0:
                 state = policy.refresh_reference(state, cfg.weights.reference_share)

@@ -84,6 +84,10 @@ class Adapter:
     decomposed: bool = False  # DoRA
 
 
+# Nats by which log-probs of sampler and trainer may differ with the same parameters: rounding, for the largest logits.
+SAMPLER_GAP = {"float32": 1e-3, "bfloat16": 0.5}
+
+
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """How a model's weights are held, computed with and trained."""

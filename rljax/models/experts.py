@@ -1,4 +1,4 @@
-"""Mixtures of experts: each token goes through the few MLPs that its router gives the most weight (Qwen3-MoE's form)."""
+"""Mixtures of experts: each token goes through the few MLPs its router gives the most weight (Qwen3-MoE's form)."""
 
 import dataclasses
 

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
-from rljax.models.families import read_config, read_raw
+from rljax.models.families import read_config as read_config
+from rljax.models.families import read_raw
 from rljax.models.lora import Lora
 from rljax.types import Params
 

@@ -17,7 +17,7 @@ f32 = np.float32
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Radians a position, one per rotated pair; dimensions beyond them are left alone. `scale` is of cosine and sine."""
+    """Radians a position, one per rotated pair; dimensions beyond them are left alone. `scale`: of cosine and sine."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0

@@ -60,7 +60,7 @@ def token_statistics(
 @token_statistics.defjvp
 def _token_statistics_jvp(primals, tangents):
     logits, actions, temperature = primals
-    logp, h, squares = out = token_statistics(*primals)
+    _, h, squares = out = token_statistics(*primals)
     log_pi = _log_softmax(logits, temperature)
     pi = jnp.exp(log_pi)
     chosen = jax.lax.broadcasted_iota(actions.dtype, pi.shape, pi.ndim - 1) == actions[..., None]

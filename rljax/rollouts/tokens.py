@@ -93,7 +93,7 @@ def _draw(logits, uniform, temperature, top_k, top_p, min_p):
 
 
 def _decode(lm, params, frozen, cache, hidden, lengths, sampling, keys, draw):
-    """The loop. Returns tokens, log-probs and alive [B N] (True up to and with the stop token), ended [B], the cache."""
+    """The loop. Returns tokens, log-probs, alive [B N] (True up to and with the stop token), ended [B], the cache."""
     B, N = hidden.shape[0], sampling.max_tokens
     stop = jnp.asarray(sampling.stop, jnp.int32)
 

@@ -101,7 +101,7 @@ class Checkpoints:
 
 
 def read_parts(directory: str | Path, *names: str, step: int | None = None) -> tuple[int, dict]:
-    """Parts of a saved state ("params", "frozen", ...) by name, on the first device, whatever mesh they were saved from.
+    """Parts of a saved state ("params", "frozen") by name, on the first device, whatever mesh they were saved from.
 
     step: None is the newest good one. Nothing is changed, so a run may go on meanwhile. Raises FileNotFoundError where
     there is no such step, RuntimeError where it is damaged.

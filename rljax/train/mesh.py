@@ -117,9 +117,7 @@ def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
     """The shardings with arrays in pinned host memory; scalars stay where they are."""
     kinds = {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
     if name not in OFFLOADED or HOST not in kinds:
-        raise ValueError(
-            f"offload {name!r}: legal are {OFFLOADED}, on devices with {HOST} memory; here: {sorted(kinds)}"
-        )
+        raise ValueError(f"offload {name!r}: legal: {OFFLOADED}, on devices with {HOST} memory; here: {sorted(kinds)}")
     return jax.tree.map(lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, tree, shardings)
 
 

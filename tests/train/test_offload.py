@@ -55,5 +55,5 @@ def test_a_state_that_waits_on_the_host_learns_the_same():
 
 def test_what_cannot_wait_is_refused():
     state = TrainState(0, {"a": np.zeros(2)}, OPTIMIZER.init({"a": np.zeros(2)}), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"offload 'params': legal are \('opt_state', 'frozen'\)"):
+    with pytest.raises(ValueError, match=r"offload 'params': legal: \('opt_state', 'frozen'\)"):
         state_shardings(make_mesh(8), state, OPTIMIZER, {"a": (None,)}, offload=("params",))
