@@ -1,0 +1,173 @@
+"""From a checkpoint to a directory that transformers loads: the same bits, or nothing at all."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+import arithmetic_sft
+import export
+from models import tiny
+from rljax.models import heads, hf, lora, policy
+from rljax.models.lora import Lora
+from rljax.train.checkpoint import Checkpoints
+from rljax.types import TrainState, trajectory_of_tokens
+
+
+def saved_run(place: Path, params, frozen=None, adapter=None, about=None, steps=(1, 2)) -> Path:
+    """A run directory with checkpoints of these steps; the parameters of step s are those given plus s."""
+    checkpoints = Checkpoints(place / "checkpoints")
+    for step in steps:
+        now = jax.tree.map(lambda x, s=step: x + s, params)
+        checkpoints.save(step, TrainState(step, now, optax.EmptyState(), jax.random.key(0), frozen=frozen or {}))
+    checkpoints.close()
+    hf.keep_about(about, place / "model", adapter)
+    return place
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Its directory, config and parameters."""
+    directory = tiny.make(tmp_path_factory.mktemp("model"), "plain")
+    config = hf.read_config(directory)
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [2]}')
+    return directory, config, policy.init(config, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    directory, _, params = model
+    return saved_run(tmp_path_factory.mktemp("run"), params, about=directory)
+
+
+def written(directory: Path) -> dict[str, np.ndarray]:
+    return {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def same(found: dict, config, decoder_params, dtype=np.float32) -> None:
+    wanted = {name: x.astype(dtype) for name, x in hf.tensors(config, jax.device_get(decoder_params))}
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert found[name].dtype == x.dtype
+        np.testing.assert_array_equal(found[name], x)
+
+
+@pytest.mark.parametrize(("step", "dtype"), [(0, ""), (1, "bfloat16")])
+def test_a_checkpoint_is_written_as_it_is(model, run, tmp_path, step, dtype):
+    directory, config, params = model
+    export.main(export.Config(str(run), str(tmp_path / "out"), step=step, dtype=dtype))
+    now = jax.tree.map(lambda x: x + (step or 2), params["decoder"])
+    same(written(tmp_path / "out"), config, now, ml_dtypes.bfloat16 if dtype else np.float32)
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert about == json.loads((directory / "config.json").read_text()) | {"dtype": dtype or "float32"}
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_text() == (directory / name).read_text()
+    assert hf.read_config(tmp_path / "out") == config
+
+
+def test_large_models_are_written_in_parts_with_an_index(model, run, tmp_path):
+    export.main(export.Config(str(run), str(tmp_path / "out"), shard_gigabytes=4e-6))
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    for file in files:
+        assert {name for name, place in index["weight_map"].items() if place == file} == load_file(
+            tmp_path / "out" / file
+        ).keys()
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in written(tmp_path / "out").values())
+    same(written(tmp_path / "out"), model[1], jax.tree.map(lambda x: x + 2, model[2]["decoder"]))
+
+
+def test_adapters_are_merged_into_their_base(model, tmp_path):
+    directory, config, params = model
+    adapter = Lora(rank=3, targets=("query", "layers/1/mlp"))
+    trained, frozen = policy.with_adapter(params, dataclasses.replace(config, adapter=adapter), jax.random.key(1))
+    place = saved_run(tmp_path / "run", trained, frozen, adapter, directory)
+    export.main(export.Config(str(place), str(tmp_path / "out")))
+    now = jax.tree.map(lambda x: x + 2, trained["lora"])
+    same(written(tmp_path / "out"), config, lora.merge(adapter, params["decoder"], now))
+
+
+def test_an_interrupted_export_leaves_nothing(model, run, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", hf.save_file
+    monkeypatch.setattr(hf, "save_file", lambda tensors, file, about: real(tensors, file, about) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.main(export.Config(str(run), str(out)))
+    assert not out.exists()
+    monkeypatch.undo()
+    export.main(export.Config(str(run), str(out)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="is not empty; name a directory that does not exist yet"):
+        export.main(export.Config(str(run), str(out)))
+
+
+def test_what_cannot_be_exported_is_said(model, run, tmp_path):
+    for changes, message in (
+        ({"run": str(tmp_path)}, "is no run directory of a language model"),
+        ({"step": 7}, r"no checkpoint of step 7 in .*; legal: \[2, 1\]"),
+        ({"adapter": "separate"}, "trained no adapter; legal: --adapter merged"),
+    ):
+        cfg = dataclasses.replace(export.Config(str(run), str(tmp_path / "out")), **changes)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            export.main(cfg)
+
+
+def test_a_damaged_checkpoint_is_not_exported(model, tmp_path):
+    place = saved_run(tmp_path / "run", model[2], about=model[0], steps=(1,))
+    file = max((place / "checkpoints" / "1").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(RuntimeError, match="checkpoint 1 is damaged: 1 files differ"):
+        export.main(export.Config(str(place), str(tmp_path / "out")))
+
+
+def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
+    directory, config, params = model
+    params = heads.with_score_head(params, config, jax.random.key(5))
+    place = saved_run(tmp_path / "run", params, about=directory, steps=(1,))
+    export.main(export.Config(str(place), str(tmp_path / "out")))
+    assert "lm_head.weight" not in written(tmp_path / "out")
+    np.testing.assert_array_equal(hf.load_score_head(tmp_path / "out"), params["score_head"] + 1)
+    config = hf.read_config(tmp_path / "out")
+    read = hf.load(tmp_path / "out", config)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), read, {n: params["decoder"][n] for n in read})
+    with pytest.raises(ValueError, match=r"holds no score.weight: it is no reward model"):
+        hf.load_score_head(directory)
+
+
+def test_a_model_made_by_a_script_brings_its_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    task = arithmetic_sft.make_task(arithmetic_sft.Config(width=16, layers=1))
+    task.keep_about(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("12+34=046")["input_ids"] == task.tokenizer.encode("12+34=046")
+    assert tokenizer.decode(task.tokenizer.encode("12+34=046")) == "12+34=046"
+    assert (tokenizer.eos_token_id,) == task.tokenizer.stop
+    assert hf.read_config(tmp_path / "model") == dataclasses.replace(
+        task.config, ropes=(task.config.rope(0),), windows=()
+    )
+
+
+@pytest.mark.parity
+def test_transformers_scores_as_the_reward_model_did(model, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is absent")
+    from transformers import AutoModelForSequenceClassification
+
+    directory, config, params = model
+    params = heads.with_score_head(params, config, jax.random.key(5))
+    hf.save(tmp_path / "out", config, params["decoder"], directory, score_head=params["score_head"])
+    tokens = np.arange(12).reshape(2, 6)
+    traj = trajectory_of_tokens(tokens, np.ones((2, 6), int), np.arange(6) >= np.full((2, 1), 3), np.zeros((2, 6)))
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    theirs.config.pad_token_id = 36
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens)).logits[:, 0].numpy()
+    np.testing.assert_allclose(heads.make_score_model(config)(params, {}, traj), want, rtol=0, atol=2e-5)
