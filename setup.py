@@ -35,7 +35,7 @@ setup(
             "setuptools>=64",  # with wheel: test_install builds without network
             "wheel",
         ],
-        "parity": ["torch==2.13.0"],  # gigabytes; tests only
+        "parity": ["torch==2.13.0", "peft"],  # gigabytes; tests only
         "data": ["datasets"],
         "wandb": ["wandb", "trackio"],
         "envs": ["gymnax>=1.0.1,<2; python_version < '3.12'"],

@@ -37,14 +37,14 @@ def main(cfg: Config) -> None:
     about = Path(cfg.run) / "model"
     if not about.is_dir():
         raise ValueError(f"{cfg.run} is no run directory of a language model: it has no model/config.json")
-    config, adapter = hf.read_config(about), hf.read_adapter(about)
+    config, (adapter, base) = hf.read_config(about), hf.read_adapter(about)
     if cfg.adapter == "separate" and adapter is None:
         raise ValueError(f"{cfg.run} trained no adapter; legal: --adapter merged")
     step, parts = read_parts(Path(cfg.run) / "checkpoints", "params", "frozen", step=cfg.step or None)
     trained = dict(parts["params"])
     low_rank = trained.pop("lora", None)
     if cfg.adapter == "separate":
-        peft.save_adapter(cfg.out, config, adapter, low_rank, about)
+        peft.save_adapter(cfg.out, dataclasses.replace(config, adapter=adapter), low_rank, base)
     else:
         whole = decoder.whole(config, trained, parts["frozen"])
         params = whole["decoder"] if low_rank is None else lora.merge(adapter, whole["decoder"], low_rank)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import arithmetic_sft
 import export
 from models import tiny
-from rljax.models import heads, hf, lora, policy
+from rljax.models import heads, hf, lora, peft, policy
 from rljax.models.lora import Lora
 from rljax.train.checkpoint import Checkpoints
 from rljax.types import TrainState, trajectory_of_tokens
@@ -94,6 +94,12 @@ def test_adapters_are_merged_into_their_base(model, tmp_path):
     export.main(export.Config(str(place), str(tmp_path / "out")))
     now = jax.tree.map(lambda x: x + 2, trained["lora"])
     same(written(tmp_path / "out"), config, lora.merge(adapter, params["decoder"], now))
+    export.main(export.Config(str(place), str(tmp_path / "alone"), adapter="separate"))
+    found, alone = peft.load_adapter(tmp_path / "alone", config)
+    assert (found.rank, found.alpha) == (adapter.rank, adapter.alpha)
+    jax.tree.map(np.testing.assert_array_equal, alone, now)
+    named = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(directory)
 
 
 def test_an_interrupted_export_leaves_nothing(model, run, tmp_path, monkeypatch):

@@ -292,16 +292,19 @@ def keep_about(source: str | Path, directory: str | Path, adapter: Lora | None =
     """Beside a run's checkpoints, all that an export of them needs to know."""
     copy_about(source, directory)
     if adapter is not None:
-        (Path(directory) / "adapter.json").write_text(json.dumps(dataclasses.asdict(adapter)))
+        noted = {"base": str(Path(source).resolve()), "lora": dataclasses.asdict(adapter)}
+        (Path(directory) / "adapter.json").write_text(json.dumps(noted))
 
 
-def read_adapter(directory: str | Path) -> Lora | None:
-    """The adapter that `keep_about` noted, if there is one."""
+def read_adapter(directory: str | Path) -> tuple[Lora | None, Path]:
+    """The adapter that `keep_about` noted, if there is one, and the directory of its base, if that is still there."""
     file = Path(directory) / "adapter.json"
     if not file.is_file():
-        return None
-    fields = json.loads(file.read_text())
-    return Lora(**fields | {"targets": tuple(fields["targets"])})
+        return None, Path(directory)
+    noted = json.loads(file.read_text())
+    base, fields = Path(noted["base"]), noted["lora"]
+    found = Lora(**fields | {"targets": tuple(fields["targets"])})
+    return found, base if (base / "config.json").is_file() else Path(directory)
 
 
 def describe(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "float32") -> dict:
