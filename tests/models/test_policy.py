@@ -94,3 +94,22 @@ def test_annotate_refuses_what_it_does_not_know():
         ValueError, match=r"cannot fill \['routing'\]; it can fill \['old_logp', 'ref_logp', 'sum_pi_squared'"
     ):
         policy.make_annotate(policy.make_policy(CONFIG), ("values", "routing"))
+
+
+def test_a_reference_follows_the_policy_as_far_as_it_is_told():
+    """Copied, averaged; what the reference does not hold (a value head) is left out; an adapter's is an adapter."""
+    start = policy.init(CONFIG, jax.random.key(0))
+    now = policy.with_value_head(jax.tree.map(lambda x: x + 1, start), CONFIG)
+    state = TrainState(0, now, None, jax.random.key(0), frozen={"reference": start, "other": 1})
+    for share in (1.0, 0.25):
+        found = policy.refresh_reference(state, share).frozen
+        assert found["other"] == 1
+        want = {"decoder": jax.tree.map(lambda x, s=share: x + s, start["decoder"])}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found["reference"], want)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "backend", "tokens"), [(4096, "cpu", 1024), (151936, "gpu", 883), (2**23, "cpu", 1)]
+)
+def test_a_chunk_is_counted_in_logits(vocabulary, backend, tokens):
+    assert policy.chunk_of(vocabulary, backend) == tokens
