@@ -260,7 +260,7 @@ def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, t
         ({"model": "/absent"}, 1, r"error: no model in /absent: .*\n"),
         ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, number, think, .*\n"),
         ({"batches.group": 0}, 1, r"error: .*group = 0; at least 1\n"),
-        ({"remat": "some"}, 2, r"[\s\S]*--remat[\s\S]*dots[\s\S]*"),
+        ({"weights.remat": "some"}, 2, r"[\s\S]*--weights.remat[\s\S]*dots[\s\S]*"),
     ],
     ids=["model", "reward", "group", "remat"],
 )

@@ -105,7 +105,7 @@ def test_a_reference_follows_the_policy_as_far_as_it_is_told():
         found = policy.refresh_reference(state, share).frozen
         assert found["other"] == 1
         want = {"decoder": jax.tree.map(lambda x, s=share: x + s, start["decoder"])}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found["reference"], want)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found["reference"], want)
 
 
 @pytest.mark.parametrize(
