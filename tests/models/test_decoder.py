@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +9,57 @@ import numpy as np
 import pytest
 
 from models import tiny
+from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
-from rljax.models import decoder, hf
+from rljax.models import decoder, hf, rope
+from rljax.models.policy import make_policy
 from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.types import Rows, Sampling
 
-RECORDED = Path(__file__).parent / "recorded"
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 WIDTH = 24  # of the rows below: one compilation a model
+LONGEST = 13  # of the texts
+compiled = partial(jax.jit, static_argnames="config")
 
 
-@partial(jax.jit, static_argnames="config")
-def apply(config, params, tokens, positions, segments, cache):
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Compiling is most of what a tiny model takes: half of it without optimisation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def forward(config, params, tokens, positions, segments, cache=None):
+    """Logits [B T V], and the cache."""
     hidden, cache = decoder.forward(config, params, tokens, positions, segments, cache)
     return decoder.logits(config, params, hidden), cache
 
 
-def run(config, params, tokens, positions, segments, cache=None):
-    """Logits [B T V] and the cache."""
-    return apply(config, params, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments)), cache)
+apply = compiled(forward)
 
 
-def row(*pieces):
+@compiled
+def one_by_one(config, params, tokens, positions, segments):
+    """Logits [B T V], column by column through a cache that is longer than the rows."""
+
+    def step(cache, column):
+        logits, cache = forward(config, params, *(x[:, None] for x in column), cache)
+        return cache, logits[:, 0]
+
+    cache = decoder.init_cache(config, tokens.shape[0], tokens.shape[1] + 3)
+    return jax.lax.scan(step, cache, (tokens.T, positions.T, segments.T))[1].swapaxes(0, 1)
+
+
+def run(call, config, params, layout, *more):
+    return call(config, params, *(jnp.asarray(x, jnp.int32) for x in layout), *more)
+
+
+def row(*pieces, width=WIDTH):
     """One row of (ids, segment) pieces, padded on the right with garbage: tokens, positions, segments."""
     length = sum(len(ids) for ids, _ in pieces)
-    pieces = [*pieces, (np.full(WIDTH - length, 8), 0)]
+    pieces = [*pieces, (np.full(width - length, 8), 0)]
     tokens = np.concatenate([ids for ids, _ in pieces])
     positions = np.concatenate([np.arange(len(ids)) for ids, _ in pieces])
     return tokens, positions, np.concatenate([np.full(len(ids), segment) for ids, segment in pieces])
@@ -45,25 +69,35 @@ def rows(*rows):
     return tuple(np.stack(field) for field in zip(*rows, strict=True))
 
 
-@pytest.fixture(scope="module", params=sorted(tiny.CASES))
-def model(request, tmp_path_factory):
+def gap(width):
+    return np.full(width, 7), 0
+
+
+def read(directory, name):
     """(config, params, two texts, their recorded logits)"""
-    directory = tiny.make(tmp_path_factory.mktemp(request.param), request.param)
-    config = hf.read_config(directory)
-    recorded = np.load(RECORDED / "tiny.npz")
-    want = [recorded[f"{request.param}/{i}"] for i in range(2)]
-    return config, hf.load(directory, config), tiny.tokens_of(request.param), want
+    config = hf.read_config(tiny.make(directory, name), context=LONGEST)
+    recorded = np.load(tiny.RECORDED / "tiny.npz")
+    return config, hf.load(directory, config), tiny.tokens_of(name), [recorded[f"{name}/{i}"] for i in range(2)]
+
+
+@pytest.fixture(scope="module", params=tiny.CASES)
+def model(request, tmp_path_factory):
+    return read(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
 def logits(model):
-    """[5 WIDTH V] of five rows: each text padded on the right, each padded on the left, both packed; then padding."""
+    """[6 WIDTH V]: each text padded on the right, each padded on the left, both packed; a row of padding."""
     config, params, (one, two), _ = model
-    gap = (np.full(3, 7), 0)
     layout = rows(
-        row((one, 1)), row((two, 1)), row(gap, (one, 1)), row(gap, (two, 1)), row((two, 1), gap, (one, 2)), row()
+        row((one, 1)),
+        row((two, 1)),
+        row(gap(3), (one, 1)),
+        row(gap(3), (two, 1)),
+        row((two, 1), gap(3), (one, 2)),
+        row(),
     )
-    return np.asarray(run(config, params, *layout)[0])
+    return np.asarray(run(apply, config, params, layout)[0])
 
 
 def test_logits_are_those_of_transformers(model, logits):
@@ -89,52 +123,70 @@ def test_padding_gives_numbers(logits):
 
 
 def test_logits_through_the_cache(model):
-    """The shorter row is fed padding when it has ended; the cache is longer than both."""
-    config, params, texts, want = model
-    longest = max(map(len, texts))
-    tokens = np.stack([np.pad(ids, (0, longest - len(ids)), constant_values=9) for ids in texts])
-    segments = np.stack([np.arange(longest) < len(ids) for ids in texts]).astype(int)
-    positions = np.broadcast_to(np.arange(longest), tokens.shape)
-    cache, out = decoder.init_cache(config, 2, longest + 3), []
-    for start, stop in [(0, 5), *((t, t + 1) for t in range(5, longest))]:
-        logits, cache = run(config, params, *(x[:, start:stop] for x in (tokens, positions, segments)), cache)
-        out.append(logits)
-    got = np.concatenate(out, axis=1)
+    """The shorter text is fed padding when it has ended, or before it begins."""
+    config, params, (one, two), want = model
+    fit = partial(row, width=LONGEST)
+    got = np.asarray(
+        run(one_by_one, config, params, rows(fit((one, 1)), fit((two, 1)), fit(gap(LONGEST - len(two)), (two, 1))))
+    )
     assert np.isfinite(got).all()
-    for mine, theirs in zip(got, want, strict=True):
-        np.testing.assert_allclose(mine[: len(theirs)], theirs, **TOLERANCE)
+    np.testing.assert_allclose(got[0], want[0], **TOLERANCE)
+    np.testing.assert_allclose(got[1, : len(two)], want[1], **TOLERANCE)
+    np.testing.assert_allclose(got[2, -len(two) :], want[1], **TOLERANCE)
 
 
 # -------------------------------------------------------------------------------------------------- one model is enough
 
 
-@pytest.fixture(scope="module")
-def grouped(tmp_path_factory):
-    directory = tiny.make(tmp_path_factory.mktemp("grouped"), "grouped")
-    config = hf.read_config(directory)
-    return config, hf.load(directory, config), *tiny.tokens_of("grouped"), np.load(RECORDED / "tiny.npz")["grouped/0"]
-
-
-def test_forked_and_refilled_caches_go_on(grouped):
-    config, params, one, two, want = grouped
-    start, stop = np.arange(5), np.arange(5, len(one))
-    both = np.stack([one[:5], two[:5]])
-    _, cache = run(
-        config, params, both, np.stack([start] * 2), np.ones((2, 5)), decoder.init_cache(config, 2, len(one))
-    )
+def test_forked_and_refilled_caches_go_on(tmp_path):
+    config, params, (one, two), (want, _) = read(tmp_path, "moe_yarn")
+    begin, go_on = ((ids, np.arange(len(ids)), np.ones(len(ids))) for ids in (one[:5], one[5:]))
+    go_on = (go_on[0], go_on[1] + 5, go_on[2])
+    other = (two[:5], *begin[1:])
+    _, cache = run(apply, config, params, rows(begin, other), decoder.init_cache(config, 2, len(one)))
     forked = decoder.gather_cache(cache, jnp.array([0, 1]))
     refilled = decoder.scatter_cache(forked, jnp.array([1]), decoder.gather_cache(cache, jnp.array([0])))
-    got, _ = run(config, params, np.stack([one[5:]] * 2), np.stack([stop] * 2), np.ones((2, len(stop))), refilled)
-    for logits in got:
+    for logits in run(apply, config, params, rows(go_on, go_on), refilled)[0]:
         np.testing.assert_allclose(logits, want[5:], **TOLERANCE)
 
 
-@pytest.mark.parametrize("field", ["norm_epsilon", "rope_theta"])
-def test_the_recording_tells_a_wrong_setting(grouped, field):
-    config, params, one, _, want = grouped
-    wrong = dataclasses.replace(config, **{field: getattr(config, field) * 1.1})
-    logits, _ = run(wrong, params, *rows(row((one, 1))))
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("grouped", lambda c: {"norm_epsilon": 1.1 * c.norm_epsilon}),
+        ("grouped", lambda c: {"ropes": (rope.default(550.0, c.head_dim),) * c.layers}),
+        ("mistral", lambda c: {"windows": tuple(w + 1 for w in c.windows)}),
+        ("gemma2", lambda c: {"attention_softcap": 1.1 * c.attention_softcap}),
+        ("moe", lambda c: {"experts": dataclasses.replace(c.experts, normalised=False)}),
+    ],
+)
+def test_the_recording_tells_a_wrong_setting(name, wrong, tmp_path):
+    config, params, (one, _), (want, _) = read(tmp_path, name)
+    logits, _ = run(apply, dataclasses.replace(config, **wrong(config)), params, rows(row((one, 1))))
     assert np.abs(logits[0, : len(one)] - want).max() > 50 * TOLERANCE["atol"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "moe_mixed"])
+def test_the_trainer_says_what_the_sampler_said(name, tmp_path):
+    """Windows, soft caps and a recorded routing, in texts that outgrow the window and end at different places."""
+    config, params, texts, _ = read(tmp_path, name)
+    tokens, mask = pad_left([ids[:size].tolist() for ids, size in zip(texts, (6, 3), strict=True)], 6, 0)
+    prompts = Rows(tokens, mask, np.arange(2, dtype=np.int32), [{}, {}], 2)
+    sampling = Sampling(temperature=0.8, n=2, max_tokens=9, stop=(2, 3, 4))
+    traj = sample(decoder.language_model(config), {"decoder": params}, {}, prompts, sampling, 0, 0)
+    policy = jax.jit(make_policy(config))
+
+    def difference(traj):
+        logp = policy({"decoder": params}, {}, traj).logp
+        return np.abs(np.where(traj.mask, logp - traj.logp, 0)).max()
+
+    assert difference(traj) <= 1e-5
+    if config.experts is None:
+        assert traj.routing is None
+        return
+    assert traj.routing.shape == (*traj.inputs.shape, len(config.experts.layers), config.experts.chosen)
+    assert difference(traj.replace(routing=None)) <= 1e-5
+    assert difference(traj.replace(routing=(traj.routing + 1) % config.experts.count)) > 0.1
 
 
 def test_layers_are_keyed_by_number():
@@ -189,23 +241,17 @@ def test_parameters_are_made_and_read_in_their_place(shape, tied, tmp_path):
 def stories(shared):
     directory = shared / "models" / "stories260k"
     config = hf.read_config(directory)
-    return directory, config, hf.load(directory, config), np.load(RECORDED / "stories260k.npz")
+    return directory, config, hf.load(directory, config), np.load(tiny.RECORDED / "stories260k.npz")
 
 
 def test_stories260k_logits(stories):
     directory, config, params, recorded = stories
     ids = np.array(load_tokenizer(directory).encode(str(recorded["text"])))
     np.testing.assert_array_equal(ids, recorded["tokens"])
-    kept, places = slice(None, None, int(recorded["every"])), np.arange(len(ids))[None]
-    logits, _ = run(config, params, ids[None], places, np.ones_like(places))
-    np.testing.assert_allclose(logits[0, :, kept], recorded["logits"], **TOLERANCE)
-
-    cache, out = decoder.init_cache(config, 1, len(ids)), []
-    for start, stop in [(0, 9), *((t, t + 1) for t in range(9, len(ids)))]:
-        piece = ids[None, start:stop]
-        logits, cache = run(config, params, piece, places[:, start:stop], np.ones_like(piece), cache)
-        out.append(logits[0])
-    np.testing.assert_allclose(np.concatenate(out)[:, kept], recorded["logits"], **TOLERANCE)
+    kept, places = slice(None, None, int(recorded["every"])), np.arange(len(ids))
+    layout = rows((ids, places, np.ones_like(ids)))
+    for logits in (run(apply, config, params, layout)[0], run(one_by_one, config, params, layout)):
+        np.testing.assert_allclose(logits[0, :, kept], recorded["logits"], **TOLERANCE)
 
 
 def test_stories260k_writes_the_recorded_story(stories):

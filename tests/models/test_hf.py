@@ -7,17 +7,19 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from models import tiny
-from rljax.models import hf
+from rljax.models import decoder, hf, rope
 from rljax.models.decoder import DecoderConfig
+from rljax.train import mesh as meshes
 
-RAW = tiny.BASE | {"num_attention_heads": 4, "num_hidden_layers": 2}
+RAW = tiny.case("llama", tiny.heads(4), num_hidden_layers=2)
 WITHOUT_ROPE = DecoderConfig(37, 24, 2, 4, 4, 6, 20, max_positions=64, norm_epsilon=1e-2, tied=False)
 
 
-def make(directory, changes=None, tensors=None, **options):
-    raw = {name: value for name, value in (RAW | (changes or {})).items() if value is not ...}
+def make(directory, changes=None, tensors=None, raw=RAW, **options):
+    raw = {name: value for name, value in (raw | (changes or {})).items() if value is not ...}
     return tiny.write(directory, raw, tiny.tensors_of(RAW) if tensors is None else tensors, **options)
 
 
@@ -27,25 +29,72 @@ def read(directory):
 
 
 @pytest.mark.parametrize(
-    ("fields", "changes"),
+    ("fields", "theta", "changes"),
     [
-        ({}, {"rope_theta": 500.0}),
-        ({"rope_theta": 500, "rope_scaling": None}, {"rope_theta": 500.0}),
-        ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, {"rope_theta": 500.0}),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0}, {"rope_theta": 500.0}),
-        ({"rope_scaling": {"type": "default"}, "rope_theta": 500.0}, {"rope_theta": 500.0}),
-        ({"rope_theta": ...}, {"rope_theta": 10_000.0}),
-        ({"num_key_value_heads": None, "head_dim": None}, {}),
-        ({"num_key_value_heads": 2, "head_dim": 8}, {"kv_heads": 2, "head_dim": 8}),
-        ({"tie_word_embeddings": ...}, {}),
-        ({"tie_word_embeddings": True}, {"tied": True}),
+        ({}, 500.0, {}),
+        ({"rope_theta": 500, "rope_scaling": None}, 500.0, {}),
+        ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, 500.0, {}),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0}, 500.0, {}),
+        ({"rope_scaling": {"type": "default"}, "rope_theta": 500.0}, 500.0, {}),
+        ({"rope_theta": ...}, 10_000.0, {}),
+        ({"num_key_value_heads": None, "head_dim": None}, 500.0, {}),
+        ({"num_key_value_heads": 2, "head_dim": 8}, 500.0, {"kv_heads": 2, "head_dim": 8}),
+        ({"tie_word_embeddings": ...}, 500.0, {}),
+        ({"tie_word_embeddings": True}, 500.0, {"tied": True}),
+        ({"attention_bias": True, "mlp_bias": True}, 500.0, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}),
     ],
 )
-def test_fields_old_and_new(fields, changes, tmp_path):
+def test_fields_of_a_llama(fields, theta, changes, tmp_path):
     directory = make(tmp_path, {"rope_theta": 500.0} | fields)
-    want = dataclasses.replace(WITHOUT_ROPE, **{"rope_theta": 500.0} | changes)
-    assert hf.read_config(directory) == want
-    assert hf.read_config(str(directory), remat="dots") == dataclasses.replace(want, remat="dots")
+    want = dataclasses.replace(WITHOUT_ROPE, **changes)
+    table = rope.Rope(tuple(np.float32(theta ** -(np.arange(0, want.head_dim, 2) / want.head_dim)).tolist()))
+    config = hf.read_config(directory)
+    for mine in config.ropes:
+        np.testing.assert_allclose(mine.frequencies, table.frequencies, rtol=1e-6)
+    assert dataclasses.replace(config, ropes=()) == want
+    assert hf.read_config(str(directory), context=64) == config
+
+
+FULL, SLIDING = tiny.FULL, tiny.SLIDING
+OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "partial_rotary_factor")
+LOCAL_AND_GLOBAL = {
+    FULL: {"rope_theta": 1e4, "rope_type": "linear", "factor": 8.0},
+    SLIDING: {"rope_theta": 50.0, "rope_type": "default"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        ("llama_linear", tiny.rope(300.0, "linear", factor=2.5)),
+        ("llama_yarn", tiny.rope(100.0, "yarn", **tiny.YARN)),
+        ("mistral", tiny.rope(100.0)),
+        ("qwen2", tiny.rope(1e6) | {"sliding_window": None, "layer_types": [FULL] * 3}),
+        ("qwen2_windows", {"max_window_layers": ..., "layer_types": [FULL, FULL, SLIDING]}),
+        ("qwen3_windows", tiny.rope(1e4) | {"layer_types": [FULL, SLIDING, SLIDING]}),
+        ("moe", tiny.rope(1e6) | {"decoder_sparse_step": 1, "mlp_only_layers": None, "sliding_window": 2}),
+        ("gemma2", tiny.rope(1e4) | {"layer_types": [SLIDING, FULL, SLIDING], "hidden_act": "gelu_pytorch_tanh"}),
+        ("gemma3", {"rope_parameters": LOCAL_AND_GLOBAL, "layer_types": [SLIDING, SLIDING, FULL]}),
+        ("smollm3_windows", {"no_rope_layers": [1, 0, 1], "layer_types": [FULL, SLIDING, FULL]}),
+        ("olmo2", tiny.rope(5e5) | {"num_key_value_heads": 4}),
+        ("phi3_short", tiny.rope(50.0, "longrope", **tiny.LONG)),
+        ("phi3_partial", tiny.rope(1e4, partial_rotary_factor=0.5)),
+    ],
+)
+def test_fields_old_and_new_mean_the_same(name, new, tmp_path):
+    old, gone = tiny.config_of(name), dict.fromkeys(OLD_ROPE, ...) if "rope_parameters" in new else {}
+    renewed = make(tmp_path / "new", gone | new, {}, old)
+    assert hf.read_config(renewed) == hf.read_config(make(tmp_path / "old", {}, {}, old))
+
+
+@pytest.mark.parametrize("name", sorted(tiny.CASES.keys() - {"mistral_types"}))  # that one it makes a Ministral
+def test_what_transformers_saves_means_the_same(name, tmp_path):
+    from transformers import AutoConfig
+
+    directory = make(tmp_path / "hub", {}, {}, tiny.config_of(name))
+    AutoConfig.from_pretrained(directory).save_pretrained(tmp_path / "saved")
+    for context in (None, 13):
+        assert hf.read_config(tmp_path / "saved", context) == hf.read_config(directory, context)
 
 
 def test_files_in_parts_hold_the_same(tmp_path):
@@ -81,21 +130,66 @@ def test_half_precision_is_read_exactly(dtype, tmp_path):
     np.testing.assert_array_equal(kept["layers"][1]["mlp"]["down"], half["model.layers.1.mlp.down_proj.weight"].T)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("phi3", (1, 4, 2)),  # stored fused
+        ("phi3_partial", (1, 2, 4)),
+        ("moe", (2, 2, 2)),  # stored expert by expert
+        ("moe_mixed", (1, 4, 2)),
+        ("olmo2_grouped", (1, 4, 2)),  # norms and biases along the heads
+        ("qwen3_windows", (1, 4, 2)),
+    ],
+)
+def test_each_device_reads_its_own_part(name, shape, tmp_path):
+    directory = tiny.make(tmp_path, name)
+    config, whole = read(directory)
+    places = meshes.param_shardings(meshes.make_mesh(*shape), decoder.logical_axes(config), decoder.abstract(config))
+    assert not any(place.is_fully_replicated for place in jax.tree.leaves(places["layers"][1]["mlp"]))
+    parts = hf.load(directory, config, places)
+    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), parts, places))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_what_is_written_is_what_was_read(name, tmp_path):
+    directory, tensors = tiny.make(tmp_path / "made", name), tiny.tensors_of(tiny.config_of(name), tiny.shapes_of(name))
+    hf.save(tmp_path / "written", *read(directory), about=directory, shard_bytes=9000)
+    files = hf.stored_files(tmp_path / "written")
+    assert len(set(files.values())) > 1
+    assert files.keys() == tensors.keys()
+    for name, file in files.items():
+        with safe_open(file, framework="numpy") as opened:
+            np.testing.assert_array_equal(opened.get_tensor(name), tensors[name])
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba'; legal: 'llama'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba'; legal: 'llama', 'mistral', 'qwen2'"),
         ({"model_type": ...}, "model_type is None; legal: 'llama'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; legal: 'default'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'; legal: 'default'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type is 'dynamic'; legal: 'default', "),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'; legal: 'default', 'linear', "),
+        ({"rope_parameters": {FULL: {"rope_type": "proportional"}}}, "rope_type is 'proportional'; legal: 'default'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5; legal: None, 1\.0"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5; legal: None, 1\.0"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq.*; legal: None"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; legal: 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True; legal: False"),
-        ({"mlp_bias": True}, "mlp_bias is True; legal: False"),
-        ({"vocab_size": ..., "rms_norm_eps": ...}, "lacks vocab_size, rms_norm_eps; a decoder needs .*hidden_size"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; legal: 'silu', 'gelu_pytorch_tanh'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; legal: a divisor of 4"),
+        ({"hidden_size": 26}, r"transformers refuses it: (.|\n)*hidden size \(26\) is not a multiple"),
+        ({"rms_norm_eps": "small"}, r"transformers refuses it: (.|\n)*rms_norm_eps"),
+        (
+            tiny.config_of("smollm3_yarn") | {"no_rope_layers": [1, 0]},
+            "transformers refuses it: list index out of range",
+        ),
+        ({"vocab_size": ..., "hidden_size": ...}, "lacks vocab_size, hidden_size; a decoder needs .*hidden_size"),
+        (
+            tiny.config_of("gemma2") | {"use_bidirectional_attention": True},
+            "use_bidirectional_attention is True; legal: None",
+        ),
     ],
 )
 def test_settings_that_would_be_computed_wrongly(changes, message, tmp_path):

@@ -1,8 +1,10 @@
 """rljax against transformers itself. Needs torch: make parity."""
 
+import numpy as np
 import pytest
 
 from models import tiny
+from rljax.models import hf
 
 pytestmark = pytest.mark.parity
 
@@ -15,11 +17,28 @@ def check_parity():
     return check_parity
 
 
-@pytest.mark.parametrize("case", sorted(tiny.CASES))
-def test_tiny_models(check_parity, case, tmp_path):
-    texts = [ids.tolist() for ids in tiny.tokens_of(case)]
-    for name, difference in check_parity.compare(str(tiny.make(tmp_path, case)), texts).items():
-        assert difference.largest <= 2e-5, name
+def texts_of(name):
+    return [ids.tolist() for ids in tiny.tokens_of(name)]
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_tiny_models(check_parity, name, tmp_path):
+    for what, difference in check_parity.compare(str(tiny.make(tmp_path, name)), texts_of(name)).items():
+        assert difference.largest <= 2e-5, what
+
+
+@pytest.mark.parametrize("name", ["plain", "moe_mixed", "gemma3_nested", "phi3_long"])
+def test_transformers_reads_what_rljax_writes(check_parity, name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    made, written = tiny.make(tmp_path / "made", name), tmp_path / "written"
+    config = hf.read_config(made)
+    hf.save(written, config, hf.load(made, config), about=made, shard_bytes=9000)
+    _, told = AutoModelForCausalLM.from_pretrained(written, output_loading_info=True)
+    assert not any(told.values()), told
+    said, of_made = (check_parity.transformers_says(str(directory), texts_of(name))[0] for directory in (written, made))
+    for ours, theirs in zip(said, of_made, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_stories260k(check_parity, shared, capsys):
@@ -32,9 +51,9 @@ def test_stories260k(check_parity, shared, capsys):
 
 def test_a_wrong_epsilon_is_seen(check_parity, tmp_path, monkeypatch):
     """Transformers reads one directory, rljax another."""
-    texts = [ids.tolist() for ids in tiny.tokens_of("grouped")]
-    said = check_parity.transformers_says(str(tiny.make(tmp_path / "right", "grouped")), texts)
-    monkeypatch.setattr(check_parity, "transformers_says", lambda *_: said)
     config = tiny.config_of("grouped")
-    wrong = tiny.write(tmp_path / "wrong", config | {"rms_norm_eps": 1.1e-2}, tiny.tensors_of(config))
-    assert min(difference.relative for difference in check_parity.compare(str(wrong), texts).values()) > 2e-4
+    said = check_parity.transformers_says(str(tiny.make(tmp_path / "right", "grouped")), texts_of("grouped"))
+    monkeypatch.setattr(check_parity, "transformers_says", lambda *_: said)
+    wrong = tiny.write(tmp_path / "wrong", config | {"rms_norm_eps": 0.11}, tiny.tensors_of(config))
+    found = check_parity.compare(str(wrong), texts_of("grouped"))
+    assert min(difference.relative for difference in found.values()) > 2e-4
