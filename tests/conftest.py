@@ -67,3 +67,4 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_addoption(parser):
     parser.addoption("--golden-dir", help="recorded outputs of the peers (tests/test_golden.py)")
+    parser.addoption("--replay-dir", help="recorded training runs of TRL (tests/test_replay.py)")

@@ -1,12 +1,19 @@
 """Where a peer computes something else than rljax: what turns our answer into theirs, and why ours differs.
 
-Used by the tables of tests/golden only. Nothing here is a recommendation.
+Used by the tables of tests/golden and tests/replay only. Nothing here is a recommendation.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from rljax.algorithms.credit import old_logp
+from rljax.algorithms.wrap import preparing, with_entropy
 from rljax.ops import groups, statistics
+from rljax.ops.ratios import sequence_geometric_mean
+from rljax.ops.weights import token_mean
+from rljax.types import Algorithm, Objective
 
 # --------------------------------------------------------------------------------------------------------- preferences
 
@@ -270,3 +277,91 @@ def swift_column_decay(gamma: float, mask):
     following = jax.lax.cummin(own, axis=1, reverse=True)
     following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=T)[:, 1:]
     return jnp.where(mask, gamma ** (following - jnp.arange(T)[None]).astype(float), 1.0)
+
+
+# ------------------------------------------------------------------------------------- TRL's trainers (tests/replay)
+
+
+def trl_prepared_alone(objective: Objective, count: int) -> Objective:
+    """TRL knows no optimizer batch: what needs more than one row (a token mean, a quantile, a rank) it takes from each
+    of its `count` micro-batches alone, and averages the losses. Rows stand micro-batch after micro-batch."""
+
+    def prepare(params, frozen, batch, key):
+        rows = max(x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)) // count
+        parts = []
+        for m in range(count):
+            part = jax.tree.map(lambda x, m=m: x[m * rows : (m + 1) * rows] if jnp.ndim(x) else x, batch)
+            part = objective.prepare(params, frozen, part, key)
+            parts.append(part.replace(weight=part.weight / count))
+        return jax.tree.map(lambda *x: jnp.concatenate(x) if jnp.ndim(x[0]) else x[0], *parts)
+
+    return objective._replace(prepare=prepare)
+
+
+def trl_sum(*parts: tuple[float, Objective]) -> Objective:
+    """TRL's list of DPO losses: Σ w_k L_k of objectives over the same batch. Metrics are the first one's."""
+
+    def prepare(params, frozen, batch, key):
+        for _, objective in parts:
+            batch = objective.prepare(params, frozen, batch, key)
+        return batch
+
+    def loss(params, frozen, batch):
+        found = [objective.loss(params, frozen, batch) for _, objective in parts]
+        return sum(weight * value for (weight, _), (value, _) in zip(parts, found, strict=True)), found[0][1]
+
+    return Objective(prepare, loss)
+
+
+def trl_token_count(algorithm: Algorithm) -> Algorithm:
+    """TRL divides by a count of tokens that it was told, of a generation's batch (num_items_in_batch), not of what it
+    learns from: `extra["share"]` is ours over its."""
+
+    def prepare(output, batch, key):
+        batch = batch if algorithm.prepare is None else algorithm.prepare(output, batch, key)
+        return batch.replace(weight=batch.weight * batch.extra["share"])
+
+    return algorithm._replace(prepare=prepare)
+
+
+def trl_one_ratio_a_row(algorithm: Algorithm) -> Algorithm:
+    """TRL's importance_sampling_level="sequence" puts GSPO's ratio into any loss, and into the weight of the KL term.
+    The ratio is that to an old policy which is log π - (1/n) Σ_t log ρ_t."""
+
+    def loss(output, batch):
+        log_ratio = sequence_geometric_mean(output.logp - old_logp(batch.traj), batch.mask, batch.traj.segments)
+        traj = batch.traj.replace(old_logp=output.logp - log_ratio)
+        return algorithm.loss(output, batch.replace(traj=traj))
+
+    return algorithm._replace(loss=loss)
+
+
+def trl_entropy_bonus(algorithm: Algorithm, coefficient: float) -> Algorithm:
+    """TRL's entropy bonus is a mean over the tokens that keep their gradient, however the loss itself is averaged; in
+    ours every term of a decision has the same weight."""
+    inner = with_entropy(algorithm, coefficient)
+
+    def find(output, batch):
+        own = token_mean(batch.mask & batch.extra.get("uncertain", batch.mask))
+        return {"bonus": jnp.where(batch.weight > 0, own / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)}
+
+    def loss(output, batch):
+        terms, metrics = inner.loss(output.replace(entropy=batch.extra["bonus"] * output.entropy), batch)
+        return terms, {**metrics, "entropy": output.entropy}
+
+    return preparing(inner._replace(loss=loss), find)
+
+
+def transformers_padding_row(policy: Callable, tied: bool, pad: int) -> Callable:
+    """transformers' embedding has no gradient at the padding token, even where that token is drawn and read like any
+    other (torch's padding_idx); a tied head has one all the same. Ours knows no padding token. `policy` is one of the
+    untied model; what is returned takes the parameters as they are."""
+
+    def dialect(params, frozen, traj):
+        decoder = params["decoder"]
+        table = decoder["embedding"]
+        read = table.at[pad].set(jax.lax.stop_gradient(table[pad]))
+        head = table.T if tied else decoder["head"]
+        return policy({**params, "decoder": {**decoder, "embedding": read, "head": head}}, frozen, traj)
+
+    return dialect

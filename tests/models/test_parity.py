@@ -1,5 +1,6 @@
 """rljax against transformers itself. Needs torch: make parity."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,6 +8,14 @@ from models import tiny
 from rljax.models import hf
 
 pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Compiling is most of what a tiny model takes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
