@@ -20,7 +20,7 @@ import tyro
 
 from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
 from rljax.data.tokenizer import Tokenizer
-from rljax.models import decoder, hf, policy
+from rljax.models import decoder, hf, parts, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import Lora
 from rljax.rewards.score import RewardError
@@ -37,7 +37,7 @@ class Optimizer:
     warm_up: int = 5  # updates of linear increase before that
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after that; cosine and linear end at 0
     clip_norm: float = 1.0  # largest global gradient norm
-    weight_decay: float = 0.0  # AdamW's
+    weight_decay: float = 0.0  # AdamW's, of matrices only: neither norms nor biases
     beta2: float = 0.99  # decay of the second moment
 
 
@@ -95,6 +95,7 @@ class Weights:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of a base that is not trained
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
     adapter: Adapter = Adapter()
+    freeze: tuple[str, ...] = ()  # patterns of the paths (decoder/layers/3/mlp/up) of what is not trained
     offload: tuple[Literal["opt_state", "frozen"], ...] = ()  # what waits in the host's memory
     reference_every: int = 0  # steps between refreshments of the reference by the policy; 0: it stays as it was
     reference_share: float = 1.0  # of the policy in the refreshed reference
@@ -115,7 +116,8 @@ def optimizer(options: Optimizer, updates: int) -> optax.GradientTransformation:
     }[options.schedule]
     ramp = optax.linear_schedule(options.learning_rate / (options.warm_up + 1), options.learning_rate, options.warm_up)
     rate = optax.join_schedules([ramp, after], [options.warm_up])
-    adam = optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay)
+    decayed = parts.matrices if options.weight_decay else None
+    adam = optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay, mask=decayed)
     return optax.chain(clip_global_norm(options.clip_norm), adam)
 
 
@@ -197,8 +199,13 @@ def pretrained(
 ) -> tuple[DecoderConfig, Params, dict]:
     """The model of a Hugging Face directory: its config, what is trained of it, and the frozen parts.
 
-    Trained weights are float32. A base that an adapter leaves alone is held in the dtype of the computation.
+    Trained weights are float32. A base that an adapter leaves alone is held in the dtype of the computation. Raises
+    ValueError for an adapter and frozen parts at once.
     """
+    if weights.adapter.rank and weights.freeze:
+        raise ValueError(
+            "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
+        )
     config = hf.read_config(directory, context)
     adapter = Lora(**dataclasses.asdict(weights.adapter)) if weights.adapter.rank else None
     config = dataclasses.replace(config, dtype=weights.dtype, remat=weights.remat, adapter=adapter)
@@ -206,7 +213,9 @@ def pretrained(
     dtype = weights.dtype if adapter else "float32"
     params = {"decoder": hf.load(directory, config, places, jnp.dtype(dtype))}
     if adapter is None:
-        return config, params, {"reference": jax.tree.map(jnp.copy, params)}
+        params, base = parts.freeze(params, *weights.freeze) if weights.freeze else (params, None)
+        frozen = {"reference": jax.tree.map(jnp.copy, params)} | ({} if base is None else {"base": base})
+        return config, params, frozen
     trained, frozen = policy.with_adapter(params, config, jax.random.key(0))
     if weights.reference_every:
         frozen["reference"] = jax.tree.map(jnp.copy, trained)

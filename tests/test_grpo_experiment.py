@@ -9,17 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+import export
 import grpo
 import options
 from models import tiny
 from rewards import hostile
 from rljax.algorithms import grpo as plain_grpo
 from rljax.algorithms import with_kl
+from rljax.models import decoder, hf, lora, parts, peft
 from rljax.rewards.score import RewardError
+from rljax.train.checkpoint import read_parts
+from rljax.train.mesh import make_mesh
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-:;"
 RAW = tiny.config_of("plain") | {"num_hidden_layers": 1}
@@ -274,6 +280,65 @@ def test_the_command_line_says_it_too(fields, code, message, tiny_run, monkeypat
     assert "Traceback" not in out + err
     assert stop.value.code == code
     assert re.fullmatch(message, out + err)
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run, tmp_path):
+    """With a reference that follows it, the base and the optimizer waiting in the host's memory."""
+    weights = options.Weights(
+        "bfloat16", "full", options.Adapter(rank=2, targets=("query", "mlp/")), ("opt_state", "frozen"), 1, 0.5
+    )
+    cfg = change(tiny_run, weights=weights, directory=str(tmp_path / "run"), optimizer__learning_rate=0.1)
+    grpo.main(cfg, verifiers=VERIFIERS)
+    first, last = metrics(cfg.directory)
+    assert first["kl_sequence"] == pytest.approx(0, abs=0.2)
+    assert last["kl_sequence"] != 0
+    step, saved = read_parts(tmp_path / "run" / "checkpoints", "params", "frozen")
+    assert (step, saved["params"].keys(), saved["frozen"].keys()) == (2, {"lora"}, {"base", "reference"})
+
+    def half_way(now, reference):
+        np.testing.assert_array_equal(now.shape, reference.shape)
+        return float(np.abs(now).max()) > 0 and float(np.abs(now - reference).max()) > 0
+
+    ups = jax.tree.map(half_way, saved["params"]["lora"], saved["frozen"]["reference"]["lora"])
+    assert any(jax.tree.leaves(ups))
+    export.main(export.Config(cfg.directory, str(tmp_path / "merged")))
+    export.main(export.Config(cfg.directory, str(tmp_path / "alone"), adapter="separate"))
+    config = hf.read_config(tmp_path / "merged")
+    adapter, low_rank = peft.load_adapter(tmp_path / "alone", config)
+    base = hf.load(cfg.model, config, dtype=jnp.bfloat16)
+    merged = lora.merge(adapter, base, low_rank)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "merged", config), jax.device_get(merged))
+
+
+def test_frozen_parts_stand_below_what_is_trained(tiny_run):
+    mesh = make_mesh(fsdp=1, tensor=-1)
+    config, trained, frozen = options.pretrained(tiny_run.model, options.Weights(freeze=("embedding", "norm")), mesh)
+    assert parts.names(frozen["base"]) == [
+        "decoder/embedding",
+        "decoder/layers/0/attention_norm/scale",
+        "decoder/layers/0/mlp_norm/scale",
+        "decoder/norm/scale",
+    ]
+    assert len(parts.names(trained)) == 7
+    jax.tree.map(np.testing.assert_array_equal, trained, frozen["reference"])
+    whole = decoder.whole(config, trained, frozen)
+    jax.tree.map(np.testing.assert_array_equal, whole["decoder"], hf.load(tiny_run.model, config))
+    with pytest.raises(ValueError, match=r"leave out --weights\.freeze or --weights\.adapter\.rank"):
+        options.pretrained(tiny_run.model, options.Weights(adapter=options.Adapter(rank=2), freeze=("norm",)), mesh)
+
+
+def test_weight_decay_is_for_matrices():
+    params = {
+        "layers": {0: {"mlp": {"up": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(2)}, "query_bias": jnp.ones((1, 2))}}
+    }
+    made = options.optimizer(options.Optimizer(learning_rate=0.1, warm_up=0, weight_decay=0.5), 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), made.update(zeros, made.init(params), params)[0])
+    assert moved["layers"][0]["mlp"]["up"] == pytest.approx(0.05)
+    assert moved["layers"][0]["norm"]["scale"] == moved["layers"][0]["query_bias"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------- fingerprints

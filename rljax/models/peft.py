@@ -28,7 +28,8 @@ from rljax.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STORED = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-FUSED = "Phi-3 stores these projections as one, whose adapter is another: merge the adapter into the model instead"
+MERGE = "merge the adapter into the model instead"
+FUSED = f"Phi-3 stores these projections as one, whose adapter is another; {MERGE}"
 
 LEGAL = {  # what must be one of these; PEFT's other ways of starting change the base
     "peft_type": ("LORA",),
@@ -69,8 +70,8 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
     """A directory that peft loads: params["lora"] of a model whose `config.adapter` says what it is.
 
     base: the directory of the model that is adapted. Written beside and renamed at the end, so that there is never half
-    a directory. Raises ValueError where `directory` already holds something, `adapter` is not config.adapter's, or
-    Phi-3's fused projections are adapted.
+    a directory. Raises ValueError where `directory` already holds something, `adapter` is not config.adapter's, or what
+    is adapted peft cannot say: Phi-3's fused projections, MLPs of a mixture.
     """
     directory, made = Path(directory), config.adapter
     if directory.exists() and any(directory.iterdir()):
@@ -84,6 +85,10 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
     adapted = {path: modules[path] for path in lora.targets(made, decoder.abstract(config))}
     if fused := {module for module in adapted.values() if _last(module) in hf.FUSED}:
         raise ValueError(f"{_some(fused)}: {FUSED} (lora.merge, hf.save)")
+    if config.experts and (dense := {module for path, module in adapted.items() if path[-2] == "mlp"}):
+        raise ValueError(
+            f"{_some(dense)}: peft takes any MLP of a mixture for its experts; {MERGE} (lora.merge, hf.save)"
+        )
     short = _alike(adapted, config)
     about = {
         "peft_type": "LORA",

@@ -129,7 +129,9 @@ def refresh_reference(state: TrainState, share: float = 1.0) -> TrainState:
 
     The reference of an adapter must then be one too, at first a copy of the adapter's start, which changes nothing.
     """
-    mixed = {name: _mix(part, state.params[name], share) for name, part in state.frozen["reference"].items()}
+    old = state.frozen["reference"]
+    mixed = {name: _mix(part, state.params[name], share) for name, part in old.items()}
+    mixed = jax.device_put(mixed, jax.tree.map(lambda x: x.sharding, old))
     return state.replace(frozen={**state.frozen, "reference": mixed})
 
 
