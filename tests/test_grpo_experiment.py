@@ -288,7 +288,12 @@ def test_the_command_line_says_it_too(fields, code, message, tiny_run, monkeypat
 def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run, tmp_path):
     """With a reference that follows it, the base and the optimizer waiting in the host's memory."""
     weights = options.Weights(
-        "bfloat16", "full", options.Adapter(rank=2, targets=("query", "mlp/")), ("opt_state", "frozen"), 1, 0.5
+        dtype="bfloat16",
+        remat="full",
+        adapter=options.Adapter(rank=2, targets=("query", "mlp/")),
+        offload=("opt_state", "frozen"),
+        reference_every=1,
+        reference_share=0.5,
     )
     cfg = change(tiny_run, weights=weights, directory=str(tmp_path / "run"), optimizer__learning_rate=0.1)
     grpo.main(cfg, verifiers=VERIFIERS)

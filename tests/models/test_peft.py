@@ -337,7 +337,7 @@ def model(request, torch, tmp_path_factory):
     with torch.no_grad():
         for name, p in made.named_parameters():
             noise = torch.randn(p.shape, generator=random.manual_seed(p.numel()))
-            p.copy_(noise * 1.5 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3 * noise + (not name.endswith("bias")))
+            p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3 * noise + (not name.endswith("bias")))
     directory = tmp_path_factory.mktemp(request.param)
     made.save_pretrained(directory)
     config = hf.read_config(directory)
