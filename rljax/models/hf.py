@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,100 +23,9 @@ from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_config as read_config
 from rljax.models.families import read_raw
+from rljax.models.layout import KEPT, Piece, inputs_of, is_stacked, keys, pieces
 from rljax.models.lora import Lora
 from rljax.types import Params
-
-VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "out_bias", "gate_bias", "up_bias", "down_bias")
-KEPT = (*VECTORS, "embedding")  # stored as they are; matrices are [out, in] there and [in, out] here
-
-
-class Piece(NamedTuple):
-    """Rows of a stored tensor that are (a part of) one of our parameters."""
-
-    name: str  # of the stored tensor
-    start: int  # first row
-    rows: int
-    columns: int | None  # None: a vector
-
-
-def pieces(config: DecoderConfig, fused: bool = False) -> dict[tuple, list[Piece]]:
-    """Where each parameter stands: path -> one piece, or one for each expert. fused: as Phi-3 stores them."""
-    shapes = {_keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(decoder.abstract(config))}
-    out = {}
-    for path, shape in shapes.items():
-        names = _names(config, path)
-        matrix = shape[1:] if len(names) > 1 else shape  # experts stand one by one
-        if path[-1] in VECTORS:
-            rows, columns = math.prod(matrix), None
-        elif path[-1] in KEPT:
-            rows, columns = matrix
-        else:
-            inputs = _inputs(path)
-            rows, columns = math.prod(matrix[inputs:]), math.prod(matrix[:inputs])
-        out[path] = [Piece(name, 0, rows, columns) for name in names]
-    return _fuse(out) if fused else out
-
-
-def _keys(path) -> tuple:
-    return tuple(key.key for key in path)
-
-
-def _inputs(path: tuple) -> int:
-    """Leading axes of ours that are the matrix's input."""
-    return 2 if path[-1] == "out" else 1
-
-
-def _names(config: DecoderConfig, path: tuple) -> list[str]:
-    """Names of the stored tensors that hold this parameter."""
-    if path[0] != "layers":
-        outer = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-        return [outer[path[0]]]
-    _, i, block, name, *_ = path
-    inside = f"model.layers.{i}."
-    norms = {
-        "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-        "after": {
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
-        "both": {
-            "attention_norm": "input_layernorm",
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
-    }[config.norms]
-    if block in norms:
-        return [f"{inside}{norms[block]}.weight"]
-    if block == "attention":
-        if name in ("query_norm", "key_norm"):
-            return [f"{inside}self_attn.{name[0]}_norm.weight"]
-        return [f"{inside}self_attn.{name[0]}_proj.{'bias' if name.endswith('_bias') else 'weight'}"]
-    if name == "router":
-        return [f"{inside}mlp.gate.weight"]
-    if config.is_mixture(i):
-        return [f"{inside}mlp.experts.{e}.{name}_proj.weight" for e in range(config.experts.count)]
-    kind = "bias" if name.endswith("_bias") else "weight"
-    return [f"{inside}mlp.{name.removesuffix('_bias')}_proj.{kind}"]
-
-
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-
-
-def _fuse(apart: dict[tuple, list[Piece]]) -> dict[tuple, list[Piece]]:
-    """Projections that are stored as one tensor, below each other."""
-    rows = {piece.name: piece.rows for (piece, *_) in apart.values()}
-    whole_of = {part: (whole, parts) for whole, parts in FUSED.items() for part in parts}
-    out = {}
-    for path, (piece, *_) in apart.items():
-        *before, part, kind = piece.name.split(".")
-        whole, parts = whole_of.get(part, (part, (part,)))
-        above = [".".join([*before, p, kind]) for p in parts[: parts.index(part)]]
-        out[path] = [piece._replace(name=".".join([*before, whole, kind]), start=sum(rows[name] for name in above))]
-    return out
 
 
 def is_fused(directory: str | Path) -> bool:
@@ -141,15 +49,15 @@ def load(directory: str | Path, config: DecoderConfig, shardings: Params | None 
     shapes = decoder.abstract(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: here, shapes) if shardings is None else shardings
-    leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
-    places = {_keys(path): place for path, place in jax.tree.leaves_with_path(shardings)}
+    leaves = {keys(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
+    places = {keys(path): place for path, place in jax.tree.leaves_with_path(shardings)}
     read = {}
     # The largest first: what is alive for a moment beside the array being made is then small.
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
         for piece in wanted[path]:
             _require_shape(directory, files, piece, heights[piece.name])
         read[path] = _place(files, path, wanted[path], leaves[path].shape, places[path], dtype)
-    return jax.tree.map_with_path(lambda path, _: read[_keys(path)], shapes)
+    return jax.tree.map_with_path(lambda path, _: read[keys(path)], shapes)
 
 
 def _require_the_same(directory, config: DecoderConfig, files: dict[str, Path], wanted: set[str]) -> None:
@@ -174,7 +82,7 @@ def _place(files: dict[str, Path], path: tuple, found: list[Piece], shape, shard
 
     def part(index) -> np.ndarray:
         index = tuple(slice(*i.indices(n)) for i, n in zip(index, shape, strict=True))
-        if len(found) == 1:
+        if not is_stacked(path, shape):
             return _read(files, path, found[0], index, shape, dtype)
         each = [_read(files, path, piece, index[1:], shape[1:], dtype) for piece in found[index[0]]]
         return np.stack(each)
@@ -184,7 +92,7 @@ def _place(files: dict[str, Path], path: tuple, found: list[Piece], shape, shard
 
 def _read(files: dict[str, Path], path: tuple, piece: Piece, index: tuple[slice, ...], shape, dtype) -> np.ndarray:
     """The indexed part of a parameter of this shape that is stored in one piece."""
-    inputs = 0 if path[-1] in KEPT else _inputs(path)
+    inputs = 0 if path[-1] in KEPT else inputs_of(path)
     inside, outside = (index[:inputs], shape[:inputs]), (index[inputs:], shape[inputs:])
     if path[-1] == "embedding":
         inside, outside = (index[1:], shape[1:]), (index[:1], shape[:1])
@@ -260,11 +168,12 @@ ABOUT = (  # what a model directory holds beside its weights
 
 def tensors(config: DecoderConfig, params: Params, fused: bool = False) -> Iterator[tuple[str, np.ndarray]]:
     """Every stored tensor of the decoder's parameters, one at a time, by name: the inverse of `load`."""
-    leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = {keys(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     parts: dict[str, list[tuple[int, tuple, int]]] = {}
     for path, found in pieces(config, fused).items():
         for number, piece in enumerate(found):
-            parts.setdefault(piece.name, []).append((piece.start, path, number if len(found) > 1 else -1))
+            expert = number if is_stacked(path, leaves[path].shape) else -1
+            parts.setdefault(piece.name, []).append((piece.start, path, expert))
     for name, found in parts.items():
         rows = [_stored(path, leaves[path] if e < 0 else leaves[path][e]) for _, path, e in sorted(found)]
         yield name, np.concatenate(rows) if len(rows) > 1 else rows[0]
@@ -277,7 +186,7 @@ def _stored(path: tuple, leaf) -> np.ndarray:
         return np.ascontiguousarray(array)
     if path[-1] in KEPT:
         return array.reshape(-1)
-    return np.ascontiguousarray(array.reshape(math.prod(array.shape[: _inputs(path)]), -1).T)
+    return np.ascontiguousarray(array.reshape(math.prod(array.shape[: inputs_of(path)]), -1).T)
 
 
 def copy_about(source: str | Path, directory: str | Path) -> None:

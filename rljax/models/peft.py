@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from rljax.models import decoder, hf, lora
+from rljax.models import decoder, hf, layout, lora
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import Lora
 from rljax.types import Params
@@ -83,7 +83,7 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
         raise ValueError(f"the adapter is not that of {made}: {_some(differing)} differ")
     modules = _modules(config, hf.is_fused(base))
     adapted = {path: modules[path] for path in lora.targets(made, decoder.abstract(config))}
-    if fused := {module for module in adapted.values() if _last(module) in hf.FUSED}:
+    if fused := {module for module in adapted.values() if _last(module) in layout.FUSED}:
         raise ValueError(f"{_some(fused)}: {FUSED} (lora.merge, hf.save)")
     if config.experts and (dense := {module for path, module in adapted.items() if path[-2] == "mlp"}):
         raise ValueError(
@@ -134,7 +134,7 @@ def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[Lora, Pa
     modules = _modules(config, fused=False)
     found = {name: re.fullmatch(r"base_model\.model\.(.*)\.lora_\w+(\.weight)?", name) for name in tensors}
     there = {match[1] for match in found.values() if match}
-    if fused := {module for module in there if _last(module) in hf.FUSED}:
+    if fused := {module for module in there if _last(module) in layout.FUSED}:
         raise ValueError(f"{directory}: {_some(fused)}: {FUSED} (peft: merge_and_unload)")
 
     adapted = [path for path, module in modules.items() if module in there]
@@ -181,7 +181,7 @@ def _read_config(file: Path) -> dict:
 
 def _modules(config: DecoderConfig, fused: bool) -> dict[tuple, str]:
     """Path of each weight that may be adapted -> the module that holds it."""
-    pieces = hf.pieces(config, fused)
+    pieces = layout.pieces(config, fused)
     paths = lora.adaptable(decoder.abstract(config)).values()
     return {path: pieces[path][0].name.removesuffix(".weight") for path in paths}
 

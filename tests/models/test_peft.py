@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rljax.models import decoder, hf, lora, peft
+from rljax.models import decoder, hf, layout, lora, peft
 from rljax.models.experts import Experts
 from rljax.models.lora import Lora
 
@@ -388,7 +388,7 @@ def test_what_we_write_peft_computes(torch, model, variant, targets, tmp_path):
     read = PeftModel.from_pretrained(fresh(directory), tmp_path / "adapter")
     agree(config, base, adapter, theirs(torch, read))
     with_lora = {n.removeprefix("base_model.model.") for n, m in read.named_modules() if hasattr(m, "lora_A")}
-    modules = [hf.pieces(config)[path][0].name.removesuffix(".weight") for path in lora.targets(made, base)]
+    modules = [layout.pieces(config)[path][0].name.removesuffix(".weight") for path in lora.targets(made, base)]
     assert with_lora == set(modules)
 
     want = {name: tensor.numpy() for name, tensor in read.merge_and_unload().state_dict().items()}
