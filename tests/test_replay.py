@@ -11,6 +11,7 @@ gradient_accumulation_steps A, step s is one optimizer batch of ours, cut into A
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 from rljax.models import hf
+from rljax.models.families import read_config
 from rljax.train.update import make_update
 from rljax.types import TrainState
 from tests.conftest import NO_SHARED, SHARED
@@ -28,10 +30,14 @@ from tests.replay.arguments import Unsupported, arguments_of, trainer_of
 from tests.replay.methods import method_of, optimizer_of, policy_of
 
 LIMITS = {  # |ours - TRL's| <= absolute + relative · |TRL's|
-    "loss": (1e-5, 0.0),
+    "loss": (1e-5, 2.4e-7),  # and two units in the last place of a float32
     "gradient norm": (1e-7, 1e-4),  # the floor is for gradients that are zero but for rounding
     "weights": (1e-4, 0.0),
 }
+
+# Adam turns the rounding of a gradient that is nearly zero into a step of full size. A run that is beyond its limits by
+# less than this factor is repeated in float64, and judged by that: then only TRL's rounding is left.
+ROUNDING = 10.0
 
 
 class Case(NamedTuple):
@@ -119,14 +125,14 @@ def rates(case: Case, constant: float, kind: str) -> list[float]:
     return [constant] * len(case.loss)
 
 
-def replay(case: Case) -> list[Gap]:
-    """Every number of the recorded run beside ours."""
+def replay(case: Case, dtype=jnp.float32) -> list[Gap]:
+    """Every number of the recorded run beside ours, which is computed in `dtype`."""
     trainer = trainer_of(set.union(*map(set, case.micro)))
     args = arguments_of(trainer, case.given)
-    config = hf.read_config(case.model)
-    if config.experts is not None and args.router_aux_loss_coef != 0:
+    config = replace(read_config(case.model), dtype=dtype)
+    if config.experts is not None and case.given.get("router_aux_loss_coef") != 0:
         raise Unsupported(f"{case.model}: a mixture, whose balancing loss rljax has not; router_aux_loss_coef 0 only")
-    load = lambda: {"decoder": hf.load(case.model, config)}  # noqa: E731  anew: an update donates what it is given
+    load = lambda: {"decoder": hf.load(case.model, config, dtype=dtype)}  # noqa: E731  anew: an update donates what it is given
     sizes = [batches.size(trainer, micro) for micro in case.micro]
     rows, columns = (max(side) for side in zip(*sizes, strict=True))
     uneven = len({count for count, _ in sizes}) > 1
@@ -172,10 +178,15 @@ def largest(gaps: list[Gap]) -> str:
     return ", ".join(f"{what} {value:.1e}" for what, value in apart.items())
 
 
+@pytest.mark.timeout(600)  # two compilations, where a run is repeated
 def test_every_recorded_run(directory, name):
     case = read(directory, name)
     gaps = replay(case)
     print(f"{name}: largest differences: {largest(gaps)}")
+    if 1 < max(gap.excess for gap in gaps) < ROUNDING:
+        with jax.enable_x64(True):
+            gaps = replay(case, jnp.float64)
+        print(f"{name}: in float64: {largest(gaps)}")
     beyond = [f"{name}: {gap}" for gap in gaps if gap.excess > 1]
     assert not beyond, "\n".join([f"{len(beyond)} of {len(gaps)} numbers are beyond their limit", *beyond[:8]])
 

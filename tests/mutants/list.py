@@ -972,8 +972,8 @@ MUTANTS = [
     Mutant(
         "gradient through DoRA's norm",
         "rljax/models/lora.py",
-        "norm = jax.lax.stop_gradient(",
-        "norm = (lambda x: x)(",
+        "gain = magnitude / jax.lax.stop_gradient(",
+        "gain = magnitude / (",
         "arXiv:2402.09353, section 4.3: the norm is a constant",
         ("tests/models/test_lora.py",),
     ),

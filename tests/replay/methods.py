@@ -20,9 +20,9 @@ from rljax.algorithms import controllers
 from rljax.algorithms.aot import aot, aot_unpaired
 from rljax.algorithms.dpo import alike, desensitised, diverging, dpo, likelihood, mean_ratio, wpo
 from rljax.algorithms.pairs import every_token, preference_objective
-from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_raw
+from rljax.models.layout import VECTORS
 from rljax.models.policy import make_annotate, make_policy
 from rljax.ops import preferences
 from rljax.train.objective import policy_objective
@@ -234,7 +234,7 @@ def grpo_method(policy: Callable, args: SimpleNamespace) -> Method:
 
 def decayed(params: Params) -> Params:
     """True on matrices (embeddings are), False on norms and biases."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in hf.VECTORS, params)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in VECTORS, params)
 
 
 def adamw(rate, args: SimpleNamespace) -> optax.GradientTransformation:
