@@ -81,7 +81,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     longest = options.longest_prompt(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
     train, held_out = options.read_prompts(cfg.prompts, cfg.template, tokenizer, longest, cfg.held_out, cfg.seed)
 
-    config, params, frozen = options.pretrained(cfg.model, cfg.weights, mesh, longest + cfg.sampling.max_tokens)
+    context = max(train.length, held_out.length) + cfg.sampling.max_tokens
+    config, params, frozen = options.pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     model, lm = policy.make_policy(config), decoder.language_model(config)
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
     if "values" in algorithm.needs:
@@ -89,7 +90,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
     shardings = options.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
     update = make_update(policy_objective(model, algorithm), optimizer, b.micro_batches, shardings)
-    annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the start is always shown
+    annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always shown
     credit = jax.jit(algorithm.credit)
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
     log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
@@ -137,7 +138,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             run.record(step, state, seen)
         after = evaluate(state, score)
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))
-    say(f"held-out reward: {shown}, at a KL to the start of {max(after['kl'], 0):.1f} nats a sequence")
+    start = "its last refreshment" if cfg.weights.reference_every else "the start"
+    say(f"held-out reward: {shown}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
     return {"before": before, "after": after}
 
 

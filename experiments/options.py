@@ -92,7 +92,7 @@ SAMPLER_GAP = {"float32": 1e-3, "bfloat16": 0.5}
 class Weights:
     """How a model's weights are held, computed with and trained."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of a base that is not trained
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of an adapter's base
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
     adapter: Adapter = Adapter()
     freeze: tuple[str, ...] = ()  # patterns of the paths (decoder/layers/3/mlp/up) of what is not trained
@@ -195,7 +195,7 @@ def read_prompts(
 
 
 def pretrained(
-    directory: str, weights: Weights, mesh: jax.sharding.Mesh, context: int | None = None
+    directory: str, weights: Weights, mesh: jax.sharding.Mesh, context: int | None = None, seed: int = 0
 ) -> tuple[DecoderConfig, Params, dict]:
     """The model of a Hugging Face directory: its config, what is trained of it, and the frozen parts.
 
@@ -216,7 +216,7 @@ def pretrained(
         params, base = parts.freeze(params, *weights.freeze) if weights.freeze else (params, None)
         frozen = {"reference": jax.tree.map(jnp.copy, params)} | ({} if base is None else {"base": base})
         return config, params, frozen
-    trained, frozen = policy.with_adapter(params, config, jax.random.key(0))
+    trained, frozen = policy.with_adapter(params, config, jax.random.fold_in(jax.random.key(seed), 3))
     if weights.reference_every:
         frozen["reference"] = jax.tree.map(jnp.copy, trained)
     return config, trained, frozen

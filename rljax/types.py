@@ -160,6 +160,7 @@ class LM(NamedTuple):
     logits: Callable  # (params, frozen, hidden) -> [.. V]
     gather: Callable  # (cache, rows) -> cache: fork a prompt to its group
     scatter: Callable  # (cache, rows, other) -> cache: refill finished slots
+    prepare: Callable | None = None  # (params, frozen) -> params, frozen: what a rollout needs done once
     routing: Callable | None = None  # (cache) -> [B S ...] experts chosen at each token (mixture models)
 
 

@@ -87,7 +87,8 @@ def test_large_models_are_written_in_parts_with_an_index(model, run, tmp_path):
 
 
 def test_adapters_are_merged_into_their_base(model, tmp_path):
-    directory, config, params = model
+    directory, config, _ = model
+    params = {"decoder": hf.load(directory, config)}
     adapter = Lora(rank=3, targets=("query", "layers/1/mlp"))
     trained, frozen = policy.with_adapter(params, dataclasses.replace(config, adapter=adapter), jax.random.key(1))
     place = saved_run(tmp_path / "run", trained, frozen, adapter, directory)
@@ -98,6 +99,11 @@ def test_adapters_are_merged_into_their_base(model, tmp_path):
     found, alone = peft.load_adapter(tmp_path / "alone", config)
     assert (found.rank, found.alpha) == (adapter.rank, adapter.alpha)
     jax.tree.map(np.testing.assert_array_equal, alone, now)
+    (tmp_path / "run" / "model" / "adapter.json").write_text(
+        json.dumps({"base": "/gone", "lora": dataclasses.asdict(adapter)})
+    )
+    export.main(export.Config(str(place), str(tmp_path / "from the checkpoint")))
+    same(written(tmp_path / "from the checkpoint"), config, lora.merge(adapter, params["decoder"], now))
     named = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(directory)
 
@@ -134,14 +140,28 @@ def test_a_damaged_checkpoint_is_not_exported(model, tmp_path):
         export.main(export.Config(str(place), str(tmp_path / "out")))
 
 
+def with_pad(directory: Path, pad: int = 36) -> Path:
+    """The model directory, whose config names a padding token that no answer has."""
+    raw = json.loads((directory / "config.json").read_text())
+    raw |= {"pad_token_id": pad, "eos_token_id": 2, "architectures": ["LlamaForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
 def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
     directory, config, params = model
     params = heads.with_score_head(params, config, jax.random.key(5))
     place = saved_run(tmp_path / "run", params, about=directory, steps=(1,))
+    with_pad(place / "model", pad=2)
+    with pytest.raises(ValueError, match=r"pad_token_id is 2, eos_token_id 2; .* legal: the id of a token that no"):
+        export.main(export.Config(str(place), str(tmp_path / "out")))
+    with_pad(place / "model")
     export.main(export.Config(str(place), str(tmp_path / "out")))
     assert "lm_head.weight" not in written(tmp_path / "out")
     np.testing.assert_array_equal(hf.load_score_head(tmp_path / "out"), params["score_head"] + 1)
-    config = hf.read_config(tmp_path / "out")
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is a reward model and writes no text"):
+        hf.read_config(tmp_path / "out")
+    config = hf.read_config(tmp_path / "out", reward_model=True)
     read = hf.load(tmp_path / "out", config)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), read, {n: params["decoder"][n] for n in read})
     with pytest.raises(ValueError, match=r"holds no score.weight: it is no reward model"):
@@ -169,11 +189,12 @@ def test_transformers_scores_as_the_reward_model_did(model, tmp_path):
 
     directory, config, params = model
     params = heads.with_score_head(params, config, jax.random.key(5))
-    hf.save(tmp_path / "out", config, params["decoder"], directory, score_head=params["score_head"])
+    hf.copy_about(directory, tmp_path / "about")
+    about = with_pad(tmp_path / "about")
+    hf.save(tmp_path / "out", config, params["decoder"], about, score_head=params["score_head"])
     tokens = np.arange(12).reshape(2, 6)
     traj = trajectory_of_tokens(tokens, np.ones((2, 6), int), np.arange(6) >= np.full((2, 1), 3), np.zeros((2, 6)))
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    theirs.config.pad_token_id = 36
     with torch.no_grad():
         want = theirs(torch.tensor(tokens)).logits[:, 0].numpy()
     np.testing.assert_allclose(heads.make_score_model(config)(params, {}, traj), want, rtol=0, atol=2e-5)

@@ -53,8 +53,7 @@ def attend(
     if implementation == "auto":
         implementation = choose(jax.default_backend(), jax.device_count(), query.shape, query.dtype, sight, softcap)
     if implementation == "cudnn":
-        mask = sight.visible(window)[:, None]
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
+        return cudnn(query, key, value, sight.visible(window), scale)
     if implementation == "splash":
         return splash(query, key, value, sight.segments, scale, window, softcap)
     return dense(query, key, value, sight.visible(window), scale, softcap)
@@ -82,6 +81,16 @@ def dense(query, key, value, visible, scale: float, softcap: float | None):
     # A finite floor: a padding query sees nothing, and must still give numbers.
     shares = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1).astype(query.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", shares, value).reshape(B, T, H, K)
+
+
+def cudnn(query, key, value, visible, scale: float):
+    """By NVIDIA's flash attention, which takes a mask for even lengths only: one column is added to others."""
+    odd = query.shape[1] % 2
+    longer = lambda x: jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0)))  # noqa: E731
+    mask = jnp.pad(visible, ((0, 0), (0, odd), (0, odd)))[:, None]
+    arrays = (longer(x) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(*arrays, mask=mask, scale=scale, implementation="cudnn")
+    return out[:, : query.shape[1]]
 
 
 def splash(query, key, value, segments, scale: float, window: int | None, softcap: float | None, interpret=False):

@@ -6,8 +6,8 @@ what. One attention rule serves training, prefill, decoding and packing: a query
 positions up to its own, in a layer with a window only so far back.
 
 Dtypes are decided in two places: parameters are whatever they were made or read as (float32 masters, as a rule), and
-`DecoderConfig.dtype` is what the embedding is cast to. All layers follow their input; norms, rotations, softmax, router
-and logits are float32 inside.
+`DecoderConfig.dtype` is what the embedding is cast to. All layers follow their input; norms, rotations, softmax (of
+experts too) and logits are float32 inside.
 """
 
 import dataclasses
@@ -361,7 +361,8 @@ def whole(config: DecoderConfig, params: Params, frozen: Params) -> Params:
         return tree
     if config.adapter is None:
         raise ValueError("the parameters hold an adapter ('lora'), the config does not say which (adapter=Lora(...))")
-    return tree | {"decoder": attach(config.adapter, tree["decoder"], tree["lora"])}
+    adapter = tree.pop("lora")
+    return tree | {"decoder": attach(config.adapter, tree["decoder"], adapter)}
 
 
 def _overlay(below: Params, above: Params) -> Params:
@@ -381,5 +382,6 @@ def language_model(config: DecoderConfig) -> LM:
         logits=lambda params, frozen, hidden: logits(config, whole(config, params, frozen)["decoder"], hidden),
         gather=gather_cache,
         scatter=scatter_cache,
+        prepare=lambda params, frozen: (whole(config, params, frozen), {}),
         routing=None if config.experts is None else lambda cache: cache["routing"],
     )

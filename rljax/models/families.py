@@ -26,14 +26,17 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-def read_config(directory: str | Path, context: int | None = None) -> DecoderConfig:
+def read_config(directory: str | Path, context: int | None = None, reward_model: bool = False) -> DecoderConfig:
     """The decoder's shape from `config.json`. Raises ValueError on anything this decoder would compute wrongly.
 
+    reward_model: a sequence classifier is read, whose table of logits is not there; else it is refused.
     context: the longest text there will be, for the models whose positions depend on it (longrope: Phi-3 of 128 k);
     None: texts no longer than the context that the model was first trained on.
     """
     file = Path(directory) / "config.json"
     raw = read_raw(directory)
+    if _scores(raw) and not reward_model:
+        raise ValueError(f"{file}: {raw['architectures'][0]} is a reward model and writes no text")
     family = raw.get("model_type")
     _require(file, "model_type", family, tuple(FAMILIES))
     _require(file, "quantization_config", raw.get("quantization_config"), (None,))
@@ -64,7 +67,8 @@ def read_config(directory: str | Path, context: int | None = None) -> DecoderCon
         norm_epsilon=c.rms_norm_eps,
         tied=c.tie_word_embeddings or _scores(raw),
         activation=ACTIVATIONS[activation],
-        **{"ropes": _ropes(c, head_dim, context)} | FAMILIES[family](c),
+        ropes=_ropes(c, head_dim, context),
+        **FAMILIES[family](c),
     )
 
 
@@ -111,13 +115,16 @@ def _ropes(c, head_dim: int, context: int | None) -> tuple[rope.Rope, ...]:
     parameters = c.rope_parameters
     table = lambda p: rope.from_parameters(p, head_dim, c.max_position_embeddings, context)  # noqa: E731
     if "rope_theta" in parameters:
-        return (table(parameters),) * c.num_hidden_layers
+        used = getattr(c, "no_rope_layers", None) or (1,) * c.num_hidden_layers  # a name that means its contrary
+        return tuple(table(parameters) if turned else None for turned in used[: c.num_hidden_layers])
     by_kind = {kind: table(p) for kind, p in parameters.items() if p}
     return tuple(by_kind[kind] for kind in c.layer_types)
 
 
 def _windows(c) -> tuple[int | None, ...]:
     """Only the layers called sliding have one."""
+    if other := set(c.layer_types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types has {sorted(other)}; legal: 'sliding_attention', 'full_attention'")
     return tuple(c.sliding_window if kind == "sliding_attention" else None for kind in c.layer_types)
 
 
@@ -175,9 +182,7 @@ def _gemma3(c) -> dict[str, Any]:
 
 
 def _smollm3(c) -> dict[str, Any]:
-    every = _ropes(c, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, None)
-    ropes = tuple(table if used else None for table, used in zip(every, c.no_rope_layers, strict=False))
-    return _llama(c) | {"ropes": ropes, "windows": _windows(c)}
+    return _llama(c) | {"windows": _windows(c)}
 
 
 def _olmo2(c) -> dict[str, Any]:

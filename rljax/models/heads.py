@@ -22,13 +22,17 @@ def with_score_head(params: Params, config: DecoderConfig, key) -> Params:
 
 
 def make_score_model(config: DecoderConfig) -> Callable:
-    """score(params, frozen, trajectory) -> [B]: read at the last token of each row that the mask calls the answer's."""
+    """score(params, frozen, trajectory) -> [B]: read at the last token of each row that the mask calls the answer's.
+
+    NaN where it calls none so.
+    """
     after = make_step_model(config)
 
     def score(params: Params, frozen: Params, traj: Trajectory):
         T = traj.mask.shape[1]
         last = T - 1 - jnp.argmax(traj.mask[:, ::-1], axis=1)
-        return jnp.take_along_axis(after(params, frozen, traj), last[:, None], axis=1)[:, 0]
+        read_last = jnp.take_along_axis(after(params, frozen, traj), last[:, None], axis=1)[:, 0]
+        return jnp.where(traj.mask.any(axis=1), read_last, jnp.nan)
 
     return score
 

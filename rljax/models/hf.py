@@ -130,8 +130,13 @@ def load_score_head(directory: str | Path, dtype=jnp.float32) -> jax.Array:
 
 
 def stored_files(directory: Path) -> dict[str, Path]:
-    """Name of each stored tensor -> the file that holds it."""
-    files = sorted(directory.glob("*.safetensors"))
+    """Name of each stored tensor -> the file that holds it. An index says which files there are, else all are read."""
+    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
+    if index.is_file():
+        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{directory}: its index names {_some(set(absent))}, which are not there")
     if not files:
         raise FileNotFoundError(f"no *.safetensors in {directory}; pickled weights (.bin, .pt) are not read")
     found = {}
@@ -262,14 +267,15 @@ def save(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; name a directory that does not exist yet")
-    raw = read_raw(about)
+    raw = {name: value for name, value in read_raw(about).items() if name != "auto_map"}  # names code that is not taken
     dtype = dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     copy_about(about, unfinished)
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
     if score_head is not None:
-        raw["architectures"] = [name.replace(*SCORING) for name in raw.get("architectures") or []]
+        _require_pad(about, raw)
+        raw["architectures"] = [_scoring(name) for name in raw.get("architectures") or []]
         raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     _write_shards(unfinished, _written(config, params, is_fused(about), score_head), jnp.dtype(dtype), shard_bytes)
@@ -278,8 +284,22 @@ def save(
     os.rename(unfinished, directory)
 
 
-SCORING = ("ForCausalLM", "ForSequenceClassification")
 SCORE = "score.weight"
+
+
+def _scoring(architecture: str) -> str:
+    text = architecture.replace("Gemma3ForCausalLM", "Gemma3TextForCausalLM")  # the other one sees pictures
+    return text.replace("ForCausalLM", "ForSequenceClassification")
+
+
+def _require_pad(about: str | Path, raw: dict) -> None:
+    """transformers scores at the last token that is no padding: that must not be a token which ends an answer."""
+    ends, pad = raw.get("eos_token_id"), raw.get("pad_token_id")
+    if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError(
+            f"{Path(about) / 'config.json'}: pad_token_id is {pad}, eos_token_id {ends}; transformers would score "
+            "another token than the answer's last; legal: the id of a token that no answer has"
+        )
 
 
 def _written(config: DecoderConfig, params: Params, fused: bool, score_head) -> Iterator[tuple[str, np.ndarray]]:

@@ -79,7 +79,7 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
     leaves = flatten_dict(adapter)
     want, have = _shapes(made, config), {path: leaf.shape for path, leaf in leaves.items()}
     if want != have:
-        differing = sorted("/".join(map(str, path)) for path, _ in want.items() ^ have.items())
+        differing = {"/".join(map(str, path)) for path, _ in want.items() ^ have.items()}
         raise ValueError(f"the adapter is not that of {made}: {_some(differing)} differ")
     modules = _modules(config, hf.is_fused(base))
     adapted = {path: modules[path] for path in lora.targets(made, decoder.abstract(config))}
@@ -132,8 +132,8 @@ def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[Lora, Pa
     with safe_open(Path(directory) / WEIGHTS, framework="numpy") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     modules = _modules(config, fused=False)
-    found = {name: re.fullmatch(r"base_model\.model\.(.*)\.lora_\w+(\.weight)?", name) for name in tensors}
-    there = {match[1] for match in found.values() if match}
+    found = (re.fullmatch(r"base_model\.model\.(.*)\.lora_\w+(\.weight)?", name) for name in tensors)
+    there = {match[1] for match in found if match}
     if fused := {module for module in there if _last(module) in layout.FUSED}:
         raise ValueError(f"{directory}: {_some(fused)}: {FUSED} (peft: merge_and_unload)")
 

@@ -29,9 +29,10 @@ def with_critic(params: Params, config: DecoderConfig) -> Params:
 
 
 def with_adapter(params: Params, config: DecoderConfig, key) -> tuple[Params, Params]:
-    """What is trained of a model with an adapter, and the frozen parts: the base, which is the reference too."""
-    trained = {"lora": lora.init(config.adapter, params["decoder"], key)}
-    return trained, {"base": params, "reference": {}}
+    """What is trained of a model with an adapter (heads too), and the frozen parts: the base, which is the reference
+    too."""
+    base, heads = {"decoder": params["decoder"]}, {name: x for name, x in params.items() if name != "decoder"}
+    return {"lora": lora.init(config.adapter, params["decoder"], key), **heads}, {"base": base, "reference": {}}
 
 
 def logical_axes(config: DecoderConfig, params: Params) -> Params:
@@ -49,8 +50,12 @@ def _like(tree: Params, axes: Params) -> Params:
 
 
 def chunk_of(vocabulary: int, backend: str | None = None) -> int:
-    """Tokens whose logits are alive at a time: as many as make 4 M logits on a CPU, 128 M elsewhere."""
-    logits = 2**22 if (backend or jax.default_backend()) == "cpu" else 2**27
+    """Tokens whose logits are alive at a time: as many as make 4 M logits on a CPU, 128 M on each other device.
+
+    At least one column of all rows is (`ops.logprobs`), so a batch of very many rows wants micro-batches.
+    """
+    on_cpu = (backend or jax.default_backend()) == "cpu"
+    logits = 2**22 if on_cpu else 2**27 * jax.device_count()
     return max(1, logits // vocabulary)
 
 
@@ -87,7 +92,8 @@ def read(hidden, head):
 def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
     """annotate(state, traj) -> traj with the fields in `needs` filled by forward passes without gradient.
 
-    ref_logp, teacher_logp: the policy on state.frozen["reference"] and ["teacher"]. On state.params: values [B T+1], 0
+    ref_logp, teacher_logp: the policy on state.frozen["reference"] and ["teacher"], which choose experts of their own
+    (the record is of the policy's). On state.params: values [B T+1], 0
     after the last decision; old_logp, where a method tells the trainer's log-probs from the sampler's; sum_pi_squared.
     `baseline` takes other answers: the experiment fills it.
     """
@@ -102,7 +108,7 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
         fields = {}
         for field, part in frozen_parts.items():
             if field in needs:
-                fields[field] = policy(frozen[part], frozen, traj).logp
+                fields[field] = policy(frozen[part], frozen, traj.replace(routing=None)).logp
         if {"values", "old_logp", "sum_pi_squared"} & set(needs):
             own = policy(params, frozen, traj)
             if "values" in needs:
@@ -128,8 +134,11 @@ def refresh_reference(state: TrainState, share: float = 1.0) -> TrainState:
     """reference ← (1 - share) reference + share · policy (TR-DPO, arXiv:2404.09656): 1 copies it, less averages.
 
     The reference of an adapter must then be one too, at first a copy of the adapter's start, which changes nothing.
+    Raises ValueError where it holds no part of what is trained.
     """
     old = state.frozen["reference"]
+    if not old or old.keys() - state.params.keys():
+        raise ValueError(f"the reference holds {sorted(old)}, the policy {sorted(state.params)}: begin with a copy")
     mixed = {name: _mix(part, state.params[name], share) for name, part in old.items()}
     mixed = jax.device_put(mixed, jax.tree.map(lambda x: x.sharding, old))
     return state.replace(frozen={**state.frozen, "reference": mixed})

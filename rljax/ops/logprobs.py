@@ -51,8 +51,7 @@ def token_statistics(
         d H        = -Σ_v π_v (log π_v + H) dz_v / τ
         d Σ π²     = 2 Σ_v π_v (π_v - Σ π²) dz_v / τ
 
-    Composed of their own derivatives the backward pass holds five arrays of the logits' size, so fewer tokens fit in a
-    chunk. The temperature is a constant.
+    One elementwise pass backward, whichever of them are used. The temperature is a constant.
     """
     return chosen_logp(logits, actions, temperature), entropy(logits, temperature), sum_pi_squared(logits, temperature)
 

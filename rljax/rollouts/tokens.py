@@ -43,6 +43,7 @@ def _per_row(value, rows: int, n: int, dtype):
 
 @partial(jax.jit, static_argnames=("lm",))
 def _sample(lm, params, frozen, tokens, mask, number, sampling, seed, step):
+    params, frozen = (params, frozen) if lm.prepare is None else lm.prepare(params, frozen)
     P, L = tokens.shape
     n, N = sampling.n, sampling.max_tokens
     answer = jnp.tile(jnp.arange(n, dtype=jnp.int32), P)

@@ -101,7 +101,7 @@ class Checkpoints:
 
 
 def read_parts(directory: str | Path, *names: str, step: int | None = None) -> tuple[int, dict]:
-    """Parts of a saved state ("params", "frozen") by name, on the first device, whatever mesh they were saved from.
+    """Parts of a saved state ("params", "frozen") by name, on the CPU, whatever mesh they were saved from.
 
     step: None is the newest good one. Nothing is changed, so a run may go on meanwhile. Raises FileNotFoundError where
     there is no such step, RuntimeError where it is damaged.
@@ -114,7 +114,7 @@ def read_parts(directory: str | Path, *names: str, step: int | None = None) -> t
     good = next((s for s in wanted if _damage(directory, s) is None), None)
     if good is None:
         raise RuntimeError(f"{directory}: checkpoint {wanted[0]} is damaged: {_damage(directory, wanted[0])}")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     parts = {}
     with _quiet_absl(), ocp.StandardCheckpointer() as checkpointer:
         for name in names:

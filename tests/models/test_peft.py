@@ -306,7 +306,8 @@ EVERY = "^(?!layers/2/mlp/down)"  # but one: twenty modules and more take anothe
 
 
 def parity(test):
-    return pytest.mark.parity(pytest.mark.filterwarnings("ignore::FutureWarning")(test))
+    ignored = ("ignore::FutureWarning", "ignore:The following .*_pattern keys:RuntimeWarning")
+    return pytest.mark.parity(pytest.mark.filterwarnings(*ignored)(test))
 
 
 @pytest.fixture(scope="module")

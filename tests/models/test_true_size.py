@@ -147,9 +147,10 @@ def transformers_writes_and_says(directory, config: decoder.DecoderConfig, raw: 
         for parameter in made.parameters():
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn(parameter.shape)
+            parameter.copy_(parameter.bfloat16())  # as it will be stored
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": np.ones_like(ids)}
         logits = made(**{name: torch.tensor(x[None]) for name, x in inputs.items()}).logits[0].numpy()
-    made.save_pretrained(directory, max_shard_size="1GB")
+    made.bfloat16().save_pretrained(directory, max_shard_size="1GB")
     (directory / "config.json").write_text(json.dumps(raw))
     return logits
 

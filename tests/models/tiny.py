@@ -80,10 +80,10 @@ CASES = {
         "mistral",
         heads(3, 3, 14),
         rope(100.0, "yarn", attention_factor=0.7, beta_fast=8.0, beta_slow=2.0, **YARN),
-        sliding_window=1,
+        sliding_window=6,
     ),
     "mistral_types": case("mistral", heads(2, 1, 10), rope(), sliding_window=3, layer_types=[SLIDING, FULL, SLIDING]),
-    "qwen2": case("qwen2", heads(4, 2), old_rope(1e6), FLAT, TIED, sliding_window=3, max_window_layers=1),
+    "qwen2": case("qwen2", heads(4, 2), old_rope(1e3), FLAT, TIED, sliding_window=3, max_window_layers=1),
     "qwen2_windows": case("qwen2", heads(3, 1), rope(), window(5, max_window_layers=2)),
     "qwen2_yarn": case(
         "qwen2",
@@ -91,12 +91,12 @@ CASES = {
         old_rope(50.0, "yarn", "type", **YARN),
         window(4, layer_types=[SLIDING, FULL, SLIDING]),
     ),
-    "qwen3": case("qwen3", heads(4, 1, 10), rope(1e6), TIED),
+    "qwen3": case("qwen3", heads(4, 1, 10), rope(1e3), TIED),
     "qwen3_windows": case("qwen3", heads(6, 2, 6), old_rope(1e4), window(2, max_window_layers=1), BIASED),
     "qwen3_yarn": case(
         "qwen3", heads(2, 2, 16), rope(50.0, "yarn", mscale=1.5, mscale_all_dim=0.5, truncate=False, **YARN), FLAT
     ),
-    "moe": case("qwen3_moe", heads(4, 2, 10), old_rope(1e6), experts(5, 2, 12, norm_topk_prob=True)),
+    "moe": case("qwen3_moe", heads(4, 2, 10), old_rope(1e3), experts(5, 2, 12, norm_topk_prob=True)),
     "moe_mixed": case(
         "qwen3_moe",
         heads(6, 1, 8),
@@ -116,7 +116,7 @@ CASES = {
     "gemma2": case(
         "gemma2",
         heads(4, 2, 10),
-        old_rope(1e4),
+        old_rope(1e3),
         sliding_window=4,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
@@ -143,7 +143,7 @@ CASES = {
     "gemma3": case(
         "gemma3_text",
         heads(4, 2, 10),
-        old_rope(1e4, "linear", factor=8.0),
+        old_rope(100.0, "linear", factor=4.0),
         rope_local_base_freq=50.0,
         sliding_window=4,
         sliding_window_pattern=3,
@@ -154,7 +154,7 @@ CASES = {
         heads(3, 3, 12),
         {
             "rope_parameters": {
-                FULL: {"rope_theta": 50.0, "rope_type": "yarn", **YARN},
+                FULL: {"rope_theta": 10.0, "rope_type": "yarn", **YARN},
                 SLIDING: {"rope_theta": 200.0, "rope_type": "linear", "factor": 2.0},
             }
         },
@@ -177,7 +177,7 @@ CASES = {
     ),
     "smollm3_windows": case("smollm3", heads(6, 2), rope(), window(4, no_rope_layer_interval=2), BIASED, mlp_bias=True),
     "smollm3_yarn": case("smollm3", heads(3, 3, 10), rope(100.0, "yarn", **YARN), no_rope_layers=[0, 1, 1, 0, 1]),
-    "olmo2": case("olmo2", heads(4), old_rope(5e5)),
+    "olmo2": case("olmo2", heads(4), old_rope(1e3)),
     "olmo2_grouped": case("olmo2", heads(6, 2), rope(), BIASED, TIED),
     "olmo2_yarn": case("olmo2", heads(4, 1, 10), rope(100.0, "yarn", attention_factor=1.0, **YARN)),
     "phi3": case("phi3", heads(4, 2), rope_theta=1e4, sliding_window=5),

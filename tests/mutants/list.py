@@ -721,8 +721,8 @@ MUTANTS = [
     Mutant(
         "reference's log-probs without the temperature",
         "rljax/models/policy.py",
-        "fields[field] = policy(frozen[part], frozen, traj).logp",
-        "fields[field] = policy(frozen[part], frozen, traj.replace(temperature=None)).logp",
+        "fields[field] = policy(frozen[part], frozen, traj.replace(routing=None)).logp",
+        "fields[field] = policy(frozen[part], frozen, traj.replace(routing=None, temperature=None)).logp",
         "TRL PR 3029: one of the three log-probs",
         ("tests/models/test_policy.py",),
     ),
