@@ -8,7 +8,6 @@ safetensors: pickled weights are not read, and no code of a model directory is r
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_config as read_config
 from rljax.models.families import read_raw
-from rljax.models.layout import KEPT, Piece, inputs_of, is_stacked, keys, pieces
+from rljax.models.layout import KEPT, Piece, inputs_of, is_stacked, keys, pieces, some, written_whole
 from rljax.models.lora import Lora
 from rljax.types import Params
 
@@ -66,7 +65,7 @@ def _require_the_same(directory, config: DecoderConfig, files: dict[str, Path], 
         unknown -= {"lm_head.weight"}
     missing = wanted - set(files)
     if missing or unknown:
-        raise ValueError(f"{directory}: tensors missing {_some(missing)}; not of this family {_some(unknown)}")
+        raise ValueError(f"{directory}: tensors missing {some(missing)}; not of this family {some(unknown)}")
 
 
 def _require_shape(directory, files: dict[str, Path], piece: Piece, height: int) -> None:
@@ -136,7 +135,7 @@ def stored_files(directory: Path) -> dict[str, Path]:
     if index.is_file():
         files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if absent := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{directory}: its index names {_some(set(absent))}, which are not there")
+            raise FileNotFoundError(f"{directory}: its index names {some(set(absent))}, which are not there")
     if not files:
         raise FileNotFoundError(f"no *.safetensors in {directory}; pickled weights (.bin, .pt) are not read")
     found = {}
@@ -147,12 +146,6 @@ def stored_files(directory: Path) -> dict[str, Path]:
         except SafetensorError as error:
             raise ValueError(f"{file} is no whole safetensors file: {error}") from None
     return found
-
-
-def _some(names: set[str]) -> str:
-    """At most four of the names, for an error."""
-    shown = sorted(names)
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") if shown else "none"
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -264,24 +257,17 @@ def save(
     Args: dtype: of the weights; None is that of the config.json. score_head [D]: makes it a reward model (transformers'
     sequence classification with one label), which has no table of logits.
     """
-    directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty; name a directory that does not exist yet")
     raw = {name: value for name, value in read_raw(about).items() if name != "auto_map"}  # names code that is not taken
     dtype = dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    copy_about(about, unfinished)
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
     if score_head is not None:
         _require_pad(about, raw)
         raw["architectures"] = [_scoring(name) for name in raw.get("architectures") or []]
         raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    _write_shards(unfinished, _written(config, params, is_fused(about), score_head), jnp.dtype(dtype), shard_bytes)
-    if directory.exists():
-        directory.rmdir()
-    os.rename(unfinished, directory)
+    with written_whole(directory) as place:
+        copy_about(about, place)
+        (place / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        _write_shards(place, _written(config, params, is_fused(about), score_head), jnp.dtype(dtype), shard_bytes)
 
 
 SCORE = "score.weight"

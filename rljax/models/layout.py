@@ -5,7 +5,12 @@ Vectors and the table of embeddings are held as they are stored. Experts are sto
 Phi-3 stores projections of the same input as one tensor, below each other.
 """
 
+import contextlib
 import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -110,3 +115,27 @@ def _fuse(apart: dict[tuple, list[Piece]]) -> dict[tuple, list[Piece]]:
         above = [".".join([*before, p, kind]) for p in parts[: parts.index(part)]]
         out[path] = [piece._replace(name=".".join([*before, whole, kind]), start=sum(rows[name] for name in above))]
     return out
+
+
+@contextlib.contextmanager
+def written_whole(directory: str | Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `directory` at the end: there is never half of it.
+
+    Raises ValueError where `directory` already holds something.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty; name a directory that does not exist yet")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    if directory.exists():
+        directory.rmdir()
+    os.rename(unfinished, directory)
+
+
+def some(names: Iterable[str]) -> str:
+    """At most four of the names, for an error."""
+    shown = sorted(names)
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") if shown else "none"

@@ -8,9 +8,7 @@ calls the weight (names as of peft 0.21). What PEFT would compute otherwise than
 
 import json
 import math
-import os
 import re
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -73,21 +71,18 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
     a directory. Raises ValueError where `directory` already holds something, `adapter` is not config.adapter's, or what
     is adapted peft cannot say: Phi-3's fused projections, MLPs of a mixture.
     """
-    directory, made = Path(directory), config.adapter
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty; name a directory that does not exist yet")
-    leaves = flatten_dict(adapter)
+    made, leaves = config.adapter, flatten_dict(adapter)
     want, have = _shapes(made, config), {path: leaf.shape for path, leaf in leaves.items()}
     if want != have:
         differing = {"/".join(map(str, path)) for path, _ in want.items() ^ have.items()}
-        raise ValueError(f"the adapter is not that of {made}: {_some(differing)} differ")
+        raise ValueError(f"the adapter is not that of {made}: {layout.some(differing)} differ")
     modules = _modules(config, hf.is_fused(base))
     adapted = {path: modules[path] for path in lora.targets(made, decoder.abstract(config))}
     if fused := {module for module in adapted.values() if _last(module) in layout.FUSED}:
-        raise ValueError(f"{_some(fused)}: {FUSED} (lora.merge, hf.save)")
+        raise ValueError(f"{layout.some(fused)}: {FUSED} (lora.merge, hf.save)")
     if config.experts and (dense := {module for path, module in adapted.items() if path[-2] == "mlp"}):
         raise ValueError(
-            f"{_some(dense)}: peft takes any MLP of a mixture for its experts; {MERGE} (lora.merge, hf.save)"
+            f"{layout.some(dense)}: peft takes any MLP of a mixture for its experts; {MERGE} (lora.merge, hf.save)"
         )
     short = _alike(adapted, config)
     about = {
@@ -108,15 +103,10 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
         "alpha_pattern": {},
         "modules_to_save": None,
     }
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    (unfinished / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
     stored = {_name(modules[path[:-1]], path[-1]): _stored(path, leaf) for path, leaf in leaves.items()}
-    save_file(stored, unfinished / WEIGHTS, {"format": "pt"})
-    if directory.exists():
-        directory.rmdir()
-    os.rename(unfinished, directory)
+    with layout.written_whole(directory) as place:
+        (place / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+        save_file(stored, place / WEIGHTS, {"format": "pt"})
 
 
 def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[Lora, Params]:
@@ -135,7 +125,7 @@ def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[Lora, Pa
     found = (re.fullmatch(r"base_model\.model\.(.*)\.lora_\w+(\.weight)?", name) for name in tensors)
     there = {match[1] for match in found if match}
     if fused := {module for module in there if _last(module) in layout.FUSED}:
-        raise ValueError(f"{directory}: {_some(fused)}: {FUSED} (peft: merge_and_unload)")
+        raise ValueError(f"{directory}: {layout.some(fused)}: {FUSED} (peft: merge_and_unload)")
 
     adapted = [path for path, module in modules.items() if module in there]
     short = _alike(adapted, config)
@@ -150,8 +140,8 @@ def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[Lora, Pa
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing or unknown or not adapted:
         raise ValueError(
-            f"{directory}: tensors missing {_some(missing)}; not of this model's adapters {_some(unknown)}; legal: "
-            f"{', '.join(STORED.values())} (with use_dora) of {', '.join(sorted({_last(m) for m in modules.values()}))}"
+            f"{directory}: tensors missing {layout.some(missing)}; not of this model's adapters {layout.some(unknown)}; "
+            f"legal: {', '.join(STORED.values())} (with use_dora) of {', '.join(sorted({_last(m) for m in modules.values()}))}"
         )
     out = {}
     for name, (path, shape) in wanted.items():
@@ -214,9 +204,3 @@ def _flat(path: tuple, shape: tuple) -> tuple[int, ...]:
 def _stored(path: tuple, leaf) -> np.ndarray:
     """Contiguous: safetensors 0.8.0 writes other arrays wrongly."""
     return np.ascontiguousarray(np.asarray(leaf).reshape(_flat(path, leaf.shape)[::-1]).T)
-
-
-def _some(names) -> str:
-    """At most four of the names, for an error."""
-    shown = sorted(names)
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") if shown else "none"

@@ -121,15 +121,15 @@ def positions_of(raw: dict) -> np.ndarray:
 
 
 def take_our_frequencies(rotary, config: decoder.DecoderConfig, raw: dict, positions) -> None:
-    """They are the same but for the last bit of one in 64, where torch's float32 power is not rounded correctly. At
-    position 65,536 that bit alone turns a pair by 6e-5 radians."""
+    """They are the same but for the last bits of one in 64, where torch's float32 power is not rounded correctly. At
+    position 65,536 one bit turns a pair by 6e-5 radians."""
     import torch
 
     kinds = {kind: config.ropes[i] for i, kind in enumerate(raw["layer_types"])} if "layer_types" in raw else {}
     for kind, table in kinds.items() or [(None, config.ropes[0])]:
         rotary(positions, positions, *([kind] if kind else []))  # longrope chooses its table
         ours, prefix = torch.tensor(table.frequencies), f"{kind}_" if kind else ""
-        np.testing.assert_allclose(getattr(rotary, f"{prefix}inv_freq"), ours, rtol=1.2e-7, atol=0)
+        np.testing.assert_allclose(getattr(rotary, f"{prefix}inv_freq"), ours, rtol=2.5e-7, atol=0)
         for name in ("inv_freq", "original_inv_freq", "long_inv_freq"):
             setattr(rotary, prefix + name, ours.clone())
 

@@ -155,7 +155,7 @@ CASES = {
         {
             "rope_parameters": {
                 FULL: {"rope_theta": 10.0, "rope_type": "yarn", **YARN},
-                SLIDING: {"rope_theta": 200.0, "rope_type": "linear", "factor": 2.0},
+                SLIDING: {"rope_theta": 20.0, "rope_type": "linear", "factor": 2.0},
             }
         },
         BIASED,

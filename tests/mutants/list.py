@@ -1019,7 +1019,7 @@ MUTANTS = [
     ),
     Mutant(
         "half an export",
-        "rljax/models/hf.py",
+        "rljax/models/layout.py",
         'unfinished = directory.with_name(f".{directory.name}.unfinished")',
         "unfinished = directory",
         "exports killed in the middle that load later (USERS, pain of checkpoints)",
