@@ -139,9 +139,10 @@ def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[Lora, Pa
     wanted = {_name(modules[path[:-1]], path[-1]): (path, shape) for path, shape in _shapes(made, config).items()}
     missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing or unknown or not adapted:
+        legal = ", ".join(sorted({_last(m) for m in modules.values()}))
         raise ValueError(
-            f"{directory}: tensors missing {layout.some(missing)}; not of this model's adapters {layout.some(unknown)}; "
-            f"legal: {', '.join(STORED.values())} (with use_dora) of {', '.join(sorted({_last(m) for m in modules.values()}))}"
+            f"{directory}: tensors missing {layout.some(missing)}; not of this model's adapters "
+            f"{layout.some(unknown)}; legal: {', '.join(STORED.values())} (with use_dora) of {legal}"
         )
     out = {}
     for name, (path, shape) in wanted.items():
