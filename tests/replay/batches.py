@@ -73,6 +73,17 @@ def dpo_pairs(micro: dict) -> Pairs:
 
 # ---------------------------------------------------------------------------------------------------------------- GRPO
 
+BY_TOKENS_TOLD = ("cispo", "dapo", "vespo")  # loss types that are divided by num_items_in_batch
+
+
+def require_grpo(micro: dict, args: SimpleNamespace) -> None:
+    """Raises Unsupported for a batch that lacks what its loss reads."""
+    read = {"ref_per_token_logps": args.beta != 0, "num_items_in_batch": args.loss_type in BY_TOKENS_TOLD}
+    if lacking := [key for key, wanted in read.items() if wanted and key not in micro]:
+        raise Unsupported(f"loss_type {args.loss_type} with beta = {args.beta} and batches without {lacking}")
+    if args.loss_type == "vespo" and "importance_sampling_ratio" in micro:
+        raise Unsupported("vespo with importance_sampling_ratio: TRL multiplies it into the ratio of the answer")
+
 
 def grpo_batch(micro: dict, args: SimpleNamespace, share: float) -> Batch:
     """`share`: the tokens that our mean counts over the tokens that TRL divides by. The importance ratio to another
@@ -89,8 +100,6 @@ def grpo_batch(micro: dict, args: SimpleNamespace, share: float) -> Batch:
         return np.pad(x, ((0, 0), (tokens.shape[1] - answer[1], 0)))
 
     ratio = micro.get("importance_sampling_ratio", np.ones((answer[0], 1)))
-    if args.loss_type == "vespo" and "importance_sampling_ratio" in micro:
-        raise Unsupported("vespo with importance_sampling_ratio: TRL multiplies it into the ratio of the answer")
     facts = {"temperature": whole(np.full(answer, args.temperature))}
     for ours, theirs in (("old_logp", "old_per_token_logps"), ("ref_logp", "ref_per_token_logps")):
         if theirs in micro:
@@ -113,7 +122,9 @@ def sampler_logp(micro: dict, args: SimpleNamespace) -> np.ndarray:
 def grpo_shares(window: list[dict], args: SimpleNamespace, alone: bool) -> list[float]:
     """Tokens of our mean over TRL's divisor, of each micro-batch: 1 where a loss is not divided by tokens counted
     before. alone: our mean is one of each micro-batch, divided by their number."""
-    if args.loss_type not in ("cispo", "dapo", "vespo"):
+    for micro in window:
+        require_grpo(micro, args)
+    if args.loss_type not in BY_TOKENS_TOLD:
         return [1.0] * len(window)
     tokens = [int((m["completion_mask"] * m.get("tool_mask", 1)).sum()) for m in window]
     ours = [len(window) * n for n in tokens] if alone else [sum(tokens)] * len(window)

@@ -262,8 +262,25 @@ OPTIMIZERS = {  # with torch's constants: optim_args are refused
 }
 
 
+def least_gradient() -> optax.GradientTransformation:
+    """Passes gradients on; its state is the smallest that each entry ever had, 0 apart, over the largest of its tensor.
+    Where float32 cannot tell size or sign of that, Adam makes a step of full size of the rounding."""
+
+    def init(params):
+        return jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), params)
+
+    def share(least, gradient):
+        size = jnp.abs(gradient)
+        return jnp.where(size > 0, jnp.minimum(least, size / size.max()), least)
+
+    return optax.GradientTransformation(
+        init, lambda grads, state, params=None: (grads, jax.tree.map(share, state, grads))
+    )
+
+
 def optimizer_of(args: SimpleNamespace, rates: list[float]) -> optax.GradientTransformation:
-    """`rates`: the learning rate of each step."""
+    """`rates`: the learning rate of each step. The first of its states is `least_gradient`'s."""
     rate = rates[0] if len(set(rates)) == 1 else lambda step: jnp.asarray(rates)[step]
     made = choose(OPTIMIZERS, "optim", str(args.optim))(rate, args)
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), made) if args.max_grad_norm else made
+    clip = optax.clip_by_global_norm(args.max_grad_norm) if args.max_grad_norm else optax.identity()
+    return optax.chain(least_gradient(), clip, made)
