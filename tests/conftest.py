@@ -1,5 +1,6 @@
 """Eight CPU devices, strict shapes, warnings as errors, one compilation cache for every test run of this user."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(NO_SHARED)
     return SHARED
+
+
+# XLA keeps some four memory maps for each compiled program; Linux allows a process 65,530, and the next is a crash.
+MAPS, finished = Path("/proc/self/maps"), itertools.count(1)
+
+
+def pytest_runtest_teardown(item):
+    """Compiled programs are given up before there are too many; what is needed again comes from the files' cache."""
+    if next(finished) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 deselected = []
