@@ -17,7 +17,8 @@ from models import tiny
 from rljax.models import decoder, hf
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
-TOLERANCE = 2e-5  # of a difference, relative to the standard deviation of the logits at its position, at least 1
+TOLERANCE = 2e-5  # relative to the standard deviation of the logits at a position, at least 1
+ROUNDING = 1e-6  # relative to the logit: Gemma's own token has 41, a float32 sum of 3,840 squares
 TOKENS = 24
 
 
@@ -179,5 +180,5 @@ def test_true_sizes(name, directory):
 
     places = (jnp.asarray(x[None], jnp.int32) for x in (ids, positions, np.ones_like(ids)))
     got = np.asarray(logits(params, *places)[0])
-    relative = np.abs(got - want).max(axis=1) / np.maximum(want.std(axis=1), 1.0)
-    assert relative.max() <= TOLERANCE
+    allowed = TOLERANCE * np.maximum(want.std(axis=1, keepdims=True), 1.0) + ROUNDING * np.abs(want)
+    assert (np.abs(got - want) / allowed).max() <= 1
