@@ -72,7 +72,7 @@ def main(cfg: Config) -> None:
 def compare(directory: str, texts: list[list[int]]) -> dict[str, Difference]:
     """The largest differences of each comparison, over all texts (token ids, two at least, of any lengths)."""
     logits, logps = transformers_says(directory, texts)
-    config = hf.read_config(directory)
+    config = hf.read_config(directory, max(map(len, texts)))
     params = {"decoder": hf.load(directory, config)}
     tokens, mask = pad_left(texts, max(map(len, texts)), 0)
     behind, _ = pad_left([ids[::-1] for ids in texts], tokens.shape[1], 0)
