@@ -84,7 +84,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
     key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
     state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=key, frozen=reference)
-    shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, start))
+    shardings = options.shardings_of(mesh, state, optimizer, task.config)
     update = make_update(policy_objective(task.policy, algorithm), optimizer, b.micro_batches, shardings)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
     with_reference = policy.make_annotate(task.policy, ("ref_logp",))

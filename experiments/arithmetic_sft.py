@@ -109,7 +109,7 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     algorithm, optimizer = sft(), options.optimizer(cfg.optimizer, cfg.steps)
     state = TrainState(0, params, optimizer.init(params), jax.random.fold_in(jax.random.key(cfg.seed), 1))
-    shardings = meshes.state_shardings(mesh, state, optimizer, policy.logical_axes(task.config, params))
+    shardings = options.shardings_of(mesh, state, optimizer, task.config)
     update = make_update(policy_objective(task.policy, algorithm), optimizer, shardings=shardings)
     seen, steps = task.train.first(8 if cfg.debug else 512), 1 if cfg.debug else cfg.steps
     say(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")

@@ -22,6 +22,7 @@ import options
 from rljax.models import decoder, hf, lora, peft
 from rljax.train.checkpoint import read_parts
 from rljax.train.log import say
+from rljax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +44,27 @@ def main(cfg: Config) -> None:
     config, (adapter, base) = hf.read_config(about), hf.read_adapter(about)
     if cfg.adapter == "separate" and adapter is None:
         raise ValueError(f"{cfg.run} trained no adapter; legal: --adapter merged")
-    step, parts = read_parts(Path(cfg.run) / "checkpoints", "params", "frozen", step=cfg.step or None)
+    here = base != about  # the model that an adapter is of, where it was: the checkpoint's copy need not be read
+    needed = ("params",) if cfg.adapter == "separate" or here else ("params", "frozen")
+    step, parts = read_parts(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
     trained = dict(parts["params"])
-    low_rank = trained.pop("lora", None)
+    low_rank, head = trained.pop("lora", None), trained.get("score_head")
     if cfg.adapter == "separate":
         peft.save_adapter(cfg.out, dataclasses.replace(config, adapter=adapter), low_rank, base)
     else:
-        whole, head = decoder.whole(config, trained, parts["frozen"]), trained.get("score_head")
-        params = whole["decoder"] if low_rank is None else merged(base, about, config, adapter, whole, low_rank)
+        params = hf.load(base, config) if here else decoder.whole(config, trained, parts["frozen"])["decoder"]
+        if low_rank is not None:
+            params = merged(adapter, params, low_rank, here)
         hf.save(cfg.out, config, params, about, cfg.dtype or None, int(cfg.shard_gigabytes * 10**9), head)
     say(f"written: {cfg.out}, of step {step}")
 
 
-def merged(base: Path, about: Path, config: decoder.DecoderConfig, adapter: lora.Lora, whole: dict, low_rank: dict):
-    """The decoder's parameters with the adapter in them."""
-    if base == about:
+def merged(adapter: lora.Lora, base: Params, low_rank: Params, here: bool) -> Params:
+    """The decoder's parameters with the adapter in them, in float32."""
+    if not here:
         say("the base is no longer where it was: the checkpoint's copy of it is taken")
-        full = jax.tree.map(lambda x: x.astype(jnp.float32), whole["decoder"])
-    else:
-        full = hf.load(base, config)
-    return lora.merge(adapter, full, low_rank)
+        base = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+    return lora.merge(adapter, base, low_rank)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""Compiled temporary memory of one GRPO update as the vocabulary grows, and of loading a checkpoint.
+r"""Compiled temporary memory of one GRPO update as the vocabulary grows.
 
     python experiments/benchmarks/memory.py
 

@@ -22,7 +22,7 @@ from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_config as read_config
 from rljax.models.families import read_raw
-from rljax.models.layout import KEPT, Piece, inputs_of, is_stacked, keys, pieces, some, written_whole
+from rljax.models.layout import KEPT, Piece, inputs_of, is_stacked, keys, pieces, shapes_of, some, written_whole
 from rljax.models.lora import Lora
 from rljax.types import Params
 
@@ -41,10 +41,8 @@ def load(directory: str | Path, config: DecoderConfig, shardings: Params | None 
     missing, unknown or misshapen tensor.
     """
     files, wanted = stored_files(Path(directory)), pieces(config, is_fused(directory))
-    _require_the_same(directory, config, files, {piece.name for found in wanted.values() for piece in found})
-    heights: dict[str, int] = {}
-    for piece in (piece for found in wanted.values() for piece in found):
-        heights[piece.name] = max(heights.get(piece.name, 0), piece.start + piece.rows)
+    stored = shapes_of(piece for found in wanted.values() for piece in found)
+    _require_the_same(directory, config, files, stored)
     shapes = decoder.abstract(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda _: here, shapes) if shardings is None else shardings
@@ -53,27 +51,24 @@ def load(directory: str | Path, config: DecoderConfig, shardings: Params | None 
     read = {}
     # The largest first: what is alive for a moment beside the array being made is then small.
     for path in sorted(leaves, key=lambda path: -math.prod(leaves[path].shape)):
-        for piece in wanted[path]:
-            _require_shape(directory, files, piece, heights[piece.name])
         read[path] = _place(files, path, wanted[path], leaves[path].shape, places[path], dtype)
     return jax.tree.map_with_path(lambda path, _: read[keys(path)], shapes)
 
 
-def _require_the_same(directory, config: DecoderConfig, files: dict[str, Path], wanted: set[str]) -> None:
-    unknown = {n for n in files if not n.endswith("rotary_emb.inv_freq")} - wanted - {SCORE}
+def _require_the_same(directory, config: DecoderConfig, files: dict[str, Path], wanted: dict[str, tuple]) -> None:
+    """The tensors there are those of the config, in names and shapes; each file is opened once."""
+    unknown = {n for n in files if not n.endswith("rotary_emb.inv_freq")} - wanted.keys() - {SCORE}
     if config.tied:
         unknown -= {"lm_head.weight"}
-    missing = wanted - set(files)
+    missing = wanted.keys() - files.keys()
     if missing or unknown:
         raise ValueError(f"{directory}: tensors missing {some(missing)}; not of this family {some(unknown)}")
-
-
-def _require_shape(directory, files: dict[str, Path], piece: Piece, height: int) -> None:
-    want = (height,) if piece.columns is None else (height, piece.columns)
-    with safe_open(files[piece.name], framework="numpy") as opened:
-        shape = tuple(opened.get_slice(piece.name).get_shape())
-    if shape != want:
-        raise ValueError(f"{directory}: {piece.name} has shape {shape}; config.json makes it {want}")
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="numpy") as opened:
+            for name in sorted(wanted.keys() & opened.keys()):
+                shape = tuple(opened.get_slice(name).get_shape())
+                if shape != wanted[name]:
+                    raise ValueError(f"{directory}: {name} has shape {shape}; config.json makes it {wanted[name]}")
 
 
 def _place(files: dict[str, Path], path: tuple, found: list[Piece], shape, sharding, dtype) -> jax.Array:

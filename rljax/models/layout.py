@@ -17,6 +17,7 @@ import jax
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
+from rljax.models.lora import INPUTS
 
 VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "out_bias", "gate_bias", "up_bias", "down_bias")
 KEPT = (*VECTORS, "embedding")  # stored as they are; matrices are [out, in] there and [in, out] here
@@ -49,6 +50,15 @@ def pieces(config: DecoderConfig, fused: bool = False) -> dict[tuple, list[Piece
     return _fuse(out) if fused else out
 
 
+def shapes_of(found: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored tensors that these are all the pieces of."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for piece in found:
+        rows = max(piece.start + piece.rows, *shapes.get(piece.name, (0,))[:1])
+        shapes[piece.name] = (rows,) if piece.columns is None else (rows, piece.columns)
+    return shapes
+
+
 def keys(path) -> tuple:
     """A path of jax's as the names in it."""
     return tuple(key.key for key in path)
@@ -61,7 +71,7 @@ def is_stacked(path: tuple, shape: tuple[int, ...]) -> bool:
 
 def inputs_of(path: tuple) -> int:
     """Leading axes of ours that are the matrix's input."""
-    return 2 if path[-1] == "out" else 1
+    return INPUTS.get(path[-1], 1)
 
 
 def _names(config: DecoderConfig, path: tuple) -> list[str]:

@@ -22,7 +22,7 @@ from rljax.algorithms.dpo import alike, desensitised, diverging, dpo, likelihood
 from rljax.algorithms.pairs import every_token, preference_objective
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_raw
-from rljax.models.layout import VECTORS
+from rljax.models.parts import matrices
 from rljax.models.policy import make_annotate, make_policy
 from rljax.ops import preferences
 from rljax.train.objective import policy_objective
@@ -232,14 +232,9 @@ def grpo_method(policy: Callable, args: SimpleNamespace) -> Method:
 # ----------------------------------------------------------------------------------------------------------- optimizer
 
 
-def decayed(params: Params) -> Params:
-    """True on matrices (embeddings are), False on norms and biases."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in VECTORS, params)
-
-
 def adamw(rate, args: SimpleNamespace) -> optax.GradientTransformation:
     moments = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
-    return optax.adamw(rate, **moments, weight_decay=args.weight_decay, mask=decayed)
+    return optax.adamw(rate, **moments, weight_decay=args.weight_decay, mask=matrices)
 
 
 def decayed_first(scaling: optax.GradientTransformation) -> Callable:
@@ -247,7 +242,7 @@ def decayed_first(scaling: optax.GradientTransformation) -> Callable:
 
     def make(rate, args):
         return optax.chain(
-            optax.add_decayed_weights(args.weight_decay, decayed), scaling, optax.scale_by_learning_rate(rate)
+            optax.add_decayed_weights(args.weight_decay, matrices), scaling, optax.scale_by_learning_rate(rate)
         )
 
     return make
