@@ -12,15 +12,18 @@ from jaxtyping import Array, Float, Int, Key
 Probs = Float[Array, "B V"]
 
 
-def row_keys(seed: Int[Array, ""], step: Int[Array, ""], prompt: Int[Array, " B"], sample: Int[Array, " B"]):
+def row_keys(seed: Int[Array, ""], step: Int[Array, "*#B"], prompt: Int[Array, " B"], sample: Int[Array, " B"]):
     """One key per row: fold_in(seed, step, prompt, sample). [B]"""
-    base = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(prompt, sample)
+    fold = jax.vmap(jax.random.fold_in)
+    base = fold(jnp.broadcast_to(jax.random.key(seed), prompt.shape), jnp.broadcast_to(step, prompt.shape))
+    return fold(fold(base, prompt), sample)
 
 
-def token_uniforms(keys: Key[Array, " B"], position: Int[Array, ""]) -> Float[Array, " B"]:
-    """The number in [0, 1) that draws the token at `position` of each row's answer."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
+def token_uniforms(keys: Key[Array, " B"], position: Int[Array, "*#B"]) -> Float[Array, " B"]:
+    """The number in [0, 1) that draws the token at `position` (of each row, or of all) of each row's answer."""
+    return jax.vmap(lambda key, p: jax.random.uniform(jax.random.fold_in(key, p)))(
+        keys, jnp.broadcast_to(position, keys.shape)
+    )
 
 
 def argmax(x: Float[Array, "*N V"]) -> Int[Array, "*N"]:
