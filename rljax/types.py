@@ -196,7 +196,9 @@ class Sampling:
     top_k: Array | int | None = None  # keep the k most likely tokens
     top_p: Array | float | None = None  # keep the likeliest tokens that hold this share
     min_p: Array | float | None = None  # keep tokens with p >= min_p * max p
-    repetition_penalty: Array | float | None = None  # logits of tokens seen before, prompt included: z/r, or z·r below 0
+    repetition_penalty: Array | float | None = (
+        None  # logits of tokens seen before, prompt included: z/r, or z·r below 0
+    )
     logit_bias: Array | None = None  # [V] or [P V] added to the logits
     min_tokens: Array | int | None = None  # no stop token before an answer has so many
     stop_strings: Array | None = None  # automaton that reads tokens (`data.tokenizer.stop_strings`)

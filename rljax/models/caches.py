@@ -1,6 +1,6 @@
 """The cache of a decoder: a plain pytree of keys and values, and of what stands in which column.
 
-    layers               one {"key", "value"} a layer, each [B S KV K]
+    layers               one {"key" [B KV K S], "value" [B KV S K]} a layer
     positions, segments  [B S]; segment 0: nothing there
     length               [B] columns in use: where a row's next token goes
     routing              [B S M k] experts that each token took (mixture models)
@@ -16,13 +16,14 @@ from rljax.models.attention import Sight
 
 Cache = dict
 COLUMNS = ("layers", "positions", "segments", "routing")  # what has a column for each token
+AXIS = {"key": 3, "value": 2}  # of the columns, where it is not 1
 
 
 def init(layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtype, routing=None) -> Cache:
     """An empty cache for `rows` rows of up to `length` tokens. routing: (mixture layers, experts taken, dtype)."""
-    buffer = jnp.zeros((rows, length, kv_heads, head_dim), dtype)
+    shapes = {"key": (rows, kv_heads, head_dim, length), "value": (rows, kv_heads, length, head_dim)}
     cache = {
-        "layers": [{"key": buffer, "value": buffer} for _ in range(layers)],
+        "layers": [{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()} for _ in range(layers)],
         "positions": jnp.zeros((rows, length), jnp.int32),
         "segments": jnp.zeros((rows, length), jnp.int32),
         "length": jnp.zeros(rows, jnp.int32),
@@ -33,11 +34,24 @@ def init(layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtyp
     return cache
 
 
-def write(buffer, new, where):
-    """Put new [B T ...] into buffer [B S ...] at column where[b] of each row."""
-    return jax.vmap(lambda b, n, w: jax.lax.dynamic_update_slice_in_dim(b, n.astype(b.dtype), w, axis=0))(
-        buffer, new, where
-    )
+def write(buffer, new, where, axis: int = 1):
+    """Put new [B T ...] into buffer [B S ...] at column where[b] of each row; `axis`: where both have their columns."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    return jax.vmap(lambda b, n, w: put(b, n.astype(b.dtype), w, axis=axis - 1))(buffer, new, where)
+
+
+def append(layer: dict, key, value, where) -> dict:
+    """The layer with keys and values [B T KV K] of new columns."""
+    new = {"key": jnp.moveaxis(key, 1, 3), "value": jnp.moveaxis(value, 1, 2)}
+    return {name: write(layer[name], new[name], where, AXIS[name]) for name in layer}
+
+
+def _axis(path) -> int:
+    return AXIS.get(getattr(path[-1], "key", None), 1)
+
+
+def _columns(cache: Cache) -> Cache:
+    return {name: cache[name] for name in COLUMNS if name in cache}
 
 
 def see(positions, segments, cache: Cache | None):
@@ -65,28 +79,35 @@ def gather(cache: Cache, rows) -> Cache:
 def scatter(cache: Cache, rows, other: Cache) -> Cache:
     """The cache with rows[i] replaced by row i of `other`, which may be shorter: refills finished slots."""
 
-    def put(x, y):
-        return x.at[rows, : y.shape[1]].set(y)
+    def put(path, x, y):
+        axis = _axis(path)
+        return x.at[(rows, *(slice(None),) * (axis - 1), slice(y.shape[axis]))].set(y)
 
-    names = [name for name in COLUMNS if name in cache and name != "segments"]
-    filled = jax.tree.map(put, {name: cache[name] for name in names}, {name: other[name] for name in names})
+    filled = jax.tree.map_with_path(put, _columns(cache), _columns(other))
     blank = ((0, 0), (0, cache["segments"].shape[1] - other["segments"].shape[1]))
-    segments = cache["segments"].at[rows].set(jnp.pad(other["segments"], blank))
-    return {**cache, **filled, "segments": segments, "length": cache["length"].at[rows].set(other["length"])}
+    filled["segments"] = cache["segments"].at[rows].set(jnp.pad(other["segments"], blank))
+    return cache | filled | {"length": cache["length"].at[rows].set(other["length"])}
 
 
 def grow(cache: Cache, columns: int) -> Cache:
     """The cache with that many more columns, empty."""
-    own = {name: cache[name] for name in COLUMNS if name in cache}
-    return cache | jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, columns)) + ((0, 0),) * (x.ndim - 2)), own)
+
+    def more(path, x):
+        return jnp.pad(x, [(0, columns if axis == _axis(path) else 0) for axis in range(x.ndim)])
+
+    return cache | jax.tree.map_with_path(more, _columns(cache))
 
 
 def fork(cache: Cache, n: int, columns: int) -> Cache:
     """n rows for each row of the cache, which they share, with that many empty columns of their own."""
-    shared = {name: cache[name] for name in COLUMNS if name in cache}
     rows = cache["length"].shape[0] * n
-    own = jax.tree.map(lambda x: jnp.zeros((rows, columns, *x.shape[2:]), x.dtype), shared)
-    return own | {"length": jnp.zeros(rows, jnp.int32), "shared": shared}
+
+    def empty(path, x):
+        sizes = {0: rows, _axis(path): columns}
+        return jnp.zeros([sizes.get(axis, size) for axis, size in enumerate(x.shape)], x.dtype)
+
+    shared = _columns(cache)
+    return jax.tree.map_with_path(empty, shared) | {"length": jnp.zeros(rows, jnp.int32), "shared": shared}
 
 
 def copies(cache: Cache, n: int, columns: int) -> Cache:

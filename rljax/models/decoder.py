@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rljax.models import caches, rope
-from rljax.models.attention import Implementation, Sight, attend
+from rljax.models.attention import Implementation, Sight, attend, look_up
 from rljax.models.exact import ROWS, at_least, tree_sum
 from rljax.models.experts import Experts, mix, route
 from rljax.models.lora import Adapted, Lora, attach
@@ -61,6 +61,7 @@ class DecoderConfig:
     tied: bool = True  # logits from the embedding table, no separate head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     attention: Implementation = "auto"
+    fused: bool = False  # queries, keys and values in one matrix, gate and up in another: `fuse`, for decoding
     exact: bool = False  # a token's numbers are the same bits decoded or scored, alone or in any batch
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
 
@@ -73,6 +74,10 @@ class DecoderConfig:
 
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else rope.default(10_000.0, self.head_dim)
+
+    def tables(self) -> list[Rope]:
+        """Those of the layers, each once."""
+        return [table for table in dict.fromkeys(map(self.rope, range(self.layers))) if table is not None]
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
@@ -137,38 +142,53 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
         D, H, KV, K = config.width, config.heads, config.kv_heads, config.head_dim
-        self.query = _param(rngs, (D, H, K), ("embed", "heads", None), D)
-        self.key = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
-        self.value = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+        if config.fused:
+            self.fused = _param(rngs, (D, KV, H // KV + 2, K), ("embed", "kv_heads", None, None), D)
+            self.fused_bias = _bias(config.qkv_bias, (KV, H // KV + 2, K), ("kv_heads", None, None))
+        else:
+            self.query = _param(rngs, (D, H, K), ("embed", "heads", None), D)
+            self.key = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+            self.value = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+            self.query_bias = _bias(config.qkv_bias, (H, K), ("heads", None))
+            self.key_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
+            self.value_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
         self.out = _param(rngs, (H, K, D), ("heads", None, "embed"), H * K)
-        self.query_bias = _bias(config.qkv_bias, (H, K), ("heads", None))
-        self.key_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
-        self.value_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
         self.out_bias = _bias(config.out_bias, (D,), (None,))
         if config.qk_norm == "head":
             self.query_norm, self.key_norm = RMSNorm(config, (K,)), RMSNorm(config, (K,))
         elif config.qk_norm == "whole":
             self.query_norm = RMSNorm(config, (H, K), ("heads", None))
             self.key_norm = RMSNorm(config, (KV, K), ("kv_heads", None))
-        self.config, self.rope, self.window = config, config.rope(layer), config.window(layer)
+        table, self.window = config.rope(layer), config.window(layer)
+        self.config, self.table = config, None if table is None else config.tables().index(table)
 
-    def __call__(self, x, sight: Sight, cache, where):
+    def __call__(self, x, sight: Sight, turns, cache, where):
         c = self.config
-        query = project(x, _value(self.query), _value(self.query_bias), exact=c.exact)
-        key = project(x, _value(self.key), _value(self.key_bias), exact=c.exact)
-        value = project(x, _value(self.value), _value(self.value_bias), exact=c.exact)
+        query, key, value = self.projections(x)
         if c.qk_norm != "none":
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.rope is not None:
-            query, key = (rope.rotate(x, sight.positions, self.rope) for x in (query, key))
-        keys = [(key, value)]
-        if cache is not None:
-            shared, own = cache
-            own = {name: caches.write(own[name], new, where) for name, new in (("key", key), ("value", value))}
-            keys, cache = [(part["key"], part["value"]) for part in (shared, own) if part is not None], own
+        if self.table is not None:
+            query, key = (rope.rotate(x, turns[self.table]) for x in (query, key))
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        seen = attend(query, keys, sight, scale, self.window, c.attention_softcap, "blocks" if c.exact else c.attention)
+        if cache is None:
+            how = "blocks" if c.exact else c.attention
+            seen = attend(query, key, value, sight, scale, self.window, c.attention_softcap, how)
+        else:
+            shared, own = cache
+            cache = caches.append(own, key, value, where)
+            keys = [(part["key"], part["value"]) for part in (shared, cache) if part is not None]
+            seen = look_up(query, keys, sight, scale, self.window, c.attention_softcap, c.exact)
         return project(seen, _value(self.out), _value(self.out_bias), 2, c.exact), cache
+
+    def projections(self, x):
+        """Queries [B T H K], keys and values [B T KV K]."""
+        if not self.config.fused:
+            names = ("query", "key", "value")
+            pairs = [(_value(getattr(self, name)), _value(getattr(self, f"{name}_bias"))) for name in names]
+            return [project(x, weight, bias, exact=self.config.exact) for weight, bias in pairs]
+        out = project(x, _value(self.fused), _value(self.fused_bias), exact=self.config.exact)
+        query = out[..., :-2, :]
+        return query.reshape(*x.shape[:-1], self.config.heads, -1), out[..., -2, :], out[..., -1, :]
 
 
 def _value(param: nnx.Param | None):
@@ -179,17 +199,25 @@ def _value(param: nnx.Param | None):
 class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, F = config.width, config.mlp_width
-        self.gate = _param(rngs, (D, F), ("embed", "mlp"), D)
-        self.up = _param(rngs, (D, F), ("embed", "mlp"), D)
+        if config.fused:
+            self.fused = _param(rngs, (D, 2, F), ("embed", None, "mlp"), D)
+            self.fused_bias = _bias(config.mlp_bias, (2, F), (None, "mlp"))
+        else:
+            self.gate = _param(rngs, (D, F), ("embed", "mlp"), D)
+            self.up = _param(rngs, (D, F), ("embed", "mlp"), D)
+            self.gate_bias = _bias(config.mlp_bias, (F,), ("mlp",))
+            self.up_bias = _bias(config.mlp_bias, (F,), ("mlp",))
         self.down = _param(rngs, (F, D), ("mlp", "embed"), F)
-        self.gate_bias = _bias(config.mlp_bias, (F,), ("mlp",))
-        self.up_bias = _bias(config.mlp_bias, (F,), ("mlp",))
         self.down_bias = _bias(config.mlp_bias, (D,), (None,))
-        self.activation, self.exact = config.activation, config.exact
+        self.activation, self.fuses, self.exact = config.activation, config.fused, config.exact
 
     def __call__(self, x, routing=None):
-        gate = project(x, _value(self.gate), _value(self.gate_bias), exact=self.exact)
-        up = project(x, _value(self.up), _value(self.up_bias), exact=self.exact)
+        if self.fuses:
+            both = project(x, _value(self.fused), _value(self.fused_bias), exact=self.exact)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate = project(x, _value(self.gate), _value(self.gate_bias), exact=self.exact)
+            up = project(x, _value(self.up), _value(self.up_bias), exact=self.exact)
         inner = ACTIVATIONS[self.activation](gate) * up
         return project(inner, _value(self.down), _value(self.down_bias), exact=self.exact), None
 
@@ -223,9 +251,9 @@ class Block(nnx.Module):
         self.mlp = Mixture(config, rngs) if config.is_mixture(layer) else MLP(config, rngs)
         self.norms = config.norms
 
-    def __call__(self, x, sight: Sight, cache, where, routing):
+    def __call__(self, x, sight: Sight, turns, cache, where, routing):
         before, after = self.norms != "after", self.norms != "before"
-        change, cache = self.attention(self.attention_norm(x) if before else x, sight, cache, where)
+        change, cache = self.attention(self.attention_norm(x) if before else x, sight, turns, cache, where)
         x = x + (self.attention_post_norm(change) if after else change)
         change, chosen = self.mlp(self.mlp_norm(x) if before else x, routing)
         return x + (self.mlp_post_norm(change) if after else change), cache, chosen
@@ -249,11 +277,12 @@ class Decoder(nnx.Module):
         layers = [None] * config.layers if cache is None else caches.by_layer(cache)
         x = self.embedding[...][tokens].astype(config.dtype)
         x = x if config.embedding_scale == 1.0 else x * jnp.asarray(config.embedding_scale, x.dtype)
+        turns = [rope.turns(positions, table) for table in config.tables()]
         kept, record, mixtures = [], [], config.experts.layers if config.experts else ()
         for i, block in enumerate(self.layers):
             run = _rematerialised(block, config.remat if cache is None else "none")
             replayed = routing[:, :, mixtures.index(i)] if routing is not None and i in mixtures else None
-            x, layer_cache, chosen = run(x, sight, layers[i], where, replayed)
+            x, layer_cache, chosen = run(x, sight, turns, layers[i], where, replayed)
             kept.append(layer_cache)
             record += [] if chosen is None else [chosen]
         if cache is not None:
@@ -350,17 +379,50 @@ def _overlay(below: Params, above: Params) -> Params:
     return out
 
 
+def fuse(config: DecoderConfig, params: Params) -> Params:
+    """The parameters as a config with `fused` has them: fewer and larger matmuls, of which decoding is made."""
+
+    def joined(attention: Params) -> Params:
+        heads = lambda x: x.reshape(*x.shape[:-2], config.kv_heads, -1, config.head_dim)  # noqa: E731
+        kept = {name: x for name, x in attention.items() if name.partition("_bias")[0] not in ("query", "key", "value")}
+        for end in ("", "_bias") if config.qkv_bias else ("",):
+            parts = [heads(attention[name + end]) for name in ("query", "key", "value")]
+            kept["fused" + end] = jnp.concatenate(parts, axis=-2)
+        return kept
+
+    def paired(mlp: Params) -> Params:
+        kept = {name: x for name, x in mlp.items() if name.partition("_bias")[0] not in ("gate", "up")}
+        for end in ("", "_bias") if config.mlp_bias else ("",):
+            kept["fused" + end] = jnp.stack([mlp["gate" + end], mlp["up" + end]], axis=-2)
+        return kept
+
+    def block(i: int, layer: Params) -> Params:
+        mlp = layer["mlp"] if config.is_mixture(i) else paired(layer["mlp"])
+        return layer | {"attention": joined(layer["attention"]), "mlp": mlp}
+
+    return params | {"layers": {i: block(i, layer) for i, layer in params["layers"].items()}}
+
+
 @lru_cache
 def language_model(config: DecoderConfig) -> LM:
-    """The decoder as a sampler sees it. Its parameters are those that `whole` takes."""
+    """The decoder as a sampler sees it. Its parameters are those that `whole` takes.
+
+    On one device, and without an adapter, `prepare` fuses matrices: on a mesh that would move them.
+    """
+    fused = dataclasses.replace(config, fused=jax.device_count() == 1 and config.adapter is None)
+
+    def prepare(params: Params, frozen: Params) -> tuple[Params, Params]:
+        params = whole(config, params, frozen)["decoder"]
+        return fuse(config, params) if fused.fused else params, {}
+
     return LM(
         init_cache=partial(init_cache, config),
-        forward=lambda params, frozen, *args: forward(config, whole(config, params, frozen)["decoder"], *args),
-        logits=lambda params, frozen, hidden: logits(config, whole(config, params, frozen)["decoder"], hidden),
+        forward=lambda params, _, *args: forward(fused, params, *args),
+        logits=lambda params, _, hidden: logits(fused, params, hidden),
         gather=caches.gather,
         scatter=caches.scatter,
         fork=caches.copies if config.exact else caches.fork,
         grow=caches.grow,
-        prepare=lambda params, frozen: (whole(config, params, frozen), {}),
+        prepare=prepare,
         routing=None if config.experts is None else caches.routing,
     )

@@ -71,7 +71,8 @@ def place(rows: Rows, step: int) -> Prompts:
     number, began = jnp.asarray(rows.number), rows.began
     if rows.requests is not None:
         requests = np.asarray(rows.requests)
-        if requests.ndim != 2 or not len(requests) or not (0 <= requests[:, 0]).all() or requests[:, 0].max() >= len(rows.number):
+        legal = requests.ndim == 2 and len(requests) and requests.min() >= 0 and requests[:, 0].max() < len(rows.number)
+        if not legal:
             raise ValueError(f"rows.requests: legal: [R 2] of (row below {len(rows.number)}, answer), at least one")
     return Prompts(
         tokens=jnp.asarray(rows.tokens),
@@ -127,9 +128,11 @@ def remember(prompts: Prompts, sampling: Sampling, vocabulary: int) -> Memory:
     if sampling.repetition_penalty is not None:
         seen = jnp.zeros((len(rows), vocabulary), bool).at[rows, prompts.tokens].max(prompts.mask)
     if sampling.stop_strings is not None:
+
         def column(state, token_and_chosen):
             token, chosen = token_and_chosen
             return jnp.where(chosen, follow(sampling.stop_strings, state, token), state), None
+
         start = jnp.zeros(len(rows), jnp.int32)
         read, _ = jax.lax.scan(column, start, (prompts.tokens.T, prompts.chosen.T))
     return Memory(seen, read)

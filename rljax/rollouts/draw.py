@@ -80,14 +80,13 @@ def draw(logits, uniform, t, settings: Settings, memory: Memory, sampling: Sampl
     shaped = _shape(logits.astype(jnp.float32), t, settings, memory, stop)
     greedy = settings.temperature == 0
     used = jnp.where(greedy, 1.0, settings.temperature)
-    probs = jax.nn.softmax(shaped / used[:, None], axis=-1)
-    probs = ops.truncate(probs, settings.top_k, settings.top_p, settings.min_p)
-    token = jnp.where(greedy, ops.argmax(shaped), ops.invert_cdf(probs, uniform))
+    masses = ops.truncate(ops.masses(shaped, used), settings.top_k, settings.top_p, settings.min_p)
+    masses = jnp.where(greedy[:, None], masses == masses.max(axis=-1, keepdims=True), masses)
+    token = ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))
     if sampling.logp == "policy":
         logp = chosen_logp(logits, token, used)
     else:
-        share = jnp.take_along_axis(probs, token[:, None], axis=-1)[:, 0] / probs.sum(axis=-1)
-        logp = jnp.where(greedy, 0.0, jnp.log(share))
+        logp = jnp.log(jnp.take_along_axis(masses, token[:, None], axis=-1)[:, 0] / masses.sum(axis=-1))
     ended = (token[:, None] == stop[None]).any(axis=1)
     if memory.seen is not None:
         memory = memory.replace(seen=memory.seen.at[jnp.arange(len(token)), token].set(True))

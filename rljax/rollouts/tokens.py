@@ -117,4 +117,3 @@ def advance(lm: LM, state: Decoding, settings: Settings, sampling: Sampling, end
         return Decoding(cache, hidden[:, 0], answers, memory, t + 1)
 
     return jax.lax.while_loop(more, one, state)
-
