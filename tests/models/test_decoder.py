@@ -151,7 +151,7 @@ def test_forked_and_refilled_caches_go_on(tmp_path):
     forked = caches.fork(caches.gather(cache, jnp.array([0])), 2, len(go_on[0]))
     for logits in run(apply, config, params, rows(go_on, go_on), forked)[0]:
         np.testing.assert_allclose(logits, want[5:], **TOLERANCE)
-    assert caches.routing(forked).shape == cache["routing"].shape
+    assert caches.routing(forked).shape[1] == len(one) + len(go_on[0])
 
 
 @pytest.mark.parametrize(
