@@ -22,8 +22,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import tyro
-
 from common import W1, W2, alternately, bandwidth, peak, prompts
+
 from rljax.models import decoder, policy
 from rljax.ops.logprobs import chosen_logp
 from rljax.ops.sampling import invert_cdf, masses
@@ -113,7 +113,9 @@ def main(cfg: Config) -> dict[str, float]:
     lm, exact_lm, stop = *map(decoder.language_model, (config, exact)), tuple(range(config.vocabulary * 4 // answer))
     plain = Sampling(n=n, max_tokens=answer)
     queue = prompts(config, 4 * B, length)
-    quarters = [queue._replace(tokens=queue.tokens[i::4], mask=queue.mask[i::4], number=queue.number[i::4]) for i in range(4)]
+    quarters = [
+        queue._replace(tokens=queue.tokens[i::4], mask=queue.mask[i::4], number=queue.number[i::4]) for i in range(4)
+    ]
     ending = Sampling(max_tokens=answer, stop=stop)
     draw = lambda rows, sampling, lm=lm: lambda i: sample(lm, params, {}, rows, sampling, 0, i)  # noqa: E731
     works = {

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-
 from common import W1, peak, prompts, seconds
+
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
 from rljax.rollouts.tokens import sample
@@ -23,6 +23,7 @@ from rljax.train.log import say, table
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Sampling, TrainState
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rljax.models.exact import BLOCK, LANE, tree_sum
+from rljax.models.exact import BLOCK, LANE
+from rljax.ops.logprobs import tree_sum
 
 Implementation = Literal["auto", "xla", "blocks", "cudnn", "splash"]
 LANES = 128
@@ -142,12 +143,13 @@ def blocks(query, key, value, visible, scale: float, softcap: float | None):
     """The same bits for a query alone or among others, however many empty columns follow: keys in blocks of BLOCK.
 
     Within a block every product is small enough to be added in one order whatever the number of queries, where that
-    is a multiple of LANE; blocks are added one after the other; hidden columns and blocks add zeros. The maximum, of
+    is a multiple of LANE, or less and heads are no wider than BLOCK; blocks are added one after the other; hidden columns and blocks add zeros. The maximum, of
     which a softmax needs no last bit, loses it: XLA then makes no kernel of it and the exponential, which would round
     otherwise.
     """
     T, group = query.shape[1], query.shape[2] // key.shape[1]
-    more, extra = -T % (LANE // math.gcd(LANE, group)), -key.shape[3] % BLOCK
+    few = T * group <= LANE and query.shape[3] <= BLOCK
+    more, extra = 0 if few else -T % (LANE // math.gcd(LANE, group)), -key.shape[3] % BLOCK
     query = jnp.pad(query, ((0, 0), (0, more), (0, 0), (0, 0)))
     key = jnp.pad(key, ((0, 0), (0, 0), (0, 0), (0, extra)))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, extra), (0, 0)))

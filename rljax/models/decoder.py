@@ -20,10 +20,11 @@ from flax import nnx
 
 from rljax.models import caches, rope
 from rljax.models.attention import Implementation, Sight, attend, look_up
-from rljax.models.exact import ROWS, at_least, tree_sum
+from rljax.models.exact import ROWS, at_least
 from rljax.models.experts import Experts, mix, route
 from rljax.models.lora import Adapted, Lora, attach
 from rljax.models.rope import Rope
+from rljax.ops.logprobs import tree_sum
 from rljax.types import LM, Params
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
@@ -407,9 +408,10 @@ def fuse(config: DecoderConfig, params: Params) -> Params:
 def language_model(config: DecoderConfig) -> LM:
     """The decoder as a sampler sees it. Its parameters are those that `whole` takes.
 
-    On one device, and without an adapter, `prepare` fuses matrices: on a mesh that would move them.
+    On one device, and without an adapter, `prepare` fuses matrices: on a mesh that would move them. Not where numbers
+    are to be exact: in a matrix of other columns some are computed by another kernel.
     """
-    fused = dataclasses.replace(config, fused=jax.device_count() == 1 and config.adapter is None)
+    fused = dataclasses.replace(config, fused=jax.device_count() == 1 and config.adapter is None and not config.exact)
 
     def prepare(params: Params, frozen: Params) -> tuple[Params, Params]:
         params = whole(config, params, frozen)["decoder"]

@@ -5,7 +5,7 @@ Three things depend on the shape of a batch on XLA's CPU backend, and are done h
     matmuls        kernels for few rows add up products in another order: rows are padded to ROWS
     attention      so do products of few queries with many keys: keys come in blocks of BLOCK, queries in multiples of
                    LANE (`attention.blocks`)
-    sums           of a last axis are vectorised in more than one way: they are added as a tree
+    sums           of a last axis are vectorised in more than one way: they are added as a tree (`ops.logprobs.tree_sum`)
 
 Everything else is elementwise, a maximum or a gather.
 """
@@ -20,12 +20,3 @@ LANE = 16
 def at_least(x, rows: int):
     """x [M D] with rows of zeros up to `rows`."""
     return x if len(x) >= rows else jnp.pad(x, ((0, rows - len(x)), (0, 0)))
-
-
-def tree_sum(x):
-    """Sum over the last axis, halves added to halves."""
-    while x.shape[-1] > 1:
-        half = -(-x.shape[-1] // 2)
-        low, high = x[..., :half], x[..., half:]
-        x = low + jnp.pad(high, ((0, 0),) * (x.ndim - 1) + ((0, half - high.shape[-1]),))
-    return x[..., 0]

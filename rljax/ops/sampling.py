@@ -70,7 +70,9 @@ def _crossing(mass: Float[Array, "B N"], cdf: Float[Array, "B N"], target: Float
     return jnp.where(above.any(axis=-1), first, last)
 
 
-def _threshold(probs: Probs, target: Float[Array, "B 1"], low: Float[Array, "B 1"], reached, share) -> Float[Array, "B 1"]:
+def _threshold(
+    probs: Probs, target: Float[Array, "B 1"], low: Float[Array, "B 1"], reached, share
+) -> Float[Array, "B 1"]:
     """A τ with {p >= τ} the smallest such set whose `reached` is at least `target`.
 
     Non-negative floats sort as their bit patterns do. The interval of patterns that holds τ is cut by interpolation,
