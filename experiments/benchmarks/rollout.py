@@ -112,11 +112,10 @@ def main(cfg: Config) -> dict[str, float]:
     exact = dataclasses.replace(config, exact=True)
     lm, exact_lm, stop = *map(decoder.language_model, (config, exact)), tuple(range(config.vocabulary * 4 // answer))
     plain = Sampling(n=n, max_tokens=answer)
-    queue = prompts(config, 4 * B, length)
-    quarters = [
-        queue._replace(tokens=queue.tokens[i::4], mask=queue.mask[i::4], number=queue.number[i::4]) for i in range(4)
-    ]
-    ending = Sampling(max_tokens=answer, stop=stop)
+    queue = prompts(config, 4 * count, length)
+    cut = [slice(i * count, (i + 1) * count) for i in range(4)]
+    quarters = [queue._replace(tokens=queue.tokens[c], mask=queue.mask[c], number=queue.number[c]) for c in cut]
+    ending = Sampling(n=n, max_tokens=answer, stop=stop)
     draw = lambda rows, sampling, lm=lm: lambda i: sample(lm, params, {}, rows, sampling, 0, i)  # noqa: E731
     works = {
         "rollout": draw(rows, plain),

@@ -143,9 +143,8 @@ def blocks(query, key, value, visible, scale: float, softcap: float | None):
     """The same bits for a query alone or among others, however many empty columns follow: keys in blocks of BLOCK.
 
     Within a block every product is small enough to be added in one order whatever the number of queries, where that
-    is a multiple of LANE, or less and heads are no wider than BLOCK; blocks are added one after the other; hidden columns and blocks add zeros. The maximum, of
-    which a softmax needs no last bit, loses it: XLA then makes no kernel of it and the exponential, which would round
-    otherwise.
+    is a multiple of LANE, or less and heads are no wider than BLOCK; blocks are added one after the other; hidden
+    columns and blocks add zeros. The maximum loses its last bit for the reason given in `ops.logprobs.log_sum_exp`.
     """
     T, group = query.shape[1], query.shape[2] // key.shape[1]
     few = T * group <= LANE and query.shape[3] <= BLOCK

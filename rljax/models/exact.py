@@ -5,7 +5,8 @@ Three things depend on the shape of a batch on XLA's CPU backend, and are done h
     matmuls        kernels for few rows add up products in another order: rows are padded to ROWS
     attention      so do products of few queries with many keys: keys come in blocks of BLOCK, queries in multiples of
                    LANE (`attention.blocks`)
-    sums           of a last axis are vectorised in more than one way: they are added as a tree (`ops.logprobs.tree_sum`)
+    sums           of a last axis are vectorised in more than one way: they are added as a tree, as in
+                   `ops.logprobs.log_sum_exp`
 
 Everything else is elementwise, a maximum or a gather.
 """

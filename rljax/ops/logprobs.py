@@ -32,7 +32,7 @@ def log_sum_exp(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 
 
 def tree_sum(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """Sum over the last axis, halves added to halves: in one order, where a reduction is vectorised as its shape asks."""
+    """Sum over the last axis, halves added to halves: in one order, where a reduction's depends on its shape."""
     while x.shape[-1] > 1:
         half = -(-x.shape[-1] // 2)
         high = jnp.pad(x[..., half:], ((0, 0),) * (x.ndim - 1) + ((0, 2 * half - x.shape[-1]),))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 Probs = Float[Array, "B V"]
+Rows = Float[Array, "B 1"]
 
 
 def row_keys(seed: Int[Array, ""], step: Int[Array, "*#B"], prompt: Int[Array, " B"], sample: Int[Array, " B"]):
@@ -70,9 +71,7 @@ def _crossing(mass: Float[Array, "B N"], cdf: Float[Array, "B N"], target: Float
     return jnp.where(above.any(axis=-1), first, last)
 
 
-def _threshold(
-    probs: Probs, target: Float[Array, "B 1"], low: Float[Array, "B 1"], reached, share
-) -> Float[Array, "B 1"]:
+def _threshold(probs: Probs, target: Rows, low: Rows, reached, share) -> Rows:
     """A τ with {p >= τ} the smallest such set whose `reached` is at least `target`.
 
     Non-negative floats sort as their bit patterns do. The interval of patterns that holds τ is cut by interpolation,
@@ -105,7 +104,7 @@ def _threshold(
 
     high = bits(probs.max(axis=-1, keepdims=True)) + 1
     bounds = bits(low), high, reached(probs >= low), jnp.zeros_like(low)
-    turns, (low, *_) = jax.lax.while_loop(lambda state: unsettled(*state[1]).any(), cut, (0, bounds))
+    _, (low, *_) = jax.lax.while_loop(lambda state: unsettled(*state[1]).any(), cut, (0, bounds))
     return float_of(low)
 
 

@@ -140,7 +140,7 @@ def remember(prompts: Prompts, sampling: Sampling, vocabulary: int) -> Memory:
 
 def unfinished(answers: Answers, count: int, sampling: Sampling) -> Array:
     """Whether there is anything left to draw of `count` answers."""
-    return answers.over.sum() < min(sampling.enough or count, count)
+    return answers.over[:count].sum() < min(sampling.enough or count, count)
 
 
 def trajectory(

@@ -91,7 +91,7 @@ def refill(lm: LM, state: Slots, waiting, source, R: int) -> Slots:
         return (state.next < R) & (state.who == R).any()
 
     def fill(state: Slots):
-        slot = ops.argmax((state.who == R).astype(jnp.int32))[None]
+        slot = ops.argmax((state.who == R).astype(jnp.float32))[None]
         cache, hidden, memory = take(lm, waiting, source[state.next][None])
         return state.replace(
             cache=lm.scatter(state.cache, slot, cache),
