@@ -20,7 +20,7 @@ from flax import nnx
 
 from rljax.models import caches, rope
 from rljax.models.attention import Implementation, Sight, attend, look_up
-from rljax.models.exact import ROWS, at_least
+from rljax.models.exact import LANE, ROWS, at_least
 from rljax.models.experts import Experts, mix, route
 from rljax.models.lora import Adapted, Lora, attach
 from rljax.models.rope import Rope
@@ -72,6 +72,8 @@ class DecoderConfig:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.layers} layers")
         if self.exact and self.experts is not None:
             raise ValueError("exact: the products of experts depend on how many tokens each gets; legal: no experts")
+        if self.exact and self.head_dim % LANE:
+            raise ValueError(f"exact: head_dim is {self.head_dim}; legal: multiples of {LANE}")
 
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else rope.default(10_000.0, self.head_dim)

@@ -187,7 +187,7 @@ def test_the_penalty_reaches_what_was_drawn(params):
 SHAPES = [
     {},
     {"heads": 4, "kv_heads": 1, "head_dim": 128, "norms": "both", "attention_softcap": 20.0, "windows": (16, None)},
-    {"heads": 6, "kv_heads": 2, "head_dim": 24, "qk_norm": "head", "qkv_bias": True, "mlp_width": 72, "tied": False},
+    {"heads": 6, "kv_heads": 2, "head_dim": 48, "qk_norm": "head", "qkv_bias": True, "mlp_width": 72, "tied": False},
 ]
 
 
@@ -223,14 +223,20 @@ def test_exact_means_no_gap_at_all(changes):
             np.testing.assert_array_equal(jnp.where(want.mask, logp, 0.0), jnp.where(want.mask, want.logp, 0.0))
 
 
-def test_exact_is_no_other_model(params, rows):
-    exact = dataclasses.replace(CONFIG, exact=True)
-    traj = sample(LM, params, {}, rows, SAMPLING, SEED, 3)
-    assert gap(params, traj, exact) < 1e-5
+def test_exact_is_no_other_model(rows):
+    config = dataclasses.replace(CONFIG, head_dim=16)
+    params = policy.init(config, jax.random.key(0))
+    traj = sample(decoder.language_model(config), params, {}, rows, SAMPLING, SEED, 3)
+    assert gap(params, traj, dataclasses.replace(config, exact=True)) < 1e-5
+
+
+def test_exact_refuses_heads_that_its_kernels_cut():
+    with pytest.raises(ValueError, match="legal: multiples of 16"):
+        dataclasses.replace(CONFIG, exact=True, head_dim=24)
 
 
 def test_exact_refuses_mixtures():
     from rljax.models.experts import Experts
 
     with pytest.raises(ValueError, match="legal: no experts"):
-        dataclasses.replace(CONFIG, exact=True, experts=Experts(4, 2, 8, (0,), True))
+        dataclasses.replace(CONFIG, head_dim=16, exact=True, experts=Experts(4, 2, 8, (0,), True))
