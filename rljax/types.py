@@ -9,7 +9,7 @@ V vocabulary, D width, K reward components.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,8 +158,10 @@ class LM(NamedTuple):
     init_cache: Callable  # (rows, length) -> cache
     forward: Callable  # (params, frozen, tokens, positions, segments, cache) -> (hidden, cache)
     logits: Callable  # (params, frozen, hidden) -> [.. V]
-    gather: Callable  # (cache, rows) -> cache: fork a prompt to its group
+    gather: Callable  # (cache, rows) -> cache: those rows of it
     scatter: Callable  # (cache, rows, other) -> cache: refill finished slots
+    fork: Callable  # (cache, n, columns) -> cache: n rows share each row of it, with empty columns of their own
+    grow: Callable  # (cache, columns) -> cache: with so many more columns
     prepare: Callable | None = None  # (params, frozen) -> params, frozen: what a rollout needs done once
     routing: Callable | None = None  # (cache) -> [B S ...] experts chosen at each token (mixture models)
 
@@ -168,26 +170,45 @@ class LM(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """P prompts as drawn from a dataset, on the host. Prompts are padded on the left: they end in the same column."""
+    """P prompts as drawn from a dataset, on the host. Prompts are padded on the left: they end in the same column.
+
+    A prompt may be the beginning of an answer too: `past` says which of its tokens a policy chose, and how.
+    """
 
     tokens: np.ndarray  # [P L] int32
     mask: np.ndarray  # [P L] bool: True on the prompt's own tokens
     number: np.ndarray  # [P] int32: place in the draw order; the sampler's key is made of it
     columns: list[dict]  # the dataset's columns, one dict a prompt
     cursor: int  # where the next draw starts
+    requests: np.ndarray | None = None  # [R 2] (row, answer): which answers to draw; None: 0 .. n-1 to each row
+    past: dict[str, np.ndarray] | None = None  # [P L] each: chosen, logp, temperature, version of the tokens
+    began: np.ndarray | None = None  # [P] the step whose key draws the row; None: the present one
 
 
 @struct.dataclass
 class Sampling:
-    """How to draw. Scalars hold for every row; arrays [P] hold prompt by prompt. None switches a filter off."""
+    """How to draw. Scalars hold for every row; arrays [P] hold prompt by prompt. None switches a setting off.
+
+    In this order, as transformers does: bias, penalty, min_tokens, temperature, top_k, top_p, min_p.
+    """
 
     temperature: Array | float = 1.0  # 0: the most likely token, its log-prob reported at temperature 1
-    top_k: Array | int | None = None
-    top_p: Array | float | None = None
+    top_k: Array | int | None = None  # keep the k most likely tokens
+    top_p: Array | float | None = None  # keep the likeliest tokens that hold this share
     min_p: Array | float | None = None  # keep tokens with p >= min_p * max p
+    repetition_penalty: Array | float | None = (
+        None  # logits of tokens seen before, prompt included: z/r, or z·r below 0
+    )
+    logit_bias: Array | None = None  # [V] or [P V] added to the logits
+    min_tokens: Array | int | None = None  # no stop token before an answer has so many
+    stop_strings: Array | None = None  # automaton that reads tokens (`data.tokenizer.stop_strings`)
     n: int = struct.field(pytree_node=False, default=1)  # answers per prompt (G)
-    max_tokens: int = struct.field(pytree_node=False, default=64)
+    max_tokens: int = struct.field(pytree_node=False, default=64)  # of an answer, its past included
     stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end an answer (EOS)
+    logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # at the temperature: of
+    # the policy's distribution, which the trainer computes too, or of what all these settings made of it
+    slots: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all at once
+    enough: int | None = struct.field(pytree_node=False, default=None)  # stop when so many answers have ended
 
 
 # -------------------------------------------------------------------------------------------------------------- doors

@@ -8,14 +8,13 @@ and parameter forward and 4 backward; attention is left out.
 """
 
 import dataclasses
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from common import W1, peak, prompts, seconds
 
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
@@ -23,9 +22,7 @@ from rljax.rollouts.tokens import sample
 from rljax.train.log import say, table
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import Rows, Sampling, TrainState
-
-W1 = decoder.DecoderConfig(4096, width=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_width=688)
+from rljax.types import Sampling, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,29 +33,8 @@ class Config:
     micro_batches: int = 4  # of the update
 
 
-def seconds(work, repeats: int) -> float:
-    """Median wall time of work(i), after one run that compiles."""
-    jax.block_until_ready(work(0))
-    times = []
-    for i in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(work(i + 1))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def peak(repeats: int) -> float:
-    """Float32 FLOPs a second of the better of two matmuls."""
-    shapes, best = ((2048, 2048, 2048), (4096, 512, 1024)), 0.0
-    for m, k, n in shapes:
-        a, b = jnp.ones((m, k)), jnp.ones((k, n))
-        best = max(best, 2 * m * k * n / seconds(lambda _, a=a, b=b: jnp.dot(a, b), repeats))
-    return best
-
-
 def main(cfg: Config) -> None:
-    rng = np.random.default_rng(0)
-    rows = Rows(rng.integers(1, 4096, (8, 32), np.int32), np.ones((8, 32), bool), np.arange(8, dtype=np.int32), [], 0)
+    rng, rows = np.random.default_rng(0), prompts(W1, 8, 32)
     lm, model, params = decoder.language_model(W1), policy.make_policy(W1), policy.init(W1, jax.random.key(0))
     sampling = Sampling(n=8, max_tokens=64)
     traj = sample(lm, params, {}, rows, sampling, 0, 0)

@@ -1,9 +1,8 @@
 """One decoder for the Llama-like families, told apart by numbers and booleans, not by subclasses.
 
 Flax modules (nnx) define the layers; outside this file parameters are a plain nested dict of arrays and everything is a
-pure function of them. The cache is a plain pytree too: per-layer keys and values, and which columns are filled with
-what. One attention rule serves training, prefill, decoding and packing: a query sees the keys of its own segment at
-positions up to its own, in a layer with a window only so far back.
+pure function of them. One attention rule serves training, prefill, decoding and packing: a query sees the keys of its
+own segment at positions up to its own, in a layer with a window only so far back.
 
 Dtypes are decided in two places: parameters are whatever they were made or read as (float32 masters, as a rule), and
 `DecoderConfig.dtype` is what the embedding is cast to. All layers follow their input; norms, rotations, softmax (of
@@ -12,18 +11,20 @@ experts too) and logits are float32 inside.
 
 import dataclasses
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rljax.models import rope
-from rljax.models.attention import Implementation, Sight, attend
+from rljax.models import caches, rope
+from rljax.models.attention import Implementation, Sight, attend, look_up
+from rljax.models.exact import LANE, ROWS, at_least
 from rljax.models.experts import Experts, mix, route
 from rljax.models.lora import Adapted, Lora, attach
 from rljax.models.rope import Rope
+from rljax.ops.logprobs import tree_sum
 from rljax.types import LM, Params
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
@@ -61,15 +62,25 @@ class DecoderConfig:
     tied: bool = True  # logits from the embedding table, no separate head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     attention: Implementation = "auto"
+    fused: bool = False  # queries, keys and values in one matrix, gate and up in another: `fuse`, for decoding
+    exact: bool = False  # a token's numbers are the same bits decoded or scored, alone or in any batch
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
 
     def __post_init__(self):
         for name in ("ropes", "windows"):
             if len(getattr(self, name)) not in (0, self.layers):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.layers} layers")
+        if self.exact and self.experts is not None:
+            raise ValueError("exact: the products of experts depend on how many tokens each gets; legal: no experts")
+        if self.exact and self.head_dim % LANE:
+            raise ValueError(f"exact: head_dim is {self.head_dim}; legal: multiples of {LANE}")
 
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else rope.default(10_000.0, self.head_dim)
+
+    def tables(self) -> list[Rope]:
+        """Those of the layers, each once."""
+        return [table for table in dict.fromkeys(map(self.rope, range(self.layers))) if table is not None]
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
@@ -95,18 +106,20 @@ def _bias(present: bool, shape, axes) -> nnx.Param | None:
     return _vector(0.0, shape, axes) if present else None
 
 
-def project(x, weight, bias=None, inputs: int = 1):
+def project(x, weight, bias=None, inputs: int = 1, exact: bool = False):
     """x · W + b over x's last `inputs` axes, which are W's first, as one two-dimensional matmul in x's dtype.
+
+    exact: of at least ROWS rows, from where on XLA's CPU kernels add up a row's products in one order.
 
     Measured on CPU: the gradient of [512 9 128] x [128 352] takes half the time of the same product on three axes.
     """
     kept, inner, outer = x.shape[: x.ndim - inputs], weight.shape[:inputs], weight.shape[inputs:]
-    flat = x.reshape(math.prod(kept), math.prod(inner))
+    flat = at_least(x.reshape(math.prod(kept), math.prod(inner)), ROWS if exact else 1)
     if isinstance(weight, Adapted):
         out = weight.apply(flat, inputs)
     else:
         out = flat @ weight.astype(x.dtype).reshape(math.prod(inner), math.prod(outer))
-    out = out.reshape(*kept, *outer)
+    out = out[: math.prod(kept)].reshape(*kept, *outer)
     return out if bias is None else out + bias.astype(x.dtype).reshape((1,) * len(kept) + outer)
 
 
@@ -115,47 +128,70 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, config: DecoderConfig, shape: tuple[int, ...], axes: tuple = (None,)):
         self.scale = _vector(1.0 - config.norm_offset, shape, axes)
-        self.epsilon, self.offset, self.over = config.norm_epsilon, config.norm_offset, tuple(range(-len(shape), 0))
+        self.epsilon, self.offset, self.exact = config.norm_epsilon, config.norm_offset, config.exact
 
     def __call__(self, x):
         x32, scale = x.astype(jnp.float32), self.scale[...].astype(jnp.float32) + self.offset
-        normed = x32 * jax.lax.rsqrt((x32**2).mean(axis=self.over, keepdims=True) + self.epsilon)
+        over = tuple(range(-scale.ndim, 0))
+        if self.exact:
+            squares = (x32**2).reshape(*x.shape[: -scale.ndim], scale.size)
+            mean = jnp.expand_dims(tree_sum(squares) / scale.size, over)
+        else:
+            mean = (x32**2).mean(axis=over, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean + self.epsilon)
         return (normed * scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, layer: int, rngs: nnx.Rngs):
         D, H, KV, K = config.width, config.heads, config.kv_heads, config.head_dim
-        self.query = _param(rngs, (D, H, K), ("embed", "heads", None), D)
-        self.key = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
-        self.value = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+        if config.fused:
+            self.fused = _param(rngs, (D, KV, H // KV + 2, K), ("embed", "kv_heads", None, None), D)
+            self.fused_bias = _bias(config.qkv_bias, (KV, H // KV + 2, K), ("kv_heads", None, None))
+        else:
+            self.query = _param(rngs, (D, H, K), ("embed", "heads", None), D)
+            self.key = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+            self.value = _param(rngs, (D, KV, K), ("embed", "kv_heads", None), D)
+            self.query_bias = _bias(config.qkv_bias, (H, K), ("heads", None))
+            self.key_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
+            self.value_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
         self.out = _param(rngs, (H, K, D), ("heads", None, "embed"), H * K)
-        self.query_bias = _bias(config.qkv_bias, (H, K), ("heads", None))
-        self.key_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
-        self.value_bias = _bias(config.qkv_bias, (KV, K), ("kv_heads", None))
         self.out_bias = _bias(config.out_bias, (D,), (None,))
         if config.qk_norm == "head":
             self.query_norm, self.key_norm = RMSNorm(config, (K,)), RMSNorm(config, (K,))
         elif config.qk_norm == "whole":
             self.query_norm = RMSNorm(config, (H, K), ("heads", None))
             self.key_norm = RMSNorm(config, (KV, K), ("kv_heads", None))
-        self.config, self.rope, self.window = config, config.rope(layer), config.window(layer)
+        table, self.window = config.rope(layer), config.window(layer)
+        self.config, self.table = config, None if table is None else config.tables().index(table)
 
-    def __call__(self, x, sight: Sight, cache, where):
+    def __call__(self, x, sight: Sight, turns, cache, where):
         c = self.config
-        query = project(x, _value(self.query), _value(self.query_bias))
-        key = project(x, _value(self.key), _value(self.key_bias))
-        value = project(x, _value(self.value), _value(self.value_bias))
+        query, key, value = self.projections(x)
         if c.qk_norm != "none":
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.rope is not None:
-            query, key = (rope.rotate(x, sight.positions, self.rope) for x in (query, key))
-        if cache is not None:
-            key, value = _write(cache["key"], key, where), _write(cache["value"], value, where)
-            cache = {"key": key, "value": value}
+        if self.table is not None:
+            query, key = (rope.rotate(x, turns[self.table]) for x in (query, key))
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        seen = attend(query, key, value, sight, scale, self.window, c.attention_softcap, c.attention)
-        return project(seen, _value(self.out), _value(self.out_bias), inputs=2), cache
+        if cache is None:
+            how = "blocks" if c.exact else c.attention
+            seen = attend(query, key, value, sight, scale, self.window, c.attention_softcap, how)
+        else:
+            shared, own = cache
+            cache = caches.append(own, key, value, where)
+            keys = [(part["key"], part["value"]) for part in (shared, cache) if part is not None]
+            seen = look_up(query, keys, sight, scale, self.window, c.attention_softcap, c.exact)
+        return project(seen, _value(self.out), _value(self.out_bias), 2, c.exact), cache
+
+    def projections(self, x):
+        """Queries [B T H K], keys and values [B T KV K]."""
+        if not self.config.fused:
+            names = ("query", "key", "value")
+            pairs = [(_value(getattr(self, name)), _value(getattr(self, f"{name}_bias"))) for name in names]
+            return [project(x, weight, bias, exact=self.config.exact) for weight, bias in pairs]
+        out = project(x, _value(self.fused), _value(self.fused_bias), exact=self.config.exact)
+        query = out[..., :-2, :]
+        return query.reshape(*x.shape[:-1], self.config.heads, -1), out[..., -2, :], out[..., -1, :]
 
 
 def _value(param: nnx.Param | None):
@@ -166,18 +202,27 @@ def _value(param: nnx.Param | None):
 class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, F = config.width, config.mlp_width
-        self.gate = _param(rngs, (D, F), ("embed", "mlp"), D)
-        self.up = _param(rngs, (D, F), ("embed", "mlp"), D)
+        if config.fused:
+            self.fused = _param(rngs, (D, 2, F), ("embed", None, "mlp"), D)
+            self.fused_bias = _bias(config.mlp_bias, (2, F), (None, "mlp"))
+        else:
+            self.gate = _param(rngs, (D, F), ("embed", "mlp"), D)
+            self.up = _param(rngs, (D, F), ("embed", "mlp"), D)
+            self.gate_bias = _bias(config.mlp_bias, (F,), ("mlp",))
+            self.up_bias = _bias(config.mlp_bias, (F,), ("mlp",))
         self.down = _param(rngs, (F, D), ("mlp", "embed"), F)
-        self.gate_bias = _bias(config.mlp_bias, (F,), ("mlp",))
-        self.up_bias = _bias(config.mlp_bias, (F,), ("mlp",))
         self.down_bias = _bias(config.mlp_bias, (D,), (None,))
-        self.activation = config.activation
+        self.activation, self.fuses, self.exact = config.activation, config.fused, config.exact
 
     def __call__(self, x, routing=None):
-        gate = project(x, _value(self.gate), _value(self.gate_bias))
-        up = project(x, _value(self.up), _value(self.up_bias))
-        return project(ACTIVATIONS[self.activation](gate) * up, _value(self.down), _value(self.down_bias)), None
+        if self.fuses:
+            both = project(x, _value(self.fused), _value(self.fused_bias), exact=self.exact)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate = project(x, _value(self.gate), _value(self.gate_bias), exact=self.exact)
+            up = project(x, _value(self.up), _value(self.up_bias), exact=self.exact)
+        inner = ACTIVATIONS[self.activation](gate) * up
+        return project(inner, _value(self.down), _value(self.down_bias), exact=self.exact), None
 
 
 class Mixture(nnx.Module):
@@ -209,9 +254,9 @@ class Block(nnx.Module):
         self.mlp = Mixture(config, rngs) if config.is_mixture(layer) else MLP(config, rngs)
         self.norms = config.norms
 
-    def __call__(self, x, sight: Sight, cache, where, routing):
+    def __call__(self, x, sight: Sight, turns, cache, where, routing):
         before, after = self.norms != "after", self.norms != "before"
-        change, cache = self.attention(self.attention_norm(x) if before else x, sight, cache, where)
+        change, cache = self.attention(self.attention_norm(x) if before else x, sight, turns, cache, where)
         x = x + (self.attention_post_norm(change) if after else change)
         change, chosen = self.mlp(self.mlp_norm(x) if before else x, routing)
         return x + (self.mlp_post_norm(change) if after else change), cache, chosen
@@ -231,28 +276,33 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens, positions, segments, cache, routing):
         config = self.config
-        cache, sight, where = _see(positions, segments, cache)
+        cache, sight, where = caches.see(positions, segments, cache)
+        layers = [None] * config.layers if cache is None else caches.by_layer(cache)
         x = self.embedding[...][tokens].astype(config.dtype)
         x = x if config.embedding_scale == 1.0 else x * jnp.asarray(config.embedding_scale, x.dtype)
+        turns = [rope.turns(positions, table) for table in config.tables()]
         kept, record, mixtures = [], [], config.experts.layers if config.experts else ()
         for i, block in enumerate(self.layers):
             run = _rematerialised(block, config.remat if cache is None else "none")
             replayed = routing[:, :, mixtures.index(i)] if routing is not None and i in mixtures else None
-            x, layer_cache, chosen = run(x, sight, None if cache is None else cache["layers"][i], where, replayed)
+            x, layer_cache, chosen = run(x, sight, turns, layers[i], where, replayed)
             kept.append(layer_cache)
             record += [] if chosen is None else [chosen]
         if cache is not None:
             cache = {**cache, "layers": kept}
             if record:
-                cache["routing"] = _write(cache["routing"], jnp.stack(record, axis=2), where)
+                cache["routing"] = caches.write(cache["routing"], jnp.stack(record, axis=2), where)
         return self.norm(x), cache
 
     def logits(self, hidden):
         """Float32: a sum of bfloat16 products is kept as it is."""
         table = self.embedding[...].T if self.config.tied else self.head[...]
-        z = jnp.matmul(hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        padded = at_least(flat, ROWS if self.config.exact else 1)
+        z = jnp.matmul(padded, table.astype(hidden.dtype), preferred_element_type=jnp.float32)[: len(flat)]
         cap = self.config.logit_softcap
-        return z if cap is None else cap * jnp.tanh(z / cap)
+        z = z if cap is None else cap * jnp.tanh(z / cap)
+        return z.reshape(*hidden.shape[:-1], -1)
 
 
 def _rematerialised(block, remat: str):
@@ -260,54 +310,6 @@ def _rematerialised(block, remat: str):
         return block
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
     return jax.checkpoint(lambda *args: block(*args), policy=policy)
-
-
-# -------------------------------------------------------------------------------------------------------------- cache
-
-
-def _write(buffer, new, where):
-    """Put new [B T ...] into buffer [B S ...] at column where[b] of each row."""
-    return jax.vmap(lambda b, n, w: jax.lax.dynamic_update_slice_in_dim(b, n.astype(b.dtype), w, axis=0))(
-        buffer, new, where
-    )
-
-
-def _see(positions, segments, cache):
-    """The cache, if there is one, with the places of the new columns; who sees whom; where the new columns go."""
-    if cache is None:
-        return None, Sight(positions, segments), None
-    where = cache["length"]
-    key_positions, key_segments = (
-        _write(cache[name], new, where) for name, new in (("positions", positions), ("segments", segments))
-    )
-    length = where + positions.shape[1]
-    cache = {**cache, "positions": key_positions, "segments": key_segments, "length": length}
-    return cache, Sight(positions, segments, key_positions, key_segments), where
-
-
-def init_cache(config: DecoderConfig, rows: int, length: int):
-    """An empty cache for `rows` rows of up to `length` tokens: one key and one value buffer [B S KV K] a layer."""
-    buffer = jnp.zeros((rows, length, config.kv_heads, config.head_dim), config.dtype)
-    cache = {
-        "layers": [{"key": buffer, "value": buffer} for _ in range(config.layers)],
-        "positions": jnp.zeros((rows, length), jnp.int32),
-        "segments": jnp.zeros((rows, length), jnp.int32),  # 0: nothing there
-        "length": jnp.zeros(rows, jnp.int32),
-    }
-    if config.experts is not None:
-        shape = (rows, length, len(config.experts.layers), config.experts.chosen)
-        cache["routing"] = jnp.zeros(shape, config.experts.dtype)
-    return cache
-
-
-def gather_cache(cache, rows):
-    """The cache of rows[0], rows[1], ...: forks a prompt to its group."""
-    return jax.tree.map(lambda x: x[rows], cache)
-
-
-def scatter_cache(cache, rows, other):
-    """The cache with rows[i] replaced by row i of `other`: refills finished slots."""
-    return jax.tree.map(lambda x, y: x.at[rows].set(y), cache, other)
 
 
 # ---------------------------------------------------------------------------------------------------- pure functions
@@ -333,6 +335,13 @@ def logical_axes(config: DecoderConfig) -> Params:
     """A tuple of logical axis names per parameter, for the sharding rules of `train.mesh`."""
     specs = nnx.to_pure_dict(nnx.get_partition_spec(_definition(config)[1]))
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def init_cache(config: DecoderConfig, rows: int, length: int) -> caches.Cache:
+    """An empty cache for `rows` rows of up to `length` tokens."""
+    e = config.experts
+    routing = None if e is None else (len(e.layers), e.chosen, e.dtype)
+    return caches.init(config.layers, rows, length, config.kv_heads, config.head_dim, config.dtype, routing)
 
 
 def forward(config: DecoderConfig, params: Params, tokens, positions, segments, cache=None, routing=None):
@@ -373,15 +382,51 @@ def _overlay(below: Params, above: Params) -> Params:
     return out
 
 
+def fuse(config: DecoderConfig, params: Params) -> Params:
+    """The parameters as a config with `fused` has them: fewer and larger matmuls, of which decoding is made."""
+
+    def joined(attention: Params) -> Params:
+        heads = lambda x: x.reshape(*x.shape[:-2], config.kv_heads, -1, config.head_dim)  # noqa: E731
+        kept = {name: x for name, x in attention.items() if name.partition("_bias")[0] not in ("query", "key", "value")}
+        for end in ("", "_bias") if config.qkv_bias else ("",):
+            parts = [heads(attention[name + end]) for name in ("query", "key", "value")]
+            kept["fused" + end] = jnp.concatenate(parts, axis=-2)
+        return kept
+
+    def paired(mlp: Params) -> Params:
+        kept = {name: x for name, x in mlp.items() if name.partition("_bias")[0] not in ("gate", "up")}
+        for end in ("", "_bias") if config.mlp_bias else ("",):
+            kept["fused" + end] = jnp.stack([mlp["gate" + end], mlp["up" + end]], axis=-2)
+        return kept
+
+    def block(i: int, layer: Params) -> Params:
+        mlp = layer["mlp"] if config.is_mixture(i) else paired(layer["mlp"])
+        return layer | {"attention": joined(layer["attention"]), "mlp": mlp}
+
+    return params | {"layers": {i: block(i, layer) for i, layer in params["layers"].items()}}
+
+
 @lru_cache
 def language_model(config: DecoderConfig) -> LM:
-    """The decoder as a sampler sees it. Its parameters are those that `whole` takes."""
+    """The decoder as a sampler sees it. Its parameters are those that `whole` takes.
+
+    On one device, and without an adapter, `prepare` fuses matrices: on a mesh that would move them. Not where numbers
+    are to be exact: in a matrix of other columns some are computed by another kernel.
+    """
+    fused = dataclasses.replace(config, fused=jax.device_count() == 1 and config.adapter is None and not config.exact)
+
+    def prepare(params: Params, frozen: Params) -> tuple[Params, Params]:
+        params = whole(config, params, frozen)["decoder"]
+        return fuse(config, params) if fused.fused else params, {}
+
     return LM(
-        init_cache=lambda rows, length: init_cache(config, rows, length),
-        forward=lambda params, frozen, *args: forward(config, whole(config, params, frozen)["decoder"], *args),
-        logits=lambda params, frozen, hidden: logits(config, whole(config, params, frozen)["decoder"], hidden),
-        gather=gather_cache,
-        scatter=scatter_cache,
-        prepare=lambda params, frozen: (whole(config, params, frozen), {}),
-        routing=None if config.experts is None else lambda cache: cache["routing"],
+        init_cache=partial(init_cache, config),
+        forward=lambda params, _, *args: forward(fused, params, *args),
+        logits=lambda params, _, hidden: logits(fused, params, hidden),
+        gather=caches.gather,
+        scatter=caches.scatter,
+        fork=caches.copies if config.exact else caches.fork,
+        grow=caches.grow,
+        prepare=prepare,
+        routing=None if config.experts is None else caches.routing,
     )

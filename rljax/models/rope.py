@@ -23,11 +23,22 @@ class Rope:
     scale: float = 1.0
 
 
-def rotate(x, positions, rope: Rope):
-    """x [B T H K] turned by its positions [B T]; dimension i is paired with i + K/2 (Hugging Face's convention)."""
-    half = len(rope.frequencies)
+def turns(positions, rope: Rope):
+    """Cosine and sine of each pair at each position: 2 x [B T 1 pairs], the same for all layers of one table.
+
+    The product with the identity changes nothing: it is what keeps XLA's CPU backend from computing them again for each
+    head of each layer, inside the loops that use them.
+    """
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.frequencies, jnp.float32)[None, None]
-    cos, sin = (rope.scale * turn(angle)[..., None, :] for turn in (jnp.cos, jnp.sin))
+    same = jnp.eye(len(rope.frequencies))
+    pairs = (jnp.matmul(rope.scale * turn(angle), same, precision="highest") for turn in (jnp.cos, jnp.sin))
+    return tuple(pair[..., None, :] for pair in pairs)
+
+
+def rotate(x, turns):
+    """x [B T H K] turned; dimension i is paired with i + K/2 (Hugging Face's convention)."""
+    cos, sin = turns
+    half = cos.shape[-1]
     first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)

@@ -17,7 +17,27 @@ def chosen_logp(
     """log softmax(z/τ)[a], in float32 or better: a gather minus a log-sum-exp, so no [V] array of log-probs is made."""
     scaled = _scaled(logits, temperature)
     chosen = jnp.take_along_axis(scaled, actions[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(scaled, axis=-1)
+    return chosen - log_sum_exp(scaled)
+
+
+def log_sum_exp(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+    """log Σ_v exp(x_v), the same bits for a row whatever the rows beside it: sampler and trainer cut them differently.
+
+    The largest entry is taken out but for its last bit. With it, XLA's CPU backend makes one kernel of maximum and
+    exponential in some shapes and not in others, and the two kernels' exponentials round differently.
+    """
+    top = jax.lax.stop_gradient(x.max(axis=-1, keepdims=True))
+    top = jax.lax.reduce_precision(jnp.where(jnp.isfinite(top), top, 0.0), exponent_bits=8, mantissa_bits=22)
+    return jnp.log(tree_sum(jnp.exp(x - top))) + top[..., 0]
+
+
+def tree_sum(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+    """Sum over the last axis, halves added to halves: in one order, where a reduction's depends on its shape."""
+    while x.shape[-1] > 1:
+        half = -(-x.shape[-1] // 2)
+        high = jnp.pad(x[..., half:], ((0, 0),) * (x.ndim - 1) + ((0, 2 * half - x.shape[-1]),))
+        x = x[..., :half] + high
+    return x[..., 0]
 
 
 def entropy(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Float[Array, "*N"]:
@@ -29,12 +49,12 @@ def entropy(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Fl
 def sum_pi_squared(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Float[Array, "*N"]:
     """Σ_v π(v)²: the probability that two draws agree (collision). exp(logsumexp(2z/τ) - 2 logsumexp(z/τ))."""
     scaled = _scaled(logits, temperature)
-    return jnp.exp(jax.nn.logsumexp(2.0 * scaled, axis=-1) - 2.0 * jax.nn.logsumexp(scaled, axis=-1))
+    return jnp.exp(log_sum_exp(2.0 * scaled) - 2.0 * log_sum_exp(scaled))
 
 
 def _log_softmax(logits, temperature):
     scaled = _scaled(logits, temperature)
-    return scaled - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
+    return scaled - log_sum_exp(scaled)[..., None]
 
 
 def _scaled(logits, temperature):

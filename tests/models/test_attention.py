@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.models.attention import Sight, attend, choose, dense, splash
+from rljax.models.attention import Sight, attend, choose, splash
 
 T = 128
 
@@ -25,7 +25,7 @@ def texts():
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 2.0)])
 def test_splash_is_dense(texts, window, softcap):
     query, key, value, sight = texts
-    want = dense(query, key, value, sight.visible(window), 0.3, softcap)
+    want = attend(query, key, value, sight, 0.3, window, softcap, "xla")
     got = splash(query, key, value, sight.segments, 0.3, window, softcap, interpret=True)
     real = np.asarray(sight.segments) > 0
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], rtol=0, atol=2e-5)
@@ -40,13 +40,13 @@ def test_splash_compiles_for_a_tpu(texts, window, softcap):
 
 def test_a_window_counts_the_query_itself():
     sight = Sight(jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32))
-    np.testing.assert_array_equal(sight.visible(2)[0], np.tri(4) - np.tri(4, k=-2))
-    np.testing.assert_array_equal(sight.visible(1)[0], np.eye(4))
+    np.testing.assert_array_equal(sight.visible(2)[0][0], np.tri(4) - np.tri(4, k=-2))
+    np.testing.assert_array_equal(sight.visible(1)[0][0], np.eye(4))
 
 
 def test_padding_sees_nothing_and_gives_numbers(texts):
     query, key, value, sight = texts
-    visible = np.asarray(sight.visible())
+    visible = np.asarray(sight.visible()[0])
     assert not visible[0, 91:].any()
     assert not visible[0, :, 91:].any()
     assert np.isfinite(attend(query, key, value, sight, 0.3, implementation="xla")).all()
@@ -61,11 +61,9 @@ def test_padding_sees_nothing_and_gives_numbers(texts):
         ("gpu", 1, {"softcap": 50.0}, "xla"),
         ("gpu", 1, {"head_dim": 256}, "xla"),
         ("gpu", 1, {"head_dim": 60}, "xla"),
-        ("gpu", 1, {"cached": True}, "xla"),
         ("tpu", 1, {}, "splash"),
         ("tpu", 1, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 60}, "splash"),
         ("tpu", 1, {"columns": 250}, "xla"),
-        ("tpu", 1, {"cached": True}, "xla"),
         ("tpu", 8, {}, "xla"),
         ("cpu", 8, {}, "xla"),
     ],
@@ -73,6 +71,4 @@ def test_padding_sees_nothing_and_gives_numbers(texts):
 def test_the_implementation_that_auto_is(backend, devices, changes, chosen):
     dtype, softcap = changes.get("dtype", jnp.bfloat16), changes.get("softcap")
     shape = (2, changes.get("columns", 256), 4, changes.get("head_dim", 64))
-    places = jnp.ones(shape[:2], jnp.int32)
-    sight = Sight(places, places, *((places, places) if changes.get("cached") else ()))
-    assert choose(backend, devices, shape, dtype, sight, softcap) == chosen
+    assert choose(backend, devices, shape, dtype, softcap) == chosen

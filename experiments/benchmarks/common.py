@@ -1,0 +1,52 @@
+"""What benchmarks share: the works, the ceilings of this machine, and timing side by side."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.models.decoder import DecoderConfig
+from rljax.types import Rows
+
+W1 = DecoderConfig(4096, width=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_width=688)
+W2 = DecoderConfig(32768, width=512, layers=8, heads=8, kv_heads=4, head_dim=64, mlp_width=1376)
+
+
+def prompts(config: DecoderConfig, count: int, length: int) -> Rows:
+    """Random prompts of one length."""
+    tokens = np.random.default_rng(0).integers(1, config.vocabulary, (count, length), np.int32)
+    return Rows(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), [], 0)
+
+
+def alternately(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str, list[float]]:
+    """Wall seconds of each work(i), the works taking turns; the first round, which compiles, is left out."""
+    times = {name: [] for name in works}
+    for i in range(repeats + 1):
+        for name, work in works.items():
+            began = time.perf_counter()
+            jax.block_until_ready(work(i))
+            times[name].append(time.perf_counter() - began)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def seconds(work: Callable[[int], object], repeats: int) -> float:
+    """Median wall time of work(i), after one run that compiles."""
+    return statistics.median(alternately({"": work}, repeats)[""])
+
+
+def peak(repeats: int) -> float:
+    """Float32 FLOPs a second of the better of two matmuls, at their best."""
+    best = 0.0
+    for m, k, n in ((2048, 2048, 2048), (4096, 512, 1024)):
+        a, b = jnp.ones((m, k)), jnp.ones((k, n))
+        best = max(best, 2 * m * k * n / min(alternately({"": lambda _, a=a, b=b: jnp.dot(a, b)}, repeats)[""]))
+    return best
+
+
+def bandwidth(repeats: int) -> float:
+    """Bytes a second of a copy of 256 MiB, at its best: read and written."""
+    source = jnp.ones(2**26, jnp.float32)
+    return 2 * source.nbytes / min(alternately({"": lambda _: jnp.copy(source)}, repeats)[""])

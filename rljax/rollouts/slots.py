@@ -1,0 +1,149 @@
+"""Continuous batching in one compiled loop: W slots, R > W answers in a queue, a finished slot takes the next one.
+
+The answers are those of the static batch: an answer's uniform numbers are its own, whichever slot it stands in. When
+the queue is empty and half of the slots are idle, those at work move together and the loop goes on with half as many.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rljax.ops import sampling as ops
+from rljax.rollouts import draw as drawing
+from rljax.rollouts.answers import Answers, Prompts, Work, read, remember, unfinished
+from rljax.rollouts.draw import Memory, Settings
+from rljax.types import LM, Array, Sampling
+
+FEWEST = 8  # slots: fewer rows take no less time
+
+
+@struct.dataclass
+class Slots:
+    """W answers under way, each at a column of its own."""
+
+    cache: dict
+    hidden: Array  # [W D]
+    memory: Memory
+    who: Array  # [W] the answer that stands there; R: none
+    t: Array  # [W] columns of it drawn
+    next: Array  # [] first in the queue
+    answers: Answers  # R + 1 rows: idle slots write to the last
+    work: Work
+
+
+def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampling) -> tuple[Answers, Work]:
+    """All answers, sampling.slots at a time. Raises ValueError for mixture models, whose experts are not recorded."""
+    if lm.routing is not None:
+        raise ValueError("slots do not record experts; legal for a mixture model: sampling.slots=None")
+    R, W = len(settings.limit), sampling.slots
+    cache, hidden = read(lm, prompts)
+    memory = remember(prompts, sampling, jax.eval_shape(lm.logits, hidden).shape[-1])
+    source, _ = prompts.answers(sampling.n)
+    waiting = cache, hidden, memory
+    first = jnp.arange(W)
+    cache, hidden, memory = take(lm, waiting, source[first])
+    none = Answers.none(settings, sampling.max_tokens)
+    spare = jax.tree.map(lambda x: jnp.pad(x, ((0, 1),) + ((0, 0),) * (x.ndim - 1)), none)
+    state = Slots(
+        cache=lm.grow(cache, sampling.max_tokens),
+        hidden=hidden,
+        memory=memory,
+        who=first,
+        t=jnp.zeros(W, jnp.int32),
+        next=jnp.int32(W),
+        answers=spare,
+        work=Work(*(jnp.int32(0),) * 3),
+    )
+    while True:
+        state = run(lm, state, waiting, source, settings, sampling, idle=W // 2 if W >= 2 * FEWEST else W)
+        if W < 2 * FEWEST:
+            break
+        W //= 2
+        state = halve(lm, state, W)
+    answers = jax.tree.map(lambda x: x[:R], state.answers)
+    return answers, state.work.replace(tokens=answers.drawn.sum())
+
+
+def take(lm: LM, waiting, rows):
+    """Some rows of a cache with its hidden states and memory."""
+    cache, hidden, memory = waiting
+    return lm.gather(cache, rows), hidden[rows], jax.tree.map(lambda x: x[rows], memory)
+
+
+def run(lm: LM, state: Slots, waiting, source, settings: Settings, sampling: Sampling, idle: int) -> Slots:
+    """Until the queue is empty and so many slots are idle, or nothing is left to draw."""
+    R = len(settings.limit)
+
+    def goes_on(state: Slots):
+        busy = (state.next < R) | ((state.who == R).sum() < idle)
+        return busy & unfinished(state.answers, R, sampling)
+
+    def one(state: Slots):
+        return step(lm, refill(lm, state, waiting, source, R), settings, sampling)
+
+    return jax.lax.while_loop(goes_on, one, state)
+
+
+def refill(lm: LM, state: Slots, waiting, source, R: int) -> Slots:
+    """Idle slots take answers from the queue, one after the other."""
+
+    def free(state: Slots):
+        return (state.next < R) & (state.who == R).any()
+
+    def fill(state: Slots):
+        slot = ops.argmax((state.who == R).astype(jnp.float32))[None]
+        cache, hidden, memory = take(lm, waiting, source[state.next][None])
+        return state.replace(
+            cache=lm.scatter(state.cache, slot, cache),
+            hidden=state.hidden.at[slot].set(hidden),
+            memory=jax.tree.map(lambda x, y: x.at[slot].set(y), state.memory, memory),
+            who=state.who.at[slot].set(state.next),
+            t=state.t.at[slot].set(0),
+            next=state.next + 1,
+        )
+
+    return jax.lax.while_loop(free, fill, state)
+
+
+def step(lm: LM, state: Slots, settings: Settings, sampling: Sampling) -> Slots:
+    """One token in each slot that is at work."""
+    R, who, t, a = len(settings.limit), state.who, state.t, state.answers
+    mine, going = settings.of(jnp.minimum(who, R - 1)), who < R
+    place = mine.before + t
+    uniform = ops.token_uniforms(mine.keys, place)
+    drawn = drawing.draw(lm.logits(state.hidden), uniform, place, mine, state.memory, sampling)
+    token, logp, ended, memory = drawn
+    over = ended | (place + 1 >= mine.limit)
+    answers = Answers(
+        tokens=a.tokens.at[who, t].set(token),
+        logp=a.logp.at[who, t].set(logp),
+        drawn=a.drawn.at[who].add(going),
+        ended=a.ended.at[who].set(ended),
+        over=a.over.at[who].set(over),
+    )
+    new = (going & ~over).astype(jnp.int32)[:, None]
+    hidden, cache = lm.forward(token[:, None] * new, (mine.length + t)[:, None], new, state.cache)
+    work = state.work.replace(steps=state.work.steps + 1, row_steps=state.work.row_steps + len(who))
+    return state.replace(
+        cache=cache,
+        hidden=hidden[:, 0],
+        memory=memory,
+        who=jnp.where(over, R, who),
+        t=t + 1,
+        answers=answers,
+        work=work,
+    )
+
+
+def halve(lm: LM, state: Slots, slots: int) -> Slots:
+    """The slots at work in a batch of half the size."""
+    R = len(state.answers.over) - 1
+    kept = jnp.argsort(state.who == R)[:slots]
+    some = lambda tree: jax.tree.map(lambda x: x[kept], tree)  # noqa: E731
+    return state.replace(
+        cache=lm.gather(state.cache, kept),
+        hidden=state.hidden[kept],
+        memory=some(state.memory),
+        who=state.who[kept],
+        t=state.t[kept],
+    )

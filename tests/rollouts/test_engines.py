@@ -1,0 +1,242 @@
+"""Slots, requests, interrupted answers and the exact mode against the static batch; every further setting of a draw."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from rljax.models import decoder, policy
+from rljax.models.policy import make_policy
+from rljax.rollouts.partial import resume, unfinished
+from rljax.rollouts.tokens import sample, sample_and_count
+from rljax.types import Rows, Sampling
+from rollouts.common import CONFIG, LM, STOP, answers, assert_same_sample, draws, make_params, make_rows, take
+
+LENGTHS = [2, 9, 4, 7, 1, 9, 3, 6]
+SEED = 1
+SAMPLING = Sampling(n=4, max_tokens=16, stop=STOP)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(LENGTHS, start=40)
+
+
+@pytest.fixture(scope="module")
+def static(params, rows):
+    traj = sample(LM, params, {}, rows, SAMPLING, SEED, 3)
+    return traj, draws(params, rows, SAMPLING, SEED, 3, traj)[1]
+
+
+def gap(params, traj, config=CONFIG):
+    logp = jax.jit(make_policy(config))(params, {}, traj).logp
+    return float(jnp.where(traj.mask, jnp.abs(logp - traj.logp), 0.0).max())
+
+
+@pytest.mark.parametrize("slots", [1, 5, 16, 31])
+def test_slots_draw_the_same_answers(static, params, rows, slots):
+    traj, margins = static
+    got, work = sample_and_count(LM, params, {}, rows, SAMPLING.replace(slots=slots), SEED, 3)
+    assert_same_sample(SAMPLING, traj, got, margins)
+    np.testing.assert_array_equal(got.group, traj.group)
+    assert gap(params, got) < 1e-5
+    assert int(work.tokens) == int(got.mask.sum()) <= int(work.row_steps) <= slots * int(work.steps)
+
+
+def test_slots_in_another_order(static, params, rows):
+    traj, margins = static
+    order = [6, 1, 7, 0, 3, 5, 2, 4]
+    got = sample(LM, params, {}, take(rows, order), SAMPLING.replace(slots=6), SEED, 3)
+    mine = np.concatenate([np.arange(4) + 4 * i for i in order])
+    assert_same_sample(SAMPLING, jax.tree.map(lambda x: x[mine], traj), got, margins[mine])
+
+
+def test_requests_name_the_answers(static, params, rows):
+    traj, margins = static
+    requests = np.array([[3, 1], [0, 0], [3, 2], [7, 3]])
+    got = sample(LM, params, {}, rows._replace(requests=requests), SAMPLING, SEED, 3)
+    mine = requests @ [4, 1]
+    assert_same_sample(SAMPLING, jax.tree.map(lambda x: x[mine], traj), got, margins[mine])
+
+
+@pytest.mark.parametrize("requests", [[[8, 0]], [[-1, 0]], [1, 2], np.zeros((0, 2), int)])
+def test_requests_that_do_not_exist(params, rows, requests):
+    with pytest.raises(ValueError, match="requests: legal"):
+        sample(LM, params, {}, rows._replace(requests=np.asarray(requests)), SAMPLING, SEED, 3)
+
+
+@pytest.mark.parametrize("slots", [None, 6])
+def test_an_interrupted_answer_goes_on(static, params, rows, slots):
+    """With the same parameters it becomes the answer that was never interrupted, and says which policy drew what."""
+    traj, margins = static
+    short = SAMPLING.replace(enough=8, slots=slots)
+    first = sample(LM, params, {}, rows, short, SEED, 3)
+    open_rows = unfinished(first)
+    assert 0 < open_rows.sum() <= 24
+    assert gap(params, first) < 1e-5
+    second = sample(LM, params, {}, resume(rows, first, 4, 3), SAMPLING.replace(slots=slots), SEED, 5)
+    assert not unfinished(second).any()
+    assert gap(params, second) < 1e-5
+    for row, old in enumerate(np.flatnonzero(open_rows)):
+        got, want = (np.asarray(t.actions)[i][np.asarray(t.mask)[i]] for t, i in ((second, row), (traj, old)))
+        if (margins[old] < 1e-5).any():
+            continue
+        np.testing.assert_array_equal(got, want)
+        versions = np.asarray(second.version)[row][np.asarray(second.mask)[row]]
+        before = int(first.mask[old].sum())
+        np.testing.assert_array_equal(versions, [3] * before + [5] * (len(got) - before))
+
+
+def test_nothing_to_resume(static, rows):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        resume(rows, static[0], 4, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+MANY = 4096
+START = np.array([[9, 11, 13]], np.int32)
+
+
+def first_tokens(params, max_tokens=1, **settings):
+    start = Rows(START, np.ones((1, 3), bool), np.zeros(1, np.int32), [{}], 0)
+    return sample(LM, params, {}, start, Sampling(n=MANY, max_tokens=max_tokens, **settings), 1, 0)
+
+
+def probabilities(params, change):
+    positions = jnp.arange(3)[None]
+    hidden, _ = decoder.forward(CONFIG, params["decoder"], jnp.asarray(START), positions, jnp.ones((1, 3), jnp.int32))
+    z = change(np.float64(decoder.logits(CONFIG, params["decoder"], hidden)[0, -1]))
+    p = np.exp(z - z.max())
+    return p / p.sum()
+
+
+def penalised(z):
+    z = z.copy()
+    z[START[0]] = np.where(z[START[0]] > 0, z[START[0]] / 1.7, z[START[0]] * 1.7)
+    return z
+
+
+def without_stop(z):
+    z = z.copy()
+    z[list(STOP)] = -np.inf
+    return z
+
+
+BIAS = np.linspace(-1.0, 1.0, CONFIG.vocabulary, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"repetition_penalty": 1.7}, penalised),
+        ({"logit_bias": BIAS}, lambda z: z + BIAS),
+        ({"logit_bias": BIAS[None]}, lambda z: z + BIAS),
+        ({"min_tokens": 2, "stop": STOP}, without_stop),
+        ({"repetition_penalty": 1.7, "logit_bias": BIAS, "temperature": 1.5}, lambda z: penalised(z + BIAS) / 1.5),
+    ],
+)
+def test_the_distribution_of_a_draw(params, settings, change):
+    traj = first_tokens(params, **settings)
+    p = probabilities(params, change)
+    drawn = np.bincount(np.asarray(traj.actions)[np.asarray(traj.mask)], minlength=len(p))
+    assert not drawn[p == 0].any()
+    often = p * MANY >= 5
+    seen, expected = np.append(drawn[often], drawn[~often].sum()), np.append(p[often], p[~often].sum()) * MANY
+    assert chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-3
+    plain = probabilities(params, lambda z: z / settings.get("temperature", 1.0))
+    mine = np.asarray(traj.mask)
+    np.testing.assert_allclose(np.asarray(traj.logp)[mine], np.log(plain)[np.asarray(traj.actions)[mine]], atol=1e-4)
+    asked = first_tokens(params, **settings, logp="drawn")
+    np.testing.assert_allclose(np.asarray(asked.logp)[mine], np.log(p[np.asarray(asked.actions)[mine]]), atol=1e-4)
+
+
+def test_a_stop_string_ends_an_answer(params):
+    """An automaton that has met its string at the second token 20 in a row."""
+    automaton = np.zeros((2, CONFIG.vocabulary), np.int32)
+    automaton[:, 20] = [1, -1]
+    bias = np.zeros(CONFIG.vocabulary, np.float32)
+    bias[20] = 4.0
+    traj = first_tokens(params, 8, stop_strings=jnp.asarray(automaton), logit_bias=bias)
+    tokens, _, mask = answers(traj, Sampling(max_tokens=8))
+    twice = (tokens[:, 1:] == 20) & (tokens[:, :-1] == 20) & mask[:, 1:]
+    ends = np.asarray(traj.terminated)[:, -8:]
+    np.testing.assert_array_equal(ends[:, 1:], twice)
+    assert twice.any(axis=1).mean() > 0.05
+    assert (twice.sum(axis=1) <= 1).all()
+
+
+def test_the_penalty_reaches_what_was_drawn(params):
+    traj = first_tokens(params, 12, repetition_penalty=1e4)
+    tokens, *_ = answers(traj, Sampling(max_tokens=12))
+    plain, _, _ = answers(first_tokens(params, 12), Sampling(max_tokens=12))
+    repeats = lambda rows: np.mean([len(row) - len(set(row)) for row in rows])  # noqa: E731
+    assert repeats(tokens) < 0.5 * repeats(plain)
+
+
+# --------------------------------------------------------------------------------------------------------------- exact
+
+SHAPES = [
+    {},
+    {"heads": 4, "kv_heads": 1, "head_dim": 128, "norms": "both", "attention_softcap": 20.0, "windows": (16, None)},
+    {"heads": 6, "kv_heads": 2, "head_dim": 48, "qk_norm": "head", "qkv_bias": True, "mlp_width": 72, "tied": False},
+]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels that `models.exact` knows are the CPU's")
+@pytest.mark.parametrize("changes", SHAPES)
+def test_exact_means_no_gap_at_all(changes):
+    """Batches of 1, 3, 8 and 64 rows, with and without slots, scored alone, shuffled and under a gradient."""
+    small = decoder.DecoderConfig(1000, 64, 2, 4, 2, 16, 104, exact=True)
+    config = dataclasses.replace(small, **changes)
+    params = policy.init(config, jax.random.key(0))
+    params["decoder"]["norm"]["scale"] *= 2.5
+    lm, model = decoder.language_model(config), jax.jit(make_policy(config))
+
+    @jax.jit
+    def differentiated(params, traj):
+        def total(params):
+            out = make_policy(config)(params, {}, traj)
+            return jnp.where(traj.mask, out.logp, 0.0).sum(), out.logp
+
+        return jax.value_and_grad(total, has_aux=True)(params)[0][1]
+
+    batches = ([5], 1, None), ([7, 70, 33], 1, None), ([9] * 8, 1, None), ([20] * 8, 8, None), ([20] * 8, 8, 24)
+    for lengths, n, slots in batches:
+        rows = make_rows(lengths)
+        traj = sample(lm, params, {}, rows, Sampling(n=n, max_tokens=40, slots=slots), 0, 0)
+        order = np.random.default_rng(0).permutation(len(traj.mask))
+        shuffled = model(params, {}, jax.tree.map(lambda x, order=order: x[order], traj)).logp
+        for logp, want in (
+            (model(params, {}, traj).logp, traj),
+            (differentiated(params, traj), traj),
+            (shuffled, jax.tree.map(lambda x, order=order: x[order], traj)),
+        ):
+            np.testing.assert_array_equal(jnp.where(want.mask, logp, 0.0), jnp.where(want.mask, want.logp, 0.0))
+
+
+def test_exact_is_no_other_model(rows):
+    config = dataclasses.replace(CONFIG, head_dim=16)
+    params = policy.init(config, jax.random.key(0))
+    traj = sample(decoder.language_model(config), params, {}, rows, SAMPLING, SEED, 3)
+    assert gap(params, traj, dataclasses.replace(config, exact=True)) < 1e-5
+
+
+def test_exact_refuses_heads_that_its_kernels_cut():
+    with pytest.raises(ValueError, match="legal: multiples of 16"):
+        dataclasses.replace(CONFIG, exact=True, head_dim=24)
+
+
+def test_exact_refuses_mixtures():
+    from rljax.models.experts import Experts
+
+    with pytest.raises(ValueError, match="legal: no experts"):
+        dataclasses.replace(CONFIG, head_dim=16, exact=True, experts=Experts(4, 2, 8, (0,), True))
