@@ -201,7 +201,7 @@ class Sampling:
     )
     logit_bias: Array | None = None  # [V] or [P V] added to the logits
     min_tokens: Array | int | None = None  # no stop token before an answer has so many
-    stop_strings: Array | None = None  # automaton that reads tokens (`data.tokenizer.stop_strings`)
+    stop_strings: Array | None = None  # [states V] automaton that reads tokens: the next state, below 0: a stop
     n: int = struct.field(pytree_node=False, default=1)  # answers per prompt (G)
     max_tokens: int = struct.field(pytree_node=False, default=64)  # of an answer, its past included
     stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end an answer (EOS)

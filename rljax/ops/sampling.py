@@ -76,7 +76,7 @@ def _threshold(probs: Probs, target: Rows, low: Rows, reached, share) -> Rows:
 
     Non-negative floats sort as their bit patterns do. The interval of patterns that holds τ is cut by interpolation,
     every third time by halving, until the set would miss its target with one token less, or one pattern is left (tied
-    tokens): some eight passes over the probabilities, of which halving alone takes 31.
+    tokens).
 
     Args:
       low: a τ at which the target is reached.
