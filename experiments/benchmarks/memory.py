@@ -2,7 +2,7 @@ r"""Compiled temporary memory of one GRPO update as the vocabulary grows.
 
     python experiments/benchmarks/memory.py
 
-Work W1 (benchmarks/step.py) but for the vocabulary: 64 rows of 96 tokens. Compared with 4·B·T·ΔV bytes, what float32
+Work W1 (benchmarks/common.py) but for the vocabulary: 64 rows of 96 tokens. Compared with 4·B·T·ΔV bytes, what float32
 logits of all tokens would add: peers hold one or several such arrays. What grows here is the gradient of the table of
 embeddings, V·D floats each: the sum over micro-batches, over chunks, and a chunk's.
 """
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from common import W1
 
 from rljax.algorithms import grpo
-from rljax.models import decoder, policy
+from rljax.models import policy
 from rljax.train.log import table
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
@@ -34,7 +35,7 @@ class Config:
 
 def temporary_bytes(vocabulary: int, micro_batches: int) -> int:
     """Of the compiled update, beside its arguments and results."""
-    config = decoder.DecoderConfig(vocabulary, 256, 4, 8, 4, 32, 688)
+    config = dataclasses.replace(W1, vocabulary=vocabulary)
     optimizer = optax.adamw(1e-3)
 
     def arguments():

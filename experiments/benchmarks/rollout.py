@@ -57,7 +57,7 @@ def ceiling(config, rows: int, prompts: int, length: int, answer: int, flops: fl
     return seconds
 
 
-def torch_generate(config, params, rows, n: int, answer: int):
+def torch_generate(config, rows, n: int, answer: int):
     """The same work for transformers, sampling at temperature 1, no end before the last token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -126,7 +126,7 @@ def main(cfg: Config) -> dict[str, float]:
         "a queue, slots": draw(queue, ending.replace(slots=B)),
     }
     if cfg.transformers:
-        works["transformers"] = torch_generate(config, params, rows, n, answer)
+        works["transformers"] = torch_generate(config, rows, n, answer)
     flops, bytes_ = peak(cfg.repeats), bandwidth(cfg.repeats)
     times = alternately(works, cfg.repeats)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -4,7 +4,6 @@ A query sees the keys of its own segment (0 is padding) at positions up to its o
 positions only the last W of them, its own included.
 
     xla      everywhere, and for caches
-    blocks   as xla, in one order of additions whatever the batch
     cudnn    NVIDIA's flash attention: whole rows in half precision, no softcap
     splash   Pallas on TPU: whole rows of a multiple of 128 columns, each segment in consecutive columns, one device
 """
@@ -21,7 +20,7 @@ from jax import Array
 from rljax.models.exact import BLOCK, LANE
 from rljax.ops.logprobs import tree_sum
 
-Implementation = Literal["auto", "xla", "blocks", "cudnn", "splash"]
+Implementation = Literal["auto", "xla", "cudnn", "splash"]
 LANES = 128
 FLOOR = -(2.0**100)
 
@@ -59,20 +58,23 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     implementation: Implementation = "auto",
+    exact: bool = False,
 ) -> Array:
     """softmax(cap(scale · QKᵀ)) V, where cap(z) = c tanh(z/c); heads in groups that share keys; softmax in float32.
 
-    Args: query [B T H K]; key, value [B T KV K] of the same rows. A query that sees nothing (padding) gets numbers, not
-    NaN.
+    Args: query [B T H K]; key, value [B T KV K] of the same rows. exact: by `blocks`, whatever the implementation. A
+    query that sees nothing (padding) gets numbers, not NaN.
     """
-    if implementation == "auto":
+    if exact:
+        implementation = "xla"
+    elif implementation == "auto":
         implementation = choose(jax.default_backend(), jax.device_count(), query.shape, query.dtype, softcap)
     if implementation == "cudnn":
         return cudnn(query, key, value, sight.visible(window)[0], scale)
     if implementation == "splash":
         return splash(query, key, value, sight.segments, scale, window, softcap)
     keys = [(jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 2))]
-    return look_up(query, keys, sight, scale, window, softcap, exact=implementation == "blocks")
+    return look_up(query, keys, sight, scale, window, softcap, exact)
 
 
 def look_up(

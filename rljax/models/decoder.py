@@ -174,8 +174,7 @@ class Attention(nnx.Module):
             query, key = (rope.rotate(x, turns[self.table]) for x in (query, key))
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         if cache is None:
-            how = "blocks" if c.exact else c.attention
-            seen = attend(query, key, value, sight, scale, self.window, c.attention_softcap, how)
+            seen = attend(query, key, value, sight, scale, self.window, c.attention_softcap, c.attention, c.exact)
         else:
             shared, own = cache
             cache = caches.append(own, key, value, where)

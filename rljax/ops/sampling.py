@@ -86,7 +86,7 @@ def _threshold(probs: Probs, target: Rows, low: Rows, reached, share) -> Rows:
     bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
     float_of = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
 
-    def unsettled(low, high, at_low, at_high):
+    def unsettled(low, high, at_low):
         return (high - low > 1) & (at_low - share(float_of(low)) >= target)
 
     def cut(state):
@@ -97,14 +97,14 @@ def _threshold(probs: Probs, target: Rows, low: Rows, reached, share) -> Rows:
         middle = low + (part * (high - low).astype(jnp.float32)).astype(jnp.int32)
         middle = jnp.clip(middle, low + 1, jnp.maximum(high - 1, low + 1))
         at_middle = reached(probs >= float_of(middle))
-        going = unsettled(low, high, at_low, at_high)
+        going = unsettled(low, high, at_low)
         up, down = going & (at_middle >= target), going & (at_middle < target)
         ends = jnp.where(up, middle, low), jnp.where(down, middle, high)
         return turn + 1, (*ends, jnp.where(up, at_middle, at_low), jnp.where(down, at_middle, at_high))
 
     high = bits(probs.max(axis=-1, keepdims=True)) + 1
     bounds = bits(low), high, reached(probs >= low), jnp.zeros_like(low)
-    _, (low, *_) = jax.lax.while_loop(lambda state: unsettled(*state[1]).any(), cut, (0, bounds))
+    _, (low, *_) = jax.lax.while_loop(lambda state: unsettled(*state[1][:3]).any(), cut, (0, bounds))
     return float_of(low)
 
 

@@ -52,9 +52,9 @@ class Answers:
     @classmethod
     def none(cls, settings: Settings, columns: int) -> "Answers":
         """None drawn yet."""
-        blank, no = jnp.zeros((len(settings.limit), columns)), jnp.zeros(len(settings.limit), bool)
-        over = settings.before >= settings.limit
-        return cls(blank.astype(jnp.int32), blank, no.astype(jnp.int32), no, over)
+        before = settings.before
+        blank, no = jnp.zeros((len(before), columns)), jnp.zeros(len(before), bool)
+        return cls(blank.astype(jnp.int32), blank, no.astype(jnp.int32), no, over=before >= columns)
 
 
 @struct.dataclass
@@ -91,12 +91,13 @@ def bind(lm: LM, params: Params, frozen: Params) -> LM:
     return lm._replace(forward=partial(lm.forward, params, frozen), logits=partial(lm.logits, params, frozen))
 
 
-def read(lm: LM, prompts: Prompts):
-    """The prompts through a bound model: their cache, and the hidden state [P D] that the first draw is made of."""
+def read(lm: LM, prompts: Prompts, sampling: Sampling):
+    """The prompts through a bound model: cache, hidden states [P D] and memory, of which the first draw is made."""
     segments = prompts.mask.astype(jnp.int32)
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     hidden, cache = lm.forward(prompts.tokens, positions, segments, lm.init_cache(*prompts.tokens.shape))
-    return cache, hidden[:, -1]
+    vocabulary = jax.eval_shape(lm.logits, hidden).shape[-1]
+    return cache, hidden[:, -1], remember(prompts, sampling, vocabulary)
 
 
 def settle(prompts: Prompts, sampling: Sampling, seed) -> Settings:
@@ -111,7 +112,6 @@ def settle(prompts: Prompts, sampling: Sampling, seed) -> Settings:
         keys=ops.row_keys(seed, prompts.step[source], prompts.number[source], answer),
         length=prompts.mask.sum(axis=1)[source],
         before=prompts.chosen.sum(axis=1)[source],
-        limit=jnp.full(source.shape, sampling.max_tokens),
         temperature=of_prompt(sampling.temperature, jnp.float32),
         top_k=of_prompt(sampling.top_k, jnp.int32),
         top_p=of_prompt(sampling.top_p, jnp.float32),

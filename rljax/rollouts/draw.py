@@ -28,7 +28,6 @@ class Settings:
     keys: Array  # [R] of the answer's uniform numbers
     length: Array  # [R] tokens of the prompt, with those of the answer that it holds
     before: Array  # [R] those
-    limit: Array  # [R] tokens that it may get in all
     temperature: Array  # [R]
     top_k: Array | None  # [R]
     top_p: Array | None  # [R]
@@ -71,13 +70,16 @@ def follow(automaton: Array, state: Array, token: Array) -> Array:
     return automaton[jnp.maximum(state, 0), token]
 
 
-def draw(logits, uniform, t, settings: Settings, memory: Memory, sampling: Sampling):
-    """The t-th token of each row (from 0), its log-prob, whether it ends the answer, and the memory with it.
+def draw(logits, t, settings: Settings, memory: Memory, sampling: Sampling):
+    """The t-th token of each row since the start, its log-prob, whether it ends the answer, whether the answer is over
+    (that, or its length), and the memory with it.
 
-    logits [B V], uniform [B]; t: scalar or [B].
+    logits [B V]; t: scalar or [B].
     """
+    place = settings.before + t
+    uniform = ops.token_uniforms(settings.keys, place)
     stop = jnp.asarray(sampling.stop, jnp.int32)
-    shaped = _shape(logits.astype(jnp.float32), t, settings, memory, stop)
+    shaped = _shape(logits.astype(jnp.float32), place, settings, memory, stop)
     greedy = settings.temperature == 0
     used = jnp.where(greedy, 1.0, settings.temperature)
     masses = ops.truncate(ops.masses(shaped, used), settings.top_k, settings.top_p, settings.min_p)
@@ -93,10 +95,10 @@ def draw(logits, uniform, t, settings: Settings, memory: Memory, sampling: Sampl
     if memory.read is not None:
         memory = memory.replace(read=follow(sampling.stop_strings, memory.read, token))
         ended = ended | (memory.read < 0)
-    return token, logp, ended, memory
+    return token, logp, ended, ended | (place + 1 >= sampling.max_tokens), memory
 
 
-def _shape(logits, t, settings: Settings, memory: Memory, stop):
+def _shape(logits, place, settings: Settings, memory: Memory, stop):
     """What bias, penalty and minimum length make of the logits."""
     if settings.logit_bias is not None:
         logits = logits + jnp.atleast_2d(settings.logit_bias)
@@ -104,7 +106,6 @@ def _shape(logits, t, settings: Settings, memory: Memory, stop):
         r = settings.repetition_penalty[:, None]
         logits = jnp.where(memory.seen, jnp.where(logits > 0, logits / r, logits * r), logits)
     if settings.min_tokens is not None and stop.size:
-        early = jnp.broadcast_to(t < settings.min_tokens, logits.shape[:1])
-        lowered = jnp.where(early[:, None], -jnp.inf, logits[:, stop])
+        lowered = jnp.where((place < settings.min_tokens)[:, None], -jnp.inf, logits[:, stop])
         logits = logits.at[:, stop].set(lowered)
     return logits

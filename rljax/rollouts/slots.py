@@ -10,7 +10,7 @@ from flax import struct
 
 from rljax.ops import sampling as ops
 from rljax.rollouts import draw as drawing
-from rljax.rollouts.answers import Answers, Prompts, Work, read, remember, unfinished
+from rljax.rollouts.answers import Answers, Prompts, Work, read, unfinished
 from rljax.rollouts.draw import Memory, Settings
 from rljax.types import LM, Array, Sampling
 
@@ -35,11 +35,9 @@ def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampli
     """All answers, sampling.slots at a time. Raises ValueError for mixture models, whose experts are not recorded."""
     if lm.routing is not None:
         raise ValueError("slots do not record experts; legal for a mixture model: sampling.slots=None")
-    R, W = len(settings.limit), sampling.slots
-    cache, hidden = read(lm, prompts)
-    memory = remember(prompts, sampling, jax.eval_shape(lm.logits, hidden).shape[-1])
+    R, W = len(settings.before), sampling.slots
+    waiting = read(lm, prompts, sampling)
     source, _ = prompts.answers(sampling.n)
-    waiting = cache, hidden, memory
     first = jnp.arange(W)
     cache, hidden, memory = take(lm, waiting, source[first])
     none = Answers.none(settings, sampling.max_tokens)
@@ -64,15 +62,15 @@ def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampli
     return answers, state.work.replace(tokens=answers.drawn.sum())
 
 
-def take(lm: LM, waiting, rows):
+def take(lm: LM, these, rows):
     """Some rows of a cache with its hidden states and memory."""
-    cache, hidden, memory = waiting
+    cache, hidden, memory = these
     return lm.gather(cache, rows), hidden[rows], jax.tree.map(lambda x: x[rows], memory)
 
 
 def run(lm: LM, state: Slots, waiting, source, settings: Settings, sampling: Sampling, idle: int) -> Slots:
     """Until the queue is empty and so many slots are idle, or nothing is left to draw."""
-    R = len(settings.limit)
+    R = len(settings.before)
 
     def goes_on(state: Slots):
         busy = (state.next < R) | ((state.who == R).sum() < idle)
@@ -107,13 +105,9 @@ def refill(lm: LM, state: Slots, waiting, source, R: int) -> Slots:
 
 def step(lm: LM, state: Slots, settings: Settings, sampling: Sampling) -> Slots:
     """One token in each slot that is at work."""
-    R, who, t, a = len(settings.limit), state.who, state.t, state.answers
+    R, who, t, a = len(settings.before), state.who, state.t, state.answers
     mine, going = settings.of(jnp.minimum(who, R - 1)), who < R
-    place = mine.before + t
-    uniform = ops.token_uniforms(mine.keys, place)
-    drawn = drawing.draw(lm.logits(state.hidden), uniform, place, mine, state.memory, sampling)
-    token, logp, ended, memory = drawn
-    over = ended | (place + 1 >= mine.limit)
+    token, logp, ended, over, memory = drawing.draw(lm.logits(state.hidden), t, mine, state.memory, sampling)
     answers = Answers(
         tokens=a.tokens.at[who, t].set(token),
         logp=a.logp.at[who, t].set(logp),
@@ -139,11 +133,5 @@ def halve(lm: LM, state: Slots, slots: int) -> Slots:
     """The slots at work in a batch of half the size."""
     R = len(state.answers.over) - 1
     kept = jnp.argsort(state.who == R)[:slots]
-    some = lambda tree: jax.tree.map(lambda x: x[kept], tree)  # noqa: E731
-    return state.replace(
-        cache=lm.gather(state.cache, kept),
-        hidden=state.hidden[kept],
-        memory=some(state.memory),
-        who=state.who[kept],
-        t=state.t[kept],
-    )
+    cache, hidden, memory = take(lm, (state.cache, state.hidden, state.memory), kept)
+    return state.replace(cache=cache, hidden=hidden, memory=memory, who=state.who[kept], t=state.t[kept])

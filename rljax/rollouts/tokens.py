@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rljax.ops import sampling as ops
 from rljax.rollouts import draw as drawing
-from rljax.rollouts.answers import Answers, Prompts, Work, bind, place, read, remember, settle, trajectory, unfinished
+from rljax.rollouts.answers import Answers, Prompts, Work, bind, place, read, settle, trajectory, unfinished
 from rljax.rollouts.draw import Memory, Settings
 from rljax.rollouts.slots import draw_in_slots
 from rljax.types import LM, Array, Params, Rows, Sampling, Trajectory
@@ -80,14 +79,13 @@ class Decoding:
 
 def begin(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampling, columns: int) -> Decoding:
     """The prompts read, and room for so many columns."""
-    cache, hidden = read(lm, prompts)
+    cache, hidden, memory = read(lm, prompts, sampling)
     source, _ = prompts.answers(sampling.n)
     if prompts.requests is None:  # neighbours: nothing is copied, and on a mesh nothing moves
         cache, hidden = lm.fork(cache, sampling.n, columns), jnp.repeat(hidden, sampling.n, axis=0)
     else:
         cache, hidden = lm.grow(lm.gather(cache, source), columns), hidden[source]
-    vocabulary = jax.eval_shape(lm.logits, hidden).shape[-1]
-    memory = jax.tree.map(lambda x: x[source], remember(prompts, sampling, vocabulary))
+    memory = jax.tree.map(lambda x: x[source], memory)
     return Decoding(cache, hidden, Answers.none(settings, sampling.max_tokens), memory, jnp.int32(0))
 
 
@@ -95,21 +93,18 @@ def advance(lm: LM, state: Decoding, settings: Settings, sampling: Sampling, end
     """Draws up to column `end`, for which the cache has room; less where all answers are over, or enough of them."""
 
     def more(state: Decoding):
-        return (state.t < end) & unfinished(state.answers, len(settings.limit), sampling)
+        return (state.t < end) & unfinished(state.answers, len(settings.before), sampling)
 
     def one(state: Decoding):
         a, t = state.answers, state.t
-        going, place = ~a.over, settings.before + t
-        uniform = ops.token_uniforms(settings.keys, place)
-        drawn = drawing.draw(lm.logits(state.hidden), uniform, place, settings, state.memory, sampling)
-        token, logp, ended, memory = drawn
-        ended = going & ended
-        over = a.over | ended | (place + 1 >= settings.limit)
+        going = ~a.over
+        token, logp, ended, over, memory = drawing.draw(lm.logits(state.hidden), t, settings, state.memory, sampling)
+        over = a.over | over
         answers = Answers(
             tokens=a.tokens.at[:, t].set(jnp.where(going, token, 0)),
             logp=a.logp.at[:, t].set(jnp.where(going, logp, 0.0)),
             drawn=a.drawn + going,
-            ended=a.ended | ended,
+            ended=a.ended | (going & ended),
             over=over,
         )
         new = (~over).astype(jnp.int32)[:, None]

@@ -13,16 +13,11 @@ from rljax.models.policy import make_policy
 from rljax.rollouts.partial import resume, unfinished
 from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.types import Rows, Sampling
-from rollouts.common import CONFIG, LM, STOP, answers, assert_same_sample, draws, make_params, make_rows, take
+from rollouts.common import CONFIG, LM, STOP, answers, assert_same_sample, draws, make_rows, take
 
 LENGTHS = [2, 9, 4, 7, 1, 9, 3, 6]
 SEED = 1
 SAMPLING = Sampling(n=4, max_tokens=16, stop=STOP)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return make_params()
 
 
 @pytest.fixture(scope="module")

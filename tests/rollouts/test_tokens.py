@@ -10,15 +10,10 @@ from scipy.stats import chisquare
 from rljax.models.policy import make_policy
 from rljax.rollouts.tokens import sample
 from rljax.types import Sampling, check
-from rollouts.common import CONFIG, LM, STOP, answers, kept, logits_of, make_params, make_rows, rows_of, take
+from rollouts.common import CONFIG, LM, STOP, answers, kept, logits_of, make_rows, rows_of, take
 
 LENGTHS = [2, 9, 4, 7, 1, 9, 3, 6]
 SAMPLING = Sampling(n=4, max_tokens=16, stop=STOP)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return make_params()
 
 
 @pytest.fixture(scope="module")
