@@ -181,7 +181,8 @@ class Rows(NamedTuple):
     columns: list[dict]  # the dataset's columns, one dict a prompt
     cursor: int  # where the next draw starts
     requests: np.ndarray | None = None  # [R 2] (row, answer): which answers to draw; None: 0 .. n-1 to each row
-    past: dict[str, np.ndarray] | None = None  # [P L] each: chosen, logp, temperature, version of the tokens
+    past: dict[str, np.ndarray] | None = None  # [P L] each, facts of the tokens: chosen, logp, temperature, version,
+    # terminated, truncated
     began: np.ndarray | None = None  # [P] the step whose key draws the row; None: the present one
 
 

@@ -11,7 +11,7 @@ from rljax.ops import sampling as ops
 from rljax.rollouts.draw import Memory, Settings, follow
 from rljax.types import LM, Array, Params, Rows, Sampling, Trajectory, trajectory_of_tokens
 
-PAST = ("chosen", "logp", "temperature", "version")
+PAST = ("chosen", "logp", "temperature", "version", "terminated", "truncated")
 
 
 @struct.dataclass
@@ -24,12 +24,17 @@ class Prompts:
     step: Array  # [P] whose key draws the row
     version: Array  # [] the policy's
     requests: Array | None  # [R 2]
-    past: dict[str, Array] | None  # [P L] each
+    past: dict[str, Array] | None  # [P L] each, of the tokens before
 
     @property
     def chosen(self) -> Array:
         """[P L] tokens that a policy drew earlier."""
         return jnp.zeros_like(self.mask) if self.past is None else self.past["chosen"]
+
+    @property
+    def ended(self) -> Array:
+        """[P] whether a stop was met earlier."""
+        return jnp.zeros(len(self.number), bool) if self.past is None else self.past["terminated"].any(axis=1)
 
     def answers(self, n: int) -> tuple[Array, Array]:
         """Of each of R answers, the row of its prompt and which answer it is."""
@@ -52,9 +57,9 @@ class Answers:
     @classmethod
     def none(cls, settings: Settings, columns: int) -> "Answers":
         """None drawn yet."""
-        before = settings.before
-        blank, no = jnp.zeros((len(before), columns)), jnp.zeros(len(before), bool)
-        return cls(blank.astype(jnp.int32), blank, no.astype(jnp.int32), no, over=before >= columns)
+        blank, ended = jnp.zeros((len(settings.before), columns)), settings.ended
+        drawn = jnp.zeros_like(settings.before)
+        return cls(blank.astype(jnp.int32), blank, drawn, ended, over=ended | (settings.before >= columns))
 
 
 @struct.dataclass
@@ -112,6 +117,7 @@ def settle(prompts: Prompts, sampling: Sampling, seed) -> Settings:
         keys=ops.row_keys(seed, prompts.step[source], prompts.number[source], answer),
         length=prompts.mask.sum(axis=1)[source],
         before=prompts.chosen.sum(axis=1)[source],
+        ended=prompts.ended[source],
         temperature=of_prompt(sampling.temperature, jnp.float32),
         top_k=of_prompt(sampling.top_k, jnp.int32),
         top_p=of_prompt(sampling.top_p, jnp.float32),
@@ -155,6 +161,7 @@ def trajectory(
     used = jnp.where(settings.temperature == 0, 1.0, settings.temperature)[:, None]
     no, zeros = jnp.zeros((R, prompts.tokens.shape[1]), bool), jnp.zeros(prompts.tokens.shape)
     past = prompts.past or {"logp": zeros, "temperature": zeros, "version": zeros.astype(jnp.int32)}
+    ends = [no, no] if prompts.past is None else [of(past["terminated"]), of(past["truncated"])]
     temperature = jnp.broadcast_to(used, (R, N))
     join = lambda before, new: jnp.concatenate([before, new], axis=1)  # noqa: E731
     fields = {}
@@ -166,8 +173,8 @@ def trajectory(
         chosen=join(of(prompts.chosen), alive),
         logp=join(of(past["logp"]), answers.logp),
         temperature=join(jnp.where(of(prompts.chosen), of(past["temperature"]), used), temperature),
-        terminated=join(no, last & answers.ended[:, None]),
-        truncated=join(no, last & (answers.over & ~answers.ended)[:, None]),
+        terminated=join(ends[0], last & answers.ended[:, None]),
+        truncated=join(ends[1], last & (answers.over & ~answers.ended)[:, None]),
         group=of(prompts.number),
         **fields,
     )

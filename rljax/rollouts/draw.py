@@ -28,6 +28,7 @@ class Settings:
     keys: Array  # [R] of the answer's uniform numbers
     length: Array  # [R] tokens of the prompt, with those of the answer that it holds
     before: Array  # [R] those
+    ended: Array  # [R] whether the last of them was a stop
     temperature: Array  # [R]
     top_k: Array | None  # [R]
     top_p: Array | None  # [R]

@@ -18,6 +18,24 @@ FEWEST = 8  # slots: fewer rows take no less time
 
 
 @struct.dataclass
+class Queue:
+    """The prompts as read, and the answers that wait for a slot: those that are not over from the start."""
+
+    prompts: tuple  # cache, hidden [P D], memory
+    source: Array  # [R] of each answer, its prompt
+    order: Array  # [R] the answers that wait, in order; after `count` of them the others
+    count: Array  # []
+
+    @classmethod
+    def of(cls, prompts: tuple, source: Array, over: Array) -> "Queue":
+        return cls(prompts, source, jnp.argsort(over, stable=True), (~over).sum())
+
+    def take(self, lm: LM, answers):
+        """Cache, hidden states and memory of these answers' prompts."""
+        return take(lm, self.prompts, self.source[answers])
+
+
+@struct.dataclass
 class Slots:
     """W answers under way, each at a column of its own."""
 
@@ -36,24 +54,23 @@ def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampli
     if lm.routing is not None:
         raise ValueError("slots do not record experts; legal for a mixture model: sampling.slots=None")
     R, W = len(settings.before), sampling.slots
-    waiting = read(lm, prompts, sampling)
-    source, _ = prompts.answers(sampling.n)
-    first = jnp.arange(W)
-    cache, hidden, memory = take(lm, waiting, source[first])
     none = Answers.none(settings, sampling.max_tokens)
+    queue = Queue.of(read(lm, prompts, sampling), prompts.answers(sampling.n)[0], none.over)
+    first = queue.order[:W]
+    cache, hidden, memory = queue.take(lm, first)
     spare = jax.tree.map(lambda x: jnp.pad(x, ((0, 1),) + ((0, 0),) * (x.ndim - 1)), none)
     state = Slots(
         cache=lm.grow(cache, sampling.max_tokens),
         hidden=hidden,
         memory=memory,
-        who=first,
+        who=jnp.where(jnp.arange(W) < queue.count, first, R),
         t=jnp.zeros(W, jnp.int32),
         next=jnp.int32(W),
         answers=spare,
         work=Work(*(jnp.int32(0),) * 3),
     )
     while True:
-        state = run(lm, state, waiting, source, settings, sampling, idle=W // 2 if W >= 2 * FEWEST else W)
+        state = run(lm, state, queue, settings, sampling, idle=W // 2 if W >= 2 * FEWEST else W)
         if W < 2 * FEWEST:
             break
         W //= 2
@@ -68,34 +85,36 @@ def take(lm: LM, these, rows):
     return lm.gather(cache, rows), hidden[rows], jax.tree.map(lambda x: x[rows], memory)
 
 
-def run(lm: LM, state: Slots, waiting, source, settings: Settings, sampling: Sampling, idle: int) -> Slots:
+def run(lm: LM, state: Slots, queue: Queue, settings: Settings, sampling: Sampling, idle: int) -> Slots:
     """Until the queue is empty and so many slots are idle, or nothing is left to draw."""
     R = len(settings.before)
 
     def goes_on(state: Slots):
-        busy = (state.next < R) | ((state.who == R).sum() < idle)
+        busy = (state.next < queue.count) | ((state.who == R).sum() < idle)
         return busy & unfinished(state.answers, R, sampling)
 
     def one(state: Slots):
-        return step(lm, refill(lm, state, waiting, source, R), settings, sampling)
+        return step(lm, refill(lm, state, queue), settings, sampling)
 
     return jax.lax.while_loop(goes_on, one, state)
 
 
-def refill(lm: LM, state: Slots, waiting, source, R: int) -> Slots:
+def refill(lm: LM, state: Slots, queue: Queue) -> Slots:
     """Idle slots take answers from the queue, one after the other."""
+    R = len(queue.order)
 
     def free(state: Slots):
-        return (state.next < R) & (state.who == R).any()
+        return (state.next < queue.count) & (state.who == R).any()
 
     def fill(state: Slots):
         slot = ops.argmax((state.who == R).astype(jnp.float32))[None]
-        cache, hidden, memory = take(lm, waiting, source[state.next][None])
+        answer = queue.order[state.next][None]
+        cache, hidden, memory = queue.take(lm, answer)
         return state.replace(
             cache=lm.scatter(state.cache, slot, cache),
             hidden=state.hidden.at[slot].set(hidden),
             memory=jax.tree.map(lambda x, y: x.at[slot].set(y), state.memory, memory),
-            who=state.who.at[slot].set(state.next),
+            who=state.who.at[slot].set(answer),
             t=state.t.at[slot].set(0),
             next=state.next + 1,
         )
