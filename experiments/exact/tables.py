@@ -36,7 +36,7 @@ def markdown(rows: list[Mapping]) -> str:
     for name, *cells in (map(digits, row.values()) for row in rows):
         merged.setdefault(tuple(cells), []).append(name)
     lines = [list(rows[0]), ["---"] + ["--:"] * (len(rows[0]) - 1)]
-    lines += [["; ".join(names), *cells] for cells, names in merged.items()]
+    lines += [["; ".join(sorted(names)), *cells] for cells, names in merged.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -745,10 +745,26 @@ MUTANTS = [
     Mutant(
         "an answer cut by its length counts as ended",
         "rljax/rollouts/answers.py",
-        "terminated=join(no, last & answers.ended[:, None]),",
-        "terminated=join(no, last),",
+        "terminated=join(ends[0], last & answers.ended[:, None]),",
+        "terminated=join(ends[0], last),",
         "OpenRLHF 238: the last token of an unfinished answer becomes EOS",
         ("tests/rollouts/test_tokens.py::test_answers_end_at_a_stop_token_or_at_the_limit",),
+    ),
+    Mutant(
+        "a finished answer that waits is drawn on",
+        "rljax/rollouts/answers.py",
+        "over=ended | (settings.before >= columns)",
+        "over=settings.before >= columns",
+        "partial rollouts that resume what had ended: an answer with text after its EOS",
+        ("tests/rollouts/test_partial.py",),
+    ),
+    Mutant(
+        "carried tokens take the version of the step that goes on",
+        "rljax/rollouts/answers.py",
+        'join(of(past["version"]), jnp.broadcast_to(prompts.version, (R, N)))',
+        'jnp.broadcast_to(prompts.version, (R, N + of(past["version"]).shape[1]))',
+        "one version an answer: AReaL, arXiv:2505.24298, keeps one a token",
+        ("tests/rollouts/test_partial.py",),
     ),
     Mutant(
         "positions count the left padding",
