@@ -46,13 +46,12 @@ class Slots:
     t: Array  # [W] columns of it drawn
     next: Array  # [] first in the queue
     answers: Answers  # R + 1 rows: idle slots write to the last
+    experts: Array | None  # [R + 1 N M k] that each drawn token took (mixture models)
     work: Work
 
 
-def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampling) -> tuple[Answers, Work]:
-    """All answers, sampling.slots at a time. Raises ValueError for mixture models, whose experts are not recorded."""
-    if lm.routing is not None:
-        raise ValueError("slots do not record experts; legal for a mixture model: sampling.slots=None")
+def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampling):
+    """All answers, sampling.slots at a time; the experts that prompts and answers took [R S M k] or None; the work."""
     R, W = len(settings.before), sampling.slots
     none = Answers.none(settings, sampling.max_tokens)
     queue = Queue.of(read(lm, prompts, sampling), prompts.answers(sampling.n)[0], none.over)
@@ -67,6 +66,7 @@ def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampli
         t=jnp.zeros(W, jnp.int32),
         next=jnp.int32(W),
         answers=spare,
+        experts=_no_experts(lm, queue, (R + 1, sampling.max_tokens)),
         work=Work(*(jnp.int32(0),) * 3),
     )
     while True:
@@ -76,7 +76,17 @@ def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampli
         W //= 2
         state = halve(lm, state, W)
     answers = jax.tree.map(lambda x: x[:R], state.answers)
-    return answers, state.work.replace(tokens=answers.drawn.sum())
+    experts = state.experts
+    if experts is not None:
+        experts = jnp.concatenate([lm.routing(queue.prompts[0])[queue.source], experts[:R]], axis=1)
+    return answers, experts, state.work.replace(tokens=answers.drawn.sum())
+
+
+def _no_experts(lm: LM, queue: Queue, shape: tuple[int, int]):
+    if lm.routing is None:
+        return None
+    of_prompts = jax.eval_shape(lm.routing, queue.prompts[0])
+    return jnp.zeros((*shape, *of_prompts.shape[2:]), of_prompts.dtype)
 
 
 def take(lm: LM, these, rows):
@@ -136,6 +146,11 @@ def step(lm: LM, state: Slots, settings: Settings, sampling: Sampling) -> Slots:
     )
     new = (going & ~over).astype(jnp.int32)[:, None]
     hidden, cache = lm.forward(token[:, None] * new, (mine.length + t)[:, None], new, state.cache)
+    experts = state.experts
+    if experts is not None:  # of the column just written, which every row counts from the end of its prompt
+        taken = lm.routing(cache)
+        column = taken.shape[1] - sampling.max_tokens + t
+        experts = experts.at[who, t].set(taken[jnp.arange(len(who)), column])
     work = state.work.replace(steps=state.work.steps + 1, row_steps=state.work.row_steps + len(who))
     return state.replace(
         cache=cache,
@@ -144,6 +159,7 @@ def step(lm: LM, state: Slots, settings: Settings, sampling: Sampling) -> Slots:
         who=jnp.where(over, R, who),
         t=t + 1,
         answers=answers,
+        experts=experts,
         work=work,
     )
 

@@ -47,8 +47,8 @@ def _sample(lm, params, frozen, prompts: Prompts, sampling: Sampling, seed):
     source, _ = prompts.answers(sampling.n)
     settings = settle(prompts, sampling, seed)
     if sampling.slots is not None and sampling.slots < len(source):
-        answers, work = draw_in_slots(lm, prompts, settings, sampling)
-        return trajectory(prompts, settings, sampling, answers, None), work
+        answers, routing, work = draw_in_slots(lm, prompts, settings, sampling)
+        return trajectory(prompts, settings, sampling, answers, routing), work
     first, *more = stretches(sampling.max_tokens)
     state = advance(lm, begin(lm, prompts, settings, sampling, first), settings, sampling, first)
     end = first
