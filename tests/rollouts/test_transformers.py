@@ -104,7 +104,7 @@ def test_greedy_answers_are_the_same_tokens(torch, model, stories, ids, stop, ou
         np.testing.assert_array_equal(np.asarray(traj.terminated).any(axis=1), ended)
 
 
-# ------------------------------------------------------------------------------------------------ what a draw is made of
+# ----------------------------------------------------------------------------------------------- what a draw is made of
 
 
 def drawn_from(monkeypatch, logits, rows, t, sampling):
