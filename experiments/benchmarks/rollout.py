@@ -3,6 +3,7 @@ r"""Rollouts against what the machine can do, and their parts against each other
     python experiments/benchmarks/rollout.py                        # W1
     python experiments/benchmarks/rollout.py --preset W2 --json rollout.json
     python experiments/benchmarks/rollout.py --transformers True    # and transformers.generate, which TRL calls
+    python experiments/benchmarks/rollout.py --tunix PYTHON         # and Tunix (peers/tunix_sampler.py)
 
 W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 answers of 64
 tokens. W2: vocabulary 32768, width 512, 8 layers, 8 heads (4) of 64, MLP 1376; 2 prompts of 128 tokens x 8 answers of
@@ -16,6 +17,7 @@ against the static batch of as many rows, one after the other.
 import dataclasses
 import json
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +43,7 @@ class Config:
     preset: Literal["W1", "W2"] = "W1"  # the work
     repeats: int = 5  # timed runs of each
     transformers: bool = False  # torch's generate too (installs of `make parity`)
+    tunix: str = ""  # Tunix's sampler too: a Python where google-tunix is installed
     json: str = ""  # where to write the figures
 
 
@@ -80,6 +83,24 @@ def torch_generate(config, rows, n: int, answer: int):
     def generate(_):
         with torch.no_grad():
             model.generate(tokens, do_sample=True, top_k=0, pad_token_id=0, **lengths)
+
+    return generate
+
+
+def tunix_sampler(python: str, config, *sizes: int):
+    """The same work for Tunix, in a process of its own, which works when it is asked to."""
+    shape = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")
+    work = {x: getattr(config, x) for x in shape} | dict(zip(("prompts", "n", "length", "answer"), sizes, strict=True))
+    script = str(Path(__file__).with_name("peers") / "tunix_sampler.py")
+    child = subprocess.Popen(
+        [python, script, json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def generate(_):
+        child.stdin.write("\n")
+        child.stdin.flush()
+        if not child.stdout.readline():
+            raise ValueError(f"{python} {script} ended; its message stands above")
 
     return generate
 
@@ -127,6 +148,8 @@ def main(cfg: Config) -> dict[str, float]:
     }
     if cfg.transformers:
         works["transformers"] = torch_generate(config, rows, n, answer)
+    if cfg.tunix:
+        works["Tunix"] = tunix_sampler(cfg.tunix, config, count, n, length, answer)
     flops, bytes_ = peak(cfg.repeats), bandwidth(cfg.repeats)
     times = alternately(works, cfg.repeats)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -148,8 +171,9 @@ def main(cfg: Config) -> dict[str, float]:
         "static / slots": median["a queue, static"] / median["a queue, slots"],
         "slot utilisation": float(work.tokens / work.row_steps),
     }
-    if cfg.transformers:
-        figures["transformers / rollout"] = median["transformers"] / median["rollout"]
+    figures |= {
+        f"{peer} / rollout": median[peer] / median["rollout"] for peer in ("transformers", "Tunix") if peer in median
+    }
     say(f"{cfg.preset} on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
     table("figures", [{"": name, "value": value} for name, value in figures.items()])
@@ -159,4 +183,4 @@ def main(cfg: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,)))
