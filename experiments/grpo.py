@@ -37,7 +37,7 @@ from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
-from rljax.types import Algorithm, Sampling, TrainState
+from rljax.types import Algorithm, TrainState
 
 VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
 
@@ -94,7 +94,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     credit = jax.jit(algorithm.credit)
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
     log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
-    sampling = Sampling(n=b.group, stop=tokenizer.stop, **asdict(cfg.sampling))
+    sampling = options.sampling(cfg.sampling, b.group, tokenizer, config.vocabulary)
     exam = held_out.first(len(held_out))
 
     def evaluate(state: TrainState, score) -> dict[str, float]:

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+from rljax import types
 from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
+from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf, parts, policy
 from rljax.models.decoder import DecoderConfig
@@ -43,13 +45,17 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn while training."""
+    """How answers are drawn."""
 
     temperature: float = 1.0  # of the softmax; the trainer rescales by it too
     top_k: int | None = None  # keep the k most likely tokens
     top_p: float | None = None  # keep the likeliest tokens that hold this share
     min_p: float | None = None  # keep tokens this likely relative to the likeliest
+    repetition_penalty: float | None = None  # divides the logits of tokens seen before, or multiplies negative ones
+    min_tokens: int | None = None  # no stop token before an answer has so many
+    stop_strings: tuple[str, ...] = ()  # texts that end an answer, wherever they stand; \n is a new line
     max_tokens: int = 64  # of an answer
+    slots: int | None = None  # answers drawn at a time, the next taking the place of a finished one; default: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +164,22 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
 
 
+def new_lines(text: str) -> str:
+    """A text of the command line, where \\n is a new line."""
+    return text.replace("\\n", "\n")
+
+
+def sampling(options: Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> types.Sampling:
+    """The sampler's settings for n answers a prompt of a model with so many ids, stop strings as an automaton."""
+    fields = dataclasses.asdict(options)
+    strings = [new_lines(text) for text in fields.pop("stop_strings")]
+    automaton = None
+    if strings:  # a model may have more ids than its tokenizer
+        pieces = tokenizer.pieces()
+        automaton = jnp.asarray(stop_strings(strings, pieces + [b""] * (vocabulary - len(pieces))))
+    return types.Sampling(n=n, stop=tokenizer.stop, stop_strings=automaton, **fields)
+
+
 def read_rewards(names: tuple[str, ...], legal: dict[str, Callable]) -> dict[str, float]:
     """Weights by name from NAME or NAME=WEIGHT. Raises ValueError for a name that is not in `legal`, or no number."""
     weights = {}
@@ -187,7 +209,7 @@ def read_prompts(
     path: str, template: str, tokenizer: Tokenizer, longest: int, held_out: int, seed: int
 ) -> tuple[Prompts, Prompts]:
     """Training and held-out prompts of a jsonl file; those of more than `longest` tokens are dropped and counted."""
-    text = from_template(template.replace("\\n", "\n"))
+    text = from_template(new_lines(template))
     make = partial(Prompts, encode=tokenizer.encode, text=text, max_tokens=longest, pad=tokenizer.pad, seed=seed)
     train, exam = map(make, hold_out(read_jsonl(path), held_out, seed))
     say(f"{len(train)} prompts and {len(exam)} held out; {train.dropped + exam.dropped} dropped, over {longest} tokens")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rljax.data.pieces import pieces_of
+
 
 class Tokenizer(NamedTuple):
     encode: Any  # str -> list[int]: a prompt, with the special tokens that begin a text
@@ -12,6 +14,8 @@ class Tokenizer(NamedTuple):
     stop: tuple[int, ...]  # ids that end an answer
     pad: int  # any id: padding is told by masks, never by ids
     size: int
+    pieces: Any  # () -> list[bytes]: what each token stands for inside a text; special ones for nothing
+    chat: Any = None  # str -> list[int]: what a user says, in the chat template; None: there is none
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,15 @@ class _Characters:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[i - 1] for i in ids if 0 < i <= len(self.alphabet))
 
+    def pieces(self) -> list[bytes]:
+        return [b"", *(c.encode() for c in self.alphabet)]
+
 
 def character_tokenizer(alphabet: str) -> Tokenizer:
     """One token a character; id 0 ends an answer."""
     characters = _Characters(alphabet)
-    return Tokenizer(characters.encode, characters.decode, stop=(0,), pad=0, size=len(alphabet) + 1)
+    size = len(alphabet) + 1
+    return Tokenizer(characters.encode, characters.decode, stop=(0,), pad=0, size=size, pieces=characters.pieces)
 
 
 def save_characters(alphabet: str, directory: str | Path) -> None:
@@ -66,4 +74,23 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
 
-    return Tokenizer(encode, decode, stop, pad=stop[0] if stop else 0, size=len(inner))
+    def pieces() -> list[bytes]:
+        if not hasattr(inner, "backend_tokenizer"):
+            raise ValueError(
+                f"{directory}: the pieces of a {type(inner).__name__} cannot be read; legal: tokenizer.json"
+            )
+        return pieces_of(inner.backend_tokenizer, len(inner))
+
+    def chat(text: str) -> list[int]:
+        said = [{"role": "user", "content": text}]
+        return inner.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+
+    return Tokenizer(
+        encode,
+        decode,
+        stop,
+        pad=stop[0] if stop else 0,
+        size=len(inner),
+        pieces=pieces,
+        chat=chat if inner.chat_template else None,
+    )
