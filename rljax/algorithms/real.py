@@ -11,7 +11,7 @@ slope · S_i, with L's own value and gradient. Â is GRPO's.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.credit import group_relative, old_logp, require
 from rljax.ops import groups
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import sequence_mean
@@ -25,6 +25,7 @@ def real(temperature: float = 0.5) -> Algorithm:
         return sequence_geometric_mean(output.logp - old_logp(batch.traj), batch.mask) / temperature
 
     def prepare(output, batch, key):
+        require(batch.traj, "group")  # which packing takes away
         group, rows = batch.traj.group, batch.mask.any(axis=1)
         reach = jnp.clip(score(output, batch)[:, 0], -20.0, 20.0)
         good = rows & ((batch.mask * batch.advantages).sum(axis=1) > 0)

@@ -1,0 +1,239 @@
+"""Packed batches: every decision is there once, bins are even, and an update is the one of unpacked rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rljax.algorithms import real
+from rljax.models import policy as models
+from rljax.models.decoder import DecoderConfig
+from rljax.train.mesh import make_mesh, place_rows, state_shardings
+from rljax.train.objective import policy_objective
+from rljax.train.packing import pack, packed, plan
+from rljax.train.update import learn as learn_rollout
+from rljax.train.update import make_update
+from rljax.types import Batch, check, trajectory_of_tokens
+from tests.algorithms.tiny import (
+    ALGORITHMS,
+    GRADIENT,
+    agree,
+    asked_for,
+    credited,
+    learn,
+    rollout,
+    state_of,
+    table_params,
+)
+
+
+def texts(lengths, prompt=1, width=None):
+    """A batch padded on both sides: row i has lengths[i] decisions, the first `prompt` of them context.
+
+    Every number in it is another one.
+    """
+    width, B = width or max(lengths) + 3, len(lengths)
+    draw = np.random.default_rng(sum(lengths))
+    column, start = np.arange(width + 1)[None], draw.integers(0, width + 1 - np.array(lengths), B)[:, None]
+    inside = (column >= start) & (column < start + np.array(lengths)[:, None] + 1) & (np.array(lengths)[:, None] > 0)
+    chosen = inside & (column > start + prompt)
+    cells = np.arange(1, 4 * inside.size + 1).reshape(4, *inside.shape).astype(np.float32)
+    traj = trajectory_of_tokens(
+        cells[0].astype(int), inside.astype(int), jnp.asarray(chosen), cells[1], rewards=cells[2], group=np.arange(B)
+    )
+    traj = traj.replace(values=cells[3], dist=cells[:2, :, 1:].transpose(1, 2, 0), scores=np.ones((B, 2)))
+    return Batch(
+        traj=traj, advantages=-cells[1][:, 1:], mask=traj.mask, extra={"x": cells[2][:, 1:]}, coefficients={"kl": 0.5}
+    )
+
+
+def test_three_texts_by_hand():
+    """Of 4, 2 and 3 decisions, in two rows of 5: the longest has its own, and the fuller row is dealt first."""
+    batch = texts([4, 2, 3], width=6)
+    got, micro_batches, shown = pack(batch, 5, rows=2)
+    check(got)
+    first = batch.traj.segments.argmax(axis=1)
+    want = [[(2, c) for c in range(3)] + [(1, c) for c in range(2)], [(0, c) for c in range(4)]]
+    for row, cells in enumerate(want):
+        n = len(cells)
+        source = np.array([6 * text + first[text] + c for text, c in cells])
+        for name in ("inputs", "actions", "logp", "mask", "positions", "rewards"):
+            np.testing.assert_array_equal(
+                getattr(got.traj, name)[row, :n], np.asarray(getattr(batch.traj, name)).ravel()[source], err_msg=name
+            )
+        np.testing.assert_array_equal(got.traj.values[row, :n], batch.traj.values[:, :-1].ravel()[source])
+        np.testing.assert_array_equal(got.traj.dist[row, :n], batch.traj.dist.reshape(-1, 2)[source])
+        np.testing.assert_array_equal(got.advantages[row, :n], np.asarray(batch.advantages).ravel()[source])
+        np.testing.assert_array_equal(got.extra["x"][row, :n], batch.extra["x"].ravel()[source])
+    assert got.traj.segments.tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]]
+    assert got.mask.astype(int).tolist() == [[0, 1, 1, 0, 1], [0, 1, 1, 1, 0]]
+    assert (got.traj.group, got.traj.scores, got.coefficients) == (None, None, {"kl": 0.5})
+    assert micro_batches == 1
+    assert shown == pytest.approx({"padding_before": 1 - 9 / 18, "padding_after": 1 - 9 / 10})
+
+
+LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(12, 30), st.integers(1, 5), st.integers(1, 4))
+def test_every_decision_stands_in_one_place_and_its_context_before_it(lengths, width, rows, devices):
+    """Against a walk over the plan, text by text."""
+    lengths = np.array(lengths)
+    row, start, micro_batches, count = plan(lengths, width, rows, devices)
+    assert count % (devices * micro_batches) == 0
+    assert count // (devices * micro_batches) <= rows
+    taken = np.zeros((count, width), int)
+    for text in np.flatnonzero(lengths):
+        assert start[text] + lengths[text] <= width
+        taken[row[text], start[text] : start[text] + lengths[text]] += 1
+    assert taken.max() <= 1
+    assert taken.sum() == lengths.sum()
+
+
+@given(LENGTHS, st.integers(12, 30), st.integers(1, 5), st.integers(1, 4))
+def test_no_bin_has_more_than_the_mean_and_one_text(lengths, width, rows, devices):
+    """Bins as the update and the mesh cut rows: contiguous over devices, then every M-th row."""
+    lengths = np.array(lengths)
+    row, _, M, count = plan(lengths, width, rows, devices)
+
+    def by_bin(of_text):
+        of_row = np.bincount(row, of_text, count)
+        return of_row.max(), np.stack([of_row.reshape(devices, -1)[:, m::M].sum(axis=1) for m in range(M)]).ravel()
+
+    _, tokens = by_bin(lengths)
+    assert tokens.sum() == lengths.sum()
+    assert tokens.max() - tokens.min() <= lengths.max()
+    assert tokens.max() <= tokens.mean() + lengths.max()
+    most, work = by_bin(lengths**2)
+    assert work.max() <= work.mean() + most
+
+
+@given(LENGTHS, st.integers(12, 30), st.integers(1, 4))
+def test_there_are_no_more_rows_than_longest_first_needs(lengths, width, devices):
+    """Where the texts do not fit even the emptiest row has no room for one of them, so all are nearly full."""
+    lengths = np.array(lengths)
+    _, _, _, count = plan(lengths, width, 1000, devices)
+    fewer = count // devices - (1 if count // devices <= 8 else count // devices // 8)
+    assert fewer == 0 or lengths.sum() > fewer * devices * (width - lengths.max())
+
+
+def test_few_shapes_come_up():
+    """1 to 8 rows a device, then steps of at most an eighth."""
+    counts = sorted({plan(np.full(n, 10), 10, 1000, 1)[3] for n in range(1, 70)})
+    assert counts == [*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), 72]
+
+
+# -------------------------------------------------------------------------------------------------- the same update
+
+RANDOM = {"clip_cov", "all at once"}  # draw a number for each place of the batch
+
+
+def filtered(batch):
+    """The batch without the decisions of row 5 and the last one of row 6."""
+    last = batch.mask.shape[1] - 1 - batch.mask[6, ::-1].argmax()
+    return batch.replace(mask=batch.mask.at[5].set(False).at[6, last].set(False))
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in RANDOM | {"real"}])
+def test_an_update_of_packed_rows_is_that_of_unpacked_ones(name):
+    """Loss, gradients and every metric, in the micro-batches of two devices."""
+    algorithm = ALGORITHMS[name]
+    batch = filtered(credited(algorithm, rollout()))
+    want = learn(algorithm, batch, table_params())
+    together, micro_batches, shown = pack(batch, 7, rows=1, devices=2)
+    assert micro_batches > 1
+    assert shown["padding_after"] < shown["padding_before"]
+    agree(learn(algorithm, together, table_params(), micro_batches=micro_batches), want)
+
+
+DECODER = DecoderConfig(vocabulary=16, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, mlp_width=16)
+POLICY = models.make_policy(DECODER)
+
+
+def of_decoder(name, sizes, width=None, tokens=None):
+    """Gradient and metrics of a real update on a mesh: packed where there is a width."""
+    algorithm, params, shardings = ALGORITHMS[name], models.init(DECODER, jax.random.key(1)), None
+    params = models.with_value_head(params, DECODER)
+    params["value_head"] = jnp.linspace(-1, 1, DECODER.width)
+    if sizes is not None:
+        axes = models.logical_axes(DECODER, params)
+        shardings = state_shardings(make_mesh(*sizes), state_of(params), GRADIENT, axes)
+
+    def make(micro_batches):
+        return make_update(policy_objective(POLICY, algorithm), GRADIENT, micro_batches, shardings)
+
+    update = make(1) if width is None else packed(make, tokens, width, shardings)
+    state, batch = state_of(params), credited(algorithm, rollout(vocabulary=16))
+    if shardings is not None:
+        state, batch = jax.device_put(state, shardings.state), place_rows(shardings, batch)
+    state, metrics = learn_rollout(update, state, batch)
+    return jax.device_get((state.opt_state[0].trace, metrics))
+
+
+@pytest.mark.parametrize("name", ["ppo + kl + entropy", "gspo"])
+def test_on_a_mesh_too_where_texts_must_not_see_each_other(name):
+    gradient, want = of_decoder(name, None)
+    for sizes, tokens in (((2, 2, 2), 7), ((1, 4, 2), 1000)):
+        found, metrics = of_decoder(name, sizes, 7, tokens)
+        agree((found, {name: metrics[name] for name in want}), (gradient, want))
+        assert metrics.keys() - want.keys() == {"padding_before", "padding_after", "micro_batches"}
+        assert metrics["micro_batches"] == (1 if tokens == 1000 else 2)
+        assert 0 < metrics["padding_after"] < metrics["padding_before"]
+
+
+def test_a_batch_of_nothing_is_a_row_of_padding():
+    algorithm = ALGORITHMS["grpo"]
+    batch = credited(algorithm, rollout())
+    together, _, shown = pack(batch.replace(mask=batch.mask & False), 9, rows=2)
+    assert shown == {"padding_before": 1.0, "padding_after": 1.0}
+    gradient, metrics = learn(algorithm, together, table_params())
+    assert not gradient["table"].any()
+    assert metrics["loss"] == 0
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def without_segments(batch):
+    return batch.replace(traj=batch.traj.replace(segments=None))
+
+
+def holed(batch):
+    return batch.replace(traj=batch.traj.replace(segments=batch.traj.segments.at[1, batch.mask[1].argmax()].set(0)))
+
+
+def two_texts(batch):
+    return batch.replace(traj=batch.traj.replace(segments=batch.traj.segments.at[2, batch.mask[2].argmax() :].add(1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.traj, "only a Batch is packed, after credit; not Trajectory"),
+        (without_segments, "Trajectory.segments is None"),
+        (holed, "row 1 is not one text"),
+        (two_texts, "row 2 is not one text"),
+        (lambda b: b.replace(extra={"y": jnp.ones(3)}), r"extra\.y has shape \(3,\); to be packed .* \(3, 7\)"),
+        (lambda b: b.replace(returns=jnp.ones(3)), r"Batch.returns has shape \(3,\)"),
+        (lambda b: pack(b, 9, 1)[0], "row 0 is not one text"),
+    ],
+    ids=["a trajectory", "no segments", "a hole", "two texts", "a fact of rows", "a shape", "packed already"],
+)
+def test_what_cannot_be_packed_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        pack(change(texts([4, 3, 2])), 9, rows=1)
+
+
+def test_a_text_that_is_too_long_and_a_budget_that_is_too_small():
+    with pytest.raises(ValueError, match="row 1 holds a text of 5 decisions; a packed row holds 4"):
+        pack(texts([4, 5, 2]), 4, rows=1)
+    with pytest.raises(ValueError, match="3 tokens at a time hold no row of 4; legal: rows of 1 to 3"):
+        packed(lambda micro_batches: None, 3, 4)
+
+
+def test_real_refuses_packed_rows_as_it_compares_those_of_a_group():
+    together, _, _ = pack(credited(real(), asked_for(real(), rollout())), 9, rows=2)
+    with pytest.raises(ValueError, match=r"Trajectory\.group"):
+        learn(real(), together, table_params())
