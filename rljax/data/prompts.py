@@ -119,6 +119,10 @@ class Prompts:
         order = draw_order(len(self), self.seed, cursor, count)
         return self._rows(order, range(cursor, cursor + count), cursor + count)
 
+    def columns_of(self, numbers: np.ndarray) -> list[dict]:
+        """The columns of the prompts with these numbers in the shuffled order."""
+        return [self.columns[draw_order(len(self), self.seed, int(number), 1)[0]] for number in numbers]
+
     def first(self, count: int) -> Rows:
         """The first `count` prompts in the dataset's own order: a fixed set to evaluate on."""
         count = min(count, len(self))

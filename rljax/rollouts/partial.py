@@ -3,13 +3,11 @@
 What was drawn keeps the log-probs, temperatures and version of the policy that drew it; what follows gets the new
 one's, and is drawn by the same key: with the same parameters the answer is the one that was never interrupted.
 
-A step of P groups in play, of which `count` are learnt from (APRIL, arXiv:2509.18521, with whole groups):
-
-    rows = join(carried, fresh prompts, n, step)
-    traj = fit(sample(..., rows, sampling.replace(enough=...), ...), width - 1)
-    learnt, kept = divide(traj, count)               rows to learn from; the others
-    carried = resume(rows, traj, n, step, kept, width)
+`turn` is a step with P groups in play of which all but a fixed number are learnt from (APRIL, arXiv:2509.18521, with
+whole groups): no step waits for its longest answers, and none is lost.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,53 @@ from rljax.rollouts.answers import PAST
 from rljax.types import Rows, Trajectory
 
 OF_CHOSEN = ("logp", "temperature", "version", "terminated", "truncated")  # facts of a chosen token
+
+
+def turn(
+    draw: Callable[[Rows], Trajectory], fresh: Rows, carried: Rows | None, n: int, wait: int, step: int, width: int
+) -> tuple[Trajectory, Rows, Rows]:
+    """A trajectory of finished groups; the rows they were drawn from; `wait` other groups, for the next turn.
+
+    Args:
+      draw: rows -> trajectory, with a sampling whose `enough` leaves `wait` answers out at most.
+      fresh, carried: new prompts, and what the last turn left: None in the first. n: answers a prompt.
+      width: columns of prompt and answer together.
+    """
+    rows = fresh if carried is None else join(carried, fresh, n, step)
+    traj = fit(draw(rows), width - 1)
+    leaves, stays = divide(traj, len(traj.mask) // n - wait)
+    return jax.tree.map(lambda x: x[leaves], traj), rows, resume(rows, traj, n, step, stays, width)
+
+
+def store(carried: Rows) -> dict[str, np.ndarray]:
+    """What a checkpoint keeps of carried rows: arrays of fixed shapes."""
+    _, answer = carried.requests.T
+    fields = {name: getattr(carried, name) for name in ("tokens", "mask", "number", "began")}
+    return fields | {"answer": answer} | carried.past
+
+
+def blank(wait: int, n: int, width: int) -> dict[str, np.ndarray]:
+    """`store` before the first turn."""
+    of_rows, shape = np.full(wait * n, -1, np.int32), (wait * n, width)
+    kinds = {"logp": np.float32, "temperature": np.float32, "tokens": np.int32, "version": np.int32}
+    return {name: np.zeros(shape, kinds.get(name, bool)) for name in ("tokens", "mask", *PAST)} | {
+        name: of_rows for name in ("number", "began", "answer")
+    }
+
+
+def restore(stored: dict, columns: Callable[[np.ndarray], list[dict]]) -> Rows | None:
+    """The rows that `store` took apart, None of `blank`. columns: numbers of prompts -> their columns."""
+    stored = {name: np.asarray(x) for name, x in stored.items()}
+    if (stored["number"] < 0).any():
+        return None
+    requests = np.stack([np.arange(len(stored["number"]), dtype=np.int32), stored["answer"]], axis=1)
+    return Rows(
+        **{name: stored[name] for name in ("tokens", "mask", "number", "began")},
+        columns=columns(stored["number"]),
+        cursor=0,
+        requests=requests,
+        past={name: stored[name] for name in PAST},
+    )
 
 
 def unfinished(traj: Trajectory) -> np.ndarray:

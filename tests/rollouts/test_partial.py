@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rljax.models.policy import make_policy
-from rljax.rollouts.partial import divide, fit, join, resume, unfinished
+from rljax.rollouts.partial import blank, divide, fit, restore, resume, store, turn, unfinished
 from rljax.rollouts.tokens import sample
 from rljax.types import Sampling
 from rollouts.common import CONFIG, LM, draws, make_rows, take
@@ -31,12 +31,14 @@ def run(policies, rows, slots=None):
         count = LEARNT if step else LEARNT + WAIT
         fresh = take(rows, slice(first, first + count))
         first += count
-        drawn = join(carried, fresh, N, step) if step else fresh
-        traj = fit(sample(LM, params, {}, drawn, sampling, SEED, step), WIDTH - 1)
-        leaves, stays = divide(traj, LEARNT)
-        assert len(stays) == WAIT * N
-        carried = resume(drawn, traj, N, step, stays, WIDTH)
-        learnt.append(jax.tree.map(lambda x, leaves=leaves: np.asarray(x)[leaves], traj))
+
+        def draw(rows, params=params, step=step):
+            return sample(LM, params, {}, rows, sampling, SEED, step)
+
+        traj, drawn, carried = turn(draw, fresh, carried, N, WAIT, step, WIDTH)
+        assert len(carried.number) == WAIT * N
+        assert set(traj.group.tolist()) <= set(drawn.number.tolist())
+        learnt.append(jax.tree.map(np.asarray, traj))
     return learnt, carried
 
 
@@ -94,3 +96,12 @@ def test_what_does_not_fit_is_refused(params, rows):
         resume(drawn, traj, N, 0, width=5)
     with pytest.raises(ValueError, match="legal: at least"):
         fit(traj, 5)
+
+
+def test_what_waits_is_kept_in_a_checkpoint(params, rows):
+    _, carried = run([params] * 2, rows)
+    stored, empty = store(carried), blank(WAIT, N, WIDTH)
+    assert restore(empty, None) is None
+    assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {k: (v.shape, v.dtype) for k, v in empty.items()}
+    again = restore(stored, lambda numbers: [{} for _ in numbers])
+    jax.tree.map(np.testing.assert_array_equal, again._replace(cursor=0), carried._replace(cursor=0))
