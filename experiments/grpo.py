@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 
 import options
+from draws import make_draw, nobody
 from options import Batches, MeshShape, Optimizer, Weights
 from rljax.algorithms import grpo, with_kl
 from rljax.algorithms.dynamic_sampling import keep_informative
@@ -87,14 +88,16 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
     if "values" in algorithm.needs:
         params = policy.with_value_head(params, config)
-    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
+    sampling = options.sampling(cfg.sampling, b.group, tokenizer, config.vocabulary)
+    waiting = nobody(b, train, sampling)
+    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=waiting)
     shardings = options.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
     update = make_update(policy_objective(model, algorithm), optimizer, b.micro_batches, shardings)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always shown
     credit = jax.jit(algorithm.credit)
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
     log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
-    sampling = options.sampling(cfg.sampling, b.group, tokenizer, config.vocabulary)
+    draw = make_draw(lm, train, b, sampling, shardings, cfg.seed)
     exam = held_out.first(len(held_out))
 
     def evaluate(state: TrainState, score) -> dict[str, float]:
@@ -119,13 +122,11 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         before = evaluate(state := jax.device_put(state, shardings.state), score)
         state = run.restore(state)
         for step in run.steps(state.step):
-            rows = train.draw(state.cursor, b.prompts * b.oversample)
-            placed = meshes.place_prompts(shardings, rows)
-            traj = sample(lm, state.params, state.frozen, placed, sampling, cfg.seed, step)
+            traj, rows, state = draw(state, step)
             traj = score(annotate(state, traj), rows)
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
-            if run.first(step):
+            if run.first(step) and not (b.wait and step):
                 require_on_policy(metrics, options.SAMPLER_GAP[cfg.weights.dtype])
             state = state.replace(step=step + 1, cursor=rows.cursor)
             if cfg.weights.reference_every and (step + 1) % cfg.weights.reference_every == 0:

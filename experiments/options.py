@@ -74,6 +74,7 @@ class Batches:
     prompts: int = 32  # prompts per step
     group: int = 8  # answers per prompt
     oversample: int = 1  # prompts drawn for each one kept; those whose answers differ in reward are kept first
+    wait: int = 0  # prompts a step does not wait for: their unfinished answers go on in the next one; 0: none
     epochs: int = 1  # passes over the rows of a step
     minibatches: int = 1  # updates per pass
     micro_batches: int = 1  # pieces of an update, for memory; the gradient does not depend on it
@@ -144,11 +145,13 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batches.prompts * batches.group
     wrong = [
-        f"{f.name} = {getattr(batches, f.name)}; at least 1"
+        f"{f.name} = {getattr(batches, f.name)}; at least {min(f.default, 1)}"
         for f in dataclasses.fields(batches)
-        if getattr(batches, f.name) < 1
+        if getattr(batches, f.name) < min(f.default, 1)
     ]
     if not wrong:
+        if batches.wait % ways:
+            wrong.append(f"wait = {batches.wait} over {ways} devices (data x fsdp); legal: multiples of {ways}")
         if batches.prompts % ways:
             near = sorted({max(ways, batches.prompts // ways * ways), (batches.prompts // ways + 1) * ways})
             wrong.append(f"prompts = {batches.prompts} over {ways} devices (data x fsdp); nearest legal: {near}")

@@ -137,6 +137,18 @@ def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
     assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
 
 
+def test_groups_that_wait_survive_a_stop(tiny_run, tmp_path):
+    """Two of four prompts wait; stopped after the second of three steps, the third is the same to the last bit."""
+    cfg = change(tiny_run, steps=3, batches__wait=2, sampling__max_tokens=12, directory=str(tmp_path / "run"))
+    result = grpo.main(cfg, verifiers=VERIFIERS)
+    before = metrics(cfg.directory)
+    assert before[0]["version_lag"] == 0 < max(record["version_lag"] for record in before)
+    shutil.rmtree(Path(cfg.directory) / "checkpoints" / "3")
+    (Path(cfg.directory) / "checkpoints" / "3.sha256.json").unlink()
+    assert grpo.main(cfg, verifiers=VERIFIERS) == result
+    assert metrics(cfg.directory) == before
+
+
 def test_over_long_prompts_are_dropped_and_counted(finished, capsys):
     cfg, _ = finished
     with pytest.raises(ValueError, match="other settings"):  # after prompts are read

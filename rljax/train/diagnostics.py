@@ -84,6 +84,9 @@ def rollout(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> di
     }
     if traj.truncated is not None:
         out["truncated"] = _share((traj.truncated & traj.mask).any(axis=1))
+    if traj.version is not None:
+        newest = jnp.where(traj.mask, traj.version, -1).max()
+        out["version_lag"] = masked_mean((newest - traj.version).astype(float), traj.mask)
     if traj.ref_logp is not None:
         out["kl_sequence"] = drift(traj).mean()
     if traj.old_logp is not None:

@@ -1,0 +1,41 @@
+"""What a step samples: fresh prompts; with `batches.wait`, also the groups that the last step did not wait for."""
+
+from collections.abc import Callable
+from functools import partial
+
+from options import Batches
+from rljax.data.prompts import Prompts
+from rljax.rollouts import partial as rollouts
+from rljax.rollouts.tokens import sample
+from rljax.train.mesh import Shardings, place_prompts
+from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
+
+
+def nobody(batches: Batches, prompts: Prompts, sampling: Sampling) -> dict | None:
+    """`TrainState.extra` at the start: nobody waits."""
+    if not batches.wait:
+        return None
+    return rollouts.blank(batches.wait, batches.group, prompts.length + sampling.max_tokens)
+
+
+def make_draw(
+    lm: LM, prompts: Prompts, batches: Batches, sampling: Sampling, shardings: Shardings, seed: int
+) -> Callable[[TrainState, int], tuple[Trajectory, Rows, TrainState]]:
+    """draw(state, step) -> trajectory of prompts x oversample whole groups, their rows, the state with the others."""
+    count, n, wait = batches.prompts * batches.oversample, batches.group, batches.wait
+    width = prompts.length + sampling.max_tokens
+    drawn = sampling.replace(enough=(count + wait) * n - wait) if wait else sampling
+
+    def of_rows(state: TrainState, step: int, rows: Rows) -> Trajectory:
+        return sample(lm, state.params, state.frozen, place_prompts(shardings, rows), drawn, seed, step)
+
+    def draw(state: TrainState, step: int):
+        if not wait:
+            rows = prompts.draw(state.cursor, count)
+            return of_rows(state, step, rows), rows, state
+        carried = rollouts.restore(state.extra, prompts.columns_of)
+        fresh = prompts.draw(state.cursor, count + wait if carried is None else count)
+        traj, rows, waiting = rollouts.turn(partial(of_rows, state, step), fresh, carried, n, wait, step, width)
+        return traj, rows, state.replace(extra=rollouts.store(waiting))
+
+    return draw
