@@ -34,7 +34,7 @@ from rljax.train.log import say
 from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
-from rljax.train.update import learn, make_update
+from rljax.train.update import learn
 from rljax.types import Algorithm, Params, TrainState
 
 BY_NAME = (a.grpo, a.dapo, a.gspo, a.cispo, a.sapo, a.gdpo, a.reinforce, a.rloo, a.remax, a.reinforce_pp, a.ppo)
@@ -84,8 +84,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
     key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
     state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=key, frozen=reference)
-    shardings = options.shardings_of(mesh, state, optimizer, task.config)
-    update = make_update(policy_objective(task.policy, algorithm), optimizer, b.micro_batches, shardings)
+    shardings, columns = options.shardings_of(mesh, state, optimizer, task.config), task.train.length + task.longest - 1
+    update = options.updater(policy_objective(task.policy, algorithm), optimizer, b, shardings, columns)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
     with_reference = policy.make_annotate(task.policy, ("ref_logp",))
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))

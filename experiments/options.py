@@ -26,7 +26,9 @@ from rljax.models.lora import Lora
 from rljax.rewards.score import RewardError
 from rljax.train.log import say
 from rljax.train.mesh import Shardings, param_shardings, state_shardings
-from rljax.types import Params, TrainState
+from rljax.train.packing import packed
+from rljax.train.update import make_update
+from rljax.types import Objective, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Batches:
     epochs: int = 1  # passes over the rows of a step
     minibatches: int = 1  # updates per pass
     micro_batches: int = 1  # pieces of an update, for memory; the gradient does not depend on it
+    pack: int = 0  # tokens on a device at a time, answers side by side in rows, in as many pieces as it takes; 0: off
+    pack_width: int = 0  # tokens of a packed row; 0: as sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,24 +142,44 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batches.prompts * batches.group
     wrong = [
-        f"{f.name} = {getattr(batches, f.name)}; at least 1"
+        f"{f.name} = {getattr(batches, f.name)}; at least {min(f.default, 1)}"
         for f in dataclasses.fields(batches)
-        if getattr(batches, f.name) < 1
+        if getattr(batches, f.name) < min(f.default, 1)
     ]
     if not wrong:
         if batches.prompts % ways:
             near = sorted({max(ways, batches.prompts // ways * ways), (batches.prompts // ways + 1) * ways})
             wrong.append(f"prompts = {batches.prompts} over {ways} devices (data x fsdp); nearest legal: {near}")
-        cuts = batches.minibatches * batches.micro_batches
+        micro_batches = 1 if batches.pack else batches.micro_batches
+        cuts = batches.minibatches * micro_batches
         pieces = [c for c in range(1, rows + 1) if rows % c == 0 and (rows // c) % ways == 0]
         if cuts not in pieces:
             near = sorted(sorted(pieces, key=lambda c: abs(c - cuts))[:4])
             wrong.append(
                 f"prompts x group = {batches.prompts} x {batches.group} = {rows} rows in minibatches x micro_batches = "
-                f"{batches.minibatches} x {batches.micro_batches} = {cuts} pieces; nearest legal products: {near}"
+                f"{batches.minibatches} x {micro_batches} = {cuts} pieces; nearest legal products: {near}"
             )
     if wrong:
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
+
+
+def updater(
+    objective: Objective, optimizer: optax.GradientTransformation, batches: Batches, shardings: Shardings, columns: int
+) -> Callable:
+    """The update of these batches, packed where they say so. columns: of a row as sampled; a packed one holds it."""
+
+    def make(micro_batches: int) -> Callable:
+        return make_update(objective, optimizer, micro_batches, shardings)
+
+    if not batches.pack:
+        return make(batches.micro_batches)
+    width = batches.pack_width or columns
+    if not columns <= width <= batches.pack:
+        raise ValueError(
+            f"pack = {batches.pack}, pack_width = {batches.pack_width} (0: as sampled), where rows as sampled have "
+            f"{columns} tokens; legal: {columns} <= pack_width <= pack"
+        )
+    return packed(make, batches.pack, width, shardings)
 
 
 def read_rewards(names: tuple[str, ...], legal: dict[str, Callable]) -> dict[str, float]:

@@ -137,6 +137,15 @@ def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
     assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
 
 
+def test_packed_it_makes_the_same_first_step(finished, tmp_path):
+    cfg, _ = finished
+    packed = change(cfg, batches__pack=90, directory=str(tmp_path / "run"))
+    grpo.main(packed, verifiers=VERIFIERS)
+    want, got = metrics(cfg.directory)[0], metrics(packed.directory)[0]
+    assert got.keys() - want.keys() == {"padding_before", "padding_after", "micro_batches"}
+    assert {name: got[name] for name in want} == pytest.approx(want, rel=1e-4, abs=2e-6)
+
+
 def test_over_long_prompts_are_dropped_and_counted(finished, capsys):
     cfg, _ = finished
     with pytest.raises(ValueError, match="other settings"):  # after prompts are read
@@ -219,6 +228,9 @@ BAD = {
         ValueError,
         r"2 x 2 = 4 rows .* 1 x 3 = 3 pieces; nearest legal products: \[1, 2, 4\]",
     ),
+    "pack": (settings(batches__pack=4), ValueError, r"pack = 4, .* have (\d+) tokens; legal: \1 <= pack_width <= pack"),
+    "pack_width": (settings(batches__pack=90, batches__pack_width=9), ValueError, r"pack_width = 9 .* legal: "),
+    "pack below 0": (settings(batches__pack=-1), ValueError, "pack = -1; at least 0"),
     "devices": (
         settings(mesh=options.MeshShape()),
         ValueError,

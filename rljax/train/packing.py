@@ -1,20 +1,21 @@
 """The texts of a batch side by side in rows of one width, for the update: the same sums from fewer columns.
 
 A text is what one row holds up to its last decision, context included; rows without a decision are left out. Longest
-first, each goes to the row with the most room (LPT; Graham 1969), so rows differ by at most one text; rows are dealt to
-the bins, one for each device and micro-batch, in rounds of equal length, the one with the most attention (Σ n²) to the
-bin with the least. Hence for every bin
+first, each goes to the first row with room for it; then texts move from the fullest row to the emptiest until the two
+differ by less than a text. Rows are dealt to bins, one for each device and micro-batch: in rounds, the fullest rows
+first, in each round the row with the most attention (Σ n²) to the bin with the least. Hence for every bin
 
     tokens <= mean + longest text,    Σ n² <= mean + most in a row
 
 Shapes: `rows` rows a device and micro-batch at most, and as many micro-batches as the texts take. The rows of a device
-are 1 to 8, then multiples of an eighth of the power of two below, so that few shapes compile.
+are 1 to 16, then steps of a sixteenth of the power of two below, so that few shapes compile, rounded up to whole
+micro-batches.
 
 After packing a row is not a sequence: facts of rows (`group`, `scores`, `baseline`) are None, and a weight or a loss
-must go by segments (`ops.sequences`). `credit` comes before. Left out: cutting a text.
+must go by segments (`ops.sequences`). `credit` comes before. A method that draws a number for each place of the batch
+draws others. Left out: cutting a text.
 """
 
-import heapq
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -71,16 +72,14 @@ def pack(
         raise ValueError(
             f"row {whole.argmin()} is not one text of consecutive columns in one segment, decisions inside"
         )
-    if length.max() > width:
-        raise ValueError(f"row {length.argmax()} holds a text of {length.max()} decisions; a packed row holds {width}")
-
-    row, start, micro_batches, count = plan(length, width, rows, devices)
+    row, micro_batches, count = plan(length, width, rows, devices)
     source = np.full((count, width), -1, np.int32)
     segments = np.zeros((count, width), np.int32)
-    for text in np.lexsort((start, row)):
-        at = slice(start[text], start[text] + length[text])
+    for text in np.flatnonzero(length):
+        start = np.argmax(source[row[text]] < 0)
+        at = slice(start, start + length[text])
         source[row[text], at] = text * batch.mask.shape[1] + first[text] + np.arange(length[text])
-        segments[row[text], at] = segments[row[text]].max() + 1
+        segments[row[text], at] = segments[row[text], start - 1] + 1
     before, after = (float(1.0 - length.sum() / size) for size in (batch.mask.size, source.size))
     return _gathered(batch, source, segments), micro_batches, {"padding_before": before, "padding_after": after}
 
@@ -112,38 +111,55 @@ def _texts(segments: Array, mask: Array) -> Array:
 # ------------------------------------------------------------------------------------------------- on the host: numpy
 
 
-def plan(length: np.ndarray, width: int, rows: int, devices: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Where each text goes: its row and first column there; and the number of micro-batches and of rows in all."""
+def plan(length: np.ndarray, width: int, rows: int, devices: int) -> tuple[np.ndarray, int, int]:
+    """The row of each text, and the number of micro-batches and of rows in all."""
+    if length.max() > width:
+        raise ValueError(f"row {length.argmax()} holds a text of {length.max()} decisions; a packed row holds {width}")
     texts, of_device = np.flatnonzero(length), 1
     while True:
         micro_batches = -(-of_device // rows)
         bins, each = devices * micro_batches, -(-of_device // micro_batches)
-        found = _spread(length[texts], width, bins * each)
+        found = _first_fit(length[texts], width, bins * each)
         if found is not None:
             break
-        of_device += 2 ** max(of_device.bit_length() - 4, 0)
-    row, start = np.zeros((2, len(length)), np.int64)
-    row[texts], start[texts] = found
+        of_device += 2 ** max(of_device.bit_length() - 5, 0)
+    row = np.zeros(len(length), np.int64)
+    row[texts] = _level(found, length[texts], bins * each)
     tokens, work = (np.bincount(row, length.astype(float) ** power, bins * each) for power in (1, 2))
     bin_of, turn = _deal(tokens, work, bins)
     device, micro_batch = np.divmod(bin_of, micro_batches)
     place = (device * each + turn) * micro_batches + micro_batch
-    return place[row], start, micro_batches, bins * each
+    return place[row], micro_batches, bins * each
 
 
-def _spread(length: np.ndarray, width: int, rows: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Row and first column of each text, longest first to the emptiest row. None where one has no room there."""
+def _first_fit(length: np.ndarray, width: int, rows: int) -> np.ndarray | None:
+    """A row for each text, longest first to the first row with room for it. None where one finds none."""
     if length.sum() > rows * width:
         return None
-    row, start = np.zeros((2, len(length)), np.int64)
-    loads = [(0, r) for r in range(rows)]
+    row, room = np.zeros(len(length), np.int64), np.full(rows, width)
     for text in np.argsort(-length, kind="stable"):
-        load, r = loads[0]
-        if load + length[text] > width:
+        row[text] = np.argmax(room >= length[text])
+        room[row[text]] -= length[text]
+        if room[row[text]] < 0:
             return None
-        row[text], start[text] = r, load
-        heapq.heapreplace(loads, (load + length[text], r))
-    return row, start
+    return row
+
+
+def _level(row: np.ndarray, length: np.ndarray, rows: int) -> np.ndarray:
+    """The rows after moves from the fullest to the emptiest, until none makes the two more alike.
+
+    A text shorter than their difference fits, so in the end they differ by no more than the fullest one's shortest.
+    """
+    row, tokens = row.copy(), np.bincount(row, length, rows)
+    while True:
+        fullest, emptiest = tokens.argmax(), tokens.argmin()
+        gap = tokens[fullest] - tokens[emptiest]
+        (movable,) = np.nonzero((row == fullest) & (length < gap))
+        if not len(movable):
+            return row
+        moved = movable[np.abs(2 * length[movable] - gap).argmin()]
+        row[moved] = emptiest
+        tokens[[fullest, emptiest]] += [-length[moved], length[moved]]
 
 
 def _deal(tokens: np.ndarray, work: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
