@@ -22,8 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 
 HEADLINES = ("reward", "length", "kl", "tokens_per_second")
 SHORT = {"tokens_per_second": "tok/s"}  # how a headline is called on the screen
@@ -36,9 +34,9 @@ console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout
 # -------------------------------------------------------------------------------------------------- words for people
 
 
-def say(text: str = "") -> None:
+def say(text: str = "", style: str | None = None, end: str = "\n") -> None:
     """Print a line as it is; above the progress bar while there is one."""
-    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(text, style=style, end=end, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -164,6 +162,8 @@ class Log:
         self._active = directory is not None
         if not self._active:
             return
+        from tensorboardX import SummaryWriter  # slow to import: only where it is needed
+
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / "metrics.jsonl", directory / "samples.jsonl"]
@@ -175,7 +175,7 @@ class Log:
             str(directory / "tensorboard"), purge_step=start or None, flush_secs=5, filename_suffix=f".{start}"
         )
         self._also, self._seen = also, {}
-        self._progress = _Bar(total_steps, names, start) if _live() else _Lines(total_steps, names)
+        self._progress = _Bar(total_steps, names, start) if live() else _Lines(total_steps, names)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, one TensorBoard event, one turn of the progress bar."""
@@ -183,6 +183,8 @@ class Log:
             return
         if "step" in metrics:
             raise ValueError("'step' is no metric: it is the first argument of write")
+        from tensorboardX.proto.summary_pb2 import Summary
+
         step, values = int(step), {name: _number(name, value) for name, value in metrics.items()}
         _append(self._metrics, [{"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}])
         # One event for all of them: add_scalar queues one each, and warns of every NaN.
@@ -218,7 +220,7 @@ class Log:
 # --------------------------------------------------------------------------------------------------------- progress
 
 
-def _live() -> bool:
+def live() -> bool:
     """Whether a line can be redrawn. FORCE_COLOR makes rich believe so of a file; the file knows better."""
     return console.is_interactive and console.file.isatty()
 
