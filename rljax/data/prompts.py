@@ -1,7 +1,7 @@
 """Prompts: a list of texts with their columns, and an order that is a pure function of (seed, cursor)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +109,8 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.columns)
 
-    def _rows(self, indices, numbers, cursor: int) -> Rows:
-        tokens, mask = pad_left([self.encoded[i] for i in indices], self.length, self.pad)
+    def _rows(self, indices, numbers, cursor: int, length: int | None = None) -> Rows:
+        tokens, mask = pad_left([self.encoded[i] for i in indices], length or self.length, self.pad)
         return Rows(tokens, mask, np.asarray(numbers, np.int32), [self.columns[i] for i in indices], cursor)
 
     def draw(self, cursor: int, count: int) -> Rows:
@@ -123,3 +123,14 @@ class Prompts:
         """The first `count` prompts in the dataset's own order: a fixed set to evaluate on."""
         count = min(count, len(self))
         return self._rows(range(count), range(count), count)
+
+    def batches(self, count: int) -> Iterator[Rows]:
+        """Every prompt once, `count` at a time, the shortest first; `number` is its place in the dataset.
+
+        The width of a batch is a power of two, at least 16, so that there are few: each is compiled apart.
+        """
+        order = sorted(range(len(self)), key=lambda i: len(self.encoded[i]))
+        for start in range(0, len(order), count):
+            some = order[start : start + count]
+            longest = len(self.encoded[some[-1]])
+            yield self._rows(some, some, len(self), max(16, 1 << (longest - 1).bit_length()))

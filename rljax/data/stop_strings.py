@@ -3,7 +3,8 @@
 Aho & Corasick (1975), Efficient string matching. The automaton reads bytes; here it reads whole tokens.
 """
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -55,3 +56,14 @@ def cut(text: Text, strings: Sequence[Text]) -> Text:
     """The text before the stop string that ended it: the first to end, of several the longest."""
     met = [(place + len(s), place) for s in strings if (place := text.find(s)) >= 0]
     return text[: min(met)[1]] if met else text
+
+
+def text_so_far(tokens: Iterable[int], pieces: Sequence[bytes], strings: Sequence[bytes], over: bool) -> str:
+    """The text of an answer, without the stop string that ended it.
+
+    Until it is over, without what may yet become a stop string or a character: what is there stays.
+    """
+    text = b"".join(pieces[token] for token in tokens)
+    held = max(map(len, strings), default=1) - 1
+    text = cut(text, strings) if over else text[: max(len(text) - held, 0)]
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(text, final=over)

@@ -13,7 +13,7 @@ from rljax.rollouts.draw import Settings
 from rljax.rollouts.tokens import Decoding
 from rljax.types import LM, Params, Rows, Sampling
 
-ROOM = 64  # columns of the cache at first; when they are full there are twice as many. Each number is compiled apart
+ROOM = 128  # columns of the cache at first; when they are full there are twice as many. Each number is compiled apart
 
 
 def stream(

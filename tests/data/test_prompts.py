@@ -46,6 +46,18 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 # ----------------------------------------------------------------------------------------------------------- prompts
 
 
+def test_batches_hold_every_prompt_once_and_are_few_widths():
+    words = [{"text": "x" * n} for n in (3, 40, 1, 17, 16, 2, 33)]
+    batches = list(make(words, max_tokens=40, pad=7).batches(3))
+    assert [rows.number.tolist() for rows in batches] == [[2, 5, 0], [4, 3, 6], [1]]
+    assert [rows.tokens.shape for rows in batches] == [(3, 16), (3, 64), (1, 64)]
+    for rows in batches:
+        for i, ids, real in zip(rows.number, rows.tokens, rows.mask, strict=True):
+            assert ids[real].tolist() == encode(words[i]["text"])
+            assert real.tolist() == sorted(real)
+            assert (ids[~real] == 7).all()
+
+
 def test_draws_hold_the_prompts_and_their_columns():
     prompts = make(seed=3, pad=7)
     assert (len(prompts), prompts.dropped, prompts.length) == (6, 1, 7)  # "zzzzzzzzz" is too long

@@ -1,11 +1,13 @@
 """The automaton of stop strings against a search of the text, token by token."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rljax.data.stop_strings import cut, stop_strings
+from rljax.data.stop_strings import cut, stop_strings, text_so_far
 
 LETTERS = "aab€"  # three bytes of the last: tokens may end inside of it
 TEXT = st.text(LETTERS, min_size=1, max_size=6)
@@ -37,6 +39,22 @@ def test_the_text_is_cut_before_the_string_that_ends_first(strings, text):
     want = text if not ends else min((text[: ends[0]].removesuffix(s) for s in strings), key=len)
     assert cut(text, strings) == want
     assert cut(text.encode(), [s.encode() for s in strings]) == want.encode()
+
+
+@given(st.lists(TEXT, max_size=3), st.lists(PIECE, min_size=1, max_size=8), st.data())
+def test_what_is_shown_of_an_answer_stays(strings, pieces, data):
+    """Until a stop string is met; some bytes are no text, and at the end some are half a character."""
+    tokens = data.draw(st.lists(st.integers(0, len(pieces) - 1), max_size=20))
+    texts = [b"".join(pieces[t] for t in tokens[:i]) for i in range(len(tokens) + 1)]
+    ends = [s.encode() for s in strings]
+    last = next((i for i, text in enumerate(texts) if any(end in text for end in ends)), len(tokens))
+    whole = text_so_far(tokens[:last], pieces, ends, over=True)
+    assert whole == cut(texts[last], ends).decode("utf-8", "replace")
+    shown = [text_so_far(tokens[:i], pieces, ends, over=False) for i in range(last)]
+    for before, after in itertools.pairwise([*shown, whole]):
+        assert after.startswith(before)
+    if not strings and last and texts[last - 1].isascii():
+        assert shown[-1] == texts[last - 1].decode()  # at once
 
 
 def test_bytes_that_are_no_text():
