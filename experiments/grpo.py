@@ -23,7 +23,6 @@ import options
 from options import Batches, MeshShape, Optimizer, Weights
 from rljax.algorithms import grpo, with_kl
 from rljax.algorithms.dynamic_sampling import keep_informative
-from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
@@ -75,9 +74,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
     shares, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model)
-    tokenizer = load_tokenizer(cfg.model)
-    if tokenizer.size > config.vocabulary:
-        raise ValueError(f"{cfg.model}: the tokenizer has {tokenizer.size} ids, the model {config.vocabulary}")
+    tokenizer = options.tokenizer(cfg.model, config.vocabulary)
     longest = options.longest_prompt(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
     train, held_out = options.read_prompts(cfg.prompts, cfg.template, tokenizer, longest, cfg.held_out, cfg.seed)
 

@@ -21,7 +21,7 @@ import tyro
 from rljax import types
 from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
 from rljax.data.stop_strings import stop_strings
-from rljax.data.tokenizer import Tokenizer
+from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import decoder, hf, parts, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import Lora
@@ -167,6 +167,14 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
 def new_lines(text: str) -> str:
     """A text of the command line, where \\n is a new line."""
     return text.replace("\\n", "\n")
+
+
+def tokenizer(directory: str, vocabulary: int) -> Tokenizer:
+    """The tokenizer of a model directory. Raises ValueError where it has more ids than the model."""
+    found = load_tokenizer(directory)
+    if found.size > vocabulary:
+        raise ValueError(f"{directory}: the tokenizer has {found.size} ids, the model {vocabulary}")
+    return found
 
 
 def sampling(options: Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> types.Sampling:
