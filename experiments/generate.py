@@ -10,8 +10,8 @@ prompt among the prompts and its own number, not on what is drawn beside it. A l
 `columns`; of each answer the text (`answer`), the sum of its log-probs at the temperature (`logp`; at 1 where that is
 0), the number of `tokens`, and why it `ended`: stop or length. The shortest prompts come first.
 
-Reached: stories260k, 64 prompts x 8 answers of 100 tokens (--rows 64) on 2 shared AMD EPYC cores: 51,200 tokens in 6.2 s
-with programs that an earlier run had compiled, typically 17,431 a second; 13.8 s the first time.
+Reached: stories260k, 64 prompts x 8 answers of 100 tokens, --rows 64, on 2 shared AMD EPYC cores: 51,200 tokens
+in 6.2 s with programs that an earlier run had compiled, typically 17,431 a second; 13.8 s the first time.
 """
 
 import dataclasses
