@@ -16,7 +16,6 @@ in 6.2 s with programs that an earlier run had compiled, typically 17,431 a seco
 
 import dataclasses
 import json
-import math
 import re
 import statistics
 import time
@@ -90,8 +89,9 @@ def main(cfg: Config) -> list[dict]:
         if cfg.out:
             with open(cfg.out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records[-len(asked) :])
-    tokens, typical = sum(sum(line["tokens"]) for line in records), statistics.median(rates or [math.nan])
-    say(f"{tokens:,} tokens in {time.perf_counter() - began:.1f} s, typically {short(typical)} a second", "dim")
+    tokens = sum(sum(line["tokens"]) for line in records)
+    pace = f", typically {short(statistics.median(rates))} a second" if rates else ""
+    say(f"{tokens:,} tokens in {time.perf_counter() - began:.1f} s{pace}", "dim")
     return records
 
 
