@@ -11,11 +11,16 @@ from rljax.train.mesh import Shardings, place_prompts
 from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
 
 
+def width(prompts: Prompts, sampling: Sampling) -> int:
+    """Columns of a prompt and its answer together."""
+    return prompts.length + sampling.max_tokens
+
+
 def nobody(batches: Batches, prompts: Prompts, sampling: Sampling) -> dict | None:
     """`TrainState.extra` at the start: nobody waits."""
     if not batches.wait:
         return None
-    return rollouts.blank(batches.wait, batches.group, prompts.length + sampling.max_tokens)
+    return rollouts.blank(batches.wait, batches.group, width(prompts, sampling))
 
 
 def make_draw(
@@ -23,7 +28,7 @@ def make_draw(
 ) -> Callable[[TrainState, int], tuple[Trajectory, Rows, TrainState]]:
     """draw(state, step) -> trajectory of prompts x oversample whole groups, their rows, the state with the others."""
     count, n, wait = batches.prompts * batches.oversample, batches.group, batches.wait
-    width = prompts.length + sampling.max_tokens
+    columns = width(prompts, sampling)
     drawn = sampling.replace(enough=(count + wait) * n - wait) if wait else sampling
 
     def of_rows(state: TrainState, step: int, rows: Rows) -> Trajectory:
@@ -35,7 +40,7 @@ def make_draw(
             return of_rows(state, step, rows), rows, state
         carried = rollouts.restore(state.extra, prompts.columns_of)
         fresh = prompts.draw(state.cursor, count + wait if carried is None else count)
-        traj, rows, waiting = rollouts.turn(partial(of_rows, state, step), fresh, carried, n, wait, step, width)
+        traj, rows, waiting = rollouts.turn(partial(of_rows, state, step), fresh, carried, n, wait, step, columns)
         return traj, rows, state.replace(extra=rollouts.store(waiting))
 
     return draw

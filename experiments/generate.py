@@ -65,8 +65,8 @@ def main(cfg: Config) -> list[dict]:
     prompts, text = read_prompts(cfg, tokenizer, config.max_positions)
     sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
     strings = [options.new_lines(string).encode() for string in cfg.sampling.stop_strings]
-    pieces = [b"" if i in tokenizer.stop else piece for i, piece in enumerate(tokenizer.pieces())]
-    pieces += [b""] * (config.vocabulary - len(pieces))
+    pieces = options.pieces(tokenizer, config.vocabulary)
+    pieces = [b"" if i in tokenizer.stop else piece for i, piece in enumerate(pieces)]
     check(sampling)
 
     def read(answers: Answers, i: int) -> str:

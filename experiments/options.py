@@ -27,7 +27,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import Lora
 from rljax.rewards.score import RewardError
 from rljax.train.log import say
-from rljax.train.mesh import Shardings, param_shardings, state_shardings
+from rljax.train.mesh import Shardings, param_shardings, row_ways, state_shardings
 from rljax.train.packing import packed
 from rljax.train.update import make_update
 from rljax.types import Objective, Params, TrainState
@@ -146,7 +146,7 @@ def clip_global_norm(limit: float) -> optax.GradientTransformation:
 
 def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
     """Raise one ValueError that lists every number that does not divide, and the legal ones nearest to it."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     rows = batches.prompts * batches.group
     wrong = [
         f"{f.name} = {getattr(batches, f.name)}; at least {min(f.default, 1)}"
@@ -161,9 +161,9 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
             wrong.append(f"prompts = {batches.prompts} over {ways} devices (data x fsdp); nearest legal: {near}")
         micro_batches = 1 if batches.pack else batches.micro_batches
         cuts = batches.minibatches * micro_batches
-        pieces = [c for c in range(1, rows + 1) if rows % c == 0 and (rows // c) % ways == 0]
-        if cuts not in pieces:
-            near = sorted(sorted(pieces, key=lambda c: abs(c - cuts))[:4])
+        legal = [c for c in range(1, rows + 1) if rows % c == 0 and (rows // c) % ways == 0]
+        if cuts not in legal:
+            near = sorted(sorted(legal, key=lambda c: abs(c - cuts))[:4])
             wrong.append(
                 f"prompts x group = {batches.prompts} x {batches.group} = {rows} rows in minibatches x micro_batches = "
                 f"{batches.minibatches} x {micro_batches} = {cuts} pieces; nearest legal products: {near}"
@@ -185,14 +185,17 @@ def tokenizer(directory: str, vocabulary: int) -> Tokenizer:
     return found
 
 
+def pieces(tokenizer: Tokenizer, vocabulary: int) -> list[bytes]:
+    """What each of a model's ids stands for; nothing for those that the tokenizer lacks."""
+    known = tokenizer.pieces()
+    return known + [b""] * (vocabulary - len(known))
+
+
 def sampling(options: Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> types.Sampling:
     """The sampler's settings for n answers a prompt of a model with so many ids, stop strings as an automaton."""
     fields = dataclasses.asdict(options)
     strings = [new_lines(text) for text in fields.pop("stop_strings")]
-    automaton = None
-    if strings:  # a model may have more ids than its tokenizer
-        pieces = tokenizer.pieces()
-        automaton = jnp.asarray(stop_strings(strings, pieces + [b""] * (vocabulary - len(pieces))))
+    automaton = jnp.asarray(stop_strings(strings, pieces(tokenizer, vocabulary))) if strings else None
     return types.Sampling(n=n, stop=tokenizer.stop, stop_strings=automaton, **fields)
 
 

@@ -55,8 +55,12 @@ def hold_out(columns: list[dict], count: int, seed: int) -> tuple[list[dict], li
 
 def draw_order(size: int, seed: int, start: int, count: int) -> np.ndarray:
     """Dataset indices of draws start .. start + count - 1: each epoch a permutation of its own, made from the seed."""
-    numbers = np.arange(start, start + count)
-    out = np.empty(count, np.int64)
+    return _drawn(size, seed, np.arange(start, start + count))
+
+
+def _drawn(size: int, seed: int, numbers: np.ndarray) -> np.ndarray:
+    """Dataset indices of the draws of these numbers."""
+    out = np.empty(len(numbers), np.int64)
     for epoch in np.unique(numbers // size):
         order = np.random.default_rng([0, seed, int(epoch)]).permutation(size)
         here = numbers // size == epoch
@@ -121,7 +125,7 @@ class Prompts:
 
     def columns_of(self, numbers: np.ndarray) -> list[dict]:
         """The columns of the prompts with these numbers in the shuffled order."""
-        return [self.columns[draw_order(len(self), self.seed, int(number), 1)[0]] for number in numbers]
+        return [self.columns[i] for i in _drawn(len(self), self.seed, np.asarray(numbers))]
 
     def first(self, count: int) -> Rows:
         """The first `count` prompts in the dataset's own order: a fixed set to evaluate on."""

@@ -151,12 +151,12 @@ def join(carried: Rows, fresh: Rows, n: int, step: int) -> Rows:
 def fit(traj: Trajectory, decisions: int) -> Trajectory:
     """A sampled trajectory with its rows from the first column on, in fewer columns: padding on their left is cut.
 
-    Raises ValueError where a row has more decisions (outside jit).
+    Raises ValueError where a row has more decisions.
     """
     there, T = traj.segments > 0, traj.segments.shape[1]
     first = jnp.argmax(there, axis=1)
     end = jnp.where(there.any(axis=1), T - jnp.argmax(there[:, ::-1], axis=1) - first, 0).max()
-    if not isinstance(end, jax.core.Tracer) and end > decisions:
+    if end > decisions:
         raise ValueError(f"{decisions} decisions a row; legal: at least {end}, those of the longest")
     columns = (first[:, None] + jnp.arange(decisions)[None]) % T  # what is cut on the left goes to the right
     rows = jnp.arange(len(first))[:, None]

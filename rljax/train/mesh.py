@@ -121,10 +121,14 @@ def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, tree, shardings)
 
 
+def row_ways(mesh: Mesh) -> int:
+    """Devices that rows are spread over (data x fsdp)."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def place_rows(shardings: Shardings, tree: Any) -> Any:
     """Put arrays of rows in their place, scalars everywhere. Raises ValueError where rows do not divide."""
-    mesh = shardings.rows.mesh
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(shardings.rows.mesh)
 
     def put(x):
         if np.ndim(x) and x.shape[0] % ways:

@@ -33,7 +33,8 @@ def texts_of(name):
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_tiny_models(check_parity, name, tmp_path):
     for what, difference in check_parity.compare(str(tiny.make(tmp_path, name)), texts_of(name)).items():
-        assert difference.relative <= 2e-5, what
+        at_most = difference.relative if what == "logits, through the cache" else difference.largest
+        assert at_most <= 2e-5, what
 
 
 @pytest.mark.parametrize("name", ["plain", "moe_mixed", "gemma3_nested", "phi3_long"])
