@@ -28,6 +28,10 @@ def make_draw(
 ) -> Callable[[TrainState, int], tuple[Trajectory, Rows, TrainState]]:
     """draw(state, step) -> trajectory of prompts x oversample whole groups, their rows, the state with the others."""
     count, n, wait = batches.prompts * batches.oversample, batches.group, batches.wait
+    if wait and lm.routing is not None:
+        raise ValueError(
+            "prompts that wait do not keep the experts that their tokens took; legal for a mixture: wait = 0"
+        )
     columns = width(prompts, sampling)
     drawn = sampling.replace(enough=(count + wait) * n - wait) if wait else sampling
 

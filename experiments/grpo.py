@@ -73,7 +73,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     """Train, and return the held-out reward before and after. `algorithm` replaces with_kl(grpo())."""
     algorithm, b = algorithm or with_kl(grpo(), cfg.kl), options.small(cfg.batches) if cfg.debug else cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
-    options.check_batches(b, mesh)
+    options.check_batches(b, mesh, waits=True)
     shares, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model)
     tokenizer = options.tokenizer(cfg.model, config.vocabulary)
     longest = options.longest_prompt(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)

@@ -144,8 +144,11 @@ def clip_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
-    """Raise one ValueError that lists every number that does not divide, and the legal ones nearest to it."""
+def check_batches(batches: Batches, mesh: jax.sharding.Mesh, waits: bool = False) -> None:
+    """Raise one ValueError that lists every number that does not divide, and the legal ones nearest to it.
+
+    waits: whether the experiment carries prompts over (`draws.make_draw`).
+    """
     ways = row_ways(mesh)
     rows = batches.prompts * batches.group
     wrong = [
@@ -154,7 +157,9 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh) -> None:
         if getattr(batches, f.name) < min(f.default, 1)
     ]
     if not wrong:
-        if batches.wait % ways:
+        if batches.wait and not waits:
+            wrong.append(f"wait = {batches.wait}, but no prompt of this experiment goes on in the next step; legal: 0")
+        elif batches.wait % ways:
             wrong.append(f"wait = {batches.wait} over {ways} devices (data x fsdp); legal: multiples of {ways}")
         if batches.prompts % ways:
             near = sorted({max(ways, batches.prompts // ways * ways), (batches.prompts // ways + 1) * ways})

@@ -23,6 +23,8 @@ def pieces_of(inner: Any, size: int) -> list[bytes]:
         if text is None or i in special:
             return b""
         for step in steps:
+            if isinstance(text, bytes):  # a byte, which no later step changes
+                break
             text = step(text)
         return text if isinstance(text, bytes) else text.encode()
 

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
+from rljax.data.pieces import pieces_of
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer, save_characters
 
 ALPHABET = "0123456789+="
@@ -115,6 +116,12 @@ def test_pieces_with_a_mark_for_spaces(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
+
+
+def test_a_byte_is_no_text_for_the_steps_after_it():
+    made = Inner(models.BPE({"<0x41>": 0, "▁b": 1}, []))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Replace("▁", " "), decoders.Fuse()])
+    assert pieces_of(made, 2) == [b"A", b" b"]
 
 
 def test_chat(tmp_path):
