@@ -127,8 +127,8 @@ def test_an_episode_of_the_token_mdp_is_a_rollout_of_a_language_model():
     prompts = jnp.array([[0, 1], [2, 2]])
     env = make_token_mdp(prompts, 4, limit=5, reward=lambda tokens, length: 1.0 * (tokens == 1).sum(), stop=STOP)
 
-    def act(params, key, observations):
-        return jax.random.randint(key, observations.shape[:1], 0, 4), jnp.full(observations.shape[0], -jnp.log(4.0))
+    def act(params, uniforms, observations):
+        return (4 * uniforms[:, 0]).astype(jnp.int32), jnp.full(observations.shape[0], -jnp.log(4.0))
 
     traj = episodes(env, act, {}, KEY, 16, 5)
     texts = jnp.where(traj.mask, traj.actions, 0)
