@@ -117,6 +117,7 @@ class Transition:
     reward: Array  # of n steps: discounted, summed
     next_observation: Array  # the last one of the episode where it ended
     discount: Array  # of the value of next_observation: γ^n; 0 where terminated, not where truncated
+    weight: Array | None = None  # coefficient of each term in the sum; set once per optimizer step
 
 
 @struct.dataclass

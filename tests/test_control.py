@@ -40,7 +40,7 @@ def test_reinforce_learns_to_catch():
 
 def test_vpg_balances_the_pole():
     sizes = Sizes(100_000, epochs=40, minibatches=1)
-    last, greedy, _ = runs("vpg", make_cartpole(), sizes, Hyper(1e-2, 1e-2, lam=0.97, entropy=0.0))
+    _, greedy, _ = runs("vpg", make_cartpole(), sizes, Hyper(1e-2, 1e-2, lam=0.97, entropy=0.0))
     assert np.median(greedy) >= 475
     assert greedy.min() >= 400
 
@@ -56,7 +56,7 @@ def test_ppo_balances_the_pole():
 
 @pytest.mark.parametrize(("as_terminal", "value"), [(False, 10.0), (True, 1 / (1 - 0.9 * 0.9))])
 def test_a_time_limit_is_no_end(as_terminal, value):
-    """One state that pays 1 for ever, cut every 10 steps: V = 1/(1 - γ) = 10. TD(0) with the cut as an end finds 5.26."""
+    """One state that pays 1 for ever, cut every 10 steps: V = 1/(1 - γ) = 10; TD(0), the cut an end, finds 5.26."""
     forever = TabularMDP(jnp.ones((1, 1, 1)), jnp.ones((1, 1)), 0.9)
     env = tabular_env(forever, limit=10)
     if as_terminal:

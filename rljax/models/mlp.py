@@ -17,7 +17,7 @@ import numpy as np
 
 from rljax.ops.kl import categorical_kl, gaussian_entropy, gaussian_kl
 from rljax.ops.logprobs import chosen_logp, gaussian_logp, token_statistics
-from rljax.ops.sampling import invert_cdf, masses
+from rljax.ops.sampling import argmax, invert_cdf, masses
 from rljax.types import Params, PolicyOutput, Trajectory
 
 
@@ -110,3 +110,22 @@ def annotate(params: Params, traj: Trajectory) -> Trajectory:
     final = values_of(params, traj.next_inputs)
     values = jnp.concatenate([values_of(params, traj.inputs), final[:, -1:]], axis=1)
     return traj.replace(values=values, final_values=final, dist=distribution(params, traj.inputs))
+
+
+def init_q(key, observation: int, actions: int, widths: tuple[int, ...] = (120, 84)) -> list[dict]:
+    """A network of action values, ReLU between its layers; the default widths are those of DQN's implementations."""
+    return init_layers(key, (observation, *widths, actions), 1.0)
+
+
+def action_values(params: list[dict], observations):
+    """Q [.. A]."""
+    return forward(params, observations, jax.nn.relu)
+
+
+def act_epsilon_greedily(params: tuple, uniforms, observations) -> tuple:
+    """Of params (network, ε): a uniform action with probability ε, else the best one. Log-probs are not kept: 0."""
+    network, epsilon = params
+    q = action_values(network, observations)
+    uniform, A = uniforms[:, 0], q.shape[1]
+    explored = jnp.minimum((uniform / jnp.maximum(epsilon, 1e-8) * A).astype(jnp.int32), A - 1)
+    return jnp.where(uniform < epsilon, explored, argmax(q)), jnp.zeros(uniform.shape)

@@ -63,6 +63,13 @@ def of_part(update: Callable, part: str) -> Callable:
     return step
 
 
+def follow(target, params, share=1.0, due=True):
+    """The target network: (1 - share) target + share params where `due`, else as it was. Less than 1 is Polyak's."""
+    return jax.lax.cond(
+        due, lambda: jax.tree.map(lambda old, new: (1.0 - share) * old + share * new, target, params), lambda: target
+    )
+
+
 def permutations(key, count: int, rows: int):
     """[count rows]: random orders of 0 .. rows - 1.
 
