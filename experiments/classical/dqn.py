@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from rljax.algorithms.dqn import dqn
-from rljax.envs.env import Env
+from rljax.envs.env import Box, Env
 from rljax.models import mlp
 from rljax.rollouts import replay
 from rljax.rollouts.episodes import episodes
@@ -34,6 +34,7 @@ class Sizes(NamedTuple):
     steps: int = 500_000
     rows: int = 10  # environments at once
     every: int = 10  # steps between updates
+    updates: int = 1  # each time
     target_every: int = 500  # steps between changes of the target network
     start: int = 10_000  # steps before the first update
     capacity: int = 10_000  # transitions kept
@@ -78,7 +79,10 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
             kept = replay.add(kept, replay.transitions(traj, hyper.gamma, sizes.n))
 
             def learn(state):
-                return update(state, replay.draw(kept, drawing, sizes.batch))[0]
+                def one(state, key):
+                    return update(state, replay.draw(kept, key, sizes.batch))[0], None
+
+                return jax.lax.scan(one, state, jax.random.split(drawing, sizes.updates))[0]
 
             seen = (n + 1) * sizes.every
             learner = jax.lax.cond(seen > sizes.start, learn, lambda state: state, state.replace(extra=None))
@@ -95,15 +99,16 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
 
 def init(env: Env, key, widths: tuple[int, ...] = (120, 84)):
-    """Parameters of the network: to be made outside of what is compiled."""
+    """Parameters of the network: to be made outside of what is compiled.
+
+    Raises ValueError for an environment with continuous actions.
+    """
+    if isinstance(env.actions, Box):
+        raise ValueError("deep Q-learning takes the best of finitely many actions; this environment's are continuous")
     observation = jax.eval_shape(env.reset, key, env.params)[0]
     return mlp.init_q(key, observation.shape[0], env.actions, widths)
 
 
-def greedy_returns(env: Env, rows: int = 64, length: int = 500) -> Callable:
-    """evaluate(params, key) -> returns [rows] of fresh episodes."""
-
-    def evaluate(params, key):
-        return episodes(env, mlp.act_epsilon_greedily, (params, 0.0), key, rows, length).rewards.sum(axis=1)
-
-    return evaluate
+def play_greedily(env: Env, length: int = 500) -> Callable:
+    """play(params, key, rows) -> Trajectory of fresh episodes, the best action taken throughout."""
+    return lambda params, key, rows: episodes(env, mlp.act_epsilon_greedily, (params, 0.0), key, rows, length)

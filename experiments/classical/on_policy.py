@@ -1,14 +1,14 @@
-"""REINFORCE, VPG and PPO for control: the language model's credit, losses and updates in one compiled run."""
+"""REINFORCE, VPG, PPO and V-trace for control: the language model's credit, losses and updates in one compiled run."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rljax.algorithms import ppo, ppo_penalty, reinforce, with_entropy
+from rljax.algorithms import off_policy_pg, ppo, ppo_penalty, reinforce, vtrace, with_entropy
+from rljax.algorithms.controllers import ppo_penalty_coefficient
 from rljax.algorithms.ppo import actor_critic
 from rljax.algorithms.reinforce import batch_mean
 from rljax.envs.env import Box, Env
@@ -17,7 +17,7 @@ from rljax.ops import losses
 from rljax.ops.weights import token_mean
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import begin, finished, unroll
-from rljax.train.compiled import decisions, of_part, scan_updates
+from rljax.train.compiled import decisions, follow, of_part, scan_updates
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Algorithm, TrainState
@@ -43,6 +43,7 @@ class Sizes(NamedTuple):
     epochs: int = 4  # passes over the decisions of a rollout; vpg: of the critic
     minibatches: int = 4  # updates a pass
     value_clip: float | None = 0.2  # of PPO's critic
+    lag: int = 1  # rollouts by one policy before a newer one acts; 1: always the newest
 
 
 class Method(NamedTuple):
@@ -51,8 +52,10 @@ class Method(NamedTuple):
     algorithm: Algorithm
     learn: Callable  # (state, batch) -> (state, metrics): the updates of one rollout
     opt_state: Callable  # (params) -> the optimizer's first state
+    coefficients: dict = {}  # noqa: RUF012  the first ones
 
 
+EPISODIC = ("reinforce", "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length
 CRITIC = Algorithm(None, lambda out, batch: (losses.value_loss(out.values, batch.returns), {}), token_mean)
 
 
@@ -74,16 +77,29 @@ def updating(algorithm: Algorithm, optimizer) -> Callable:
     return make_update(policy_objective(mlp.make_policy(), algorithm), optimizer)
 
 
-def clipped(make: Callable, sizes: Sizes, h: Hyper, iterations: int) -> Method:
-    """PPO: actor and critic together, in minibatches of shuffled decisions; the learning rate falls to 0."""
-    algorithm = with_entropy(make(gamma=h.gamma, lam=h.lam, value_clip=sizes.value_clip), h.entropy)
+def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int, *more: str) -> Method:
+    """Actor and critic together, in minibatches of shuffled decisions; the learning rate falls to 0."""
+    algorithm = with_entropy(algorithm, h.entropy)
     optimizer = adam(optax.linear_schedule(h.learning_rate, 0.0, iterations * sizes.epochs * sizes.minibatches))
-    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss")
+    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss", *more)
 
     def learn(state, batch):
         return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)
 
     return Method(algorithm, learn, optimizer.init)
+
+
+def penalised(sizes: Sizes, h: Hyper, iterations: int, target: float = 0.01) -> Method:
+    """PPO with an exact KL penalty, its coefficient moved after each rollout towards `target` nats a decision."""
+    algorithm = ppo_penalty(gamma=h.gamma, lam=h.lam, value_clip=sizes.value_clip)
+    method = in_minibatches(algorithm, sizes, h, iterations, "kl_old")
+
+    def learn(state, batch):
+        state, metrics = method.learn(state, batch)
+        beta = ppo_penalty_coefficient(state.coefficients["kl_old"], metrics["kl_old"], target)
+        return state.replace(coefficients={"kl_old": beta}), metrics
+
+    return method._replace(learn=learn, coefficients={"kl_old": jnp.float32(1.0)})
 
 
 def apart(algorithm: Algorithm, sizes: Sizes, h: Hyper) -> Method:
@@ -110,8 +126,13 @@ def method_of(algo: str, sizes: Sizes, h: Hyper, iterations: int) -> Method:
         return apart(with_entropy(vpg(h.gamma, h.lam), h.entropy), sizes, h)
     if algo == "reinforce":
         return apart(with_entropy(reinforce(batch_mean), h.entropy), sizes, h)
-    make = partial(ppo, h.clip, h.clip) if algo == "ppo" else ppo_penalty
-    return clipped(make, sizes, h, iterations)
+    if algo == "off_policy_pg":
+        return apart(with_entropy(off_policy_pg(baseline=batch_mean), h.entropy), sizes, h)
+    if algo == "vtrace":
+        return in_minibatches(vtrace(h.gamma, h.lam), sizes, h, iterations)
+    if algo == "ppo_penalty":
+        return penalised(sizes, h, iterations)
+    return in_minibatches(ppo(h.clip, h.clip, h.gamma, h.lam, value_clip=sizes.value_clip), sizes, h, iterations)
 
 
 def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
@@ -125,25 +146,30 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
     def train(params, key, hyper: Hyper):
         method = method_of(algo, sizes, hyper, iterations)
         starting, learning, key = jax.random.split(key, 3)
-        extra = (begin(env, starting, sizes.rows), jnp.zeros(sizes.rows))
-        state = TrainState(jnp.int32(0), params, method.opt_state(params), learning, extra=extra)
+        extra = (begin(env, starting, sizes.rows), jnp.zeros(sizes.rows), params)
+        state = TrainState(jnp.int32(0), params, method.opt_state(params), learning, {}, 0, method.coefficients, extra)
 
         def rollout(state, key):
-            if algo == "reinforce":  # whole episodes
-                traj = episodes(env, mlp.act, state.params, key, sizes.rows, sizes.length, draws)
+            carry, running, acting = state.extra
+            if algo in EPISODIC:
+                traj = episodes(env, mlp.act, acting, key, sizes.rows, sizes.length, draws)
                 return traj, state.extra, (traj.rewards.sum(), sizes.rows)
-            carry, running = state.extra
-            carry, traj = unroll(env, mlp.act, state.params, key, carry, sizes.length, draws)
+            carry, traj = unroll(env, mlp.act, acting, key, carry, sizes.length, draws)
             total, count, running = finished(traj, running)
-            return mlp.annotate(state.params, traj), (carry, running), (total, count)
+            return mlp.annotate(state.params, traj), (carry, running, acting), (total, count)
 
-        def iteration(state, key):
+        def iteration(state, now):
+            n, key = now
+            acting = follow(state.extra[-1], state.params, due=n % sizes.lag == 0) if sizes.lag > 1 else state.params
+            state = state.replace(extra=(*state.extra[:-1], acting))
             traj, extra, (total, count) = rollout(state, key)
+            if "old_logp" in method.algorithm.needs:
+                traj = traj.replace(old_logp=mlp.make_policy()(state.params, {}, traj).logp)
             batch = method.algorithm.credit(traj, state.coefficients)
             state, metrics = method.learn(state.replace(extra=extra), batch)
             return state, {"return": total / jnp.maximum(count, 1), "episodes": count, **metrics}
 
-        state, curve = jax.lax.scan(iteration, state, jax.random.split(key, iterations))
+        state, curve = jax.lax.scan(iteration, state, (jnp.arange(iterations), jax.random.split(key, iterations)))
         return state.params, curve
 
     return train
@@ -156,9 +182,9 @@ def init(env: Env, key, width: int = 64):
     return mlp.init(key, observation.shape[0], len(env.actions.low) if continuous else env.actions, width, continuous)
 
 
-def greedy_returns(env: Env, rows: int = 64, length: int = 500) -> Callable:
-    """evaluate(params, key) -> returns [rows] of fresh episodes, the likeliest action taken throughout."""
-    return lambda params, key: episodes(env, mlp.act_greedily, params, key, rows, length).rewards.sum(axis=1)
+def play_greedily(env: Env, length: int = 500) -> Callable:
+    """play(params, key, rows) -> Trajectory of fresh episodes, the likeliest action taken throughout."""
+    return lambda params, key, rows: episodes(env, mlp.act_greedily, params, key, rows, length)
 
 
 def last_tenth(curve: dict):

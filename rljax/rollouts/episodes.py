@@ -15,7 +15,10 @@ def episodes(env, act: Callable, params: Params, key, rows: int, length: int, dr
     Args: as of `unroll`. An episode still running at the end is truncated there.
     """
     starting, playing = jax.random.split(key)
-    _, traj = unroll(env, act, params, playing, begin(env, starting, rows), length, draws)
+    first = begin(env, starting, rows)
+    once = jax.tree.map(lambda x: x[0], first)
+    masked = env._replace(reset=lambda key, params: once)  # what follows an end is masked: no resets to pay for
+    _, traj = unroll(masked, act, params, playing, first, length, draws)
     ended = (traj.terminated | traj.truncated).astype(jnp.int32)
     mask = jnp.cumsum(ended, axis=1) - ended == 0
     running = mask[:, -1] & (ended[:, -1] == 0)

@@ -130,7 +130,7 @@ def test_an_episode_of_the_token_mdp_is_a_rollout_of_a_language_model():
     def act(params, uniforms, observations):
         return (4 * uniforms[:, 0]).astype(jnp.int32), jnp.full(observations.shape[0], -jnp.log(4.0))
 
-    traj = episodes(env, act, {}, KEY, 16, 5)
+    traj = episodes(env, act, {}, KEY, 64, 5)
     texts = jnp.where(traj.mask, traj.actions, 0)
     tokens = jnp.concatenate([traj.inputs[:, 0, :2], texts], axis=1)
     chosen = jnp.pad(traj.mask, ((0, 0), (2, 0)))
