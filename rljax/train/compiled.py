@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rljax.train.update import _require_division
+from rljax.train.update import require_division
 from rljax.types import Batch, TrainState
 
 
@@ -33,7 +33,7 @@ def scan_updates(
     Raises ValueError where the rows do not divide.
     """
     rows = max(leaf.shape[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf))
-    _require_division(rows, count, "minibatches")
+    require_division(rows, count, "minibatches")
     key, used = jax.random.split(state.key)
 
     def one(state, taken):
