@@ -38,7 +38,10 @@ setup(
         "parity": ["torch==2.13.0", "peft"],  # gigabytes; tests only
         "data": ["datasets"],
         "wandb": ["wandb", "trackio"],
-        "envs": ["gymnax>=1.0.1,<2; python_version < '3.12'"],
+        "envs": [
+            "gymnax>=1.0.1,<2; python_version < '3.12'",
+            "six; python_version < '3.12'",  # gymnax imports it without asking for it
+        ],
         "verify": ["math-verify"],
         "preflight": ["jax[tpu]"],  # libtpu compiles for a pod that is not there
         "gpu": ["jax[cuda13]"],

@@ -21,6 +21,7 @@ _HOME = {
     "dpo": "rljax.algorithms",
     "dppo_kl": "rljax.algorithms",
     "dppo_tv": "rljax.algorithms",
+    "dqn": "rljax.algorithms",
     "dr_grpo": "rljax.algorithms",
     "dro": "rljax.algorithms",
     "drop_stale_failures": "rljax.algorithms",

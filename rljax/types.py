@@ -40,6 +40,7 @@ class Trajectory:
     temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
     group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order)
     scores: Array | None = None  # [B K] each verifier's raw result; NaN = not judged
+    next_inputs: Array | None = None  # [B T ...] what an environment showed after it, before any reset
     rewards: Array | None = None  # [B T] per decision; an outcome reward stands on the last chosen token
     step_ends: Array | None = None  # [B T] bool: ends of reasoning steps (process rewards)
     baseline: Array | None = None  # [B] score of a companion answer (ReMax's greedy one)
@@ -109,13 +110,14 @@ class PolicyOutput:
 
 @struct.dataclass
 class Transition:
-    """One step of an environment, for replay: the batch of Q-learning (leading axes free)."""
+    """One step of an environment, or n of them, for replay: the batch of Q-learning (leading axes free)."""
 
     observation: Array
     action: Array
-    reward: Array
-    next_observation: Array
-    terminated: Array  # bool: no value beyond; a truncated step bootstraps
+    reward: Array  # of n steps: discounted, summed
+    next_observation: Array  # the last one of the episode where it ended
+    discount: Array  # of the value of next_observation: γ^n; 0 where terminated, not where truncated
+    weight: Array | None = None  # coefficient of each term in the sum; set once per optimizer step
 
 
 @struct.dataclass

@@ -145,6 +145,10 @@ SECTIONS: dict[str, dict[str, Place]] = {
     },
 }
 
+# Of transitions, not of trajectories: what they obey is learnt by tests/test_control.py and test_tabular_control.py.
+CONTROL = {"dqn": Place("off", "action values", "transitions", "target network")}
+SECTIONS["Control"] = CONTROL
+
 # Of these the others are built: their laws are those of what is built.
 BLOCKS = (
     "wrap.needing",

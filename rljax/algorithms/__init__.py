@@ -21,6 +21,7 @@ from rljax.algorithms.cpo import cpo, simpo
 from rljax.algorithms.dapo import dapo
 from rljax.algorithms.dpo import dpo
 from rljax.algorithms.dppo import dppo_kl, dppo_tv
+from rljax.algorithms.dqn import dqn
 from rljax.algorithms.dr_grpo import dr_grpo
 from rljax.algorithms.dro import dro
 from rljax.algorithms.fipo import fipo

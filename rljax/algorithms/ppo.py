@@ -14,6 +14,7 @@ after each rollout by `controllers.ppo_penalty_coefficient`. Leaving the epochs 
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rljax.algorithms.credit import judged_rewards, old_logp, ratio_to_old, require
 from rljax.ops import losses
@@ -22,6 +23,8 @@ from rljax.ops.returns import gae
 from rljax.ops.statistics import whiten
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Batch
+
+Scalar = float | Float[Array, ""]  # traced where a run is one compiled function of its hyperparameters
 
 
 def actor_critic(actor: Callable, gamma, lam, value_coefficient: float, value_clip: float | None) -> Algorithm:
@@ -48,10 +51,10 @@ def actor_critic(actor: Callable, gamma, lam, value_coefficient: float, value_cl
 
 
 def ppo(
-    low: float = 0.2,
-    high: float = 0.2,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    low: Scalar = 0.2,
+    high: Scalar = 0.2,
+    gamma: Scalar = 1.0,
+    lam: Scalar = 0.95,
     value_coefficient: float = 0.5,
     value_clip: float | None = 0.2,
     dual: float | None = None,
@@ -69,9 +72,9 @@ def ppo(
 
 
 def ppo_penalty(
-    coefficient: float = 1.0,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    coefficient: Scalar = 1.0,
+    gamma: Scalar = 1.0,
+    lam: Scalar = 0.95,
     value_coefficient: float = 0.5,
     value_clip: float | None = 0.2,
 ) -> Algorithm:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
+from jaxtyping import Array, Float
 
 from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.reinforce import leave_one_out, reinforce
@@ -19,6 +20,8 @@ from rljax.ops import losses, returns
 from rljax.ops.ratios import bounded_exp, importance_ratio, sequence_product, truncated
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Batch
+
+Scalar = float | Float[Array, ""]
 
 
 def off_policy_pg(
@@ -35,8 +38,8 @@ def off_policy_pg(
 
 
 def vtrace(
-    gamma: float = 1.0,
-    lam: float = 1.0,
+    gamma: Scalar = 1.0,
+    lam: Scalar = 1.0,
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
     policy_rho_bar: float = 1.0,

@@ -7,11 +7,14 @@ then the state's holds, a traced scalar that a controller may change without rec
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rljax.algorithms.credit import episode_rewards, old_logp, require
 from rljax.ops.kl import importance_weighted_k3, k1, k3
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
+
+Scalar = float | Float[Array, ""]
 
 
 def needing(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:
@@ -36,7 +39,7 @@ def preparing(algorithm: Algorithm, find: Callable) -> Algorithm:
     return algorithm._replace(prepare=prepare)
 
 
-def _add(algorithm: Algorithm, name: str, coefficient: float, term: Callable, *needs: str) -> Algorithm:
+def _add(algorithm: Algorithm, name: str, coefficient: Scalar, term: Callable, *needs: str) -> Algorithm:
     """L_t + coefficient · term(output, batch), where term also gives the value to log under `name`."""
 
     def loss(output, batch):
@@ -79,7 +82,7 @@ def with_importance_weighted_kl(algorithm: Algorithm, coefficient: float = 0.04)
     return _add(algorithm, "kl", coefficient, term, "ref_logp")
 
 
-def with_entropy(algorithm: Algorithm, coefficient: float = 0.01) -> Algorithm:
+def with_entropy(algorithm: Algorithm, coefficient: Scalar = 0.01) -> Algorithm:
     """L_t - c H(π(· | s_t)): an entropy bonus, in nats a decision. `controllers.adaptive_entropy` moves c."""
 
     def term(output, batch):

@@ -1,49 +1,131 @@
-"""A multilayer perceptron as a policy over discrete actions, with a value head: for control."""
+"""Multilayer perceptrons for control: actor and critic apart, discrete or continuous actions; and action values.
+
+Initialised as PPO's implementations are (Huang et al. 2022): orthogonal weights of gain √2, the policy's head 0.01,
+the critic's 1, biases 0. The orthogonal factors are numpy's, so `init` stands outside of what is compiled: on CPU,
+batched QR inside `jit(vmap(...))` can wait for ever.
+
+A policy over continuous actions is a Gaussian with independent dimensions, its deviation the same in every state.
+Environments clip actions to their bounds; log-probs are of the unclipped one.
+"""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rljax.ops.logprobs import chosen_logp, entropy
+from rljax.ops.kl import categorical_kl, gaussian_entropy, gaussian_kl
+from rljax.ops.logprobs import chosen_logp, gaussian_logp, token_statistics
+from rljax.ops.sampling import argmax, invert_cdf, masses
 from rljax.types import Params, PolicyOutput, Trajectory
 
 
-def init(key, observation: int, actions: int, width: int = 64) -> Params:
-    """Two tanh layers; heads start at 0, so that the first policy is uniform and the first values are 0."""
-    first, second = jax.random.split(key)
-    return {
-        "first": {"w": jax.random.normal(first, (observation, width)) * observation**-0.5, "b": jnp.zeros(width)},
-        "second": {"w": jax.random.normal(second, (width, width)) * width**-0.5, "b": jnp.zeros(width)},
-        "action": {"w": jnp.zeros((width, actions)), "b": jnp.zeros(actions)},
-        "value": {"w": jnp.zeros((width, 1)), "b": jnp.zeros(1)},
-    }
+def init_layers(key, sizes: tuple[int, ...], last: float) -> list[dict]:
+    """One {"w" [in out], "b" [out]} a layer; `last`: gain of the last one."""
+    layers = []
+    for n, (rows, columns) in enumerate(pairwise(sizes)):
+        drawn = np.asarray(jax.random.normal(jax.random.fold_in(key, n), (max(rows, columns), min(rows, columns))))
+        q, r = np.linalg.qr(drawn)
+        q = q * np.sign(np.diag(r))  # uniform over orthogonal matrices
+        gain = last if n == len(sizes) - 2 else 2**0.5
+        w = gain * (q if rows >= columns else q.T)
+        layers.append({"w": jnp.asarray(w, jnp.float32), "b": jnp.zeros(columns)})
+    return layers
 
 
-def apply(params: Params, observations) -> tuple:
-    """observations [.. D] -> logits [.. A], values [..]."""
-
-    def linear(name, x):
-        bias = params[name]["b"]
-        return x @ params[name]["w"] + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-
-    hidden = jnp.tanh(linear("second", jnp.tanh(linear("first", observations))))
-    return linear("action", hidden), linear("value", hidden)[..., 0]
+def forward(layers: list[dict], x, activation: Callable = jnp.tanh):
+    """[.. D] -> [.. last size]. On two axes: CPU matmuls on three are slower."""
+    out = x.reshape(-1, x.shape[-1])
+    for n, layer in enumerate(layers):
+        out = out @ layer["w"] + layer["b"][None]
+        out = activation(out) if n < len(layers) - 1 else out
+    return out.reshape(*x.shape[:-1], -1)
 
 
-def act(params: Params, key, observations) -> tuple:
-    """Draw actions [B] and give their log-probs."""
-    logits, _ = apply(params, observations)
-    actions = jax.random.categorical(key, logits)
-    return actions, chosen_logp(logits, actions, jnp.ones(actions.shape))
+def init(key, observation: int, actions: int, width: int = 64, continuous: bool = False) -> Params:
+    """{"actor", "critic"}, two tanh layers each. `actions`: how many, or how many numbers an action has."""
+    actor, critic = jax.random.split(key)
+    heads = {"layers": init_layers(actor, (observation, width, width, actions), 0.01)}
+    if continuous:
+        heads["log_std"] = jnp.zeros(actions)
+    return {"actor": heads, "critic": init_layers(critic, (observation, width, width, 1), 1.0)}
+
+
+def distribution(params: Params, observations):
+    """Logits [.. A]; or (mean, deviation) [.. D] each."""
+    actor = params["actor"]
+    out = forward(actor["layers"], observations)
+    if "log_std" not in actor:
+        return out
+    return out, jnp.broadcast_to(jnp.exp(actor["log_std"]), out.shape)
+
+
+def values_of(params: Params, observations):
+    """V [..]."""
+    return forward(params["critic"], observations)[..., 0]
+
+
+def act(params: Params, uniforms, observations) -> tuple:
+    """Actions [B] or [B D] and their log-probs [B]: the distribution inverted at uniforms [B 1] or [B D]."""
+    dist = distribution(params, observations)
+    if isinstance(dist, tuple):
+        mean, std = dist
+        actions = mean + std * jax.scipy.special.ndtri(uniforms)
+        return actions, gaussian_logp(mean, std, actions)
+    ones = jnp.ones(dist.shape[0])
+    actions = invert_cdf(masses(dist, ones), uniforms[:, 0], block=dist.shape[1])
+    return actions, chosen_logp(dist, actions, ones)
+
+
+def act_greedily(params: Params, uniforms, observations) -> tuple:
+    """The likeliest actions; log-probs are 0."""
+    dist = distribution(params, observations)
+    actions = dist[0] if isinstance(dist, tuple) else dist.argmax(axis=-1)
+    return actions, jnp.zeros(observations.shape[0])
 
 
 def make_policy() -> Callable:
-    """policy(params, frozen, trajectory) -> PolicyOutput."""
+    """policy(params, frozen, trajectory) -> PolicyOutput. `frozen` may hold parts that stand still: the critic, say."""
 
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
-        logits, values = apply(params, traj.inputs)
-        ones = jnp.ones(traj.actions.shape)
-        return PolicyOutput(chosen_logp(logits, traj.actions, ones), entropy(logits, ones), values)
+        params = {**frozen, **params}
+        dist, values = distribution(params, traj.inputs), values_of(params, traj.inputs)
+        if isinstance(dist, tuple):
+            mean, std = dist
+            kl = None if traj.dist is None else gaussian_kl(*traj.dist, mean, std).sum(axis=-1)
+            return PolicyOutput(gaussian_logp(mean, std, traj.actions), gaussian_entropy(std).sum(axis=-1), values, kl)
+        logp, entropy, sum_pi_squared = token_statistics(dist, traj.actions, jnp.ones(traj.actions.shape))
+        kl = None if traj.dist is None else categorical_kl(traj.dist, dist)
+        return PolicyOutput(logp, entropy, values, kl, sum_pi_squared)
 
     return policy
+
+
+def annotate(params: Params, traj: Trajectory) -> Trajectory:
+    """The trajectory of an environment with values [B T+1], final_values and the distribution that actions came from.
+
+    The last column of values is V of the observation after the last decision.
+    """
+    final = values_of(params, traj.next_inputs)
+    values = jnp.concatenate([values_of(params, traj.inputs), final[:, -1:]], axis=1)
+    return traj.replace(values=values, final_values=final, dist=distribution(params, traj.inputs))
+
+
+def init_q(key, observation: int, actions: int, widths: tuple[int, ...] = (120, 84)) -> list[dict]:
+    """A network of action values, ReLU between its layers; the default widths are those of DQN's implementations."""
+    return init_layers(key, (observation, *widths, actions), 1.0)
+
+
+def action_values(params: list[dict], observations):
+    """Q [.. A]."""
+    return forward(params, observations, jax.nn.relu)
+
+
+def act_epsilon_greedily(params: tuple, uniforms, observations) -> tuple:
+    """Of params (network, ε): a uniform action with probability ε, else the best one. Log-probs are not kept: 0."""
+    network, epsilon = params
+    q = action_values(network, observations)
+    uniform, A = uniforms[:, 0], q.shape[1]
+    explored = jnp.minimum((uniform / jnp.maximum(epsilon, 1e-8) * A).astype(jnp.int32), A - 1)
+    return jnp.where(uniform < epsilon, explored, argmax(q)), jnp.zeros(uniform.shape)

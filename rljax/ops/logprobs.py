@@ -61,6 +61,13 @@ def _scaled(logits, temperature):
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature[..., None]
 
 
+def gaussian_logp(
+    mean: Float[Array, "*N D"], std: Float[Array, "*N D"], actions: Float[Array, "*N D"]
+) -> Float[Array, "*N"]:
+    """log N(a; μ, σ²) = -½ Σ_d ((a - μ)²/σ² + log 2πσ²) of D independent dimensions."""
+    return -0.5 * (((actions - mean) / std) ** 2 + jnp.log(2.0 * jnp.pi * std**2)).sum(axis=-1)
+
+
 @jax.custom_jvp
 def token_statistics(
     logits: Float[Array, "*N V"], actions: Int[Array, "*N"], temperature: Float[Array, "*N"]

@@ -5,6 +5,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 Terms = Float[Array, "*shape"]
+Scalar = float | Float[Array, ""]
 
 
 def policy_gradient(logp: Terms, advantages: Terms) -> Terms:
@@ -12,7 +13,7 @@ def policy_gradient(logp: Terms, advantages: Terms) -> Terms:
     return -stop_gradient(advantages) * logp
 
 
-def clipped_surrogate(ratio: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
+def clipped_surrogate(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: Scalar = 0.2) -> Terms:
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7): max(-ρÂ, -clip(ρ, 1 - low, 1 + high) Â).
 
     `high` > `low` is DAPO's clip-higher (arXiv:2503.14476). At ρ = 1 the gradient is that of `policy_gradient`.
@@ -29,13 +30,13 @@ def dual_clip(terms: Terms, advantages: Terms, bound: float = 3.0) -> Terms:
     return jnp.where(advantages < 0, jnp.minimum(terms, -bound * stop_gradient(advantages)), terms)
 
 
-def clipped_fraction(ratio: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> Terms:
+def clipped_fraction(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: Scalar = 0.2) -> Terms:
     """1 where `clipped_surrogate` passes no gradient: the ratio left the range on the profitable side. Else 0."""
     outside = ((ratio > 1.0 + high) & (advantages > 0)) | ((ratio < 1.0 - low) & (advantages < 0))
     return outside.astype(ratio.dtype)
 
 
-def clip_metrics(ratio: Terms, advantages: Terms, low: float = 0.2, high: float = 0.2) -> dict[str, Terms]:
+def clip_metrics(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: Scalar = 0.2) -> dict[str, Terms]:
     """`clipped_fraction`, to be logged: in all, and by the bound that was left (low where Â < 0, high where Â > 0)."""
     clipped = clipped_fraction(ratio, advantages, low, high)
     return {

@@ -57,3 +57,10 @@ def double_q_learning(
     """
     best = jnp.argmax(next_q_selector, axis=-1)
     return td_learning(chosen(q, actions), rewards, gamma, chosen(next_q, best))
+
+
+def huber(error: Scalars, bound: float = 1.0) -> Scalars:
+    """½ e² where |e| <= bound, bound (|e| - ½ bound) beyond: a gradient of at most `bound` (Huber 1964)."""
+    size = jnp.abs(error)
+    inside = jnp.minimum(size, bound)
+    return inside * (size - 0.5 * inside)

@@ -101,7 +101,7 @@ def _cut(batch, micro_batches: int):
     leaves, tree = jax.tree.flatten(batch)
     rows = {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}
     for n in rows:
-        _require_division(n, micro_batches, "micro-batches")
+        require_division(n, micro_batches, "micro-batches")
 
     def fold(x):
         return jnp.swapaxes(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1)
@@ -110,7 +110,7 @@ def _cut(batch, micro_batches: int):
     return cut, (tree, [None if jnp.ndim(leaf) else leaf for leaf in leaves])
 
 
-def _require_division(rows: int, pieces: int, name: str) -> None:
+def require_division(rows: int, pieces: int, name: str) -> None:
     if rows % pieces:
         legal = [m for m in range(1, rows + 1) if rows % m == 0]
         raise ValueError(f"{rows} rows do not divide into {pieces} {name}; legal: {legal}")
@@ -148,7 +148,7 @@ def minibatches(key, batch, epochs: int = 1, count: int = 1) -> Iterator:
     Raises ValueError where the rows do not divide.
     """
     rows = max(leaf.shape[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf))
-    _require_division(rows, count, "minibatches")
+    require_division(rows, count, "minibatches")
     for epoch in range(epochs):
         if count == 1:
             yield batch

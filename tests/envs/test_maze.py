@@ -1,12 +1,11 @@
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from rljax.algorithms import ppo, reinforce
 from rljax.algorithms.reinforce import batch_mean
-from rljax.envs.maze import MOVES, State, make_maze
+from rljax.envs.maze import State, make_maze
 from rljax.models import mlp
 from rljax.models.policy import make_annotate
 from rljax.rollouts.episodes import episodes
@@ -52,19 +51,6 @@ def test_walls_block_and_time_runs_out():
     assert tuple(out.state.position.tolist()) == (0, 0)
     assert bool(out.truncated)
     assert not bool(out.terminated)
-
-
-def test_optimal_values_by_value_iteration_are_those_of_the_docstring():
-    env, places = make_maze(), [(r, c) for r in range(2) for c in range(3)]
-    values = dict.fromkeys(places, 0.0)
-    for _ in range(50):
-        for place in set(places) - {(0, 2), (1, 2)}:
-            steps = [walk(env, [a], place) for a in range(len(MOVES))]
-            follow = [0.0 if bool(s.terminated) else values[tuple(s.state.position.tolist())] for s in steps]
-            values[place] = max(float(s.reward) + 0.9 * v for s, v in zip(steps, follow, strict=True))
-        if abs(values[0, 0] - 9) < 1e-9 and abs(values[1, 0] - 8.1) < 1e-6:
-            break
-    np.testing.assert_allclose([values[p] for p in ((0, 0), (0, 1), (1, 0), (1, 1))], [9, 10, 8.1, 9], rtol=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", [reinforce(batch_mean), ppo(gamma=0.9)], ids=["reinforce", "ppo"])

@@ -1026,6 +1026,22 @@ MUTANTS = [
         ("tests/models/test_decoder.py::test_the_trainer_says_what_the_sampler_said",),
     ),
     Mutant(
+        "the next episode's first observation for this one's last",
+        "rljax/rollouts/unroll.py",
+        '"next_inputs": out.observation,',
+        '"next_inputs": anew(fresh[0], out.observation),',
+        "PureJaxRL dqn.py:163; mujoco_playground 305: the terminal observation is lost in the reset",
+        ("tests/rollouts/test_unroll.py",),
+    ),
+    Mutant(
+        "a time limit for an end in replay",
+        "rljax/rollouts/replay.py",
+        "jnp.where(ahead(traj.terminated), 0.0, discount * gamma)",
+        "jnp.where(ahead(traj.terminated | traj.truncated), 0.0, discount * gamma)",
+        "PureJaxRL 20 and its dqn.py:168; CleanRL 198: truncation treated as termination",
+        ("tests/rollouts/test_replay.py",),
+    ),
+    Mutant(
         "entropy's gradient without the entropy",
         "rljax/ops/logprobs.py",
         "jnp.where(jnp.isneginf(log_pi), 0.0, log_pi) + h[..., None]",

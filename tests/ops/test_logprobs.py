@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops.logprobs import chosen_logp, chunked_logprobs, entropy
+from rljax.ops.logprobs import chosen_logp, chunked_logprobs, entropy, gaussian_logp
 from tests.ops.golden import close, narrow
 
 B, T, D, V = 3, 10, 4, 11
@@ -68,3 +68,11 @@ def test_low_precision_logits_are_summed_in_float32():
     one = jnp.ones(1)
     close(chosen_logp(logits, jnp.zeros(1, int), one), [-np.log(1000)])
     close(entropy(logits, one), [np.log(1000)])
+
+
+def test_gaussian_log_probs_are_numpys():
+    rng = np.random.default_rng(0)
+    mean, actions, std = rng.normal(size=(2, 3)), rng.normal(size=(2, 3)), rng.uniform(0.5, 2.0, (2, 3))
+    density = np.exp(-0.5 * ((actions - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+    got = gaussian_logp(*(jnp.asarray(x, jnp.float32) for x in (mean, std, actions)))
+    np.testing.assert_allclose(got, np.log(density).sum(axis=1), rtol=1e-5)

@@ -81,3 +81,10 @@ def test_targets_by_hand():
     for function, (value, more) in want.items():
         got = function(q, action, reward, gamma, following, *more)
         np.testing.assert_allclose(got, 1.0 + 0.9 * value - 0.5, rtol=1e-6)
+
+
+def test_huber_is_a_square_and_then_a_line():
+    error = f32([-3.0, -0.5, 0.0, 1.0, 2.5])
+    np.testing.assert_allclose(q_learning.huber(error), [2.5, 0.125, 0.0, 0.5, 2.0])
+    np.testing.assert_allclose(q_learning.huber(error, 2.0), [4.0, 0.125, 0.0, 0.5, 3.0])
+    np.testing.assert_allclose(jax.vmap(jax.grad(q_learning.huber))(error), [-1.0, -0.5, 0.0, 1.0, 1.0])

@@ -1,0 +1,67 @@
+r"""Environment steps a CPU-second of whole training runs, at PureJaxRL's settings.
+
+    python experiments/benchmarks/control.py
+
+PPO: CartPole, 4 environments x 128 steps, 4 epochs x 4 minibatches, 64-64 tanh actor and critic. DQN: CartPole, 10
+environments, one update of 128 transitions every 10 steps, 120-84 ReLU. CPU-seconds are those of all threads of the
+process: they do not depend on what else the machine does, wall time does. Compilation is told apart.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from classical import dqn, on_policy
+from rljax.envs.cartpole import make_cartpole
+from rljax.train.log import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Medians would hide the spread: one line a run."""
+
+    seeds: int = 3  # runs of each
+    ppo_steps: int = 500_000  # of the environments, a run
+    dqn_steps: int = 500_000
+
+
+def main(cfg: Config) -> None:
+    env = make_cartpole()
+    works = {
+        "ppo": (on_policy, ("ppo", env, on_policy.Sizes(cfg.ppo_steps, rows=4)), on_policy.Hyper(2.5e-4)),
+        "dqn": (dqn, (env, dqn.Sizes(cfg.dqn_steps)), dqn.Hyper()),
+    }
+    rows = []
+    for name, (module, arguments, hyper) in works.items():
+        hyper, steps = jax.tree.map(jnp.float32, hyper), arguments[-1].steps
+        began = time.process_time()
+        train = jax.jit(module.make_train(*arguments))
+        train = train.lower(module.init(env, jax.random.key(0)), jax.random.key(0), hyper).compile()
+        compiling = time.process_time() - began
+        for seed in range(cfg.seeds):
+            key = jax.random.key(seed)
+            params, began = module.init(env, key), time.process_time()
+            _, curve = jax.block_until_ready(train(params, jax.random.fold_in(key, 1), hyper))
+            seconds = time.process_time() - began
+            rows.append(
+                {
+                    "run": f"{name}, seed {seed}",
+                    "compile, CPU-s": compiling,
+                    "CPU-s": seconds,
+                    "steps a CPU-s": steps / seconds,
+                    "return, last tenth": float(on_policy.last_tenth(curve)),
+                }
+            )
+    table(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,194 @@
+"""REINFORCE, VPG, PPO and V-trace for control: the language model's credit, losses and updates in one compiled run."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rljax.algorithms import off_policy_pg, ppo, ppo_penalty, reinforce, vtrace, with_entropy
+from rljax.algorithms.controllers import ppo_penalty_coefficient
+from rljax.algorithms.ppo import actor_critic
+from rljax.algorithms.reinforce import batch_mean
+from rljax.envs.env import Box, Env
+from rljax.models import mlp
+from rljax.ops import losses
+from rljax.ops.weights import token_mean
+from rljax.rollouts.episodes import episodes
+from rljax.rollouts.unroll import begin, finished, unroll
+from rljax.train.compiled import decisions, follow, of_part, scan_updates
+from rljax.train.objective import policy_objective
+from rljax.train.update import make_update
+from rljax.types import Algorithm, TrainState
+
+
+class Hyper(NamedTuple):
+    """Traced: other values need no other compilation."""
+
+    learning_rate: float = 1e-3  # of all parameters, or of the actor
+    critic_rate: float = 3e-3  # of the critic, where it is fitted apart
+    gamma: float = 0.99
+    lam: float = 0.95  # of GAE
+    entropy: float = 0.01  # coefficient of the bonus
+    clip: float = 0.2  # of PPO's ratio
+
+
+class Sizes(NamedTuple):
+    """Of a run: not traced."""
+
+    steps: int = 150_000  # of the environments, in all
+    rows: int = 16  # environments at once
+    length: int = 128  # steps of each before an update; reinforce: of an episode
+    epochs: int = 4  # passes over the decisions of a rollout; vpg: of the critic
+    minibatches: int = 4  # updates a pass
+    value_clip: float | None = 0.2  # of PPO's critic
+    lag: int = 1  # rollouts by one policy before a newer one acts; 1: always the newest
+
+
+class Method(NamedTuple):
+    """What tells the algorithms apart."""
+
+    algorithm: Algorithm
+    learn: Callable  # (state, batch) -> (state, metrics): the updates of one rollout
+    opt_state: Callable  # (params) -> the optimizer's first state
+    coefficients: dict = {}  # noqa: RUF012  the first ones
+
+
+EPISODIC = ("reinforce", "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length
+CRITIC = Algorithm(None, lambda out, batch: (losses.value_loss(out.values, batch.returns), {}), token_mean)
+
+
+def vpg(gamma, lam) -> Algorithm:
+    """Vanilla policy gradient with GAE; the critic is fitted apart."""
+
+    def actor(output, batch):
+        return losses.policy_gradient(output.logp, batch.advantages), {}
+
+    return actor_critic(actor, gamma, lam, value_coefficient=0.0, value_clip=None)
+
+
+def adam(rate, clip_norm: float = 0.5) -> optax.GradientTransformation:
+    """On one flat vector: on CPU, twelve small arrays cost more in calls than in arithmetic."""
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(clip_norm), optax.adam(rate, eps=1e-5)))
+
+
+def updating(algorithm: Algorithm, optimizer) -> Callable:
+    return make_update(policy_objective(mlp.make_policy(), algorithm), optimizer)
+
+
+def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int, *more: str) -> Method:
+    """Actor and critic together, in minibatches of shuffled decisions; the learning rate falls to 0."""
+    algorithm = with_entropy(algorithm, h.entropy)
+    optimizer = adam(optax.linear_schedule(h.learning_rate, 0.0, iterations * sizes.epochs * sizes.minibatches))
+    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss", *more)
+
+    def learn(state, batch):
+        return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)
+
+    return Method(algorithm, learn, optimizer.init)
+
+
+def penalised(sizes: Sizes, h: Hyper, iterations: int, target: float = 0.01) -> Method:
+    """PPO with an exact KL penalty, its coefficient moved after each rollout towards `target` nats a decision."""
+    algorithm = ppo_penalty(gamma=h.gamma, lam=h.lam, value_clip=sizes.value_clip)
+    method = in_minibatches(algorithm, sizes, h, iterations, "kl_old")
+
+    def learn(state, batch):
+        state, metrics = method.learn(state, batch)
+        beta = ppo_penalty_coefficient(state.coefficients["kl_old"], metrics["kl_old"], target)
+        return state.replace(coefficients={"kl_old": beta}), metrics
+
+    return method._replace(learn=learn, coefficients={"kl_old": jnp.float32(1.0)})
+
+
+def apart(algorithm: Algorithm, sizes: Sizes, h: Hyper) -> Method:
+    """A policy step on the whole batch, then the critic's own epochs. TRPO's policy step would stand in its place."""
+    actor, critic = adam(h.learning_rate), adam(h.critic_rate)
+    policy_step = of_part(updating(algorithm, actor), "actor")
+    critic_step = of_part(updating(CRITIC, critic), "critic")
+
+    def learn(state, batch):
+        state, metrics = policy_step(state, batch)
+        if "values" in algorithm.needs:
+            state, _ = scan_updates(critic_step, state, decisions(batch), sizes.epochs, sizes.minibatches)
+        return state, {"entropy": metrics["entropy"]}
+
+    def opt_state(params):
+        both = {"actor": actor, "critic": critic}
+        return {name: optimizer.init({name: params[name]}) for name, optimizer in both.items()}
+
+    return Method(algorithm, learn, opt_state)
+
+
+def method_of(algo: str, sizes: Sizes, h: Hyper, iterations: int) -> Method:
+    if algo == "vpg":
+        return apart(with_entropy(vpg(h.gamma, h.lam), h.entropy), sizes, h)
+    if algo == "reinforce":
+        return apart(with_entropy(reinforce(batch_mean), h.entropy), sizes, h)
+    if algo == "off_policy_pg":
+        return apart(with_entropy(off_policy_pg(baseline=batch_mean), h.entropy), sizes, h)
+    if algo == "vtrace":
+        return in_minibatches(vtrace(h.gamma, h.lam), sizes, h, iterations)
+    if algo == "ppo_penalty":
+        return penalised(sizes, h, iterations)
+    return in_minibatches(ppo(h.clip, h.clip, h.gamma, h.lam, value_clip=sizes.value_clip), sizes, h, iterations)
+
+
+def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
+    """train(params, key, hyper) -> (params, curve): curve holds a number for each rollout.
+
+    `return`: mean over the episodes that ended in it, weighted by `episodes`, their number.
+    """
+    iterations = sizes.steps // (sizes.rows * sizes.length)
+    draws = len(env.actions.low) if isinstance(env.actions, Box) else 1
+
+    def train(params, key, hyper: Hyper):
+        method = method_of(algo, sizes, hyper, iterations)
+        starting, learning, key = jax.random.split(key, 3)
+        extra = (begin(env, starting, sizes.rows), jnp.zeros(sizes.rows), params)
+        state = TrainState(jnp.int32(0), params, method.opt_state(params), learning, {}, 0, method.coefficients, extra)
+
+        def rollout(state, key):
+            carry, running, acting = state.extra
+            if algo in EPISODIC:
+                traj = episodes(env, mlp.act, acting, key, sizes.rows, sizes.length, draws)
+                return traj, state.extra, (traj.rewards.sum(), sizes.rows)
+            carry, traj = unroll(env, mlp.act, acting, key, carry, sizes.length, draws)
+            total, count, running = finished(traj, running)
+            return mlp.annotate(state.params, traj), (carry, running, acting), (total, count)
+
+        def iteration(state, now):
+            n, key = now
+            acting = follow(state.extra[-1], state.params, due=n % sizes.lag == 0) if sizes.lag > 1 else state.params
+            state = state.replace(extra=(*state.extra[:-1], acting))
+            traj, extra, (total, count) = rollout(state, key)
+            if "old_logp" in method.algorithm.needs:
+                traj = traj.replace(old_logp=mlp.make_policy()(state.params, {}, traj).logp)
+            batch = method.algorithm.credit(traj, state.coefficients)
+            state, metrics = method.learn(state.replace(extra=extra), batch)
+            return state, {"return": total / jnp.maximum(count, 1), "episodes": count, **metrics}
+
+        state, curve = jax.lax.scan(iteration, state, (jnp.arange(iterations), jax.random.split(key, iterations)))
+        return state.params, curve
+
+    return train
+
+
+def init(env: Env, key, width: int = 64):
+    """Parameters of actor and critic: to be made outside of what is compiled."""
+    observation = jax.eval_shape(env.reset, key, env.params)[0]
+    continuous = isinstance(env.actions, Box)
+    return mlp.init(key, observation.shape[0], len(env.actions.low) if continuous else env.actions, width, continuous)
+
+
+def play_greedily(env: Env, length: int = 500) -> Callable:
+    """play(params, key, rows) -> Trajectory of fresh episodes, the likeliest action taken throughout."""
+    return lambda params, key, rows: episodes(env, mlp.act_greedily, params, key, rows, length)
+
+
+def last_tenth(curve: dict):
+    """Mean return of the episodes that ended in the last tenth of the rollouts."""
+    n = max(len(curve["return"]) // 10, 1)
+    total, count = curve["return"][-n:] * curve["episodes"][-n:], curve["episodes"][-n:]
+    return total.sum() / jnp.maximum(count.sum(), 1)

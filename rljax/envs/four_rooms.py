@@ -1,0 +1,33 @@
+"""Four rooms (Sutton, Precup & Singh 1999): a maze with one goal, reward 1, where a third of the steps go astray."""
+
+import jax.numpy as jnp
+
+from rljax.envs.env import Env
+from rljax.envs.maze import Maze, env_of, one_hot
+
+MAP = """
+xxxxxxxxxxxxx
+x     x     x
+x     x     x
+x           x
+x     x     x
+x     x     x
+xx xxxx     x
+x     xxx xxx
+x     x     x
+x     x     x
+x           x
+x     x     x
+xxxxxxxxxxxxx
+"""
+
+
+def make_four_rooms(start=(4, 1), goal=(8, 9), slip: float = 4 / 9, limit: int = 500, observe=one_hot) -> Env:
+    """The map of gymnax. `slip` 4/9: a third of the actions become another one (a uniform draw may be the chosen one).
+
+    start None: any free cell but the goal.
+    """
+    walls = jnp.array([[cell == "x" for cell in line] for line in MAP.strip().splitlines()])
+    at_goal = jnp.zeros(walls.shape, bool).at[goal].set(True)
+    starts = ~walls & ~at_goal if start is None else jnp.zeros(walls.shape, bool).at[start].set(True)
+    return env_of(Maze(walls, starts, at_goal, 1.0 * at_goal, jnp.float32(slip), jnp.int32(limit)), observe)

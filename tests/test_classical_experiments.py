@@ -1,0 +1,51 @@
+"""The scripts of classical control, as a user runs them, on a few steps."""
+
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+import control
+import maze
+import options
+
+
+def test_the_maze_is_drawn(tmp_path, capsys):
+    reached = maze.main(maze.Config(steps=1500, seeds=4, epsilon=1.0, directory=str(tmp_path)))
+    assert reached["distance"] < 0.1
+    assert reached["optimal"] == 1.0
+    assert {path.name for path in tmp_path.iterdir()} == {"maze.svg", "exact.svg", "distance.svg"}
+    assert "9.00 (9.00)" in capsys.readouterr().out
+    for path in tmp_path.iterdir():
+        ET.parse(path)
+
+
+@pytest.mark.parametrize(
+    ("algo", "files"), [("ppo", {"curve.svg", "frames.svg"}), ("dqn", {"curve.svg", "frames.svg"})]
+)
+def test_a_curve_and_frames_are_drawn(tmp_path, algo, files, capsys):
+    reached = control.main(control.Config(algo=algo, seeds=2, steps=4000, directory=str(tmp_path)))
+    assert reached.keys() == {"median", "worst"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert "2 seeds" in (tmp_path / "curve.svg").read_text()
+    assert "greedy return: median" in capsys.readouterr().out
+
+
+def test_settings_of_the_command_line_win():
+    sizes, hyper = control.settings(control.Config(algo="ppo", env="acrobot", steps=1000, learning_rate=0.5))
+    assert (sizes.steps, sizes.length) == (1000, 256)
+    assert float(hyper.learning_rate) == 0.5
+    assert float(hyper.gamma) == np.float32(0.99)
+
+
+def test_stretches_without_an_end_take_the_mean_before():
+    curve = {"return": np.array([0.0, 2, 4, 0, 0, 6]), "episodes": np.array([0, 1, 3, 0, 0, 2])}
+    assert control.binned(curve, 6).tolist() == [2, 2, 4, 4, 4, 6]
+    assert control.binned(curve, 2).tolist() == [3.5, 6]
+
+
+def test_a_goal_in_a_wall_is_one_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["maze.py", "--walls", "0", "2"])
+    with pytest.raises(SystemExit):
+        options.run(maze.Config, maze.main)
+    assert "goal at (0, 2) is in a wall" in capsys.readouterr().out
