@@ -85,7 +85,7 @@ SECTIONS: dict[str, dict[str, Place]] = {
     },
     "Critics": {
         "vpg": Place("on", CRITIC, "rewards"),
-        "trpo_gae": Place("on", POLICY, "rewards", "KL to old policy, of the step"),
+        "trpo_gae": Place("on", "policy, critic apart", "rewards", "KL to old policy, of the step"),
         "ppo": Place("near", CRITIC, "rewards", CLIP),
         "ppo_penalty": Place("near", CRITIC, "rewards", "KL to old policy in loss"),
         "vapo": Place("near", CRITIC, "rewards", "clip, wider above"),
