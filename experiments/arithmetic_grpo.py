@@ -11,8 +11,7 @@ Reached: seeds 0 to 4, held-out 0.380 0.371 0.423 0.435 0.375 -> 0.918 0.884 0.9
 211 s each, warm-up and compilation included, on 2 shared Xeon cores (commit ac89f43, jax 0.10.2).
 """
 
-import dataclasses
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
@@ -34,16 +33,18 @@ from rljax.train.log import say
 from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
-from rljax.train.update import learn
+from rljax.train.trust_region import make_trust_region_update
+from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, Params, TrainState
 
 BY_NAME = (a.grpo, a.dapo, a.gspo, a.cispo, a.sapo, a.gdpo, a.reinforce, a.rloo, a.remax, a.reinforce_pp, a.ppo)
+BY_NAME += (a.vpg, a.trpo)
 ALGORITHMS = {make.__name__: make for make in BY_NAME} | {"dr_grpo": partial(a.dr_grpo, 7.0)}  # 7: the longest answer
 Named = Literal[tuple(ALGORITHMS)]
 HEADLINES = ("reward", "held_out", "length", "kl_sequence", "tokens_per_second")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Reinforcement learning of two-digit additions (or of sorting digits)."""
 
@@ -78,14 +79,15 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     run = Run(place, settings, steps=steps, source=__file__, save_every=cfg.save_every, headlines=HEADLINES)
     task, start = warm_up(cfg)
     reference = {"reference": jax.tree.map(jnp.copy, start)}
-    if "values" in algorithm.needs:
-        start = policy.with_value_head(start, task.config)
+    start = policy.with_value_head(start, task.config) if "values" in algorithm.needs else start
 
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
-    state = TrainState(step=0, params=start, opt_state=optimizer.init(start), key=key, frozen=reference)
+    state = TrainState(0, start, optimizer.init(start), jax.random.fold_in(jax.random.key(cfg.seed), 2), reference)
     shardings, columns = options.shardings_of(mesh, state, optimizer, task.config), task.train.length + task.longest - 1
-    update = options.updater(policy_objective(task.policy, algorithm), optimizer, b, shardings, columns)
+    by_kl = partial(make_trust_region_update, divergence=policy.make_divergence(task.config), fisher_every=4)
+    make = by_kl if cfg.algorithm == "trpo" else partial(make_update, optimizer=optimizer)
+    make = partial(make, policy_objective(task.policy, algorithm))
+    update = options.updater(make, b, shardings, columns)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
     with_reference = policy.make_annotate(task.policy, ("ref_logp",))
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
@@ -100,8 +102,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     with run:
         task.keep_about(run.directory / "model")
         state = jax.device_put(state, shardings.state)
-        before = evaluate(state)["held_out"]
-        state = run.restore(state)
+        before, state = evaluate(state)["held_out"], run.restore(state)
         for step in run.steps(state.step):
             rows = task.train.draw(state.cursor, b.prompts * b.oversample)
             placed = meshes.place_prompts(shardings, rows)

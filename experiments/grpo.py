@@ -14,6 +14,7 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 """
 
 import dataclasses
+from functools import partial
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from rljax.train.log import say
 from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
-from rljax.train.update import learn
+from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, TrainState
 
 VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
@@ -90,7 +91,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=waiting)
     shardings = options.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
     columns = train.length + cfg.sampling.max_tokens - 1  # decisions of a row
-    update = options.updater(policy_objective(model, algorithm), optimizer, b, shardings, columns)
+    make = partial(make_update, policy_objective(model, algorithm), optimizer)
+    update = options.updater(make, b, shardings, columns)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always shown
     credit = jax.jit(algorithm.credit)
     keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))

@@ -29,8 +29,7 @@ from rljax.rewards.score import RewardError
 from rljax.train.log import say
 from rljax.train.mesh import Shardings, param_shardings, row_ways, state_shardings
 from rljax.train.packing import packed
-from rljax.train.update import make_update
-from rljax.types import Objective, Params, TrainState
+from rljax.types import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,23 +203,24 @@ def sampling(options: Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -
     return types.Sampling(n=n, stop=tokenizer.stop, stop_strings=automaton, **fields)
 
 
-def updater(
-    objective: Objective, optimizer: optax.GradientTransformation, batches: Batches, shardings: Shardings, columns: int
-) -> Callable:
-    """The update of these batches, packed where they say so. columns: of a row as sampled; a packed one holds it."""
+def updater(make: Callable, batches: Batches, shardings: Shardings, columns: int) -> Callable:
+    """The update of these batches, packed where they say so.
 
-    def make(micro_batches: int) -> Callable:
-        return make_update(objective, optimizer, micro_batches, shardings)
+    Args: make: (micro_batches=, shardings=) -> update. columns: of a row as sampled; a packed one holds it.
+    """
+
+    def make_of(micro_batches: int) -> Callable:
+        return make(micro_batches=micro_batches, shardings=shardings)
 
     if not batches.pack:
-        return make(batches.micro_batches)
+        return make_of(batches.micro_batches)
     width = batches.pack_width or columns
     if not columns <= width <= batches.pack:
         raise ValueError(
             f"pack = {batches.pack}, pack_width = {batches.pack_width} (0: as sampled), where rows as sampled have "
             f"{columns} tokens; legal: {columns} <= pack_width <= pack"
         )
-    return packed(make, batches.pack, width, shardings)
+    return packed(make_of, batches.pack, width, shardings)
 
 
 def read_rewards(names: tuple[str, ...], legal: dict[str, Callable]) -> dict[str, float]:

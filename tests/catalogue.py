@@ -55,6 +55,7 @@ SECTIONS: dict[str, dict[str, Place]] = {
         "otb": Place("on", POLICY, OUTCOME),
         "gpg": Place("on", POLICY, OUTCOME),
         "maxrl": Place("on", POLICY, OUTCOME),
+        "trpo": Place("on", POLICY, OUTCOME, "KL to old policy, of the step"),
         "a_star_po": Place("on", "policy, by regression", "rewards", "KL to reference, implicit"),
     },
     "Clipped ratios: the GRPO family": {
@@ -83,6 +84,8 @@ SECTIONS: dict[str, dict[str, Place]] = {
         "real": Place("near", "policy, by classification", OUTCOME),
     },
     "Critics": {
+        "vpg": Place("on", CRITIC, "rewards"),
+        "trpo_gae": Place("on", "policy, critic apart", "rewards", "KL to old policy, of the step"),
         "ppo": Place("near", CRITIC, "rewards", CLIP),
         "ppo_penalty": Place("near", CRITIC, "rewards", "KL to old policy in loss"),
         "vapo": Place("near", CRITIC, "rewards", "clip, wider above"),

@@ -52,9 +52,11 @@ from rljax.algorithms.rloo import rloo
 from rljax.algorithms.sapo import sapo
 from rljax.algorithms.sft import dft, sft
 from rljax.algorithms.shape import distil, filter_overlong, kl_in_reward, penalise_overlong
+from rljax.algorithms.trpo import trpo, trpo_gae
 from rljax.algorithms.vapo import vapo
 from rljax.algorithms.vespo import vespo
 from rljax.algorithms.vine_ppo import vine_ppo
+from rljax.algorithms.vpg import vpg
 from rljax.algorithms.vtrace import off_policy_pg, vtrace
 from rljax.algorithms.wrap import (
     with_entropy,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from rljax.models import decoder, lora
 from rljax.models.decoder import DecoderConfig
-from rljax.ops.logprobs import chunked_logprobs
+from rljax.ops.logprobs import chunked_logprobs, in_chunks
+from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, TrainState, Trajectory
 
 
@@ -82,6 +83,30 @@ def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Calla
         return PolicyOutput(logp=logp, entropy=entropy, values=values, sum_pi_squared=sum_pi_squared)
 
     return policy
+
+
+def make_divergence(config: DecoderConfig, chunk_tokens: int | None = None, kl_direction: str = "old_new") -> Callable:
+    """divergence(params, old, frozen, trajectory) -> exact KL [B T] between two policies at each decision.
+
+    By default KL(old ‖ new), of the distributions at the temperature each token was drawn at. No distribution is kept:
+    both policies' logits are made of hidden states, `chunk_tokens` decisions at a time (None: half of `chunk_of`, as
+    there are two), in forward and backward passes alike; [B T V] never stands in memory. `old` is a constant.
+    """
+    chunk_tokens = chunk_tokens or max(1, chunk_of(config.vocabulary) // 2)
+
+    def divergence(params: Params, old: Params, frozen: Params, traj: Trajectory):
+        places = (traj.inputs, traj.positions, traj.segments)
+        both = [decoder.whole(config, x, frozen)["decoder"] for x in (jax.lax.stop_gradient(old), params)]
+        hidden = [decoder.forward(config, x, *places, routing=traj.routing)[0] for x in both]
+        temperature = jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
+
+        def of_columns(before, after, t):
+            logits = [decoder.logits(config, x, h) for x, h in zip(both, (before, after), strict=True)]
+            return directed_kl(*(z.astype(jnp.float32) / t[..., None] for z in logits), kl_direction)
+
+        return in_chunks(of_columns, chunk_tokens, *hidden, temperature)
+
+    return divergence
 
 
 def read(hidden, head):

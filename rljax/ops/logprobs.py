@@ -110,19 +110,28 @@ def chunked_logprobs(
 
     Args: logits_of: hidden [.. D] -> logits [.. V].
     """
-    B, T, _ = hidden.shape
-    columns = min(T, max(1, chunk_tokens // B))
-    chunks = -(-T // columns)
 
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, chunks * columns - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
-        return jnp.moveaxis(x.reshape(B, chunks, columns, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def one_chunk(h, a, t):
+    def of_columns(h, a, t):
         return token_statistics(logits_of(h), a, t)
 
+    return in_chunks(of_columns, chunk_tokens, hidden, actions, temperature)
+
+
+def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):
+    """f(*columns) of arrays [B T ...], a pytree of [B T], for about `chunk_tokens` decisions at a time.
+
+    The backward pass computes each chunk again.
+    """
+    B, T = columns[0].shape[:2]
+    width = min(T, max(1, chunk_tokens // B))
+    chunks = -(-T // width)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, chunks * width - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+        return jnp.moveaxis(x.reshape(B, chunks, width, *x.shape[2:]), 1, 0)
+
+    one = jax.checkpoint(f)
     if chunks == 1:
-        return one_chunk(hidden, actions, temperature)
-    out = jax.lax.map(lambda chunk: one_chunk(*chunk), (cut(hidden), cut(actions), cut(temperature)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * columns)[:, :T], out)
+        return one(*columns)
+    out = jax.lax.map(lambda chunk: one(*chunk), tuple(map(cut, columns)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * width)[:, :T], out)

@@ -3,7 +3,9 @@
 Time is the last axis; column t is one decision: r_t follows a_t, V_t was seen before it. Columns with mask False
 (prompt, tool output, padding) are skipped: what stands to their right reaches the decision to their left unchanged, as
 if they were not there. V_{t+1} is the value at the *next unmasked* decision, values[..., T] after the last one (0 for
-text, whose last token ends the episode). Masked columns may hold garbage; results are 0 there.
+text, whose last token ends the episode). Masked columns may hold garbage; results are 0 there. Mask None says that all
+columns are decisions, which saves time; so does handing over time-major arrays [T B] as `gae(r.T, v.T, None).T`: one
+turn cancels the other under jit, and a scan over rows reads memory as it lies (`experiments/benchmarks/returns.py`).
 
 γ and λ are scalars or hold one number a decision [.. T]; both weigh what follows the decision they stand at. γ_t is 0
 where decision t ended its episode; `fold_ends` makes such γ and the rewards of truncated episodes.
@@ -35,21 +37,36 @@ Scalar = float | Float[Array, ""]
 Weights = float | Float[Array, ""] | Float[Array, "*B T"]  # γ, λ
 
 
-def _backward(step, carry, columns):
-    """Scan the columns from the last to the first, each [B T] outside and [B] inside; scalars are the same in all."""
-    leaves, tree = jax.tree.flatten(columns)
-    major = [jnp.moveaxis(x, -1, 0) if jnp.ndim(x) else None for x in leaves]
+def _backward(step, carry, mask, values, *numbers):
+    """Scan the decisions from the last to the first: step(carry, V_t, V_{t+1}, *numbers) -> carry, out.
 
-    def one(carry, column):
-        return step(carry, tree.unflatten(x if c is None else c for x, c in zip(leaves, column, strict=True)))
+    Arrays are [B T] outside and [B] inside; scalars are the same in all. At a masked column the step sees zeros
+    (garbage times a zero cotangent is a NaN gradient), the carry stays as it was, and what comes out is 0.
+    """
+    first = lambda x: jnp.moveaxis(x, -1, 0) if jnp.ndim(x) else x  # noqa: E731
+    columns = [first(x) if jnp.ndim(x) else None for x in numbers]
+    major = None if values is None else first(values)
 
-    carry, out = jax.lax.scan(one, carry, major, reverse=True)
+    def value_at(t):  # a slice of all columns but one would be a copy
+        return None if values is None else jax.lax.dynamic_index_in_dim(major, t, keepdims=False)
+
+    def one(state, column):
+        (carry, following), (t, valid, row) = state, column
+        if mask is None:
+            found = (x if c is None else c for x, c in zip(numbers, row, strict=True))
+            carry, out = step(carry, value_at(t), value_at(t + 1), *found)
+            return (carry, None), out
+        keep = lambda new, old: jnp.where(valid, new, old)  # noqa: E731
+        found = (x if c is None else keep(c, 0.0) for x, c in zip(numbers, row, strict=True))
+        value = None if values is None else keep(value_at(t), 0.0)
+        new, out = step(carry, value, following, *found)
+        state = jax.tree.map(keep, (new, value), (carry, following))
+        return state, jax.tree.map(lambda x: keep(x, 0.0), out)
+
+    start = (carry, None if values is None or mask is None else values[..., -1])
+    scanned = (jnp.arange(numbers[0].shape[-1]), None if mask is None else first(mask), columns)
+    (carry, _), out = jax.lax.scan(one, start, scanned, reverse=True)
     return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), out)
-
-
-def _clean(x: Weights, mask: Mask) -> Weights:
-    """Zeros where masked: garbage times a zero cotangent is a NaN gradient."""
-    return jnp.where(mask, x, 0.0) if jnp.ndim(x) else x
 
 
 def episode_rewards(
@@ -66,7 +83,7 @@ def episode_rewards(
 
 def fold_ends(
     rewards: Terms,
-    mask: Mask,
+    mask: Mask | None,
     gamma: Weights = 1.0,
     terminated: Mask | None = None,
     truncated: Mask | None = None,
@@ -82,7 +99,8 @@ def fold_ends(
     if truncated is not None and final_values is None:
         raise ValueError("truncated decisions bootstrap: give final_values, V of the observation after each of them")
     if truncated is not None:
-        cut = truncated & mask if terminated is None else truncated & mask & ~terminated
+        cut = truncated if mask is None else truncated & mask
+        cut = cut if terminated is None else cut & ~terminated
         rewards = rewards + jnp.where(cut, gamma * jnp.where(cut, final_values, 0.0), 0.0)
     for end in (terminated, truncated):
         gamma = gamma if end is None else jnp.where(end, 0.0, gamma).astype(rewards.dtype)
@@ -90,31 +108,30 @@ def fold_ends(
 
 
 def discounted_returns(
-    rewards: Terms, mask: Mask, gamma: Weights = 1.0, bootstrap: Float[Array, "*B"] | None = None
+    rewards: Terms, mask: Mask | None, gamma: Weights = 1.0, bootstrap: Float[Array, "*B"] | None = None
 ) -> Terms:
     """G_t = r_t + γ_t G_{t+1}; reward-to-go at γ = 1. After the last decision G = `bootstrap`, or 0."""
     return _returns(rewards, mask, gamma, bootstrap)[1]
 
 
-def total_return(rewards: Terms, mask: Mask, gamma: Weights = 1.0) -> Float[Array, "*B"]:
+def total_return(rewards: Terms, mask: Mask | None, gamma: Weights = 1.0) -> Float[Array, "*B"]:
     """R(τ) = Σ_t γ^t r_t, t counting the unmasked decisions from 0."""
     return _returns(rewards, mask, gamma, None)[0]
 
 
 def _returns(rewards, mask, gamma, bootstrap):
-    def step(following, column):
-        reward, valid, discount = column
-        here = jnp.where(valid, reward + discount * following, following)
-        return here, jnp.where(valid, here, 0.0)
+    def step(following, _value, _next_value, reward, discount):
+        here = reward + discount * following
+        return here, here
 
     start = jnp.zeros_like(rewards[..., 0]) if bootstrap is None else bootstrap
-    return _backward(step, start, (rewards, mask, _clean(gamma, mask)))
+    return _backward(step, start, mask, None, rewards, gamma)
 
 
 def gae(
     rewards: Terms,
     values: Values,
-    mask: Mask,
+    mask: Mask | None,
     gamma: Weights = 1.0,
     lam: Weights = 0.95,
     terminated: Mask | None = None,
@@ -130,43 +147,42 @@ def gae(
     """
     rewards, gamma = fold_ends(rewards, mask, gamma, terminated, truncated, final_values)
 
-    def step(carry, column):
-        next_value, next_advantage = carry
-        reward, value, valid, discount, further = column
+    def step(next_advantage, value, next_value, reward, discount, further):
         advantage = reward - value + discount * (next_value + further * next_advantage)
-        carry = (jnp.where(valid, value, next_value), jnp.where(valid, advantage, next_advantage))
-        return carry, jnp.where(valid, advantage, 0.0)
+        return advantage, advantage
 
-    start = (values[..., -1], jnp.zeros_like(values[..., -1]))
-    columns = (rewards, values[..., :-1], mask, _clean(gamma, mask), _clean(lam, mask))
-    return _backward(step, start, columns)[1]
+    return _backward(step, jnp.zeros_like(values[..., -1]), mask, values, rewards, gamma, lam)[1]
 
 
-def td_errors(rewards: Terms, values: Values, mask: Mask, gamma: Weights = 1.0) -> Terms:
+def td_errors(rewards: Terms, values: Values, mask: Mask | None, gamma: Weights = 1.0) -> Terms:
     """δ_t = r_t + γ_t V_{t+1} - V_t: the errors of TD(0)."""
     return gae(rewards, values, mask, gamma, lam=0.0)
 
 
-def lambda_returns(rewards: Terms, values: Values, mask: Mask, gamma: Weights = 1.0, lam: Weights = 0.95) -> Terms:
+def lambda_returns(
+    rewards: Terms, values: Values, mask: Mask | None, gamma: Weights = 1.0, lam: Weights = 0.95
+) -> Terms:
     """G_t = r_t + γ_t ((1 - λ_t) V_{t+1} + λ_t G_{t+1}), which is GAE + V: the targets of the critic.
 
     λ = 1 is the Monte-Carlo return, λ = 0 the target of TD(0).
     """
-    return jnp.where(mask, gae(rewards, values, mask, gamma, lam) + values[..., :-1], 0.0)
+    returns = gae(rewards, values, mask, gamma, lam) + values[..., :-1]
+    return returns if mask is None else jnp.where(mask, returns, 0.0)
 
 
-def n_step_returns(rewards: Terms, values: Values, mask: Mask, n: int, gamma: Weights = 1.0) -> Terms:
+def n_step_returns(rewards: Terms, values: Values, mask: Mask | None, n: int, gamma: Weights = 1.0) -> Terms:
     """G_t = Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}; fewer steps where fewer decisions follow. n = 1 is TD(0).
 
     Raises ValueError for n < 1.
     """
     if n < 1:
         raise ValueError(f"n-step returns need n >= 1, not {n}")
+    mask = jnp.ones(rewards.shape, bool) if mask is None else mask
     T = rewards.shape[-1]
     own = jnp.where(mask, jnp.broadcast_to(jnp.arange(T), mask.shape), T)
     following = jax.lax.cummin(own, axis=own.ndim - 1, reverse=True)  # the first decision at t or after
     following = jnp.concatenate([following[..., 1:], jnp.full_like(own[..., :1], T)], axis=-1)  # after t; T: none
-    gamma = _clean(gamma, mask)
+    gamma = jnp.where(mask, gamma, 0.0) if jnp.ndim(gamma) else gamma
 
     def extend(_, returns):
         beyond = jnp.concatenate([returns, values[..., -1:]], axis=-1)
@@ -186,7 +202,7 @@ def vtrace(
     rewards: Terms,
     values: Values,
     ratios: Terms,
-    mask: Mask,
+    mask: Mask | None,
     gamma: Weights = 1.0,
     lam: Weights = 1.0,
     rho_bar: Scalar = 1.0,
@@ -203,25 +219,18 @@ def vtrace(
     c̄ = 1; it leaves masked columns to the caller's V_{t+1} and reports the next error at them.
     """
 
-    def step(carry, column):
-        next_value, next_error = carry
-        reward, value, ratio, valid, discount, further = column
+    def step(next_error, value, next_value, reward, ratio, discount, further):
         error = jnp.minimum(rho_bar, ratio) * (reward + discount * next_value - value)
         error = error + discount * further * jnp.minimum(c_bar, ratio) * next_error
         estimate = reward + discount * (next_value + further * next_error)
         advantage = jnp.minimum(policy_rho_bar, ratio) * (estimate - value)
-        carry = (jnp.where(valid, value, next_value), jnp.where(valid, error, next_error))
-        return carry, VTrace(jnp.where(valid, value + error, 0.0), jnp.where(valid, advantage, 0.0))
+        return error, VTrace(value + error, advantage)
 
-    start = (values[..., -1], jnp.zeros_like(values[..., -1]))
-    rewards, ratios = _clean(rewards, mask), _clean(ratios, mask)
-    own = _clean(values[..., :-1], mask)
-    columns = (rewards, own, ratios, mask, _clean(gamma, mask), _clean(lam, mask))
-    return _backward(step, start, columns)[1]
+    return _backward(step, jnp.zeros_like(values[..., -1]), mask, values, rewards, ratios, gamma, lam)[1]
 
 
 def importance_corrected_td_errors(
-    rewards: Terms, values: Values, ratios: Terms, mask: Mask, gamma: Weights = 1.0, lam: Weights = 1.0
+    rewards: Terms, values: Values, ratios: Terms, mask: Mask | None, gamma: Weights = 1.0, lam: Weights = 1.0
 ) -> Terms:
     """ρ_t (δ_t + γ_t λ_t ρ_{t+1} (δ_{t+1} + ...)): multi-step TD errors with per-decision importance sampling (Sutton,
     Mahmood, Precup, van Hasselt 2014, "A new Q(λ)"). V-trace without any clip: unbiased, its variance not bounded.

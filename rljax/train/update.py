@@ -34,13 +34,18 @@ def make_update(
     def step(state: TrainState, frozen, batch):
         key, used = jax.random.split(state.key)
         batch = objective.prepare(state.params, frozen, batch, used)
-        loss, metrics, grads = _summed(objective, state.params, frozen, batch, micro_batches, shardings)
+        loss, metrics, grads = summed(objective, state.params, frozen, batch, micro_batches, shardings)
         opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)  # where it waited in the host's memory
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
         return state.replace(params=params, opt_state=opt_state, key=key), metrics
 
+    return compiled(step, shardings)
+
+
+def compiled(step: Callable, shardings: Shardings | None) -> Callable:
+    """update(state, batch) of step(state, frozen, batch): jitted, the old state donated, the new one where it was."""
     if shardings is None:
         jitted = jax.jit(step, donate_argnums=0)
     else:
@@ -61,7 +66,7 @@ def make_update(
     return update
 
 
-def _summed(objective: Objective, params, frozen, batch, micro_batches: int, shardings: Shardings | None):
+def summed(objective: Objective, params, frozen, batch, micro_batches: int, shardings: Shardings | None):
     """Loss, metrics and gradients of the whole batch, a micro-batch at a time."""
     value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
     keep = (lambda g: g) if shardings is None else (lambda g: _constrain(g, shardings.state.params))
@@ -79,6 +84,15 @@ def _summed(objective: Objective, params, frozen, batch, micro_batches: int, sha
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     (loss, grads), metrics = jax.lax.scan(lambda total, rows: one(total, _join(rows, whole)), zeros, cut)
     return loss, {name: _over_micro_batches(name, *pair) for name, pair in metrics.items()}, grads
+
+
+def in_micro_batches(f: Callable, batch, micro_batches: int):
+    """Σ f(micro-batch), f a pytree of scalars. Differentiable: each micro-batch is computed again on the way back."""
+    if micro_batches == 1:
+        return f(batch)
+    cut, whole = _cut(batch, micro_batches)
+    one = jax.checkpoint(lambda rows: f(_join(rows, whole)))
+    return jax.tree.map(lambda terms: terms.sum(axis=0), jax.lax.map(one, cut))
 
 
 def _constrain(tree, shardings):

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from scipy.special import log_softmax
 
 from rljax.models import decoder, policy
+from rljax.ops.trust_region import hessian_product
 from rljax.types import TrainState, trajectory_of_tokens
 
 CONFIG = decoder.DecoderConfig(13, 12, 2, 2, 1, 6, 16)
@@ -113,3 +115,37 @@ def test_a_reference_follows_the_policy_as_far_as_it_is_told():
 )
 def test_a_chunk_is_counted_in_logits(vocabulary, backend, tokens):
     assert policy.chunk_of(vocabulary, backend) == tokens
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 4096])
+@pytest.mark.parametrize("direction", ["old_new", "new_old"])
+def test_the_divergence_of_two_policies_is_exact_at_the_temperature(params, traj, direction, chunk_tokens):
+    other = policy.init(CONFIG, jax.random.key(5))
+    divergence = policy.make_divergence(CONFIG, chunk_tokens, direction)
+
+    def shares(params):
+        hidden, _ = decoder.forward(CONFIG, params["decoder"], traj.inputs, traj.positions, traj.segments)
+        logits = np.float64(hidden) @ np.float64(params["decoder"]["embedding"]).T
+        return log_softmax(logits / np.asarray(traj.temperature)[..., None], axis=-1)
+
+    p, q = (shares(params), shares(other)) if direction == "old_new" else (shares(other), shares(params))
+    got = jax.jit(divergence)(other, params, {}, traj)
+    np.testing.assert_allclose(got, (np.exp(p) * (p - q)).sum(axis=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_products_with_the_fisher_matrix_go_through_the_decoder(params, traj):
+    """To second order KL(θ ‖ θ + εv) = ½ ε² vᵀFv, which is E (∂ log π / ∂ε)² under the policy itself."""
+    divergence = policy.make_divergence(CONFIG, 7)
+    flat, unflatten = ravel_pytree({"decoder": params["decoder"]})
+    v = jax.random.normal(jax.random.key(3), flat.shape) / flat.size**0.5
+    old = unflatten(flat)
+    kl = lambda x: divergence(unflatten(x), old, {}, traj).mean()  # noqa: E731
+    got = v @ jax.jit(lambda x, v: hessian_product(kl, x)(v))(flat, v)
+
+    def log_shares(x):
+        hidden, _ = decoder.forward(CONFIG, unflatten(x)["decoder"], traj.inputs, traj.positions, traj.segments)
+        logits = decoder.logits(CONFIG, unflatten(x)["decoder"], hidden)
+        return jax.nn.log_softmax(logits / traj.temperature[..., None])
+
+    logp, slope = jax.jit(lambda x, v: jax.jvp(log_shares, (x,), (v,)))(flat, v)
+    np.testing.assert_allclose(got, (jnp.exp(logp) * slope**2).sum(axis=-1).mean(), rtol=1e-3)

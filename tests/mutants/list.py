@@ -493,16 +493,17 @@ MUTANTS = [
     Mutant(
         "GAE stops at tool output",
         "rljax/ops/returns.py",
-        "carry = (jnp.where(valid, value, next_value), jnp.where(valid, advantage, next_advantage))",
-        "carry = (jnp.where(valid, value, 0.0), jnp.where(valid, advantage, 0.0))",
+        "state = jax.tree.map(keep, (new, value), (carry, following))",
+        "state = jax.tree.map(lambda x: keep(x, 0.0), (new, value))",
         "OpenRLHF sets value and reward to 0 there; verl 7278 is the same in REINFORCE++",
         ("tests/ops/test_returns.py::test_gae_is_the_discounted_sum_of_td_errors_over_the_rows_own_decisions",),
     ),
     Mutant(
         "returns start anew after tool output",
         "rljax/ops/returns.py",
-        "here = jnp.where(valid, reward + discount * following, following)",
-        "here = jnp.where(valid, reward + discount * following, 0.0)",
+        "new, out = step(carry, value, following, *found)",
+        "new, out = step(carry, value, following, *found)\n"
+        "        carry = carry if values is not None else jnp.zeros_like(carry)",
         "verl 7278, fixed by PR 7300: tokens before a tool call got no outcome reward",
         ("tests/ops/test_returns.py::test_returns_are_the_sums_of_what_the_row_still_earns",),
     ),
@@ -525,10 +526,9 @@ MUTANTS = [
     Mutant(
         "bootstraps from the value before the limit",
         "rljax/ops/returns.py",
-        "columns = (rewards, values[..., :-1], mask, _clean(gamma, mask), _clean(lam, mask))",
-        "wrong = 0.0 if truncated is None else jnp.where(truncated, values[..., :-1] - final_values, 0.0)\n"
-        "    rewards = rewards + wrong\n"
-        "    columns = (rewards, values[..., :-1], mask, _clean(gamma, mask), _clean(lam, mask))",
+        "cut = truncated if mask is None else truncated & mask",
+        "final_values = jnp.roll(final_values, 1, axis=-1)\n"
+        "        cut = truncated if mask is None else truncated & mask",
         "ml-agents PR 574, EmbodiChain PR 612: the value of another state than the last",
         ("tests/ops/test_returns.py::test_gae_is_the_discounted_sum_of_td_errors_over_the_rows_own_decisions",),
     ),

@@ -326,6 +326,21 @@ def test_what_stands_at_masked_columns_matters_neither_to_values_nor_to_gradient
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_without_a_mask_all_columns_are_decisions(name):
+    rewards, values, _, *ends = episodes(1)
+    numbers = [narrow(x) for x in (rewards, values, np.exp(rewards))]
+    gamma, ends = narrow(np.random.default_rng(1).uniform(size=(B, T))), [narrow(x) for x in ends]
+
+    def outcome(numbers, mask):
+        out = EVERY[name](*numbers, mask, gamma, ends)
+        return jax.tree.reduce(lambda total, x: total + (x**2).sum(), out, 0.0), out
+
+    run = jax.jit(jax.value_and_grad(outcome, has_aux=True))
+    for x, y in zip(*(jax.tree.leaves(run(numbers, mask)) for mask in (None, jnp.ones((B, T), bool))), strict=True):
+        close(x, y)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_leading_axes_are_free_and_the_width_is_that_of_the_input(name):
     rewards, values, mask, terminated, truncated, final_values = episodes(0)
     numbers = rewards, values, np.exp(rewards), mask, np.abs(np.tanh(rewards))
