@@ -14,8 +14,8 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 """
 
 import dataclasses
-from functools import partial
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax

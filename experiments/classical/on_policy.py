@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rljax.algorithms import off_policy_pg, ppo, ppo_penalty, reinforce, vtrace, with_entropy
+from rljax.algorithms import off_policy_pg, ppo, ppo_penalty, reinforce, vpg, vtrace, with_entropy
 from rljax.algorithms.controllers import ppo_penalty_coefficient
-from rljax.algorithms.ppo import actor_critic
 from rljax.algorithms.reinforce import batch_mean
 from rljax.envs.env import Box, Env
 from rljax.models import mlp
@@ -57,15 +56,6 @@ class Method(NamedTuple):
 
 EPISODIC = ("reinforce", "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length
 CRITIC = Algorithm(None, lambda out, batch: (losses.value_loss(out.values, batch.returns), {}), token_mean)
-
-
-def vpg(gamma, lam) -> Algorithm:
-    """Vanilla policy gradient with GAE; the critic is fitted apart."""
-
-    def actor(output, batch):
-        return losses.policy_gradient(output.logp, batch.advantages), {}
-
-    return actor_critic(actor, gamma, lam, value_coefficient=0.0, value_clip=None)
 
 
 def adam(rate, clip_norm: float = 0.5) -> optax.GradientTransformation:
@@ -123,7 +113,7 @@ def apart(algorithm: Algorithm, sizes: Sizes, h: Hyper) -> Method:
 
 def method_of(algo: str, sizes: Sizes, h: Hyper, iterations: int) -> Method:
     if algo == "vpg":
-        return apart(with_entropy(vpg(h.gamma, h.lam), h.entropy), sizes, h)
+        return apart(with_entropy(vpg(h.gamma, h.lam, value_coefficient=0.0), h.entropy), sizes, h)
     if algo == "reinforce":
         return apart(with_entropy(reinforce(batch_mean), h.entropy), sizes, h)
     if algo == "off_policy_pg":
