@@ -3,11 +3,12 @@ r"""Returns and advantages, against a copy of 256 MiB in the same process.
     python experiments/benchmarks/returns.py
     python experiments/benchmarks/returns.py --rows 1000 --decisions 1000     # strides that are no power of two
 
-The bound is bytes moved / bandwidth. GAE reads rewards, discounts and values and writes advantages; V-trace also reads
-ratios and writes targets; a mask is not counted. The bandwidth is that of numpy's copy into memory written before;
-jax's, whose result is new memory each time, is shown beside it. Time-major arrays are [T, B], handed over as
-`gae(r.T, v.T, None, γ.T).T` inside one jit: the turns cancel. What [B, T] takes beyond that is the layout; the last
-column is what a kernel that reads it as it lies could gain.
+A bound is bytes moved / bandwidth. GAE reads rewards, discounts and values and writes advantages; V-trace also reads
+ratios and writes targets; a mask is not counted. There are two: by jax's copy of 256 MiB, whose result is new memory
+each time (the bandwidth of the other benchmarks), and by numpy's into memory written before.
+
+Time-major arrays are [T, B], handed over as `gae(r.T, v.T, None, γ.T).T` inside one jit: the turns cancel. What [B, T]
+takes beyond that is the layout; the last column is what a kernel that reads it as it lies could gain.
 """
 
 import dataclasses
@@ -60,21 +61,23 @@ def main(cfg: Config) -> None:
         (name, "time-major"): (jax.jit(lambda *x, work=work: turn(work(*turn(x)))), tall)
         for name, work in works.items()
     }
-    copies, medians = [], {key: [] for key in kernels}
+    copies, medians = {"jax": [], "numpy": []}, {key: [] for key in kernels}
     for _ in range(cfg.rounds):
-        copies.append(numpy_copy())
+        copies["jax"].append(bandwidth(1))
+        copies["numpy"].append(numpy_copy())
         for key, (kernel, facts) in kernels.items():
             medians[key].append(median(alternately({"": lambda _: kernel(*facts)}, cfg.repeats)[""]))  # noqa: B023
 
-    say(f"copy of 256 MiB: numpy {max(copies) / 1e9:.1f} GB/s, jax {bandwidth(3) / 1e9:.1f} GB/s; [{B}, {T}] float32")
-    moved = {name: 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0)) for name in works}
+    bandwidths = {name: max(speeds) for name, speeds in copies.items()}
+    shown = ", ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in bandwidths.items())
+    say(f"copy of 256 MiB: {shown}; [{B}, {T}] float32")
     rows = []
     for name in works:
+        moved = 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0))
         best = {layout: min(medians[name, layout]) for layout in ("time-major", "[B, T]")}
-        bound = moved[name] / max(copies)
-        row = {"": name, "MB": moved[name] / 1e6, "bound, ms": bound * 1e3}
-        row |= {f"{layout}, ms": seconds * 1e3 for layout, seconds in best.items()}
-        row |= {f"{layout}, x bound": seconds / bound for layout, seconds in best.items()}
+        row = {"": name, "MB": moved / 1e6} | {f"{layout}, ms": seconds * 1e3 for layout, seconds in best.items()}
+        for copy, speed in bandwidths.items():
+            row |= {f"{layout} / {copy}'s copy": seconds * speed / moved for layout, seconds in best.items()}
         rows.append(row | {"a transposed kernel would gain": best["[B, T]"] / best["time-major"]})
     table("returns", rows)
 
