@@ -7,14 +7,14 @@ python := .venv/bin/python
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Stamps are touched last: an interrupted install is taken up again by the next make.
+# Stamps are touched last: an interrupted install is taken up again by the next make. `envs` is empty but on Python 3.11.
 .venv/.dev: setup.py
 	$(PYTHON) -m venv .venv
-	$(python) -m pip install -e '.[dev]'
+	$(python) -m pip install -e '.[dev,envs]'
 	@touch $@
 
 .venv/.parity: .venv/.dev
-	$(python) -m pip install -e '.[dev,parity]'
+	$(python) -m pip install -e '.[dev,envs,parity]'
 	@touch $@
 
 demo: .venv/.dev  ## teach a tiny language model to add, on this CPU

@@ -59,6 +59,7 @@ _HOME = {
     "reinforce_ada": "rljax.algorithms",
     "reinforce_pp": "rljax.algorithms",
     "reinforce_pp_baseline": "rljax.algorithms",
+    "reinforce_to_go": "rljax.algorithms",
     "reject": "rljax.algorithms",
     "remax": "rljax.algorithms",
     "reward_model": "rljax.algorithms",

@@ -47,6 +47,7 @@ ANY = "any", "any"  # a wrapper's are those of what it wraps
 SECTIONS: dict[str, dict[str, Place]] = {
     "Policy gradients and their baselines": {
         "reinforce": Place("on", POLICY, OUTCOME),
+        "reinforce_to_go": Place("on", POLICY, OUTCOME),
         "rloo": Place("near", POLICY, OUTCOME, "clip, of the answer's ratio"),
         "remax": Place("on", POLICY, "rewards"),
         "reinforce_pp": Place("near", POLICY, "rewards", CLIP),

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rljax.algorithms import off_policy_pg, ppo, ppo_penalty, reinforce, vpg, vtrace, with_entropy
+from rljax.algorithms import off_policy_pg, ppo, ppo_penalty, reinforce, reinforce_to_go, vpg, vtrace, with_entropy
 from rljax.algorithms.controllers import ppo_penalty_coefficient
-from rljax.algorithms.reinforce import batch_mean
+from rljax.algorithms.reinforce import batch_mean, leave_one_out, no_baseline
 from rljax.envs.env import Box, Env
 from rljax.models import mlp
 from rljax.ops import losses
@@ -54,7 +54,12 @@ class Method(NamedTuple):
     coefficients: dict = {}  # noqa: RUF012  the first ones
 
 
-EPISODIC = ("reinforce", "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length
+REINFORCE = {  # by γ
+    "reinforce": lambda gamma: reinforce(no_baseline),
+    "reinforce_to_go": lambda gamma: reinforce_to_go(no_baseline, gamma),
+    "reinforce_baseline": lambda gamma: reinforce_to_go(leave_one_out, gamma),
+}
+EPISODIC = (*REINFORCE, "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length
 CRITIC = Algorithm(None, lambda out, batch: (losses.value_loss(out.values, batch.returns), {}), token_mean)
 
 
@@ -67,11 +72,11 @@ def updating(algorithm: Algorithm, optimizer) -> Callable:
     return make_update(policy_objective(mlp.make_policy(), algorithm), optimizer)
 
 
-def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int, *more: str) -> Method:
+def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int) -> Method:
     """Actor and critic together, in minibatches of shuffled decisions; the learning rate falls to 0."""
     algorithm = with_entropy(algorithm, h.entropy)
     optimizer = adam(optax.linear_schedule(h.learning_rate, 0.0, iterations * sizes.epochs * sizes.minibatches))
-    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss", *more)
+    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss")
 
     def learn(state, batch):
         return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)
@@ -79,15 +84,16 @@ def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int
     return Method(algorithm, learn, optimizer.init)
 
 
-def penalised(sizes: Sizes, h: Hyper, iterations: int, target: float = 0.01) -> Method:
-    """PPO with an exact KL penalty, its coefficient moved after each rollout towards `target` nats a decision."""
+def penalised(sizes: Sizes, h: Hyper, iterations: int, target: float = 0.003) -> Method:
+    """PPO with an exact KL penalty, its coefficient moved towards `target` nats a decision after each rollout."""
     algorithm = ppo_penalty(gamma=h.gamma, lam=h.lam, value_clip=sizes.value_clip)
-    method = in_minibatches(algorithm, sizes, h, iterations, "kl_old")
+    method = in_minibatches(algorithm, sizes, h, iterations)
 
     def learn(state, batch):
         state, metrics = method.learn(state, batch)
-        beta = ppo_penalty_coefficient(state.coefficients["kl_old"], metrics["kl_old"], target)
-        return state.replace(coefficients={"kl_old": beta}), metrics
+        kl = mlp.make_policy()(state.params, {}, batch.traj).kl.mean()
+        beta = ppo_penalty_coefficient(state.coefficients["kl_old"], kl, target)
+        return state.replace(coefficients={"kl_old": beta}), {**metrics, "kl_old": kl, "kl_coefficient": beta}
 
     return method._replace(learn=learn, coefficients={"kl_old": jnp.float32(1.0)})
 
@@ -114,8 +120,8 @@ def apart(algorithm: Algorithm, sizes: Sizes, h: Hyper) -> Method:
 def method_of(algo: str, sizes: Sizes, h: Hyper, iterations: int) -> Method:
     if algo == "vpg":
         return apart(with_entropy(vpg(h.gamma, h.lam, value_coefficient=0.0), h.entropy), sizes, h)
-    if algo == "reinforce":
-        return apart(with_entropy(reinforce(batch_mean), h.entropy), sizes, h)
+    if algo in REINFORCE:
+        return apart(with_entropy(REINFORCE[algo](h.gamma), h.entropy), sizes, h)
     if algo == "off_policy_pg":
         return apart(with_entropy(off_policy_pg(baseline=batch_mean), h.entropy), sizes, h)
     if algo == "vtrace":

@@ -43,7 +43,7 @@ from rljax.algorithms.pass_at_k import pass_at_k
 from rljax.algorithms.ppo import ppo, ppo_penalty
 from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.real import real
-from rljax.algorithms.reinforce import reinforce
+from rljax.algorithms.reinforce import reinforce, reinforce_to_go
 from rljax.algorithms.reinforce_ada import reinforce_ada
 from rljax.algorithms.reinforce_pp import reinforce_pp, reinforce_pp_baseline
 from rljax.algorithms.remax import remax

@@ -1,24 +1,29 @@
 """REINFORCE with baselines (Williams 1992).
 
-    L = -(1/N⁺) Σ_i Σ_t (R_i - b_i) log π(a_it | s_it)
+    reinforce          L = -(1/N⁺) Σ_i Σ_t (R_i - b_i) log π(a_it | s_it)
+    reinforce_to_go    L = -(1/N⁺) Σ_i Σ_t (G_it - b_it) log π(a_it | s_it)        G_it = Σ_{t'≥t} γ^{t'-t} r_it'
 
 A baseline b that does not depend on row i's own decisions leaves the mean of the gradient unchanged and lowers its
 variance. `leave_one_out` is such a baseline (RLOO, arXiv:2402.14740); `group_mean` and `batch_mean` contain the row
-itself and so shrink the gradient by (n - 1)/n.
+itself and so shrink the gradient by (n - 1)/n. b_it is the same function of column t: n are the rows that decide there,
+and where n varies with t the two that contain the row also turn the gradient.
 """
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch
+from rljax.algorithms.credit import episode_rewards, judged_rewards, outcome_batch
 from rljax.ops import groups, losses, statistics, weights
-from rljax.types import Algorithm
+from rljax.ops.returns import discounted_returns
+from rljax.types import Algorithm, Batch
 
 Rewards = Float[Array, " B"]
 Groups = Int[Array, " B"] | None
 Judged = Bool[Array, " B"]
+Scalar = float | Float[Array, ""]
 
 
 def no_baseline(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
@@ -52,3 +57,16 @@ def reinforce(baseline: Callable = leave_one_out) -> Algorithm:
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
     return Algorithm(credit=credit, loss=loss, weights=weights.sequence_sum)
+
+
+def reinforce_to_go(baseline: Callable = leave_one_out, gamma: Scalar = 1.0) -> Algorithm:
+    """REINFORCE in which a decision is credited with what followed it. `baseline`: as of `reinforce`."""
+
+    def credit(traj, coefficients):
+        rewards, mask = judged_rewards(traj)
+        returns = discounted_returns(rewards, mask, gamma)
+        of_columns = jax.vmap(baseline, in_axes=(1, None, 1), out_axes=1)(returns, traj.group, mask)
+        advantages = jnp.where(mask, returns - of_columns, 0.0)
+        return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
+
+    return reinforce()._replace(credit=credit)

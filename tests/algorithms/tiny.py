@@ -26,6 +26,8 @@ ALGORITHMS = {
     "reinforce, batch mean": a.reinforce(batch_mean),
     "reinforce, group mean": a.reinforce(group_mean),
     "reinforce, leave one out": a.reinforce(leave_one_out),
+    "reinforce_to_go": a.reinforce_to_go(gamma=0.9),
+    "reinforce_to_go, batch mean": a.reinforce_to_go(batch_mean),
     "rloo": a.rloo(),
     "remax": a.remax(),
     "reinforce_pp": a.reinforce_pp(gamma=0.9),

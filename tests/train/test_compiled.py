@@ -8,7 +8,7 @@ import pytest
 
 from rljax.algorithms import ppo
 from rljax.models import mlp
-from rljax.train.compiled import decisions, of_part, permutations, scan_updates
+from rljax.train.compiled import decisions, follow, of_part, permutations, scan_updates
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import TrainState, Trajectory, check
@@ -97,3 +97,12 @@ def test_a_part_is_trained_alone():
     assert not all(jax.tree.leaves(same["critic"]))
     assert int(after.opt_state["critic"][0].count) == 1
     assert int(after.opt_state["actor"][0].count) == 0
+
+
+def test_a_target_network_follows_by_its_share_where_that_is_due():
+    target, params = {"w": jnp.array([0.0, 4.0])}, {"w": jnp.array([8.0, 0.0])}
+    assert follow(target, params)["w"].tolist() == [8, 0]
+    assert follow(target, params, 0.25)["w"].tolist() == [2, 3]
+    assert follow(target, params, 0.25, due=False)["w"].tolist() == [0, 4]
+    twice = follow(follow(target, params, 0.25), params, 0.25)
+    np.testing.assert_allclose(twice["w"], [8 * (1 - 0.75**2), 4 * 0.75**2], rtol=1e-6)
