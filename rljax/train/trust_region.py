@@ -35,6 +35,7 @@ def make_trust_region_update(
         of a policy that reports it, lambda params, old, frozen, traj: policy(params, frozen, traj).kl, `traj.dist`
         being the old distribution. Its mean over the decisions is what stays at or below `delta`.
       fisher_every: the Fisher matrix is that of every n-th row, as in Baselines (5): most of the cost is its products.
+        Packed rows (`train.packing`) are other ones, so the step is another then.
       micro_batches: of every pass over the batch, Fisher products too. Five vectors as long as the parameters are alive
         besides, each whole on every device.
 
@@ -56,7 +57,7 @@ def make_trust_region_update(
             return in_micro_batches(of_rows, batch, micro_batches)
 
         loss, metrics, grads = summed(objective, old, frozen, batch, micro_batches, shardings)
-        some = jax.tree.map(lambda x: x[::fisher_every] if jnp.ndim(x) else x, batch)
+        some = _every(batch, fisher_every, micro_batches)
         change, expected = natural_step(lambda p: measured(p, some)[1], old, grads, delta, damping, iterations)
         found = line_search(lambda p: measured(p, batch), old, change, delta, shrink, trials)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "kl_step": found.kl, "accepted": found.accepted}
@@ -65,3 +66,11 @@ def make_trust_region_update(
         return state.replace(params=found.params, key=key), metrics
 
     return compiled(step, shardings)
+
+
+def _every(batch, n: int, pieces: int):
+    """Every n-th row, followed by so many masked ones that `pieces` divides them."""
+    count = len(range(0, batch.mask.shape[0], n))
+    fill = -count % pieces
+    batch = jax.tree.map(lambda x: jnp.concatenate([x[::n], x[:fill]]) if jnp.ndim(x) else x, batch)
+    return batch.replace(mask=batch.mask.at[count:].set(False))
