@@ -59,7 +59,7 @@ def make_trust_region_update(
         loss, metrics, grads = summed(objective, old, frozen, batch, micro_batches, shardings)
         some = _every(batch, fisher_every, micro_batches)
         change, expected = natural_step(lambda p: measured(p, some)[1], old, grads, delta, damping, iterations)
-        found = line_search(lambda p: measured(p, batch), old, change, delta, shrink, trials)
+        found = line_search(lambda p: measured(p, batch), old, loss, change, delta, shrink, trials)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "kl_step": found.kl, "accepted": found.accepted}
         metrics |= {"improvement": found.improvement, "improvement_expected": expected}
         metrics |= {"line_search_trials": found.trials}
