@@ -1,4 +1,4 @@
-"""REINFORCE, VPG, TRPO, PPO and V-trace for control: the language model's credit, losses and updates in one compiled run."""
+"""REINFORCE, VPG, TRPO, PPO, V-trace for control: the language model's credit, losses, updates in one compiled run."""
 
 from collections.abc import Callable
 from typing import NamedTuple

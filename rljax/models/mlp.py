@@ -104,7 +104,7 @@ def make_policy() -> Callable:
 
 
 def make_divergence(kl_direction: str = "old_new") -> Callable:
-    """divergence(params, old, frozen, trajectory) -> exact KL [B T] between the policy and `traj.dist` at each decision.
+    """divergence(params, old, frozen, trajectory) -> exact KL [B T] of `traj.dist` and the policy.
 
     By default KL(traj.dist ‖ policy): `traj.dist` stands for `old`, which is not computed again.
     """
