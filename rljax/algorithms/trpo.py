@@ -9,7 +9,7 @@ critic; `trpo_gae` takes GAE, whose critic shares no parameter with the policy a
 from collections.abc import Callable
 
 from rljax.algorithms.credit import ratio_to_old
-from rljax.algorithms.ppo import actor_critic
+from rljax.algorithms.ppo import Scalar, actor_critic
 from rljax.algorithms.reinforce import leave_one_out, reinforce
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
@@ -24,6 +24,6 @@ def trpo(baseline: Callable = leave_one_out) -> Algorithm:
     return reinforce(baseline)._replace(loss=_surrogate, weights=token_mean)
 
 
-def trpo_gae(gamma: float = 0.99, lam: float = 0.95) -> Algorithm:
+def trpo_gae(gamma: Scalar = 0.99, lam: Scalar = 0.95) -> Algorithm:
     """TRPO with GAE."""
     return actor_critic(_surrogate, gamma, lam, value_coefficient=0.0, value_clip=None)

@@ -5,12 +5,12 @@
 PPO without its ratio: right for one update a rollout.
 """
 
-from rljax.algorithms.ppo import actor_critic
+from rljax.algorithms.ppo import Scalar, actor_critic
 from rljax.ops import losses
 from rljax.types import Algorithm
 
 
-def vpg(gamma: float = 1.0, lam: float = 0.95, value_coefficient: float = 0.5) -> Algorithm:
+def vpg(gamma: Scalar = 1.0, lam: Scalar = 0.95, value_coefficient: float = 0.5) -> Algorithm:
     """Vanilla policy gradient. `value_coefficient` 0: the critic is fitted elsewhere."""
 
     def actor(output, batch):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from rljax.ops.kl import categorical_kl
 
 Vector = Float[Array, " N"]
+Scalar = float | Float[Array, ""]  # traced where a run is one compiled function of its hyperparameters
 
 
 def directed_kl(old: Any, new: Any, kl_direction: str = "old_new", kl: Callable = categorical_kl):
@@ -68,7 +69,7 @@ class Step(NamedTuple):
 
 
 def natural_step(
-    kl: Callable, params: Any, gradient: Any, delta: float = 0.01, damping: float = 0.1, iterations: int = 10
+    kl: Callable, params: Any, gradient: Any, delta: Scalar = 0.01, damping: Scalar = 0.1, iterations: int = 10
 ) -> Step:
     """√(2δ / xᵀHx) x with H x = -g, H = F + damping · 1: as far as a KL of δ goes where the KL is its second order.
 
@@ -99,7 +100,7 @@ def line_search(
     params: Any,
     before: Float[Array, ""],
     change: Vector,
-    delta: float = 0.01,
+    delta: Scalar = 0.01,
     shrink: float = 0.8,
     trials: int = 10,
 ) -> Search:

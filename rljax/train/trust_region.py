@@ -8,7 +8,7 @@ import optax
 
 from rljax.ops.trust_region import line_search, natural_step
 from rljax.train.mesh import Shardings
-from rljax.train.update import compiled, in_micro_batches, summed
+from rljax.train.update import compiled, constrain, in_micro_batches, summed
 from rljax.types import Objective, TrainState
 
 
@@ -49,6 +49,9 @@ def make_trust_region_update(
         batch, old = objective.prepare(state.params, frozen, batch, used), state.params
 
         def measured(params, batch):
+            if shardings is not None:  # cut out of a flat vector, they would lie as that does
+                params = constrain(params, shardings.state.params)
+
             def of_rows(rows):
                 distance = divergence(params, old, frozen, rows.traj)
                 kl = jnp.where(rows.mask, distance, 0.0).sum() / jnp.maximum(batch.mask.sum(), 1)
