@@ -73,6 +73,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     algorithm, b = algorithm or ALGORITHMS[cfg.algorithm](), options.small(cfg.batches) if cfg.debug else cfg.batches
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh)
+    if cfg.algorithm == "trpo" and (b.epochs, b.minibatches) != (1, 1):
+        raise ValueError(
+            f"trpo steps once, on all rows: epochs x minibatches = {b.epochs} x {b.minibatches}; legal: 1 x 1"
+        )
     name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
     place, settings = cfg.directory or f"runs/arithmetic_grpo/{name}", asdict(cfg)
     settings["code"], steps = options.fingerprint(algorithm), 1 if cfg.debug else cfg.steps

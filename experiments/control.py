@@ -1,4 +1,4 @@
-"""Classical control by the estimators of language models, over seeds: DQN, REINFORCE, VPG, PPO.
+"""Classical control by the estimators of language models, over seeds: DQN, REINFORCE, VPG, TRPO, PPO.
 
     python experiments/control.py --algo ppo --env cartpole
 
@@ -64,20 +64,23 @@ TUNED = {
     ("vpg", "cartpole"): Settings(
         on_policy.Sizes(100_000, epochs=40, minibatches=1), on_policy.Hyper(1e-2, 1e-2, lam=0.97, entropy=0.0)
     ),
+    ("trpo", "acrobot"): Settings(CLIPPED._replace(steps=200_000, length=256), on_policy.Hyper(lam=0.97)),
+    ("trpo", "cartpole"): Settings(CLIPPED, on_policy.Hyper(lam=0.97)),
+    ("trpo", "catch"): Settings(CLIPPED._replace(steps=70_000, rows=32, length=36), on_policy.Hyper(lam=0.97)),
     ("ppo", "acrobot"): Settings(CLIPPED._replace(steps=200_000, length=256), on_policy.Hyper(2e-3)),
     ("ppo", "cartpole"): Settings(CLIPPED, on_policy.Hyper(2e-3)),
     ("ppo", "pendulum"): Settings(
         CLIPPED._replace(steps=300_000, epochs=10), on_policy.Hyper(2e-3, gamma=0.95, entropy=0.0)
     ),
 }
-UNTUNED = {"dqn": Settings(dqn.Sizes(), dqn.Hyper())}
+UNTUNED = {"dqn": Settings(dqn.Sizes(), dqn.Hyper()), "trpo": TUNED["trpo", "cartpole"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One algorithm on one environment, over seeds."""
 
-    algo: Literal["dqn", "off_policy_pg", "ppo", "ppo_penalty", "reinforce", "vpg", "vtrace"] = "ppo"
+    algo: Literal["dqn", "off_policy_pg", "ppo", "ppo_penalty", "reinforce", "trpo", "vpg", "vtrace"] = "ppo"
     env: Literal["acrobot", "cartpole", "catch", "four_rooms", "maze", "pendulum"] = "cartpole"
     seeds: int = 5  # runs, one after another
     seed: int = 0  # of the first
@@ -85,16 +88,20 @@ class Config:
     rows: int | None = None  # environments at once
     learning_rate: float | None = None
     gamma: float | None = None
+    delta: float | None = None  # trpo's bound on the mean KL of a policy step, which has no learning rate
     directory: str = ""  # for the pictures; default runs/control/ALGO-ENV
 
 
 def settings(cfg: Config) -> Settings:
     """The tuned ones, or the algorithm's defaults, with what the command line changes."""
+    other = "learning_rate" if cfg.algo == "trpo" else "delta"
+    if getattr(cfg, other) is not None:
+        raise ValueError(f"{cfg.algo} has no {other}; legal: {'delta' if cfg.algo == 'trpo' else 'learning_rate'}")
     default = UNTUNED.get(cfg.algo, Settings(CLIPPED, on_policy.Hyper(2e-3)))
     sizes, hyper = TUNED.get((cfg.algo, cfg.env), default)
     given = {name: value for name, value in vars(cfg).items() if value is not None}
     sizes = sizes._replace(**{name: given[name] for name in ("steps", "rows") if name in given})
-    hyper = hyper._replace(**{name: given[name] for name in ("learning_rate", "gamma") if name in given})
+    hyper = hyper._replace(**{name: given[name] for name in ("learning_rate", "gamma", "delta") if name in given})
     return Settings(sizes, jax.tree.map(jnp.float32, hyper))
 
 

@@ -72,6 +72,43 @@ def test_ppo_balances_the_pole(algo):
         assert all(bool(jnp.isfinite(x).all()) for x in curve.values())
 
 
+TRUSTED = Hyper(lam=0.97)  # delta 0.01, damping 0.1
+
+
+def within_delta(curves, hyper=TRUSTED):
+    """Of all updates of all seeds the mean KL is within its bound; at least 95 % of the line searches succeed."""
+    kl, accepted = (np.stack([curve[name] for curve in curves]) for name in ("kl_step", "accepted"))
+    assert kl.max() <= np.float32(hyper.delta)
+    assert kl[accepted == 1].min() > 0
+    assert accepted.mean() >= 0.95
+
+
+def test_trpo_balances_the_pole_within_its_bound():
+    sizes = Sizes(150_000, minibatches=8, value_clip=None)
+    _, greedy, curves = runs("trpo", make_cartpole(), sizes, TRUSTED)
+    within_delta(curves)
+    assert np.median(greedy) >= 490
+    assert greedy.min() >= 450
+
+
+@pytest.mark.nightly
+def test_trpo_swings_acrobot_up():
+    sizes = Sizes(200_000, length=256, minibatches=8, value_clip=None)
+    _, greedy, curves = runs("trpo", make_acrobot(), sizes, TRUSTED)
+    within_delta(curves)
+    assert np.median(greedy) >= -92
+    assert greedy.min() >= -100
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("direction", ["old_new", "new_old"])
+def test_trpo_swings_the_pendulum_within_either_bound(direction):
+    """A Gaussian policy; both bounds hold at a delta where the directions differ."""
+    hyper = Hyper(lam=0.97, gamma=0.95, delta=0.05)
+    _, _, curves = runs("trpo", make_pendulum(), Sizes(20_480, kl_direction=direction), hyper)
+    within_delta(curves, hyper)
+
+
 @pytest.mark.parametrize(("as_terminal", "value"), [(False, 10.0), (True, 1 / (1 - 0.9 * 0.9))])
 def test_a_time_limit_is_no_end(as_terminal, value):
     """One state that pays 1 for ever, cut every 10 steps: V = 1/(1 - γ) = 10; TD(0), the cut an end, finds 5.26."""

@@ -1,4 +1,4 @@
-"""REINFORCE, VPG, PPO and V-trace for control: the language model's credit, losses and updates in one compiled run."""
+"""REINFORCE, VPG, TRPO, PPO, V-trace for control: the language model's credit, losses, updates in one compiled run."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rljax.algorithms import off_policy_pg, ppo, ppo_penalty, reinforce, reinforce_to_go, vpg, vtrace, with_entropy
+from rljax.algorithms import (
+    off_policy_pg,
+    ppo,
+    ppo_penalty,
+    reinforce,
+    reinforce_to_go,
+    trpo_gae,
+    vpg,
+    vtrace,
+    with_entropy,
+)
 from rljax.algorithms.controllers import ppo_penalty_coefficient
 from rljax.algorithms.reinforce import batch_mean, leave_one_out, no_baseline
 from rljax.envs.env import Box, Env
@@ -18,6 +28,7 @@ from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import begin, finished, unroll
 from rljax.train.compiled import decisions, follow, of_part, scan_updates
 from rljax.train.objective import policy_objective
+from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import make_update
 from rljax.types import Algorithm, TrainState
 
@@ -31,6 +42,8 @@ class Hyper(NamedTuple):
     lam: float = 0.95  # of GAE
     entropy: float = 0.01  # coefficient of the bonus
     clip: float = 0.2  # of PPO's ratio
+    delta: float = 0.01  # TRPO's bound on the mean KL of a policy step, nats
+    damping: float = 0.1  # of its Fisher matrix
 
 
 class Sizes(NamedTuple):
@@ -39,10 +52,11 @@ class Sizes(NamedTuple):
     steps: int = 150_000  # of the environments, in all
     rows: int = 16  # environments at once
     length: int = 128  # steps of each before an update; reinforce: of an episode
-    epochs: int = 4  # passes over the decisions of a rollout; vpg: of the critic
+    epochs: int = 4  # passes over the decisions of a rollout; vpg, trpo: of the critic
     minibatches: int = 4  # updates a pass
     value_clip: float | None = 0.2  # of PPO's critic
     lag: int = 1  # rollouts by one policy before a newer one acts; 1: always the newest
+    kl_direction: str = "old_new"  # of TRPO's bound
 
 
 class Method(NamedTuple):
@@ -98,17 +112,19 @@ def penalised(sizes: Sizes, h: Hyper, iterations: int, target: float = 0.003) ->
     return method._replace(learn=learn, coefficients={"kl_old": jnp.float32(1.0)})
 
 
-def apart(algorithm: Algorithm, sizes: Sizes, h: Hyper) -> Method:
-    """A policy step on the whole batch, then the critic's own epochs. TRPO's policy step would stand in its place."""
+def apart(
+    algorithm: Algorithm, sizes: Sizes, h: Hyper, policy_update: Callable | None = None, keep: tuple = ("entropy",)
+) -> Method:
+    """A policy step on the whole batch, Adam's or `policy_update`, then the critic's own epochs."""
     actor, critic = adam(h.learning_rate), adam(h.critic_rate)
-    policy_step = of_part(updating(algorithm, actor), "actor")
+    policy_step = of_part(policy_update or updating(algorithm, actor), "actor")
     critic_step = of_part(updating(CRITIC, critic), "critic")
 
     def learn(state, batch):
         state, metrics = policy_step(state, batch)
         if "values" in algorithm.needs:
             state, _ = scan_updates(critic_step, state, decisions(batch), sizes.epochs, sizes.minibatches)
-        return state, {"entropy": metrics["entropy"]}
+        return state, {name: metrics[name] for name in keep}
 
     def opt_state(params):
         both = {"actor": actor, "critic": critic}
@@ -117,11 +133,21 @@ def apart(algorithm: Algorithm, sizes: Sizes, h: Hyper) -> Method:
     return Method(algorithm, learn, opt_state)
 
 
+def trust_region(sizes: Sizes, h: Hyper) -> Method:
+    """TRPO: the actor within `delta` of the one that acted, no bonus and no clip; the critic apart."""
+    algorithm = trpo_gae(h.gamma, h.lam)
+    objective = policy_objective(mlp.make_policy(), algorithm)
+    update = make_trust_region_update(objective, mlp.make_divergence(sizes.kl_direction), h.delta, h.damping)
+    return apart(algorithm, sizes, h, update, ("entropy", "kl_step", "accepted", "line_search_trials"))
+
+
 def method_of(algo: str, sizes: Sizes, h: Hyper, iterations: int) -> Method:
     if algo == "vpg":
         return apart(with_entropy(vpg(h.gamma, h.lam, value_coefficient=0.0), h.entropy), sizes, h)
     if algo in REINFORCE:
         return apart(with_entropy(REINFORCE[algo](h.gamma), h.entropy), sizes, h)
+    if algo == "trpo":
+        return trust_region(sizes, h)
     if algo == "off_policy_pg":
         return apart(with_entropy(off_policy_pg(baseline=batch_mean), h.entropy), sizes, h)
     if algo == "vtrace":

@@ -18,6 +18,7 @@ import numpy as np
 from rljax.ops.kl import categorical_kl, gaussian_entropy, gaussian_kl
 from rljax.ops.logprobs import chosen_logp, gaussian_logp, token_statistics
 from rljax.ops.sampling import argmax, invert_cdf, masses
+from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, Trajectory
 
 
@@ -100,6 +101,21 @@ def make_policy() -> Callable:
         return PolicyOutput(logp, entropy, values, kl, sum_pi_squared)
 
     return policy
+
+
+def make_divergence(kl_direction: str = "old_new") -> Callable:
+    """divergence(params, old, frozen, trajectory) -> exact KL [B T] of `traj.dist` and the policy.
+
+    By default KL(traj.dist ‖ policy): `traj.dist` stands for `old`, which is not computed again.
+    """
+
+    def divergence(params: Params, old: Params, frozen: Params, traj: Trajectory):
+        dist = distribution(params, traj.inputs)
+        if not isinstance(dist, tuple):
+            return directed_kl(traj.dist, dist, kl_direction)
+        return directed_kl(traj.dist, dist, kl_direction, lambda p, q: gaussian_kl(*p, *q)).sum(axis=-1)
+
+    return divergence
 
 
 def annotate(params: Params, traj: Trajectory) -> Trajectory:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from rljax.ops.kl import categorical_kl
 
 Vector = Float[Array, " N"]
+Scalar = float | Float[Array, ""]  # traced where a run is one compiled function of its hyperparameters
 
 
 def directed_kl(old: Any, new: Any, kl_direction: str = "old_new", kl: Callable = categorical_kl):
@@ -37,8 +38,10 @@ def hessian_product(f: Callable, x: Vector) -> Callable:
     return lambda v: jax.jvp(jax.grad(f), (x,), (v,))[1]
 
 
-def conjugate_gradient(product: Callable, b: Vector, iterations: int = 10, tolerance: float = 1e-10) -> Vector:
-    """x with A x ≈ b, A positive definite and known by product(v) = A v; begins at 0.
+def conjugate_gradient(
+    product: Callable, b: Vector, iterations: int = 10, tolerance: float = 1e-10
+) -> tuple[Vector, Vector]:
+    """(x, b - A x) with A x ≈ b, A positive definite and known by product(v) = A v; begins at 0.
 
     Stops early where |A x - b|² <= tolerance · |b|².
     """
@@ -55,7 +58,7 @@ def conjugate_gradient(product: Callable, b: Vector, iterations: int = 10, toler
         new = residual @ residual
         return n + 1, x, residual, residual + new / square * direction, new
 
-    return jax.lax.while_loop(unfinished, one, (0, jnp.zeros_like(b), b, b, b @ b))[1]
+    return jax.lax.while_loop(unfinished, one, (0, jnp.zeros_like(b), b, b, b @ b))[1:3]
 
 
 class Step(NamedTuple):
@@ -66,7 +69,7 @@ class Step(NamedTuple):
 
 
 def natural_step(
-    kl: Callable, params: Any, gradient: Any, delta: float = 0.01, damping: float = 0.1, iterations: int = 10
+    kl: Callable, params: Any, gradient: Any, delta: Scalar = 0.01, damping: Scalar = 0.1, iterations: int = 10
 ) -> Step:
     """√(2δ / xᵀHx) x with H x = -g, H = F + damping · 1: as far as a KL of δ goes where the KL is its second order.
 
@@ -77,8 +80,8 @@ def natural_step(
     g = ravel_pytree(gradient)[0]
     fisher = hessian_product(lambda flat: kl(unflatten(flat)), theta)
     damped = lambda v: fisher(v) + damping * v  # noqa: E731
-    x = conjugate_gradient(damped, -g, iterations)
-    change = jnp.sqrt(2.0 * delta / (x @ damped(x) + 1e-8)) * x
+    x, residual = conjugate_gradient(damped, -g, iterations)
+    change = jnp.sqrt(2.0 * delta / (x @ (-g - residual) + 1e-8)) * x  # H x without another product
     return Step(change, -(g @ change))
 
 
@@ -93,14 +96,19 @@ class Search(NamedTuple):
 
 
 def line_search(
-    measure: Callable, params: Any, change: Vector, delta: float = 0.01, shrink: float = 0.8, trials: int = 10
+    measure: Callable,
+    params: Any,
+    before: Float[Array, ""],
+    change: Vector,
+    delta: Scalar = 0.01,
+    shrink: float = 0.8,
+    trials: int = 10,
 ) -> Search:
-    """The first of θ + shrink^j · change, j = 0 .. trials - 1, with a KL <= delta and a surrogate below that at θ.
+    """The first of θ + shrink^j · change, j = 0 .. trials - 1, with a KL <= delta and a surrogate below `before`.
 
-    Args: measure: params -> (surrogate, KL). What is not a number is not accepted.
+    Args: measure: params -> (surrogate, KL). before: the surrogate at θ. What is not a number is not accepted.
     """
     theta, unflatten = ravel_pytree(params)
-    before, _ = measure(params)
 
     def searching(state):
         n, accepted, *_ = state

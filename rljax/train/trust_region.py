@@ -8,7 +8,7 @@ import optax
 
 from rljax.ops.trust_region import line_search, natural_step
 from rljax.train.mesh import Shardings
-from rljax.train.update import compiled, in_micro_batches, summed
+from rljax.train.update import compiled, constrain, in_micro_batches, summed
 from rljax.types import Objective, TrainState
 
 
@@ -35,6 +35,7 @@ def make_trust_region_update(
         of a policy that reports it, lambda params, old, frozen, traj: policy(params, frozen, traj).kl, `traj.dist`
         being the old distribution. Its mean over the decisions is what stays at or below `delta`.
       fisher_every: the Fisher matrix is that of every n-th row, as in Baselines (5): most of the cost is its products.
+        Packed rows (`train.packing`) are other ones, so the step is another then.
       micro_batches: of every pass over the batch, Fisher products too. Five vectors as long as the parameters are alive
         besides, each whole on every device.
 
@@ -48,6 +49,9 @@ def make_trust_region_update(
         batch, old = objective.prepare(state.params, frozen, batch, used), state.params
 
         def measured(params, batch):
+            if shardings is not None:  # cut out of a flat vector, they would lie as that does
+                params = constrain(params, shardings.state.params)
+
             def of_rows(rows):
                 distance = divergence(params, old, frozen, rows.traj)
                 kl = jnp.where(rows.mask, distance, 0.0).sum() / jnp.maximum(batch.mask.sum(), 1)
@@ -56,12 +60,20 @@ def make_trust_region_update(
             return in_micro_batches(of_rows, batch, micro_batches)
 
         loss, metrics, grads = summed(objective, old, frozen, batch, micro_batches, shardings)
-        some = jax.tree.map(lambda x: x[::fisher_every] if jnp.ndim(x) else x, batch)
+        some = _every(batch, fisher_every, micro_batches)
         change, expected = natural_step(lambda p: measured(p, some)[1], old, grads, delta, damping, iterations)
-        found = line_search(lambda p: measured(p, batch), old, change, delta, shrink, trials)
+        found = line_search(lambda p: measured(p, batch), old, loss, change, delta, shrink, trials)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "kl_step": found.kl, "accepted": found.accepted}
         metrics |= {"improvement": found.improvement, "improvement_expected": expected}
         metrics |= {"line_search_trials": found.trials}
         return state.replace(params=found.params, key=key), metrics
 
     return compiled(step, shardings)
+
+
+def _every(batch, n: int, pieces: int):
+    """Every n-th row, followed by so many masked ones that `pieces` divides them."""
+    count = len(range(0, batch.mask.shape[0], n))
+    fill = -count % pieces
+    batch = jax.tree.map(lambda x: jnp.concatenate([x[::n], x[:fill]]) if jnp.ndim(x) else x, batch)
+    return batch.replace(mask=batch.mask.at[count:].set(False))

@@ -69,7 +69,7 @@ def compiled(step: Callable, shardings: Shardings | None) -> Callable:
 def summed(objective: Objective, params, frozen, batch, micro_batches: int, shardings: Shardings | None):
     """Loss, metrics and gradients of the whole batch, a micro-batch at a time."""
     value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
-    keep = (lambda g: g) if shardings is None else (lambda g: _constrain(g, shardings.state.params))
+    keep = (lambda g: g) if shardings is None else (lambda g: constrain(g, shardings.state.params))
 
     def one(total, micro):
         (loss, metrics), grads = value_and_grad(params, frozen, micro)
@@ -95,7 +95,8 @@ def in_micro_batches(f: Callable, batch, micro_batches: int):
     return jax.tree.map(lambda terms: terms.sum(axis=0), jax.lax.map(one, cut))
 
 
-def _constrain(tree, shardings):
+def constrain(tree, shardings):
+    """The tree, each leaf held to its sharding inside a compiled function."""
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 

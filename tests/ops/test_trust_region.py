@@ -62,16 +62,19 @@ def test_products_are_those_of_the_hessian_and_of_the_fisher_matrix(direction):
 def test_conjugate_gradients_solve():
     matrix = fisher() + DAMPING * np.eye(STATES * ACTIONS)
     solve = jax.jit(lambda A, b: conjugate_gradient(lambda v: A @ v, b, iterations=12))
-    got = solve(jnp.float32(matrix), jnp.float32(VECTOR))
+    got, residual = solve(jnp.float32(matrix), jnp.float32(VECTOR))
+    np.testing.assert_allclose(residual, VECTOR - matrix @ got, atol=1e-4)
     np.testing.assert_allclose(got, jnp.linalg.solve(jnp.float32(matrix), jnp.float32(VECTOR)), rtol=1e-4)
-    np.testing.assert_array_equal(solve(jnp.float32(matrix), jnp.zeros(STATES * ACTIONS)), 0.0)
+    np.testing.assert_array_equal(solve(jnp.float32(matrix), jnp.zeros(STATES * ACTIONS))[0], 0.0)
 
 
 def test_fewer_iterations_are_fewer():
     """One step of steepest descent on ½ xᵀAx - bᵀx."""
     matrix, b = np.diag([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0])
-    got = conjugate_gradient(lambda v: jnp.float32(matrix) @ v, jnp.float32(b), iterations=1)
-    np.testing.assert_allclose(got, b * (b @ b) / (b @ matrix @ b), rtol=1e-6)
+    got, residual = conjugate_gradient(lambda v: jnp.float32(matrix) @ v, jnp.float32(b), iterations=1)
+    want = b * (b @ b) / (b @ matrix @ b)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(residual, b - matrix @ want, rtol=1e-5)
 
 
 def test_the_step_is_the_natural_gradient_scaled_to_the_trust_region():
@@ -88,7 +91,7 @@ def test_the_step_is_the_natural_gradient_scaled_to_the_trust_region():
 def test_what_is_accepted_is_the_first_candidate_within_delta_that_improves(scale):
     found = natural_step(mean_kl, start(), jax.grad(surrogate)(start()), DELTA, 1e-3)
     change = scale * found.change
-    search = jax.jit(lambda p, c: line_search(measure, p, c, DELTA, shrink=0.7))(start(), change)
+    search = jax.jit(lambda p, c: line_search(measure, p, surrogate(p), c, DELTA, shrink=0.7))(start(), change)
     assert search.accepted == 1
     for j in range(10):
         logits = LOGITS + 0.7**j * np.float64(change[2:]).reshape(STATES, ACTIONS)
@@ -108,7 +111,7 @@ def test_what_is_accepted_is_the_first_candidate_within_delta_that_improves(scal
 def test_a_search_that_fails_leaves_every_bit(bad):
     found = natural_step(mean_kl, start(), jax.grad(surrogate)(start()), DELTA, DAMPING)
     change = {"uphill": -1.0, "too far": 1e6, "not a number": jnp.nan}[bad] * found.change
-    search = jax.jit(lambda p, c: line_search(measure, p, c, DELTA, trials=4))(start(), change)
+    search = jax.jit(lambda p, c: line_search(measure, p, surrogate(p), c, DELTA, trials=4))(start(), change)
     assert (search.accepted, search.trials, search.kl, search.improvement) == (0, 4, 0, 0)
     for name, x in start().items():
         np.testing.assert_array_equal(search.params[name], x)
