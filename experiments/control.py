@@ -7,7 +7,8 @@ are the tuned ones in TUNED. Writes the learning curve (mean over seeds, 95 % in
 frames of an episode.
 
 Reached (seeds 0-4, greedy return, median and worst): PPO on CartPole 500, 500 after 150,000 steps, 1.6 to 1.7
-CPU-seconds a run; on Acrobot -83.3, -84.1; on Pendulum -164.5, -182.8; VPG on CartPole 500, 500. See docs/control.md.
+CPU-seconds a run; on Acrobot -83.3, -84.1; on Pendulum -164.5, -182.8; VPG on CartPole 500, 500; TRPO on CartPole 500,
+500, on Acrobot -82.5, -84.9. See docs/control.md.
 """
 
 import dataclasses

@@ -38,6 +38,15 @@ def test_settings_of_the_command_line_win():
     assert float(hyper.gamma) == np.float32(0.99)
 
 
+def test_trpo_has_a_bound_and_no_learning_rate():
+    _, hyper = control.settings(control.Config(algo="trpo", env="maze", delta=0.02))
+    assert float(hyper.delta) == np.float32(0.02)
+    with pytest.raises(ValueError, match="trpo has no learning_rate; legal: delta"):
+        control.settings(control.Config(algo="trpo", learning_rate=0.1))
+    with pytest.raises(ValueError, match="dqn has no delta; legal: learning_rate"):
+        control.settings(control.Config(algo="dqn", delta=0.1))
+
+
 def test_stretches_without_an_end_take_the_mean_before():
     curve = {"return": np.array([0.0, 2, 4, 0, 0, 6]), "episodes": np.array([0, 1, 3, 0, 0, 2])}
     assert control.binned(curve, 6).tolist() == [2, 2, 4, 4, 4, 6]

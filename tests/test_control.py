@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
+from scipy.stats import norm
 
 from classical import dqn, on_policy
 from classical.on_policy import Hyper, Sizes
@@ -12,6 +14,8 @@ from rljax.envs.cartpole import make_cartpole
 from rljax.envs.catch import make_catch
 from rljax.envs.pendulum import make_pendulum
 from rljax.envs.tabular import TabularMDP, tabular_env
+from rljax.models import mlp
+from rljax.types import Trajectory
 
 SEEDS = range(5)
 
@@ -70,6 +74,30 @@ def test_ppo_balances_the_pole(algo):
     assert greedy.min() >= 475
     for curve in curves:
         assert all(bool(jnp.isfinite(x).all()) for x in curve.values())
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_the_divergence_of_two_actors_in_both_directions(continuous):
+    """KL(p ‖ q) against E_p (log p - log q), summed over actions or over draws of a Gaussian."""
+    old, new = (mlp.init(jax.random.key(n), 3, 2, 8, continuous) for n in range(2))
+    if continuous:
+        new["actor"]["log_std"] += 0.3
+    new["actor"]["layers"][-1]["w"] *= 200
+    seen = jax.random.normal(jax.random.key(2), (2, 4, 3))
+    blank = jnp.zeros((2, 4))
+    traj = Trajectory(seen, blank, blank, blank == 0, dist=mlp.distribution(old, seen))
+    for direction, (p, q) in {"old_new": (old, new), "new_old": (new, old)}.items():
+        got = mlp.make_divergence(direction)(new, old, {}, traj)
+        if continuous:
+            draws, spread = 40_000, 0.1
+            (m, s), (n, u) = mlp.distribution(p, seen), mlp.distribution(q, seen)
+            x = np.asarray(m) + np.asarray(s) * np.random.default_rng(0).normal(size=(draws, *m.shape))
+            want = (norm.logpdf(x, m, s) - norm.logpdf(x, n, u)).sum(-1).mean(0)
+        else:
+            a, b = (log_softmax(mlp.distribution(x, seen), -1) for x in (p, q))
+            want, spread = (np.exp(a) * (a - b)).sum(-1), 1e-5
+        np.testing.assert_allclose(got, want, atol=spread)
+        assert got.max() > 0.1
 
 
 TRUSTED = Hyper(lam=0.97)  # delta 0.01, damping 0.1
