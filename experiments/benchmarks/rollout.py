@@ -2,7 +2,8 @@ r"""Rollouts against what the machine can do, and their parts against each other
 
     python experiments/benchmarks/rollout.py                        # W1
     python experiments/benchmarks/rollout.py --preset W2 --json rollout.json
-    python experiments/benchmarks/rollout.py --transformers True    # and transformers.generate, which TRL calls
+    python experiments/benchmarks/rollout.py --transformers True    # and transformers.generate
+    python experiments/benchmarks/rollout.py --trl PYTHON           # and TRL, which calls it (peers/trl_generate.py)
     python experiments/benchmarks/rollout.py --tunix PYTHON         # and Tunix (peers/tunix_sampler.py)
 
 W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 answers of 64
@@ -43,6 +44,7 @@ class Config:
     preset: Literal["W1", "W2"] = "W1"  # the work
     repeats: int = 5  # timed runs of each
     transformers: bool = False  # torch's generate too (installs of `make parity`)
+    trl: str = ""  # TRL's rollout too: a Python where trl is installed
     tunix: str = ""  # Tunix's sampler too: a Python where google-tunix is installed
     json: str = ""  # where to write the figures
 
@@ -87,11 +89,11 @@ def torch_generate(config, rows, n: int, answer: int):
     return generate
 
 
-def tunix_sampler(python: str, config, *sizes: int):
-    """The same work for Tunix, in a process of its own, which works when it is asked to."""
+def peer(python: str, name: str, config, *sizes: int):
+    """The same work for peers/`name`.py, in a process of its own, which works when it is asked to."""
     shape = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")
     work = {x: getattr(config, x) for x in shape} | dict(zip(("prompts", "n", "length", "answer"), sizes, strict=True))
-    script = str(Path(__file__).with_name("peers") / "tunix_sampler.py")
+    script = str(Path(__file__).with_name("peers") / f"{name}.py")
     child = subprocess.Popen(
         [python, script, json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -148,8 +150,9 @@ def main(cfg: Config) -> dict[str, float]:
     }
     if cfg.transformers:
         works["transformers"] = torch_generate(config, rows, n, answer)
-    if cfg.tunix:
-        works["Tunix"] = tunix_sampler(cfg.tunix, config, count, n, length, answer)
+    for name, python, script in (("TRL", cfg.trl, "trl_generate"), ("Tunix", cfg.tunix, "tunix_sampler")):
+        if python:
+            works[name] = peer(python, script, config, count, n, length, answer)
     flops, bytes_ = peak(cfg.repeats), bandwidth(cfg.repeats)
     times = alternately(works, cfg.repeats)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -172,7 +175,9 @@ def main(cfg: Config) -> dict[str, float]:
         "slot utilisation": float(work.tokens / work.row_steps),
     }
     figures |= {
-        f"{peer} / rollout": median[peer] / median["rollout"] for peer in ("transformers", "Tunix") if peer in median
+        f"{name} / rollout": median[name] / median["rollout"]
+        for name in ("transformers", "TRL", "Tunix")
+        if name in median
     }
     say(f"{cfg.preset} on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
