@@ -3,8 +3,8 @@
     python experiments/control.py --algo ppo --env cartpole
 
 A run is one compiled function, train(params, key, hyper); all seeds share its compilation. Settings that are not given
-are the tuned ones in TUNED. Writes the learning curve (mean over seeds, 95 % interval of the mean) and, for CartPole,
-frames of an episode.
+are the tuned ones in TUNED. Writes report.html: a table of the seeds, the learning curve (mean, 95 % interval of the
+mean) and, for CartPole, frames of an episode; the pictures also stand beside it.
 
 Reached (seeds 0-4, greedy return, median and worst): PPO on CartPole 500, 500 after 150,000 steps, 1.6 to 1.7
 CPU-seconds a run; on Acrobot -83.3, -84.1; on Pendulum -164.5, -182.8; VPG on CartPole 500, 500; TRPO on CartPole 500,
@@ -14,7 +14,6 @@ CPU-seconds a run; on Acrobot -83.3, -84.1; on Pendulum -164.5, -182.8; VPG on C
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.maze import make_maze
 from rljax.envs.pendulum import make_pendulum
 from rljax.train import pictures
-from rljax.train.log import say, table, write_atomically
+from rljax.train.log import say, table
 
 ENVS: dict[str, Callable] = {
     "acrobot": make_acrobot,
@@ -74,6 +73,7 @@ TUNED = {
         CLIPPED._replace(steps=300_000, epochs=10), on_policy.Hyper(2e-3, gamma=0.95, entropy=0.0)
     ),
 }
+TUNED |= {(algo, "catch"): TUNED["reinforce", "catch"] for algo in on_policy.REINFORCE}
 UNTUNED = {"dqn": Settings(dqn.Sizes(), dqn.Hyper()), "trpo": TUNED["trpo", "cartpole"]}
 
 
@@ -81,7 +81,18 @@ UNTUNED = {"dqn": Settings(dqn.Sizes(), dqn.Hyper()), "trpo": TUNED["trpo", "car
 class Config:
     """One algorithm on one environment, over seeds."""
 
-    algo: Literal["dqn", "off_policy_pg", "ppo", "ppo_penalty", "reinforce", "trpo", "vpg", "vtrace"] = "ppo"
+    algo: Literal[
+        "dqn",
+        "off_policy_pg",
+        "ppo",
+        "ppo_penalty",
+        "reinforce",
+        "reinforce_baseline",
+        "reinforce_to_go",
+        "trpo",
+        "vpg",
+        "vtrace",
+    ] = "ppo"
     env: Literal["acrobot", "cartpole", "catch", "four_rooms", "maze", "pendulum"] = "cartpole"
     seeds: int = 5  # runs, one after another
     seed: int = 0  # of the first
@@ -90,7 +101,7 @@ class Config:
     learning_rate: float | None = None
     gamma: float | None = None
     delta: float | None = None  # trpo's bound on the mean KL of a policy step, which has no learning rate
-    directory: str = ""  # for the pictures; default runs/control/ALGO-ENV
+    directory: str = ""  # of the report; default runs/control/ALGO-ENV
 
 
 def settings(cfg: Config) -> Settings:
@@ -127,19 +138,19 @@ def main(cfg: Config) -> dict[str, float]:
         drawn.append(binned(curve))
     table(f"{cfg.algo} on {cfg.env}, {sizes.steps:,} steps; the first run compiles", rows)
 
-    directory = Path(cfg.directory or f"runs/control/{cfg.algo}-{cfg.env}")
-    directory.mkdir(parents=True, exist_ok=True)
+    title = f"{cfg.algo} on {cfg.env}, {cfg.seeds} seeds"
     at = np.linspace(0, sizes.steps, drawn[0].size + 1)[1:]
-    picture = pictures.curves(f"{cfg.algo} on {cfg.env}, {cfg.seeds} seeds", at, {cfg.algo: np.stack(drawn)})
-    write_atomically(directory / "curve.svg", picture)
+    shown = {"curve": pictures.curves(title, at, {cfg.algo: np.stack(drawn)})}
     if cfg.env == "cartpole":
         traj = play(params, jax.random.key(cfg.seed), 1)
         times = np.linspace(0, int(traj.mask.sum()) - 1, 8).astype(int)
-        frames = pictures.cartpole(f"{cfg.algo}, the last seed's policy", np.asarray(traj.inputs)[0, times], times)
-        write_atomically(directory / "frames.svg", frames)
+        frames = np.asarray(traj.inputs)[0, times]
+        shown["frames"] = pictures.cartpole(f"{cfg.algo}, the last seed's policy", frames, times)
+    directory = cfg.directory or f"runs/control/{cfg.algo}-{cfg.env}"
+    pictures.write(directory, title, rows, shown, {**sizes._asdict(), **hyper._asdict()})
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}
-    say(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; pictures in {directory}")
+    say(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
     return reached
 
 

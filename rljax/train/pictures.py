@@ -1,11 +1,14 @@
-"""Pictures as SVG text, without a plotting library: learning curves, mazes, CartPole in frames."""
+"""Pictures as SVG text, without a plotting library: learning curves, mazes, CartPole in frames; a page of them."""
 
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from scipy.special import stdtrit
+
+from rljax.train.log import write_atomically
 
 COLOURS = ("#3366cc", "#cc5533", "#2f8f5b", "#8a5bc2", "#b08d1e")
 ARROWS = ((0, -1), (0, 1), (-1, 0), (1, 0))  # up, down, left, right: x and y on the page
@@ -127,3 +130,31 @@ def cartpole(title: str, physics, times: Sequence[int], edge: float = 2.4) -> st
             text(x + size / 2, ground + 18, f"t = {time}", font_size=10),
         ]
     return svg(len(times) * size, top + size, parts)
+
+
+def write(directory: str | Path, title: str, rows: Sequence[Mapping], shown: Mapping[str, str], settings: Mapping):
+    """NAME.svg of each picture, and report.html: a table of the rows, the pictures, the settings."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, picture in shown.items():
+        write_atomically(directory / f"{name}.svg", picture)
+    write_atomically(directory / "report.html", page(title, rows, list(shown.values()), settings))
+
+
+def page(title: str, rows: Sequence[Mapping], shown: Sequence[str], settings: Mapping) -> str:
+    """One file that opens from a disk."""
+
+    def line(cells, tag: str = "td") -> str:
+        words = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells)
+        return "<tr>" + "".join(f"<{tag}>{escape(word)}</{tag}>" for word in words) + "</tr>"
+
+    body = "\n".join([line(rows[0], "th"), *(line(row.values()) for row in rows)])
+    numbers = {name: float(x) if hasattr(x, "dtype") else x for name, x in settings.items()}
+    given = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in numbers.items())
+    style = "body{font:14px sans-serif;max-width:760px;margin:2em auto}td,th{padding:2px 12px;text-align:right}"
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>\n'
+        f"<h1>{escape(title)}</h1>\n<table>\n{body}\n</table>\n"
+        + "\n".join(f"<p>{picture}</p>" for picture in shown)
+        + f"\n<p>{escape(given)}</p>\n"
+    )
