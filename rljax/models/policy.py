@@ -72,7 +72,7 @@ def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Calla
         places = (traj.inputs, traj.positions, traj.segments)
         run = partial(decoder.forward, config)
         hidden, _ = run(params["decoder"], *places, routing=traj.routing)
-        temperature = jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
+        temperature = temperatures(traj)
         head = lambda h: decoder.logits(config, params["decoder"], h)  # noqa: E731
         logp, entropy, sum_pi_squared = chunked_logprobs(head, hidden, traj.actions, temperature, chunk_tokens)
         values = None
@@ -83,6 +83,11 @@ def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Calla
         return PolicyOutput(logp=logp, entropy=entropy, values=values, sum_pi_squared=sum_pi_squared)
 
     return policy
+
+
+def temperatures(traj: Trajectory):
+    """What each token was drawn at [B T]; 1 where nothing is said."""
+    return jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
 
 
 def make_divergence(config: DecoderConfig, chunk_tokens: int | None = None, kl_direction: str = "old_new") -> Callable:
@@ -98,7 +103,7 @@ def make_divergence(config: DecoderConfig, chunk_tokens: int | None = None, kl_d
         places = (traj.inputs, traj.positions, traj.segments)
         both = [decoder.whole(config, x, frozen)["decoder"] for x in (jax.lax.stop_gradient(old), params)]
         hidden = [decoder.forward(config, x, *places, routing=traj.routing)[0] for x in both]
-        temperature = jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
+        temperature = temperatures(traj)
 
         def of_columns(before, after, t):
             logits = [decoder.logits(config, x, h) for x, h in zip(both, (before, after), strict=True)]
