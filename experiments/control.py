@@ -25,7 +25,9 @@ from classical import dqn, on_policy
 from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole
 from rljax.envs.catch import make_catch
+from rljax.envs.env import Env
 from rljax.envs.four_rooms import make_four_rooms
+from rljax.envs.gymnax import make_gymnax
 from rljax.envs.maze import make_maze
 from rljax.envs.pendulum import make_pendulum
 from rljax.train import pictures
@@ -41,11 +43,24 @@ ENVS: dict[str, Callable] = {
 }
 
 
+def make_env(name: str) -> Env:
+    """One of ENVS, or gymnax:NAME.
+
+    Raises ValueError for another name.
+    """
+    if name.startswith("gymnax:"):
+        return make_gymnax(name.removeprefix("gymnax:"))
+    if name not in ENVS:
+        raise ValueError(f"no environment {name!r}; legal: {', '.join(ENVS)}, gymnax:NAME")
+    return ENVS[name]()
+
+
 class Settings(NamedTuple):
     """Of a run: what is compiled, and what is traced."""
 
     sizes: on_policy.Sizes | dqn.Sizes
     hyper: on_policy.Hyper | dqn.Hyper
+    network: dict = {}  # noqa: RUF012  what `init` is given
 
 
 CLIPPED = on_policy.Sizes(minibatches=8, value_clip=None)
@@ -58,9 +73,13 @@ TUNED = {
     ("vtrace", "catch"): Settings(
         on_policy.Sizes(100_000, rows=32, length=36, epochs=1, lag=4), on_policy.Hyper(5e-3, gamma=1.0, lam=1.0)
     ),
-    ("reinforce", "catch"): Settings(
-        on_policy.Sizes(60_000, rows=128, length=9), on_policy.Hyper(1e-2, gamma=1.0, entropy=0.0)
-    ),
+    **{
+        (algo, env): Settings(
+            on_policy.Sizes(steps, rows=rows, length=length), on_policy.Hyper(1e-2, gamma=gamma, entropy=0.0)
+        )
+        for env, steps, rows, length, gamma in (("catch", 60_000, 128, 9, 1.0), ("cartpole", 300_000, 16, 500, 0.99))
+        for algo in on_policy.REINFORCE
+    },
     ("vpg", "cartpole"): Settings(
         on_policy.Sizes(100_000, epochs=40, minibatches=1), on_policy.Hyper(1e-2, 1e-2, lam=0.97, entropy=0.0)
     ),
@@ -71,6 +90,9 @@ TUNED = {
     ("ppo", "cartpole"): Settings(CLIPPED, on_policy.Hyper(2e-3)),
     ("ppo", "pendulum"): Settings(
         CLIPPED._replace(steps=300_000, epochs=10), on_policy.Hyper(2e-3, gamma=0.95, entropy=0.0)
+    ),
+    ("ppo", "gymnax:Breakout-MinAtar"): Settings(
+        on_policy.Sizes(1_000_000, rows=64, minibatches=8), on_policy.Hyper(5e-3), {"activation": jax.nn.relu}
     ),
 }
 TUNED |= {(algo, "catch"): TUNED["reinforce", "catch"] for algo in on_policy.REINFORCE}
@@ -93,7 +115,7 @@ class Config:
         "vpg",
         "vtrace",
     ] = "ppo"
-    env: Literal["acrobot", "cartpole", "catch", "four_rooms", "maze", "pendulum"] = "cartpole"
+    env: str = "cartpole"  # acrobot, cartpole, catch, four_rooms, maze, pendulum, or gymnax:NAME
     seeds: int = 5  # runs, one after another
     seed: int = 0  # of the first
     steps: int | None = None  # of the environments, in all
@@ -110,16 +132,16 @@ def settings(cfg: Config) -> Settings:
     if getattr(cfg, other) is not None:
         raise ValueError(f"{cfg.algo} has no {other}; legal: {'delta' if cfg.algo == 'trpo' else 'learning_rate'}")
     default = UNTUNED.get(cfg.algo, Settings(CLIPPED, on_policy.Hyper(2e-3)))
-    sizes, hyper = TUNED.get((cfg.algo, cfg.env), default)
+    sizes, hyper, network = TUNED.get((cfg.algo, cfg.env), default)
     given = {name: value for name, value in vars(cfg).items() if value is not None}
     sizes = sizes._replace(**{name: given[name] for name in ("steps", "rows") if name in given})
     hyper = hyper._replace(**{name: given[name] for name in ("learning_rate", "gamma", "delta") if name in given})
-    return Settings(sizes, jax.tree.map(jnp.float32, hyper))
+    return Settings(sizes, jax.tree.map(jnp.float32, hyper), network)
 
 
 def main(cfg: Config) -> dict[str, float]:
     """Train all seeds, draw, and return the median and the least of their greedy returns."""
-    env, (sizes, hyper) = ENVS[cfg.env](), settings(cfg)
+    env, (sizes, hyper, network) = make_env(cfg.env), settings(cfg)
     if cfg.algo == "dqn":
         train, init, play = dqn.make_train(env, sizes), dqn.init, dqn.play_greedily(env)
     else:
@@ -129,7 +151,7 @@ def main(cfg: Config) -> dict[str, float]:
     rows, drawn = [], []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         key = jax.random.key(seed)
-        params, began = init(env, key), time.process_time()
+        params, began = init(env, key, **network), time.process_time()
         params, curve = jax.block_until_ready(train(params, jax.random.fold_in(key, 1), hyper))
         seconds = time.process_time() - began
         greedy = play(params, jax.random.fold_in(key, 2), 64).rewards.sum(axis=1)
@@ -146,7 +168,7 @@ def main(cfg: Config) -> dict[str, float]:
         times = np.linspace(0, int(traj.mask.sum()) - 1, 8).astype(int)
         frames = np.asarray(traj.inputs)[0, times]
         shown["frames"] = pictures.cartpole(f"{cfg.algo}, the last seed's policy", frames, times)
-    directory = cfg.directory or f"runs/control/{cfg.algo}-{cfg.env}"
+    directory = cfg.directory or f"runs/control/{cfg.algo}-{cfg.env.replace(':', '-')}"
     pictures.write(directory, title, rows, shown, {**sizes._asdict(), **hyper._asdict()})
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}

@@ -370,7 +370,7 @@ def run(config_type: type, main: Callable) -> None:
         main(config)
     except jax.errors.JaxRuntimeError:
         raise
-    except (ValueError, OSError, RuntimeError, RewardError, FloatingPointError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError) as error:
         if getattr(config, "debug", False):
             traceback.print_exc()
         say(f"error: {error}")

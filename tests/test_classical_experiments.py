@@ -31,10 +31,12 @@ def test_a_curve_and_frames_are_drawn(tmp_path, algo, capsys):
 
 
 def test_settings_of_the_command_line_win():
-    sizes, hyper = control.settings(control.Config(algo="ppo", env="acrobot", steps=1000, learning_rate=0.5))
+    sizes, hyper, _ = control.settings(control.Config(algo="ppo", env="acrobot", steps=1000, learning_rate=0.5))
     assert (sizes.steps, sizes.length) == (1000, 256)
     assert float(hyper.learning_rate) == 0.5
     assert float(hyper.gamma) == np.float32(0.99)
+    with pytest.raises(ValueError, match=r"no environment 'pong'; legal: acrobot, .*, gymnax:NAME"):
+        control.make_env("pong")
 
 
 def test_trpo_has_a_bound_and_no_learning_rate():

@@ -12,6 +12,7 @@ from classical.on_policy import Hyper, Sizes
 from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole
 from rljax.envs.catch import make_catch
+from rljax.envs.gymnax import make_gymnax
 from rljax.envs.pendulum import make_pendulum
 from rljax.envs.tabular import TabularMDP, tabular_env
 from rljax.models import mlp
@@ -20,7 +21,7 @@ from rljax.types import Trajectory
 SEEDS = range(5)
 
 
-def runs(algo, env, sizes, hyper):
+def runs(algo, env, sizes, hyper, **network):
     """Of each seed: return over the last tenth of training, mean greedy return of 64 fresh episodes; the curves."""
     train = jax.jit(on_policy.make_train(algo, env, sizes))
     play = jax.jit(on_policy.play_greedily(env), static_argnums=2)
@@ -28,7 +29,7 @@ def runs(algo, env, sizes, hyper):
     last, greedy, curves = [], [], []
     for seed in SEEDS:
         key = jax.random.key(seed)
-        params, curve = train(on_policy.init(env, key), jax.random.fold_in(key, 1), hyper)
+        params, curve = train(on_policy.init(env, key, **network), jax.random.fold_in(key, 1), hyper)
         last.append(float(on_policy.last_tenth(curve)))
         greedy.append(float(play(params, jax.random.fold_in(key, 2), 64).rewards.sum(axis=1).mean()))
         curves.append(curve)
@@ -179,6 +180,18 @@ def test_ppo_swings_the_pendulum_up():
     _, greedy, _ = runs("ppo", make_pendulum(), sizes, Hyper(2e-3, gamma=0.95, entropy=0.0))
     assert np.median(greedy) >= -180
     assert greedy.min() >= -250
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_ppo_plays_breakout():
+    """MinAtar's, at PureJaxRL's settings: return 10 within 300,000 of 1,000,000 steps; skipped without gymnax."""
+    pytest.importorskip("gymnax")
+    sizes = Sizes(1_000_000, rows=64, minibatches=8)
+    last, _, curves = runs("ppo", make_gymnax("Breakout-MinAtar"), sizes, Hyper(5e-3), activation=jax.nn.relu)
+    for curve in curves:
+        assert curve["return"][: 300_000 // (64 * 128)].max() >= 10
+    assert np.median(last) >= 25
 
 
 @pytest.mark.nightly

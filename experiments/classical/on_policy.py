@@ -197,11 +197,12 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
     return train
 
 
-def init(env: Env, key, width: int = 64):
+def init(env: Env, key, width: int = 64, activation: Callable = jnp.tanh):
     """Parameters of actor and critic: to be made outside of what is compiled."""
     observation = jax.eval_shape(env.reset, key, env.params)[0]
     continuous = isinstance(env.actions, Box)
-    return mlp.init(key, observation.shape[0], len(env.actions.low) if continuous else env.actions, width, continuous)
+    actions = len(env.actions.low) if continuous else env.actions
+    return mlp.init(key, observation.shape[0], actions, width, continuous, activation)
 
 
 def play_greedily(env: Env, length: int = 500) -> Callable:

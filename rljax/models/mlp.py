@@ -14,6 +14,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from rljax.ops.kl import categorical_kl, gaussian_entropy, gaussian_kl
 from rljax.ops.logprobs import chosen_logp, gaussian_logp, token_statistics
@@ -22,8 +23,11 @@ from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, Trajectory
 
 
-def init_layers(key, sizes: tuple[int, ...], last: float) -> list[dict]:
-    """One {"w" [in out], "b" [out]} a layer; `last`: gain of the last one."""
+def init_layers(key, sizes: tuple[int, ...], last: float, activation: Callable = jnp.tanh) -> list[dict]:
+    """One {"w" [in out], "b" [out]} a layer, and, of the hidden ones, "activation", which has no leaf.
+
+    `last`: gain of the last one.
+    """
     layers = []
     for n, (rows, columns) in enumerate(pairwise(sizes)):
         drawn = np.asarray(jax.random.normal(jax.random.fold_in(key, n), (max(rows, columns), min(rows, columns))))
@@ -32,25 +36,27 @@ def init_layers(key, sizes: tuple[int, ...], last: float) -> list[dict]:
         gain = last if n == len(sizes) - 2 else 2**0.5
         w = gain * (q if rows >= columns else q.T)
         layers.append({"w": jnp.asarray(w, jnp.float32), "b": jnp.zeros(columns)})
-    return layers
+    return [*(layer | {"activation": Partial(activation)} for layer in layers[:-1]), layers[-1]]
 
 
-def forward(layers: list[dict], x, activation: Callable = jnp.tanh):
+def forward(layers: list[dict], x):
     """[.. D] -> [.. last size]. On two axes: CPU matmuls on three are slower."""
     out = x.reshape(-1, x.shape[-1])
-    for n, layer in enumerate(layers):
+    for layer in layers:
         out = out @ layer["w"] + layer["b"][None]
-        out = activation(out) if n < len(layers) - 1 else out
+        out = layer["activation"](out) if "activation" in layer else out
     return out.reshape(*x.shape[:-1], -1)
 
 
-def init(key, observation: int, actions: int, width: int = 64, continuous: bool = False) -> Params:
-    """{"actor", "critic"}, two tanh layers each. `actions`: how many, or how many numbers an action has."""
+def init(
+    key, observation: int, actions: int, width: int = 64, continuous: bool = False, activation: Callable = jnp.tanh
+) -> Params:
+    """{"actor", "critic"}, two hidden layers each. `actions`: how many, or how many numbers an action has."""
     actor, critic = jax.random.split(key)
-    heads = {"layers": init_layers(actor, (observation, width, width, actions), 0.01)}
+    heads = {"layers": init_layers(actor, (observation, width, width, actions), 0.01, activation)}
     if continuous:
         heads["log_std"] = jnp.zeros(actions)
-    return {"actor": heads, "critic": init_layers(critic, (observation, width, width, 1), 1.0)}
+    return {"actor": heads, "critic": init_layers(critic, (observation, width, width, 1), 1.0, activation)}
 
 
 def distribution(params: Params, observations):
@@ -130,12 +136,12 @@ def annotate(params: Params, traj: Trajectory) -> Trajectory:
 
 def init_q(key, observation: int, actions: int, widths: tuple[int, ...] = (120, 84)) -> list[dict]:
     """A network of action values, ReLU between its layers; the default widths are those of DQN's implementations."""
-    return init_layers(key, (observation, *widths, actions), 1.0)
+    return init_layers(key, (observation, *widths, actions), 1.0, jax.nn.relu)
 
 
 def action_values(params: list[dict], observations):
     """Q [.. A]."""
-    return forward(params, observations, jax.nn.relu)
+    return forward(params, observations)
 
 
 def act_epsilon_greedily(params: tuple, uniforms, observations) -> tuple:

@@ -67,7 +67,9 @@ def test_matrices_are_neither_norms_nor_biases(params):
     assert chosen(params, parts.matrices(params)) == [f"decoder/{n}" for n in ("embedding", "head", *layers)]
     assert chosen(adapter, parts.matrices(adapter)) == [f"lora/{n}/{p}" for n in layers for p in ("down", "up")]
     control = mlp.init(jax.random.key(0), 3, 2, 4)
-    assert chosen(control, parts.matrices(control)) == [f"{n}/w" for n in ("action", "first", "second", "value")]
+    assert chosen(control, parts.matrices(control)) == [
+        f"{n}/{i}/w" for n in ("actor/layers", "critic") for i in range(3)
+    ]
 
 
 def test_two_learning_rates_and_frozen_layers(params):
