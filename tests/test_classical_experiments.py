@@ -40,7 +40,7 @@ def test_settings_of_the_command_line_win():
 
 
 def test_trpo_has_a_bound_and_no_learning_rate():
-    _, hyper = control.settings(control.Config(algo="trpo", env="maze", delta=0.02))
+    _, hyper, _ = control.settings(control.Config(algo="trpo", env="maze", delta=0.02))
     assert float(hyper.delta) == np.float32(0.02)
     with pytest.raises(ValueError, match="trpo has no learning_rate; legal: delta"):
         control.settings(control.Config(algo="trpo", learning_rate=0.1))
