@@ -81,7 +81,7 @@ def act(params: Params, uniforms, observations) -> tuple:
         actions = mean + std * jax.scipy.special.ndtri(uniforms)
         return actions, gaussian_logp(mean, std, actions)
     ones = jnp.ones(dist.shape[0])
-    actions = invert_cdf(masses(dist, ones), uniforms[:, 0], block=dist.shape[1])
+    actions = invert_cdf(masses(dist, ones), uniforms[:, 0])
     return actions, chosen_logp(dist, actions, ones)
 
 

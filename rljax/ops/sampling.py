@@ -50,10 +50,12 @@ def invert_cdf(probs: Probs, uniform: Float[Array, " B"], block: int = 128) -> I
     Tokens of probability 0 are never drawn. `probs` need not sum to one.
     """
     B, V = probs.shape
+    if V <= block:
+        return _crossing(probs, jnp.cumsum(probs, axis=-1), _below(uniform, probs.sum(axis=-1)))
     blocks = -(-V // block)
     table = jnp.pad(probs, ((0, 0), (0, blocks * block - V))).reshape(B, blocks, block)
     upper = jnp.cumsum(table.sum(axis=-1), axis=-1)
-    target = jnp.minimum(uniform * upper[:, -1], jnp.nextafter(upper[:, -1], 0.0))
+    target = _below(uniform, upper[:, -1])
     where = _crossing(table.sum(axis=-1), upper, target)
     inside = jnp.take_along_axis(table, where[:, None, None], axis=1)[:, 0]
     below = jnp.take_along_axis(jnp.pad(upper, ((0, 0), (1, 0))), where[:, None], axis=1)
@@ -65,10 +67,16 @@ def _crossing(mass: Float[Array, "B N"], cdf: Float[Array, "B N"], target: Float
 
     XLA adds long prefixes as a tree: a computed cdf may rise at an entry without mass, or fall.
     """
-    above = (mass > 0) & (cdf > target[:, None])
-    first = argmax(above.astype(jnp.float32))
-    last = mass.shape[-1] - 1 - argmax((mass > 0)[:, ::-1].astype(jnp.float32))
-    return jnp.where(above.any(axis=-1), first, last)
+    N = mass.shape[-1]
+    place, held = jnp.arange(N)[None], mass > 0
+    first = jnp.where(held & (cdf > target[:, None]), place, N).min(axis=-1)
+    last = jnp.where(held, place, 0).max(axis=-1)
+    return jnp.where(first < N, first, last)
+
+
+def _below(uniform, total):
+    """u · Σp, and less than Σp."""
+    return jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
 
 
 def _threshold(probs: Probs, target: Rows, low: Rows, reached, share) -> Rows:

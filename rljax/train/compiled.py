@@ -34,16 +34,23 @@ def scan_updates(
     """
     rows = max(leaf.shape[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf))
     require_division(rows, count, "minibatches")
-    key, used = jax.random.split(state.key)
+    leaves, tree = jax.tree.flatten(batch)
+    key, ordering, updating = jax.random.split(state.key, 3)
 
-    def one(state, taken):
-        mini = batch if count == 1 else jax.tree.map(lambda x: x[taken] if jnp.ndim(x) else x, batch)
-        state, metrics = update(state, mini)
-        return state, {name: metrics[name] for name in keep}
+    def one(state, drawn):
+        key, taken = drawn
+        mini = [x if rows is None else rows for x, rows in zip(leaves, taken, strict=True)]
+        state, metrics = update(state.replace(key=key), jax.tree.unflatten(tree, mini))
+        return state.replace(key=None), {name: metrics[name] for name in keep}
 
-    order = permutations(used, epochs, rows)
-    state, metrics = jax.lax.scan(one, state.replace(key=key), order.reshape(epochs * count, -1))
-    return state, jax.tree.map(jnp.mean, metrics)
+    def epoch(state, drawn):
+        keys, order = drawn
+        shuffled = [x[order].reshape(count, -1, *x.shape[1:]) if jnp.ndim(x) and count > 1 else None for x in leaves]
+        return jax.lax.scan(one, state, (keys, shuffled))
+
+    drawn = jax.random.split(updating, (epochs, count)), permutations(ordering, epochs, rows)
+    state, metrics = jax.lax.scan(epoch, state.replace(key=None), drawn)
+    return state.replace(key=key), jax.tree.map(jnp.mean, metrics)
 
 
 def of_part(update: Callable, part: str) -> Callable:
