@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float
 
 Array = jax.Array | np.ndarray
 Params = Any  # a nested dict of arrays
+Scalar = float | Float[jax.Array, ""]  # traced where a run is one compiled function of its hyperparameters
 
 
 # ------------------------------------------------------------------------------------------------- facts and credit

@@ -37,6 +37,14 @@ def runs(algo, env, sizes, hyper, **network):
     return np.array(last), np.array(greedy), curves
 
 
+def deep_runs(sizes, hyper, seeds) -> list[float]:
+    """Of each seed of DQN on CartPole: return over the last tenth of training."""
+    env, hyper = make_cartpole(), jax.tree.map(jnp.float32, hyper)
+    train = jax.jit(dqn.make_train(env, sizes))
+    keys = map(jax.random.key, seeds)
+    return [float(on_policy.last_tenth(train(dqn.init(env, k), jax.random.fold_in(k, 1), hyper)[1])) for k in keys]
+
+
 @pytest.mark.parametrize("algo", on_policy.REINFORCE)
 def test_reinforce_learns_to_catch(algo):
     sizes, hyper = Sizes(60_000, rows=128, length=9), Hyper(learning_rate=1e-2, gamma=1.0, entropy=0.0)
@@ -198,27 +206,15 @@ def test_ppo_plays_breakout():
 @pytest.mark.timeout(900)
 def test_dqn_at_purejaxrls_settings_is_as_good():
     """10 environments, 500,000 steps, ε 0.05 at the end (CleanRL 488.7)."""
-    env = make_cartpole()
-    train, hyper = jax.jit(dqn.make_train(env, dqn.Sizes())), jax.tree.map(jnp.float32, dqn.Hyper())
-    last = []
-    for seed in SEEDS:
-        key = jax.random.key(seed)
-        _, curve = train(dqn.init(env, key), jax.random.fold_in(key, 1), hyper)
-        last.append(float(on_policy.last_tenth(curve)))
+    last = deep_runs(dqn.Sizes(), dqn.Hyper(), SEEDS)
     assert np.median(last) >= 488
     assert min(last) >= 450
 
 
 def test_dqn_balances_the_pole_in_50000_steps():
     """The settings of rl-baselines3-zoo but for its wider network: bursts of 128 updates every 256 steps."""
-    env = make_cartpole()
     sizes = dqn.Sizes(50_000, rows=8, every=256, updates=128, start=1000, target_every=256, capacity=51_200, batch=64)
-    train, hyper = jax.jit(dqn.make_train(env, sizes)), jax.tree.map(jnp.float32, dqn.Hyper(2.3e-3, 0.99, 0.04, 0.16))
-    last = []
-    for seed in range(3):
-        key = jax.random.key(seed)
-        _, curve = train(dqn.init(env, key), jax.random.fold_in(key, 1), hyper)
-        last.append(float(on_policy.last_tenth(curve)))
+    last = deep_runs(sizes, dqn.Hyper(2.3e-3, 0.99, 0.04, 0.16), range(3))
     assert np.median(last) >= 300
     assert min(last) >= 150
 

@@ -7,7 +7,8 @@ Pure functions of scalars, traced or not: a loop keeps their result in `TrainSta
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Scalar = float | Float[Array, ""]
+from rljax.types import Scalar
+
 Count = int | float | Int[Array, ""] | Float[Array, ""]
 
 

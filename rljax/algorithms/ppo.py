@@ -14,7 +14,6 @@ after each rollout by `controllers.ppo_penalty_coefficient`. Leaving the epochs 
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from rljax.algorithms.credit import judged_rewards, old_logp, ratio_to_old, require
 from rljax.ops import losses
@@ -22,9 +21,7 @@ from rljax.ops.kl import k3
 from rljax.ops.returns import gae
 from rljax.ops.statistics import whiten
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm, Batch
-
-Scalar = float | Float[Array, ""]  # traced where a run is one compiled function of its hyperparameters
+from rljax.types import Algorithm, Batch, Scalar
 
 
 def actor_critic(actor: Callable, gamma, lam, value_coefficient: float, value_clip: float | None) -> Algorithm:

@@ -18,12 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 from rljax.algorithms.credit import episode_rewards, judged_rewards, outcome_batch
 from rljax.ops import groups, losses, statistics, weights
 from rljax.ops.returns import discounted_returns
-from rljax.types import Algorithm, Batch
+from rljax.types import Algorithm, Batch, Scalar
 
 Rewards = Float[Array, " B"]
 Groups = Int[Array, " B"] | None
 Judged = Bool[Array, " B"]
-Scalar = float | Float[Array, ""]
 
 
 def no_baseline(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:

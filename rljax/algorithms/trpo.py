@@ -9,10 +9,10 @@ critic; `trpo_gae` takes GAE, whose critic shares no parameter with the policy a
 from collections.abc import Callable
 
 from rljax.algorithms.credit import ratio_to_old
-from rljax.algorithms.ppo import Scalar, actor_critic
+from rljax.algorithms.ppo import actor_critic
 from rljax.algorithms.reinforce import leave_one_out, reinforce
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm
+from rljax.types import Algorithm, Scalar
 
 
 def _surrogate(output, batch):

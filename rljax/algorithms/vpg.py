@@ -5,9 +5,9 @@
 PPO without its ratio: right for one update a rollout.
 """
 
-from rljax.algorithms.ppo import Scalar, actor_critic
+from rljax.algorithms.ppo import actor_critic
 from rljax.ops import losses
-from rljax.types import Algorithm
+from rljax.types import Algorithm, Scalar
 
 
 def vpg(gamma: Scalar = 1.0, lam: Scalar = 0.95, value_coefficient: float = 0.5) -> Algorithm:

@@ -12,16 +12,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float
 
 from rljax.algorithms.credit import judged_rewards, require
 from rljax.algorithms.reinforce import leave_one_out, reinforce
 from rljax.ops import losses, returns
 from rljax.ops.ratios import bounded_exp, importance_ratio, sequence_product, truncated
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm, Batch
-
-Scalar = float | Float[Array, ""]
+from rljax.types import Algorithm, Batch, Scalar
 
 
 def off_policy_pg(

@@ -7,14 +7,11 @@ then the state's holds, a traced scalar that a controller may change without rec
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from rljax.algorithms.credit import episode_rewards, old_logp, require
 from rljax.ops.kl import importance_weighted_k3, k1, k3
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm
-
-Scalar = float | Float[Array, ""]
+from rljax.types import Algorithm, Scalar
 
 
 def needing(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:

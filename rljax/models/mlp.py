@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rljax.ops.kl import categorical_kl, gaussian_entropy, gaussian_kl
+from rljax.ops.kl import gaussian_entropy, gaussian_kl
 from rljax.ops.logprobs import chosen_logp, gaussian_logp, token_statistics
 from rljax.ops.sampling import argmax, invert_cdf, masses
 from rljax.ops.trust_region import directed_kl
@@ -92,18 +92,24 @@ def act_greedily(params: Params, uniforms, observations) -> tuple:
     return actions, jnp.zeros(observations.shape[0])
 
 
+def kl_of(old, new, kl_direction: str = "old_new"):
+    """KL [..] of two of `distribution`, in either direction (`ops.trust_region.directed_kl`)."""
+    if isinstance(new, tuple):
+        return directed_kl(old, new, kl_direction, lambda p, q: gaussian_kl(*p, *q)).sum(axis=-1)
+    return directed_kl(old, new, kl_direction)
+
+
 def make_policy() -> Callable:
     """policy(params, frozen, trajectory) -> PolicyOutput. `frozen` may hold parts that stand still: the critic, say."""
 
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
         params = {**frozen, **params}
         dist, values = distribution(params, traj.inputs), values_of(params, traj.inputs)
+        kl = None if traj.dist is None else kl_of(traj.dist, dist)
         if isinstance(dist, tuple):
             mean, std = dist
-            kl = None if traj.dist is None else gaussian_kl(*traj.dist, mean, std).sum(axis=-1)
             return PolicyOutput(gaussian_logp(mean, std, traj.actions), gaussian_entropy(std).sum(axis=-1), values, kl)
         logp, entropy, sum_pi_squared = token_statistics(dist, traj.actions, jnp.ones(traj.actions.shape))
-        kl = None if traj.dist is None else categorical_kl(traj.dist, dist)
         return PolicyOutput(logp, entropy, values, kl, sum_pi_squared)
 
     return policy
@@ -116,10 +122,7 @@ def make_divergence(kl_direction: str = "old_new") -> Callable:
     """
 
     def divergence(params: Params, old: Params, frozen: Params, traj: Trajectory):
-        dist = distribution(params, traj.inputs)
-        if not isinstance(dist, tuple):
-            return directed_kl(traj.dist, dist, kl_direction)
-        return directed_kl(traj.dist, dist, kl_direction, lambda p, q: gaussian_kl(*p, *q)).sum(axis=-1)
+        return kl_of(traj.dist, distribution(params, traj.inputs), kl_direction)
 
     return divergence
 

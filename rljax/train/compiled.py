@@ -39,7 +39,7 @@ def scan_updates(
 
     def one(state, drawn):
         key, taken = drawn
-        mini = [x if rows is None else rows for x, rows in zip(leaves, taken, strict=True)]
+        mini = [x if cut is None else cut for x, cut in zip(leaves, taken, strict=True)]
         state, metrics = update(state.replace(key=key), jax.tree.unflatten(tree, mini))
         return state.replace(key=None), {name: metrics[name] for name in keep}
 
