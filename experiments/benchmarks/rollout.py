@@ -4,6 +4,7 @@ r"""Rollouts against what the machine can do, and their parts against each other
     python experiments/benchmarks/rollout.py --preset W2 --json rollout.json
     python experiments/benchmarks/rollout.py --transformers True    # and transformers.generate
     python experiments/benchmarks/rollout.py --trl PYTHON           # and TRL, which calls it (peers/trl_generate.py)
+    python experiments/benchmarks/rollout.py --devices 2            # rows shared among virtual devices, one a core
     python experiments/benchmarks/rollout.py --tunix PYTHON         # and Tunix (peers/tunix_sampler.py)
 
 W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 answers of 64
@@ -26,11 +27,13 @@ import jax
 import jax.numpy as jnp
 import tyro
 from common import W1, W2, alternately, bandwidth, peak, prompts
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rljax.models import decoder, policy
-from rljax.ops.logprobs import chosen_logp
-from rljax.ops.sampling import invert_cdf, masses
+from rljax.ops.logprobs import logp_of, softmax
+from rljax.ops.sampling import invert_cdf
 from rljax.rollouts.tokens import sample, sample_and_count
+from rljax.train import mesh as meshes
 from rljax.train.log import say, table
 from rljax.types import Sampling
 
@@ -43,6 +46,7 @@ class Config:
 
     preset: Literal["W1", "W2"] = "W1"  # the work
     repeats: int = 5  # timed runs of each
+    devices: int = 1  # of a CPU, among which rollouts share their rows
     transformers: bool = False  # torch's generate too (installs of `make parity`)
     trl: str = ""  # TRL's rollout too: a Python where trl is installed
     tunix: str = ""  # Tunix's sampler too: a Python where google-tunix is installed
@@ -107,6 +111,15 @@ def peer(python: str, name: str, config, *sizes: int):
     return generate
 
 
+def spread(devices: int, lm, params, rows, sampling: Sampling):
+    """The same work with every device holding the parameters and its share of the rows."""
+    mesh = meshes.make_mesh(data=devices, fsdp=1)
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    params, tokens, mask, number = jax.device_put(params, everywhere), *jax.device_put(tuple(rows[:3]), split)
+    rows = rows._replace(tokens=tokens, mask=mask, number=number)
+    return lambda i: sample(lm, params, {}, rows, sampling, 0, i)
+
+
 def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
     """Seconds of one draw without and with its log-prob: 64 of them in one compiled loop, each waiting for the last."""
     logits = 3.0 * jax.random.normal(jax.random.key(0), (rows, config.vocabulary))
@@ -117,8 +130,9 @@ def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
         def run(logits):
             def one(_, carry):
                 z, total = carry
-                token = invert_cdf(masses(z, ones), uniform)
-                logp = chosen_logp(z, token, ones) if captured else jnp.zeros(rows)
+                dist = softmax(z, ones)
+                token = invert_cdf(dist.masses, uniform)
+                logp = logp_of(dist, token) if captured else jnp.zeros(rows)
                 return z.at[:, 0].add(1e-6 * (token + logp)), total + logp
 
             return jax.lax.fori_loop(0, 64, one, (logits, jnp.zeros(rows)))
@@ -130,6 +144,8 @@ def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
 
 
 def main(cfg: Config) -> dict[str, float]:
+    if cfg.devices > 1:
+        jax.config.update("jax_num_cpu_devices", cfg.devices)
     config, count, n, length, answer = WORKS[cfg.preset]
     B, rows, params = count * n, prompts(config, count, length), policy.init(config, jax.random.key(0))
     exact = dataclasses.replace(config, exact=True)
@@ -148,6 +164,8 @@ def main(cfg: Config) -> dict[str, float]:
         "a queue, static": lambda i: [draw(part, ending)(i) for part in quarters],
         "a queue, slots": draw(queue, ending.replace(slots=B)),
     }
+    if cfg.devices > 1:
+        works[f"on {cfg.devices} devices"] = spread(cfg.devices, lm, params, rows, plain)
     if cfg.transformers:
         works["transformers"] = torch_generate(config, rows, n, answer)
     for name, python, script in (("TRL", cfg.trl, "trl_generate"), ("Tunix", cfg.tunix, "tunix_sampler")):
@@ -175,9 +193,10 @@ def main(cfg: Config) -> dict[str, float]:
         "slot utilisation": float(work.tokens / work.row_steps),
     }
     figures |= {
-        f"{name} / rollout": median[name] / median["rollout"]
-        for name in ("transformers", "TRL", "Tunix")
-        if name in median
+        f"{other} / {ours}": median[other] / median[ours]
+        for other in ("transformers", "TRL", "Tunix")
+        for ours in ("rollout", f"on {cfg.devices} devices")
+        if other in median and ours in median
     }
     say(f"{cfg.preset} on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])

@@ -17,8 +17,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from rljax.ops.kl import gaussian_entropy, gaussian_kl
-from rljax.ops.logprobs import chosen_logp, gaussian_logp, token_statistics
-from rljax.ops.sampling import argmax, invert_cdf, masses
+from rljax.ops.logprobs import gaussian_logp, logp_of, softmax, token_statistics
+from rljax.ops.sampling import argmax, invert_cdf
 from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, Trajectory
 
@@ -80,9 +80,9 @@ def act(params: Params, uniforms, observations) -> tuple:
         mean, std = dist
         actions = mean + std * jax.scipy.special.ndtri(uniforms)
         return actions, gaussian_logp(mean, std, actions)
-    ones = jnp.ones(dist.shape[0])
-    actions = invert_cdf(masses(dist, ones), uniforms[:, 0])
-    return actions, chosen_logp(dist, actions, ones)
+    dist = softmax(dist, jnp.ones(dist.shape[0]))
+    actions = invert_cdf(dist.masses, uniforms[:, 0])
+    return actions, logp_of(dist, actions)
 
 
 def act_greedily(params: Params, uniforms, observations) -> tuple:

@@ -5,30 +5,55 @@
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class Softmax(NamedTuple):
+    """A softmax in the parts that drawing a token and knowing its log-prob share."""
+
+    scaled: Float[Array, "*N V"]  # z/τ
+    masses: Float[Array, "*N V"]  # e^(z/τ - top): the probabilities up to a factor a row, the largest near 1
+    top: Float[Array, "*N 1"]  # the largest z/τ but for its last bit; a constant to derivatives
+
+
+def softmax(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Softmax:
+    """Softmax of z/τ, in float32 or better.
+
+    The last bit of the largest entry is left out: with it, XLA's CPU backend makes one kernel of maximum and
+    exponential in some shapes and not in others, and the two kernels' exponentials round differently.
+    """
+    return _parts(_scaled(logits, temperature))
+
+
 def chosen_logp(
     logits: Float[Array, "*N V"], actions: Int[Array, "*N"], temperature: Float[Array, "*N"]
 ) -> Float[Array, "*N"]:
     """log softmax(z/τ)[a], in float32 or better: a gather minus a log-sum-exp, so no [V] array of log-probs is made."""
-    scaled = _scaled(logits, temperature)
-    chosen = jnp.take_along_axis(scaled, actions[..., None], axis=-1)[..., 0]
-    return chosen - log_sum_exp(scaled)
+    return logp_of(softmax(logits, temperature), actions)
+
+
+def logp_of(dist: Softmax, actions: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """`chosen_logp` where the softmax is at hand."""
+    return jnp.take_along_axis(dist.scaled, actions[..., None], axis=-1)[..., 0] - _log_sum(dist)
 
 
 def log_sum_exp(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """log Σ_v exp(x_v), the same bits for a row whatever the rows beside it: sampler and trainer cut them differently.
+    """log Σ_v exp(x_v), the same bits for a row whatever the rows beside it: sampler and trainer cut differently."""
+    return _log_sum(_parts(x))
 
-    The largest entry is taken out but for its last bit. With it, XLA's CPU backend makes one kernel of maximum and
-    exponential in some shapes and not in others, and the two kernels' exponentials round differently.
-    """
+
+def _parts(x) -> Softmax:
     top = jax.lax.stop_gradient(x.max(axis=-1, keepdims=True))
     top = jax.lax.reduce_precision(jnp.where(jnp.isfinite(top), top, 0.0), exponent_bits=8, mantissa_bits=22)
-    return jnp.log(tree_sum(jnp.exp(x - top))) + top[..., 0]
+    return Softmax(x, jnp.exp(x - top), top)
+
+
+def _log_sum(dist: Softmax):
+    return jnp.log(tree_sum(dist.masses)) + dist.top[..., 0]
 
 
 def tree_sum(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:

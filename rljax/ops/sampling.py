@@ -27,16 +27,6 @@ def token_uniforms(keys: Key[Array, " B"], position: Int[Array, "*#B"]) -> Float
     )
 
 
-def masses(logits: Float[Array, "B V"], temperature: Float[Array, " B"]) -> Probs:
-    """e^(z/τ - max z/τ): the probabilities up to a factor a row, the most likely token's being 1.
-
-    The same operations as in `logprobs.chosen_logp`'s log-sum-exp: where both are asked for, they are computed once.
-    """
-    scaled = logits / temperature[:, None]
-    top = scaled.max(axis=-1, keepdims=True)
-    return jnp.exp(scaled - jnp.where(jnp.isfinite(top), top, 0.0))
-
-
 def argmax(x: Float[Array, "*N V"]) -> Int[Array, "*N"]:
     """First index of the maximum, as a max and a min: jnp.argmax is several times slower on a CPU."""
     V = x.shape[-1]

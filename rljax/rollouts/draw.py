@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rljax.ops import sampling as ops
-from rljax.ops.logprobs import chosen_logp
+from rljax.ops.logprobs import logp_of, softmax
 from rljax.types import Array, Sampling
 
 LIMITS = {
@@ -80,14 +80,18 @@ def draw(logits, t, settings: Settings, memory: Memory, sampling: Sampling):
     place = settings.before + t
     uniform = ops.token_uniforms(settings.keys, place)
     stop = jnp.asarray(sampling.stop, jnp.int32)
-    shaped = _shape(logits.astype(jnp.float32), place, settings, memory, stop)
+    logits = logits.astype(jnp.float32)
+    shaped = _shape(logits, place, settings, memory, stop)
     greedy = settings.temperature == 0
     used = jnp.where(greedy, 1.0, settings.temperature)
-    masses = ops.truncate(ops.masses(shaped, used), settings.top_k, settings.top_p, settings.min_p)
-    masses = jnp.where(greedy[:, None], masses == masses.max(axis=-1, keepdims=True), masses)
+    policy = softmax(logits, used)
+    masses = policy.masses if shaped is logits else softmax(shaped, used).masses
+    masses = ops.truncate(masses, settings.top_k, settings.top_p, settings.min_p)
+    most = jax.lax.optimization_barrier(masses.max(axis=-1, keepdims=True))  # without: spread over [B V] on CPU
+    masses = jnp.where(greedy[:, None], masses == most, masses)
     token = ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))
     if sampling.logp == "policy":
-        logp = chosen_logp(logits, token, used)
+        logp = logp_of(policy, token)
     else:
         logp = jnp.log(jnp.take_along_axis(masses, token[:, None], axis=-1)[:, 0] / masses.sum(axis=-1))
     ended = (token[:, None] == stop[None]).any(axis=1)
