@@ -50,7 +50,7 @@ def invert_cdf(probs: Probs, uniform: Float[Array, " B"], block: int = 128) -> I
     Tokens of probability 0 are never drawn. `probs` need not sum to one.
     """
     B, V = probs.shape
-    if V <= block:
+    if block >= V:
         return _crossing(probs, jnp.cumsum(probs, axis=-1), _below(uniform, probs.sum(axis=-1)))
     blocks = -(-V // block)
     table = jnp.pad(probs, ((0, 0), (0, blocks * block - V))).reshape(B, blocks, block)
