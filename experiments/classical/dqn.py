@@ -71,9 +71,8 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
         )
 
         def iteration(carried, now):
-            (state, running), (n, key) = carried, now
+            (state, running), (n, playing, drawing) = carried, now
             carry, kept = state.extra
-            playing, drawing = jax.random.split(key)
             epsilon = jnp.maximum(1.0 - (1.0 - hyper.epsilon) * n / (hyper.falling * iterations), hyper.epsilon)
             carry, traj = unroll(env, mlp.act_epsilon_greedily, (state.params, epsilon), playing, carry, length)
             kept = replay.add(kept, replay.transitions(traj, hyper.gamma, sizes.n))
@@ -82,7 +81,7 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
                 def one(state, key):
                     return update(state, replay.draw(kept, key, sizes.batch))[0], None
 
-                return jax.lax.scan(one, state, jax.random.split(drawing, sizes.updates))[0]
+                return jax.lax.scan(one, state, drawing)[0]
 
             seen = (n + 1) * sizes.every
             learner = jax.lax.cond(seen > sizes.start, learn, lambda state: state, state.replace(extra=None))
@@ -91,7 +90,9 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
             total, count, running = finished(traj, running)
             return (state, running), {"return": total / jnp.maximum(count, 1), "episodes": count}
 
-        now = jnp.arange(iterations), jax.random.split(key, iterations)
+        playing, drawing = jax.random.split(key)
+        drawing = jax.random.split(drawing, (iterations, sizes.updates))
+        now = jnp.arange(iterations), jax.random.split(playing, iterations), drawing
         (state, _), curve = jax.lax.scan(iteration, (state, jnp.zeros(sizes.rows)), now)
         return state.params, curve
 
