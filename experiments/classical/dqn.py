@@ -12,7 +12,7 @@ from rljax.envs.env import Box, Env
 from rljax.models import mlp
 from rljax.rollouts import replay
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, finished, unroll
+from rljax.rollouts.unroll import begin, chance, finished, unroll
 from rljax.train.compiled import follow
 from rljax.train.update import make_update
 from rljax.types import TrainState, Transition
@@ -57,6 +57,7 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
         if whole % part:
             raise ValueError(f"{name} = {whole} must be a multiple of {part}: intervals count steps of all rows")
     iterations, length = sizes.steps // sizes.every, sizes.every // sizes.rows
+    together = max(n for n in range(1, 129) if iterations % n == 0)  # iterations whose random numbers are drawn at once
 
     def train(params, key, hyper: Hyper):
         optimizer = optax.flatten(optax.adam(hyper.learning_rate))
@@ -71,18 +72,17 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
         )
 
         def iteration(carried, now):
-            (state, running), (n, key) = carried, now
+            (state, running), (n, playing, drawing) = carried, now
             carry, kept = state.extra
-            playing, drawing = jax.random.split(key)
             epsilon = jnp.maximum(1.0 - (1.0 - hyper.epsilon) * n / (hyper.falling * iterations), hyper.epsilon)
-            carry, traj = unroll(env, mlp.act_epsilon_greedily, (state.params, epsilon), playing, carry, length)
+            carry, traj = unroll(env, mlp.act_epsilon_greedily, (state.params, epsilon), playing, carry)
             kept = replay.add(kept, replay.transitions(traj, hyper.gamma, sizes.n))
 
             def learn(state):
-                def one(state, key):
-                    return update(state, replay.draw(kept, key, sizes.batch))[0], None
+                def one(state, bits):
+                    return update(state, replay.draw(kept, bits))[0], None
 
-                return jax.lax.scan(one, state, jax.random.split(drawing, sizes.updates))[0]
+                return jax.lax.scan(one, state, drawing)[0]
 
             seen = (n + 1) * sizes.every
             learner = jax.lax.cond(seen > sizes.start, learn, lambda state: state, state.replace(extra=None))
@@ -91,8 +91,17 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
             total, count, running = finished(traj, running)
             return (state, running), {"return": total / jnp.maximum(count, 1), "episodes": count}
 
-        now = jnp.arange(iterations), jax.random.split(key, iterations)
-        (state, _), curve = jax.lax.scan(iteration, (state, jnp.zeros(sizes.rows)), now)
+        def several(carried, now):
+            n, key = now
+            playing, drawing = jax.random.split(key)
+            playing = chance(env, playing, sizes.rows, together * length)
+            playing = jax.tree.map(lambda x: x.reshape(together, length, *x.shape[1:]), playing)
+            drawing = jax.random.bits(drawing, (together, sizes.updates, sizes.batch))
+            return jax.lax.scan(iteration, carried, (n, playing, drawing))
+
+        now = jnp.arange(iterations).reshape(-1, together), jax.random.split(key, iterations // together)
+        (state, _), curve = jax.lax.scan(several, (state, jnp.zeros(sizes.rows)), now)
+        curve = jax.tree.map(jnp.ravel, curve)
         return state.params, curve
 
     return train

@@ -25,7 +25,7 @@ from rljax.models import mlp
 from rljax.ops import losses
 from rljax.ops.weights import token_mean
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, finished, unroll
+from rljax.rollouts.unroll import begin, chance, finished, unroll
 from rljax.train.compiled import decisions, follow, of_part, scan_updates
 from rljax.train.objective import policy_objective
 from rljax.train.trust_region import make_trust_region_update
@@ -176,7 +176,7 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
             if algo in EPISODIC:
                 traj = episodes(env, mlp.act, acting, key, sizes.rows, sizes.length, draws)
                 return traj, state.extra, (traj.rewards.sum(), sizes.rows)
-            carry, traj = unroll(env, mlp.act, acting, key, carry, sizes.length, draws)
+            carry, traj = unroll(env, mlp.act, acting, chance(env, key, sizes.rows, sizes.length, draws), carry)
             total, count, running = finished(traj, running)
             return mlp.annotate(state.params, traj), (carry, running, acting), (total, count)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rljax.rollouts.unroll import begin, unroll
+from rljax.rollouts.unroll import begin, chance, unroll
 from rljax.types import Params, Trajectory
 
 
@@ -18,7 +18,7 @@ def episodes(env, act: Callable, params: Params, key, rows: int, length: int, dr
     first = begin(env, starting, rows)
     once = jax.tree.map(lambda x: x[0], first)
     masked = env._replace(reset=lambda key, params: once)  # what follows an end is masked: no resets to pay for
-    _, traj = unroll(masked, act, params, playing, first, length, draws)
+    _, traj = unroll(masked, act, params, chance(masked, playing, rows, length, draws), first)
     ended = (traj.terminated | traj.truncated).astype(jnp.int32)
     mask = jnp.cumsum(ended, axis=1) - ended == 0
     running = mask[:, -1] & (ended[:, -1] == 0)

@@ -31,10 +31,13 @@ def add(replay: Replay, rows) -> Replay:
     return Replay(written, replay.written + n)
 
 
-def draw(replay: Replay, key, n: int):
-    """n of the rows that are there, uniformly, with replacement."""
+def draw(replay: Replay, bits):
+    """As many of the rows that are there as there are random `bits` (uint32 [n]), uniformly, with replacement.
+
+    Uniform to a share of capacity / 2³².
+    """
     capacity = jax.tree.leaves(replay.rows)[0].shape[0]
-    where = jax.random.randint(key, (n,), 0, jnp.minimum(replay.written, capacity))
+    where = bits % jnp.minimum(replay.written, capacity).astype(jnp.uint32)
     return jax.tree.map(lambda x: x[where], replay.rows)
 
 

@@ -4,8 +4,8 @@ A row holds pieces of several episodes, and the next call carries on where this 
 `terminated` and `truncated`; what each decision led to, before any reset, in `next_inputs`: whoever fills `values` and
 `final_values` reads it. Time is the first axis only inside the scan.
 
-All random numbers are drawn before the scan, and so are the states that resets fall back on: inside it a random number
-costs as much as a step of CartPole.
+All random numbers are drawn before the scan, and so are the states that resets fall back on (`chance`): inside it a
+random number costs as much as a step of CartPole.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,26 @@ def begin(env, key, rows: int) -> tuple:
     return jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, rows), env.params)
 
 
-def unroll(env, act: Callable, params: Params, key, carry: tuple, length: int, draws: int = 1) -> tuple:
-    """`length` steps of each environment -> (carry, Trajectory [N T]).
+def chance(env, key, rows: int, length: int, draws: int = 1) -> tuple:
+    """What `length` steps of `rows` environments leave to chance, [T N ...] each: `draws` uniform numbers for the
+    actor, a key for the step, the episode that would begin after it.
+    """
+    acting, stepping, resetting = jax.random.split(key, 3)
+    n = length * rows  # in one row: XLA's CPU backend takes seconds to compile random numbers of shapes like [T N 1]
+    uniforms = jax.random.uniform(acting, (n * draws,), minval=jnp.finfo(jnp.float32).tiny).reshape(n, draws)
+    fresh = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(resetting, n), env.params)
+    drawn = uniforms, jax.random.split(stepping, n), fresh
+    return jax.tree.map(lambda x: x.reshape(length, rows, *x.shape[1:]), drawn)
+
+
+def unroll(env, act: Callable, params: Params, chance: tuple, carry: tuple) -> tuple:
+    """As many steps of each environment as `chance` is drawn for -> (carry, Trajectory [N T]).
 
     Args: env: reset, step, params as `rljax.envs.env.Env`; its own `step` does not reset. act: (params, uniforms
     [N draws], observations [N ...]) -> (actions [N ...], log-probs [N]). carry: (observations, states), from `begin` or
     the call before.
     """
-    rows = jax.tree.leaves(carry)[0].shape[0]
-    acting, stepping, resetting = jax.random.split(key, 3)
-    uniforms = jax.random.uniform(acting, (length, rows, draws), minval=jnp.finfo(jnp.float32).tiny)
-    keys = jax.random.split(stepping, (length, rows))
-    reset, step = jax.vmap(env.reset, in_axes=(0, None)), jax.vmap(env.step, in_axes=(0, 0, 0, None))
-    fresh = jax.vmap(reset, in_axes=(0, None))(jax.random.split(resetting, (length, rows)), env.params)
+    step = jax.vmap(env.step, in_axes=(0, 0, 0, None))
 
     def one(carry, drawn):
         (observation, state), (uniform, key, fresh) = carry, drawn
@@ -55,7 +62,7 @@ def unroll(env, act: Callable, params: Params, key, carry: tuple, length: int, d
         }
         return jax.tree.map(anew, fresh, (out.observation, out.state)), facts
 
-    carry, facts = jax.lax.scan(one, carry, (uniforms, keys, fresh))
+    carry, facts = jax.lax.scan(one, carry, chance)
     facts = {name: jnp.moveaxis(value, 0, 1) for name, value in facts.items()}
     return carry, Trajectory(mask=jnp.ones(facts["logp"].shape, bool), **facts)
 

@@ -21,7 +21,7 @@ def test_a_ring_keeps_the_newest():
 def test_only_what_is_there_is_drawn_and_all_of_it_alike():
     replay = empty(jax.ShapeDtypeStruct((), jnp.float32), 100)
     replay = add(replay, jnp.arange(1.0, 5.0))
-    drawn = np.asarray(draw(replay, jax.random.key(0), 40_000))
+    drawn = np.asarray(draw(replay, jax.random.bits(jax.random.key(0), (40_000,))))
     values, counts = np.unique(drawn, return_counts=True)
     assert values.tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(counts, 10_000, atol=450)  # five standard deviations

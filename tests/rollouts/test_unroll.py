@@ -9,7 +9,7 @@ from rljax.envs.cartpole import make_cartpole
 from rljax.envs.pendulum import make_pendulum
 from rljax.models import mlp
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, finished, unroll
+from rljax.rollouts.unroll import begin, chance, finished, unroll
 
 ENV = make_cartpole(limit=12)
 ROWS, LENGTH = 3, 40
@@ -24,7 +24,7 @@ def act(params, uniforms, observations):
 def unrolled():
     """(first carry, an unroll, the carry after it, the unroll that goes on)"""
     first = begin(ENV, jax.random.key(0), ROWS)
-    play = jax.jit(lambda key, carry: unroll(ENV, act, {}, key, carry, LENGTH))
+    play = jax.jit(lambda key, carry: unroll(ENV, act, {}, chance(ENV, key, ROWS, LENGTH), carry))
     carry, traj = play(jax.random.key(1), first)
     return first, traj, carry, play(jax.random.key(2), carry)[1]
 
@@ -99,7 +99,7 @@ def test_the_trainer_finds_the_samplers_log_probs(env):
 
     @jax.jit
     def play(params):
-        _, traj = unroll(env, mlp.act, params, key, begin(env, key, 8), 30)
+        _, traj = unroll(env, mlp.act, params, chance(env, key, 8, 30), begin(env, key, 8))
         traj = mlp.annotate(params, traj)
         return traj, mlp.make_policy()(params, {}, traj)
 
