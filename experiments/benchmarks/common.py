@@ -37,11 +37,11 @@ def seconds(work: Callable[[int], object], repeats: int) -> float:
     return statistics.median(alternately({"": work}, repeats)[""])
 
 
-def peak(repeats: int) -> float:
-    """Float32 FLOPs a second of the better of two matmuls, at their best."""
+def peak(repeats: int, dtype: str = "float32") -> float:
+    """FLOPs a second of the better of two matmuls, at their best."""
     best = 0.0
     for m, k, n in ((2048, 2048, 2048), (4096, 512, 1024)):
-        a, b = jnp.ones((m, k)), jnp.ones((k, n))
+        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
         best = max(best, 2 * m * k * n / min(alternately({"": lambda _, a=a, b=b: jnp.dot(a, b)}, repeats)[""]))
     return best
 

@@ -9,7 +9,7 @@ r"""Rollouts against what the machine can do, and their parts against each other
 
 W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 answers of 64
 tokens. W2: vocabulary 32768, width 512, 8 layers, 8 heads (4) of 64, MLP 1376; 2 prompts of 128 tokens x 8 answers of
-128. Tied, float32.
+128. Tied.
 
 Ceiling of a pass: the larger of bytes/bandwidth (weights once, the filled cache) and FLOPs/peak, summed over prompt and
 decode steps. Slots: 4 requests a row in a queue, answers of geometric length with a mean of a quarter of the longest,
@@ -46,6 +46,7 @@ class Config:
 
     preset: Literal["W1", "W2"] = "W1"  # the work
     repeats: int = 5  # timed runs of each
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and computation
     devices: int = 1  # of a CPU, among which rollouts share their rows
     transformers: bool = False  # torch's generate too (installs of `make parity`)
     trl: str = ""  # TRL's rollout too: a Python where trl is installed
@@ -59,9 +60,10 @@ def ceiling(config, rows: int, prompts: int, length: int, answer: int, flops: fl
     column = 2 * config.layers * config.kv_heads * config.head_dim  # numbers cached for a token
     width = 2 * config.layers * config.heads * config.head_dim  # multiply-adds of a query with one key and its value
     body = weights - config.vocabulary * config.width
-    seconds = max(4 * weights / bytes_, 2 * prompts * length * (body + width * length / 2) / flops)
+    size = jnp.dtype(config.dtype).itemsize
+    seconds = max(size * weights / bytes_, 2 * prompts * length * (body + width * length / 2) / flops)
     for t in range(answer):
-        read = 4 * (weights + column * (prompts * length + rows * t))
+        read = size * (weights + column * (prompts * length + rows * t))
         seconds += max(read / bytes_, 2 * rows * (weights + width * (length + t)) / flops)
     return seconds
 
@@ -147,7 +149,9 @@ def main(cfg: Config) -> dict[str, float]:
     if cfg.devices > 1:
         jax.config.update("jax_num_cpu_devices", cfg.devices)
     config, count, n, length, answer = WORKS[cfg.preset]
+    config = dataclasses.replace(config, dtype=cfg.dtype)
     B, rows, params = count * n, prompts(config, count, length), policy.init(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
     exact = dataclasses.replace(config, exact=True)
     lm, exact_lm, stop = *map(decoder.language_model, (config, exact)), tuple(range(config.vocabulary * 4 // answer))
     plain = Sampling(n=n, max_tokens=answer)
@@ -171,10 +175,10 @@ def main(cfg: Config) -> dict[str, float]:
     for name, python, script in (("TRL", cfg.trl, "trl_generate"), ("Tunix", cfg.tunix, "tunix_sampler")):
         if python:
             works[name] = peer(python, script, config, count, n, length, answer)
-    flops, bytes_ = peak(cfg.repeats), bandwidth(cfg.repeats)
+    flops, bytes_ = peak(cfg.repeats, cfg.dtype), bandwidth(cfg.repeats)
     times = alternately(works, cfg.repeats)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    flops, bytes_ = max(flops, peak(cfg.repeats)), max(bytes_, bandwidth(cfg.repeats))
+    flops, bytes_ = max(flops, peak(cfg.repeats, cfg.dtype)), max(bytes_, bandwidth(cfg.repeats))
     bound = ceiling(config, B, count, length, answer, flops, bytes_)
     parts = sampling_parts(config, B, cfg.repeats)
     step = median["rollout"] / answer
@@ -198,7 +202,7 @@ def main(cfg: Config) -> dict[str, float]:
         for ours in ("rollout", f"on {cfg.devices} devices")
         if other in median and ours in median
     }
-    say(f"{cfg.preset} on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
+    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
     table("figures", [{"": name, "value": value} for name, value in figures.items()])
     if cfg.json:

@@ -99,7 +99,7 @@ def _param(rngs: nnx.Rngs, shape, axes, fan_in) -> nnx.Param:
 
 
 def _vector(value: float, shape, axes) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, value), out_sharding=axes, eager_sharding=False)
+    return nnx.Param(jnp.full(shape, value, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
 def _bias(present: bool, shape, axes) -> nnx.Param | None:
@@ -361,16 +361,23 @@ def whole(config: DecoderConfig, params: Params, frozen: Params) -> Params:
     """Everything the model needs: frozen["base"], the trained `params` laid over it, params["lora"] attached.
 
     So a part that is not trained stands in frozen["base"], and {} as parameters is the base itself: the reference of an
-    adapter needs no copy. What waits in the host's memory is brought to the device.
+    adapter needs no copy.
     """
-    tree = _overlay(frozen["base"], params) if "base" in frozen else params
-    tree = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+    tree = dict(_overlay(on_device(frozen["base"]), params) if "base" in frozen else params)
     if "lora" not in tree:
         return tree
     if config.adapter is None:
         raise ValueError("the parameters hold an adapter ('lora'), the config does not say which (adapter=Lora(...))")
     adapter = tree.pop("lora")
     return tree | {"decoder": attach(config.adapter, tree["decoder"], adapter)}
+
+
+def on_device(frozen: Params) -> Params:
+    """Inside a compiled function, parameters that may have waited in the host's memory.
+
+    For those alone: what is computed from them counts as committed to its device.
+    """
+    return jax.device_put(frozen, jax.memory.Space.Device)
 
 
 def _overlay(below: Params, above: Params) -> Params:

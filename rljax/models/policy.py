@@ -138,7 +138,7 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
         fields = {}
         for field, part in frozen_parts.items():
             if field in needs:
-                fields[field] = policy(frozen[part], frozen, traj.replace(routing=None)).logp
+                fields[field] = policy(decoder.on_device(frozen[part]), frozen, traj.replace(routing=None)).logp
         if {"values", "old_logp", "sum_pi_squared"} & set(needs):
             own = policy(params, frozen, traj)
             if "values" in needs:
@@ -176,5 +176,5 @@ def refresh_reference(state: TrainState, share: float = 1.0) -> TrainState:
 
 @partial(jax.jit, static_argnames="share")
 def _mix(old, new, share: float):
-    old = jax.device_put(old, jax.memory.Space.Device)
-    return jax.tree.map(lambda x, y: ((1.0 - share) * x + share * y).astype(x.dtype), old, new)
+    mixed = lambda x, y: ((1.0 - share) * x + share * y).astype(x.dtype)  # noqa: E731
+    return jax.tree.map(mixed, decoder.on_device(old), new)

@@ -35,7 +35,9 @@ def make_update(
         key, used = jax.random.split(state.key)
         batch = objective.prepare(state.params, frozen, batch, used)
         loss, metrics, grads = summed(objective, state.params, frozen, batch, micro_batches, shardings)
-        opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)  # where it waited in the host's memory
+        opt_state = state.opt_state
+        if shardings is not None:  # without, this would commit the new state to its device: another compilation
+            opt_state = jax.device_put(opt_state, jax.memory.Space.Device)  # it may wait in the host's memory
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)

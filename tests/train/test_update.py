@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from rljax.models.decoder import DecoderConfig
+from rljax.models.policy import init, make_policy
 from rljax.train.mesh import make_mesh, place_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update, minibatches
@@ -159,6 +161,16 @@ def test_on_a_mesh_one_program_serves_every_step(caplog):
 
 def numbered():
     return {"row": jnp.arange(ROWS), "cells": jnp.arange(ROWS * 2).reshape(ROWS, 2), "scalar": jnp.float32(7)}
+
+
+def test_without_a_mesh_too():
+    """A decoder as `init` makes it: its numbers and those of an update are of one type, and lie as freely."""
+    config, optimizer = DecoderConfig(17, 8, 1, 2, 1, 4, 8, qkv_bias=True), optax.adamw(1e-3)
+    at = state_of(init(config, jax.random.key(0)), optimizer)
+    update = make_update(policy_objective(make_policy(config), ALGORITHMS["grpo"]), optimizer)
+    for step in range(3):
+        at, _ = update(at, credited(ALGORITHMS["grpo"], rollout(step)))
+    assert update.jitted._cache_size() == 1
 
 
 def test_minibatches_hold_every_row_once_an_epoch_in_another_order_each():
