@@ -1,8 +1,8 @@
 """Multilayer perceptrons for control: actor and critic apart, discrete or continuous actions; and action values.
 
-Actor and critic begin as in PPO's implementations (Huang et al. 2022): orthogonal weights of gain √2, the policy's head
-0.01, the critic's 1, biases 0. The factors are numpy's, so `init` stands outside of what is compiled: on CPU, batched QR
-inside `jit(vmap(...))` can wait for ever.
+Actor and critic begin as in PPO's implementations (Huang et al. 2022): orthogonal weights of gain √2, the policy's
+head 0.01, the critic's 1, biases 0. The factors are numpy's, so `init` stands outside of what is compiled: on CPU,
+batched QR inside `jit(vmap(...))` can wait for ever.
 
 A policy over continuous actions is a Gaussian with independent dimensions, its deviation the same in every state.
 Environments clip actions to their bounds; log-probs are of the unclipped one.
