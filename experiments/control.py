@@ -95,8 +95,11 @@ TUNED = {
         on_policy.Sizes(1_000_000, rows=64, minibatches=8), on_policy.Hyper(5e-3), {"activation": jax.nn.relu}
     ),
 }
-TUNED |= {(algo, "catch"): TUNED["reinforce", "catch"] for algo in on_policy.REINFORCE}
-UNTUNED = {"dqn": Settings(dqn.Sizes(), dqn.Hyper()), "trpo": TUNED["trpo", "cartpole"]}
+UNTUNED = {
+    "dqn": Settings(dqn.Sizes(), dqn.Hyper()),
+    "trpo": TUNED["trpo", "cartpole"],
+    **{algo: TUNED["reinforce", "cartpole"] for algo in on_policy.EPISODIC},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,8 @@ def settings(cfg: Config) -> Settings:
     other = "learning_rate" if cfg.algo == "trpo" else "delta"
     if getattr(cfg, other) is not None:
         raise ValueError(f"{cfg.algo} has no {other}; legal: {'delta' if cfg.algo == 'trpo' else 'learning_rate'}")
+    if cfg.gamma is not None and cfg.algo in ("reinforce", "off_policy_pg"):
+        raise ValueError(f"{cfg.algo} credits with the whole return, undiscounted: it reads no gamma; leave it out")
     default = UNTUNED.get(cfg.algo, Settings(CLIPPED, on_policy.Hyper(2e-3)))
     sizes, hyper, network = TUNED.get((cfg.algo, cfg.env), default)
     given = {name: value for name, value in vars(cfg).items() if value is not None}
@@ -141,11 +146,14 @@ def settings(cfg: Config) -> Settings:
 
 def main(cfg: Config) -> dict[str, float]:
     """Train all seeds, draw, and return the median and the least of their greedy returns."""
+    if cfg.seeds < 1:
+        raise ValueError(f"seeds = {cfg.seeds}; legal: at least 1")
     env, (sizes, hyper, network) = make_env(cfg.env), settings(cfg)
     if cfg.algo == "dqn":
-        train, init, play = dqn.make_train(env, sizes), dqn.init, dqn.play_greedily(env)
+        train, init, play = dqn.make_train(env, sizes), dqn.init, dqn.play_greedily(env, limit_of(env))
     else:
-        train, init, play = on_policy.make_train(cfg.algo, env, sizes), on_policy.init, on_policy.play_greedily(env)
+        train, init = on_policy.make_train(cfg.algo, env, sizes), on_policy.init
+        play = on_policy.play_greedily(env, limit_of(env))
     train, play = jax.jit(train), jax.jit(play, static_argnums=2)
 
     rows, drawn = [], []
@@ -176,8 +184,19 @@ def main(cfg: Config) -> dict[str, float]:
     return reached
 
 
+def limit_of(env: Env) -> int:
+    """Steps after which an episode is cut, by the environment's own parameters; 500 where they name none."""
+    named = (getattr(env.params, name, None) for name in ("limit", "max_steps_in_episode"))
+    return int(next((limit for limit in named if limit is not None), 500))
+
+
 def binned(curve: dict, bins: int = 50) -> np.ndarray:
-    """Mean return of the episodes that ended in each stretch of training; where none did, the stretch before's."""
+    """Mean return of the episodes that ended in each stretch of training; where none did, the stretch before's.
+
+    Raises ValueError where none ended at all.
+    """
+    if not np.asarray(curve["episodes"]).any():
+        raise ValueError("no episode ended in this run: take more --steps")
     total, count = (np.asarray(x, float) for x in (curve["return"] * curve["episodes"], curve["episodes"]))
     parts = np.array_split(np.arange(len(count)), min(bins, len(count)))
     means = np.array([total[p].sum() / count[p].sum() if count[p].sum() else np.nan for p in parts])

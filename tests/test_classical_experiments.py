@@ -48,6 +48,22 @@ def test_trpo_has_a_bound_and_no_learning_rate():
         control.settings(control.Config(algo="dqn", delta=0.1))
 
 
+@pytest.mark.parametrize("algo", ["reinforce", "off_policy_pg"])
+def test_whole_episodes_are_credited_undiscounted(algo):
+    assert control.settings(control.Config(algo=algo, env="acrobot"))[0].length == 500
+    with pytest.raises(ValueError, match="reads no gamma"):
+        control.settings(control.Config(algo=algo, gamma=0.5))
+
+
+def test_greedy_episodes_last_as_long_as_the_environment_says():
+    assert [control.limit_of(control.make_env(name)) for name in ("pendulum", "maze", "catch")] == [200, 50, 500]
+
+
+def test_a_run_too_short_to_end_an_episode_is_one_error():
+    with pytest.raises(ValueError, match="no episode ended in this run: take more --steps"):
+        control.binned({"return": np.zeros(3), "episodes": np.zeros(3, int)})
+
+
 def test_stretches_without_an_end_take_the_mean_before():
     curve = {"return": np.array([0.0, 2, 4, 0, 0, 6]), "episodes": np.array([0, 1, 3, 0, 0, 2])}
     assert control.binned(curve, 6).tolist() == [2, 2, 4, 4, 4, 6]

@@ -16,7 +16,8 @@ from rljax.envs.gymnax import make_gymnax
 from rljax.envs.pendulum import make_pendulum
 from rljax.envs.tabular import TabularMDP, tabular_env
 from rljax.models import mlp
-from rljax.types import Trajectory
+from rljax.rollouts.unroll import begin, chance, unroll
+from rljax.types import TrainState, Trajectory
 
 SEEDS = range(5)
 
@@ -118,6 +119,26 @@ def within_delta(curves, hyper=TRUSTED):
     assert kl.max() <= np.float32(hyper.delta)
     assert kl[accepted == 1].min() > 0
     assert accepted.mean() >= 0.95
+
+
+def test_the_kl_of_a_step_is_that_of_the_policies_before_and_after():
+    env, sizes = make_cartpole(), Sizes(rows=8, length=32, minibatches=1)
+    params, key = on_policy.init(env, jax.random.key(0)), jax.random.key(1)
+    method = on_policy.trust_region(sizes, TRUSTED)
+
+    @jax.jit
+    def learn(params):
+        _, traj = unroll(env, mlp.act, params, chance(env, key, 8, 32), begin(env, key, 8))
+        traj = mlp.annotate(params, traj)
+        state = TrainState(jnp.int32(0), params, method.opt_state(params), key, {}, 0)
+        state, metrics = method.learn(state, method.algorithm.credit(traj, {}))
+        return traj.inputs, state.params, metrics
+
+    seen, after, metrics = learn(params)
+    old, new = (np.float64(log_softmax(mlp.distribution(x, seen), -1)) for x in (params, after))
+    kl = (np.exp(old) * (old - new)).sum(-1).mean()
+    np.testing.assert_allclose(metrics["kl_step"], kl, rtol=1e-3)
+    assert 1e-4 < kl <= TRUSTED.delta
 
 
 def test_trpo_balances_the_pole_within_its_bound():
@@ -227,3 +248,9 @@ def test_bad_sizes_are_refused():
         dqn.make_train(make_cartpole(), dqn.Sizes(rows=4))
     with pytest.raises(ValueError, match="finitely many actions"):
         dqn.init(make_pendulum(), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"n = 2; legal: .*n at most every / rows = 1"):
+        dqn.make_train(make_cartpole(), dqn.Sizes(n=2))
+    with pytest.raises(ValueError, match="legal: at least 16 x 128 = 2048"):
+        on_policy.make_train("ppo", make_cartpole(), Sizes(1000))
+    with pytest.raises(ValueError, match="no algorithm 'pposs'; legal: ppo, "):
+        on_policy.method_of("pposs", Sizes(), Hyper(), 1)

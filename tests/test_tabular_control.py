@@ -80,19 +80,29 @@ def test_sarsa_finds_the_values_of_its_own_policy(rule, hyper, bound):
     assert np.abs(np.asarray(found.q).mean(axis=0) - truth)[INSIDE].max() < bound
 
 
-def test_a_step_of_one_over_n_averages():
-    """A step that ends the episode has one target, its reward: right after one visit, and later ones change nothing."""
-    found = learn("q_learning", 300, Hyper(alpha=1.0, power=1.0, epsilon=1.0), seeds=5)
+@pytest.mark.parametrize("rule", ["q_learning", "double_q"])
+def test_a_step_of_one_over_n_averages(rule):
+    """A step that ends the episode has one target, its reward: right after one visit, and later ones change nothing.
+
+    Of each table; after 300 steps both have seen it.
+    """
+    found = learn(rule, 300, Hyper(alpha=1.0, power=1.0, epsilon=1.0), seeds=5)
     q = np.asarray(found.q)
     np.testing.assert_allclose(q[:, 1, 3], 10.0, rtol=1e-6)
     np.testing.assert_allclose(q[:, 4, 3], -10.0, rtol=1e-6)
 
 
-def test_dqn_finds_the_optimal_values():
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [({}, 1.0), ({"every": 20, "updates": 2, "target_every": 20, "double": True, "huber": 5.0}, 0.05)],
+    ids=["plain", "double, clipped errors, a target that follows"],
+)
+def test_dqn_finds_the_optimal_values(changes, share):
     env = make_maze(start=None)
     sizes = dqn.Sizes(steps=30_000, rows=10, every=10, target_every=200, start=1000, capacity=10_000, batch=64)
+    sizes = sizes._replace(**changes)
     train = jax.jit(dqn.make_train(env, sizes))
-    hyper = jax.tree.map(jnp.float32, dqn.Hyper(1e-3, GAMMA, epsilon=1.0))
+    hyper = jax.tree.map(jnp.float32, dqn.Hyper(1e-3, GAMMA, epsilon=1.0, share=share))
     params, _ = train(dqn.init(env, jax.random.key(0), (32, 32)), jax.random.key(1), hyper)
     q = np.asarray(mlp.action_values(params, jnp.eye(6)))
     assert np.abs(q - TRUTH)[INSIDE].max() < 0.3

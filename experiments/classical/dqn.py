@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
     start: int = 10_000  # steps before the first update
     capacity: int = 10_000  # transitions kept
     batch: int = 128  # transitions of an update
-    n: int = 1  # steps of a transition; at most every / rows have effect
+    n: int = 1  # steps of a transition; at most every / rows
     double: bool = False
     huber: float | None = None
 
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 def make_train(env: Env, sizes: Sizes) -> Callable:
     """train(params, key, hyper) -> (params, curve): curve holds a number for each update; see `on_policy.make_train`.
 
-    Raises ValueError where rows, intervals and capacity do not divide one another.
+    Raises ValueError where rows, intervals and capacity do not divide one another, or steps are too few.
     """
     for name, whole, part in (
         ("every", sizes.every, sizes.rows),
@@ -57,6 +57,11 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
         if whole % part:
             raise ValueError(f"{name} = {whole} must be a multiple of {part}: intervals count steps of all rows")
     iterations, length = sizes.steps // sizes.every, sizes.every // sizes.rows
+    if iterations < 1 or sizes.n > length:
+        raise ValueError(
+            f"steps = {sizes.steps}, n = {sizes.n}; legal: at least every = {sizes.every} steps, and n at most "
+            f"every / rows = {length}, the steps that one piece of an episode has"
+        )
     together = max(n for n in range(1, 129) if iterations % n == 0)  # iterations whose random numbers are drawn at once
 
     def train(params, key, hyper: Hyper):

@@ -154,15 +154,22 @@ def method_of(algo: str, sizes: Sizes, h: Hyper, iterations: int) -> Method:
         return in_minibatches(vtrace(h.gamma, h.lam), sizes, h, iterations)
     if algo == "ppo_penalty":
         return penalised(sizes, h, iterations)
-    return in_minibatches(ppo(h.clip, h.clip, h.gamma, h.lam, value_clip=sizes.value_clip), sizes, h, iterations)
+    if algo == "ppo":
+        return in_minibatches(ppo(h.clip, h.clip, h.gamma, h.lam, value_clip=sizes.value_clip), sizes, h, iterations)
+    known = ("ppo", "ppo_penalty", "trpo", "vpg", "vtrace", *EPISODIC)
+    raise ValueError(f"no algorithm {algo!r}; legal: {', '.join(known)}")
 
 
 def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
     """train(params, key, hyper) -> (params, curve): curve holds a number for each rollout.
 
-    `return`: mean over the episodes that ended in it, weighted by `episodes`, their number.
+    `return`: mean over the episodes that ended in it, weighted by `episodes`, their number. Raises ValueError for fewer
+    steps than one rollout has.
     """
     iterations = sizes.steps // (sizes.rows * sizes.length)
+    if iterations < 1:
+        rollout = f"{sizes.rows} x {sizes.length} = {sizes.rows * sizes.length}"
+        raise ValueError(f"steps = {sizes.steps} are less than one rollout; legal: at least {rollout}")
     draws = len(env.actions.low) if isinstance(env.actions, Box) else 1
 
     def train(params, key, hyper: Hyper):
@@ -211,7 +218,7 @@ def play_greedily(env: Env, length: int = 500) -> Callable:
 
 
 def last_tenth(curve: dict):
-    """Mean return of the episodes that ended in the last tenth of the rollouts."""
+    """Mean return of the episodes that ended in the last tenth of the rollouts; NaN where none did."""
     n = max(len(curve["return"]) // 10, 1)
     total, count = curve["return"][-n:] * curve["episodes"][-n:], curve["episodes"][-n:]
-    return total.sum() / jnp.maximum(count.sum(), 1)
+    return jnp.where(count.sum() > 0, total.sum() / jnp.maximum(count.sum(), 1), jnp.nan)

@@ -2,7 +2,8 @@
 
     Q(s, a) += α_t · error        α_t = alpha / N(s, a)^power
 
-power 0 is a fixed step, power 1 with alpha 1 the average of all targets. The errors are those of `ops.q_learning`.
+power 0 is a fixed step, power 1 with alpha 1 the average of all targets. N counts updates of the table at hand. The
+errors are those of `ops.q_learning`.
 """
 
 from collections.abc import Callable
@@ -69,8 +70,8 @@ def make_learn(rule: str, env: Env, states: int, steps: int) -> Callable:
             coin = jax.random.randint(tossing, (), 0, 2) if double else 0
             discount = jnp.where(out.terminated, 0.0, hyper.gamma)
             error = RULES[rule](tables, coin, s, a, out.reward, discount, out.observation, following, hyper.epsilon)
-            visits = visits.at[s, a].add(1)
-            tables = tables.at[coin, s, a].add(hyper.alpha / visits[s, a] ** hyper.power * error)
+            visits = visits.at[coin, s, a].add(1)
+            tables = tables.at[coin, s, a].add(hyper.alpha / visits[coin, s, a] ** hyper.power * error)
 
             fresh, fresh_state = env.reset(resetting, env.params)
             first = choose(beginning, tables, fresh)
@@ -86,8 +87,8 @@ def make_learn(rule: str, env: Env, states: int, steps: int) -> Callable:
         resetting, acting, key = jax.random.split(key, 3)
         tables = jnp.zeros((2, states, env.actions))
         s, state = env.reset(resetting, env.params)
-        start = (tables, jnp.zeros(tables.shape[1:], jnp.int32), s, state, choose(acting, tables, s))
+        start = (tables, jnp.zeros(tables.shape, jnp.int32), s, state, choose(acting, tables, s))
         (tables, visits, *_), distance = jax.lax.scan(one, start, jax.random.split(key, steps))
-        return Learnt(tables.mean(axis=0) if double else tables[0], visits, distance)
+        return Learnt(tables.mean(axis=0) if double else tables[0], visits.sum(axis=0), distance)
 
     return learn

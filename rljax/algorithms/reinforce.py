@@ -6,7 +6,8 @@
 A baseline b that does not depend on row i's own decisions leaves the mean of the gradient unchanged and lowers its
 variance. `leave_one_out` is such a baseline (RLOO, arXiv:2402.14740); `group_mean` and `batch_mean` contain the row
 itself and so shrink the gradient by (n - 1)/n. b_it is the same function of column t: n are the rows that decide there,
-and where n varies with t the two that contain the row also turn the gradient.
+and where n varies with t the two that contain the row also turn the gradient. An episode that time cut short counts as
+ended: neither bootstraps.
 """
 
 from collections.abc import Callable

@@ -25,9 +25,15 @@ xxxxxxxxxxxxx
 def make_four_rooms(start=(4, 1), goal=(8, 9), slip: float = 4 / 9, limit: int = 500, observe=one_hot) -> Env:
     """The map of gymnax. `slip` 4/9: a third of the actions become another one (a uniform draw may be the chosen one).
 
-    start None: any free cell but the goal.
+    start None: any free cell but the goal. Raises ValueError for a position in a wall, or a start at the goal.
     """
-    walls = jnp.array([[cell == "x" for cell in line] for line in MAP.strip().splitlines()])
+    lines = MAP.strip().splitlines()
+    for name, place in (("goal", goal), ("start", start)):
+        if place is not None and lines[place[0]][place[1]] == "x":
+            raise ValueError(f"{name} at {place} is in a wall")
+    if start == goal:
+        raise ValueError(f"start and goal are both at {goal}; legal: two cells")
+    walls = jnp.array([[cell == "x" for cell in line] for line in lines])
     at_goal = jnp.zeros(walls.shape, bool).at[goal].set(True)
     starts = ~walls & ~at_goal if start is None else jnp.zeros(walls.shape, bool).at[start].set(True)
     return env_of(Maze(walls, starts, at_goal, 1.0 * at_goal, jnp.float32(slip), jnp.int32(limit)), observe)

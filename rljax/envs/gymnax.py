@@ -8,8 +8,8 @@ from rljax.envs.env import Box, Env, Step
 def make_gymnax(name: str, **arguments) -> Env:
     """`gymnax.make(name, **arguments)` as an Env, observed as one vector of floats.
 
-    Its own auto-reset is left out: `auto_reset` does that for every Env. A step that ends an episode both ways has
-    terminated it.
+    Its own auto-reset is left out: `rollouts.unroll` begins anew, and `auto_reset` for who steps by hand. A step that
+    ends an episode both ways has terminated it.
 
     Raises ImportError without gymnax, ValueError for a name it does not know.
     """

@@ -73,7 +73,7 @@ def make_maze(
     Args: reward: of the goal; the trap's is its negative. observe: (position, maze) -> observation: `one_hot`,
     `row_and_column`, `number`, or the caller's own.
 
-    Raises ValueError for a position off the grid or in a wall.
+    Raises ValueError for a position off the grid or in a wall, two ends in one place, or nowhere to begin.
     """
     blank = jnp.zeros((rows, columns), bool)
     named = {"start": start, "goal": goal, "trap": trap, **{f"wall {n}": wall for n, wall in enumerate(walls)}}
@@ -82,6 +82,9 @@ def make_maze(
             raise ValueError(f"{name} at {place} is off the grid of {rows} x {columns}")
         if name in ("start", "goal", "trap") and place in walls:
             raise ValueError(f"{name} at {place} is in a wall")
+    for name, place, others in (("trap", trap, (goal,)), ("start", start, (goal, trap))):
+        if place is not None and place in others:
+            raise ValueError(f"{name} at {place} is where an episode ends already; legal: another cell")
 
     def mark(*places):
         marked = blank
@@ -91,6 +94,8 @@ def make_maze(
 
     blocked, ends = mark(*walls), mark(goal, trap)
     starts = ~(blocked | ends) if start is None else mark(start)
+    if not starts.any():
+        raise ValueError("no cell is left to begin in: all are walls or ends")
     rewards = reward * mark(goal) - reward * mark(trap)
     return env_of(Maze(blocked, starts, ends, rewards, jnp.float32(slip), jnp.int32(limit)), observe)
 

@@ -89,7 +89,7 @@ def act(params: Params, uniforms, observations) -> tuple:
     dist = distribution(params, observations)
     if isinstance(dist, tuple):
         mean, std = dist
-        actions = mean + std * jax.scipy.special.ndtri(uniforms)
+        actions = mean + std * jax.scipy.special.ndtri(jnp.maximum(uniforms, 2.0**-24))
         return actions, gaussian_logp(mean, std, actions)
     dist = softmax(dist, jnp.ones(dist.shape[0]))
     actions = invert_cdf(dist.masses, uniforms[:, 0])
@@ -139,9 +139,9 @@ def make_divergence(kl_direction: str = "old_new") -> Callable:
 
 
 def annotate(params: Params, traj: Trajectory) -> Trajectory:
-    """The trajectory of an environment with values [B T+1], final_values and the distribution that actions came from.
+    """The trajectory of an environment with values [B T+1], final_values and the distribution of these parameters.
 
-    The last column of values is V of the observation after the last decision.
+    Actions came from it unless the actor lags behind. The last column of values is V of the observation after the last decision.
     """
     final = values_of(params, traj.next_inputs)
     values = jnp.concatenate([values_of(params, traj.inputs), final[:, -1:]], axis=1)

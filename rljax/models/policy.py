@@ -123,8 +123,9 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
     """annotate(state, traj) -> traj with the fields in `needs` filled by forward passes without gradient.
 
     ref_logp, teacher_logp: the policy on state.frozen["reference"] and ["teacher"], which choose experts of their own
-    (the record is of the policy's). On state.params: values [B T+1], 0
-    after the last decision; old_logp, where a method tells the trainer's log-probs from the sampler's; sum_pi_squared.
+    (the record is of the policy's). On state.params: values [B T+1], 0 after the last decision, and final_values [B T]
+    where an environment showed `next_inputs`; old_logp, where a method tells the trainer's log-probs from the
+    sampler's; sum_pi_squared.
     `baseline` takes other answers: the experiment fills it.
     """
     needs = tuple(name for name in needs if name != "baseline")
@@ -145,6 +146,8 @@ def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
                 if own.values is None:
                     raise ValueError("this algorithm needs values: give the parameters a head (policy.with_value_head)")
                 fields["values"] = jnp.pad(jnp.where(traj.mask, own.values, 0.0), ((0, 0), (0, 1)))
+                if traj.next_inputs is not None:
+                    fields["final_values"] = policy(params, frozen, traj.replace(inputs=traj.next_inputs)).values
             if "old_logp" in needs:
                 fields["old_logp"] = own.logp
             if "sum_pi_squared" in needs:

@@ -36,7 +36,7 @@ def chance(env, key, rows: int, length: int, draws: int = 1) -> tuple:
 def unroll(env, act: Callable, params: Params, chance: tuple, carry: tuple) -> tuple:
     """As many steps of each environment as `chance` is drawn for -> (carry, Trajectory [N T]).
 
-    Args: env: reset, step, params as `rljax.envs.env.Env`; its own `step` does not reset. act: (params, uniforms
+    Args: env: reset, step, params as `rljax.envs.env.Env`; its own `step` need not reset. act: (params, uniforms
     [N draws], observations [N ...]) -> (actions [N ...], log-probs [N]). carry: (observations, states), from `begin` or
     the call before.
     """
@@ -55,7 +55,7 @@ def unroll(env, act: Callable, params: Params, chance: tuple, carry: tuple) -> t
             "inputs": observation,
             "actions": action,
             "logp": logp,
-            "next_inputs": out.observation,
+            "next_inputs": out.info.get("final_observation", out.observation),  # of an environment that resets itself
             "rewards": out.reward,
             "terminated": out.terminated,
             "truncated": out.truncated,

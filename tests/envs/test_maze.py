@@ -1,10 +1,12 @@
 import jax
 import jax.numpy as jnp
 import optax
+import numpy as np
 import pytest
 
 from rljax.algorithms import ppo, reinforce
 from rljax.algorithms.reinforce import batch_mean
+from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.maze import State, make_maze
 from rljax.models import mlp
 from rljax.models.policy import make_annotate
@@ -65,7 +67,28 @@ def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
     for step in range(40):
         traj = annotate(state, play(state.params, jax.random.key(step)))
         check(traj)
+        if "values" in algorithm.needs and step == 0:
+            np.testing.assert_array_equal(traj.final_values, mlp.annotate(state.params, traj).final_values)
         state, _ = update(state, algorithm.credit(traj, {}))
     total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
     assert float(total.mean()) > 9.0
     assert float(traj.mask.sum(axis=1).mean()) < 4.0 or algorithm.needs == ()
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"goal": (1, 2)}, "trap at .* where an episode ends already"),
+        ({"start": (0, 2)}, "start at .* where an episode ends already"),
+        ({"start": None, "walls": ((0, 0), (0, 1), (1, 0), (1, 1))}, "no cell is left to begin in"),
+    ],
+)
+def test_a_maze_without_a_way_is_refused(places, message):
+    with pytest.raises(ValueError, match=message):
+        make_maze(**places)
+
+
+@pytest.mark.parametrize(("places", "message"), [({"goal": (0, 0)}, "in a wall"), ({"start": (8, 9)}, "two cells")])
+def test_four_rooms_without_a_way_too(places, message):
+    with pytest.raises(ValueError, match=message):
+        make_four_rooms(**places)
