@@ -48,9 +48,7 @@ class Config:
 def main(cfg: Config) -> dict[str, float]:
     """Learn, draw, and return how far from the exact values the runs ended."""
     if not 0 < cfg.gamma <= 1 or cfg.seeds < 1:
-        raise ValueError(
-            f"gamma = {cfg.gamma}, seeds = {cfg.seeds}; legal: gamma above 0 and at most 1, a seed or more"
-        )
+        raise ValueError(f"gamma = {cfg.gamma}, seeds = {cfg.seeds}; legal: 0 < gamma <= 1, seeds from 1")
     env = make_maze(cfg.rows, cfg.columns, cfg.start, cfg.goal, cfg.trap, cfg.walls, slip=cfg.slip, observe=number)
     truth = optimal_action_values(maze_mdp(env.params, cfg.gamma))
     learn = jax.jit(jax.vmap(make_learn(cfg.rule, env, cfg.rows * cfg.columns, cfg.steps), (0, None, None)))

@@ -141,7 +141,7 @@ def make_divergence(kl_direction: str = "old_new") -> Callable:
 def annotate(params: Params, traj: Trajectory) -> Trajectory:
     """The trajectory of an environment with values [B T+1], final_values and the distribution of these parameters.
 
-    Actions came from it unless the actor lags behind. The last column of values is V of the observation after the last decision.
+    Actions came from it unless the actor lags behind. The last column of values is V of what the last decision led to.
     """
     final = values_of(params, traj.next_inputs)
     values = jnp.concatenate([values_of(params, traj.inputs), final[:, -1:]], axis=1)

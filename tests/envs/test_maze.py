@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
-import optax
 import numpy as np
+import optax
 import pytest
 
 from rljax.algorithms import ppo, reinforce
