@@ -20,8 +20,8 @@ help:  ## this list
 demo: .venv/.dev  ## teach a tiny language model to add, on this CPU
 	$(python) experiments/arithmetic_grpo.py
 
-test: .venv/.dev  ## every test that needs neither torch nor the network
-	$(python) -m pytest
+test: .venv/.dev  ## every test that needs neither torch nor the network, in two processes
+	$(python) -m pytest -n 2 --dist worksteal
 
 parity: .venv/.parity  ## compare with torch and transformers (installs torch)
 	$(python) -m pytest -m parity

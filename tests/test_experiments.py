@@ -122,16 +122,18 @@ tiny = experiment.Config(warm_up_target=0.0, steps=2, held_out=16, batches=batch
 for words in ("remax exact sortings", "dr_grpo shuffled additions", "gdpo exact sortings"):
     fields = dict(zip(("algorithm", "reward", "task"), words.split()))
     experiment.main(dataclasses.replace(tiny, directory=f"{root}/{words}", **fields))
+bounded = options.Batches(prompts=4, group=2)
+experiment.main(dataclasses.replace(tiny, algorithm="trpo", batches=bounded, directory=f"{root}/trpo"))
 arithmetic_sft.main(arithmetic_sft.Config(steps=2, batch=8, held_out=16, target=1.0, directory=f"{root}/sft"))
 """
 
 
 def test_algorithms_with_needs_of_their_own_and_every_reward_and_task(tmp_path):
     lines = run([sys.executable, "-W", "error", "-c", PROGRAM, tmp_path, SCRIPTS])
-    assert len([line for line in lines if LAST.fullmatch(line)]) == 3
+    assert len([line for line in lines if LAST.fullmatch(line)]) == 4
     assert "after 2 steps of supervised learning" in lines[-2]
     assert re.fullmatch(r"held-out accuracy: [01]\.\d{3}", lines[-1])
-    for name in ("remax exact sortings", "dr_grpo shuffled additions", "gdpo exact sortings"):
+    for name in ("remax exact sortings", "dr_grpo shuffled additions", "gdpo exact sortings", "trpo"):
         assert [record["step"] for record in metrics(tmp_path / name)] == [0, 1]
 
 
