@@ -56,11 +56,22 @@ def pytest_runtest_teardown(item):
         jax.clear_caches()
 
 
-deselected = []
+left_out: list[str] = []  # a mark for each test that is not selected
 
 
 def pytest_deselected(items):
-    deselected.extend(items)
+    left_out.extend(mark for item in items for mark in ("parity", "nightly") if mark in item.keywords)
+
+
+def pytest_sessionfinish(session):
+    """Where tests run in several processes, one of those, which all collect the same, tells the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    left_out[:] = getattr(node, "workeroutput", {}).get("left_out", [])
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -68,8 +79,8 @@ def pytest_terminal_summary(terminalreporter):
     counts = {
         NO_SHARED: sum(NO_SHARED in reason for reason in reasons),
         "torch is absent": sum("torch" in reason for reason in reasons),
-        "make parity runs them": sum("parity" in item.keywords for item in deselected),
-        "make nightly runs them": sum("nightly" in item.keywords for item in deselected),
+        "make parity runs them": left_out.count("parity"),
+        "make nightly runs them": left_out.count("nightly"),
     }
     for why, count in counts.items():
         if count:
