@@ -1,6 +1,7 @@
 """The scripts of classical control, as a user runs them, on a few steps."""
 
 import xml.etree.ElementTree as ET
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import control
 import maze
 import options
+from classical import on_policy
 
 
 def test_the_maze_is_drawn(tmp_path, capsys):
@@ -53,6 +55,10 @@ def test_whole_episodes_are_credited_undiscounted(algo):
     assert control.settings(control.Config(algo=algo, env="acrobot"))[0].length == 500
     with pytest.raises(ValueError, match="reads no gamma"):
         control.settings(control.Config(algo=algo, gamma=0.5))
+
+
+def test_the_command_line_names_every_method():
+    assert set(get_args(get_type_hints(control.Config)["algo"])) == {"dqn", *on_policy.METHODS}
 
 
 def test_greedy_episodes_last_as_long_as_the_environment_says():

@@ -253,4 +253,4 @@ def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="legal: at least 16 x 128 = 2048"):
         on_policy.make_train("ppo", make_cartpole(), Sizes(1000))
     with pytest.raises(ValueError, match="no algorithm 'pposs'; legal: ppo, "):
-        on_policy.method_of("pposs", Sizes(), Hyper(), 1)
+        on_policy.make_train("pposs", make_cartpole(), Sizes())

@@ -68,12 +68,6 @@ class Method(NamedTuple):
     coefficients: dict = {}  # noqa: RUF012  the first ones
 
 
-REINFORCE = {  # by γ
-    "reinforce": lambda gamma: reinforce(no_baseline),
-    "reinforce_to_go": lambda gamma: reinforce_to_go(no_baseline, gamma),
-    "reinforce_baseline": lambda gamma: reinforce_to_go(leave_one_out, gamma),
-}
-EPISODIC = (*REINFORCE, "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length
 CRITIC = Algorithm(None, lambda out, batch: (losses.value_loss(out.values, batch.returns), {}), token_mean)
 
 
@@ -141,31 +135,39 @@ def trust_region(sizes: Sizes, h: Hyper) -> Method:
     return apart(algorithm, sizes, h, update, ("entropy", "kl_step", "accepted", "line_search_trials"))
 
 
-def method_of(algo: str, sizes: Sizes, h: Hyper, iterations: int) -> Method:
-    if algo == "vpg":
-        return apart(with_entropy(vpg(h.gamma, h.lam, value_coefficient=0.0), h.entropy), sizes, h)
-    if algo in REINFORCE:
-        return apart(with_entropy(REINFORCE[algo](h.gamma), h.entropy), sizes, h)
-    if algo == "trpo":
-        return trust_region(sizes, h)
-    if algo == "off_policy_pg":
-        return apart(with_entropy(off_policy_pg(baseline=batch_mean), h.entropy), sizes, h)
-    if algo == "vtrace":
-        return in_minibatches(vtrace(h.gamma, h.lam), sizes, h, iterations)
-    if algo == "ppo_penalty":
-        return penalised(sizes, h, iterations)
-    if algo == "ppo":
-        return in_minibatches(ppo(h.clip, h.clip, h.gamma, h.lam, value_clip=sizes.value_clip), sizes, h, iterations)
-    known = ("ppo", "ppo_penalty", "trpo", "vpg", "vtrace", *EPISODIC)
-    raise ValueError(f"no algorithm {algo!r}; legal: {', '.join(known)}")
+def by_adam(algorithm: Algorithm, sizes: Sizes, h: Hyper) -> Method:
+    """One step of the policy a rollout, with the bonus for entropy."""
+    return apart(with_entropy(algorithm, h.entropy), sizes, h)
+
+
+def clipped(sizes: Sizes, h: Hyper, iterations: int) -> Method:
+    algorithm = ppo(h.clip, h.clip, h.gamma, h.lam, value_clip=sizes.value_clip)
+    return in_minibatches(algorithm, sizes, h, iterations)
+
+
+METHODS: dict[str, Callable] = {  # (sizes, hyper, iterations) -> Method
+    "ppo": clipped,
+    "ppo_penalty": penalised,
+    "trpo": lambda sizes, h, _: trust_region(sizes, h),
+    "vpg": lambda sizes, h, _: by_adam(vpg(h.gamma, h.lam, value_coefficient=0.0), sizes, h),
+    "vtrace": lambda sizes, h, iterations: in_minibatches(vtrace(h.gamma, h.lam), sizes, h, iterations),
+    "off_policy_pg": lambda sizes, h, _: by_adam(off_policy_pg(baseline=batch_mean), sizes, h),
+    "reinforce": lambda sizes, h, _: by_adam(reinforce(no_baseline), sizes, h),
+    "reinforce_to_go": lambda sizes, h, _: by_adam(reinforce_to_go(no_baseline, h.gamma), sizes, h),
+    "reinforce_baseline": lambda sizes, h, _: by_adam(reinforce_to_go(leave_one_out, h.gamma), sizes, h),
+}
+REINFORCE = ("reinforce", "reinforce_to_go", "reinforce_baseline")
+EPISODIC = (*REINFORCE, "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length
 
 
 def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
     """train(params, key, hyper) -> (params, curve): curve holds a number for each rollout.
 
     `return`: mean over the episodes that ended in it, weighted by `episodes`, their number. Raises ValueError for fewer
-    steps than one rollout has.
+    steps than one rollout has, and for an algorithm that is none.
     """
+    if algo not in METHODS:
+        raise ValueError(f"no algorithm {algo!r}; legal: {', '.join(METHODS)}")
     iterations = sizes.steps // (sizes.rows * sizes.length)
     if iterations < 1:
         rollout = f"{sizes.rows} x {sizes.length} = {sizes.rows * sizes.length}"
@@ -173,7 +175,7 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
     draws = len(env.actions.low) if isinstance(env.actions, Box) else 1
 
     def train(params, key, hyper: Hyper):
-        method = method_of(algo, sizes, hyper, iterations)
+        method = METHODS[algo](sizes, hyper, iterations)
         starting, learning, key = jax.random.split(key, 3)
         extra = (begin(env, starting, sizes.rows), jnp.zeros(sizes.rows), params)
         state = TrainState(jnp.int32(0), params, method.opt_state(params), learning, {}, 0, method.coefficients, extra)
