@@ -134,6 +134,8 @@ def settings(cfg: Config) -> Settings:
     other = "learning_rate" if cfg.algo == "trpo" else "delta"
     if getattr(cfg, other) is not None:
         raise ValueError(f"{cfg.algo} has no {other}; legal: {'delta' if cfg.algo == 'trpo' else 'learning_rate'}")
+    if cfg.gamma is not None and not 0 <= cfg.gamma <= 1:
+        raise ValueError(f"gamma = {cfg.gamma}; legal: 0 to 1")
     if cfg.gamma is not None and cfg.algo in ("reinforce", "off_policy_pg"):
         raise ValueError(f"{cfg.algo} credits with the whole return, undiscounted: it reads no gamma; leave it out")
     default = UNTUNED.get(cfg.algo, Settings(CLIPPED, on_policy.Hyper(2e-3)))

@@ -250,6 +250,8 @@ def test_bad_sizes_are_refused():
         dqn.init(make_pendulum(), jax.random.key(0))
     with pytest.raises(ValueError, match=r"n = 2; legal: .*n at most every / rows = 1"):
         dqn.make_train(make_cartpole(), dqn.Sizes(n=2))
+    with pytest.raises(ValueError, match="steps = 9000; legal: more than start = 10000"):
+        dqn.make_train(make_cartpole(), dqn.Sizes(9000))
     with pytest.raises(ValueError, match="legal: at least 16 x 128 = 2048"):
         on_policy.make_train("ppo", make_cartpole(), Sizes(1000))
     with pytest.raises(ValueError, match="no algorithm 'pposs'; legal: ppo, "):

@@ -56,6 +56,10 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
     ):
         if whole % part:
             raise ValueError(f"{name} = {whole} must be a multiple of {part}: intervals count steps of all rows")
+    if sizes.steps <= sizes.start:
+        raise ValueError(
+            f"steps = {sizes.steps}; legal: more than start = {sizes.start}, before which nothing is learnt"
+        )
     iterations, length = sizes.steps // sizes.every, sizes.every // sizes.rows
     if iterations < 1 or sizes.n > length:
         raise ValueError(

@@ -41,8 +41,14 @@ def _backward(step, carry, mask, values, *numbers):
     """Scan the decisions from the last to the first: step(carry, V_t, V_{t+1}, *numbers) -> carry, out.
 
     Arrays are [B T] outside and [B] inside; scalars are the same in all. At a masked column the step sees zeros
-    (garbage times a zero cotangent is a NaN gradient), the carry stays as it was, and what comes out is 0.
+    (garbage times a zero cotangent is a NaN gradient), the carry stays as it was, and what comes out is 0. Raises
+    ValueError unless values have one column more.
     """
+    T = numbers[0].shape[-1]
+    if values is not None and values.shape[-1] != T + 1:
+        raise ValueError(
+            f"values of {values.shape[-1]} columns for {T} decisions; legal: {T + 1}, V after the last too"
+        )
     first = lambda x: jnp.moveaxis(x, -1, 0) if jnp.ndim(x) else x  # noqa: E731
     columns = [first(x) if jnp.ndim(x) else None for x in numbers]
     major = None if values is None else first(values)
@@ -64,7 +70,7 @@ def _backward(step, carry, mask, values, *numbers):
         return state, jax.tree.map(lambda x: keep(x, 0.0), out)
 
     start = (carry, None if values is None or mask is None else values[..., -1])
-    scanned = (jnp.arange(numbers[0].shape[-1]), None if mask is None else first(mask), columns)
+    scanned = (jnp.arange(T), None if mask is None else first(mask), columns)
     (carry, _), out = jax.lax.scan(one, start, scanned, reverse=True)
     return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), out)
 

@@ -366,3 +366,10 @@ def test_rows_with_an_unjudged_decision_or_without_one_have_no_episode_reward():
     total, judged = returns.episode_rewards(rewards, mask)
     np.testing.assert_array_equal(total, [3.0, 0.0, 0.0])
     np.testing.assert_array_equal(judged, [True, False, False])
+
+
+def test_values_without_one_after_the_last_decision_are_refused():
+    """Below the signatures, whose shapes are checked in tests alone."""
+    rewards = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="values of 3 columns for 3 decisions; legal: 4"):
+        returns._backward(lambda carry, *_: (carry, carry), jnp.zeros(2), None, rewards, rewards)
