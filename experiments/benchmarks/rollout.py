@@ -117,8 +117,8 @@ def spread(devices: int, lm, params, rows, sampling: Sampling):
     """The same work with every device holding the parameters and its share of the rows."""
     mesh = meshes.make_mesh(data=devices, fsdp=1)
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    params, tokens, mask, number = jax.device_put(params, everywhere), *jax.device_put(tuple(rows[:3]), split)
-    rows = rows._replace(tokens=tokens, mask=mask, number=number)
+    params = jax.device_put(params, everywhere)
+    rows = meshes.place_prompts(meshes.Shardings(None, split, everywhere), rows)
     return lambda i: sample(lm, params, {}, rows, sampling, 0, i)
 
 

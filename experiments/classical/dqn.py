@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 def make_train(env: Env, sizes: Sizes) -> Callable:
     """train(params, key, hyper) -> (params, curve): curve holds a number for each update; see `on_policy.make_train`.
 
-    Raises ValueError where rows, intervals and capacity do not divide one another, or steps are too few.
+    Raises ValueError where rows, intervals and capacity do not divide one another, steps are too few or n too large.
     """
     for name, whole, part in (
         ("every", sizes.every, sizes.rows),
@@ -56,16 +56,12 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
     ):
         if whole % part:
             raise ValueError(f"{name} = {whole} must be a multiple of {part}: intervals count steps of all rows")
-    if sizes.steps <= sizes.start:
-        raise ValueError(
-            f"steps = {sizes.steps}; legal: more than start = {sizes.start}, before which nothing is learnt"
-        )
     iterations, length = sizes.steps // sizes.every, sizes.every // sizes.rows
-    if iterations < 1 or sizes.n > length:
-        raise ValueError(
-            f"steps = {sizes.steps}, n = {sizes.n}; legal: at least every = {sizes.every} steps, and n at most "
-            f"every / rows = {length}, the steps that one piece of an episode has"
-        )
+    if iterations < 1 or sizes.steps <= sizes.start:
+        least = f"more than start = {sizes.start}, before which nothing is learnt, and at least every = {sizes.every}"
+        raise ValueError(f"steps = {sizes.steps}; legal: {least}")
+    if sizes.n > length:
+        raise ValueError(f"n = {sizes.n}; legal: n at most every / rows = {length}, the steps of one piece")
     together = max(n for n in range(1, 129) if iterations % n == 0)  # iterations whose random numbers are drawn at once
 
     def train(params, key, hyper: Hyper):

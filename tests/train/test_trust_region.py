@@ -171,6 +171,7 @@ def test_a_language_model_learns_within_the_bound(lm_update, seed):
         new = np.float64(log_pi(now.params, batch.traj))
         kl = (np.exp(old) * (old - new)).sum(-1)[np.asarray(batch.mask)].mean()
         np.testing.assert_allclose(metrics["kl_step"], kl, rtol=1e-2, atol=1e-6)
+        assert metrics["kl_step"] <= DELTA
         assert kl <= DELTA * 1.001
         moved = reward > 0  # where all rewards are 0 there is no way to go
         assert (kl > 0, metrics["accepted"]) == (moved, moved)
