@@ -6,9 +6,9 @@ A run is one compiled function, train(params, key, hyper); all seeds share its c
 are the tuned ones in TUNED. Writes report.html: a table of the seeds, the learning curve (mean, 95 % interval of the
 mean) and, for CartPole, frames of an episode; the pictures also stand beside it.
 
-Reached (seeds 0-4, greedy return, median and worst): PPO on CartPole 500, 500 after 150,000 steps, 1.6 to 1.7
-CPU-seconds a run; on Acrobot -83.3, -84.1; on Pendulum -164.5, -182.8; VPG on CartPole 500, 500; TRPO on CartPole 500,
-500, on Acrobot -82.5, -84.9. See docs/control.md.
+Reached (seeds 0-4, greedy return, median and worst): PPO on CartPole 500, 500 after 150,000 steps, 1.0 to 1.1
+CPU-seconds a run; on Acrobot -82.2, -92.2; on Pendulum -164.0, -182.1; VPG on CartPole 500, 498; TRPO on CartPole 500,
+500, on Acrobot -84.2, -88.8. See docs/control.md.
 """
 
 import dataclasses
@@ -71,7 +71,8 @@ TUNED = {
         on_policy.Sizes(60_000, rows=128, length=9, lag=4), on_policy.Hyper(1e-2, gamma=1.0, entropy=0.0)
     ),
     ("vtrace", "catch"): Settings(
-        on_policy.Sizes(100_000, rows=32, length=36, epochs=1, lag=4), on_policy.Hyper(5e-3, gamma=1.0, lam=1.0)
+        on_policy.Sizes(100_000, rows=32, length=36, epochs=1, anneal=False, lag=4),
+        on_policy.Hyper(3e-3, gamma=1.0, lam=1.0),
     ),
     **{
         (algo, env): Settings(
@@ -92,7 +93,9 @@ TUNED = {
         CLIPPED._replace(steps=300_000, epochs=10), on_policy.Hyper(2e-3, gamma=0.95, entropy=0.0)
     ),
     ("ppo", "gymnax:Breakout-MinAtar"): Settings(
-        on_policy.Sizes(1_000_000, rows=64, minibatches=8), on_policy.Hyper(5e-3), {"activation": jax.nn.relu}
+        on_policy.Sizes(1_000_000, rows=64, length=64, minibatches=8),
+        on_policy.Hyper(5e-3),
+        {"activation": jax.nn.relu},
     ),
 }
 UNTUNED = {

@@ -7,12 +7,10 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import norm
 
+import control
 from classical import dqn, on_policy
 from classical.on_policy import Hyper, Sizes
-from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole
-from rljax.envs.catch import make_catch
-from rljax.envs.gymnax import make_gymnax
 from rljax.envs.pendulum import make_pendulum
 from rljax.envs.tabular import TabularMDP, tabular_env
 from rljax.models import mlp
@@ -22,7 +20,7 @@ from rljax.types import TrainState, Trajectory
 SEEDS = range(5)
 
 
-def runs(algo, env, sizes, hyper, **network):
+def runs(algo, env, sizes, hyper, network=None):
     """Of each seed: return over the last tenth of training, mean greedy return of 64 fresh episodes; the curves."""
     train = jax.jit(on_policy.make_train(algo, env, sizes))
     play = jax.jit(on_policy.play_greedily(env), static_argnums=2)
@@ -30,12 +28,18 @@ def runs(algo, env, sizes, hyper, **network):
     last, greedy, curves = [], [], []
     for seed in SEEDS:
         key = jax.random.key(seed)
-        params, curve = train(on_policy.init(env, key, **network), jax.random.fold_in(key, 1), hyper)
+        params, curve = train(on_policy.init(env, key, **(network or {})), jax.random.fold_in(key, 1), hyper)
         last.append(float(on_policy.last_tenth(curve)))
         greedy.append(float(play(params, jax.random.fold_in(key, 2), 64).rewards.sum(axis=1).mean()))
+        assert all(bool(jnp.isfinite(x).all()) for x in curve.values())
         curves.append(curve)
     assert train._cache_size() == 1
     return np.array(last), np.array(greedy), curves
+
+
+def tuned_runs(algo, name):
+    """At the settings of `experiments/control.py`."""
+    return runs(algo, control.make_env(name), *control.TUNED[algo, name])
 
 
 def deep_runs(sizes, hyper, seeds) -> list[float]:
@@ -48,42 +52,38 @@ def deep_runs(sizes, hyper, seeds) -> list[float]:
 
 @pytest.mark.parametrize("algo", on_policy.REINFORCE)
 def test_reinforce_learns_to_catch(algo):
-    sizes, hyper = Sizes(60_000, rows=128, length=9), Hyper(learning_rate=1e-2, gamma=1.0, entropy=0.0)
-    last, greedy, _ = runs(algo, make_catch(), sizes, hyper)
+    last, greedy, _ = tuned_runs(algo, "catch")
     assert last.min() >= 0.9
     assert greedy.min() == 1.0
 
 
-@pytest.mark.parametrize(
-    ("algo", "sizes", "hyper"),
-    [
-        ("off_policy_pg", Sizes(60_000, rows=128, length=9, lag=4), Hyper(1e-2, gamma=1.0, entropy=0.0)),
-        ("vtrace", Sizes(100_000, rows=32, length=36, epochs=1, lag=4), Hyper(5e-3, gamma=1.0, lam=1.0)),
-    ],
-    ids=["importance sampling", "V-trace"],
-)
-def test_a_policy_that_lags_behind_teaches_too(algo, sizes, hyper):
+@pytest.mark.parametrize("algo", ["off_policy_pg", "vtrace"])
+def test_a_policy_that_lags_behind_teaches_too(algo):
     """Rollouts are by the policy of up to three rollouts ago."""
-    last, *_ = runs(algo, make_catch(), sizes, hyper)
+    last, *_ = tuned_runs(algo, "catch")
     assert np.median(last) >= 0.9
     assert last.min() >= 0.7
 
 
 def test_vpg_balances_the_pole():
-    sizes = Sizes(100_000, epochs=40, minibatches=1)
-    _, greedy, _ = runs("vpg", make_cartpole(), sizes, Hyper(1e-2, 1e-2, lam=0.97, entropy=0.0))
+    _, greedy, _ = tuned_runs("vpg", "cartpole")
     assert np.median(greedy) >= 475
     assert greedy.min() >= 400
 
 
-@pytest.mark.parametrize("algo", ["ppo", pytest.param("ppo_penalty", marks=pytest.mark.nightly)])
-def test_ppo_balances_the_pole(algo):
-    sizes = Sizes(150_000, minibatches=8, value_clip=None)
-    _, greedy, curves = runs(algo, make_cartpole(), sizes, Hyper(2e-3))
+def test_ppo_balances_the_pole():
+    """Four passes in 4 minibatches, at a rate of 1e-3 that stays."""
+    _, greedy, _ = runs("ppo", make_cartpole(), Sizes(150_000, value_clip=None, anneal=False), Hyper(1e-3))
     assert np.median(greedy) >= 495
     assert greedy.min() >= 475
-    for curve in curves:
-        assert all(bool(jnp.isfinite(x).all()) for x in curve.values())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("algo", ["ppo", "ppo_penalty"])
+def test_ppo_balances_the_pole_as_tuned(algo):
+    _, greedy, _ = runs(algo, make_cartpole(), *control.TUNED["ppo", "cartpole"])
+    assert np.median(greedy) >= 495
+    assert greedy.min() >= 475
 
 
 @pytest.mark.parametrize("continuous", [False, True])
@@ -110,13 +110,13 @@ def test_the_divergence_of_two_actors_in_both_directions(continuous):
         assert got.max() > 0.1
 
 
-TRUSTED = Hyper(lam=0.97)  # delta 0.01, damping 0.1
+TRUSTED = control.TUNED["trpo", "cartpole"].hyper
 
 
-def within_delta(curves, hyper=TRUSTED):
+def within_delta(curves, delta):
     """Of all updates of all seeds the mean KL is within its bound; at least 95 % of the line searches succeed."""
     kl, accepted = (np.stack([curve[name] for curve in curves]) for name in ("kl_step", "accepted"))
-    assert kl.max() <= np.float32(hyper.delta)
+    assert kl.max() <= np.float32(delta)
     assert kl[accepted == 1].min() > 0
     assert accepted.mean() >= 0.95
 
@@ -142,18 +142,16 @@ def test_the_kl_of_a_step_is_that_of_the_policies_before_and_after():
 
 
 def test_trpo_balances_the_pole_within_its_bound():
-    sizes = Sizes(150_000, minibatches=8, value_clip=None)
-    _, greedy, curves = runs("trpo", make_cartpole(), sizes, TRUSTED)
-    within_delta(curves)
+    _, greedy, curves = tuned_runs("trpo", "cartpole")
+    within_delta(curves, 0.01)
     assert np.median(greedy) >= 490
     assert greedy.min() >= 450
 
 
 @pytest.mark.nightly
 def test_trpo_swings_acrobot_up():
-    sizes = Sizes(200_000, length=256, minibatches=8, value_clip=None)
-    _, greedy, curves = runs("trpo", make_acrobot(), sizes, TRUSTED)
-    within_delta(curves)
+    _, greedy, curves = tuned_runs("trpo", "acrobot")
+    within_delta(curves, 0.01)
     assert np.median(greedy) >= -92
     assert greedy.min() >= -100
 
@@ -164,7 +162,7 @@ def test_trpo_swings_the_pendulum_within_either_bound(direction):
     """A Gaussian policy; both bounds hold at a delta where the directions differ."""
     hyper = Hyper(lam=0.97, gamma=0.95, delta=0.05)
     _, _, curves = runs("trpo", make_pendulum(), Sizes(20_480, kl_direction=direction), hyper)
-    within_delta(curves, hyper)
+    within_delta(curves, hyper.delta)
 
 
 @pytest.mark.parametrize(("as_terminal", "value"), [(False, 10.0), (True, 1 / (1 - 0.9 * 0.9))])
@@ -196,8 +194,7 @@ def test_ppo_at_purejaxrls_settings_is_as_good():
 
 @pytest.mark.nightly
 def test_ppo_swings_acrobot_up():
-    sizes = Sizes(200_000, length=256, minibatches=8, value_clip=None)
-    _, greedy, _ = runs("ppo", make_acrobot(), sizes, Hyper(2e-3))
+    _, greedy, _ = tuned_runs("ppo", "acrobot")
     assert np.median(greedy) >= -92
     assert greedy.min() >= -100
 
@@ -205,8 +202,7 @@ def test_ppo_swings_acrobot_up():
 @pytest.mark.nightly
 def test_ppo_swings_the_pendulum_up():
     """The published tuned ones reach -172 after 100,000 steps (rl-baselines3-zoo, gSDE)."""
-    sizes = Sizes(300_000, epochs=10, minibatches=8, value_clip=None)
-    _, greedy, _ = runs("ppo", make_pendulum(), sizes, Hyper(2e-3, gamma=0.95, entropy=0.0))
+    _, greedy, _ = tuned_runs("ppo", "pendulum")
     assert np.median(greedy) >= -180
     assert greedy.min() >= -250
 
@@ -214,16 +210,15 @@ def test_ppo_swings_the_pendulum_up():
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_ppo_plays_breakout():
-    """MinAtar's, at PureJaxRL's settings: return 10 within 300,000 of 1,000,000 steps; skipped without gymnax.
+    """MinAtar's: return 10 within 300,000 of 1,000,000 steps; skipped without gymnax.
 
-    Over the last tenth ten runs had 13.8 to 50.2, their median 25.1.
+    17 runs ended at 14.3 to 36.4, median 25.2; ten of PureJaxRL's script on gymnax 1.0.1 at 14.4 to 27.8, median 22.3.
     """
     pytest.importorskip("gymnax")
-    sizes = Sizes(1_000_000, rows=64, minibatches=8)
-    last, _, curves = runs("ppo", make_gymnax("Breakout-MinAtar"), sizes, Hyper(5e-3), activation=jax.nn.relu)
+    last, _, curves = tuned_runs("ppo", "gymnax:Breakout-MinAtar")
     for curve in curves:
-        assert curve["return"][: 300_000 // (64 * 128)].max() >= 10
-    assert np.median(last) >= 25
+        assert curve["return"][: 300_000 // (64 * 64)].max() >= 10
+    assert np.median(last) >= 20
 
 
 @pytest.mark.nightly

@@ -54,6 +54,7 @@ class Sizes(NamedTuple):
     length: int = 128  # steps of each before an update; reinforce: of an episode
     epochs: int = 4  # passes over the decisions of a rollout; vpg, trpo: of the critic
     minibatches: int = 4  # updates a pass
+    anneal: bool = True  # the learning rate of ppo, ppo_penalty, vtrace falls to 0
     value_clip: float | None = 0.2  # of PPO's critic
     lag: int = 1  # rollouts by one policy before a newer one acts; 1: always the newest
     kl_direction: str = "old_new"  # of TRPO's bound
@@ -81,9 +82,10 @@ def updating(algorithm: Algorithm, optimizer) -> Callable:
 
 
 def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int) -> Method:
-    """Actor and critic together, in minibatches of shuffled decisions; the learning rate falls to 0."""
+    """Actor and critic together, in minibatches of shuffled decisions."""
     algorithm = with_entropy(algorithm, h.entropy)
-    optimizer = adam(optax.linear_schedule(h.learning_rate, 0.0, iterations * sizes.epochs * sizes.minibatches))
+    updates = iterations * sizes.epochs * sizes.minibatches
+    optimizer = adam(optax.linear_schedule(h.learning_rate, 0.0, updates) if sizes.anneal else h.learning_rate)
     update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss")
 
     def learn(state, batch):

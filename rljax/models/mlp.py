@@ -1,8 +1,7 @@
 """Multilayer perceptrons for control: actor and critic apart, discrete or continuous actions; and action values.
 
-Actor and critic begin as in PPO's implementations (Huang et al. 2022): orthogonal weights of gain √2, the policy's
-head 0.01, the critic's 1, biases 0. The factors are numpy's, so `init` stands outside of what is compiled: on CPU,
-batched QR inside `jit(vmap(...))` can wait for ever.
+Weights begin as independent normals of variance 1/in (LeCun et al. 1998), times 0.01 in the policy's head, biases 0.
+PPO's implementations take orthogonal ones of gain √2; docs/control.md has both measured.
 
 A policy over continuous actions is a Gaussian with independent dimensions, its deviation the same in every state.
 Environments clip actions to their bounds; log-probs are of the unclipped one.
@@ -13,7 +12,6 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
 from rljax.ops.kl import gaussian_entropy, gaussian_kl
@@ -23,31 +21,14 @@ from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, Trajectory
 
 
-def init_layers(key, sizes: tuple[int, ...], draw: Callable, activation: Callable = jnp.tanh) -> list[dict]:
-    """One {"w" [in out], "b" [out]} a layer, and, of the hidden ones, "activation", which has no leaf.
-
-    `draw`: (key, (in, out), whether it is the last layer) -> w.
-    """
-    shapes = list(enumerate(pairwise(sizes)))
-    drawn = [draw(jax.random.fold_in(key, n), shape, n == len(shapes) - 1) for n, shape in shapes]
-    layers = [{"w": jnp.asarray(w, jnp.float32), "b": jnp.zeros(w.shape[1])} for w in drawn]
-    return [*(layer | {"activation": Partial(activation)} for layer in layers[:-1]), layers[-1]]
-
-
-def orthogonal(last_gain: float) -> Callable:
-    """Uniform over orthogonal matrices, times √2, the last times its own gain."""
-
-    def draw(key, shape: tuple[int, int], last: bool):
-        q, r = np.linalg.qr(np.asarray(jax.random.normal(key, (max(shape), min(shape)))))
-        q = q * np.sign(np.diag(r))
-        return (last_gain if last else 2**0.5) * (q if shape[0] >= shape[1] else q.T)
-
-    return draw
-
-
-def lecun_normal(key, shape: tuple[int, int], last: bool):
-    """Independent entries of variance 1/in (LeCun et al. 1998)."""
-    return jax.random.normal(key, shape) * shape[0] ** -0.5
+def init_layers(key, sizes: tuple[int, ...], activation: Callable = jnp.tanh, last_gain: float = 1.0) -> list[dict]:
+    """One {"w" [in out], "b" [out]} a layer, and, of the hidden ones, "activation", which has no leaf."""
+    layers = []
+    for n, shape in enumerate(pairwise(sizes)):
+        w = shape[0] ** -0.5 * jax.random.normal(jax.random.fold_in(key, n), shape)
+        layers.append({"w": w, "b": jnp.zeros(shape[1]), "activation": Partial(activation)})
+    last = layers.pop()
+    return [*layers, {"w": last_gain * last["w"], "b": last["b"]}]
 
 
 def forward(layers: list[dict], x):
@@ -64,10 +45,10 @@ def init(
 ) -> Params:
     """{"actor", "critic"}, two hidden layers each. `actions`: how many, or how many numbers an action has."""
     actor, critic = jax.random.split(key)
-    heads = {"layers": init_layers(actor, (observation, width, width, actions), orthogonal(0.01), activation)}
+    heads = {"layers": init_layers(actor, (observation, width, width, actions), activation, last_gain=0.01)}
     if continuous:
         heads["log_std"] = jnp.zeros(actions)
-    return {"actor": heads, "critic": init_layers(critic, (observation, width, width, 1), orthogonal(1.0), activation)}
+    return {"actor": heads, "critic": init_layers(critic, (observation, width, width, 1), activation)}
 
 
 def distribution(params: Params, observations):
@@ -150,7 +131,7 @@ def annotate(params: Params, traj: Trajectory) -> Trajectory:
 
 def init_q(key, observation: int, actions: int, widths: tuple[int, ...] = (120, 84)) -> list[dict]:
     """A network of action values, ReLU between its layers; widths and first weights are those of PureJaxRL's DQN."""
-    return init_layers(key, (observation, *widths, actions), lecun_normal, jax.nn.relu)
+    return init_layers(key, (observation, *widths, actions), jax.nn.relu)
 
 
 def action_values(params: list[dict], observations):
