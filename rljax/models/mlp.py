@@ -22,13 +22,18 @@ from rljax.types import Params, PolicyOutput, Trajectory
 
 
 def init_layers(key, sizes: tuple[int, ...], activation: Callable = jnp.tanh, last_gain: float = 1.0) -> list[dict]:
-    """One {"w" [in out], "b" [out]} a layer, and, of the hidden ones, "activation", which has no leaf."""
-    layers = []
-    for n, shape in enumerate(pairwise(sizes)):
-        w = shape[0] ** -0.5 * jax.random.normal(jax.random.fold_in(key, n), shape)
-        layers.append({"w": w, "b": jnp.zeros(shape[1]), "activation": Partial(activation)})
-    last = layers.pop()
-    return [*layers, {"w": last_gain * last["w"], "b": last["b"]}]
+    """One {"w" [in out], "b" [out]} a layer, the last w times `last_gain`.
+
+    Hidden layers also have "activation", which has no leaf.
+    """
+    layers = [
+        {"w": shape[0] ** -0.5 * jax.random.normal(jax.random.fold_in(key, n), shape), "b": jnp.zeros(shape[1])}
+        for n, shape in enumerate(pairwise(sizes))
+    ]
+    for layer in layers[:-1]:
+        layer["activation"] = Partial(activation)
+    layers[-1]["w"] *= last_gain
+    return layers
 
 
 def forward(layers: list[dict], x):
