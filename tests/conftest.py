@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ NO_SHARED = "the shared folder is absent (RLJAX_SHARED)"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of recorded outputs and real inputs: golden/, data/, models/."""
+    """The folder of what is too large for the repository: data/, models/, peers/."""
     if not SHARED.is_dir():
         pytest.skip(NO_SHARED)
     return SHARED
@@ -54,6 +55,15 @@ def pytest_runtest_teardown(item):
     """Compiled programs are given up before there are too many; what is needed again comes from the files' cache."""
     if next(finished) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --shuffle SEED: the files in a random order, and the tests of each."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        draw = random.Random(seed)
+        place = {item.path: draw.random() for item in items}
+        items.sort(key=lambda item: (place[item.path], draw.random()))
 
 
 left_out: list[str] = []  # a mark for each test that is not selected
@@ -88,5 +98,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden-dir", help="recorded outputs of the peers (tests/test_golden.py)")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption("--golden-dir", help="other recorded outputs of the peers (tests/test_golden.py)")
     parser.addoption("--replay-dir", help="recorded training runs of TRL (tests/test_replay.py)")
