@@ -31,8 +31,10 @@ jaxtyping.install_import_hook(["rljax.ops", "rljax.algorithms"], "beartype.beart
 # The checkout itself: worker processes find a function that a test hands to them as tests.rewards.test_pool.
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tests"), str(ROOT)]
 
-# The first example compiles, which no deadline foresees; a run that can be repeated beats one more random example.
-hypothesis.settings.register_profile("rljax", deadline=None, derandomize=True)
+# The first example compiles, which no deadline foresees, and slow machines take long to draw them, too; a run that can
+# be repeated beats one more random example.
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("rljax", deadline=None, derandomize=True, suppress_health_check=slow)
 hypothesis.settings.load_profile("rljax")
 
 SHARED = Path(os.environ.get("RLJAX_SHARED") or ROOT.parent / "shared")

@@ -210,7 +210,7 @@ def test_ppo_swings_the_pendulum_up():
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(9000)
 def test_ppo_plays_breakout():
     """MinAtar's: return 10 within 300,000 of 1,000,000 steps; skipped without gymnax.
 
@@ -224,7 +224,7 @@ def test_ppo_plays_breakout():
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(9000)
 def test_dqn_at_purejaxrls_settings_is_as_good():
     """10 environments, 500,000 steps, ε 0.05 at the end (CleanRL 488.7)."""
     last = deep_runs(dqn.Sizes(), dqn.Hyper(), SEEDS)
