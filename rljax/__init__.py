@@ -35,23 +35,25 @@ def _public(package):
     ]
 
 
-def __getattr__(name):
-    if name.startswith("_"):
-        raise AttributeError(f"module 'rljax' has no attribute {name!r}")
-    if name in _FUNCTIONS:
-        value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    else:
-        home = next((package for package in _PACKAGES if name in _public(package)), None)
-        if home is None:
-            raise AttributeError(f"module 'rljax' has no attribute {name!r}; it offers {', '.join(_offered())}")
-        value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
 def _offered():
     return sorted({*_FUNCTIONS, *(name for package in _PACKAGES for name in _public(package))})
 
 
 def __dir__():
     return sorted({*globals(), *_offered()})
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for found
+
+    def __getattr__(name):
+        if name.startswith("_"):
+            raise AttributeError(f"module 'rljax' has no attribute {name!r}")
+        if name in _FUNCTIONS:
+            value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
+        else:
+            home = next((package for package in _PACKAGES if name in _public(package)), None)
+            if home is None:
+                raise AttributeError(f"module 'rljax' has no attribute {name!r}; it offers {', '.join(_offered())}")
+            value = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value

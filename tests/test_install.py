@@ -79,8 +79,8 @@ def test_the_front_door_offers_every_algorithm_and_type():
 
 
 def test_type_checkers_are_shown_what_is_found_at_run_time():
-    (shown,) = [node for node in ast.parse(Path(rljax.__file__).read_text()).body if isinstance(node, ast.If)]
-    assert ast.unparse(shown.test) == "TYPE_CHECKING"
+    tree = ast.parse(Path(rljax.__file__).read_text())
+    (shown,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     packages = [node.module for node in shown.body if node.names[0].name == "*"]
     functions = {name.asname: node.module for node in shown.body for name in node.names if name.name != "*"}
     assert set(packages) == set(rljax._PACKAGES)

@@ -20,7 +20,8 @@ def gmpo(low: float = 0.4, high: float = 0.4) -> Algorithm:
     """GMPO. `low`, `high`: bounds of the log ratio."""
 
     def loss(output, batch):
-        mask, segments = batch.mask, batch.traj.segments
+        mask = batch.mask
+        segments = batch.traj.segments
         log_ratio = output.logp - old_policy_logp(batch.traj)
         advantages = stop_gradient(sequence_mean(batch.advantages, mask, segments))
         positive = advantages > 0

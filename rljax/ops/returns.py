@@ -61,7 +61,8 @@ def _backward(step, carry, mask, values, *numbers):
         return None if values is None else jax.lax.dynamic_index_in_dim(values_by_time, t, keepdims=False)
 
     def scan_step(state, column):
-        (carry, following), (t, valid, row) = state, column
+        carry, following = state
+        t, valid, row = column
         if mask is None:
             found = (x if c is None else c for x, c in zip(numbers, row, strict=True))
             carry, out = step(carry, value_at(t), value_at(t + 1), *found)

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from rljax.train import diagnostics
-from rljax.types import Algorithm, Batch, Objective, PolicyOutput, check_shapes
+from rljax.types import Algorithm, Batch, Objective, PolicyOutput, check_shapes, zero_masked
 
 
 def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
@@ -52,18 +51,10 @@ def _neutral(output: PolicyOutput, mask) -> PolicyOutput:
 
 def _neutral_batch(batch: Batch) -> Batch:
     """The batch with zeros (temperature: ones) at masked columns of every [B T] number that may be read."""
-    mask, traj = batch.mask, batch.traj
-    names = ("logp", "old_logp", "ref_logp", "teacher_logp", "rewards", "final_values", "sum_pi_squared")
-    facts = {name: jnp.where(mask, getattr(traj, name), 0.0) for name in names if getattr(traj, name) is not None}
-    if traj.temperature is not None:
-        facts["temperature"] = jnp.where(mask, traj.temperature, 1.0)
-    if traj.values is not None:
-        facts["values"] = jnp.where(jnp.pad(mask, ((0, 0), (0, 1))), traj.values, 0.0)
-    if traj.dist is not None:
-        facts["dist"] = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 1.0), traj.dist)
+    mask = batch.mask
     returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
     advantages = jnp.where(mask, batch.advantages, 0.0)
-    return batch.replace(traj=traj.replace(**facts), advantages=advantages, returns=returns)
+    return batch.replace(traj=zero_masked(batch.traj, mask), advantages=advantages, returns=returns)
 
 
 def _summary(name: str, value, mask, count):

@@ -125,7 +125,8 @@ def off_policy_sequence_mask(algorithm: Algorithm, limit: float = 0.1) -> Algori
     """
 
     def weight(output, batch):
-        mask, segments = batch.mask, batch.traj.segments
+        mask = batch.mask
+        segments = batch.traj.segments
         off_policy = sequence_mean(batch.traj.logp - output.logp, mask, segments) > limit
         negative = sequence_mean(batch.advantages, mask, segments) < 0
         return 1.0 - (off_policy & negative).astype(output.logp.dtype)

@@ -126,7 +126,8 @@ def preference_objective(
     """
 
     def evaluate_pair(params, frozen, batch):
-        chosen, rejected = batch.chosen, batch.rejected
+        chosen = batch.chosen
+        rejected = batch.rejected
         chosen_output = policy(params, frozen, chosen)
         rejected_output = policy(params, frozen, rejected)
         nll = -jnp.where(chosen.mask, chosen_output.logp, 0.0).sum(axis=1) * batch.extra["nll_scale"]
