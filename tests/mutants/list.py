@@ -1094,7 +1094,7 @@ MUTANTS = [
         "an adapter without its scale",
         "rljax/models/lora.py",
         "Lora.scale",
-        "self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)",
+        "self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)",
         "1.0",
         "arXiv:2106.09685 and 2312.03732; adapters merged without alpha/r",
         ("tests/models/test_lora.py",),
@@ -1137,7 +1137,7 @@ MUTANTS = [
     ),
     Mutant(
         "experts that were sampled are not replayed",
-        "rljax/models/experts.py",
+        "rljax/models/moe.py",
         "route",
         "jax.lax.top_k(shares, experts.chosen)[1] if replayed is None else replayed.astype(jnp.int32)",
         "jax.lax.top_k(shares, experts.chosen)[1]",
