@@ -107,7 +107,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         return {"held_out": found["reward"], "kl_sequence": found["kl"]}
 
     with run:
-        task.keep_about(run.directory / "model")
+        task.copy_sidecar_files(run.directory / "model")
         state = jax.device_put(state, shardings.state)
         before, state = evaluate(state)["held_out"], run.restore(state)
         for step in run.steps(state.step):
