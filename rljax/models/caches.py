@@ -146,7 +146,7 @@ def fork(cache: Cache, n: int, columns: int) -> Cache:
 
 
 def repeat_kv(cache: Cache, n: int, columns: int) -> Cache:
-    """What `fork` stands for, without sharing: each of the n rows has a copy of the prefix."""
+    """The same rows as `fork` makes, without sharing: each of the n rows has a copy of the prefix."""
     return grow(jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), cache), columns)
 
 

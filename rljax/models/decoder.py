@@ -1,4 +1,4 @@
-"""One decoder for the Llama-like families, told apart by numbers and booleans, not by subclasses.
+"""One decoder for all Llama-like families, which differ in the numbers and booleans of a config, not in subclasses.
 
 `models.layers` defines the layers; here are the pure functions of a plain nested dict of arrays. One attention rule
 serves training, prefill, decoding and packing: a query attends to the keys of its own segment at positions up to its

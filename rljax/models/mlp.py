@@ -23,8 +23,6 @@ from rljax.types import Params, PolicyOutput, Trajectory
 
 Activation = Callable[[Array], Array]
 Distribution = Array | tuple[Array, Array]  # logits [.. A], or (mean, std) [.. D] each
-PolicyFn = Callable[[Params, Params, Trajectory], PolicyOutput]
-DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]
 
 
 def init_layers(
@@ -124,7 +122,7 @@ def kl_of(old: Distribution, new: Distribution, kl_direction: str = "old_new") -
     return by_dimension.sum(axis=-1)
 
 
-def make_mlp_policy() -> PolicyFn:
+def make_mlp_policy() -> Callable[[Params, Params, Trajectory], PolicyOutput]:
     """policy(params, frozen, trajectory) -> PolicyOutput. `frozen` may hold what is not trained, e.g. "critic"."""
 
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
@@ -142,7 +140,7 @@ def make_mlp_policy() -> PolicyFn:
     return policy
 
 
-def make_mlp_divergence(kl_direction: str = "old_new") -> DivergenceFn:
+def make_mlp_divergence(kl_direction: str = "old_new") -> Callable[[Params, Params, Params, Trajectory], Array]:
     """divergence(params, old, frozen, trajectory) -> exact KL [B T] between `traj.dist` and the policy.
 
     By default KL(traj.dist ‖ policy). `traj.dist` is the distribution of `old`, which is not computed again.
