@@ -1,8 +1,8 @@
 """Filters of parameters by path: what is trained, what decays, what has which learning rate.
 
 A leaf's path is made of its keys: decoder/layers/3/attention/query. A pattern is a regular expression, searched in the
-path: "layers/[01]/", "^value_head", "_bias$". optax takes a tree of booleans as a mask; with jax.tree.map it becomes the
-labels of optax.partition.
+path: "layers/[01]/", "^value_head", "_bias$". optax takes a tree of booleans as a mask; with jax.tree.map it becomes
+the labels of optax.partition.
 """
 
 import re
