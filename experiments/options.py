@@ -22,7 +22,7 @@ from rljax import types
 from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer, load_tokenizer
-from rljax.models import decoder, hf, policy
+from rljax.models import decoder, hf, param_filters, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.rewards.score import RewardError

@@ -1,123 +1,167 @@
-"""The cache of a decoder: a plain pytree of keys and values, and of what stands in which column.
+"""The KV cache of a decoder: a plain pytree of keys and values, and of the position and segment of each column.
 
-    layers               one {"key" [B KV K S], "value" [B KV S K]} a layer
-    positions, segments  [B S]; segment 0: nothing there
-    length               [B] columns in use: where a row's next token goes
-    routing              [B S M k] experts that each token took (mixture models)
-    shared               after `fork`: such a cache of P rows that B = P·n rows look at first, n neighbours at each
+    layers               one {"key" [B KV K S], "value" [B KV S K]} for each layer
+    positions, segments  [B S]; segment 0: an empty column
+    length               [B] columns in use: the next token of a row goes into column length[b]
+    routing              [B S M k] experts chosen for each token (mixtures of experts)
+    shared               after `fork`: the cache of a common prefix. It has P rows, and each serves n = B/P neighboring
+                         rows, which attend to it before their own columns
 
 A row's tokens may come in any number of calls: a prompt, one token at a time, the reply of a tool.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 
-from rljax.models.attention import Sight
+from rljax.models.attention import AttentionMask
 
-Cache = dict
-COLUMNS = ("layers", "positions", "segments", "routing")  # what has a column for each token
-AXIS = {"key": 3, "value": 2}  # of the columns, where it is not 1
+Cache = dict[str, Any]
+PER_TOKEN = ("layers", "positions", "segments", "routing")  # entries that have a column for each token
+COLUMN_AXIS = {"key": 3, "value": 2}  # axis of the columns, where it is not 1
 
 
-def init(layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtype, routing=None) -> Cache:
-    """An empty cache for `rows` rows of up to `length` tokens. routing: (mixture layers, experts taken, dtype)."""
-    shapes = {"key": (rows, kv_heads, head_dim, length), "value": (rows, kv_heads, length, head_dim)}
+def init(
+    num_layers: int,
+    rows: int,
+    length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype,
+    routing: tuple[int, int, Any] | None = None,
+) -> Cache:
+    """An empty cache for `rows` rows of up to `length` tokens.
+
+    Args:
+      routing: (number of mixture-of-experts layers, experts per token, dtype of their indices); None: no such layers.
+    """
+    key_shape = (rows, num_kv_heads, head_dim, length)
+    value_shape = (rows, num_kv_heads, length, head_dim)
     cache = {
-        "layers": [{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()} for _ in range(layers)],
+        "layers": [
+            {"key": jnp.zeros(key_shape, dtype), "value": jnp.zeros(value_shape, dtype)} for _ in range(num_layers)
+        ],
         "positions": jnp.zeros((rows, length), jnp.int32),
         "segments": jnp.zeros((rows, length), jnp.int32),
         "length": jnp.zeros(rows, jnp.int32),
     }
     if routing is not None:
-        *shape, dtype = routing
-        cache["routing"] = jnp.zeros((rows, length, *shape), dtype)
+        layers, experts, routing_dtype = routing
+        cache["routing"] = jnp.zeros((rows, length, layers, experts), routing_dtype)
     return cache
 
 
-def write(buffer, new, where, axis: int = 1):
-    """Put new [B T ...] into buffer [B S ...] at column where[b] of each row; `axis`: where both have their columns."""
-    put = jax.lax.dynamic_update_slice_in_dim
-    return jax.vmap(lambda b, n, w: put(b, n.astype(b.dtype), w, axis=axis - 1))(buffer, new, where)
+# ------------------------------------------------------------------------------------- appending tokens, attending
 
 
-def append(layer: dict, key, value, where) -> dict:
-    """The layer with keys and values [B T KV K] of new columns."""
-    new = {"key": jnp.moveaxis(key, 1, 3), "value": jnp.moveaxis(value, 1, 2)}
-    return {name: write(layer[name], new[name], where, AXIS[name]) for name in layer}
+def write_columns(
+    buffer: Shaped[Array, "B ..."], new: Shaped[Array, "B ..."], start: Int[Array, "B"], axis: int = 1
+) -> Shaped[Array, "B ..."]:
+    """`buffer` with the columns `new` written from column start[b] of each row on; `axis` is that of the columns."""
+
+    def write_row(row, new_row, first):
+        return jax.lax.dynamic_update_slice_in_dim(row, new_row.astype(row.dtype), first, axis=axis - 1)
+
+    return jax.vmap(write_row)(buffer, new, start)
 
 
-def _axis(path) -> int:
-    return AXIS.get(getattr(path[-1], "key", None), 1)
+def append_positions(cache: Cache, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Cache:
+    """The cache with the positions and segments of T new columns; their keys and values follow layer by layer."""
+    start = cache["length"]
+    return {
+        **cache,
+        "positions": write_columns(cache["positions"], positions, start),
+        "segments": write_columns(cache["segments"], segments, start),
+        "length": start + positions.shape[1],
+    }
 
 
-def _columns(cache: Cache) -> Cache:
-    return {name: cache[name] for name in COLUMNS if name in cache}
+def append_kv(layer: dict[str, Array], key: Array, value: Array, start: Int[Array, "B"]) -> dict[str, Array]:
+    """One layer of the cache with keys and values [B T KV K] of new columns."""
+    return {
+        "key": write_columns(layer["key"], jnp.moveaxis(key, 1, 3), start, COLUMN_AXIS["key"]),
+        "value": write_columns(layer["value"], jnp.moveaxis(value, 1, 2), start, COLUMN_AXIS["value"]),
+    }
 
 
-def see(positions, segments, cache: Cache | None):
-    """The cache, if there is one, with the places of the new columns; who sees whom; where the new columns go."""
-    if cache is None:
-        return None, Sight(positions, segments), None
-    where = cache["length"]
-    places = {name: write(cache[name], new, where) for name, new in (("positions", positions), ("segments", segments))}
-    cache = {**cache, **places, "length": where + positions.shape[1]}
+def cache_mask(cache: Cache, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> AttentionMask:
+    """The attention mask of queries at these positions: keys are those of the shared prefix and of the cache."""
     parts = [cache["shared"], cache] if "shared" in cache else [cache]
-    return cache, Sight(positions, segments, tuple((part["positions"], part["segments"]) for part in parts)), where
+    keys = tuple((part["positions"], part["segments"]) for part in parts)
+    return AttentionMask(positions, segments, keys)
 
 
-def by_layer(cache: Cache) -> list[tuple]:
-    """Of each layer: the shared part or None, and the own."""
+def layer_caches(cache: Cache) -> list[tuple[dict | None, dict]]:
+    """For each layer (shared keys and values or None, own keys and values)."""
     shared = cache["shared"]["layers"] if "shared" in cache else [None] * len(cache["layers"])
     return list(zip(shared, cache["layers"], strict=True))
 
 
-def gather(cache: Cache, rows) -> Cache:
-    """The cache of rows[0], rows[1], ...: a prompt's for a slot, those still at work for a smaller batch."""
+# ------------------------------------------------------------------------------------------------- operations on rows
+
+
+def gather(cache: Cache, rows: Int[Array, "R"]) -> Cache:
+    """The cache of rows[0], rows[1], ...: a prompt's for a slot, or the unfinished rows for a smaller batch."""
     return jax.tree.map(lambda x: x[rows], cache)
 
 
-def scatter(cache: Cache, rows, other: Cache) -> Cache:
-    """The cache with rows[i] replaced by row i of `other`, which may be shorter: refills finished slots."""
+def scatter(cache: Cache, rows: Int[Array, "R"], other: Cache) -> Cache:
+    """The cache with rows[i] replaced by row i of `other`, which may have fewer columns: refills finished slots."""
 
-    def put(path, x, y):
-        axis = _axis(path)
-        return x.at[(rows, *(slice(None),) * (axis - 1), slice(y.shape[axis]))].set(y)
+    def replace_rows(path, x, y):
+        axis = _column_axis(path)
+        before = (slice(None),) * (axis - 1)
+        columns = slice(y.shape[axis])
+        return x.at[(rows, *before, columns)].set(y)
 
-    filled = jax.tree.map_with_path(put, _columns(cache), _columns(other))
-    blank = ((0, 0), (0, cache["segments"].shape[1] - other["segments"].shape[1]))
-    filled["segments"] = cache["segments"].at[rows].set(jnp.pad(other["segments"], blank))
+    filled = jax.tree.map_with_path(replace_rows, _per_token(cache), _per_token(other))
+    empty = cache["segments"].shape[1] - other["segments"].shape[1]
+    segments = jnp.pad(other["segments"], ((0, 0), (0, empty)))
+    filled["segments"] = cache["segments"].at[rows].set(segments)
     return cache | filled | {"length": cache["length"].at[rows].set(other["length"])}
 
 
 def grow(cache: Cache, columns: int) -> Cache:
     """The cache with that many more columns, empty."""
 
-    def more(path, x):
-        return jnp.pad(x, [(0, columns if axis == _axis(path) else 0) for axis in range(x.ndim)])
+    def pad_columns(path, x):
+        return jnp.pad(x, [(0, columns if axis == _column_axis(path) else 0) for axis in range(x.ndim)])
 
-    return cache | jax.tree.map_with_path(more, _columns(cache))
+    return cache | jax.tree.map_with_path(pad_columns, _per_token(cache))
 
 
 def fork(cache: Cache, n: int, columns: int) -> Cache:
-    """n rows for each row of the cache, which they share, with that many empty columns of their own."""
+    """n rows for each row of the cache, which they share as a prefix, with that many empty columns of their own."""
     rows = cache["length"].shape[0] * n
 
     def empty(path, x):
-        sizes = {0: rows, _axis(path): columns}
+        sizes = {0: rows, _column_axis(path): columns}
         return jnp.zeros([sizes.get(axis, size) for axis, size in enumerate(x.shape)], x.dtype)
 
-    shared = _columns(cache)
-    return jax.tree.map_with_path(empty, shared) | {"length": jnp.zeros(rows, jnp.int32), "shared": shared}
+    shared = _per_token(cache)
+    own = jax.tree.map_with_path(empty, shared)
+    return own | {"length": jnp.zeros(rows, jnp.int32), "shared": shared}
 
 
-def copies(cache: Cache, n: int, columns: int) -> Cache:
-    """`fork` with a copy for each: whole rows."""
+def repeat_kv(cache: Cache, n: int, columns: int) -> Cache:
+    """The same rows as `fork` makes, without sharing: each of the n rows has a copy of the prefix."""
     return grow(jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), cache), columns)
 
 
-def routing(cache: Cache):
-    """Experts chosen at each token. [B S M k]"""
+def routing(cache: Cache) -> Int[Array, "B S M k"]:
+    """The experts chosen for each token."""
     if "shared" not in cache:
         return cache["routing"]
     shared = cache["shared"]["routing"]
-    return jnp.concatenate([jnp.repeat(shared, len(cache["routing"]) // len(shared), axis=0), cache["routing"]], axis=1)
+    n = len(cache["routing"]) // len(shared)
+    return jnp.concatenate([jnp.repeat(shared, n, axis=0), cache["routing"]], axis=1)
+
+
+def _column_axis(path) -> int:
+    return COLUMN_AXIS.get(getattr(path[-1], "key", None), 1)
+
+
+def _per_token(cache: Cache) -> Cache:
+    return {name: cache[name] for name in PER_TOKEN if name in cache}

@@ -1,7 +1,7 @@
-"""config.json -> DecoderConfig. A family is what it does differently from a Llama: one short function each.
+"""config.json -> DecoderConfig: for each model family a short function with what differs from a Llama.
 
-transformers' own config classes fill in what a file leaves out and bring old fields into their new form, so a file from
-the hub and one saved yesterday mean the same. What this decoder would compute wrongly is refused by name.
+transformers' own config classes fill in what a file leaves out and convert old fields to new ones, so that old files
+and new ones mean the same. What this decoder would compute wrongly is refused by name.
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Any
 
 from rljax.models import rope
 from rljax.models.decoder import DecoderConfig
-from rljax.models.moe import Experts
+from rljax.models.moe import MoEConfig
 
-NUMBERS = (
+REQUIRED_FIELDS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -22,58 +22,66 @@ NUMBERS = (
     "intermediate_size",
     "max_position_embeddings",
 )
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+HF_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def read_config(directory: str | Path, context: int | None = None, reward_model: bool = False) -> DecoderConfig:
-    """The decoder's shape from `config.json`. Raises ValueError on anything this decoder would compute wrongly.
+    """The decoder's config from `config.json`. Raises ValueError on anything this decoder would compute wrongly.
 
-    reward_model: a sequence classifier is read, whose table of logits is not there; else it is refused.
-    context: the longest text there will be, for the models whose positions depend on it (longrope: Phi-3 of 128 k);
-    None: texts no longer than the context that the model was first trained on.
+    Args:
+      context: length of the longest text, for the models whose positions depend on it (longrope: Phi-3 of 128 k); None:
+      at most the context length that the model was first trained on.
+      reward_model: read a sequence classifier, which has no table of logits; without it one is refused.
     """
     file = Path(directory) / "config.json"
     raw = read_raw(directory)
-    if _scores(raw) and not reward_model:
+    if _is_classifier(raw) and not reward_model:
         raise ValueError(f"{file}: {raw['architectures'][0]} is a reward model and writes no text")
     family = raw.get("model_type")
     _require(file, "model_type", family, tuple(FAMILIES))
     _require(file, "quantization_config", raw.get("quantization_config"), (None,))
-    for p in _each_rope(raw.get("rope_parameters") or raw.get("rope_scaling") or {}):
-        _require(file, "rope_type", p.get("rope_type", p.get("type", "default")), ROPES)
-    if absent := [name for name in NUMBERS if name not in raw]:
-        raise ValueError(f"{file} lacks {', '.join(absent)}; a decoder needs {', '.join(NUMBERS)}")
-    c = _filled(file, raw)
+    for rope_fields in _each_rope(raw.get("rope_parameters") or raw.get("rope_scaling") or {}):
+        _require(file, "rope_type", rope_fields.get("rope_type", rope_fields.get("type", "default")), ROPE_TYPES)
+    absent = [name for name in REQUIRED_FIELDS if name not in raw]
+    if absent:
+        raise ValueError(f"{file} lacks {', '.join(absent)}; a decoder needs {', '.join(REQUIRED_FIELDS)}")
+    c = _hf_config(file, raw)
     activation = getattr(c, "hidden_activation", None) or c.hidden_act
-    _require(file, "hidden_act", activation, tuple(ACTIVATIONS))
-    _require(file, "use_bidirectional_attention", getattr(c, "use_bidirectional_attention", None), (None, False))
-    if family != "phi3":  # transformers rotates whole heads of the others, whatever the file says
-        for p in _each_rope(c.rope_parameters):
-            _require(file, "partial_rotary_factor", p.get("partial_rotary_factor"), (None, 1.0))
-    if c.num_attention_heads % c.num_key_value_heads:
-        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        raise ValueError(f"{file}: num_key_value_heads is {kv_heads}; legal: a divisor of {heads}")
+    _check_fields(file, c, family, activation)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return DecoderConfig(
-        vocabulary=c.vocab_size,
-        width=c.hidden_size,
-        layers=c.num_hidden_layers,
-        heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        num_layers=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
         head_dim=head_dim,
-        mlp_width=c.intermediate_size,
+        intermediate_size=c.intermediate_size,
         max_positions=c.max_position_embeddings,
-        norm_epsilon=c.rms_norm_eps,
-        tied=c.tie_word_embeddings or _scores(raw),
-        activation=ACTIVATIONS[activation],
+        rms_norm_eps=c.rms_norm_eps,
+        tie_word_embeddings=c.tie_word_embeddings or _is_classifier(raw),
+        activation=HF_ACTIVATIONS[activation],
         ropes=_ropes(c, head_dim, context),
         **FAMILIES[family](c),
     )
 
 
+def _check_fields(file: Path, c, family: str, activation: str) -> None:
+    """Raises ValueError for fields of transformers' config that this decoder has no counterpart of."""
+    _require(file, "hidden_act", activation, tuple(HF_ACTIVATIONS))
+    _require(file, "use_bidirectional_attention", getattr(c, "use_bidirectional_attention", None), (None, False))
+    if family != "phi3":  # in the other families transformers rotates whole heads, whatever the file says
+        for rope_fields in _each_rope(c.rope_parameters):
+            _require(file, "partial_rotary_factor", rope_fields.get("partial_rotary_factor"), (None, 1.0))
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ValueError(
+            f"{file}: num_key_value_heads is {c.num_key_value_heads}; legal: a divisor of {c.num_attention_heads}"
+        )
+
+
 def read_raw(directory: str | Path) -> dict:
-    """config.json as it stands. Raises FileNotFoundError or ValueError, saying what a model directory holds."""
+    """config.json as a dict. Raises FileNotFoundError or ValueError, saying what a model directory holds."""
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -85,15 +93,15 @@ def read_raw(directory: str | Path) -> dict:
         raise ValueError(f"{file} is not JSON: {error}") from None
 
 
-def _scores(raw: dict) -> bool:
+def _is_classifier(raw: dict) -> bool:
     """Whether it is a reward model, which has no table of logits of its own."""
     return any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or [])
 
 
-def _filled(file: Path, raw: dict):
-    """transformers' config: defaults filled in, old fields renewed."""
+def _hf_config(file: Path, raw: dict):
+    """transformers' config: defaults filled in, old fields converted."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING  # a second of import: only where it is needed
+    from transformers import CONFIG_MAPPING  # importing it takes a second, so only where it is needed
 
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
@@ -107,28 +115,36 @@ def _require(file: Path, name: str, value, legal: tuple) -> None:
 
 
 def _each_rope(parameters: dict) -> list[dict]:
-    """One for each kind of layer, or the one of all."""
-    return [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    """The rope fields of each kind of layer, or the one set that all layers share."""
+    by_kind = [fields for fields in parameters.values() if isinstance(fields, dict)]
+    return by_kind or [parameters]
 
 
-def _ropes(c, head_dim: int, context: int | None) -> tuple[rope.Rope, ...]:
+def _ropes(c, head_dim: int, context: int | None) -> tuple[rope.Rope | None, ...]:
+    """The table of each layer, None where it has no positions."""
+
+    def table_of(fields: dict) -> rope.Rope:
+        return rope.from_parameters(fields, head_dim, c.max_position_embeddings, context)
+
     parameters = c.rope_parameters
-    table = lambda p: rope.from_parameters(p, head_dim, c.max_position_embeddings, context)  # noqa: E731
     if "rope_theta" in parameters:
-        used = getattr(c, "no_rope_layers", None) or (1,) * c.num_hidden_layers  # a name that means its contrary
-        return tuple(table(parameters) if turned else None for turned in used[: c.num_hidden_layers])
-    by_kind = {kind: table(p) for kind, p in parameters.items() if p}
+        # Despite its name, no_rope_layers has 1 for the layers that do have rotary positions.
+        has_rope = getattr(c, "no_rope_layers", None) or (1,) * c.num_hidden_layers
+        table = table_of(parameters)
+        return tuple(table if used else None for used in has_rope[: c.num_hidden_layers])
+    by_kind = {kind: table_of(fields) for kind, fields in parameters.items() if fields}
     return tuple(by_kind[kind] for kind in c.layer_types)
 
 
 def _windows(c) -> tuple[int | None, ...]:
-    """Only the layers called sliding have one."""
-    if other := set(c.layer_types) - {"sliding_attention", "full_attention"}:
+    """The sliding window of the layers of that type; None for the others."""
+    other = set(c.layer_types) - {"sliding_attention", "full_attention"}
+    if other:
         raise ValueError(f"layer_types has {sorted(other)}; legal: 'sliding_attention', 'full_attention'")
     return tuple(c.sliding_window if kind == "sliding_attention" else None for kind in c.layer_types)
 
 
-def _one_window(c) -> tuple[int | None, ...]:
+def _same_window(c) -> tuple[int | None, ...]:
     return (c.sliding_window,) * c.num_hidden_layers
 
 
@@ -140,8 +156,8 @@ def _llama(c) -> dict[str, Any]:  # SmolLM 1 and 2 too
 
 
 def _mistral(c) -> dict[str, Any]:
-    """With layer_types it is what transformers has come to call Ministral."""
-    return {"windows": _windows(c) if getattr(c, "layer_types", None) else _one_window(c)}
+    """With layer_types it is what transformers calls Ministral."""
+    return {"windows": _windows(c) if getattr(c, "layer_types", None) else _same_window(c)}
 
 
 def _qwen2(c) -> dict[str, Any]:
@@ -149,17 +165,34 @@ def _qwen2(c) -> dict[str, Any]:
 
 
 def _qwen3(c) -> dict[str, Any]:
-    bias = {"qkv_bias": c.attention_bias, "out_bias": c.attention_bias}
-    return bias | {"qk_norm": "head", "windows": _windows(c)}
+    return {
+        "qkv_bias": c.attention_bias,
+        "out_bias": c.attention_bias,
+        "qk_norm": "head",
+        "windows": _windows(c),
+    }
 
 
 def _qwen3_moe(c) -> dict[str, Any]:
-    sparse = lambda i: i not in c.mlp_only_layers and (i + 1) % c.decoder_sparse_step == 0  # noqa: E731
-    layers = tuple(i for i in range(c.num_hidden_layers) if sparse(i))
-    experts = Experts(c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, layers, c.norm_topk_prob)
-    bias = {"qkv_bias": c.attention_bias, "out_bias": c.attention_bias}
-    windows = _one_window(c) if c.use_sliding_window else ()
-    return bias | {"qk_norm": "head", "windows": windows, "experts": experts if layers else None}
+    moe_layers = tuple(
+        layer
+        for layer in range(c.num_hidden_layers)
+        if layer not in c.mlp_only_layers and (layer + 1) % c.decoder_sparse_step == 0
+    )
+    moe = MoEConfig(
+        num_experts=c.num_experts,
+        num_experts_per_tok=c.num_experts_per_tok,
+        intermediate_size=c.moe_intermediate_size,
+        layers=moe_layers,
+        norm_topk_prob=c.norm_topk_prob,
+    )
+    return {
+        "qkv_bias": c.attention_bias,
+        "out_bias": c.attention_bias,
+        "qk_norm": "head",
+        "windows": _same_window(c) if c.use_sliding_window else (),
+        "moe": moe if moe_layers else None,
+    }
 
 
 def _gemma2(c) -> dict[str, Any]:
@@ -186,11 +219,11 @@ def _smollm3(c) -> dict[str, Any]:
 
 
 def _olmo2(c) -> dict[str, Any]:
-    return {"qkv_bias": c.attention_bias, "out_bias": c.attention_bias, "norms": "after", "qk_norm": "whole"}
+    return {"qkv_bias": c.attention_bias, "out_bias": c.attention_bias, "norms": "post", "qk_norm": "full"}
 
 
 def _phi3(c) -> dict[str, Any]:
-    return {"windows": _one_window(c)}
+    return {"windows": _same_window(c)}
 
 
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {

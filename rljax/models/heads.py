@@ -1,58 +1,59 @@
-"""Heads that judge: a score of a whole answer (reward model), log-odds of each step (process reward model).
+"""Reward models: a head that scores a whole completion, or each step of one (process reward model).
 
-Both read the hidden state *after* the token they judge, where a value reads the one before its decision: that of the
-answer's last token is the model's last word, and stands in no column of a Trajectory, whose T decisions are between
-T + 1 tokens. So the tokens are put together again.
+Both read the hidden state *after* the token they judge, whereas a value reads the one before its decision. The state
+after a completion's last token is in no column of a Trajectory, whose T decisions are between T + 1 tokens, so the
+tokens are put together again.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
-from rljax.models.policy import read
+from rljax.models.policy import ScoreFn, apply_head
 from rljax.types import Params, Trajectory
 
 
-def with_score_head(params: Params, config: DecoderConfig, key) -> Params:
-    """Adds "score_head" [D], normal of standard deviation 1/√(D + 1) (as TRL begins)."""
-    return {**params, "score_head": jax.random.normal(key, (config.width,)) * (config.width + 1) ** -0.5}
+def with_score_head(params: Params, config: DecoderConfig, key: Array) -> Params:
+    """Adds "score_head" [D], normal with standard deviation 1/√(D + 1), as in TRL."""
+    scale = (config.hidden_size + 1) ** -0.5
+    return {**params, "score_head": jax.random.normal(key, (config.hidden_size,)) * scale}
 
 
-def make_score_model(config: DecoderConfig) -> Callable:
-    """score(params, frozen, trajectory) -> [B]: read at the last token of each row that the mask calls the answer's.
+def make_reward_model(config: DecoderConfig) -> ScoreFn:
+    """score(params, frozen, trajectory) -> [B]: the score at the last token of each row's completion.
 
-    NaN where it calls none so.
+    NaN for a row without a completion, whose mask is empty.
     """
-    after = make_step_model(config)
+    step_scores = make_process_reward_model(config)
 
-    def score(params: Params, frozen: Params, traj: Trajectory):
+    def score(params: Params, frozen: Params, traj: Trajectory) -> Float[Array, "B"]:
         T = traj.mask.shape[1]
         last = T - 1 - jnp.argmax(traj.mask[:, ::-1], axis=1)
-        read_last = jnp.take_along_axis(after(params, frozen, traj), last[:, None], axis=1)[:, 0]
-        return jnp.where(traj.mask.any(axis=1), read_last, jnp.nan)
+        at_last = jnp.take_along_axis(step_scores(params, frozen, traj), last[:, None], axis=1)[:, 0]
+        return jnp.where(traj.mask.any(axis=1), at_last, jnp.nan)
 
     return score
 
 
-def make_step_model(config: DecoderConfig) -> Callable:
-    """step_logits(params, frozen, trajectory) -> [B T]: what the head says after each decision's token."""
+def make_process_reward_model(config: DecoderConfig) -> ScoreFn:
+    """step_scores(params, frozen, trajectory) -> [B T]: the head's output (a logit) after each decision's token."""
 
-    def step_logits(params: Params, frozen: Params, traj: Trajectory):
-        params = decoder.whole(config, params, frozen)
-        hidden, _ = decoder.forward(config, params["decoder"], *whole_rows(traj))
-        return read(hidden[:, 1:], params["score_head"])
+    def step_scores(params: Params, frozen: Params, traj: Trajectory) -> Float[Array, "B T"]:
+        params = decoder.full_params(config, params, frozen)
+        tokens, positions, segments = full_sequences(traj)
+        hidden, _ = decoder.forward(config, params["decoder"], tokens, positions, segments)
+        return apply_head(hidden[:, 1:], params["score_head"])
 
-    return step_logits
+    return step_scores
 
 
-def whole_rows(traj: Trajectory):
-    """Tokens, positions and segments [B T + 1] of the rows that a trajectory was made of.
+def full_sequences(traj: Trajectory) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Int[Array, "B S"]]:
+    """Tokens, positions and segments of the rows that a trajectory was made of; S = T + 1.
 
-    A column's segment is 0 where its decision crosses the end of a segment; its token belongs to the segment of either
-    neighbouring decision.
+    A column of the trajectory has segment 0 where its decision crosses the end of a segment, so a token belongs to the
+    segment of either decision beside it.
     """
     tokens = jnp.concatenate([traj.inputs, traj.actions[:, -1:]], axis=1)
     positions = jnp.concatenate([traj.positions, traj.positions[:, -1:] + 1], axis=1)

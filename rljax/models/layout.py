@@ -1,8 +1,8 @@
-"""Where each of our parameters stands in a Hugging Face directory: names, rows, and which axes are which.
+"""How parameters are stored in a Hugging Face directory: tensor names, rows, and which axes are which.
 
-A matrix is stored [out, in] and held [in, out], either side of which may be several axes (heads and their dimensions).
-Vectors and the table of embeddings are held as they are stored. Experts are stored one by one and held as one array;
-Phi-3 stores projections of the same input as one tensor, below each other.
+A matrix is stored [out, in] and held here as [in, out], either of which may be several axes (heads and their
+dimensions). Vectors and the embedding table are held as they are stored. Experts are stored one by one and held as one
+array; Phi-3 stores projections of the same input as one tensor, concatenated along the rows.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ import jax
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
-from rljax.models.lora import INPUTS
+from rljax.models.lora import INPUT_AXES
 
 VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "out_bias", "gate_bias", "up_bias", "down_bias")
-KEPT = (*VECTORS, "embedding")  # stored as they are; matrices are [out, in] there and [in, out] here
+NOT_TRANSPOSED = (*VECTORS, "embedding")
 
 
-class Piece(NamedTuple):
-    """Rows of a stored tensor that are (a part of) one of our parameters."""
+class TensorSlice(NamedTuple):
+    """Rows of a stored tensor that are a parameter of ours, or a part of one."""
 
     name: str  # of the stored tensor
     start: int  # first row
@@ -32,106 +32,115 @@ class Piece(NamedTuple):
     columns: int | None  # None: a vector
 
 
-def pieces(config: DecoderConfig, fused: bool = False) -> dict[tuple, list[Piece]]:
-    """Where each parameter stands: path -> one piece, or one for each expert. fused: as Phi-3 stores them."""
-    shapes = {keys(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(decoder.abstract(config))}
+def tensor_slices(config: DecoderConfig, fused: bool = False) -> dict[tuple, list[TensorSlice]]:
+    """Where each parameter is stored: path -> one slice, or one for each expert.
+
+    Args:
+      fused: with the fused projections of Phi-3.
+    """
     out = {}
-    for path, shape in shapes.items():
-        names = _names(config, path)
-        matrix = shape[1:] if is_stacked(path, shape) else shape
+    for jax_path, leaf in jax.tree.leaves_with_path(decoder.abstract(config)):
+        path = path_keys(jax_path)
+        shape = leaf.shape[1:] if is_stacked(path, leaf.shape) else leaf.shape
         if path[-1] in VECTORS:
-            rows, columns = math.prod(matrix), None
-        elif path[-1] in KEPT:
-            rows, columns = matrix
+            rows, columns = math.prod(shape), None
+        elif path[-1] in NOT_TRANSPOSED:
+            rows, columns = shape
         else:
-            inputs = inputs_of(path)
-            rows, columns = math.prod(matrix[inputs:]), math.prod(matrix[:inputs])
-        out[path] = [Piece(name, 0, rows, columns) for name in names]
+            inputs = num_input_axes(path)
+            rows, columns = math.prod(shape[inputs:]), math.prod(shape[:inputs])
+        out[path] = [TensorSlice(name, 0, rows, columns) for name in _stored_names(config, path)]
     return _fuse(out) if fused else out
 
 
-def shapes_of(found: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors that these are all the pieces of."""
+def tensor_shapes(slices: Iterable[TensorSlice]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored tensors, given all of their slices."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for piece in found:
-        rows = max(piece.start + piece.rows, *shapes.get(piece.name, (0,))[:1])
+    for piece in slices:
+        rows = piece.start + piece.rows
+        if piece.name in shapes:
+            rows = max(rows, shapes[piece.name][0])
         shapes[piece.name] = (rows,) if piece.columns is None else (rows, piece.columns)
     return shapes
 
 
-def keys(path) -> tuple:
-    """A path of jax's as the names in it."""
+def path_keys(path) -> tuple:
+    """The keys of a path as jax gives it."""
     return tuple(key.key for key in path)
 
 
 def is_stacked(path: tuple, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter is all experts' matrices: one piece each."""
+    """Whether the parameter holds the matrices of all experts, which are stored one by one."""
     return path[-2:-1] == ("mlp",) and len(shape) == 3
 
 
-def inputs_of(path: tuple) -> int:
-    """Leading axes of ours that are the matrix's input."""
-    return INPUTS.get(path[-1], 1)
+def num_input_axes(path: tuple) -> int:
+    """How many of the parameter's leading axes are the matrix's input."""
+    return INPUT_AXES.get(path[-1], 1)
 
 
-def _names(config: DecoderConfig, path: tuple) -> list[str]:
+NORM_NAMES = {  # by DecoderConfig.norms
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+OUTER_NAMES = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+
+
+def _stored_names(config: DecoderConfig, path: tuple) -> list[str]:
     """Names of the stored tensors that hold this parameter."""
     if path[0] != "layers":
-        outer = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-        return [outer[path[0]]]
-    _, i, block, name, *_ = path
-    inside = f"model.layers.{i}."
-    norms = {
-        "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-        "after": {
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
-        "both": {
-            "attention_norm": "input_layernorm",
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
-    }[config.norms]
-    if block in norms:
-        return [f"{inside}{norms[block]}.weight"]
-    if block == "attention":
-        if name in ("query_norm", "key_norm"):
-            return [f"{inside}self_attn.{name[0]}_norm.weight"]
-        return [f"{inside}self_attn.{name[0]}_proj.{'bias' if name.endswith('_bias') else 'weight'}"]
-    if name == "router":
-        return [f"{inside}mlp.gate.weight"]
-    if config.is_mixture(i):
-        return [f"{inside}mlp.experts.{e}.{name}_proj.weight" for e in range(config.experts.count)]
+        return [OUTER_NAMES[path[0]]]
+    _, layer, block, name, *_ = path
+    prefix = f"model.layers.{layer}."
+    norms = NORM_NAMES[config.norms]
     kind = "bias" if name.endswith("_bias") else "weight"
-    return [f"{inside}mlp.{name.removesuffix('_bias')}_proj.{kind}"]
+    if block in norms:
+        return [f"{prefix}{norms[block]}.weight"]
+    if block == "attention":
+        suffix = "_norm.weight" if name in ("query_norm", "key_norm") else f"_proj.{kind}"
+        return [f"{prefix}self_attn.{name[0]}{suffix}"]  # q, k, v or o
+    if name == "router":
+        return [f"{prefix}mlp.gate.weight"]
+    if config.is_moe_layer(layer):
+        return [f"{prefix}mlp.experts.{e}.{name}_proj.weight" for e in range(config.moe.num_experts)]
+    return [f"{prefix}mlp.{name.removesuffix('_bias')}_proj.{kind}"]
 
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+FUSED_OF = {module: fused for fused, modules in FUSED.items() for module in modules}
 
 
-def _fuse(apart: dict[tuple, list[Piece]]) -> dict[tuple, list[Piece]]:
-    """Projections that are stored as one tensor, below each other."""
-    rows = {piece.name: piece.rows for (piece, *_) in apart.values()}
-    whole_of = {part: (whole, parts) for whole, parts in FUSED.items() for part in parts}
+def _fuse(separate: dict[tuple, list[TensorSlice]]) -> dict[tuple, list[TensorSlice]]:
+    """The slices where projections of the same input are stored as one tensor."""
+    rows = {piece.name: piece.rows for (piece, *_) in separate.values()}
     out = {}
-    for path, (piece, *_) in apart.items():
-        *before, part, kind = piece.name.split(".")
-        whole, parts = whole_of.get(part, (part, (part,)))
-        above = [".".join([*before, p, kind]) for p in parts[: parts.index(part)]]
-        out[path] = [piece._replace(name=".".join([*before, whole, kind]), start=sum(rows[name] for name in above))]
+    for path, (piece, *_) in separate.items():
+        *prefix, module, kind = piece.name.split(".")
+        fused = FUSED_OF.get(module)
+        if fused is None:
+            out[path] = [piece]
+            continue
+        modules = FUSED[fused]
+        above = [".".join([*prefix, other, kind]) for other in modules[: modules.index(module)]]
+        start = sum(rows[name] for name in above)
+        out[path] = [piece._replace(name=".".join([*prefix, fused, kind]), start=start)]
     return out
 
 
 @contextlib.contextmanager
-def written_whole(directory: str | Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `directory` at the end: there is never half of it.
+def atomic_directory(directory: str | Path) -> Iterator[Path]:
+    """A temporary directory to write into, renamed to `directory` at the end: it is never there half written.
 
-    Raises ValueError where `directory` already holds something.
+    Raises ValueError if `directory` exists and is not empty.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
@@ -145,7 +154,10 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
     os.rename(unfinished, directory)
 
 
-def some(names: Iterable[str]) -> str:
-    """At most four of the names, for an error."""
-    shown = sorted(names)
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") if shown else "none"
+def preview(names: Iterable[str]) -> str:
+    """At most four of the names, for an error message."""
+    names = sorted(names)
+    if not names:
+        return "none"
+    listed = ", ".join(names[:4])
+    return f"{listed} and {len(names) - 4} more" if len(names) > 4 else listed

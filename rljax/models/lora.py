@@ -4,34 +4,37 @@
     rsLoRA   s = α/√r                                     arXiv:2312.03732
     DoRA     y = (m / ‖W + s A B‖) ⊙ (x W + s x A B)      arXiv:2402.09353; norms over the input, without gradient
 
-The tree mirrors the decoder's: where the weight stands there, here stand `down` (A), `up` (B) and for DoRA `magnitude`
-(m). Training and sampling go the narrow way: of the product A B only DoRA's norms are taken. The policy without its
-adapter is the reference, which therefore needs no copy.
+The tree has the decoder's structure: in the place of a weight it has `down` (A), `up` (B) and for DoRA `magnitude` (m).
+Training and sampling multiply by A and B in turn; the product A B is computed only for DoRA's norms. The reference is
+the policy without its adapter, so it needs no copy.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
 
-from rljax.models import parts
+from rljax.models import param_filters
 from rljax.types import Params
 
-INPUTS = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}  # leading axes that are input
+# Number of leading axes of a weight that are its input.
+INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    """What is adapted, and how much."""
+class LoraConfig:
+    """Which weights are adapted, and how; `use_rslora` and `use_dora` as in PEFT."""
 
     rank: int = 16
-    alpha: float = 32.0  # the adapter's weight is alpha/rank
+    alpha: float = 32.0  # the product A B is scaled by alpha/rank
     targets: tuple[str, ...] = ("attention/", "mlp/")  # patterns, searched in paths such as layers/3/attention/query
-    use_rslora: bool = False  # alpha/√rank
-    decomposed: bool = False  # DoRA
+    use_rslora: bool = False  # scale by alpha/√rank
+    use_dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -39,7 +42,7 @@ class Lora:
 
 
 @struct.dataclass
-class Adapted:
+class LoraWeight:
     """A weight with its adapter, where a decoder expects a weight."""
 
     weight: jax.Array  # [in.. out..]
@@ -49,106 +52,133 @@ class Adapted:
     scale: float = struct.field(pytree_node=False)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def apply(self, x, inputs: int):
-        """[N in] -> [N out], in x's dtype."""
-        wide, rank = math.prod(self.shape[:inputs]), self.up.shape[0]
-        weight, down, up = (
-            w.astype(x.dtype).reshape(rows, -1) for w, rows in ((self.weight, wide), (self.down, wide), (self.up, rank))
-        )
+    def apply(self, x: Float[Array, "N in"], inputs: int) -> Float[Array, "N out"]:
+        """x times the adapted weight, in x's dtype. `inputs`: how many leading axes of the weight are its input."""
+        rows = math.prod(self.shape[:inputs])
+        rank = self.up.shape[0]
+        weight = self.weight.astype(x.dtype).reshape(rows, -1)
+        down = self.down.astype(x.dtype).reshape(rows, -1)
+        up = self.up.astype(x.dtype).reshape(rank, -1)
         out = x @ weight + self.scale * ((x @ down) @ up)
-        return out if self.gain is None else (out * self.gain.reshape(1, -1)).astype(x.dtype)
+        if self.gain is None:
+            return out
+        return (out * self.gain.reshape(1, -1)).astype(x.dtype)
 
 
-def attach(lora: Lora, decoder: Params, adapter: Params) -> Params:
-    """The decoder's parameters with `Adapted` weights, for `decoder.forward`."""
+# ---------------------------------------------------------------------------------------------- applying an adapter
 
-    def one(weight, inputs, down, up, magnitude=None):
+
+def attach(config: LoraConfig, decoder: Params, adapter: Params) -> Params:
+    """The decoder's parameters with a LoraWeight in the place of each adapted weight, for `decoder.forward`."""
+
+    def attach_one(weight, inputs, down, up, magnitude=None):
         gain = None
         if magnitude is not None:
-            gain = magnitude / jax.lax.stop_gradient(_norms(_sum(weight, down, up, lora.scale), inputs))
-        return Adapted(weight, down, up, gain, lora.scale)
+            adapted = _adapted_weight(weight, down, up, config.scale)
+            gain = magnitude / jax.lax.stop_gradient(_column_norms(adapted, inputs))
+        return LoraWeight(weight, down, up, gain, config.scale)
 
-    return _replaced(decoder, adapter, one)
+    return _map_adapted(attach_one, decoder, adapter)
 
 
-def merge(lora: Lora, decoder: Params, adapter: Params) -> Params:
-    """The parameters that do without the adapter: W + s A B, with DoRA m (W + s A B)/‖W + s A B‖."""
+def merge(config: LoraConfig, decoder: Params, adapter: Params) -> Params:
+    """Parameters that need no adapter: W + s A B, for DoRA m (W + s A B)/‖W + s A B‖."""
 
-    def one(weight, inputs, down, up, magnitude=None):
-        out = _sum(weight, down, up, lora.scale)
+    def merge_one(weight, inputs, down, up, magnitude=None):
+        adapted = _adapted_weight(weight, down, up, config.scale)
         if magnitude is not None:
-            out = out * (magnitude / _norms(out, inputs)).reshape((1,) * inputs + magnitude.shape)
-        return out.astype(weight.dtype)
+            gain = magnitude / _column_norms(adapted, inputs)
+            adapted = adapted * gain.reshape((1,) * inputs + magnitude.shape)
+        return adapted.astype(weight.dtype)
 
-    return _replaced(decoder, adapter, one)
-
-
-def unmerge(lora: Lora, merged: Params, adapter: Params) -> Params:
-    """The base again, but for rounding. Raises ValueError for DoRA: which length W + s A B had is not in the result."""
-    if lora.decomposed:
-        raise ValueError("a merged DoRA adapter cannot be taken out again: keep the base")
-    return merge(dataclasses.replace(lora, alpha=-lora.alpha), merged, adapter)
+    return _map_adapted(merge_one, decoder, adapter)
 
 
-def _sum(weight, down, up, scale: float):
+def unmerge(config: LoraConfig, merged: Params, adapter: Params) -> Params:
+    """The base of a merged adapter, up to rounding. Raises ValueError for DoRA, whose merge loses ‖W + s A B‖."""
+    if config.use_dora:
+        raise ValueError("a merged DoRA adapter cannot be removed: keep the base")
+    return merge(dataclasses.replace(config, alpha=-config.alpha), merged, adapter)
+
+
+def _adapted_weight(weight, down, up, scale: float):
     """W + s A B in float32."""
     rank = up.shape[0]
     product = down.astype(jnp.float32).reshape(-1, rank) @ up.astype(jnp.float32).reshape(rank, -1)
     return weight.astype(jnp.float32) + scale * product.reshape(weight.shape)
 
 
-def _norms(weight, inputs: int):
-    """Of each output's column, in float32."""
+def _column_norms(weight, inputs: int):
+    """Norm of each output's column, in float32."""
     return jnp.sqrt((weight.astype(jnp.float32) ** 2).sum(axis=tuple(range(inputs))))
 
 
-def _replaced(decoder: Params, adapter: Params, one) -> Params:
-    """The decoder with one(weight, inputs, down=.., up=.., ..) where it is adapted."""
+def _map_adapted(fn: Callable, decoder: Params, adapter: Params) -> Params:
+    """The decoder with fn(weight, inputs, down=.., up=.., ..) in the place of each adapted weight."""
+
+    def is_adapter_leaf(_, node):
+        return not isinstance(node.get("up", {}), dict)
+
     weights = flatten_dict(decoder)
-    for path, leaf in flatten_dict(adapter, is_leaf=lambda _, x: not isinstance(x.get("up", {}), dict)).items():
-        weights[path] = one(weights[path], INPUTS[path[-1]], **leaf)
+    for path, leaf in flatten_dict(adapter, is_leaf=is_adapter_leaf).items():
+        weights[path] = fn(weights[path], INPUT_AXES[path[-1]], **leaf)
     return unflatten_dict(weights)
 
 
-# ------------------------------------------------------------------------------------------------------- making them
+# ------------------------------------------------------------------------------------------------- making an adapter
 
 
 def adaptable(decoder: Params) -> dict[str, tuple]:
-    """layers/3/attention/query and the like -> path, of every weight that may be adapted: no router, no expert."""
+    """Every weight that may be adapted (no router, no expert): "layers/3/attention/query" -> the path as a tuple."""
     axes = {"attention": 3, "mlp": 2}
-    paths = {tuple(key.key for key in path): leaf.ndim for path, leaf in jax.tree.leaves_with_path(decoder)}
-    able = (path for path, ndim in paths.items() if path[-1] in INPUTS and ndim == axes[path[-2]])
-    return {"/".join(map(str, path)): path for path in able}
+    found = {}
+    for keys, leaf in jax.tree.leaves_with_path(decoder):
+        path = tuple(key.key for key in keys)
+        if path[-1] in INPUT_AXES and leaf.ndim == axes[path[-2]]:
+            found["/".join(map(str, path))] = path
+    return found
 
 
-def targets(lora: Lora, decoder: Params) -> list[tuple]:
-    """Paths of the weights that are adapted. Raises ValueError where a pattern finds none."""
-    able = adaptable(decoder)
-    chosen = parts.matching(able, lora.targets)
-    return [path for name, path in able.items() if name in chosen]
+def targets(config: LoraConfig, decoder: Params) -> list[tuple]:
+    """Paths of the weights that are adapted. Raises ValueError if a pattern matches none."""
+    paths = adaptable(decoder)
+    chosen = param_filters.match_paths(paths, config.targets)
+    return [path for name, path in paths.items() if name in chosen]
 
 
-def init(lora: Lora, decoder: Params, key) -> Params:
-    """A uniform in ±1/√in, B zero, m the norms of W: at first an adapter changes nothing."""
-    weights, tree = flatten_dict(decoder), {}
-    for i, path in enumerate(targets(lora, decoder)):
-        weight, inputs = weights[path], INPUTS[path[-1]]
-        inner, outer = weight.shape[:inputs], weight.shape[inputs:]
+def init(config: LoraConfig, decoder: Params, key: Array) -> Params:
+    """A uniform in ±1/√in, B zero, m the norms of W: a new adapter changes nothing."""
+    weights = flatten_dict(decoder)
+    tree = {}
+    for i, path in enumerate(targets(config, decoder)):
+        weight = weights[path]
+        inputs = INPUT_AXES[path[-1]]
+        inner = weight.shape[:inputs]
+        outer = weight.shape[inputs:]
         bound = math.prod(inner) ** -0.5
-        down = jax.random.uniform(jax.random.fold_in(key, i), (*inner, lora.rank), minval=-bound, maxval=bound)
-        leaf = {"down": down, "up": jnp.zeros((lora.rank, *outer))}
-        tree[path] = leaf | ({"magnitude": _norms(weight, inputs)} if lora.decomposed else {})
+        layer_key = jax.random.fold_in(key, i)
+        leaf = {
+            "down": jax.random.uniform(layer_key, (*inner, config.rank), minval=-bound, maxval=bound),
+            "up": jnp.zeros((config.rank, *outer)),
+        }
+        if config.use_dora:
+            leaf["magnitude"] = _column_norms(weight, inputs)
+        tree[path] = leaf
     return unflatten_dict(tree)
 
 
-def logical_axes(lora: Lora, decoder_axes: Params, shapes: Params) -> Params:
-    """Logical axis names of each of `init`'s arrays: those of the weights, none along the rank."""
-    weights, tree = flatten_dict(decoder_axes), {}
-    for path in targets(lora, shapes):
-        names, inputs = weights[path], INPUTS[path[-1]]
+def adapter_axes(config: LoraConfig, decoder_axes: Params, shapes: Params) -> Params:
+    """Logical axis names of each of `init`'s arrays: those of the weights, None along the rank."""
+    weights = flatten_dict(decoder_axes)
+    tree = {}
+    for path in targets(config, shapes):
+        names = weights[path]
+        inputs = INPUT_AXES[path[-1]]
         leaf = {"down": (*names[:inputs], None), "up": (None, *names[inputs:])}
-        tree[path] = leaf | ({"magnitude": names[inputs:]} if lora.decomposed else {})
+        if config.use_dora:
+            leaf["magnitude"] = names[inputs:]
+        tree[path] = leaf
     return unflatten_dict(tree)

@@ -1,51 +1,66 @@
-"""Mixtures of experts: each token goes through the few MLPs its router gives the most weight (Qwen3-MoE's form)."""
+"""Mixture of experts (MoE): a router sends each token through a few of a layer's MLPs (Qwen3-MoE's form)."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
-    """Which layers are mixtures, and of what."""
+class MoEConfig:
+    """Which layers are mixtures of experts, and their sizes; the names are those of Hugging Face's config.json."""
 
-    count: int  # experts in a layer
-    chosen: int  # experts that a token goes through
-    width: int  # of each
-    layers: tuple[int, ...]  # that are mixtures; the others have the one MLP
-    normalised: bool  # the weights of the chosen sum to 1
+    num_experts: int  # in a layer
+    num_experts_per_tok: int  # experts that a token goes through
+    intermediate_size: int  # of each expert
+    layers: tuple[int, ...]  # indices of the layers that are mixtures; the others have one MLP
+    norm_topk_prob: bool  # whether the weights of the chosen experts sum to 1
 
     @property
-    def dtype(self):
-        """Of the numbers of experts in a record of choices."""
-        return jnp.uint8 if self.count <= 256 else jnp.uint16
+    def routing_dtype(self):
+        """Dtype of recorded expert indices."""
+        return jnp.uint8 if self.num_experts <= 256 else jnp.uint16
 
 
-def route(logits, experts: Experts, replayed=None):
-    """Which experts [N k], and their weights [N k]: softmax over all in float32, then the k largest.
+def route(
+    logits: Float[Array, "N E"], config: MoEConfig, replayed: Int[Array, "N k"] | None = None
+) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
+    """The chosen experts and their weights: softmax over all experts in float32, then the k largest.
 
-    `replayed` [N k]: the choice made while sampling. The weights are still the router's, and so are the gradients.
+    replayed: the experts chosen at sampling time. Their weights, and so the gradients, are still the router's.
     """
-    shares = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    chosen = jax.lax.top_k(shares, experts.chosen)[1] if replayed is None else replayed.astype(jnp.int32)
-    weights = jnp.take_along_axis(shares, chosen, axis=-1)
-    if experts.normalised:
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jax.lax.top_k(probs, config.num_experts_per_tok)[1]
+    if replayed is not None:
+        chosen = replayed.astype(jnp.int32)
+    weights = jnp.take_along_axis(probs, chosen, axis=-1)
+    if config.norm_topk_prob:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return chosen, weights
 
 
-def mix(x, chosen, weights, gate, up, down, activation):
-    """Σ_k weight_k · MLP of expert chosen_k, for x [N D]. gate, up: [E D F]; down: [E F D].
+def moe_mlp(
+    x: Float[Array, "N D"],
+    chosen: Int[Array, "N k"],
+    weights: Float[Array, "N k"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "N D"]:
+    """Σ_k weight_k · MLP of expert chosen_k.
 
-    Tokens are sorted by expert, so that each expert's are one block of a grouped matmul: no token is dropped, and no
-    expert computes what it was not given.
+    Tokens are sorted by expert, so that the tokens of an expert are one block of a grouped matmul. No token is dropped,
+    and each expert computes only the tokens routed to it.
     """
     N, k = chosen.shape
     order = jnp.argsort(chosen.reshape(-1))
-    sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
-    rows = x[order // k]
-    between = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(between, down, sizes)
-    out = jnp.zeros_like(out).at[order].set(out).reshape(N, k, -1)
+    group_sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
+    sorted_x = x[order // k]
+    gated = activation(jax.lax.ragged_dot(sorted_x, gate, group_sizes))
+    inner = gated * jax.lax.ragged_dot(sorted_x, up, group_sizes)
+    sorted_out = jax.lax.ragged_dot(inner, down, group_sizes)
+    out = jnp.zeros_like(sorted_out).at[order].set(sorted_out).reshape(N, k, -1)
     return (out * weights[..., None].astype(out.dtype)).sum(axis=1)

@@ -1,8 +1,8 @@
-"""Parts of a tree of parameters, by path: what is trained, what decays, what learns at which rate.
+"""Filters of parameters by path: what is trained, what decays, what has which learning rate.
 
-A leaf's path is its names: decoder/layers/3/attention/query. A pattern is a regular expression that is searched in it:
-"layers/[01]/", "^value_head", "_bias$". A tree of booleans is what optax takes as a mask; labels for optax.partition
-are made of it by jax.tree.map.
+A leaf's path is made of its keys: decoder/layers/3/attention/query. A pattern is a regular expression, searched in the
+path: "layers/[01]/", "^value_head", "_bias$". optax takes a tree of booleans as a mask; with jax.tree.map it becomes
+the labels of optax.partition.
 """
 
 import re
@@ -13,56 +13,58 @@ import jax
 from rljax.types import Params
 
 
-def name(path: tuple) -> str:
-    """Of a leaf, from its path in jax's form."""
+def param_path(path: tuple) -> str:
+    """The path of a leaf, from jax's tuple of keys."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def names(tree: Params) -> list[str]:
+def param_paths(tree: Params) -> list[str]:
     """Paths of all leaves, in the order of jax.tree.leaves."""
-    return [name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    return [param_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
 
 
-def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """The names in which one of the patterns is found. Raises ValueError where a pattern is found in none."""
-    names = list(names)
-    found = {pattern: {n for n in names if re.search(pattern, n)} for pattern in patterns}
-    if barren := [pattern for pattern, hits in found.items() if not hits]:
-        kinds = dict.fromkeys(re.sub(r"\b\d+\b", "*", n) for n in names)
-        raise ValueError(f"no path matches {', '.join(map(repr, barren))}; there are {', '.join(kinds)}")
-    return set().union(*found.values())
+def match_paths(paths: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """The paths in which one of the patterns is found. Raises ValueError if a pattern is found in none."""
+    paths = list(paths)
+    matches = {pattern: {path for path in paths if re.search(pattern, path)} for pattern in patterns}
+    unmatched = [pattern for pattern, found in matches.items() if not found]
+    if unmatched:
+        kinds = dict.fromkeys(re.sub(r"\b\d+\b", "*", path) for path in paths)
+        raise ValueError(f"no path matches {', '.join(map(repr, unmatched))}; there are {', '.join(kinds)}")
+    return set().union(*matches.values())
 
 
-def select(tree: Params, *patterns: str) -> Params:
-    """A tree of booleans: True where a pattern matches. Raises ValueError where one matches nothing."""
-    chosen = matching(names(tree), patterns)
-    return jax.tree.map_with_path(lambda path, _: name(path) in chosen, tree)
+def path_mask(tree: Params, *patterns: str) -> Params:
+    """A tree of booleans: True where a pattern matches. Raises ValueError if a pattern matches nothing."""
+    chosen = match_paths(param_paths(tree), patterns)
+    return jax.tree.map_with_path(lambda path, _: param_path(path) in chosen, tree)
 
 
-def freeze(params: Params, *patterns: str) -> tuple[Params, Params]:
-    """(trained, base): what matches moves to the base, for frozen["base"]; `decoder.whole` lays the rest over it.
+def split_frozen(params: Params, *patterns: str) -> tuple[Params, Params]:
+    """(trained, base): what matches goes into the base, for frozen["base"]; `decoder.full_params` joins them again.
 
-    A reference is then the trained part as it was at first. Raises ValueError where a pattern matches nothing.
+    A reference policy is then a copy of the trained part. Raises ValueError if a pattern matches nothing.
     """
-    frozen = select(params, *patterns)
-    return _kept(params, frozen, False), _kept(params, frozen, True)
+    is_frozen = path_mask(params, *patterns)
+    return _leaves_marked(params, is_frozen, False), _leaves_marked(params, is_frozen, True)
 
 
-def _kept(tree: Params, marks: Params, mark: bool) -> Params:
+def _leaves_marked(tree: Params, marks: Params, mark: bool) -> Params:
     """The leaves with this mark, and no empty dicts."""
     if not isinstance(tree, dict):
         return tree
-    return {n: _kept(x, marks[n], mark) for n, x in tree.items() if mark in jax.tree.leaves(marks[n])}
+    present = (name for name in tree if mark in jax.tree.leaves(marks[name]))
+    return {name: _leaves_marked(tree[name], marks[name], mark) for name in present}
 
 
-def matrices(tree: Params) -> Params:
-    """A tree of booleans: True for what weight decay is for: matrices and tables, neither norms nor biases.
+def decay_mask(tree: Params) -> Params:
+    """A tree of booleans: True where weight decay applies: matrices and tables, neither norms nor biases.
 
-    By name, not by axes alone: a bias of queries is [H K], the scale of a norm may be.
+    Decided by name, not only by the number of axes: a bias of queries is [H K], and so may be the scale of a norm.
     """
 
-    def one(path, leaf):
-        last = name(path[-1:])
-        return leaf.ndim > 1 and last not in ("scale", "magnitude") and not last.endswith("bias")
+    def decays(path, leaf):
+        name = param_path(path[-1:])
+        return leaf.ndim > 1 and name not in ("scale", "magnitude") and not name.endswith("bias")
 
-    return jax.tree.map_with_path(one, tree)
+    return jax.tree.map_with_path(decays, tree)

@@ -1,14 +1,16 @@
-"""Adapters in PEFT's format, in and out, without torch: adapter_config.json and adapter_model.safetensors.
+"""Adapters in PEFT's format, read and written without torch: adapter_config.json and adapter_model.safetensors.
 
     lora_A [r in] = Aᵀ    lora_B [out r] = Bᵀ    lora_magnitude_vector [out] = m
 
-A tensor is called base_model.model.<module>.lora_A.weight, where <module>.weight is what the model's own directory
-calls the weight (names as of peft 0.21). What PEFT would compute otherwise than `models.lora` is refused by name.
+A tensor is called base_model.model.<module>.lora_A.weight, where <module>.weight is the name of the weight in the
+model's own directory (names as of peft 0.21). What PEFT would compute differently from `models.lora` is refused by
+name.
 """
 
 import json
 import math
 import re
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -21,24 +23,25 @@ from safetensors.numpy import save_file
 
 from rljax.models import decoder, hf, layout, lora
 from rljax.models.decoder import DecoderConfig
-from rljax.models.lora import Lora
+from rljax.models.lora import LoraConfig
 from rljax.types import Params
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-STORED = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-MERGE = "merge the adapter into the model instead"
-FUSED = f"Phi-3 stores these projections as one, whose adapter is another; {MERGE}"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+STORED_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+MERGE_INSTEAD = "merge the adapter into the model instead"
+FUSED_REFUSED = f"Phi-3 stores these projections as one, whose adapter is another; {MERGE_INSTEAD}"
 
-LEGAL = {  # what must be one of these; PEFT's other ways of starting change the base
+LEGAL_VALUES = {  # the fields whose value must be one of these; PEFT's other ways of starting change the base
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-NUMBERS = ("r", "lora_alpha")
-KNOWN = {  # the others say which tensors there are, which we see, or speak of training and provenance only
-    *LEGAL,
-    *NUMBERS,
+POSITIVE_FIELDS = ("r", "lora_alpha")
+KNOWN_FIELDS = {  # the others say which tensors there are, which the file shows, or are about training and provenance
+    *LEGAL_VALUES,
+    *POSITIVE_FIELDS,
     "use_rslora",
     "use_dora",
     "auto_mapping",
@@ -65,35 +68,61 @@ KNOWN = {  # the others say which tensors there are, which we see, or speak of t
 
 
 def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, base: str | Path) -> None:
-    """A directory that peft loads: params["lora"] of a model whose `config.adapter` says what it is.
+    """Writes a directory that peft loads.
 
-    base: the directory of the model that is adapted. Written beside and renamed at the end, so that there is never half
-    a directory. Raises ValueError where `directory` already holds something, `adapter` is not config.adapter's, or what
-    is adapted peft cannot say: Phi-3's fused projections, MLPs of a mixture.
+    It is written under another name and renamed at the end, so it is never there half written. Raises ValueError if
+    `directory` is not empty, if `adapter` is not that of config.adapter, or if PEFT cannot express it: Phi-3's fused
+    projections, dense MLPs of a model with experts.
+
+    Args:
+      config: its `adapter` describes the adapter.
+      adapter: params["lora"].
+      base: the directory of the model that is adapted.
     """
-    made, leaves = config.adapter, flatten_dict(adapter)
-    want, have = _shapes(made, config), {path: leaf.shape for path, leaf in leaves.items()}
-    if want != have:
-        differing = {"/".join(map(str, path)) for path, _ in want.items() ^ have.items()}
-        raise ValueError(f"the adapter is not that of {made}: {layout.some(differing)} differ")
-    modules = _modules(config, hf.is_fused(base))
-    adapted = {path: modules[path] for path in lora.targets(made, decoder.abstract(config))}
-    if fused := {module for module in adapted.values() if _last(module) in layout.FUSED}:
-        raise ValueError(f"{layout.some(fused)}: {FUSED} (lora.merge, hf.save)")
-    if config.experts and (dense := {module for path, module in adapted.items() if path[-2] == "mlp"}):
+    lora_config = config.adapter
+    leaves = flatten_dict(adapter)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    expected = _adapter_shapes(lora_config, config)
+    if shapes != expected:
+        differing = {"/".join(map(str, path)) for path, _ in expected.items() ^ shapes.items()}
+        raise ValueError(f"the adapter is not that of {lora_config}: {layout.preview(differing)} differ")
+    modules = _modules(config, hf.has_fused_projections(base))
+    adapted = {path: modules[path] for path in lora.targets(lora_config, decoder.abstract(config))}
+    fused = {module for module in adapted.values() if _last_name(module) in layout.FUSED}
+    if fused:
+        raise ValueError(f"{layout.preview(fused)}: {FUSED_REFUSED} (lora.merge, hf.save)")
+    dense = {module for path, module in adapted.items() if path[-2] == "mlp"}
+    if config.moe and dense:
         raise ValueError(
-            f"{layout.some(dense)}: peft takes any MLP of a mixture for its experts; {MERGE} (lora.merge, hf.save)"
+            f"{layout.preview(dense)}: peft takes any MLP of a model with experts for the experts; {MERGE_INSTEAD} "
+            "(lora.merge, hf.save)"
         )
-    short = _alike(adapted, config)
-    about = {
+    peft_config = _peft_config(lora_config, base, _target_modules(adapted, config))
+    stored = {_stored_name(modules[path[:-1]], path[-1]): _stored(path, leaf) for path, leaf in leaves.items()}
+    with layout.atomic_directory(directory) as unfinished:
+        (unfinished / CONFIG_FILE).write_text(json.dumps(peft_config, indent=2) + "\n")
+        save_file(stored, unfinished / WEIGHTS_FILE, {"format": "pt"})
+
+
+def _target_modules(adapted: dict[tuple, str], config: DecoderConfig) -> list[str]:
+    """Names of the adapted modules, without their layers where all layers are adapted alike."""
+    if _is_uniform(adapted, config):
+        return sorted({_last_name(module) for module in adapted.values()})
+    return sorted(set(adapted.values()))
+
+
+def _peft_config(lora_config: LoraConfig, base: str | Path, target_modules: list[str]) -> dict:
+    """adapter_config.json."""
+    alpha = lora_config.alpha
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
-        "r": made.rank,
-        "lora_alpha": int(made.alpha) if made.alpha == int(made.alpha) else made.alpha,
-        "use_rslora": made.rank_stabilised,
-        "use_dora": made.decomposed,
-        "target_modules": sorted({_last(module) if short else module for module in adapted.values()}),
+        "r": lora_config.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "use_rslora": lora_config.use_rslora,
+        "use_dora": lora_config.use_dora,
+        "target_modules": target_modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -103,105 +132,130 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
         "alpha_pattern": {},
         "modules_to_save": None,
     }
-    stored = {_name(modules[path[:-1]], path[-1]): _stored(path, leaf) for path, leaf in leaves.items()}
-    with layout.written_whole(directory) as place:
-        (place / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-        save_file(stored, place / WEIGHTS, {"format": "pt"})
 
 
-def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[Lora, Params]:
-    """What an adapter is, for config.adapter, and its arrays, float32, for params["lora"]; `config` is the base's.
+def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[LoraConfig, Params]:
+    """(config.adapter, params["lora"]) of an adapter that peft saved; float32.
 
-    The tensors say what is adapted. Dropout is not taken over. Raises FileNotFoundError without the two files,
-    ValueError naming whatever PEFT would compute otherwise and every missing, unknown or misshapen tensor.
+    The tensors show which weights are adapted. Dropout is ignored. Raises FileNotFoundError without the two files,
+    ValueError naming what PEFT would compute differently and the missing, unknown or misshapen tensors.
+
+    Args:
+      config: the base's.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (Path(directory) / name).is_file():
+    directory = Path(directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
             raise FileNotFoundError(f"no adapter in {directory}: {name} is missing (pickled weights are not read)")
-    raw = _read_config(Path(directory) / CONFIG)
-    with safe_open(Path(directory) / WEIGHTS, framework="numpy") as opened:
+    peft_config = _read_peft_config(directory / CONFIG_FILE)
+    with safe_open(directory / WEIGHTS_FILE, framework="numpy") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     modules = _modules(config, fused=False)
-    found = (re.fullmatch(r"base_model\.model\.(.*)\.lora_\w+(\.weight)?", name) for name in tensors)
-    there = {match[1] for match in found if match}
-    if fused := {module for module in there if _last(module) in layout.FUSED}:
-        raise ValueError(f"{directory}: {layout.some(fused)}: {FUSED} (peft: merge_and_unload)")
+    adapted_modules = _adapted_modules(tensors)
+    fused = {module for module in adapted_modules if _last_name(module) in layout.FUSED}
+    if fused:
+        raise ValueError(f"{directory}: {layout.preview(fused)}: {FUSED_REFUSED} (peft: merge_and_unload)")
 
-    adapted = [path for path, module in modules.items() if module in there]
-    short = _alike(adapted, config)
-    made = Lora(
-        rank=raw["r"],
-        alpha=float(raw["lora_alpha"]),
-        targets=tuple(dict.fromkeys("/".join(map(str, path[2:] if short else path)) for path in adapted)),
-        rank_stabilised=raw["use_rslora"],
-        decomposed=raw["use_dora"],
+    adapted = [path for path, module in modules.items() if module in adapted_modules]
+    lora_config = LoraConfig(
+        rank=peft_config["r"],
+        alpha=float(peft_config["lora_alpha"]),
+        targets=_target_patterns(adapted, config),
+        use_rslora=peft_config["use_rslora"],
+        use_dora=peft_config["use_dora"],
     )
-    wanted = {_name(modules[path[:-1]], path[-1]): (path, shape) for path, shape in _shapes(made, config).items()}
-    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    shapes = _adapter_shapes(lora_config, config)
+    wanted = {_stored_name(modules[path[:-1]], path[-1]): path for path in shapes}
+    missing = wanted.keys() - tensors.keys()
+    unknown = tensors.keys() - wanted.keys()
     if missing or unknown or not adapted:
-        legal = ", ".join(sorted({_last(m) for m in modules.values()}))
+        legal = ", ".join(sorted({_last_name(module) for module in modules.values()}))
         raise ValueError(
-            f"{directory}: tensors missing {layout.some(missing)}; not of this model's adapters "
-            f"{layout.some(unknown)}; legal: {', '.join(STORED.values())} (with use_dora) of {legal}"
+            f"{directory}: tensors missing {layout.preview(missing)}; not of this model's adapters "
+            f"{layout.preview(unknown)}; legal: {', '.join(STORED_NAMES.values())} (with use_dora) of {legal}"
         )
-    out = {}
-    for name, (path, shape) in wanted.items():
-        stored = _flat(path, shape)
-        if tensors[name].shape != stored:
-            raise ValueError(f"{directory}: {name} has shape {tensors[name].shape}; r and the model make it {stored}")
-        out[path] = jnp.asarray(tensors[name].T.reshape(shape), jnp.float32)
-    return made, unflatten_dict(out)
+    params = {}
+    for name, path in wanted.items():
+        tensor = tensors[name]
+        stored_shape = _stored_shape(path, shapes[path])
+        if tensor.shape != stored_shape:
+            raise ValueError(f"{directory}: {name} has shape {tensor.shape}; r and the model make it {stored_shape}")
+        params[path] = jnp.asarray(tensor.T.reshape(shapes[path]), jnp.float32)
+    return lora_config, unflatten_dict(params)
 
 
-def _read_config(file: Path) -> dict:
-    """Raises one ValueError for all that is not legal. A field that we do not know must be off."""
+def _adapted_modules(names: Iterable[str]) -> set[str]:
+    """The modules that these tensors adapt."""
+    matches = (re.fullmatch(r"base_model\.model\.(.*)\.lora_\w+(\.weight)?", name) for name in names)
+    return {match[1] for match in matches if match}
+
+
+def _target_patterns(adapted: list[tuple], config: DecoderConfig) -> tuple[str, ...]:
+    """Patterns for LoraConfig.targets, without their layers where all layers are adapted alike."""
+    start = 2 if _is_uniform(adapted, config) else 0
+    return tuple(dict.fromkeys("/".join(map(str, path[start:])) for path in adapted))
+
+
+def _read_peft_config(file: Path) -> dict:
+    """adapter_config.json. Raises one ValueError for all that is not legal. An unknown field must be off."""
     try:
         raw = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     raw = {"bias": "none", "init_lora_weights": True, "use_rslora": False, "use_dora": False} | raw
-    legal = {name: " or ".join(map(repr, values)) for name, values in LEGAL.items() if raw.get(name) not in values}
-    positive = lambda x: isinstance(x, int | float) and x > 0  # noqa: E731
-    legal |= {name: "a positive number" for name in NUMBERS if not positive(raw.get(name))}
-    legal |= {name: "off (null, false, empty)" for name in sorted(raw.keys() - KNOWN) if raw[name]}
-    wrong = [f"{name} is {raw.get(name)!r}, legal: {what}" for name, what in legal.items()]
-    if wrong:
+    legal = {}
+    for name, values in LEGAL_VALUES.items():
+        if raw.get(name) not in values:
+            legal[name] = " or ".join(map(repr, values))
+    for name in POSITIVE_FIELDS:
+        value = raw.get(name)
+        if not (isinstance(value, int | float) and value > 0):
+            legal[name] = "a positive number"
+    for name in sorted(raw.keys() - KNOWN_FIELDS):
+        if raw[name]:
+            legal[name] = "off (null, false, empty)"
+    if legal:
+        wrong = [f"{name} is {raw.get(name)!r}, legal: {what}" for name, what in legal.items()]
         raise ValueError(f"{file}: {'; '.join(wrong)}")
     return raw
 
 
 def _modules(config: DecoderConfig, fused: bool) -> dict[tuple, str]:
     """Path of each weight that may be adapted -> the module that holds it."""
-    pieces = layout.pieces(config, fused)
+    slices = layout.tensor_slices(config, fused)
     paths = lora.adaptable(decoder.abstract(config)).values()
-    return {path: pieces[path][0].name.removesuffix(".weight") for path in paths}
+    return {path: slices[path][0].name.removesuffix(".weight") for path in paths}
 
 
-def _last(module: str) -> str:
+def _last_name(module: str) -> str:
     return module.rsplit(".", 1)[-1]
 
 
-def _alike(adapted, config: DecoderConfig) -> bool:
-    """All layers are adapted alike, so that a weight's name does without its layer."""
-    return len(adapted) == config.layers * len({path[2:] for path in adapted})
+def _is_uniform(adapted: Collection[tuple], config: DecoderConfig) -> bool:
+    """Whether all layers are adapted alike, so that a weight's name needs no layer."""
+    return len(adapted) == config.num_layers * len({path[2:] for path in adapted})
 
 
-def _shapes(made: Lora, config: DecoderConfig) -> dict[tuple, tuple]:
-    shapes = jax.eval_shape(partial(lora.init, made), decoder.abstract(config), jax.random.key(0))
+def _adapter_shapes(lora_config: LoraConfig, config: DecoderConfig) -> dict[tuple, tuple]:
+    """Path -> shape of each of the adapter's arrays."""
+    shapes = jax.eval_shape(partial(lora.init, lora_config), decoder.abstract(config), jax.random.key(0))
     return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
 
 
-def _name(module: str, part: str) -> str:
-    return f"base_model.model.{module}.{STORED[part]}"
+def _stored_name(module: str, part: str) -> str:
+    return f"base_model.model.{module}.{STORED_NAMES[part]}"
 
 
-def _flat(path: tuple, shape: tuple) -> tuple[int, ...]:
+def _stored_shape(path: tuple, shape: tuple) -> tuple[int, ...]:
     """Shape of the stored tensor: [r in], [out r] or [out]."""
     if path[-1] == "magnitude":
         return (math.prod(shape),)
-    return (shape[-1], math.prod(shape[:-1])) if path[-1] == "down" else (math.prod(shape[1:]), shape[0])
+    if path[-1] == "down":
+        return shape[-1], math.prod(shape[:-1])
+    return math.prod(shape[1:]), shape[0]
 
 
 def _stored(path: tuple, leaf) -> np.ndarray:
     """Contiguous: safetensors 0.8.0 writes other arrays wrongly."""
-    return np.ascontiguousarray(np.asarray(leaf).reshape(_flat(path, leaf.shape)[::-1]).T)
+    transposed = _stored_shape(path, leaf.shape)[::-1]
+    return np.ascontiguousarray(np.asarray(leaf).reshape(transposed).T)

@@ -1,10 +1,14 @@
-"""The policy as the trainer sees it, and the facts that need a model: reference log-probs, values, old log-probs."""
+"""The policy as the trainer uses it, and the Trajectory fields that need a model: reference and old log-probs, values.
+
+Parameters are a dict: "decoder" or "lora", and optionally "value_head", "critic", "score_head".
+"""
 
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rljax.models import decoder, lora
 from rljax.models.decoder import DecoderConfig
@@ -12,172 +16,235 @@ from rljax.ops.logprobs import chunked_logprobs, in_chunks
 from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, TrainState, Trajectory
 
+PolicyFn = Callable[[Params, Params, Trajectory], PolicyOutput]  # of (params, frozen, trajectory)
+DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]  # of (params, old, frozen, trajectory): KL [B T]
+ScoreFn = Callable[[Params, Params, Trajectory], Array]  # of (params, frozen, trajectory): numbers
+AnnotateFn = Callable[[TrainState, Trajectory], Trajectory]
 
-def init(config: DecoderConfig, key) -> Params:
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def init(config: DecoderConfig, key: Array) -> Params:
     """{"decoder": ...}, at random."""
     return {"decoder": decoder.init(config, key)}
 
 
 def with_value_head(params: Params, config: DecoderConfig) -> Params:
-    """An actor-critic on one trunk: adds "value_head" [D], zero, so that its first values are 0."""
-    return {**params, "value_head": jnp.zeros(config.width)}
+    """An actor-critic on one trunk: adds "value_head" [D], zero, so that the first values are 0."""
+    return {**params, "value_head": jnp.zeros(config.hidden_size)}
 
 
 def with_critic(params: Params, config: DecoderConfig) -> Params:
-    """A critic with a trunk of its own, at first a copy of the policy's: adds "critic"."""
+    """Adds "critic": a critic with its own trunk, which begins as a copy of the policy's."""
     trunk = {"decoder": jax.tree.map(jnp.copy, params["decoder"])}
     return {**params, "critic": with_value_head(trunk, config)}
 
 
-def with_adapter(params: Params, config: DecoderConfig, key) -> tuple[Params, Params]:
-    """What is trained of a model with an adapter (heads too), and the frozen parts: the base, which is the reference
-    too."""
-    base, heads = {"decoder": params["decoder"]}, {name: x for name, x in params.items() if name != "decoder"}
-    return {"lora": lora.init(config.adapter, params["decoder"], key), **heads}, {"base": base, "reference": {}}
+def with_adapter(params: Params, config: DecoderConfig, key: Array) -> tuple[Params, Params]:
+    """(trained, frozen) for LoRA: the adapter and the heads are trained; the base is frozen.
+
+    The reference is the base without an adapter.
+    """
+    heads = {name: x for name, x in params.items() if name != "decoder"}
+    adapter = lora.init(config.adapter, params["decoder"], key)
+    frozen = {"base": {"decoder": params["decoder"]}, "reference": {}}
+    return {"lora": adapter, **heads}, frozen
 
 
 def logical_axes(config: DecoderConfig, params: Params) -> Params:
-    """Logical axis names for each of `params`, which may be a part of the model's."""
-    trunk = decoder.logical_axes(config)
-    axes = {"decoder": trunk, "value_head": (None,), "score_head": (None,)}
-    axes["critic"] = {"decoder": trunk, "value_head": (None,)}
+    """Logical axis names for each of `params`, which may be only some of the model's parameters."""
+    trunk = decoder.param_axes(config)
+    axes = {
+        "decoder": trunk,
+        "value_head": (None,),
+        "score_head": (None,),
+        "critic": {"decoder": trunk, "value_head": (None,)},
+    }
     if config.adapter is not None:
-        axes["lora"] = lora.logical_axes(config.adapter, trunk, decoder.abstract(config))
-    return _like(params, axes)
+        axes["lora"] = lora.adapter_axes(config.adapter, trunk, decoder.abstract(config))
+    return _select_like(params, axes)
 
 
-def _like(tree: Params, axes: Params) -> Params:
-    return {n: _like(x, axes[n]) if isinstance(x, dict) else axes[n] for n, x in tree.items()}
+def _select_like(tree: Params, axes: Params) -> Params:
+    """The entries of `axes` for the leaves of `tree`."""
+    return {name: _select_like(x, axes[name]) if isinstance(x, dict) else axes[name] for name, x in tree.items()}
 
 
-def chunk_of(vocabulary: int, backend: str | None = None) -> int:
-    """Tokens whose logits are alive at a time: as many as make 4 M logits on a CPU, 128 M on each other device.
+# -------------------------------------------------------------------------------------------------------------- policy
 
-    At least one column of all rows is (`ops.logprobs`), so a batch of very many rows wants micro-batches.
+
+def default_chunk_tokens(vocab_size: int, backend: str | None = None) -> int:
+    """Number of tokens whose logits exist at the same time: 4 M logits on a CPU, 128 M on each other device.
+
+    It is at least one column of all rows (`ops.logprobs`), so a batch of very many rows needs micro-batches.
     """
     on_cpu = (backend or jax.default_backend()) == "cpu"
-    logits = 2**22 if on_cpu else 2**27 * jax.device_count()
-    return max(1, logits // vocabulary)
+    num_logits = 2**22 if on_cpu else 2**27 * jax.device_count()
+    return max(1, num_logits // vocab_size)
 
 
-def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Callable:
+def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> PolicyFn:
     """policy(params, frozen, trajectory) -> PolicyOutput, with log-probs at the temperature each token was drawn at.
 
-    chunk_tokens: tokens whose logits are alive at a time; None: `chunk_of` the vocabulary.
+    Args:
+      chunk_tokens: number of tokens whose logits exist at the same time; None: `default_chunk_tokens`.
     """
-    chunk_tokens = chunk_tokens or chunk_of(config.vocabulary)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(config.vocab_size)
 
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
-        params = decoder.whole(config, params, frozen)
-        places = (traj.inputs, traj.positions, traj.segments)
-        run = partial(decoder.forward, config)
-        hidden, _ = run(params["decoder"], *places, routing=traj.routing)
-        temperature = temperatures(traj)
-        head = lambda h: decoder.logits(config, params["decoder"], h)  # noqa: E731
-        logp, entropy, sum_pi_squared = chunked_logprobs(head, hidden, traj.actions, temperature, chunk_tokens)
-        values = None
+        params = decoder.full_params(config, params, frozen)
+        trunk = params["decoder"]
+        inputs = (traj.inputs, traj.positions, traj.segments)
+        hidden, _ = decoder.forward(config, trunk, *inputs, routing=traj.routing)
+        logits_of = partial(decoder.logits, config, trunk)
+        logp, entropy, sum_pi_squared = chunked_logprobs(
+            logits_of, hidden, traj.actions, temperatures(traj), chunk_tokens
+        )
         if "critic" in params:
-            values = read(run(params["critic"]["decoder"], *places)[0], params["critic"]["value_head"])
+            critic = params["critic"]
+            critic_hidden, _ = decoder.forward(config, critic["decoder"], *inputs)
+            values = apply_head(critic_hidden, critic["value_head"])
         elif "value_head" in params:
-            values = read(hidden, params["value_head"])
+            values = apply_head(hidden, params["value_head"])
+        else:
+            values = None
         return PolicyOutput(logp=logp, entropy=entropy, values=values, sum_pi_squared=sum_pi_squared)
 
     return policy
 
 
-def temperatures(traj: Trajectory):
-    """What each token was drawn at [B T]; 1 where nothing is said."""
+def temperatures(traj: Trajectory) -> Float[Array, "B T"]:
+    """The temperature each token was drawn at; 1 if the trajectory has none."""
     return jnp.ones_like(traj.logp) if traj.temperature is None else traj.temperature
 
 
-def make_divergence(config: DecoderConfig, chunk_tokens: int | None = None, kl_direction: str = "old_new") -> Callable:
+def apply_head(hidden: Float[Array, "B T D"], head: Float[Array, "D"]) -> Float[Array, "B T"]:
+    """One number for each column: hidden · head, in float32."""
+    return jnp.einsum("btd,d->bt", hidden, head, preferred_element_type=jnp.float32)
+
+
+def make_divergence(
+    config: DecoderConfig, chunk_tokens: int | None = None, kl_direction: str = "old_new"
+) -> DivergenceFn:
     """divergence(params, old, frozen, trajectory) -> exact KL [B T] between two policies at each decision.
 
-    By default KL(old ‖ new), of the distributions at the temperature each token was drawn at. No distribution is kept:
-    both policies' logits are made of hidden states, `chunk_tokens` decisions at a time (None: half of `chunk_of`, as
-    there are two), in forward and backward passes alike; [B T V] never stands in memory. `old` is a constant.
+    By default KL(old ‖ new), of the distributions at the temperature each token was drawn at. The logits of both are
+    computed from hidden states in chunks, in forward and backward pass, so no [B T V] array exists. There is no
+    gradient with respect to `old`.
+
+    Args:
+      chunk_tokens: number of decisions whose logits exist at the same time; None: half of `default_chunk_tokens`, since
+      there are two policies.
+      kl_direction: as in `ops.trust_region.directed_kl`.
     """
-    chunk_tokens = chunk_tokens or max(1, chunk_of(config.vocabulary) // 2)
+    chunk_tokens = chunk_tokens or max(1, default_chunk_tokens(config.vocab_size) // 2)
 
-    def divergence(params: Params, old: Params, frozen: Params, traj: Trajectory):
-        places = (traj.inputs, traj.positions, traj.segments)
-        both = [decoder.whole(config, x, frozen)["decoder"] for x in (jax.lax.stop_gradient(old), params)]
-        hidden = [decoder.forward(config, x, *places, routing=traj.routing)[0] for x in both]
-        temperature = temperatures(traj)
+    def divergence(params: Params, old: Params, frozen: Params, traj: Trajectory) -> Float[Array, "B T"]:
+        inputs = (traj.inputs, traj.positions, traj.segments)
+        old_trunk = decoder.full_params(config, jax.lax.stop_gradient(old), frozen)["decoder"]
+        new_trunk = decoder.full_params(config, params, frozen)["decoder"]
+        old_hidden, _ = decoder.forward(config, old_trunk, *inputs, routing=traj.routing)
+        new_hidden, _ = decoder.forward(config, new_trunk, *inputs, routing=traj.routing)
 
-        def of_columns(before, after, t):
-            logits = [decoder.logits(config, x, h) for x, h in zip(both, (before, after), strict=True)]
-            return directed_kl(*(z.astype(jnp.float32) / t[..., None] for z in logits), kl_direction)
+        def scaled_logits(trunk, hidden, temperature):
+            return decoder.logits(config, trunk, hidden).astype(jnp.float32) / temperature[..., None]
 
-        return in_chunks(of_columns, chunk_tokens, *hidden, temperature)
+        def kl_of_columns(old_hidden, new_hidden, temperature):
+            old_logits = scaled_logits(old_trunk, old_hidden, temperature)
+            new_logits = scaled_logits(new_trunk, new_hidden, temperature)
+            return directed_kl(old_logits, new_logits, kl_direction)
+
+        return in_chunks(kl_of_columns, chunk_tokens, old_hidden, new_hidden, temperatures(traj))
 
     return divergence
 
 
-def read(hidden, head):
-    """A number of each column: hidden [B T D] · head [D], in float32."""
-    return jnp.einsum("btd,d->bt", hidden, head, preferred_element_type=jnp.float32)
+# ------------------------------------------------------------------------------------------------------------ annotate
+
+FROZEN_POLICIES = {"ref_logp": "reference", "teacher_logp": "teacher"}  # field: the entry of `frozen` it is taken from
+OWN_FIELDS = ("values", "old_logp", "sum_pi_squared")  # computed by the current policy
 
 
-def make_annotate(policy: Callable, needs: tuple[str, ...]) -> Callable:
-    """annotate(state, traj) -> traj with the fields in `needs` filled by forward passes without gradient.
+def make_annotate(policy: PolicyFn, needs: tuple[str, ...]) -> AnnotateFn:
+    """annotate(state, traj) -> traj with the fields in `needs` computed by forward passes without gradient.
 
-    ref_logp, teacher_logp: the policy on state.frozen["reference"] and ["teacher"], which choose experts of their own
-    (the record is of the policy's). On state.params: values [B T+1], 0 after the last decision, and final_values [B T]
-    where an environment showed `next_inputs`; old_logp, where a method tells the trainer's log-probs from the
-    sampler's; sum_pi_squared.
-    `baseline` takes other answers: the experiment fills it.
+    * ref_logp, teacher_logp: of the policy on state.frozen["reference"] and ["teacher"]. Their routers choose their own
+      experts: the recorded routing is the sampling policy's.
+    * values [B T+1]: on state.params, 0 after the last decision; with them final_values [B T] where an environment
+      recorded `next_inputs`.
+    * old_logp: the trainer's own log-probs, for methods that distinguish them from the sampler's. sum_pi_squared.
+
+    `baseline` needs other completions, so it is left to the experiment. Raises ValueError for any other field, and when
+    called where parameters are missing.
     """
     needs = tuple(name for name in needs if name != "baseline")
-    frozen_parts = {"ref_logp": "reference", "teacher_logp": "teacher"}
-    known = {"values", "old_logp", "sum_pi_squared", *frozen_parts}
-    if set(needs) - known:
-        raise ValueError(f"annotate cannot fill {sorted(set(needs) - known)}; it can fill {sorted(known)}")
+    known = {*OWN_FIELDS, *FROZEN_POLICIES}
+    unknown = set(needs) - known
+    if unknown:
+        raise ValueError(f"annotate cannot fill {sorted(unknown)}; it can fill {sorted(known)}")
 
     @jax.jit
     def fill(params, frozen, traj):
         fields = {}
-        for field, part in frozen_parts.items():
+        for field, part in FROZEN_POLICIES.items():
             if field in needs:
                 fields[field] = policy(decoder.on_device(frozen[part]), frozen, traj.replace(routing=None)).logp
-        if {"values", "old_logp", "sum_pi_squared"} & set(needs):
-            own = policy(params, frozen, traj)
-            if "values" in needs:
-                if own.values is None:
-                    raise ValueError("this algorithm needs values: give the parameters a head (policy.with_value_head)")
-                fields["values"] = jnp.pad(jnp.where(traj.mask, own.values, 0.0), ((0, 0), (0, 1)))
-                if traj.next_inputs is not None:
-                    fields["final_values"] = policy(params, frozen, traj.replace(inputs=traj.next_inputs)).values
-            if "old_logp" in needs:
-                fields["old_logp"] = own.logp
-            if "sum_pi_squared" in needs:
-                fields["sum_pi_squared"] = own.sum_pi_squared
+        if set(OWN_FIELDS) & set(needs):
+            fields |= _own_fields(policy, params, frozen, traj, needs)
         return fields
 
     def annotate(state: TrainState, traj: Trajectory) -> Trajectory:
-        for field, part in frozen_parts.items():
+        for field, part in FROZEN_POLICIES.items():
             if field in needs and part not in state.frozen:
                 raise ValueError(f"this algorithm needs {field}: put the parameters of that policy in frozen[{part!r}]")
-        return traj.replace(**fill(state.params, state.frozen, traj)) if needs else traj
+        if not needs:
+            return traj
+        return traj.replace(**fill(state.params, state.frozen, traj))
 
     return annotate
 
 
-def refresh_reference(state: TrainState, share: float = 1.0) -> TrainState:
-    """reference ← (1 - share) reference + share · policy (TR-DPO, arXiv:2404.09656): 1 copies it, less averages.
+def _own_fields(policy: PolicyFn, params: Params, frozen: Params, traj: Trajectory, needs: tuple[str, ...]) -> dict:
+    """Those of OWN_FIELDS that are needed, and final_values."""
+    fields = {}
+    output = policy(params, frozen, traj)
+    if "values" in needs:
+        if output.values is None:
+            raise ValueError("this algorithm needs values: give the parameters a head (policy.with_value_head)")
+        fields["values"] = jnp.pad(jnp.where(traj.mask, output.values, 0.0), ((0, 0), (0, 1)))
+        if traj.next_inputs is not None:
+            fields["final_values"] = policy(params, frozen, traj.replace(inputs=traj.next_inputs)).values
+    if "old_logp" in needs:
+        fields["old_logp"] = output.logp
+    if "sum_pi_squared" in needs:
+        fields["sum_pi_squared"] = output.sum_pi_squared
+    return fields
 
-    The reference of an adapter must then be one too, at first a copy of the adapter's start, which changes nothing.
-    Raises ValueError where it holds no part of what is trained.
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+
+def sync_reference(state: TrainState, alpha: float = 1.0) -> TrainState:
+    """reference ← (1 - α) reference + α policy (TR-DPO, arXiv:2404.09656; TRL's `ref_model_mixup_alpha`).
+
+    α = 1 copies the policy. The reference of an adapter must then be an adapter too, which begins as a copy of the
+    policy's. Raises ValueError if the reference has no parameters, or some that are not trained.
     """
-    old = state.frozen["reference"]
-    if not old or old.keys() - state.params.keys():
-        raise ValueError(f"the reference holds {sorted(old)}, the policy {sorted(state.params)}: begin with a copy")
-    mixed = {name: _mix(part, state.params[name], share) for name, part in old.items()}
-    mixed = jax.device_put(mixed, jax.tree.map(lambda x: x.sharding, old))
+    reference = state.frozen["reference"]
+    if not reference or reference.keys() - state.params.keys():
+        raise ValueError(
+            f"the reference has {sorted(reference)}, the policy trains {sorted(state.params)}; "
+            "begin with a copy of the trained parameters"
+        )
+    mixed = {name: _interpolate(part, state.params[name], alpha) for name, part in reference.items()}
+    mixed = jax.device_put(mixed, jax.tree.map(lambda x: x.sharding, reference))
     return state.replace(frozen={**state.frozen, "reference": mixed})
 
 
-@partial(jax.jit, static_argnames="share")
-def _mix(old, new, share: float):
-    mixed = lambda x, y: ((1.0 - share) * x + share * y).astype(x.dtype)  # noqa: E731
-    return jax.tree.map(mixed, decoder.on_device(old), new)
+@partial(jax.jit, static_argnames="alpha")
+def _interpolate(old: Params, new: Params, alpha: float) -> Params:
+    def interpolate_leaf(x, y):
+        return ((1.0 - alpha) * x + alpha * y).astype(x.dtype)
+
+    return jax.tree.map(interpolate_leaf, decoder.on_device(old), new)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.models.attention import Sight, attend, choose, splash
+from rljax.models.attention import AttentionMask, attend, choose_implementation, splash_attention
 
 T = 128
 
@@ -18,16 +18,16 @@ def texts():
     random, lengths = np.random.RandomState(0), (50, 41, T - 91)
     query, key, value = (np.float32(random.standard_normal((1, T, heads, 24))) for heads in (4, 2, 2))
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    sight = Sight(*(jnp.asarray(x, jnp.int32) for x in (positions, np.repeat([1, 2, 0], lengths)[None])))
-    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), sight
+    mask = AttentionMask(*(jnp.asarray(x, jnp.int32) for x in (positions, np.repeat([1, 2, 0], lengths)[None])))
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), mask
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 2.0)])
 def test_splash_is_dense(texts, window, softcap):
-    query, key, value, sight = texts
-    want = attend(query, key, value, sight, 0.3, window, softcap, "xla")
-    got = splash(query, key, value, sight.segments, 0.3, window, softcap, interpret=True)
-    real = np.asarray(sight.segments) > 0
+    query, key, value, mask = texts
+    want = attend(query, key, value, mask, 0.3, window, softcap, "xla")
+    got = splash_attention(query, key, value, mask.segments, 0.3, window, softcap, interpret=True)
+    real = np.asarray(mask.segments) > 0
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], rtol=0, atol=2e-5)
 
 
@@ -39,17 +39,17 @@ def test_splash_compiles_for_a_tpu(texts, window, softcap):
 
 
 def test_a_window_counts_the_query_itself():
-    sight = Sight(jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32))
-    np.testing.assert_array_equal(sight.visible(2)[0][0], np.tri(4) - np.tri(4, k=-2))
-    np.testing.assert_array_equal(sight.visible(1)[0][0], np.eye(4))
+    mask = AttentionMask(jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32))
+    np.testing.assert_array_equal(mask.visible(2)[0][0], np.tri(4) - np.tri(4, k=-2))
+    np.testing.assert_array_equal(mask.visible(1)[0][0], np.eye(4))
 
 
 def test_padding_sees_nothing_and_gives_numbers(texts):
-    query, key, value, sight = texts
-    visible = np.asarray(sight.visible()[0])
+    query, key, value, mask = texts
+    visible = np.asarray(mask.visible()[0])
     assert not visible[0, 91:].any()
     assert not visible[0, :, 91:].any()
-    assert np.isfinite(attend(query, key, value, sight, 0.3, implementation="xla")).all()
+    assert np.isfinite(attend(query, key, value, mask, 0.3, implementation="xla")).all()
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_padding_sees_nothing_and_gives_numbers(texts):
 def test_the_implementation_that_auto_is(backend, devices, changes, chosen):
     dtype, softcap = changes.get("dtype", jnp.bfloat16), changes.get("softcap")
     shape = (2, changes.get("columns", 256), 4, changes.get("head_dim", 64))
-    assert choose(backend, devices, shape, dtype, softcap) == chosen
+    assert choose_implementation(backend, devices, shape, dtype, softcap) == chosen

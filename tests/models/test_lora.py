@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from rljax.algorithms import grpo, with_kl
-from rljax.models import decoder, lora, policy
+from rljax.models import decoder, layers, lora, policy
 from rljax.models.lora import LoraConfig
 from rljax.models.moe import MoEConfig
 from rljax.rollouts.tokens import sample
@@ -92,7 +92,7 @@ def test_a_projection_and_its_gradient_are_the_formula(variant, block, name, inp
     def project(leaf):
         one = {"layers": {1: {block: {name: leaf}}}}
         attached = lora.attach(config.adapter, base, one)["layers"][1][block][name]
-        out = decoder.project(jnp.float32(x), attached, jnp.float32(bias), inputs)
+        out = layers.project(jnp.float32(x), attached, jnp.float32(bias), inputs)
         return (jnp.float32(c) * out).sum(), out
 
     gradient, out = compiled(jax.grad(project, has_aux=True))(leaf)
@@ -126,7 +126,7 @@ def test_merging_is_undone_where_it_can_be(variant):
     config, base, adapter = made(variant)
     merged = lora.merge(config.adapter, base, adapter)
     if "dora" in variant:
-        with pytest.raises(ValueError, match="merged DoRA adapter cannot be taken out again: keep the base"):
+        with pytest.raises(ValueError, match="merged DoRA adapter cannot be removed: keep the base"):
             lora.unmerge(config.adapter, merged, adapter)
     else:
         close(lora.unmerge(config.adapter, merged, adapter), base, 1e-6)
@@ -223,7 +223,7 @@ def test_at_first_an_adapter_changes_nothing(variant, dtype):
 
 def test_an_adapter_of_which_the_config_knows_nothing_is_an_error():
     _, base, adapter = made("lora")
-    with pytest.raises(ValueError, match=r"the parameters hold an adapter .* the config does not say which"):
+    with pytest.raises(ValueError, match=r"params has an adapter .* config\.adapter is None"):
         hidden(CONFIG, {"lora": adapter}, {"base": {"decoder": base}})
 
 

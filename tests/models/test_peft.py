@@ -185,7 +185,7 @@ def test_fused_projections_are_merged_instead(tmp_path):
 
 def test_mlps_of_a_mixture_are_merged_instead(tmp_path):
     """peft 0.21 with transformers 5: "layers.1.mlp.down_proj" turns into the experts' parameters, of all layers."""
-    message = r"model.layers.1.mlp.down_proj, .* peft takes any MLP of a mixture for its experts; merge the adapter"
+    message = r"model.layers.1.mlp.down_proj, .* peft takes any MLP of a model with experts for the experts; merge"
     with pytest.raises(ValueError, match=message):
         saved(tmp_path, LoraConfig(4, targets=("layers/1/",)), MIXTURE)
 
