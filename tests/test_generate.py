@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
 import generate
 import options
@@ -15,7 +16,6 @@ from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts.tokens import sample
 from rljax.types import Rows
 from test_experiments import ENVIRONMENT, SCRIPTS, flags
 from test_grpo_experiment import RAW, write_prompts, write_tokenizer

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample, sample_and_count
 from scipy.stats import chisquare
 
 from rljax.models import decoder, policy
 from rljax.models.policy import make_policy
 from rljax.rollouts.partial import resume, unfinished
-from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.types import Rows, Sampling
 from rollouts.common import CONFIG, LM, STOP, answers, assert_same_sample, draws, make_rows, take
 
