@@ -212,8 +212,8 @@ class Sampling:
     stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end an answer (EOS)
     logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # at the temperature: of
     # the policy's distribution, which the trainer computes too, or of what all these settings made of it
-    slots: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all at once
-    enough: int | None = struct.field(pytree_node=False, default=None)  # stop when so many answers have ended
+    max_concurrent: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all at once
+    stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when so many answers have ended
 
 
 # -------------------------------------------------------------------------------------------------------------- doors

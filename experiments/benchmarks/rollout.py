@@ -166,7 +166,7 @@ def main(cfg: Config) -> dict[str, float]:
         "top-k 50, top-p 0.9": draw(rows, plain.replace(top_k=50, top_p=0.9)),
         "exact": draw(rows, plain, exact_lm),
         "a queue, static": lambda i: [draw(part, ending)(i) for part in quarters],
-        "a queue, slots": draw(queue, ending.replace(slots=B)),
+        "a queue, slots": draw(queue, ending.replace(max_concurrent=B)),
     }
     if cfg.devices > 1:
         works[f"on {cfg.devices} devices"] = spread(cfg.devices, lm, params, rows, plain)
@@ -182,7 +182,7 @@ def main(cfg: Config) -> dict[str, float]:
     bound = ceiling(config, B, count, length, answer, flops, bytes_)
     parts = sampling_parts(config, B, cfg.repeats)
     step = median["rollout"] / answer
-    _, work = sample_and_count(lm, params, {}, queue, ending.replace(slots=B), 0, 0)
+    _, work = sample_and_count(lm, params, {}, queue, ending.replace(max_concurrent=B), 0, 0)
     figures = {
         "peak, GFLOP/s": flops / 1e9,
         "bandwidth, GB/s": bytes_ / 1e9,

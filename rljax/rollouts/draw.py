@@ -56,7 +56,7 @@ def check(sampling: Sampling) -> None:
     """Raise ValueError, saying what would be legal, for parameters out of range."""
     if sampling.n < 1 or sampling.max_tokens < 1:
         raise ValueError(f"n and max_tokens must be at least 1, not {sampling.n} and {sampling.max_tokens}")
-    for name in ("slots", "enough"):
+    for name in ("max_concurrent", "stop_after"):
         value = getattr(sampling, name)
         if value is not None and value < 1:
             raise ValueError(f"sampling.{name} is {value}; legal: at least 1, or None")
