@@ -27,7 +27,7 @@ from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
+from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say, write_atomically
 from rljax.train.objective import policy_objective

@@ -82,7 +82,7 @@ _HOME = {
     "make_trust_region_update": "rljax.train.trust_region",
     "make_update": "rljax.train.update",
     "policy_objective": "rljax.train.objective",
-    "sample": "rljax.rollouts.tokens",
+    "sample": "rljax.rollouts.sampler",
     "Algorithm": "rljax.types",
     "Batch": "rljax.types",
     "Judged": "rljax.types",

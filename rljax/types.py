@@ -173,10 +173,19 @@ class LM(NamedTuple):
 # ------------------------------------------------------------------------------------------------- what a sampler reads
 
 
+class Resume(NamedTuple):
+    """Completions to go on with: which, and what is known of the tokens that were sampled earlier."""
+
+    requests: np.ndarray  # [R 2] (row, completion): which completions to sample
+    facts: dict[str, np.ndarray] | None = None  # [P L] each: chosen (the token was sampled), logp, temperature,
+    # version, terminated, truncated; None: all tokens are prompts
+    start_step: np.ndarray | None = None  # [P] the step whose key samples the row; None: the present one
+
+
 class Rows(NamedTuple):
     """P prompts as drawn from a dataset, on the host. Prompts are padded on the left: they end in the same column.
 
-    A prompt may be the beginning of an answer too: `past` says which of its tokens a policy chose, and how.
+    A row may hold the beginning of a completion too: `resume` says which of its tokens were sampled, and how.
     """
 
     tokens: np.ndarray  # [P L] int32
@@ -184,10 +193,7 @@ class Rows(NamedTuple):
     number: np.ndarray  # [P] int32: place in the draw order; the sampler's key is made of it
     columns: list[dict]  # the dataset's columns, one dict a prompt
     cursor: int  # where the next draw starts
-    requests: np.ndarray | None = None  # [R 2] (row, answer): which answers to draw; None: 0 .. n-1 to each row
-    past: dict[str, np.ndarray] | None = None  # [P L] each, facts of the tokens: chosen, logp, temperature, version,
-    # terminated, truncated
-    began: np.ndarray | None = None  # [P] the step whose key draws the row; None: the present one
+    resume: Resume | None = None  # None: completions 0 .. n-1 of each row, from their first token
 
 
 @struct.dataclass
@@ -212,7 +218,7 @@ class Sampling:
     stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end an answer (EOS)
     logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # at the temperature: of
     # the policy's distribution, which the trainer computes too, or of what all these settings made of it
-    max_concurrent: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all at once
+    max_concurrent: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all
     stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when so many answers have ended
 
 

@@ -14,7 +14,7 @@ from rljax.envs.cartpole import make_cartpole
 from rljax.envs.pendulum import make_pendulum
 from rljax.envs.tabular import TabularMDP, tabular_env
 from rljax.models import mlp
-from rljax.rollouts.unroll import begin, chance, unroll
+from rljax.rollouts.unroll import draw_noise, reset_envs, unroll
 from rljax.types import TrainState, Trajectory
 
 SEEDS = range(5)
@@ -128,7 +128,7 @@ def test_the_kl_of_a_step_is_that_of_the_policies_before_and_after():
 
     @jax.jit
     def learn(params):
-        _, traj = unroll(env, mlp.act, params, chance(env, key, 8, 32), begin(env, key, 8))
+        _, traj = unroll(env, mlp.act, params, draw_noise(env, key, 8, 32), reset_envs(env, key, 8))
         traj = mlp.annotate(params, traj)
         state = TrainState(jnp.int32(0), params, method.opt_state(params), key, {}, 0)
         state, metrics = method.learn(state, method.algorithm.credit(traj, {}))

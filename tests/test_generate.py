@@ -15,7 +15,7 @@ from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts.tokens import sample
+from rljax.rollouts.sampler import sample
 from rljax.types import Rows
 from test_experiments import ENVIRONMENT, SCRIPTS, flags
 from test_grpo_experiment import RAW, write_prompts, write_tokenizer
@@ -121,7 +121,10 @@ def test_the_script(asked, tmp_path):
             {"sampling": options.Sampling(stop_strings=("",), max_tokens=8)},
             "legal: a list of one or more, each of at least one",
         ),
-        ({"sampling": options.Sampling(max_concurrent=2, max_tokens=8)}, "max_concurrent = 2, .*legal in a stream: max_concurrent=None"),
+        (
+            {"sampling": options.Sampling(max_concurrent=2, max_tokens=8)},
+            "max_concurrent = 2, .*legal in a stream: max_concurrent=None",
+        ),
     ],
 )
 def test_what_it_refuses(asked, wrong, message):

@@ -17,7 +17,7 @@ from common import W1, alternately, prompts
 
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
-from rljax.rollouts.tokens import sample
+from rljax.rollouts.sampler import sample
 from rljax.train.log import say, table
 from rljax.train.objective import policy_objective
 from rljax.train.packing import packed

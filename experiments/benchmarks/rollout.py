@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rljax.models import decoder, policy
 from rljax.ops.logprobs import logp_of, softmax
 from rljax.ops.sampling import invert_cdf
-from rljax.rollouts.tokens import sample, sample_and_count
+from rljax.rollouts.sampler import sample, sample_and_count
 from rljax.train import mesh as meshes
 from rljax.train.log import say, table
 from rljax.types import Sampling

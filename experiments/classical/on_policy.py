@@ -25,7 +25,7 @@ from rljax.models import mlp
 from rljax.ops import losses
 from rljax.ops.weights import token_mean
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, chance, finished, unroll
+from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
 from rljax.train.compiled import decisions, follow, of_part, scan_updates
 from rljax.train.objective import policy_objective
 from rljax.train.trust_region import make_trust_region_update
@@ -179,7 +179,7 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
     def train(params, key, hyper: Hyper):
         method = METHODS[algo](sizes, hyper, iterations)
         starting, learning, key = jax.random.split(key, 3)
-        extra = (begin(env, starting, sizes.rows), jnp.zeros(sizes.rows), params)
+        extra = (reset_envs(env, starting, sizes.rows), jnp.zeros(sizes.rows), params)
         state = TrainState(jnp.int32(0), params, method.opt_state(params), learning, {}, 0, method.coefficients, extra)
 
         def rollout(state, key):
@@ -187,8 +187,8 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
             if algo in EPISODIC:
                 traj = episodes(env, mlp.act, acting, key, sizes.rows, sizes.length, draws)
                 return traj, state.extra, (traj.rewards.sum(), sizes.rows)
-            carry, traj = unroll(env, mlp.act, acting, chance(env, key, sizes.rows, sizes.length, draws), carry)
-            total, count, running = finished(traj, running)
+            carry, traj = unroll(env, mlp.act, acting, draw_noise(env, key, sizes.rows, sizes.length, draws), carry)
+            total, count, running = episode_returns(traj, running)
             return mlp.annotate(state.params, traj), (carry, running, acting), (total, count)
 
         def iteration(state, now):

@@ -13,7 +13,7 @@ from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import caches, decoder, hf, rope
 from rljax.models.policy import make_policy
-from rljax.rollouts.tokens import sample
+from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.types import Rows, Sampling
 

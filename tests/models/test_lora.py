@@ -15,7 +15,7 @@ from rljax.algorithms import grpo, with_kl
 from rljax.models import decoder, lora, policy
 from rljax.models.experts import Experts
 from rljax.models.lora import Lora
-from rljax.rollouts.tokens import sample
+from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update

@@ -9,7 +9,7 @@ import pytest
 
 from rljax.algorithms import grpo, with_kl
 from rljax.models import decoder, lora, policy
-from rljax.rollouts.tokens import sample
+from rljax.rollouts.sampler import sample
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update

@@ -13,7 +13,7 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig, forward, language_model, logits
 from rljax.ops.shaping import at_last_decision
 from rljax.ops.trust_region import directed_kl
-from rljax.rollouts.tokens import sample
+from rljax.rollouts.sampler import sample
 from rljax.train.mesh import make_mesh, place_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import packed
