@@ -169,7 +169,7 @@ def test_trpo_swings_the_pendulum_within_either_bound(direction):
 def test_a_time_limit_is_no_end(as_terminal, value):
     """One state that pays 1 for ever, cut every 10 steps: V = 1/(1 - γ) = 10; TD(0), the cut an end, finds 5.26."""
     forever = TabularMDP(jnp.ones((1, 1, 1)), jnp.ones((1, 1)), 0.9)
-    env = tabular_env(forever, limit=10)
+    env = tabular_env(forever, max_steps=10)
     if as_terminal:
 
         def step(key, state, action, params, whole=env.step):
