@@ -1,6 +1,7 @@
 """Episodes of a pure environment: one a row, all rows at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from rljax.rollouts.unroll import draw_noise, reset_envs, unroll
 from rljax.types import Array, Params, Trajectory
 
 
-def episodes(env, act: Callable, params: Params, key: Array, rows: int, length: int, draws: int = 1) -> Trajectory:
+def episodes(env: Any, act: Callable, params: Params, key: Array, rows: int, length: int, draws: int = 1) -> Trajectory:
     """One episode a row, of at most `length` decisions; columns after its end are masked.
 
     Args: as of `unroll`. An episode still running at the end is truncated there.

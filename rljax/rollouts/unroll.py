@@ -27,12 +27,12 @@ class Noise(NamedTuple):
     resets: Carry  # observation and state of the episode that would start after each step
 
 
-def reset_envs(env, key: Array, rows: int) -> Carry:
+def reset_envs(env: Any, key: Array, rows: int) -> Carry:
     """Observations and states of `rows` environments at the start of an episode: the first `carry`."""
     return jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key, rows), env.params)
 
 
-def draw_noise(env, key: Array, rows: int, length: int, draws: int = 1) -> Noise:
+def draw_noise(env: Any, key: Array, rows: int, length: int, draws: int = 1) -> Noise:
     """Random numbers and resets for `length` steps of `rows` environments; `draws`: uniform numbers a decision."""
     actor_key, step_key, reset_key = jax.random.split(key, 3)
     n = length * rows  # in one row: XLA's CPU backend takes seconds to compile random numbers of shapes like [T N 1]
@@ -43,7 +43,7 @@ def draw_noise(env, key: Array, rows: int, length: int, draws: int = 1) -> Noise
     return jax.tree.map(lambda x: x.reshape(length, rows, *x.shape[1:]), noise)
 
 
-def unroll(env, act: Callable, params: Params, noise: Noise, carry: Carry) -> tuple[Carry, Trajectory]:
+def unroll(env: Any, act: Callable, params: Params, noise: Noise, carry: Carry) -> tuple[Carry, Trajectory]:
     """As many steps of each environment as `noise` is drawn for -> (carry, Trajectory [N T]).
 
     Args: env: as `rljax.envs.env.Env`; its `step` does not reset. act: (params, uniforms [N draws],
