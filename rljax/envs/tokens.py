@@ -1,7 +1,7 @@
 """The language model's own process as an environment: a state is a text, an action its next token, s' = s · a.
 
-The transition is certain, all reward stands at the end, and γ = 1: a rollout of a language model is an episode of this
-environment, and its credit, losses and updates are the same functions.
+The transition is deterministic, all reward comes with the last token, and γ = 1: a rollout of a language model is an
+episode of this environment, and its credit, losses and updates are the same functions.
 """
 
 from collections.abc import Callable
