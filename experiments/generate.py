@@ -66,11 +66,11 @@ def main(cfg: Config) -> list[dict]:
             "legal in a stream: max_concurrent=None"
         )
     config, mesh = hf.read_config(cfg.model), meshes.make_mesh(**dataclasses.asdict(cfg.mesh))
-    tokenizer = options.tokenizer(cfg.model, config.vocabulary)
+    tokenizer = options.tokenizer(cfg.model, config.vocab_size)
     prompts, text = read_prompts(cfg, tokenizer, config.max_positions)
-    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
+    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     strings = [options.new_lines(string).encode() for string in cfg.sampling.stop_strings]
-    pieces = options.pieces(tokenizer, config.vocabulary)
+    pieces = options.pieces(tokenizer, config.vocab_size)
     pieces = [b"" if i in tokenizer.stop else piece for i, piece in enumerate(pieces)]
     check_sampling(sampling)
 
@@ -79,7 +79,7 @@ def main(cfg: Config) -> list[dict]:
 
     config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
     config = dataclasses.replace(config, dtype=cfg.dtype)
-    places = meshes.param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    places = meshes.param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
     params, lm = {"decoder": hf.load(cfg.model, config, places, cfg.dtype)}, decoder.language_model(config)
 
     records, rates, began = [], [], time.perf_counter()

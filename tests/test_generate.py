@@ -42,7 +42,7 @@ def sampled(cfg: generate.Config, prompts: list[str]):
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     tokens, mask = pad_left(ids, max(map(len, ids)), 0)
     rows = Rows(tokens, mask, np.arange(len(ids), dtype=np.int32), [{} for _ in ids], 0)
-    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
+    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     params = {"decoder": hf.load(cfg.model, config)}
     traj = sample(decoder.language_model(config), params, {}, rows, sampling, cfg.seed, 0)
     for row in range(len(ids) * cfg.n):

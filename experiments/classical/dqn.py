@@ -66,7 +66,7 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
     def train(params, key, hyper: Hyper):
         optimizer = optax.flatten(optax.adam(hyper.learning_rate))
-        update = make_update(dqn(mlp.action_values, sizes.double, sizes.huber), optimizer)
+        update = make_update(dqn(mlp.q_values, sizes.double, sizes.huber), optimizer)
         starting, learning, key = jax.random.split(key, 3)
         carry = reset_envs(env, starting, sizes.rows)
         see = jax.ShapeDtypeStruct(carry[0].shape[1:], carry[0].dtype)

@@ -133,7 +133,9 @@ def test_rows_of_the_fisher_matrix_need_not_divide():
 
 # ---------------------------------------------------------------------------------------------------- a language model
 
-DECODER = DecoderConfig(vocabulary=16, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, mlp_width=16)
+DECODER = DecoderConfig(
+    vocab_size=16, hidden_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=16
+)
 POLICY = models.make_policy(DECODER)
 STOP = 3
 
