@@ -20,7 +20,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from rljax.rollouts.sampler import sample
 
 import arithmetic_sft
 import options
@@ -31,6 +30,7 @@ from rljax.models import policy
 from rljax.ops.shaping import at_last_decision
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
+from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say
 from rljax.train.metrics import describe, require_on_policy, reward_and_kl

@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from rljax.rollouts.sampler import sample
 
 import options
 from options import MeshShape, Optimizer
@@ -28,6 +27,7 @@ from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
+from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say, write_atomically
 from rljax.train.objective import policy_objective

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from functools import partial
 
-from rljax.rollouts.sampler import sample
-
 from options import Batches
 from rljax.data.prompts import Prompts
 from rljax.rollouts import partial as rollouts
+from rljax.rollouts.sampler import sample
 from rljax.train.mesh import Shardings, place_prompts
 from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
 

@@ -23,15 +23,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-from rljax.rollouts.decode_state import Completions
-from rljax.rollouts.sample_token import check_sampling
-from rljax.rollouts.streaming import stream
-
 import options
 from rljax.data.prompts import Prompts, from_template, read_jsonl
 from rljax.data.stop_strings import text_so_far
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
+from rljax.rollouts.decode_state import Completions
+from rljax.rollouts.sample_token import check_sampling
+from rljax.rollouts.streaming import stream
 from rljax.train import mesh as meshes
 from rljax.train.log import live, say, short
 
@@ -63,7 +62,8 @@ def main(cfg: Config) -> list[dict]:
         raise ValueError(f"--out {cfg.out} exists; legal: a new file")
     if cfg.sampling.max_concurrent is not None:
         raise ValueError(
-            f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are drawn; legal in a stream: max_concurrent=None"
+            f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are drawn; "
+            "legal in a stream: max_concurrent=None"
         )
     config, mesh = hf.read_config(cfg.model), meshes.make_mesh(**dataclasses.asdict(cfg.mesh))
     tokenizer = options.tokenizer(cfg.model, config.vocab_size)

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-from rljax.rollouts.sampler import sample
 
 import options
 from draws import make_draw, nobody
@@ -32,6 +31,7 @@ from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import make_score
 from rljax.rewards.text import animals
+from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import say
 from rljax.train.metrics import describe, require_on_policy, reward_and_kl

@@ -192,10 +192,19 @@ class LM(NamedTuple):
 # --------------------------------------------------------------------------------------------- inputs of the sampler
 
 
+class Resume(NamedTuple):
+    """Completions to go on with: which, and what is known of the tokens that were sampled earlier."""
+
+    requests: np.ndarray  # [R 2] (row, completion): which completions to sample
+    facts: dict[str, np.ndarray] | None = None  # [P L] each: chosen (the token was sampled), logp, temperature,
+    # version, terminated, truncated; None: all tokens are prompts
+    start_step: np.ndarray | None = None  # [P] the step whose key samples the row; None: the present one
+
+
 class Rows(NamedTuple):
     """P prompts as drawn from a dataset, on the host. Prompts are padded on the left: they end in the same column.
 
-    A prompt may include the beginning of a completion: `past` says which of its tokens a policy chose, and how.
+    A row may hold the beginning of a completion too: `resume` says which of its tokens were sampled, and how.
     """
 
     tokens: np.ndarray  # [P L] int32
@@ -203,10 +212,7 @@ class Rows(NamedTuple):
     number: np.ndarray  # [P] int32: number in the draw order, from which the sampler's key is derived
     columns: list[dict]  # the dataset's columns, one dict a prompt
     cursor: int  # where the next draw starts
-    requests: np.ndarray | None = None  # [R 2] (row, completion): which completions to draw; None: 0 .. n-1 of each row
-    past: dict[str, np.ndarray] | None = None  # [P L] each, of the tokens: chosen, logp, temperature, version,
-    # terminated, truncated
-    began: np.ndarray | None = None  # [P] the step whose key draws the row; None: the current one
+    resume: Resume | None = None  # None: completions 0 .. n-1 of each row, from their first token
 
 
 @struct.dataclass
@@ -227,13 +233,11 @@ class Sampling:
     min_tokens: Array | int | None = None  # no stop token before a completion has this many
     stop_strings: Array | None = None  # [states V] automaton over tokens: the next state; below 0: stop
     n: int = struct.field(pytree_node=False, default=1)  # completions per prompt (G)
-    max_tokens: int = struct.field(pytree_node=False, default=64)  # of a completion, its past included
+    max_tokens: int = struct.field(pytree_node=False, default=64)  # of a completion, what was sampled earlier included
     stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end a completion (EOS)
     logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # of the policy's
     # distribution at the temperature, which the trainer computes too, or of the distribution after all these settings
-    max_concurrent: int | None = struct.field(
-        pytree_node=False, default=None
-    )  # rows decoded at a time, refilled; None: all at once
+    max_concurrent: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all
     stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when this many completions have ended
 
 

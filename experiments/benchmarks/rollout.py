@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import tyro
 from common import W1, W2, alternately, bandwidth, peak, prompts
 from jax.sharding import NamedSharding, PartitionSpec
-from rljax.rollouts.sampler import sample, sample_and_count
 
 from rljax.models import decoder, policy
 from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.ops.sampling import invert_cdf
+from rljax.rollouts.sampler import sample, sample_and_count
 from rljax.train import mesh as meshes
 from rljax.train.log import say, table
 from rljax.types import Sampling

@@ -14,15 +14,15 @@ class State(NamedTuple):
 
 
 def make_catch(rows: int = 10, columns: int = 5) -> Env:
-    """The board as an Env that observes it as [rows · columns] zeros and ones. Actions: left, stay, right.
+    """Catch as an Env that observes the board as [rows · columns] zeros and ones. Actions: left, stay, right.
 
     An episode has rows - 1 steps; only the last one is rewarded, and it terminates.
     """
 
     def observe(state: State):
         paddle = jnp.stack([jnp.int32(rows - 1), state.paddle])
-        marked = jnp.stack([state.ball, paddle]) @ jnp.array([columns, 1])
-        return jax.nn.one_hot(marked, rows * columns).max(axis=0)
+        cells = jnp.stack([state.ball, paddle]) @ jnp.array([columns, 1])
+        return jax.nn.one_hot(cells, rows * columns).max(axis=0)
 
     def reset(key, params):
         column = jax.random.randint(key, (), 0, columns)
@@ -33,7 +33,8 @@ def make_catch(rows: int = 10, columns: int = 5) -> Env:
         paddle = jnp.clip(state.paddle + action - 1, 0, columns - 1)
         new = State(state.ball + jnp.array([1, 0]), paddle)
         landed = new.ball[0] == rows - 1
-        reward = jnp.where(landed, jnp.where(new.ball[1] == paddle, 1.0, -1.0), 0.0)
+        caught = new.ball[1] == paddle
+        reward = jnp.where(landed, jnp.where(caught, 1.0, -1.0), 0.0)
         return Step(observe(new), new, reward, landed, jnp.bool_(False), {})
 
     return Env(reset, step, 3, None)

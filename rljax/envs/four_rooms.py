@@ -1,9 +1,11 @@
-"""Four rooms (Sutton, Precup & Singh 1999): a maze with one goal, reward 1, where a third of the steps go astray."""
+"""Four rooms (Sutton, Precup & Singh 1999): a maze with one goal, reward 1; a third of the actions slip."""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from rljax.envs.env import Env
-from rljax.envs.maze import Maze, env_of, one_hot
+from rljax.envs.maze import Maze, maze_env, one_hot
 
 MAP = """
 xxxxxxxxxxxxx
@@ -22,18 +24,24 @@ xxxxxxxxxxxxx
 """
 
 
-def make_four_rooms(start=(4, 1), goal=(8, 9), slip: float = 4 / 9, limit: int = 500, observe=one_hot) -> Env:
-    """The map of gymnax. `slip` 4/9: a third of the actions become another one (a uniform draw may be the chosen one).
+def make_four_rooms(
+    start: tuple[int, int] | None = (4, 1),
+    goal: tuple[int, int] = (8, 9),
+    slip: float = 4 / 9,
+    max_steps: int = 500,
+    observe: Callable = one_hot,
+) -> Env:
+    """The map of gymnax. slip 4/9: a third of the actions become another one (a uniform draw may be the chosen one).
 
     start None: any free cell but the goal. Raises ValueError for a position in a wall, or a start at the goal.
     """
     lines = MAP.strip().splitlines()
-    for name, place in (("goal", goal), ("start", start)):
-        if place is not None and lines[place[0]][place[1]] == "x":
-            raise ValueError(f"{name} at {place} is in a wall")
+    for name, position in (("goal", goal), ("start", start)):
+        if position is not None and lines[position[0]][position[1]] == "x":
+            raise ValueError(f"{name} at {position} is in a wall")
     if start == goal:
         raise ValueError(f"start and goal are both at {goal}; legal: two cells")
     walls = jnp.array([[cell == "x" for cell in line] for line in lines])
     at_goal = jnp.zeros(walls.shape, bool).at[goal].set(True)
     starts = ~walls & ~at_goal if start is None else jnp.zeros(walls.shape, bool).at[start].set(True)
-    return env_of(Maze(walls, starts, at_goal, 1.0 * at_goal, jnp.float32(slip), jnp.int32(limit)), observe)
+    return maze_env(Maze(walls, starts, at_goal, 1.0 * at_goal, jnp.float32(slip), jnp.int32(max_steps)), observe)

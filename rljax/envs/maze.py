@@ -26,32 +26,32 @@ MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))  # up, down, left, right
 
 
 class Maze(NamedTuple):
-    """The map, cell by cell [rows columns], and two numbers."""
+    """Parameters: the map, cell by cell [rows columns], slip and time limit."""
 
     walls: jax.Array  # bool
-    starts: jax.Array  # bool: an episode begins in one of them
+    starts: jax.Array  # bool: an episode starts in one of them
     ends: jax.Array  # bool: an episode ends there
-    rewards: jax.Array  # of a step that leads there, or stays there
+    rewards: jax.Array  # of a step that ends in the cell
     slip: jax.Array  # probability that an action drawn uniformly takes the place of the one chosen
-    limit: jax.Array  # steps after which an episode is truncated
+    max_steps: jax.Array  # an episode is truncated after
 
 
 class State(NamedTuple):
     position: jax.Array  # row, column
-    time: jax.Array
+    time: jax.Array  # steps so far
 
 
-def number(position, maze: Maze):
-    """The position as one number, row by row."""
+def cell_index(position: jax.Array, maze: Maze) -> jax.Array:
+    """The position as one integer, row by row."""
     return position[0] * maze.walls.shape[1] + position[1]
 
 
-def one_hot(position, maze: Maze):
+def one_hot(position: jax.Array, maze: Maze) -> jax.Array:
     """[rows · columns]"""
-    return jax.nn.one_hot(number(position, maze), maze.walls.size)
+    return jax.nn.one_hot(cell_index(position, maze), maze.walls.size)
 
 
-def row_and_column(position, maze: Maze):
+def row_and_column(position: jax.Array, maze: Maze) -> jax.Array:
     """[2], each from 0 to 1."""
     return position / jnp.maximum(jnp.asarray(maze.walls.shape) - 1, 1)
 
@@ -63,24 +63,25 @@ def make_maze(
     goal: tuple[int, int] | None = (0, 2),
     trap: tuple[int, int] | None = (1, 2),
     walls: tuple[tuple[int, int], ...] = (),
-    limit: int = 50,
+    max_steps: int = 50,
     slip: float = 0.0,
     reward: float = 10.0,
     observe: Callable = one_hot,
 ) -> Env:
-    """A maze as an Env. Positions are (row, column); start None: any cell where one can stand.
+    """A maze as an Env. Positions are (row, column); start None: any cell that is no wall and no end.
 
     Args: reward: of the goal; the trap's is its negative. observe: (position, maze) -> observation: `one_hot`,
-    `row_and_column`, `number`, or the caller's own.
+    `row_and_column`, `cell_index`, or the caller's own.
 
-    Raises ValueError for a position off the grid or in a wall, two ends in one place, or nowhere to begin.
+    Raises ValueError for a position off the grid or in a wall, two ends in one cell, or no cell to start in.
     """
     blank = jnp.zeros((rows, columns), bool)
-    named = {"start": start, "goal": goal, "trap": trap, **{f"wall {n}": wall for n, wall in enumerate(walls)}}
-    for name, place in named.items():
+    special = {"start": start, "goal": goal, "trap": trap}
+    cells = special | {f"wall {n}": wall for n, wall in enumerate(walls)}
+    for name, place in cells.items():
         if place is not None and not (0 <= place[0] < rows and 0 <= place[1] < columns):
             raise ValueError(f"{name} at {place} is off the grid of {rows} x {columns}")
-        if name in ("start", "goal", "trap") and place in walls:
+        if name in special and place in walls:
             raise ValueError(f"{name} at {place} is in a wall")
     for name, place, others in (("trap", trap, (goal,)), ("start", start, (goal, trap))):
         if place is not None and place in others:
@@ -92,38 +93,40 @@ def make_maze(
             marked = marked if place is None else marked.at[place].set(True)
         return marked
 
-    blocked, ends = mark(*walls), mark(goal, trap)
+    blocked = mark(*walls)
+    ends = mark(goal, trap)
     starts = ~(blocked | ends) if start is None else mark(start)
     if not starts.any():
         raise ValueError("no cell is left to begin in: all are walls or ends")
     rewards = reward * mark(goal) - reward * mark(trap)
-    return env_of(Maze(blocked, starts, ends, rewards, jnp.float32(slip), jnp.int32(limit)), observe)
+    return maze_env(Maze(blocked, starts, ends, rewards, jnp.float32(slip), jnp.int32(max_steps)), observe)
 
 
-def env_of(maze: Maze, observe: Callable = one_hot) -> Env:
+def maze_env(maze: Maze, observe: Callable = one_hot) -> Env:
     """The Env of a map."""
 
     def reset(key, maze: Maze):
-        place = jax.random.categorical(key, jnp.where(maze.starts.ravel(), 0.0, -jnp.inf))
-        position = jnp.stack(jnp.divmod(place, maze.walls.shape[1])).astype(jnp.int32)
+        cell = jax.random.categorical(key, jnp.where(maze.starts.ravel(), 0.0, -jnp.inf))
+        position = jnp.stack(jnp.divmod(cell, maze.walls.shape[1])).astype(jnp.int32)
         return observe(position, maze), State(position, jnp.int32(0))
 
     def step(key, state: State, action, maze: Maze) -> Step:
-        whether, which = jax.random.split(key)
-        slipped = jax.random.uniform(whether) < maze.slip
-        action = jnp.where(slipped, jax.random.randint(which, (), 0, len(MOVES)), action)
+        slip_key, action_key = jax.random.split(key)
+        slipped = jax.random.uniform(slip_key) < maze.slip
+        random_action = jax.random.randint(action_key, (), 0, len(MOVES))
+        action = jnp.where(slipped, random_action, action)
         position = move(state.position, action, maze)
         row, column = position
         new = State(position, state.time + 1)
-        ended = maze.ends[row, column]
-        truncated = ~ended & (new.time >= maze.limit)
-        return Step(observe(position, maze), new, maze.rewards[row, column], ended, truncated, {})
+        terminated = maze.ends[row, column]
+        truncated = ~terminated & (new.time >= maze.max_steps)
+        return Step(observe(position, maze), new, maze.rewards[row, column], terminated, truncated, {})
 
     return Env(reset, step, len(MOVES), maze)
 
 
-def move(position, action, maze: Maze):
-    """Where an action leads: nowhere, where the grid ends or a wall stands."""
+def move(position: jax.Array, action: jax.Array, maze: Maze) -> jax.Array:
+    """The position after an action: the same one at the edge of the grid or in front of a wall."""
     target = position + jnp.asarray(MOVES, jnp.int32)[action]
     inside = jnp.clip(target, 0, jnp.asarray(maze.walls.shape, jnp.int32) - 1)
     free = (inside == target).all() & ~maze.walls[inside[0], inside[1]]
@@ -131,12 +134,12 @@ def move(position, action, maze: Maze):
 
 
 def maze_mdp(maze: Maze, gamma: float) -> TabularMDP:
-    """The maze as tables, its cells numbered row by row, its ends terminal. The time limit is no part of it."""
+    """The maze as tables, its cells indexed row by row, its ends terminal. The time limit is no part of it."""
     rows, columns = maze.walls.shape
     cells = jnp.stack(jnp.divmod(jnp.arange(rows * columns), columns), axis=1).astype(jnp.int32)
 
     def outcome(cell, action):
         position = move(cell, action, maze)
-        return number(position, maze), maze.rewards[position[0], position[1]]
+        return cell_index(position, maze), maze.rewards[position[0], position[1]]
 
     return tabulate(outcome, cells, len(MOVES), maze.ends.ravel(), gamma, maze.slip)

@@ -2,7 +2,7 @@
 
     r = -(θ² + 0.1 θ'² + 0.001 u²)        θ = 0 is up, in (-π, π]
 
-Equations and numbers are those of gym's `pendulum.py`.
+Equations and constants are those of gym's `pendulum.py`.
 """
 
 from typing import NamedTuple
@@ -12,43 +12,48 @@ import jax.numpy as jnp
 
 from rljax.envs.env import Box, Env, Step
 
-TORQUE, SPEED = 2.0, 8.0  # bounds
+MAX_TORQUE = 2.0
+MAX_SPEED = 8.0
 
 
 class Pendulum(NamedTuple):
+    """Parameters."""
+
     gravity: float = 10.0
     mass: float = 1.0
     length: float = 1.0
-    seconds: float = 0.05  # of a step
-    limit: int = 200
+    dt: float = 0.05  # seconds a step
+    max_steps: int = 200  # an episode is truncated after
 
 
 class State(NamedTuple):
     angle: jax.Array
     speed: jax.Array
-    time: jax.Array
+    time: jax.Array  # steps so far
 
 
-def make_pendulum(**numbers) -> Env:
-    """The pendulum as an Env that observes cos θ, sin θ, θ'; `numbers`: fields of `Pendulum`."""
-    return Env(reset, step, Box((-TORQUE,), (TORQUE,)), Pendulum(**numbers))
+def make_pendulum(**params) -> Env:
+    """The pendulum as an Env that observes cos θ, sin θ, θ'. params: fields of `Pendulum`."""
+    return Env(reset, step, Box((-MAX_TORQUE,), (MAX_TORQUE,)), Pendulum(**params))
 
 
-def observe(state: State):
+def _observe(state: State):
     return jnp.stack([jnp.cos(state.angle), jnp.sin(state.angle), state.speed])
 
 
-def reset(key, params: Pendulum):
+def reset(key: jax.Array, params: Pendulum) -> tuple[jax.Array, State]:
     angle, speed = jax.random.uniform(key, (2,), minval=-1.0) * jnp.array([jnp.pi, 1.0])
     state = State(angle, speed, jnp.int32(0))
-    return observe(state), state
+    return _observe(state), state
 
 
-def step(key, state: State, action, params: Pendulum) -> Step:
-    torque = jnp.clip(action[0], -TORQUE, TORQUE)
+def step(key: jax.Array, state: State, action: jax.Array, params: Pendulum) -> Step:
+    torque = jnp.clip(action[0], -MAX_TORQUE, MAX_TORQUE)
     angle = (state.angle + jnp.pi) % (2 * jnp.pi) - jnp.pi
     reward = -(angle**2 + 0.1 * state.speed**2 + 0.001 * torque**2)
-    rate = 1.5 * params.gravity / params.length * jnp.sin(state.angle) + 3.0 * torque / (params.mass * params.length**2)
-    speed = jnp.clip(state.speed + rate * params.seconds, -SPEED, SPEED)
-    new = State(state.angle + speed * params.seconds, speed, state.time + 1)
-    return Step(observe(new), new, reward, jnp.bool_(False), new.time >= params.limit, {})
+    gravity_term = 1.5 * params.gravity / params.length * jnp.sin(state.angle)
+    torque_term = 3.0 * torque / (params.mass * params.length**2)
+    acceleration = gravity_term + torque_term
+    speed = jnp.clip(state.speed + acceleration * params.dt, -MAX_SPEED, MAX_SPEED)
+    new = State(state.angle + speed * params.dt, speed, state.time + 1)
+    return Step(_observe(new), new, reward, jnp.bool_(False), new.time >= params.max_steps, {})

@@ -1,1 +1,1 @@
-"""What happened: answers drawn from a language model, episodes of an environment."""
+"""Rollouts: completions sampled from a language model, episodes of an environment."""

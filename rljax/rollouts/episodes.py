@@ -1,24 +1,27 @@
 """Episodes of a pure environment: one a row, all rows at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rljax.rollouts.unroll import begin, chance, unroll
-from rljax.types import Params, Trajectory
+from rljax.rollouts.unroll import draw_noise, reset_envs, unroll
+from rljax.types import Array, Params, Trajectory
 
 
-def episodes(env, act: Callable, params: Params, key, rows: int, length: int, draws: int = 1) -> Trajectory:
+def episodes(env: Any, act: Callable, params: Params, key: Array, rows: int, length: int, draws: int = 1) -> Trajectory:
     """One episode a row, of at most `length` decisions; columns after its end are masked.
 
     Args: as of `unroll`. An episode still running at the end is truncated there.
     """
-    starting, playing = jax.random.split(key)
-    first = begin(env, starting, rows)
-    once = jax.tree.map(lambda x: x[0], first)
-    masked = env._replace(reset=lambda key, params: once)  # what follows an end is masked: no resets to pay for
-    _, traj = unroll(masked, act, params, chance(masked, playing, rows, length, draws), first)
+    reset_key, noise_key = jax.random.split(key)
+    carry = reset_envs(env, reset_key, rows)
+    one_reset = jax.tree.map(lambda x: x[0], carry)
+    # What follows an end is masked, so any state will do there: no resets are paid for.
+    masked_env = env._replace(reset=lambda key, params: one_reset)
+    noise = draw_noise(masked_env, noise_key, rows, length, draws)
+    _, traj = unroll(masked_env, act, params, noise, carry)
     ended = (traj.terminated | traj.truncated).astype(jnp.int32)
     mask = jnp.cumsum(ended, axis=1) - ended == 0
     running = mask[:, -1] & (ended[:, -1] == 0)

@@ -1,10 +1,10 @@
-"""Partial rollouts: answers that `sampling.stop_after` cut short go on in a later step, with the policy of that step.
+"""Partial rollouts: completions that `sampling.stop_after` interrupted go on in a later step, with its policy.
 
-What was drawn keeps the log-probs, temperatures and version of the policy that drew it; what follows gets the new
-one's, and is drawn by the same key: with the same parameters the answer is the one that was never interrupted.
+What was sampled keeps the log-probs, temperatures and version of the policy that sampled it; what follows gets the new
+one's, and is sampled with the same key: with the same parameters the completion is the one that was never interrupted.
 
-`turn` is a step with P groups in play of which all but a fixed number are learnt from (APRIL, arXiv:2509.18521, with
-whole groups): no step waits for its longest answers, and none is lost.
+`partial_step` is a step with P groups in progress of which all but a fixed number are trained on (APRIL,
+arXiv:2509.18521, with whole groups): no step waits for its longest completions, and none is lost.
 """
 
 from collections.abc import Callable
@@ -13,168 +13,232 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.rollouts.answers import PAST
-from rljax.types import Rows, Trajectory
+from rljax.types import Resume, Rows, Trajectory
 
-OF_CHOSEN = ("logp", "temperature", "version", "terminated", "truncated")  # facts of a chosen token
+CHOSEN_FACTS = ("logp", "temperature", "version", "terminated", "truncated")  # of a token that was sampled
+RESUME_FACTS = ("chosen", *CHOSEN_FACTS)  # keys of `Resume.facts`
+ROW_ARRAYS = ("tokens", "mask", "number")  # arrays of `Rows`
 
 
-def turn(
-    draw: Callable[[Rows], Trajectory], fresh: Rows, carried: Rows | None, n: int, wait: int, step: int, width: int
+def partial_step(
+    rollout: Callable[[Rows], Trajectory],
+    new_prompts: Rows,
+    carried: Rows | None,
+    n: int,
+    carry_over: int,
+    step: int,
+    width: int,
 ) -> tuple[Trajectory, Rows, Rows]:
-    """A trajectory of finished groups; the rows they were drawn from; `wait` other groups, for the next turn.
+    """One step: a trajectory of finished groups, the rows they were sampled from, and the groups to carry over.
 
     Args:
-      draw: rows -> trajectory, with a sampling whose `stop_after` leaves `wait` answers out at most.
-      fresh, carried: new prompts, and what the last turn left: None in the first. n: answers a prompt.
-      width: columns of prompt and answer together.
+      rollout: rows -> trajectory, with a sampling whose `stop_after` leaves at most `carry_over` completions out.
+      new_prompts, carried: fresh prompts, and what the last step carried over; None in the first step.
+      n: completions a prompt. carry_over: groups left for the next step.
+      width: columns of prompt and completion together.
     """
-    rows = fresh if carried is None else join(carried, fresh, n, step)
-    traj = fit(draw(rows), width - 1)
-    leaves, stays = divide(traj, len(traj.mask) // n - wait)
-    return jax.tree.map(lambda x: x[leaves], traj), rows, resume(rows, traj, n, step, stays, width)
+    rows = new_prompts if carried is None else join_rows(carried, new_prompts, n, step)
+    traj = fit_columns(rollout(rows), width - 1)
+    num_finished = len(traj.mask) // n - carry_over
+    finished, others = split_finished_groups(traj, num_finished)
+    carried = resume_rows(rows, traj, n, step, others, width)
+    return jax.tree.map(lambda x: x[finished], traj), rows, carried
 
 
-def store(carried: Rows) -> dict[str, np.ndarray]:
-    """What a checkpoint keeps of carried rows: arrays of fixed shapes."""
-    _, answer = carried.requests.T
-    fields = {name: getattr(carried, name) for name in ("tokens", "mask", "number", "began")}
-    return fields | {"answer": answer} | carried.past
+# ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def blank(wait: int, n: int, width: int) -> dict[str, np.ndarray]:
-    """`store` before the first turn."""
-    of_rows, shape = np.full(wait * n, -1, np.int32), (wait * n, width)
-    kinds = {"logp": np.float32, "temperature": np.float32, "tokens": np.int32, "version": np.int32}
-    return {name: np.zeros(shape, kinds.get(name, bool)) for name in ("tokens", "mask", *PAST)} | {
-        name: of_rows for name in ("number", "began", "answer")
-    }
+def carry_to_arrays(carried: Rows) -> dict[str, np.ndarray]:
+    """Carried rows as arrays of fixed shapes, under the names that checkpoints have."""
+    arrays = {name: getattr(carried, name) for name in ROW_ARRAYS}
+    arrays["began"] = carried.resume.start_step
+    arrays["answer"] = carried.resume.requests[:, 1]
+    return arrays | carried.resume.facts
 
 
-def restore(stored: dict, columns: Callable[[np.ndarray], list[dict]]) -> Rows | None:
-    """The rows that `store` took apart, None of `blank`. columns: numbers of prompts -> their columns."""
-    stored = {name: np.asarray(x) for name, x in stored.items()}
-    if (stored["number"] < 0).any():
+def empty_carry(carry_over: int, n: int, width: int) -> dict[str, np.ndarray]:
+    """`carry_to_arrays` before the first step: arrays of its shapes, with prompt numbers of -1."""
+    B = carry_over * n
+    dtypes = {"logp": np.float32, "temperature": np.float32, "tokens": np.int32, "version": np.int32}
+    arrays = {name: np.zeros((B, width), dtypes.get(name, bool)) for name in ("tokens", "mask", *RESUME_FACTS)}
+    for name in ("number", "began", "answer"):
+        arrays[name] = np.full(B, -1, np.int32)
+    return arrays
+
+
+def carry_from_arrays(arrays: dict, columns: Callable[[np.ndarray], list[dict]]) -> Rows | None:
+    """The rows of `carry_to_arrays`; None of `empty_carry`. columns: numbers of prompts -> their dataset columns."""
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
+    if (arrays["number"] < 0).any():
         return None
-    requests = np.stack([np.arange(len(stored["number"]), dtype=np.int32), stored["answer"]], axis=1)
-    return Rows(
-        **{name: stored[name] for name in ("tokens", "mask", "number", "began")},
-        columns=columns(stored["number"]),
-        cursor=0,
-        requests=requests,
-        past={name: stored[name] for name in PAST},
+    row = np.arange(len(arrays["number"]), dtype=np.int32)
+    resume = Resume(
+        requests=np.stack([row, arrays["answer"]], axis=1),
+        facts={name: arrays[name] for name in RESUME_FACTS},
+        start_step=arrays["began"],
     )
+    row_arrays = {name: arrays[name] for name in ROW_ARRAYS}
+    return Rows(**row_arrays, columns=columns(arrays["number"]), cursor=0, resume=resume)
 
 
-def unfinished(traj: Trajectory) -> np.ndarray:
-    """Which rows neither met a stop nor reached their limit. bool [B]"""
+# ------------------------------------------------------------------------------------------------------ which rows
+
+
+def unfinished_rows(traj: Trajectory) -> np.ndarray:
+    """Which rows neither met a stop nor reached max_tokens. bool [B]"""
     return ~np.asarray(traj.terminated | traj.truncated).any(axis=1)
 
 
-def divide(traj: Trajectory, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `count` finished groups, the earliest prompts first, and those of all others. Groups stay together.
+def split_finished_groups(traj: Trajectory, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `count` finished groups, the earliest prompts first, and the rows of all others. Groups stay together.
 
-    Raises ValueError where fewer are finished: `stop_after` must leave at most as many answers as groups may wait.
+    Raises ValueError where fewer are finished: `stop_after` interrupted completions of too many groups.
     """
     group = np.asarray(traj.group)
-    late = set(group[unfinished(traj)].tolist())
-    ready = [number for number in np.unique(group).tolist() if number not in late][:count]
-    if len(ready) < count:
-        raise ValueError(f"{len(ready)} groups are finished, {count} are to leave; enough lets too many wait")
+    unfinished = set(group[unfinished_rows(traj)].tolist())
+    finished = [number for number in np.unique(group).tolist() if number not in unfinished][:count]
+    if len(finished) < count:
+        raise ValueError(f"{len(finished)} groups are finished, {count} are needed; stop_after is too small")
     order = np.argsort(group, kind="stable")
-    leaves = np.isin(group[order], ready)
-    return order[leaves], order[~leaves]
+    is_finished = np.isin(group[order], finished)
+    return order[is_finished], order[~is_finished]
 
 
-def resume(
+# ------------------------------------------------------------------------------------------------------ rows to resume
+
+
+def resume_rows(
     rows: Rows, traj: Trajectory, n: int, step: int, which: np.ndarray | None = None, width: int | None = None
 ) -> Rows:
-    """Answers as rows that `sample` goes on with, or leaves as they are if they are finished.
+    """Completions as rows that `sample` goes on with, or leaves as they are if they are finished.
 
     Args:
-      rows, traj: what was sampled, n answers to each row (1 where `rows.requests` named them), and what came of it.
-      step: the one they were drawn in.
+      rows, traj: what was sampled, n completions of each row (or those of `rows.resume`), and the result.
+      step: the one they were sampled in.
       which: rows of traj; the unfinished ones by default. Raises ValueError where there are none.
-      width: columns of the result, in which the rows end; as many as fit whatever comes by default.
+      width: columns of the result, which the rows end in; by default as many as the trajectory's tokens.
     """
-    which = np.flatnonzero(unfinished(traj)) if which is None else np.asarray(which)
+    which = np.flatnonzero(unfinished_rows(traj)) if which is None else np.asarray(which)
     if not len(which):
-        raise ValueError("every answer is finished: there is nothing to resume")
-    source, answer = (np.repeat(np.arange(len(rows.number)), n), np.tile(np.arange(n), len(rows.number)))
-    if rows.requests is not None:
-        source, answer = np.asarray(rows.requests).T
-    names = ("inputs", "actions", "mask", "logp", "temperature", "terminated", "truncated")
-    part = {name: np.asarray(getattr(traj, name))[which] for name in names}
-    part["version"] = np.full_like(part["inputs"], step) if traj.version is None else np.asarray(traj.version)[which]
-    shift = lambda x: np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)  # noqa: E731
-    there = _tokens_there(np.asarray(traj.segments)[which] > 0, np.asarray(rows.tokens).shape[1] - 1)
-    fields = {name: shift(part[name]) for name in OF_CHOSEN} | {
-        "tokens": np.concatenate([part["inputs"][:, :1], part["actions"]], axis=1),
-        "chosen": shift(part["mask"]),
-        "mask": there,
-    }
-    order = np.argsort(there, axis=1, kind="stable")  # padding first
-    fields = {name: _widen(np.take_along_axis(x, order, axis=1), width or x.shape[1]) for name, x in fields.items()}
-    if (fields["mask"].sum(axis=1) < there.sum(axis=1)).any():
-        raise ValueError(f"width is {width}; legal: at least {there.sum(axis=1).max()}, the longest row")
-    began = np.full(len(rows.number), step, np.int32) if rows.began is None else np.asarray(rows.began)
+        raise ValueError("every completion is finished: there is nothing to resume")
+    source, index = _source_and_index(rows, n)
+    start_step = np.full(len(rows.number), step, np.int32)
+    if rows.resume is not None and rows.resume.start_step is not None:
+        start_step = np.asarray(rows.resume.start_step)
+
+    facts = _token_facts(traj, which, step, prompt_width=np.asarray(rows.tokens).shape[1])
+    facts = _align_right(facts, width)
+    requests = np.stack([np.arange(len(which)), index[which]], axis=1).astype(np.int32)
+    source = source[which]
     return Rows(
-        tokens=fields.pop("tokens"),
-        mask=fields.pop("mask"),
-        number=np.asarray(rows.number)[source[which]],
-        columns=[rows.columns[i] for i in source[which]],
+        tokens=facts.pop("tokens"),
+        mask=facts.pop("mask"),
+        number=np.asarray(rows.number)[source],
+        columns=[rows.columns[i] for i in source],
         cursor=rows.cursor,
-        requests=np.stack([np.arange(len(which)), answer[which]], axis=1).astype(np.int32),
-        past=fields,
-        began=began[source[which]],
+        resume=Resume(requests, facts, start_step[source]),
     )
 
 
-def join(carried: Rows, fresh: Rows, n: int, step: int) -> Rows:
-    """Carried answers, one a row, then n answers to each fresh prompt; in rows of the carried ones' width."""
-    width, count = carried.tokens.shape[1], len(carried.number)
-    none = {name: np.zeros_like(carried.past[name], shape=fresh.tokens.shape) for name in PAST}
-    stack = lambda a, b: np.concatenate([np.asarray(a), _widen(np.asarray(b), width)])  # noqa: E731
-    new = np.add(np.stack(np.divmod(np.arange(len(fresh.number) * n), n), axis=1), [count, 0])
+def _source_and_index(rows: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each completion, the row of its prompt and which of the prompt's completions it is."""
+    if rows.resume is not None:
+        requests = np.asarray(rows.resume.requests)
+        return requests[:, 0], requests[:, 1]
+    P = len(rows.number)
+    return np.repeat(np.arange(P), n), np.tile(np.arange(n), P)
+
+
+def _token_facts(traj: Trajectory, which: np.ndarray, step: int, prompt_width: int) -> dict[str, np.ndarray]:
+    """Facts of tokens [B S] out of those of decisions [B T], S = T + 1: tokens, mask and RESUME_FACTS."""
+
+    def shift(x):  # the decision at t chose token t + 1
+        return np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)
+
+    def of(name):
+        return np.asarray(getattr(traj, name))[which]
+
+    actions = of("actions")
+    facts = {
+        "tokens": np.concatenate([of("inputs")[:, :1], actions], axis=1),
+        "mask": _real_tokens(of("segments") > 0, prompt_width - 1),
+        "chosen": shift(of("mask")),
+        "version": shift(np.full_like(actions, step) if traj.version is None else of("version")),
+    }
+    for name in ("logp", "temperature", "terminated", "truncated"):
+        facts[name] = shift(of(name))
+    return facts
+
+
+def _real_tokens(inside: np.ndarray, last: int) -> np.ndarray:
+    """[B S] which tokens are real, of decisions [B T]: those seen and the one chosen last.
+
+    A prompt of one token with nothing sampled makes no decision; its token is in column `last`.
+    """
+    no_column = np.zeros_like(inside[:, :1])
+    seen = np.concatenate([inside, no_column], axis=1)
+    chosen = np.concatenate([no_column, inside], axis=1)
+    real = seen | chosen
+    real[~real.any(axis=1), last] = True
+    return real
+
+
+def _align_right(facts: dict[str, np.ndarray], width: int | None) -> dict[str, np.ndarray]:
+    """The rows moved to the last of `width` columns, padding first. Raises ValueError where a row is longer."""
+    real = facts["mask"]
+    longest = real.sum(axis=1).max()
+    if width is not None and longest > width:
+        raise ValueError(f"width is {width}; legal: at least {longest}, the longest row")
+    order = np.argsort(real, axis=1, kind="stable")
+    aligned = {name: np.take_along_axis(x, order, axis=1) for name, x in facts.items()}
+    return {name: _pad_or_cut_left(x, width or x.shape[1]) for name, x in aligned.items()}
+
+
+def _pad_or_cut_left(x: np.ndarray, width: int) -> np.ndarray:
+    """x [B S] with its last columns in the last of `width`."""
+    cut = x[:, max(x.shape[1] - width, 0) :]
+    return np.pad(cut, ((0, 0), (width - cut.shape[1], 0)))
+
+
+def join_rows(carried: Rows, new_prompts: Rows, n: int, step: int) -> Rows:
+    """Carried completions, one a row, then n completions of each new prompt; in rows of the carried ones' width."""
+    width = carried.tokens.shape[1]
+    P = len(new_prompts.number)
+
+    def stack(a, b):
+        return np.concatenate([np.asarray(a), _pad_or_cut_left(np.asarray(b), width)])
+
+    source, index = _source_and_index(new_prompts, n)
+    new_requests = np.stack([source + len(carried.number), index], axis=1)
+    old = carried.resume
+    no_facts = {name: np.zeros_like(old.facts[name], shape=new_prompts.tokens.shape) for name in RESUME_FACTS}
+    resume = Resume(
+        requests=np.concatenate([old.requests, new_requests]).astype(np.int32),
+        facts={name: stack(old.facts[name], no_facts[name]) for name in RESUME_FACTS},
+        start_step=np.concatenate([old.start_step, np.full(P, step, np.int32)]),
+    )
     return Rows(
-        tokens=stack(carried.tokens, fresh.tokens),
-        mask=stack(carried.mask, fresh.mask),
-        number=np.concatenate([carried.number, fresh.number]),
-        columns=[*carried.columns, *fresh.columns],
-        cursor=fresh.cursor,
-        requests=np.concatenate([carried.requests, new]).astype(np.int32),
-        past={name: stack(carried.past[name], none[name]) for name in PAST},
-        began=np.concatenate([carried.began, np.full(len(fresh.number), step, np.int32)]),
+        tokens=stack(carried.tokens, new_prompts.tokens),
+        mask=stack(carried.mask, new_prompts.mask),
+        number=np.concatenate([carried.number, new_prompts.number]),
+        columns=[*carried.columns, *new_prompts.columns],
+        cursor=new_prompts.cursor,
+        resume=resume,
     )
 
 
-def fit(traj: Trajectory, decisions: int) -> Trajectory:
+def fit_columns(traj: Trajectory, decisions: int) -> Trajectory:
     """A sampled trajectory with its rows from the first column on, in fewer columns: padding on their left is cut.
 
     Raises ValueError where a row has more decisions.
     """
-    there, T = traj.segments > 0, traj.segments.shape[1]
-    first = jnp.argmax(there, axis=1)
-    end = jnp.where(there.any(axis=1), T - jnp.argmax(there[:, ::-1], axis=1) - first, 0).max()
-    if end > decisions:
-        raise ValueError(f"{decisions} decisions a row; legal: at least {end}, those of the longest")
+    real = traj.segments > 0
+    B, T = real.shape
+    first = jnp.argmax(real, axis=1)
+    from_the_right = jnp.argmax(real[:, ::-1], axis=1)
+    longest = jnp.where(real.any(axis=1), T - from_the_right - first, 0).max()
+    if longest > decisions:
+        raise ValueError(f"{decisions} decisions a row; legal: at least {longest}, those of the longest")
     columns = (first[:, None] + jnp.arange(decisions)[None]) % T  # what is cut on the left goes to the right
-    rows = jnp.arange(len(first))[:, None]
-    return jax.tree.map(lambda x: x[rows, columns] if x.shape[:2] == there.shape else x, traj)
-
-
-def _tokens_there(inside: np.ndarray, last: int) -> np.ndarray:
-    """[B S] which tokens are real, of decisions [B T]: those seen and the one chosen last.
-
-    A prompt of one token with nothing drawn makes no decision; its token stands in column `last`.
-    """
-    seen, blank = inside, np.zeros_like(inside[:, :1])
-    there = np.concatenate([blank, seen], axis=1) | np.concatenate([seen, blank], axis=1)
-    there[~there.any(axis=1), last] = True
-    return there
-
-
-def _widen(x: np.ndarray, width: int) -> np.ndarray:
-    """x [B S] with its last columns in the last of `width`."""
-    cut = x[:, max(x.shape[1] - width, 0) :]
-    return np.pad(cut, ((0, 0), (width - cut.shape[1], 0)))
+    rows = jnp.arange(B)[:, None]
+    return jax.tree.map(lambda x: x[rows, columns] if x.shape[:2] == real.shape else x, traj)

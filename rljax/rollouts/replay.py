@@ -1,47 +1,56 @@
-"""Replay: a ring of transitions, and n-step transitions out of unrolls. Pure functions over arrays."""
+"""Replay buffer: a ring of transitions, and n-step transitions out of unrolls. Pure functions over arrays."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rljax.types import Trajectory, Transition
+from rljax.types import Array, Trajectory, Transition
 
 
-class Replay(NamedTuple):
+class ReplayBuffer(NamedTuple):
     rows: Any  # a pytree, [capacity ...] each
-    written: jax.Array  # rows ever written; the newest `capacity` of them are there
+    written: Array  # [] rows ever written; the buffer holds the newest `capacity` of them
 
 
-def empty(example, capacity: int) -> Replay:
+def init_buffer(example: Any, capacity: int) -> ReplayBuffer:
     """Room for `capacity` rows like `example`, whose leaves have no leading axis (arrays, or shapes with dtypes)."""
-    return Replay(jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), example), jnp.int32(0))
+    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), example)
+    return ReplayBuffer(rows, jnp.int32(0))
 
 
-def add(replay: Replay, rows) -> Replay:
-    """The replay with n rows more, over the oldest ones where it is full.
+def add_to_buffer(buffer: ReplayBuffer, rows: Any) -> ReplayBuffer:
+    """The buffer with n rows more, over the oldest ones where it is full.
 
     Raises ValueError where n does not divide the capacity: a write would run over the end.
     """
-    capacity, n = (jax.tree.leaves(tree)[0].shape[0] for tree in (replay.rows, rows))
+    capacity = _num_rows(buffer.rows)
+    n = _num_rows(rows)
     if capacity % n:
-        raise ValueError(f"{n} rows at a time do not divide a replay of {capacity}")
-    at = replay.written % capacity
-    written = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0), replay.rows, rows)
-    return Replay(written, replay.written + n)
+        raise ValueError(f"{n} rows at a time do not divide a replay buffer of {capacity}")
+    start = buffer.written % capacity
+
+    def write(old, new):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, 0)
+
+    return ReplayBuffer(jax.tree.map(write, buffer.rows, rows), buffer.written + n)
 
 
-def draw(replay: Replay, bits):
-    """As many of the rows that are there as there are random `bits` (uint32 [n]), uniformly, with replacement.
+def sample_from_buffer(buffer: ReplayBuffer, bits: Array) -> Any:
+    """Rows of the buffer, one for each of the random `bits` (uint32 [n]), uniformly, with replacement.
 
     Uniform to a share of capacity / 2³².
     """
-    capacity = jax.tree.leaves(replay.rows)[0].shape[0]
-    where = bits % jnp.minimum(replay.written, capacity).astype(jnp.uint32)
-    return jax.tree.map(lambda x: x[where], replay.rows)
+    num_valid = jnp.minimum(buffer.written, _num_rows(buffer.rows))
+    index = bits % num_valid.astype(jnp.uint32)
+    return jax.tree.map(lambda x: x[index], buffer.rows)
 
 
-def transitions(traj: Trajectory, gamma, n: int = 1) -> Transition:
+def _num_rows(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def transitions(traj: Trajectory, gamma: float | Array, n: int = 1) -> Transition:
     """[N T] decisions of an unroll as N·T transitions of n steps, of fewer where the episode or the unroll ends.
 
         reward = Σ_{k<m} γ^k r_{t+k}        discount = γ^m, 0 where the m-th step terminated
@@ -51,18 +60,20 @@ def transitions(traj: Trajectory, gamma, n: int = 1) -> Transition:
     if n < 1:
         raise ValueError(f"n-step transitions need n >= 1, not {n}")
     T = traj.mask.shape[1]
-    reward, discount = jnp.zeros_like(traj.rewards), jnp.ones_like(traj.rewards)
-    following, going = traj.next_inputs, jnp.ones(traj.mask.shape, bool)
+    reward = jnp.zeros_like(traj.rewards)
+    discount = jnp.ones_like(traj.rewards)
+    next_observation = traj.next_inputs
+    active = jnp.ones(traj.mask.shape, bool)
     for k in range(min(n, T)):
 
         def ahead(x, k=k):  # column t + k; nothing beyond T
             return jnp.pad(x[:, k:], ((0, 0), (0, k)) + ((0, 0),) * (x.ndim - 2))
 
-        going &= ahead(traj.mask)
-        reward += jnp.where(going, discount * ahead(traj.rewards), 0.0)
-        discount = jnp.where(going, jnp.where(ahead(traj.terminated), 0.0, discount * gamma), discount)
-        wide = going.reshape(going.shape + (1,) * (following.ndim - 2))
-        following = jnp.where(wide, ahead(traj.next_inputs), following)
-        going &= ~ahead(traj.terminated | traj.truncated)
-    found = Transition(traj.inputs, traj.actions, reward, following, discount)
+        active &= ahead(traj.mask)
+        reward += jnp.where(active, discount * ahead(traj.rewards), 0.0)
+        discount = jnp.where(active, jnp.where(ahead(traj.terminated), 0.0, discount * gamma), discount)
+        wide = active.reshape(active.shape + (1,) * (next_observation.ndim - 2))
+        next_observation = jnp.where(wide, ahead(traj.next_inputs), next_observation)
+        active &= ~ahead(traj.terminated | traj.truncated)
+    found = Transition(traj.inputs, traj.actions, reward, next_observation, discount)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)

@@ -1,4 +1,4 @@
-"""CartPole, Acrobot, Pendulum, Catch, four rooms, the token MDP, auto-reset: what they do, against other hands.
+"""CartPole, Acrobot, Pendulum, Catch, four rooms, the token MDP: what they do, against other implementations.
 
 The numbers were recorded from gymnax 1.0.1 (test_gymnax.py compares step by step where it is installed).
 """
@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from rljax.envs import acrobot, cartpole, catch, pendulum
-from rljax.envs.env import auto_reset
 from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.maze import maze_mdp
-from rljax.envs.tokens import NOTHING, make_token_mdp
+from rljax.envs.tokens import NO_TOKEN, make_token_mdp
 from rljax.rollouts.episodes import episodes
 from rljax.types import trajectory_of_tokens
 
@@ -99,24 +98,6 @@ def test_four_rooms_has_doors_and_slips():
     np.testing.assert_allclose(mdp.P.sum(axis=2)[free & ~env.params.ends.ravel()], 1.0, rtol=1e-6)
 
 
-def test_auto_reset_shows_the_next_episode_and_keeps_the_last_observation():
-    env = auto_reset(catch.make_catch(rows=3))
-    observation, state = env.reset(KEY, env.params)
-    seen = []
-    for key in jax.random.split(KEY, 5):
-        out = env.step(key, state, 1, env.params)
-        seen.append((out.terminated, out.observation.reshape(3, 5), out.info["final_observation"].reshape(3, 5)))
-        state = out.state
-    assert [bool(ended) for ended, *_ in seen] == [False, True, False, True, False]
-    for ended, observation, final in seen:
-        if ended:
-            assert float(observation[0].sum()) == 1  # a ball at the top again
-            assert float(final[0].sum()) == 0
-            assert float(final[2].sum()) >= 1
-        else:
-            assert (observation == final).all()
-
-
 # ---------------------------------------------------------------------------------------------------------- token MDP
 
 STOP = 3
@@ -125,7 +106,7 @@ STOP = 3
 def test_an_episode_of_the_token_mdp_is_a_rollout_of_a_language_model():
     """Its trajectory is what `trajectory_of_tokens` makes of the same texts."""
     prompts = jnp.array([[0, 1], [2, 2]])
-    env = make_token_mdp(prompts, 4, max_steps=5, reward=lambda tokens, length: 1.0 * (tokens == 1).sum(), stop=STOP)
+    env = make_token_mdp(prompts, 4, max_tokens=5, reward=lambda tokens, length: 1.0 * (tokens == 1).sum(), stop=STOP)
 
     def act(params, uniforms, observations):
         return (4 * uniforms[:, 0]).astype(jnp.int32), jnp.full(observations.shape[0], -jnp.log(4.0))
@@ -147,5 +128,5 @@ def test_an_episode_of_the_token_mdp_is_a_rollout_of_a_language_model():
         assert jnp.where(mask, mine == other, True).all(), name
     assert bool(traj.terminated.any())
     assert bool(traj.truncated.any())
-    lengths = (traj.inputs != NOTHING).sum(axis=2)  # what is seen at t: the prompt and t tokens
+    lengths = (traj.inputs != NO_TOKEN).sum(axis=2)  # what is seen at t: the prompt and t tokens
     assert jnp.where(mask, lengths == 2 + jnp.arange(5)[None], True).all()

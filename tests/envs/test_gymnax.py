@@ -13,9 +13,9 @@ from rljax.envs.cartpole import State as CartPoleState
 from rljax.envs.cartpole import make_cartpole
 from rljax.envs.catch import State as CatchState
 from rljax.envs.catch import make_catch
-from rljax.envs.env import Box, auto_reset
+from rljax.envs.env import Box
 from rljax.envs.four_rooms import make_four_rooms
-from rljax.envs.gymnax import actions_of, make_gymnax
+from rljax.envs.gymnax import convert_action_space, make_gymnax
 from rljax.envs.maze import State as MazeState
 from rljax.envs.maze import cell_index
 from rljax.envs.pendulum import State as PendulumState
@@ -36,12 +36,12 @@ def test_without_gymnax_the_error_says_what_to_install():
 
 
 def test_spaces_that_no_policy_here_can_act_in_are_refused():
-    assert actions_of(SimpleNamespace(n=3)) == 3
-    assert actions_of(SimpleNamespace(shape=(2,), low=-1.0, high=jnp.array([1.0, 2.0]))) == Box(
+    assert convert_action_space(SimpleNamespace(n=3)) == 3
+    assert convert_action_space(SimpleNamespace(shape=(2,), low=-1.0, high=jnp.array([1.0, 2.0]))) == Box(
         (-1.0, -1.0), (1.0, 2.0)
     )
     with pytest.raises(ValueError, match="Discrete or a Box of one axis"):
-        actions_of(SimpleNamespace(shape=(2, 2)))
+        convert_action_space(SimpleNamespace(shape=(2, 2)))
 
 
 PAIRS = {
@@ -72,28 +72,33 @@ def test_every_step_is_gymnaxs_step(name):
     ours, convert = PAIRS[name]
     theirs = make_gymnax(name)
     params = theirs.params.replace(fail_prob=0.0) if name == "FourRooms-misc" else theirs.params
-    walking = auto_reset(theirs)
     assert ours.actions == theirs.actions
 
     def one(carry, key):
         _, state = carry
-        draw, move = jax.random.split(key)
+        draw, move, again = jax.random.split(key, 3)
         if isinstance(ours.actions, Box):
             own = action = jax.random.uniform(draw, (1,), minval=-3.0, maxval=3.0)
         else:
             own = jax.random.randint(draw, (), 0, ours.actions)
             action = TO_GYMNAX[name][own] if name in TO_GYMNAX else own
         mine = ours.step(move, convert(state), own, ours.params)
-        out = walking.step(move, state, action, params)
+        out = theirs.step(move, state, action, params)
         seen = mine.observation
         if name == "FourRooms-misc":  # theirs shows the positions of walker and goal
             row, column = jnp.divmod(seen, 13)
             seen = jnp.stack([row, column, 8, 9]).astype(jnp.float32)
         facts = (seen, mine.reward, mine.terminated, mine.truncated)
-        expected = (out.info["final_observation"], out.reward, out.terminated, out.truncated)
-        return (out.observation, out.state), (facts, expected)
+        expected = (out.observation, out.reward, out.terminated, out.truncated)
+        ended = out.terminated | out.truncated
+        following = jax.tree.map(
+            lambda first, last: jnp.where(ended, first, last),
+            theirs.reset(again, params),
+            (out.observation, out.state),
+        )
+        return following, (facts, expected)
 
-    start = walking.reset(jax.random.key(0), params)
+    start = theirs.reset(jax.random.key(0), params)
     _, (facts, expected) = jax.lax.scan(one, start, jax.random.split(jax.random.key(1), STEPS))
     if name == "CartPole-v1":  # gymnax's resets tell the first step of an episode apart from no other
         expected = (expected[0], jnp.ones(STEPS), *expected[2:])

@@ -42,8 +42,8 @@ def take(rows: Rows, which) -> Rows:
     return Rows(rows.tokens[which], rows.mask[which], rows.number[which], columns, 0)
 
 
-def answers(traj: Trajectory, sampling: Sampling):
-    """Tokens, log-probs and mask of the answers alone. [B N]"""
+def completions(traj: Trajectory, sampling: Sampling):
+    """Tokens, log-probs and mask of the completions alone. [B N]"""
     last = slice(traj.mask.shape[1] - sampling.max_tokens, None)
     return tuple(np.asarray(x)[:, last] for x in (traj.actions, traj.logp, traj.mask))
 
@@ -55,8 +55,8 @@ def logits_of(params, traj: Trajectory):
 
 
 @partial(jax.jit, static_argnames="count")
-def uniforms(seed, step, prompt, answer, count):
-    keys = ops.row_keys(seed, step, prompt, answer)
+def uniforms(seed, step, prompt, completion, count):
+    keys = ops.row_keys(seed, step, prompt, completion)
     return jax.vmap(lambda t: ops.token_uniforms(keys, t), out_axes=1)(jnp.arange(count))
 
 
@@ -81,8 +81,8 @@ def draws(params, rows: Rows, sampling: Sampling, seed: int, step: int, traj: Tr
     nearest boundary of the cumulative distribution. [B N] twice; settings that are scalars.
     """
     n, N = sampling.n, sampling.max_tokens
-    prompt, answer = np.repeat(rows.number, n), np.tile(np.arange(n, dtype=np.int32), len(rows.number))
-    uniform = np.float64(uniforms(seed, step, prompt, answer, N))
+    prompt, completion = np.repeat(rows.number, n), np.tile(np.arange(n, dtype=np.int32), len(rows.number))
+    uniform = np.float64(uniforms(seed, step, prompt, completion, N))
     logits = np.float64(logits_of(params, traj))[:, -N:] / sampling.temperature
     probs = softmax(logits, axis=-1)
     probs = np.where(kept(probs, sampling.top_k, sampling.top_p, sampling.min_p), probs, 0.0)
@@ -93,19 +93,19 @@ def draws(params, rows: Rows, sampling: Sampling, seed: int, step: int, traj: Tr
 
 
 def close_rows(traj: Trajectory, margins) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row: whether a draw of its answer met a boundary, and the number of draws before the first that did."""
+    """Of each row: whether a draw of it met a boundary, and the number of draws before the first that did."""
     N = margins.shape[1]
     met = (margins < CLOSE) & np.asarray(traj.mask)[:, -N:]
     return met.any(axis=1), np.where(met.any(axis=1), met.argmax(axis=1), N)
 
 
 def assert_same_sample(sampling: Sampling, traj: Trajectory, other: Trajectory, margins) -> int:
-    """Equal answers up to the first draw that met a boundary, in at most 5 % of rows. Returns how many rows met one.
+    """Equal completions up to the first draw that met a boundary, in at most 5 % of rows. Returns how many met one.
 
     margins: [B N] of `traj`, whose rows are those of `other`.
     """
     met, first = close_rows(traj, margins)
-    (tokens, logp, mask), (tokens2, logp2, mask2) = answers(traj, sampling), answers(other, sampling)
+    (tokens, logp, mask), (tokens2, logp2, mask2) = completions(traj, sampling), completions(other, sampling)
     compared = np.arange(tokens.shape[1]) < first[:, None]
     np.testing.assert_array_equal(np.where(compared, mask, 0), np.where(compared, mask2, 0))
     compared &= mask

@@ -1,4 +1,4 @@
-"""Slots, requests, interrupted answers and the exact mode against the static batch; every further setting of a draw."""
+"""Slots, requests, interrupted completions and the exact mode against the static batch; every setting of a draw."""
 
 import dataclasses
 
@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rljax.rollouts.sampler import sample, sample_and_count
 from scipy.stats import chisquare
 
 from rljax.models import decoder, policy
 from rljax.models.policy import make_policy
-from rljax.rollouts.partial import resume, unfinished
-from rljax.types import Rows, Sampling
-from rollouts.common import CONFIG, LM, STOP, answers, assert_same_sample, draws, make_rows, take
+from rljax.rollouts.partial import resume_rows, unfinished_rows
+from rljax.rollouts.sampler import sample, sample_and_count
+from rljax.types import Resume, Rows, Sampling
+from rollouts.common import CONFIG, LM, STOP, assert_same_sample, completions, draws, make_rows, take
 
 LENGTHS = [2, 9, 4, 7, 1, 9, 3, 6]
 SEED = 1
@@ -37,13 +37,13 @@ def gap(params, traj, config=CONFIG):
 
 
 @pytest.mark.parametrize("max_concurrent", [1, 5, 16, 31])
-def test_slots_draw_the_same_answers(static, params, rows, max_concurrent):
+def test_slots_draw_the_same_completions(static, params, rows, max_concurrent):
     traj, margins = static
-    got, work = sample_and_count(LM, params, {}, rows, SAMPLING.replace(max_concurrent=max_concurrent), SEED, 3)
+    got, stats = sample_and_count(LM, params, {}, rows, SAMPLING.replace(max_concurrent=max_concurrent), SEED, 3)
     assert_same_sample(SAMPLING, traj, got, margins)
     np.testing.assert_array_equal(got.group, traj.group)
     assert gap(params, got) < 1e-5
-    assert int(work.tokens) == int(got.mask.sum()) <= int(work.row_steps) <= max_concurrent * int(work.steps)
+    assert int(stats.tokens) == int(got.mask.sum()) <= int(stats.row_steps) <= max_concurrent * int(stats.steps)
 
 
 def test_slots_in_another_order(static, params, rows):
@@ -54,10 +54,10 @@ def test_slots_in_another_order(static, params, rows):
     assert_same_sample(SAMPLING, jax.tree.map(lambda x: x[mine], traj), got, margins[mine])
 
 
-def test_requests_name_the_answers(static, params, rows):
+def test_requests_name_the_completions(static, params, rows):
     traj, margins = static
     requests = np.array([[3, 1], [0, 0], [3, 2], [7, 3]])
-    got = sample(LM, params, {}, rows._replace(requests=requests), SAMPLING, SEED, 3)
+    got = sample(LM, params, {}, rows._replace(resume=Resume(requests)), SAMPLING, SEED, 3)
     mine = requests @ [4, 1]
     assert_same_sample(SAMPLING, jax.tree.map(lambda x: x[mine], traj), got, margins[mine])
 
@@ -65,20 +65,21 @@ def test_requests_name_the_answers(static, params, rows):
 @pytest.mark.parametrize("requests", [[[8, 0]], [[-1, 0]], [1, 2], np.zeros((0, 2), int)])
 def test_requests_that_do_not_exist(params, rows, requests):
     with pytest.raises(ValueError, match="requests: legal"):
-        sample(LM, params, {}, rows._replace(requests=np.asarray(requests)), SAMPLING, SEED, 3)
+        sample(LM, params, {}, rows._replace(resume=Resume(np.asarray(requests))), SAMPLING, SEED, 3)
 
 
 @pytest.mark.parametrize("max_concurrent", [None, 6])
-def test_an_interrupted_answer_goes_on(static, params, rows, max_concurrent):
-    """With the same parameters it becomes the answer that was never interrupted, and says which policy drew what."""
+def test_an_interrupted_completion_goes_on(static, params, rows, max_concurrent):
+    """With the same parameters it becomes the one that was never interrupted, and says which policy sampled what."""
     traj, margins = static
     short = SAMPLING.replace(stop_after=8, max_concurrent=max_concurrent)
     first = sample(LM, params, {}, rows, short, SEED, 3)
-    open_rows = unfinished(first)
+    open_rows = unfinished_rows(first)
     assert 0 < open_rows.sum() <= 24
     assert gap(params, first) < 1e-5
-    second = sample(LM, params, {}, resume(rows, first, 4, 3), SAMPLING.replace(max_concurrent=max_concurrent), SEED, 5)
-    assert not unfinished(second).any()
+    again = resume_rows(rows, first, 4, 3)
+    second = sample(LM, params, {}, again, SAMPLING.replace(max_concurrent=max_concurrent), SEED, 5)
+    assert not unfinished_rows(second).any()
     assert gap(params, second) < 1e-5
     for row, old in enumerate(np.flatnonzero(open_rows)):
         got, want = (np.asarray(t.actions)[i][np.asarray(t.mask)[i]] for t, i in ((second, row), (traj, old)))
@@ -92,7 +93,7 @@ def test_an_interrupted_answer_goes_on(static, params, rows, max_concurrent):
 
 def test_nothing_to_resume(static, rows):
     with pytest.raises(ValueError, match="nothing to resume"):
-        resume(rows, static[0], 4, 3)
+        resume_rows(rows, static[0], 4, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -114,7 +115,7 @@ def probabilities(params, change):
     return p / p.sum()
 
 
-def penalised(z):
+def penalized(z):
     z = z.copy()
     z[START[0]] = np.where(z[START[0]] > 0, z[START[0]] / 1.7, z[START[0]] * 1.7)
     return z
@@ -132,11 +133,11 @@ BIAS = np.linspace(-1.0, 1.0, CONFIG.vocab_size, dtype=np.float32)
 @pytest.mark.parametrize(
     ("settings", "change"),
     [
-        ({"repetition_penalty": 1.7}, penalised),
+        ({"repetition_penalty": 1.7}, penalized),
         ({"logit_bias": BIAS}, lambda z: z + BIAS),
         ({"logit_bias": BIAS[None]}, lambda z: z + BIAS),
         ({"min_tokens": 2, "stop": STOP}, without_stop),
-        ({"repetition_penalty": 1.7, "logit_bias": BIAS, "temperature": 1.5}, lambda z: penalised(z + BIAS) / 1.5),
+        ({"repetition_penalty": 1.7, "logit_bias": BIAS, "temperature": 1.5}, lambda z: penalized(z + BIAS) / 1.5),
     ],
 )
 def test_the_distribution_of_a_draw(params, settings, change):
@@ -154,14 +155,14 @@ def test_the_distribution_of_a_draw(params, settings, change):
     np.testing.assert_allclose(np.asarray(asked.logp)[mine], np.log(p[np.asarray(asked.actions)[mine]]), atol=1e-4)
 
 
-def test_a_stop_string_ends_an_answer(params):
+def test_a_stop_string_ends_a_completion(params):
     """An automaton that has met its string at the second token 20 in a row."""
     automaton = np.zeros((2, CONFIG.vocab_size), np.int32)
     automaton[:, 20] = [1, -1]
     bias = np.zeros(CONFIG.vocab_size, np.float32)
     bias[20] = 4.0
     traj = first_tokens(params, 8, stop_strings=jnp.asarray(automaton), logit_bias=bias)
-    tokens, _, mask = answers(traj, Sampling(max_tokens=8))
+    tokens, _, mask = completions(traj, Sampling(max_tokens=8))
     twice = (tokens[:, 1:] == 20) & (tokens[:, :-1] == 20) & mask[:, 1:]
     ends = np.asarray(traj.terminated)[:, -8:]
     np.testing.assert_array_equal(ends[:, 1:], twice)
@@ -171,8 +172,8 @@ def test_a_stop_string_ends_an_answer(params):
 
 def test_the_penalty_reaches_what_was_drawn(params):
     traj = first_tokens(params, 12, repetition_penalty=1e4)
-    tokens, *_ = answers(traj, Sampling(max_tokens=12))
-    plain, _, _ = answers(first_tokens(params, 12), Sampling(max_tokens=12))
+    tokens, *_ = completions(traj, Sampling(max_tokens=12))
+    plain, _, _ = completions(first_tokens(params, 12), Sampling(max_tokens=12))
     repeats = lambda rows: np.mean([len(row) - len(set(row)) for row in rows])  # noqa: E731
     assert repeats(tokens) < 0.5 * repeats(plain)
 

@@ -1,13 +1,22 @@
-"""Groups that wait for their longest answers: several steps of a policy that changes."""
+"""Groups that wait for their longest completions: several steps of a policy that changes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rljax.rollouts.sampler import sample
 
 from rljax.models.policy import make_policy
-from rljax.rollouts.partial import blank, divide, fit, restore, resume, store, turn, unfinished
+from rljax.rollouts.partial import (
+    carry_from_arrays,
+    carry_to_arrays,
+    empty_carry,
+    fit_columns,
+    partial_step,
+    resume_rows,
+    split_finished_groups,
+    unfinished_rows,
+)
+from rljax.rollouts.sampler import sample
 from rljax.types import Sampling
 from rollouts.common import CONFIG, LM, draws, make_rows, take
 
@@ -35,7 +44,7 @@ def run(policies, rows, max_concurrent=None):
         def draw(rows, params=params, step=step):
             return sample(LM, params, {}, rows, sampling, SEED, step)
 
-        traj, drawn, carried = turn(draw, fresh, carried, N, WAIT, step, WIDTH)
+        traj, drawn, carried = partial_step(draw, fresh, carried, N, WAIT, step, WIDTH)
         assert len(carried.number) == WAIT * N
         assert set(traj.group.tolist()) <= set(drawn.number.tolist())
         learnt.append(jax.tree.map(np.asarray, traj))
@@ -43,7 +52,7 @@ def run(policies, rows, max_concurrent=None):
 
 
 @pytest.mark.parametrize("max_concurrent", [None, 6])
-def test_every_group_leaves_once_with_the_answers_it_would_have_had(params, rows, max_concurrent):
+def test_every_group_leaves_once_with_the_completions_it_would_have_had(params, rows, max_concurrent):
     learnt, carried = run([params] * STEPS, rows, max_concurrent)
     left = np.concatenate([traj.group for traj in learnt])
     numbers, times = np.unique(np.concatenate([left, carried.number]), return_counts=True)
@@ -53,7 +62,7 @@ def test_every_group_leaves_once_with_the_answers_it_would_have_had(params, rows
     margins = [draws(params, rows, SAMPLING, SEED, step, whole)[1] for step, whole in enumerate(never)]
     waited = 0
     for traj in learnt:
-        assert not unfinished(traj).any()
+        assert not unfinished_rows(traj).any()
         began = first_versions(traj)
         waited += int((np.where(traj.mask, traj.version, -1).max(axis=1) > began).sum())
         for row in range(len(began)):
@@ -67,7 +76,7 @@ def test_every_group_leaves_once_with_the_answers_it_would_have_had(params, rows
 
 
 def first_versions(traj):
-    """The step each group began in: the first version among its answers' first tokens."""
+    """The step each group began in: the first version among its completions' first tokens."""
     version = np.where(traj.mask, traj.version, 10**6).min(axis=1)
     return version.reshape(-1, N).min(axis=1).repeat(N)
 
@@ -90,18 +99,18 @@ def test_after_updates_each_token_has_the_log_prob_of_the_policy_that_drew_it(pa
 def test_what_does_not_fit_is_refused(params, rows):
     drawn = take(rows, slice(0, 4))
     traj = sample(LM, params, {}, drawn, SAMPLING.replace(stop_after=4), SEED, 0)
-    with pytest.raises(ValueError, match="groups are finished, 4 are to leave"):
-        divide(traj, 4)
+    with pytest.raises(ValueError, match="groups are finished, 4 are needed"):
+        split_finished_groups(traj, 4)
     with pytest.raises(ValueError, match="width is 5; legal: at least"):
-        resume(drawn, traj, N, 0, width=5)
+        resume_rows(drawn, traj, N, 0, width=5)
     with pytest.raises(ValueError, match="legal: at least"):
-        fit(traj, 5)
+        fit_columns(traj, 5)
 
 
 def test_what_waits_is_kept_in_a_checkpoint(params, rows):
     _, carried = run([params] * 2, rows)
-    stored, empty = store(carried), blank(WAIT, N, WIDTH)
-    assert restore(empty, None) is None
+    stored, empty = carry_to_arrays(carried), empty_carry(WAIT, N, WIDTH)
+    assert carry_from_arrays(empty, None) is None
     assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {k: (v.shape, v.dtype) for k, v in empty.items()}
-    again = restore(stored, lambda numbers: [{} for _ in numbers])
+    again = carry_from_arrays(stored, lambda numbers: [{} for _ in numbers])
     jax.tree.map(np.testing.assert_array_equal, again._replace(cursor=0), carried._replace(cursor=0))

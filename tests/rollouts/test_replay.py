@@ -3,25 +3,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.rollouts.replay import add, draw, empty, transitions
+from rljax.rollouts.replay import add_to_buffer, init_buffer, sample_from_buffer, transitions
 from rljax.types import Trajectory
 
 
 def test_a_ring_keeps_the_newest():
-    replay = empty({"x": jax.ShapeDtypeStruct((2,), jnp.float32)}, 6)
+    buffer = init_buffer({"x": jax.ShapeDtypeStruct((2,), jnp.float32)}, 6)
     for start in (0, 3, 6):
         rows = jnp.arange(start, start + 3, dtype=jnp.float32)
-        replay = jax.jit(add)(replay, {"x": jnp.stack([rows, -rows], axis=1)})
-    assert sorted(replay.rows["x"][:, 0].tolist()) == [3, 4, 5, 6, 7, 8]
-    assert int(replay.written) == 9
-    with pytest.raises(ValueError, match="4 rows at a time do not divide a replay of 6"):
-        add(replay, {"x": jnp.zeros((4, 2))})
+        buffer = jax.jit(add_to_buffer)(buffer, {"x": jnp.stack([rows, -rows], axis=1)})
+    assert sorted(buffer.rows["x"][:, 0].tolist()) == [3, 4, 5, 6, 7, 8]
+    assert int(buffer.written) == 9
+    with pytest.raises(ValueError, match="4 rows at a time do not divide a replay buffer of 6"):
+        add_to_buffer(buffer, {"x": jnp.zeros((4, 2))})
 
 
 def test_only_what_is_there_is_drawn_and_all_of_it_alike():
-    replay = empty(jax.ShapeDtypeStruct((), jnp.float32), 100)
-    replay = add(replay, jnp.arange(1.0, 5.0))
-    drawn = np.asarray(draw(replay, jax.random.bits(jax.random.key(0), (40_000,))))
+    buffer = init_buffer(jax.ShapeDtypeStruct((), jnp.float32), 100)
+    buffer = add_to_buffer(buffer, jnp.arange(1.0, 5.0))
+    drawn = np.asarray(sample_from_buffer(buffer, jax.random.bits(jax.random.key(0), (40_000,))))
     values, counts = np.unique(drawn, return_counts=True)
     assert values.tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(counts, 10_000, atol=450)  # five standard deviations

@@ -1,4 +1,4 @@
-"""The same answers come out however the batch is cut, on whatever mesh: DESIGN.md §3, "the same sample"."""
+"""The same completions come out however the batch is cut, on whatever mesh: DESIGN.md §3, "the same sample"."""
 
 import jax
 import numpy as np
@@ -12,9 +12,9 @@ from rollouts.common import (
     CONFIG,
     LM,
     STOP,
-    answers,
     assert_same_sample,
     close_rows,
+    completions,
     draws,
     make_rows,
     take,
@@ -34,7 +34,7 @@ def rows():
 
 @pytest.fixture(scope="module", params=[SAMPLING, FILTERED], ids=["plain", "filtered"])
 def reference(request, params, rows):
-    """(settings, the answers to all prompts at once, margins)"""
+    """(settings, the completions to all prompts at once, margins)"""
     traj = sample(LM, params, {}, rows, request.param, SEED, STEP)
     return request.param, traj, draws(params, rows, request.param, SEED, STEP, traj)
 
@@ -51,7 +51,7 @@ def test_float64_draws_the_same_tokens(reference, record_property):
     """The sampler against sorting and cumulative sums in float64, from the same uniforms and prefixes."""
     sampling, traj, (tokens, margins) = reference
     met, _ = close_rows(traj, margins)
-    got, _, mask = answers(traj, sampling)
+    got, _, mask = completions(traj, sampling)
     clear = mask & (margins >= 1e-5)
     np.testing.assert_array_equal(np.where(clear, got, 0), np.where(clear, tokens, 0))
     print(f"{met.sum()} of {len(met)} rows met a boundary, smallest margin {margins[mask].min():.1e}")
@@ -102,20 +102,20 @@ def test_again_gives_the_same_bits(reference, params, rows):
     jax.tree.map(np.testing.assert_array_equal, drawn(params, rows, sampling), traj)
 
 
-def test_another_step_seed_or_number_gives_other_answers(reference, params, rows):
+def test_another_step_seed_or_number_gives_other_completions(reference, params, rows):
     sampling, traj, _ = reference
     others = [
         sample(LM, params, {}, rows, sampling, SEED, STEP + 1),
         sample(LM, params, {}, rows, sampling, SEED + 1, STEP),
         drawn(params, rows._replace(number=rows.number + PROMPTS), sampling),
     ]
-    tokens = [answers(x, sampling)[0] for x in (traj, *others)]
+    tokens = [completions(x, sampling)[0] for x in (traj, *others)]
     for i, one in enumerate(tokens):
         for other in tokens[:i]:
             assert (one != other).any(axis=1).mean() > 0.9
 
 
-def test_answers_to_one_prompt_differ(reference):
+def test_completions_to_one_prompt_differ(reference):
     sampling, traj, _ = reference
-    tokens = answers(traj, sampling)[0].reshape(PROMPTS, sampling.n, -1)
+    tokens = completions(traj, sampling)[0].reshape(PROMPTS, sampling.n, -1)
     assert np.mean([len(np.unique(group, axis=0)) for group in tokens]) > 0.9 * sampling.n

@@ -1,15 +1,14 @@
-"""Answers while they are drawn: those of `sample`, in pieces, by a few programs."""
+"""Completions while they are drawn: those of `sample`, in pieces, by a few programs."""
 
 import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rljax.rollouts.decode_state import place, settle, trajectory
-from rljax.rollouts.sampler import sample
-from rljax.rollouts.streaming import stream
 
-from rljax.rollouts import stream as module
+from rljax.rollouts import streaming
+from rljax.rollouts.sampler import build_trajectory, sample, sampling_settings, to_device
+from rljax.rollouts.streaming import stream
 from rljax.types import Sampling
 from rollouts.common import LM, STOP, assert_same_sample, draws, make_rows
 
@@ -22,37 +21,37 @@ def rows():
 
 
 @pytest.fixture
-def small_room(monkeypatch):
+def small_capacity(monkeypatch):
     """8, 16, 32, 40 columns."""
-    monkeypatch.setattr(module, "ROOM", 8)
+    monkeypatch.setattr(streaming, "INITIAL_CAPACITY", 8)
 
 
 @pytest.mark.parametrize("every", [1, 5, 100])
-def test_the_answers_of_sample_in_pieces(params, rows, small_room, every):
+def test_the_completions_of_sample_in_pieces(params, rows, small_capacity, every):
     traj = sample(LM, params, {}, rows, SAMPLING, 4, 3)
     seen = list(stream(LM, params, {}, rows, SAMPLING, 4, 3, every))
-    prompts = place(rows, 3)
-    got = trajectory(prompts, settle(prompts, SAMPLING, jnp.int32(4)), SAMPLING, seen[-1], None)
+    prompts = to_device(rows, 3)
+    got = build_trajectory(prompts, sampling_settings(prompts, SAMPLING, jnp.int32(4)), SAMPLING, seen[-1], None)
     assert_same_sample(SAMPLING, traj, got, draws(params, rows, SAMPLING, 4, 3, traj)[1])
     np.testing.assert_array_equal(got.terminated, traj.terminated)
     np.testing.assert_array_equal(got.truncated, traj.truncated)
-    assert seen[-1].over.all()
-    assert (seen[0].drawn <= every).all()
+    assert seen[-1].done.all()
+    assert (seen[0].num_tokens <= every).all()
     for before, after in itertools.pairwise(seen):
-        new = after.drawn - before.drawn
-        assert (new[before.over] == 0).all()
+        new = after.num_tokens - before.num_tokens
+        assert (new[before.done] == 0).all()
         assert 0 < new.max() <= every
-        for row, drawn in enumerate(before.drawn):
+        for row, drawn in enumerate(before.num_tokens):
             np.testing.assert_array_equal(before.tokens[row, :drawn], after.tokens[row, :drawn])
             np.testing.assert_array_equal(before.logp[row, :drawn], after.logp[row, :drawn])
 
 
-def test_it_ends_with_enough_answers(params, rows):
+def test_it_ends_with_enough_completions(params, rows):
     *_, last = stream(LM, params, {}, rows, SAMPLING.replace(stop_after=3), 4, 3, every=1)
-    assert 3 <= last.over.sum() < 8
+    assert 3 <= last.done.sum() < 8
 
 
-def test_a_program_for_each_size_of_the_cache(params, rows, small_room):
+def test_a_program_for_each_size_of_the_cache(params, rows, small_capacity):
     traced = []
 
     def forward(*args):

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from rljax.models.policy import make_policy
 from rljax.types import Sampling, check_shapes
-from rollouts.common import CONFIG, LM, STOP, answers, kept, logits_of, make_rows, rows_of, take
+from rollouts.common import CONFIG, LM, STOP, completions, kept, logits_of, make_rows, rows_of, take
 
 LENGTHS = [2, 9, 4, 7, 1, 9, 3, 6]
 SAMPLING = Sampling(n=4, max_tokens=16, stop=STOP)
@@ -29,16 +29,16 @@ def traj(params, rows):
 # --------------------------------------------------------------------------------------------------- the trajectory
 
 
-def test_a_row_is_prompt_and_answer(traj, rows):
+def test_a_row_is_prompt_and_completion(traj, rows):
     n, N, L = SAMPLING.n, SAMPLING.max_tokens, rows.tokens.shape[1]
     check_shapes(traj)
     assert traj.mask.shape == (len(LENGTHS) * n, L + N - 1)
     np.testing.assert_array_equal(traj.group, np.repeat(np.arange(len(LENGTHS)), n))
-    tokens, _, mask = answers(traj, SAMPLING)
+    tokens, _, mask = completions(traj, SAMPLING)
     for row in range(len(traj.mask)):
         prompt = rows.tokens[row // n][rows.mask[row // n]].tolist()
-        answer = tokens[row][mask[row]].tolist()
-        whole, size = prompt + answer, len(prompt) + len(answer) - 1
+        completion = tokens[row][mask[row]].tolist()
+        whole, size = prompt + completion, len(prompt) + len(completion) - 1
         here = slice(L - len(prompt), L - len(prompt) + size)
         assert traj.inputs[row, here].tolist() == whole[:-1]
         assert traj.actions[row, here].tolist() == whole[1:]
@@ -50,8 +50,8 @@ def test_a_row_is_prompt_and_answer(traj, rows):
         np.testing.assert_array_equal(traj.mask[row], inside.astype(bool))
 
 
-def test_answers_end_at_a_stop_token_or_at_the_limit(traj):
-    tokens, _, mask = answers(traj, SAMPLING)
+def test_completions_end_at_a_stop_token_or_at_the_limit(traj):
+    tokens, _, mask = completions(traj, SAMPLING)
     terminated, truncated = (np.asarray(x)[:, -SAMPLING.max_tokens :] for x in (traj.terminated, traj.truncated))
     ends = {"terminated": 0, "truncated": 0}
     for row, chosen in enumerate(mask):
@@ -95,7 +95,7 @@ def test_trainer_and_sampler_agree(params, rows, filters, temperature):
 def test_greedy_is_the_argmax_loop(params, rows):
     """One more forward pass over the whole text for every token, without a cache."""
     some = take(rows, slice(0, 3))
-    got, _, mask = answers(
+    got, _, mask = completions(
         sample(LM, params, {}, some, Sampling(temperature=0.0, max_tokens=16, stop=STOP), 0, 0), SAMPLING
     )
 
@@ -196,7 +196,7 @@ def counting(lm):
     return lm._replace(forward=forward), seen
 
 
-def test_the_loop_ends_with_the_last_answer(params, rows):
+def test_the_loop_ends_with_the_last_completion(params, rows):
     lm, seen = counting(LM)
     sampling = Sampling(max_tokens=12, stop=tuple(range(CONFIG.vocab_size)))
     traj = sample(lm, params, {}, rows, sampling, 0, 0)

@@ -1,4 +1,4 @@
-"""rljax against transformers' generate, on real weights: greedy answers token by token, and what a draw is made of.
+"""rljax against transformers' generate, on real weights: greedy completions token by token, and what a draw is made of.
 
 Needs torch: make parity.
 """
@@ -8,14 +8,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rljax.rollouts.decode_state import place, remember, settle
-from rljax.rollouts.sampler import sample
 from scipy.special import log_softmax
 
 from rljax.data.prompts import read_jsonl
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts import draw as drawing
+from rljax.rollouts import sample_token as step
+from rljax.rollouts.sampler import init_penalty_state, sample, sampling_settings, to_device
 from rljax.types import Sampling
 from rollouts.common import rows_of
 
@@ -64,12 +63,12 @@ def generate(torch, model, rows, **settings):
 
 
 def upto_stop(tokens, stop) -> list[int]:
-    """An answer, its stop token included."""
+    """A completion, its stop token included."""
     tokens = tokens.tolist()
     return tokens[: 1 + next((t for t, token in enumerate(tokens) if token in stop), len(tokens))]
 
 
-# ------------------------------------------------------------------------------------------------------ greedy answers
+# -------------------------------------------------------------------------------------------------- greedy completions
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def upto_stop(tokens, stop) -> list[int]:
     ],
     ids=["to the limit", "to a period", "penalty and minimum"],
 )
-def test_greedy_answers_are_the_same_tokens(torch, model, stories, ids, stop, ours, theirs):
+def test_greedy_completions_are_the_same_tokens(torch, model, stories, ids, stop, ours, theirs):
     """All of them, up to the stop token: the two likeliest logits are nowhere closer than 2e-4, ten times what float32
     rounding makes of them. Transformers' penalty counts the padding as said: <unk> here, which is never likely.
     """
@@ -94,13 +93,13 @@ def test_greedy_answers_are_the_same_tokens(torch, model, stories, ids, stop, ou
     rows = rows_of(ids, range(64), LONGEST)
     out = generate(torch, model, rows, do_sample=False, max_new_tokens=NEW, eos_token_id=list(stop), **theirs)
     expected = [upto_stop(row, stop) for row in out[:, LONGEST:]]
-    assert PERIOD not in stop or len({len(answer) for answer in expected}) > 8  # else stopping has not been tested
+    assert PERIOD not in stop or len({len(row) for row in expected}) > 8  # else stopping has not been tested
     sampling = Sampling(temperature=0.0, max_tokens=NEW, stop=stop, **ours)
     for max_concurrent in (None, 16):
         traj = sample(lm, params, {}, rows, sampling.replace(max_concurrent=max_concurrent), 0, 0)
-        answers = [np.asarray(a)[m].tolist() for a, m in zip(traj.actions, traj.mask, strict=True)]
-        assert answers == expected
-        ended = [answer[-1] in stop for answer in expected]
+        completions = [np.asarray(a)[m].tolist() for a, m in zip(traj.actions, traj.mask, strict=True)]
+        assert completions == expected
+        ended = [completion[-1] in stop for completion in expected]
         np.testing.assert_array_equal(np.asarray(traj.terminated).any(axis=1), ended)
 
 
@@ -115,10 +114,11 @@ def drawn_from(monkeypatch, logits, rows, t, sampling):
         seen.append(np.asarray(masses))
         return masses.argmax(axis=-1)
 
-    monkeypatch.setattr(drawing.ops, "invert_cdf", invert_cdf)
-    prompts = place(rows, 0)
-    memory = remember(prompts, sampling, VOCABULARY)
-    drawing.draw(jnp.asarray(logits), t, settle(prompts, sampling, jnp.int32(0)), memory, sampling)
+    monkeypatch.setattr(step.ops, "invert_cdf", invert_cdf)
+    prompts = to_device(rows, 0)
+    penalties = init_penalty_state(prompts, sampling, VOCABULARY)
+    settings = sampling_settings(prompts, sampling, jnp.int32(0))
+    step.sample_token(jnp.asarray(logits), t, settings, penalties, sampling)
     return seen[0]
 
 
@@ -132,7 +132,7 @@ def assert_same_draw(masses, scores):
 
 
 def processors(t, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None, min_tokens=None):
-    """Transformers', in the order of its generate; after rows of LONGEST columns of which t belong to the answer."""
+    """Transformers', in the order of its generate; after rows of LONGEST columns, the last t the completion's."""
     from transformers.generation import logits_process as all_of
 
     made = [
@@ -169,7 +169,7 @@ ALL = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02, "repetitio
     ids=str,
 )
 def test_processed_logits(torch, monkeypatch, settings):
-    """Random logits after random texts of one length, three tokens of them the answer's."""
+    """Random logits after random texts of one length, three tokens of them the completion's."""
     random = np.random.default_rng(0)
     logits = np.float32(random.normal(size=(64, VOCABULARY)) * random.uniform(0.1, 6.0, (64, 1)))
     rows = rows_of(random.integers(VOCABULARY, size=(64, LONGEST)).tolist(), range(64), LONGEST)
@@ -195,7 +195,7 @@ def test_ties(torch, monkeypatch):
 
 
 def test_all_settings_through_generate(torch, model, monkeypatch, ids):
-    """Every draw of eight answers that transformers sampled: its own logits, texts and order of processors."""
+    """Every draw of eight completions that transformers sampled: its own logits, texts and order of processors."""
     prompts = [ids[i][:12] for i in range(20, 28)]
     settings = ALL | {"min_new_tokens": ALL["min_tokens"], "eos_token_id": [END, PERIOD], "max_new_tokens": 24}
     del settings["min_tokens"]

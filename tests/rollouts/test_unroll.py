@@ -9,7 +9,7 @@ from rljax.envs.cartpole import make_cartpole
 from rljax.envs.pendulum import make_pendulum
 from rljax.models import mlp
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, chance, finished, unroll
+from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
 
 ENV = make_cartpole(max_steps=12)
 ROWS, LENGTH = 3, 40
@@ -23,8 +23,8 @@ def act(params, uniforms, observations):
 @pytest.fixture(scope="module")
 def unrolled():
     """(first carry, an unroll, the carry after it, the unroll that goes on)"""
-    first = begin(ENV, jax.random.key(0), ROWS)
-    play = jax.jit(lambda key, carry: unroll(ENV, act, {}, chance(ENV, key, ROWS, LENGTH), carry))
+    first = reset_envs(ENV, jax.random.key(0), ROWS)
+    play = jax.jit(lambda key, carry: unroll(ENV, act, {}, draw_noise(ENV, key, ROWS, LENGTH), carry))
     carry, traj = play(jax.random.key(1), first)
     return first, traj, carry, play(jax.random.key(2), carry)[1]
 
@@ -62,7 +62,7 @@ def test_returns_of_finished_episodes_are_added_up_across_unrolls(unrolled):
     _, traj, _, following = unrolled
     running, total, count = jnp.zeros(ROWS), 0.0, 0
     for each in (traj, following):
-        returns, ended, running = finished(each, running)
+        returns, ended, running = episode_returns(each, running)
         total, count = total + float(returns), count + int(ended)
     ends = np.concatenate([x.terminated | x.truncated for x in (traj, following)], axis=1)
     rewards = np.concatenate([x.rewards for x in (traj, following)], axis=1)
@@ -99,7 +99,7 @@ def test_the_trainer_finds_the_samplers_log_probs(env):
 
     @jax.jit
     def play(params):
-        _, traj = unroll(env, mlp.act, params, chance(env, key, 8, 30), begin(env, key, 8))
+        _, traj = unroll(env, mlp.act, params, draw_noise(env, key, 8, 30), reset_envs(env, key, 8))
         traj = mlp.annotate(params, traj)
         return traj, mlp.make_mlp_policy()(params, {}, traj)
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rljax.rollouts.sampler import sample
 from scipy.special import log_softmax
 
 from rljax.algorithms import trpo, trpo_gae
@@ -14,6 +13,7 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig, forward, language_model, logits
 from rljax.ops.shaping import at_last_decision
 from rljax.ops.trust_region import directed_kl
+from rljax.rollouts.sampler import sample
 from rljax.train.mesh import make_mesh, place_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import packed
