@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rljax.rollouts.sampler import sample
 from scipy.special import softmax
 from scipy.stats import chisquare
 
 from rljax.models.policy import make_policy
+from rljax.rollouts.sampler import sample
 from rljax.types import Sampling, check_shapes
 from rollouts.common import CONFIG, LM, STOP, completions, kept, logits_of, make_rows, rows_of, take
 
