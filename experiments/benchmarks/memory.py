@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from common import W1
 
+from experiments.benchmarks.common import W1
 from rljax.algorithms import grpo
 from rljax.models import policy
 from rljax.train.log import table

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import W1, alternately, prompts
 
+from experiments.benchmarks.common import W1, alternately, prompts
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
 from rljax.rollouts.tokens import sample

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import alternately, bandwidth
 
+from experiments.benchmarks.common import alternately, bandwidth
 from rljax.ops.returns import gae, vtrace
 from rljax.train.log import say, table
 

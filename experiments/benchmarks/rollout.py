@@ -26,9 +26,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import tyro
-from common import W1, W2, alternately, bandwidth, peak, prompts
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.benchmarks.common import W1, W2, alternately, bandwidth, peak, prompts
 from rljax.models import decoder, policy
 from rljax.ops.logprobs import logp_of, softmax
 from rljax.ops.sampling import invert_cdf

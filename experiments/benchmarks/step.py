@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import W1, peak, prompts, seconds
 
+from experiments.benchmarks.common import W1, peak, prompts, seconds
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
 from rljax.rollouts.tokens import sample
