@@ -77,7 +77,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     mesh = make_mesh(**asdict(cfg.mesh))
     check(cfg, algorithm, batches, mesh)
     algorithm = algorithm or ALGORITHMS[cfg.algorithm]()
-    run = make_run(cfg)
+    run = make_run(cfg, algorithm)
 
     # -- model and data
     task, params = warmed_up(cfg)
@@ -142,14 +142,15 @@ def check(cfg: Config, own: Algorithm | None, batches: Batches, mesh: jax.shardi
         raise ValueError(f"trpo steps once, on all rows: {sizes}; legal: 1 x 1")
 
 
-def make_run(cfg: Config) -> Run:
-    """The run directory."""
+def make_run(cfg: Config, algorithm: Algorithm) -> Run:
+    """The run directory. It keeps the source of the algorithm."""
     name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
     return Run(
         cfg.directory or f"runs/arithmetic_grpo/{name}",
         asdict(cfg),
         steps=1 if cfg.debug else cfg.steps,
         source=__file__,
+        functions={"algorithm": algorithm},
         save_every=cfg.save_every,
         headlines=HEADLINES,
     )

@@ -113,7 +113,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     log_ratio = train.make_log_ratio(model)
 
     # -- the loop
-    with make_run(cfg) as run, Pool(workers=cfg.reward_workers, seconds=cfg.reward_timeout_seconds) as pool:
+    with (
+        make_run(cfg, algorithm, verifiers) as run,
+        Pool(workers=cfg.reward_workers, seconds=cfg.reward_timeout_seconds) as pool,
+    ):
         hf.keep_about(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
         evaluate = make_evaluate(cfg, lm, annotate, score, eval_prompts, sampling)
@@ -164,14 +167,15 @@ def make_evaluate(
     return evaluate
 
 
-def make_run(cfg: Config) -> Run:
-    """The run directory."""
+def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) -> Run:
+    """The run directory. It keeps the source of the algorithm and of the verifiers."""
     name = f"{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}" + "-debug" * cfg.debug
     return Run(
         cfg.directory or f"runs/grpo/{name}",
         asdict(cfg),
         steps=1 if cfg.debug else cfg.steps,
         source=__file__,
+        functions={"algorithm": algorithm, "rewards": verifiers},
         save_every=cfg.save_every,
         show_every=cfg.log_samples_every,
         headlines=HEADLINES,

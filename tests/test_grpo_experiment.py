@@ -180,26 +180,32 @@ def own_loss(cap: float):
     return plain_grpo()._replace(loss=loss)
 
 
-def test_an_own_loss_logs_its_metric_and_another_is_another_run(tiny_run, tmp_path):
+def test_an_own_loss_logs_its_metric_and_another_warns_and_is_recorded(tiny_run, tmp_path, capsys):
     cfg = change(tiny_run, steps=1, directory=str(tmp_path / "run"))
     result = grpo.main(cfg, own_loss(2.0), VERIFIERS)
     (record,) = metrics(cfg.directory)
     assert record["capped"] == 0
-    assert {"kl_sequence", "reward/share", "eval_reward"} <= set(
-        record
-    )  # the KL to the start, though it is not in the loss
+    assert {"kl_sequence", "reward/share", "eval_reward"} <= set(record)  # the KL to the start is not in the loss
     assert "kl" not in record
     assert set(result) == {"before", "after"}
 
-    left = contents(cfg.directory)
-    for algorithm, verifiers in (
-        (own_loss(3.0), VERIFIERS),
-        (None, VERIFIERS),
-        (own_loss(2.0), VERIFIERS | {"share": hostile.length}),
+    functions = tmp_path / "run" / "functions"
+    assert "cap = 2.0" in (functions / "step_0" / "algorithm.py").read_text()
+    assert "share_of" in (functions / "step_0" / "rewards.py").read_text()
+    other = VERIFIERS | {"share": hostile.length}
+    for algorithm, verifiers, changed in (
+        (own_loss(2.0), VERIFIERS, None),
+        (own_loss(3.0), VERIFIERS, "algorithm.py"),
+        (None, VERIFIERS, "algorithm.py"),
+        (own_loss(2.0), other, "rewards.py"),
     ):
-        with pytest.raises(ValueError, match=r"holds a run with other settings: code = .* now .*--directory"):
-            grpo.main(cfg, algorithm, verifiers)
-    assert contents(cfg.directory) == left
+        capsys.readouterr()
+        grpo.main(cfg, algorithm, verifiers)
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == (changed is not None)
+        assert all(f"another source than before in {changed}" in line for line in warnings)
+        assert (functions / "step_1").exists() == (changed is not None)
+        assert metrics(cfg.directory) == [record]
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
