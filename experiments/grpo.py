@@ -111,12 +111,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     row_length = train_prompts.length + cfg.sampling.max_tokens - 1
     update = train.micro_batched(partial(make_update, objective, optimizer), batches, shardings, row_length)
     log_ratio = train.make_log_ratio(model)
+    run = make_run(cfg, algorithm, verifiers)
 
     # -- the loop
-    with (
-        make_run(cfg, algorithm, verifiers) as run,
-        Pool(workers=cfg.reward_workers, seconds=cfg.reward_timeout_seconds) as pool,
-    ):
+    with run, Pool(workers=cfg.reward_workers, seconds=cfg.reward_timeout_seconds) as pool:
         hf.keep_about(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
         evaluate = make_evaluate(cfg, lm, annotate, score, eval_prompts, sampling)
@@ -139,8 +137,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
                 metrics["eval_reward"] = evaluate(state)["reward"]
             run.record(step, state, metrics)
         after = evaluate(state)
-    summarize(cfg, before, after)
-    return {"before": before, "after": after}
+    return summarize(cfg, before, after)
 
 
 def read_data(cfg: Config) -> tuple[Tokenizer, Prompts, Prompts]:
@@ -182,11 +179,12 @@ def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) 
     )
 
 
-def summarize(cfg: Config, before: dict[str, float], after: dict[str, float]) -> None:
-    """Print the reward before and after, and how far the policy went."""
+def summarize(cfg: Config, before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Print the reward before and after, and how far the policy went; what `main` returns."""
     rewards = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
     start = "its last update" if cfg.weights.ref_sync_steps else "the start"
     say(f"eval reward: {rewards}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
+    return {"before": before, "after": after}
 
 
 if __name__ == "__main__":

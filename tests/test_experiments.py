@@ -1,5 +1,6 @@
 """Experiment scripts as a user runs them: a few tiny steps, killed and run again, and every kind of bad input."""
 
+import importlib
 import json
 import os
 import re
@@ -205,6 +206,16 @@ def test_parity_needs_a_model(monkeypatch, capsys, tmp_path):
     code, printed = complain(monkeypatch, capsys, check_parity, {"model": tmp_path})
     assert code == 1
     assert re.fullmatch(r"error: no model in .*: config\.json is missing .*\n", printed)
+
+
+MODULES = sorted(path for path in SCRIPTS.glob("**/*.py") if "peers" not in path.parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SCRIPTS)))
+def test_every_file_is_a_module_of_the_package(path):
+    """So nothing hangs on the folder that a script is started in, and no name of a file hides another module's."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert importlib.import_module(name).__file__ == str(path)
 
 
 RECIPES = sorted(path for path in [*SCRIPTS.glob("*.py"), *SCRIPTS.glob("tools/*.py")] if path.stem != "__init__")
