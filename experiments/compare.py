@@ -18,8 +18,9 @@ import statistics
 import time
 from pathlib import Path
 
-import arithmetic_grpo
 import options
+
+import arithmetic_grpo
 from arithmetic_grpo import ALGORITHMS, Named
 from rljax.train.log import say, table
 

@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import options
+
 from classical import dqn, on_policy
 from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole
@@ -191,7 +191,7 @@ def main(cfg: Config) -> dict[str, float]:
 
 def limit_of(env: Env) -> int:
     """Steps after which an episode is cut, by the environment's own parameters; 500 where they name none."""
-    named = (getattr(env.params, name, None) for name in ("limit", "max_steps_in_episode"))
+    named = (getattr(env.params, name, None) for name in ("max_steps", "max_steps_in_episode"))
     return int(next((limit for limit in named if limit is not None), 500))
 
 

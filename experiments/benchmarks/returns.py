@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from experiments.benchmarks.common import alternately, bandwidth
-from rljax.ops.returns import gae, vtrace
+from rljax.ops.returns import gae, vtrace_returns
 from rljax.train.log import say, table
 
 
@@ -45,8 +45,8 @@ def numpy_copy() -> float:
 WORKS = {
     "gae": lambda r, v, d, w, m: gae(r, v, None, d),
     "gae with a mask": lambda r, v, d, w, m: gae(r, v, m, d),
-    "vtrace": lambda r, v, d, w, m: vtrace(r, v, w, None, d),
-    "vtrace with a mask": lambda r, v, d, w, m: vtrace(r, v, w, m, d),
+    "vtrace": lambda r, v, d, w, m: vtrace_returns(r, v, w, None, d),
+    "vtrace with a mask": lambda r, v, d, w, m: vtrace_returns(r, v, w, m, d),
 }
 
 

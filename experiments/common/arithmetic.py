@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from rljax.rollouts.sampler import sample
 
 from rljax.data.prompts import Prompts
 from rljax.data.tasks import additions, sortings, split
@@ -13,7 +14,6 @@ from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
 from rljax.train.log import write_atomically
 from rljax.train.metrics import reward_and_kl
 from rljax.types import LM, Params, Rows, Sampling, TrainState, Trajectory
@@ -50,10 +50,10 @@ def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, la
         tokenizer.size,
         width,
         layers,
-        heads=4,
-        kv_heads=4,
+        num_heads=4,
+        num_kv_heads=4,
         head_dim=width // 4,
-        mlp_width=11 * width // 4,
+        intermediate_size=11 * width // 4,
         max_positions=prompt_tokens + max_tokens,
     )
     lm = decoder.language_model(config)
@@ -99,5 +99,5 @@ def make_evaluate(task: Task, count: int, seed: int) -> Callable[[TrainState], d
 def save_model_files(task: Task, directory: Path) -> None:
     """Tokenizer and config.json, which tools/export.py needs beside the checkpoints."""
     save_characters(ALPHABET, directory)
-    config = hf.describe(task.config, task.tokenizer.stop)
+    config = hf.to_hf_config(task.config, task.tokenizer.stop)
     write_atomically(directory / "config.json", json.dumps(config))

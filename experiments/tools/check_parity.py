@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
     encode = load_tokenizer(cfg.model).encode
     texts = [encode(text) for text in TEXTS]
     if min(map(len, texts)) < 2:  # a tokenizer that knows none of these words
-        texts = [random_tokens(config.vocabulary, length) for length in (3, 20, 40)]
+        texts = [random_tokens(config.vocab_size, length) for length in (3, 20, 40)]
     found = compare(cfg.model, texts)
     table(cfg.model, [row(name, difference) for name, difference in found.items()])
     wrong = [name for name, difference in found.items() if not difference.relative <= cfg.tolerance]  # NaN is wrong too

@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
         if base_is_there:
             params = hf.load(base_directory, config)
         else:
-            params = decoder.whole(config, trained, parts["frozen"])["decoder"]
+            params = decoder.full_params(config, trained, parts["frozen"])["decoder"]
         if low_rank is not None:
             params = merge(adapter, params, low_rank, base_is_there)
         max_bytes = int(cfg.shard_gigabytes * 10**9)
@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
     say(f"written: {cfg.out}, of step {step}")
 
 
-def merge(adapter: lora.Lora, base: Params, low_rank: Params, base_is_there: bool) -> Params:
+def merge(adapter: lora.LoraConfig, base: Params, low_rank: Params, base_is_there: bool) -> Params:
     """The decoder's parameters with the adapter merged into them, in float32."""
     if not base_is_there:
         say("the base is no longer in its directory: the checkpoint's copy of it is used")

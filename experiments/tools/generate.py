@@ -24,6 +24,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from rljax.rollouts.decode_state import Completions
+from rljax.rollouts.sample_token import check_sampling
+from rljax.rollouts.streaming import stream
+
 from experiments.common import command_line, data, models
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Sampling
@@ -31,9 +35,6 @@ from rljax.data.prompts import Prompts, from_template, read_jsonl
 from rljax.data.stop_strings import text_so_far
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts.answers import Answers
-from rljax.rollouts.draw import check
-from rljax.rollouts.stream import stream
 from rljax.train.log import live, say, short
 from rljax.train.mesh import make_mesh
 
@@ -65,11 +66,11 @@ def main(cfg: Config) -> list[dict]:
 
     # -- tokenizer and prompts
     config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocabulary)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     prompts, text_of = read_prompts(cfg, tokenizer, config.max_positions)
-    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
-    check(sampling)
-    read = make_reader(cfg, tokenizer, config.vocabulary)
+    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
+    check_sampling(sampling)
+    read = make_reader(cfg, tokenizer, config.vocab_size)
 
     # -- model
     config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
@@ -124,23 +125,23 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     return prompts, text_of
 
 
-def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Answers, int], str]:
+def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Completions, int], str]:
     """read(answers, i) -> the text of completion i so far, without its stop token or string."""
     strings = [data.unescape(string).encode() for string in cfg.sampling.stop_strings]
     pieces = data.token_bytes(tokenizer, vocabulary)
     for token in tokenizer.stop:
         pieces[token] = b""
 
-    def read(answers: Answers, i: int) -> str:
-        tokens = answers.tokens[i, : answers.drawn[i]]
-        return text_so_far(tokens, pieces, strings, bool(answers.over[i]))
+    def read(answers: Completions, i: int) -> str:
+        tokens = answers.tokens[i, : answers.num_tokens[i]]
+        return text_so_far(tokens, pieces, strings, bool(answers.done[i]))
 
     return read
 
 
 def show(
-    stages: Iterable[Answers], labels: list[str], prompts: list[str], n: int, read: Callable, rates: list[float]
-) -> Answers:
+    stages: Iterable[Completions], labels: list[str], prompts: list[str], n: int, read: Callable, rates: list[float]
+) -> Completions:
     """Print completion after completion; on a terminal, the first unfinished one as it grows. Returns the last stage.
 
     Appends the tokens per second of each stage to `rates`, without the first, which also reads the prompts.
@@ -151,19 +152,19 @@ def show(
     print_header(labels, prompts, n, current)
     for answers in stages:
         now = time.perf_counter()
-        tokens = int(answers.drawn.sum())
+        tokens = int(answers.num_tokens.sum())
         if before is not None:
             rates.append((tokens - before[1]) / (now - before[0]))
-        while current < len(answers.over) and (live() or answers.over[current]):
+        while current < len(answers.done) and (live() or answers.done[current]):
             text = printable(read(answers, current))
             say(text[printed:], end="")
             printed = len(text)
-            if not answers.over[current]:
+            if not answers.done[current]:
                 break
             print_footer(answers, current)
             current += 1
             printed = 0
-            if current < len(answers.over):
+            if current < len(answers.done):
                 print_header(labels, prompts, n, current)
         before = time.perf_counter(), tokens
     return answers
@@ -179,10 +180,10 @@ def print_header(labels: list[str], prompts: list[str], n: int, i: int) -> None:
         say(f"{completion + 1}/{n} ", "cyan", end="")
 
 
-def print_footer(answers: Answers, i: int) -> None:
+def print_footer(answers: Completions, i: int) -> None:
     """How completion i ended."""
-    reason = REASONS[bool(answers.ended[i])]
-    say(f"\n({answers.drawn[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
+    reason = REASONS[bool(answers.terminated[i])]
+    say(f"\n({answers.num_tokens[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
 
 
 def printable(text: str) -> str:
@@ -190,16 +191,16 @@ def printable(text: str) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def record(prompt: str, columns: dict, answers: Answers, p: int, n: int, read: Callable) -> dict:
+def record(prompt: str, columns: dict, answers: Completions, p: int, n: int, read: Callable) -> dict:
     """A line of --out: the n completions of the batch's prompt p."""
     rows = list(range(p * n, (p + 1) * n))
     return {
         "prompt": prompt,
         "columns": columns,
         "completion": [read(answers, i) for i in rows],
-        "tokens": answers.drawn[rows].tolist(),
+        "tokens": answers.num_tokens[rows].tolist(),
         "logp": answers.logp[rows].sum(axis=1).tolist(),
-        "ended": [REASONS[bool(stopped)] for stopped in answers.ended[rows]],
+        "ended": [REASONS[bool(stopped)] for stopped in answers.terminated[rows]],
     }
 
 
