@@ -37,14 +37,14 @@ lint: .venv/.dev  ## ruff, and the schema of the CI workflow
 	$(python) -m ruff format --check
 	$(python) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-bench: .venv/.dev  ## run every script in experiments/benchmarks
-	@set -e; found=; for script in experiments/benchmarks/*.py; do \
-	  [ -e "$$script" ] || continue; found=1; echo "== $$script"; $(python) "$$script"; \
-	done; [ -n "$$found" ] || echo "no benchmark in experiments/benchmarks yet"
+bench: .venv/.dev  ## run every benchmark in experiments/benchmarks
+	@set -e; for script in $(filter-out %/__init__.py %/common.py,$(wildcard experiments/benchmarks/*.py)); do \
+	  echo "== $$script"; $(python) "$$script"; \
+	done
 
-tables: .venv/.dev  ## docs/algorithms.md and docs/estimators.md anew
+tables: .venv/.dev  ## write docs/algorithms.md and docs/estimators.md again
 	$(python) -m tests.catalogue
-	$(python) experiments/estimators.py
+	$(python) experiments/tables/estimators.py
 
 clean:  ## delete caches and build outputs; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

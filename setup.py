@@ -1,6 +1,21 @@
 from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
+
+
+class EditableCheckout(editable_wheel):
+    """`pip install -e .` makes the recipes importable too, as `experiments`.
+
+    A wheel leaves them out: they are to be read and changed in a checkout, and a package called `experiments` in
+    site-packages would hide one of the user's own.
+    """
+
+    def run(self):
+        self.distribution.packages += find_packages(include=["experiments", "experiments.*"])
+        super().run()
+
 
 setup(
+    cmdclass={"editable_wheel": EditableCheckout},
     name="rljax",
     version="0.1.0",
     description="Reinforcement learning of language models in JAX: small pure functions and short scripts",

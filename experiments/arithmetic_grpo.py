@@ -5,15 +5,16 @@ r"""A small language model learns to add by reinforcement, from scratch, on a la
     python experiments/arithmetic_grpo.py --reward shuffled              # a control: nothing to learn from
 
 A character-level decoder of 0.8 M parameters is shown right sums until it is right about four times in ten
-(arithmetic_sft.py). From then on it sees no answer any more, only whether its own were right: 0 or 1.
+(arithmetic_sft.py). From then on it sees no answer any more, only whether its own completion was right: 0 or 1.
 
-Reached: seeds 0 to 4, held-out 0.380 0.371 0.423 0.435 0.375 -> 0.918 0.884 0.947 0.931 0.868 (median 0.918), in 149 to
-211 s each, warm-up and compilation included, on 2 shared Xeon cores (commit ac89f43, jax 0.10.2).
+Reached: seeds 0 to 4, eval accuracy 0.380 0.371 0.423 0.435 0.375 -> 0.918 0.884 0.947 0.931 0.868 (median 0.918), in
+149 to 211 s each, warm-up and compilation included, on 2 shared Xeon cores (commit ac89f43, jax 0.10.2).
 --algorithm vpg, seeds 0 to 2: 0.380 0.371 0.423 -> 0.889 0.894 0.947; --algorithm trpo --steps 60: -> 0.528 0.492
 0.603, every step accepted, its KL at most 0.01 nats a decision. A step takes 0.7 s and 3.4 s (median, seed 2; 2 shared
 AMD EPYC cores, commits 5e872a6 (seed 0) and 85c14c7).
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -21,19 +22,19 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-import arithmetic_sft
-import options
-from options import Batches, MeshShape, Optimizer
+from experiments import arithmetic_sft
+from experiments.common import arithmetic, command_line, sampling, train
+from experiments.common.optimizer import make_optimizer
+from experiments.common.rewards import control_rewards
+from experiments.common.settings import Batches, MeshShape, Optimizer, debug_batches
 from rljax import algorithms as a
 from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.models import policy
-from rljax.ops.shaping import at_last_decision
-from rljax.rewards.score import make_score
+from rljax.rewards.score import Score, make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.sampler import sample
-from rljax.train import mesh as meshes
 from rljax.train.log import say
-from rljax.train.metrics import describe, require_on_policy, reward_and_kl
+from rljax.train.mesh import Shardings, make_mesh
+from rljax.train.metrics import describe, require_on_policy
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.trust_region import make_trust_region_update
@@ -42,9 +43,10 @@ from rljax.types import Algorithm, Params, TrainState
 
 BY_NAME = (a.grpo, a.dapo, a.gspo, a.cispo, a.sapo, a.gdpo, a.reinforce, a.rloo, a.remax, a.reinforce_pp, a.ppo)
 BY_NAME += (a.vpg, a.trpo)
-ALGORITHMS = {make.__name__: make for make in BY_NAME} | {"dr_grpo": partial(a.dr_grpo, 7.0)}  # 7: the longest answer
-Named = Literal[tuple(ALGORITHMS)]
-HEADLINES = ("reward", "held_out", "length", "kl_sequence", "tokens_per_second")
+ALGORITHMS = {make.__name__: make for make in BY_NAME}
+ALGORITHMS["dr_grpo"] = partial(a.dr_grpo, 7.0)  # 7 tokens: the longest answer
+AlgorithmName = Literal[tuple(ALGORITHMS)]
+HEADLINES = ("reward", "eval_reward", "length", "kl_sequence", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -52,107 +54,143 @@ class Config:
     """Reinforcement learning of two-digit additions (or of sorting digits)."""
 
     seed: int = 0  # of everything: parameters, split, order, samples
-    task: Literal["additions", "sortings"] = "additions"  # what to learn
-    algorithm: Named = "dapo"  # how to learn it
+    task: arithmetic.Problems = "additions"  # what to learn
+    algorithm: AlgorithmName = "dapo"  # how to learn it
     reward: Literal["exact", "random", "shuffled"] = "exact"  # the last two are controls
-    steps: int = 240  # of reinforcement
-    batches: Batches = Batches(prompts=64, group=8, oversample=2, micro_batches=4)
+    steps: int = 240  # steps of reinforcement: sample, score, update
+    batches: Batches = Batches(prompts=64, num_generations=8, oversample=2, micro_batches=4)
     optimizer: Optimizer = Optimizer(learning_rate=8e-4, schedule="cosine")
-    warm_up_target: float = 0.4  # share of training problems right at which supervision stops
-    warm_up_check: int = 10  # steps of supervision between looks at that share
-    held_out: int = 1024  # problems never trained on
-    evaluate_every: int = 20  # steps
+    sft_target: float = 0.4  # accuracy on training problems at which the supervised warm-up stops
+    sft_check_every: int = 10  # steps of the warm-up between measurements of that accuracy
+    sft_directory: str = ""  # of the warm-up's run; default DIRECTORY/sft, or one that all runs of this seed share
+    eval_prompts: int = 1024  # problems never trained on
+    eval_every: int = 20  # steps between evaluations
     save_every: int = 20  # steps between checkpoints
     directory: str = ""  # of the run; default runs/arithmetic_grpo/TASK-ALGORITHM-REWARD-seedSEED
-    warm_up_directory: str = ""  # default DIRECTORY/warm_up, or one that all runs of this seed share
     mesh: MeshShape = MeshShape()
-    debug: bool = False  # no jit, NaN checks, one step
+    debug: bool = False  # one small step without jit, with NaN checks
 
 
 def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
-    """Warm up, then improve; returns held-out accuracy before and after. `algorithm` replaces the one cfg names."""
-    if algorithm is not None and not cfg.directory:
-        raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
-    algorithm, b = algorithm or ALGORITHMS[cfg.algorithm](), options.small(cfg.batches) if cfg.debug else cfg.batches
-    mesh = meshes.make_mesh(**asdict(cfg.mesh))
-    options.check_batches(b, mesh)
-    if cfg.algorithm == "trpo" and (b.epochs, b.minibatches) != (1, 1):
-        raise ValueError(
-            f"trpo steps once, on all rows: epochs x minibatches = {b.epochs} x {b.minibatches}; legal: 1 x 1"
-        )
-    name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
-    place, settings = cfg.directory or f"runs/arithmetic_grpo/{name}", asdict(cfg)
-    settings["code"], steps = options.fingerprint(algorithm), 1 if cfg.debug else cfg.steps
-    run = Run(place, settings, steps=steps, source=__file__, save_every=cfg.save_every, headlines=HEADLINES)
-    task, start = warm_up(cfg)
-    reference = {"reference": jax.tree.map(jnp.copy, start)}
-    start = policy.with_value_head(start, task.config) if "values" in algorithm.needs else start
+    """Warm up, then improve; returns eval accuracy before and after. `algorithm` replaces the one cfg names."""
+    batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
+    mesh = make_mesh(**asdict(cfg.mesh))
+    check(cfg, algorithm, batches, mesh)
+    algorithm = algorithm or ALGORITHMS[cfg.algorithm]()
+    run = make_run(cfg, algorithm)
 
-    optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
-    state = TrainState(0, start, optimizer.init(start), jax.random.fold_in(jax.random.key(cfg.seed), 2), reference)
-    shardings, columns = options.shardings_of(mesh, state, optimizer, task.config), task.train.length + task.longest - 1
-    by_kl = partial(make_trust_region_update, divergence=policy.make_divergence(task.config), fisher_every=4)
-    make = by_kl if cfg.algorithm == "trpo" else partial(make_update, optimizer=optimizer)
-    make = partial(make, policy_objective(task.policy, algorithm))
-    update = options.updater(make, b, shardings, columns)
-    annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
-    with_reference = policy.make_annotate(task.policy, ("ref_logp",))
-    keep = jax.jit(lambda traj: dynamic_sampling(traj, b.prompts * b.group))
+    # -- model and data
+    task, params = warmed_up(cfg)
+    reference = {"reference": jax.tree.map(jnp.copy, params)}
+    if "values" in algorithm.needs:
+        params = policy.with_value_head(params, task.config)
+
+    # -- training state
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 2)
+    state = TrainState(0, params, optimizer.init(params), key, reference)
+    shardings = train.shardings_of(mesh, state, optimizer, task.config)
+
+    # -- the functions of a step
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
-    log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
-    exam = task.held_out.first(8 if cfg.debug else cfg.held_out)
+    draw = make_draw(cfg, task, algorithm, score, batches, shardings)
+    annotate = policy.make_annotate(task.policy, algorithm.needs)
+    keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
+    credit = jax.jit(algorithm.credit)
+    objective = policy_objective(task.policy, algorithm)
+    make = partial(make_update, objective, optimizer)
+    if cfg.algorithm == "trpo":
+        make = partial(make_trust_region_update, objective, policy.make_divergence(task.config), fisher_every=4)
+    row_length = task.train_prompts.length + task.max_tokens - 1
+    update = train.micro_batched(make, batches, shardings, row_length)
+    log_ratio = train.make_log_ratio(task.policy)
+    evaluate = arithmetic.make_evaluate(task, 8 if cfg.debug else cfg.eval_prompts, cfg.seed)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        found = reward_and_kl(with_reference(state, task.examine(state.params, exam, cfg.seed)))
-        return {"held_out": found["reward"], "kl_sequence": found["kl"]}
-
+    # -- the loop
     with run:
-        task.copy_sidecar_files(run.directory / "model")
+        arithmetic.save_model_files(task, run.directory / "model")
         state = jax.device_put(state, shardings.state)
-        before, state = evaluate(state)["held_out"], run.restore(state)
+        before = evaluate(state)["eval_reward"]
+        state = run.restore(state)
         for step in run.steps(state.step):
-            rows = task.train.draw(state.cursor, b.prompts * b.oversample)
-            placed = meshes.place_prompts(shardings, rows)
-            draw = partial(sample, task.lm, state.params, state.frozen, placed, seed=cfg.seed, step=step)
-            traj = annotate(state, draw(task.sampling(b.group)))
-            if "baseline" in algorithm.needs:  # the reward of the likeliest answer to each prompt
-                greedy = score(draw(task.sampling(1, temperature=0.0)), rows)
-                traj = traj.replace(baseline=jnp.repeat(jnp.sum(greedy.rewards, axis=1), b.group))
-            traj = disturb(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))  # updates split off 0 and 1
+            traj, rows, state = draw(state, step)
+            traj = annotate(state, traj)
+            traj = control_rewards(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))
             batch = credit(keep(traj), state.coefficients)
-            state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
+            state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
             if run.first(step):
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            seen = describe(traj, score.names) | metrics
-            seen |= evaluate(state) if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps else {}
+            metrics = describe(traj, score.names) | metrics
+            if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+                metrics |= evaluate(state)
             if run.shows(step):
                 run.show(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
-            run.record(step, state, seen)
-        after = evaluate(state)["held_out"]
-    say(f"held-out accuracy: {before:.3f} -> {after:.3f}")
+            run.record(step, state, metrics)
+        after = evaluate(state)["eval_reward"]
+    say(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
 
 
-def warm_up(cfg: Config) -> tuple[arithmetic_sft.Task, Params]:
+def check(cfg: Config, own: Algorithm | None, batches: Batches, mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError for settings that do not fit together. `own`: an algorithm that is not one of ALGORITHMS."""
+    if own is not None and not cfg.directory:
+        raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
+    train.check_batches(batches, mesh)
+    if cfg.algorithm == "trpo" and (batches.epochs, batches.minibatches) != (1, 1):
+        sizes = f"epochs x minibatches = {batches.epochs} x {batches.minibatches}"
+        raise ValueError(f"trpo steps once, on all rows: {sizes}; legal: 1 x 1")
+
+
+def make_run(cfg: Config, algorithm: Algorithm) -> Run:
+    """The run directory. It keeps the source of the algorithm."""
+    name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
+    return Run(
+        cfg.directory or f"runs/arithmetic_grpo/{name}",
+        asdict(cfg),
+        steps=1 if cfg.debug else cfg.steps,
+        source=__file__,
+        functions={"algorithm": algorithm},
+        save_every=cfg.save_every,
+        headlines=HEADLINES,
+    )
+
+
+def warmed_up(cfg: Config) -> tuple[arithmetic.Task, Params]:
     """The task, and parameters that supervision has brought to the target: shared by all runs of one seed."""
-    name = f"{cfg.task}-{cfg.warm_up_target}-{cfg.held_out}-seed{cfg.seed}" + "-debug" * cfg.debug
-    place = cfg.warm_up_directory or (f"{cfg.directory}/warm_up" if cfg.directory else f"runs/arithmetic_sft/{name}")
-    shared = {field: getattr(cfg, field) for field in ("seed", "task", "held_out", "mesh", "debug")}
-    taught = arithmetic_sft.Config(target=cfg.warm_up_target, check_every=cfg.warm_up_check, directory=place, **shared)
-    task, key = arithmetic_sft.make_task(taught), jax.random.fold_in(jax.random.key(cfg.seed), 0)
-    return task, arithmetic_sft.warm_up(taught, task, policy.init(task.config, key))
+    name = f"{cfg.task}-{cfg.sft_target}-{cfg.eval_prompts}-seed{cfg.seed}" + "-debug" * cfg.debug
+    default = f"{cfg.directory}/sft" if cfg.directory else f"runs/arithmetic_sft/{name}"
+    settings = arithmetic_sft.Config(
+        seed=cfg.seed,
+        task=cfg.task,
+        target=cfg.sft_target,
+        check_every=cfg.sft_check_every,
+        eval_prompts=cfg.eval_prompts,
+        directory=cfg.sft_directory or default,
+        mesh=cfg.mesh,
+        debug=cfg.debug,
+    )
+    return arithmetic_sft.train_supervised(settings)
 
 
-def disturb(traj, reward: str, key):
-    """The controls: rewards that know nothing of the answers. `shuffled` gives each row the reward of another row."""
-    if reward == "exact":
-        return traj
-    total = jnp.sum(traj.rewards, axis=1)
-    coins = jax.random.bernoulli(key, 0.3, total.shape).astype(total.dtype)
-    other = coins if reward == "random" else jax.random.permutation(key, total)
-    return traj.replace(rewards=at_last_decision(other, traj.mask), scores=other[:, None])
+def make_draw(
+    cfg: Config, task: arithmetic.Task, algorithm: Algorithm, score: Score, batches: Batches, shardings: Shardings
+) -> Callable:
+    """`sampling.make_draw`, which for ReMax also fills `baseline`: the reward of the greedy completion."""
+    make = partial(sampling.make_draw, task.lm, task.train_prompts, batches, shardings=shardings, seed=cfg.seed)
+    draw = make(sampling=arithmetic.sampling_of(task, batches.num_generations))
+    if "baseline" not in algorithm.needs:
+        return draw
+    draw_greedy = make(sampling=arithmetic.sampling_of(task, temperature=0.0))
+
+    def draw_with_baseline(state: TrainState, step: int):
+        traj, rows, state = draw(state, step)
+        greedy = score(draw_greedy(state, step)[0], rows)
+        baseline = jnp.repeat(jnp.sum(greedy.rewards, axis=1), batches.num_generations)
+        return traj.replace(baseline=baseline), rows, state
+
+    return draw_with_baseline
 
 
 if __name__ == "__main__":
-    options.run(Config, main)
+    command_line.run(Config, main)

@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import options
+
 from classical import dqn, on_policy
 from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole

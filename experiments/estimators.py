@@ -13,8 +13,8 @@ import dataclasses
 from pathlib import Path
 
 import jax
-
 import options
+
 from exact import tables, worlds
 from exact.gradients import BETA, ENTROPY, measure
 from exact.language import tree

@@ -8,39 +8,47 @@ r"""GRPO on any Hugging Face model directory and any jsonl of prompts.
 The reward is a weighted sum of verifiers (rljax/rewards/, or your own in VERIFIERS), run in worker processes under a
 deadline. The reference of the KL term is the model as it was at the start.
 
-Reached: stories260k, animals, seeds 0 1 2: held-out reward 0.173 0.206 0.211 -> 0.457 0.409 0.483 (256 answers each,
+Reached: stories260k, animals, seeds 0 1 2: eval reward 0.173 0.206 0.211 -> 0.457 0.409 0.483 (256 completions each,
 standard errors below 0.022) at a KL to the start of 3.6 2.2 3.4 nats a sequence, in 143 115 124 s on 2 shared Xeon
 cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing there.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import jax
 
-import options
-from draws import make_draw, nobody
-from options import Batches, MeshShape, Optimizer, Weights
+from experiments.common import command_line, data, models, train
+from experiments.common.optimizer import make_optimizer
+from experiments.common.rewards import read_rewards
+from experiments.common.sampling import initial_carry, make_draw, make_sampling
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
+from rljax import types
 from rljax.algorithms import grpo, with_kl
 from rljax.algorithms.dynamic_sampling import dynamic_sampling
+from rljax.data.prompts import Prompts
+from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import make_score
+from rljax.rewards.score import Score, make_score
 from rljax.rewards.text import animals
 from rljax.rollouts.sampler import sample
-from rljax.train import mesh as meshes
 from rljax.train.log import say
+from rljax.train.mesh import make_mesh
 from rljax.train.metrics import describe, require_on_policy, reward_and_kl
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
-from rljax.types import Algorithm, TrainState
+from rljax.types import LM, Algorithm, TrainState
 
 VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
+HEADLINES = ("reward", "no_signal", "length", "kl_sequence", "tokens_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,101 +56,136 @@ class Config:
     """GRPO with a KL term on a pretrained model."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl; each line an object, its fields are the columns
-    template: str = "{prompt}"  # of a prompt, columns in braces; \n is a new line
+    prompts: str  # jsonl file; each line an object, its fields are the columns
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # verifiers, each NAME or NAME=WEIGHT
-    seed: int = 0  # of order and samples
-    steps: int = 20  # of reinforcement
-    kl: float = 0.04  # coefficient of the KL to the start
-    batches: Batches = Batches(prompts=16, group=8, micro_batches=4)
-    sampling: options.Sampling = options.Sampling(max_tokens=128)
+    reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
+    reward_workers: Rare[int] = 1  # processes that run verifiers
+    seed: int = 0  # of the order of prompts and of sampling
+    steps: int = 20  # steps: sample, score, update
+    kl_coef: float = 0.04  # coefficient of the KL to the reference
+    batches: Batches = Batches(prompts=16, num_generations=8, micro_batches=4)
+    sampling: Sampling = Sampling(max_tokens=128)
     optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="cosine")
-    max_prompt_tokens: int = 0  # longer prompts are dropped; 0: what the context leaves
-    held_out: int = 32  # prompts set aside to evaluate on
-    evaluate_samples: int = 256  # answers to them, before and after
-    verifier_seconds: float = 5.0  # deadline of one verdict
-    verifier_workers: int = 1  # processes that judge
-    save_every: int = 20  # steps between checkpoints
-    show_every: int = 10  # steps between samples in the report
     weights: Weights = Weights()
-    directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
     mesh: MeshShape = MeshShape()
-    debug: bool = False  # no jit, NaN checks, one step
+    eval_prompts: int = 32  # prompts held out for evaluation
+    eval_samples: int = 256  # completions to these, before and after training
+    save_every: int = 20  # steps between checkpoints
+    log_samples_every: Rare[int] = 10  # steps between samples in the report
+    directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
+    debug: bool = False  # one small step without jit, with NaN checks
 
 
 def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
-    """Train, and return the held-out reward before and after. `algorithm` replaces with_kl(grpo())."""
-    algorithm, b = algorithm or with_kl(grpo(), cfg.kl), options.small(cfg.batches) if cfg.debug else cfg.batches
-    mesh = meshes.make_mesh(**asdict(cfg.mesh))
-    options.check_batches(b, mesh, waits=True)
-    shares, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model)
-    tokenizer = options.tokenizer(cfg.model, config.vocab_size)
-    longest = options.longest_prompt(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
-    train, held_out = options.read_prompts(cfg.prompts, cfg.template, tokenizer, longest, cfg.held_out, cfg.seed)
+    """Train; return reward and KL on the eval prompts before and after. `algorithm` replaces with_kl(grpo())."""
+    algorithm = algorithm or with_kl(grpo(), cfg.kl_coef)
+    verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
+    batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
+    mesh = make_mesh(**asdict(cfg.mesh))
+    train.check_batches(batches, mesh, carries_over=True)
 
-    context = max(train.length, held_out.length) + cfg.sampling.max_tokens
-    config, params, frozen = options.pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
-    model, lm = policy.make_policy(config), decoder.language_model(config)
-    optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
+    # -- model and data
+    tokenizer, train_prompts, eval_prompts = read_data(cfg)
+    context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
+    config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     if "values" in algorithm.needs:
         params = policy.with_value_head(params, config)
-    sampling = options.sampling(cfg.sampling, b.group, tokenizer, config.vocab_size)
-    waiting = nobody(b, train, sampling)
-    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=waiting)
-    shardings = options.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
-    columns = train.length + cfg.sampling.max_tokens - 1  # decisions of a row
-    make = partial(make_update, policy_objective(model, algorithm), optimizer)
-    update = options.updater(make, b, shardings, columns)
-    annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always shown
+    model = policy.make_policy(config)
+    sampling = make_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
+
+    # -- training state
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
+    carry = initial_carry(batches, train_prompts, sampling)
+    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=carry)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+
+    # -- the functions of a step
+    lm = decoder.language_model(config)
+    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
+    annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
+    keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
     credit = jax.jit(algorithm.credit)
-    keep = jax.jit(lambda traj: dynamic_sampling(traj, b.prompts * b.group))
-    log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
-    draw = make_draw(lm, train, b, sampling, shardings, cfg.seed)
-    exam = held_out.first(len(held_out))
+    objective = policy_objective(model, algorithm)
+    row_length = train_prompts.length + cfg.sampling.max_tokens - 1
+    update = train.micro_batched(partial(make_update, objective, optimizer), batches, shardings, row_length)
+    log_ratio = train.make_log_ratio(model)
+    run = make_run(cfg, algorithm, verifiers)
 
-    def evaluate(state: TrainState, score) -> dict[str, float]:
-        drawn = sampling.replace(n=-(-cfg.evaluate_samples // len(held_out)))
-        traj = sample(lm, state.params, state.frozen, exam, drawn, cfg.seed, -1)
-        return reward_and_kl(score(annotate(state, traj), exam))
-
-    name = f"{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}" + "-debug" * cfg.debug
-    directory = cfg.directory or f"runs/grpo/{name}"
-    run = Run(
-        directory,
-        asdict(cfg) | {"code": options.fingerprint(algorithm, [verifiers[name] for name in shares])},
-        steps=1 if cfg.debug else cfg.steps,
-        source=__file__,
-        save_every=cfg.save_every,
-        show_every=cfg.show_every,
-        headlines=("reward", "no_signal", "length", "kl_sequence", "tokens_per_second"),
-    )
-    with run, Pool(workers=cfg.verifier_workers, seconds=cfg.verifier_seconds) as pool:
-        score = make_score({name: verifiers[name] for name in shares}, tokenizer.decode, shares, pool)
-        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for export.py
-        before = evaluate(state := jax.device_put(state, shardings.state), score)
+    # -- the loop
+    with run, Pool(workers=cfg.reward_workers, seconds=cfg.reward_timeout_seconds) as pool:
+        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
+        score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
+        evaluate = make_evaluate(cfg, lm, annotate, score, eval_prompts, sampling)
+        state = jax.device_put(state, shardings.state)
+        before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
-            traj, rows, state = draw(state, step)
-            traj = score(annotate(state, traj), rows)
+            traj, prompts, state = draw(state, step)
+            traj = score(annotate(state, traj), prompts)
             batch = credit(keep(traj), state.coefficients)
-            state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
-            if run.first(step) and not (b.wait and step):
-                require_on_policy(metrics, options.SAMPLER_GAP[cfg.weights.dtype])
-            state = state.replace(step=step + 1, cursor=rows.cursor)
-            if cfg.weights.reference_every and (step + 1) % cfg.weights.reference_every == 0:
-                state = policy.sync_reference(state, cfg.weights.reference_share)
+            state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
+            if run.first(step) and not (batches.carry_over and step):
+                require_on_policy(metrics, train.ON_POLICY_TOLERANCE[cfg.weights.dtype])
+            state = state.replace(step=step + 1, cursor=prompts.cursor)
+            state = models.sync_reference(state, cfg.weights)
             if run.shows(step):
-                run.show(step, batch, tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
-            seen = describe(traj, score.names) | metrics
+                run.show(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
+            metrics = describe(traj, score.names) | metrics
             if step + 1 == cfg.steps:
-                seen["held_out"] = evaluate(state, score)["reward"]
-            run.record(step, state, seen)
-        after = evaluate(state, score)
-    shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))
-    start = "its last refreshment" if cfg.weights.reference_every else "the start"
-    say(f"held-out reward: {shown}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
+                metrics["eval_reward"] = evaluate(state)["reward"]
+            run.record(step, state, metrics)
+        after = evaluate(state)
+    return summarize(cfg, before, after)
+
+
+def read_data(cfg: Config) -> tuple[Tokenizer, Prompts, Prompts]:
+    """The tokenizer, prompts to train on, and prompts to evaluate on."""
+    config = hf.read_config(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
+    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
+    return tokenizer, *prompts
+
+
+def make_evaluate(
+    cfg: Config, lm: LM, annotate: Callable, score: Score, prompts: Prompts, sampling: types.Sampling
+) -> Callable[[TrainState], dict[str, float]]:
+    """evaluate(state) -> reward, its standard error, and KL to the reference on the eval prompts."""
+    rows = prompts.first(len(prompts))
+    sampling = sampling.replace(n=math.ceil(cfg.eval_samples / len(prompts)))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        traj = sample(lm, state.params, state.frozen, rows, sampling, cfg.seed, step=-1)
+        traj = score(annotate(state, traj), rows)
+        return reward_and_kl(traj)
+
+    return evaluate
+
+
+def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) -> Run:
+    """The run directory. It keeps the source of the algorithm and of the verifiers."""
+    name = f"{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}" + "-debug" * cfg.debug
+    return Run(
+        cfg.directory or f"runs/grpo/{name}",
+        asdict(cfg),
+        steps=1 if cfg.debug else cfg.steps,
+        source=__file__,
+        functions={"algorithm": algorithm, "rewards": verifiers},
+        save_every=cfg.save_every,
+        show_every=cfg.log_samples_every,
+        headlines=HEADLINES,
+    )
+
+
+def summarize(cfg: Config, before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Print the reward before and after, and how far the policy went; what `main` returns."""
+    rewards = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
+    start = "its last update" if cfg.weights.ref_sync_steps else "the start"
+    say(f"eval reward: {rewards}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
     return {"before": before, "after": after}
 
 
 if __name__ == "__main__":
-    options.run(Config, main)
+    command_line.run(Config, main)

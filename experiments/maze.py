@@ -14,8 +14,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import options
+
 from classical.tabular import Hyper, make_learn
 from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import optimal_action_values

@@ -11,8 +11,8 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-import arithmetic_sft
-import export
+from experiments.common import arithmetic
+from experiments.tools import export
 from models import tiny
 from rljax.models import heads, hf, lora, peft, policy
 from rljax.models.lora import LoraConfig
@@ -171,8 +171,8 @@ def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
 def test_a_model_made_by_a_script_brings_its_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
-    task = arithmetic_sft.make_task(arithmetic_sft.Config(width=16, layers=1))
-    task.copy_sidecar_files(tmp_path / "model")
+    task = arithmetic.make_task("additions", eval_prompts=1024, seed=0, width=16, layers=1)
+    arithmetic.save_model_files(task, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("12+34=046")["input_ids"] == task.tokenizer.encode("12+34=046")
     assert tokenizer.decode(task.tokenizer.encode("12+34=046")) == "12+34=046"

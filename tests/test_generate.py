@@ -1,4 +1,4 @@
-"""experiments/generate.py: the answers of `sample`, as text, on a screen and in a file; what it refuses."""
+"""tools/generate.py: the completions of `sample`, as text, on a screen and in a file; what it refuses."""
 
 import dataclasses
 import json
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rljax.rollouts.sampler import sample
 
-import generate
-import options
+from experiments.common.sampling import make_sampling
+from experiments.common.settings import Sampling
+from experiments.tools import generate
 from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.models import decoder, hf
+from rljax.rollouts.sampler import sample
 from rljax.types import Rows
 from test_experiments import ENVIRONMENT, SCRIPTS, flags
 from test_grpo_experiment import RAW, write_prompts, write_tokenizer
@@ -28,7 +29,7 @@ LONG = {"prompt": "a" * 60}
 def asked(tmp_path_factory) -> generate.Config:
     root = tmp_path_factory.mktemp("generate")
     write_tokenizer(tiny.write(root / "model", RAW, tiny.tensors_of(RAW)))
-    prompts, sampling = write_prompts(root / "prompts.jsonl", [*WORDS, LONG]), options.Sampling(max_tokens=20)
+    prompts, sampling = write_prompts(root / "prompts.jsonl", [*WORDS, LONG]), Sampling(max_tokens=20)
     return generate.Config(str(root / "model"), prompts=prompts, n=2, seed=4, sampling=sampling, rows=4)
 
 
@@ -37,12 +38,12 @@ def change(cfg, **fields):
 
 
 def sampled(cfg: generate.Config, prompts: list[str]):
-    """Tokens, log-probs and how it ended of each answer, all drawn at once by `sample`."""
+    """Tokens, log-prob and how it ended of each completion, all sampled at once by `sample`."""
     config, tokenizer = hf.read_config(cfg.model), load_tokenizer(cfg.model)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     tokens, mask = pad_left(ids, max(map(len, ids)), 0)
     rows = Rows(tokens, mask, np.arange(len(ids), dtype=np.int32), [{} for _ in ids], 0)
-    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
+    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     params = {"decoder": hf.load(cfg.model, config)}
     traj = sample(decoder.language_model(config), params, {}, rows, sampling, cfg.seed, 0)
     for row in range(len(ids) * cfg.n):
@@ -50,23 +51,23 @@ def sampled(cfg: generate.Config, prompts: list[str]):
         yield traj.actions[row][drawn].tolist(), float(traj.logp[row][drawn].sum()), bool(traj.terminated[row].any())
 
 
-def test_the_answers_are_those_of_sample(asked, tmp_path, capsys):
+def test_the_completions_are_those_of_sample(asked, tmp_path, capsys):
     lines = generate.main(cfg := change(asked, out=str(tmp_path / "out.jsonl")))
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == lines
     assert [line["columns"] for line in lines] == [WORDS[1], WORDS[2], WORDS[0]]  # the shortest first
     printed, decode = capsys.readouterr().out, load_tokenizer(asked.model).decode
-    assert "1 of 4 prompts dropped, over 44 tokens\n" in printed
+    assert "1 of 4 prompts dropped, longer than 44 tokens\n" in printed
     want = list(sampled(cfg, [row["prompt"] for row in WORDS]))
     assert {stopped for _, _, stopped in want} == {False, True}
     for place, line in zip((1, 2, 0), lines, strict=True):
         assert f"[{place + 1}/3] {line['prompt']}\n" in printed
         for g, (tokens, logp, stopped) in enumerate(want[2 * place : 2 * place + 2]):
-            assert line["answer"][g] == decode(tokens)
+            assert line["completion"][g] == decode(tokens)
             assert line["tokens"][g] == len(tokens)
             assert line["logp"][g] == pytest.approx(logp, abs=1e-3)
             assert line["ended"][g] == ("stop" if stopped else "length")
             facts = f"({len(tokens)} tokens, {line['ended'][g]}, log-prob {line['logp'][g]:.1f})"
-            assert f"{g + 1}/2 {line['answer'][g]}\n{facts}\n" in printed
+            assert f"{g + 1}/2 {line['completion'][g]}\n{facts}\n" in printed
 
 
 def test_a_terminal_reads_along(asked, monkeypatch, capsys):
@@ -95,11 +96,11 @@ def test_the_script(asked, tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text("you: {{ messages[0].content }} me:")
     given = {"model": tmp_path / "model", "prompt": "who?", "out": tmp_path / "out.jsonl", "sampling.max_tokens": 20}
     words = [*flags(given), "--chat", "--sampling.stop_strings", *"aeiou"]
-    script = [sys.executable, "-W", "error", SCRIPTS / "generate.py", *words]
+    script = [sys.executable, "-W", "error", SCRIPTS / "tools" / "generate.py", *words]
     done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     line = json.loads((tmp_path / "out.jsonl").read_text())
-    (answer,), (tokens,) = line["answer"], line["tokens"]
+    (answer,), (tokens,) = line["completion"], line["tokens"]
     assert line["ended"] == ["stop"]
     assert not set(answer) & set("aeiou")
     assert len(answer) < tokens < 20
@@ -115,14 +116,14 @@ def test_the_script(asked, tmp_path):
         ({"chat": True}, "has no chat template; legal: without --chat"),
         ({"out": __file__}, "exists; legal: a new file"),
         ({"n": 0}, "must be at least 1, not 0"),
-        ({"sampling": options.Sampling(max_tokens=64)}, "legal: a sum of at most 64"),
-        ({"sampling": options.Sampling(top_p=2.0, max_tokens=8)}, "top_p is 2.0; legal"),
+        ({"sampling": Sampling(max_tokens=64)}, "legal: a sum of at most 64"),
+        ({"sampling": Sampling(top_p=2.0, max_tokens=8)}, "top_p is 2.0; legal"),
         (
-            {"sampling": options.Sampling(stop_strings=("",), max_tokens=8)},
+            {"sampling": Sampling(stop_strings=("",), max_tokens=8)},
             "legal: a list of one or more, each of at least one",
         ),
         (
-            {"sampling": options.Sampling(max_concurrent=2, max_tokens=8)},
+            {"sampling": Sampling(max_concurrent=2, max_tokens=8)},
             "max_concurrent = 2, .*legal in a stream: max_concurrent=None",
         ),
     ],
@@ -133,28 +134,28 @@ def test_what_it_refuses(asked, wrong, message):
 
 
 def test_settings_of_the_command_line_become_those_of_the_sampler():
-    given = options.Sampling(0.5, 3, 0.9, 0.1, 1.2, 2, ("\\nb", "ab"), 7, 5)
-    got = options.sampling(given, 4, character_tokenizer("ab\n"), vocabulary=6)
+    given = Sampling(0.5, 3, 0.9, 0.1, 1.2, 2, ("\\nb", "ab"), 7, 5)
+    got = make_sampling(given, 4, character_tokenizer("ab\n"), vocabulary=6)
     automaton = got.stop_strings
     assert automaton.shape == (3, 6)
     assert (np.asarray(automaton)[:, 4:] == np.arange(3)[:, None]).all()  # ids that the tokenizer lacks say nothing
     assert [int(automaton[automaton[0, 3], 2]), int(automaton[automaton[0, 1], 2])] == [-1, -1]
     named = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2}
-    named |= {"n": 4, "max_tokens": 7, "max_concurrent": 5, "stop": (0,)}
+    named |= {"n": 4, "max_tokens": 7, "max_concurrent"ncurrent": 5, "stop": (0,)}
     assert {name: getattr(got, name) for name in named} == named
-    assert options.sampling(options.Sampling(), 1, character_tokenizer("a"), 2).stop_strings is None
+    assert make_sampling(Sampling(), 1, character_tokenizer("a"), 2).stop_strings is None
 
 
 def test_stories260k(shared):
     """Greedy: the text that `sample` draws, up to a stop string that lies across tokens."""
     model = str(shared / "models" / "stories260k")
-    cfg = generate.Config(model, "Once upon a time", sampling=options.Sampling(0.0, max_tokens=40))
+    cfg = generate.Config(model, "Once upon a time", sampling=Sampling(0.0, max_tokens=40))
     ((tokens, *_),) = sampled(cfg, ["Once upon a time"])
     text = b"".join(load_tokenizer(model).pieces()[token] for token in tokens).decode()
-    sampling = options.Sampling(0.0, stop_strings=("to play o", "zebra"), max_tokens=40)
+    sampling = Sampling(0.0, stop_strings=("to play o", "zebra"), max_tokens=40)
     (line,) = generate.main(change(cfg, sampling=sampling))
     before, stop, after = text.partition("to play o")
-    assert (line["answer"], line["ended"]) == ([before], ["stop"])
+    assert (line["completion"], line["ended"]) == ([before], ["stop"])
     assert before.startswith(", there was a little girl named Lily.")
     assert stop
     assert after

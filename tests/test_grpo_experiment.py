@@ -1,11 +1,9 @@
 """experiments/grpo.py on a model directory made here: what a run leaves, what it refuses, whose run a directory is."""
 
 import dataclasses
-import functools
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,13 +13,15 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-import export
-import grpo
-import options
+from experiments import grpo
+from experiments.common import command_line
+from experiments.common import models as common_models
+from experiments.common.optimizer import make_optimizer
+from experiments.common.settings import Adapter, Batches, MeshShape, Optimizer, Sampling, Weights
+from experiments.tools import export
 from models import tiny
 from rewards import hostile
 from rljax.algorithms import grpo as plain_grpo
-from rljax.algorithms import with_kl
 from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
 from rljax.train.checkpoint import read_parts
@@ -63,13 +63,13 @@ def tiny_run(tmp_path_factory) -> grpo.Config:
         rewards=("share", "animals=0.5"),
         seed=1,
         steps=2,
-        batches=options.Batches(prompts=2, group=2),
-        sampling=options.Sampling(max_tokens=8),
-        held_out=2,
-        evaluate_samples=4,
+        batches=Batches(prompts=2, num_generations=2),
+        sampling=Sampling(max_tokens=8),
+        eval_prompts=2,
+        eval_samples=4,
         save_every=1,
         directory=str(root / "run"),
-        mesh=options.MeshShape(fsdp=1, tensor=-1),  # two prompts, eight devices
+        mesh=MeshShape(fsdp=1, tensor=-1),  # two prompts, eight devices
     )
 
 
@@ -107,8 +107,8 @@ def test_a_run_leaves_what_one_looks_at(finished):
     first, last = metrics(directory)
     assert {"reward", "kl_sequence", "reward/share", "reward/animals", "kl", "length", "loss", "grad_norm"} <= set(last)
     assert (first["step"], last["step"]) == (0, 1)
-    assert "held_out" not in first
-    assert last["held_out"] == result["after"]["reward"]
+    assert "eval_reward" not in first
+    assert last["eval_reward"] == result["after"]["reward"]
     assert first["kl_sequence"] == pytest.approx(0, abs=1e-5)  # the policy is the reference yet
     assert first["reward"] == pytest.approx(first["reward/share"] + 0.5 * first["reward/animals"])
     assert 0 < first["reward/share"] < 1
@@ -117,7 +117,7 @@ def test_a_run_leaves_what_one_looks_at(finished):
     assert result["after"]["kl"] != 0
     assert "</html>" in (directory / "report.html").read_text()
     assert {"1", "2"} <= {path.name for path in (directory / "checkpoints").iterdir()}
-    assert json.loads((directory / "config.json").read_text())["config"]["batches"]["group"] == 2
+    assert json.loads((directory / "config.json").read_text())["config"]["batches"]["num_generations"] == 2
     assert (directory / "experiment.py").read_text() == Path(grpo.__file__).read_text()
 
 
@@ -132,14 +132,14 @@ def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
     assert grpo.main(cfg, verifiers=VERIFIERS) == result
     printed = capsys.readouterr().out
     assert "resumed after step 1 of 2" in printed
-    assert re.search(r"held-out reward: [01]\.\d{3} ± [01]\.\d{3} -> .* nats a sequence\n$", printed)
+    assert re.search(r"eval reward: [01]\.\d{3} ± [01]\.\d{3} -> .* nats a sequence\n$", printed)
     assert metrics(cfg.directory) == before
     assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
 
 
-def test_groups_that_wait_survive_a_stop(tiny_run, tmp_path):
-    """Two of four prompts wait; stopped after the second of three steps, the third is the same to the last bit."""
-    cfg = change(tiny_run, steps=3, batches__wait=2, sampling__max_tokens=12, directory=str(tmp_path / "run"))
+def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
+    """Two of four prompts are carried over; stopped after step two of three, the third is the same to the last bit."""
+    cfg = change(tiny_run, steps=3, batches__carry_over=2, sampling__max_tokens=12, directory=str(tmp_path / "run"))
     result = grpo.main(cfg, verifiers=VERIFIERS)
     before = metrics(cfg.directory)
     assert before[0]["version_lag"] == 0 < max(record["version_lag"] for record in before)
@@ -151,7 +151,7 @@ def test_groups_that_wait_survive_a_stop(tiny_run, tmp_path):
 
 def test_packed_it_makes_the_same_first_step(finished, tmp_path):
     cfg, _ = finished
-    packed = change(cfg, batches__pack=90, directory=str(tmp_path / "run"))
+    packed = change(cfg, batches__max_tokens_per_device=90, directory=str(tmp_path / "run"))
     grpo.main(packed, verifiers=VERIFIERS)
     want, got = metrics(cfg.directory)[0], metrics(packed.directory)[0]
     assert got.keys() - want.keys() == {"padding_before", "padding_after", "micro_batches"}
@@ -162,9 +162,11 @@ def test_over_long_prompts_are_dropped_and_counted(finished, capsys):
     cfg, _ = finished
     with pytest.raises(ValueError, match="other settings"):  # after prompts are read
         grpo.main(change(cfg, seed=3), verifiers=VERIFIERS)
-    found = re.search(r"(\d) prompts and (\d) held out; (\d) dropped, over 56 tokens\n", capsys.readouterr().out)
-    kept, held_out, dropped = map(int, found.groups())
-    assert (kept + held_out, dropped) == (len(ROWS), 1)
+    found = re.search(
+        r"(\d) prompts to train on, (\d) to evaluate on; (\d) dropped, longer than 56 tokens\n", capsys.readouterr().out
+    )
+    kept, evaluated, dropped = map(int, found.groups())
+    assert (kept + evaluated, dropped) == (len(ROWS), 1)
 
 
 # ----------------------------------------------------------------------------------------------- functions of one's own
@@ -178,26 +180,32 @@ def own_loss(cap: float):
     return plain_grpo()._replace(loss=loss)
 
 
-def test_an_own_loss_logs_its_metric_and_another_is_another_run(tiny_run, tmp_path):
+def test_an_own_loss_logs_its_metric_and_another_warns_and_is_recorded(tiny_run, tmp_path, capsys):
     cfg = change(tiny_run, steps=1, directory=str(tmp_path / "run"))
     result = grpo.main(cfg, own_loss(2.0), VERIFIERS)
     (record,) = metrics(cfg.directory)
     assert record["capped"] == 0
-    assert {"kl_sequence", "reward/share", "held_out"} <= set(
-        record
-    )  # the KL to the start, though it is not in the loss
+    assert {"kl_sequence", "reward/share", "eval_reward"} <= set(record)  # the KL to the start is not in the loss
     assert "kl" not in record
     assert set(result) == {"before", "after"}
 
-    left = contents(cfg.directory)
-    for algorithm, verifiers in (
-        (own_loss(3.0), VERIFIERS),
-        (None, VERIFIERS),
-        (own_loss(2.0), VERIFIERS | {"share": hostile.length}),
+    functions = tmp_path / "run" / "functions"
+    assert "cap = 2.0" in (functions / "step_0" / "algorithm.py").read_text()
+    assert "share_of" in (functions / "step_0" / "rewards.py").read_text()
+    other = VERIFIERS | {"share": hostile.length}
+    for algorithm, verifiers, changed in (
+        (own_loss(2.0), VERIFIERS, None),
+        (own_loss(3.0), VERIFIERS, "algorithm.py"),
+        (None, VERIFIERS, "algorithm.py"),
+        (own_loss(2.0), other, "rewards.py"),
     ):
-        with pytest.raises(ValueError, match=r"holds a run with other settings: code = .* now .*--directory"):
-            grpo.main(cfg, algorithm, verifiers)
-    assert contents(cfg.directory) == left
+        capsys.readouterr()
+        grpo.main(cfg, algorithm, verifiers)
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == (changed is not None)
+        assert all(f"another source than before in {changed}" in line for line in warnings)
+        assert (functions / "step_1").exists() == (changed is not None)
+        assert metrics(cfg.directory) == [record]
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -231,25 +239,37 @@ BAD = {
     "max_tokens": (settings(sampling__max_tokens=64), ValueError, "max_tokens = 64 .*legal: a sum of at most 64"),
     "max_prompt": (settings(max_prompt_tokens=57), ValueError, "max_prompt_tokens = 57 .*legal: a sum of at most 64"),
     "all over-long": (prompts_of(LONG, LONG), ValueError, "every prompt is longer than 56 tokens; the shortest has 61"),
-    "held_out": (settings(held_out=0), ValueError, "0 prompts to hold out; at least 1"),
+    "eval_reward": (settings(eval_prompts=0), ValueError, "0 prompts to hold out; at least 1"),
     "reward": (settings(rewards=("animal",)), ValueError, f"reward 'animal'; {LEGAL_REWARDS}"),
     "weight": (settings(rewards=("share=much",)), ValueError, f"reward 'share=much'; {LEGAL_REWARDS}"),
-    "group": (settings(batches__group=0), ValueError, "group = 0; at least 1"),
+    "group": (settings(batches__num_generations=0), ValueError, "num_generations = 0; at least 1"),
     "pieces": (
         settings(batches__micro_batches=3),
         ValueError,
         r"2 x 2 = 4 rows .* 1 x 3 = 3 pieces; nearest legal products: \[1, 2, 4\]",
     ),
-    "pack": (settings(batches__pack=4), ValueError, r"pack = 4, .* have (\d+) tokens; legal: \1 <= pack_width <= pack"),
-    "pack_width": (settings(batches__pack=90, batches__pack_width=9), ValueError, r"pack_width = 9 .* legal: "),
-    "pack below 0": (settings(batches__pack=-1), ValueError, "pack = -1; at least 0"),
+    "max_tokens_per_device": (
+        settings(batches__max_tokens_per_device=4),
+        ValueError,
+        r"max_tokens_per_device = 4, .* have (\d+) tokens; legal: \1 <= packed_length <= max_tokens",
+    ),
+    "packed_length": (
+        settings(batches__max_tokens_per_device=90, batches__packed_length=9),
+        ValueError,
+        r"packed_length = 9 .* legal: ",
+    ),
+    "below 0": (settings(batches__max_tokens_per_device=-1), ValueError, "max_tokens_per_device = -1; at least 0"),
     "devices": (
-        settings(mesh=options.MeshShape()),
+        settings(mesh=MeshShape()),
         ValueError,
         r"prompts = 2 over 8 devices .*nearest legal: \[8\]",
     ),
     "other settings": (settings(seed=3), ValueError, r"holds a run with other settings: seed = 1, now 3\."),
-    "another coefficient": (settings(kl=0.1), ValueError, r"other settings: code = .*; kl = 0\.04, now 0\.1\."),
+    "another coefficient": (
+        settings(kl_coef=0.1),
+        ValueError,
+        r"other settings: kl_coef = 0\.04, now 0\.1\.",
+    ),
 }
 
 
@@ -289,7 +309,7 @@ def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, t
     [
         ({"model": "/absent"}, 1, r"error: no model in /absent: .*\n"),
         ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, number, think, .*\n"),
-        ({"batches.group": 0}, 1, r"error: .*group = 0; at least 1\n"),
+        ({"batches.num_generations": 0}, 1, r"error: .*num_generations = 0; at least 1\n"),
         ({"weights.remat": "some"}, 2, r"[\s\S]*--weights.remat[\s\S]*dots[\s\S]*"),
     ],
     ids=["model", "reward", "group", "remat"],
@@ -299,7 +319,7 @@ def test_the_command_line_says_it_too(fields, code, message, tiny_run, monkeypat
     words = [part for name, value in (legal | fields).items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *words])
     with pytest.raises(SystemExit) as stop:
-        options.run(grpo.Config, grpo.main)
+        command_line.run(grpo.Config, grpo.main)
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     assert stop.value.code == code
@@ -310,14 +330,14 @@ def test_the_command_line_says_it_too(fields, code, message, tiny_run, monkeypat
 
 
 def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run, tmp_path):
-    """With a reference that follows it, the base and the optimizer waiting in the host's memory."""
-    weights = options.Weights(
+    """With a reference that follows it; the base and the optimizer's state are kept in the host's memory."""
+    weights = Weights(
         dtype="bfloat16",
         remat="full",
-        adapter=options.Adapter(rank=2, targets=("query", "mlp/")),
+        adapter=Adapter(rank=2, targets=("query", "mlp/")),
         offload=("opt_state", "frozen"),
-        reference_every=1,
-        reference_share=0.5,
+        ref_sync_steps=1,
+        ref_mixup_alpha=0.5,
     )
     cfg = change(tiny_run, weights=weights, directory=str(tmp_path / "run"), optimizer__learning_rate=0.1)
     grpo.main(cfg, verifiers=VERIFIERS)
@@ -343,7 +363,7 @@ def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run
 
 def test_frozen_parts_stand_below_what_is_trained(tiny_run):
     mesh = make_mesh(fsdp=1, tensor=-1)
-    config, trained, frozen = options.pretrained(tiny_run.model, options.Weights(freeze=("embedding", "norm")), mesh)
+    config, trained, frozen = common_models.load_pretrained(tiny_run.model, Weights(freeze=("embedding", "norm")), mesh)
     assert param_filters.param_paths(frozen["base"]) == [
         "decoder/embedding",
         "decoder/layers/0/attention_norm/scale",
@@ -355,130 +375,15 @@ def test_frozen_parts_stand_below_what_is_trained(tiny_run):
     whole = decoder.full_params(config, trained, frozen)
     jax.tree.map(np.testing.assert_array_equal, whole["decoder"], hf.load(tiny_run.model, config))
     with pytest.raises(ValueError, match=r"leave out --weights\.freeze or --weights\.adapter\.rank"):
-        options.pretrained(tiny_run.model, options.Weights(adapter=options.Adapter(rank=2), freeze=("norm",)), mesh)
+        common_models.load_pretrained(tiny_run.model, Weights(adapter=Adapter(rank=2), freeze=("norm",)), mesh)
 
 
 def test_weight_decay_is_for_matrices():
     params = {
         "layers": {0: {"mlp": {"up": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(2)}, "query_bias": jnp.ones((1, 2))}}
     }
-    made = options.optimizer(options.Optimizer(learning_rate=0.1, warm_up=0, weight_decay=0.5), 10)
+    made = make_optimizer(Optimizer(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
     zeros = jax.tree.map(jnp.zeros_like, params)
     moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), made.update(zeros, made.init(params), params)[0])
     assert moved["layers"][0]["mlp"]["up"] == pytest.approx(0.05)
     assert moved["layers"][0]["norm"]["scale"] == moved["layers"][0]["query_bias"] == 0
-
-
-# ------------------------------------------------------------------------------------------------------- fingerprints
-
-
-def closing(value):
-    return lambda completion: value
-
-
-def one(completion):
-    return 1.0
-
-
-def two(completion):
-    return 2.0
-
-
-def default_one(completion, limit=1):
-    return limit
-
-
-def default_two(completion, limit=2):
-    return limit
-
-
-def keyword_one(completion, *, limit=1):
-    return limit
-
-
-def keyword_two(completion, *, limit=2):
-    return limit
-
-
-def inner_one(completion):
-    return sum(x + 1.5 for x in completion)
-
-
-def inner_two(completion):
-    return sum(x + 2.5 for x in completion)
-
-
-def words_one(completion):
-    return completion in ("cat", "dog")
-
-
-def words_two(completion):
-    return completion in ("cat", "cow")
-
-
-def set_one(completion):
-    return completion in {"cat", "dog", "pig"}
-
-
-def set_two(completion):
-    return completion in {"cat", "dog", "cow"}
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        (one, two),
-        (closing(1.0), closing(2.0)),
-        (closing((1, 2)), closing((1, 3))),
-        (default_one, default_two),
-        (keyword_one, keyword_two),
-        (inner_one, inner_two),
-        (words_one, words_two),
-        (set_one, set_two),
-        (functools.partial(default_one, limit=3), functools.partial(default_one, limit=4)),
-        (with_kl(plain_grpo(), 0.1), with_kl(plain_grpo(), 0.2)),
-        (own_loss(2.0), own_loss(3.0)),
-    ],
-    ids=["constant", "closure", "tuple", "default", "keyword", "inner", "words", "set", "partial", "kl", "loss"],
-)
-def test_fingerprints_tell_functions_apart(left, right):
-    assert options.fingerprint(left) == options.fingerprint(left)
-    assert options.fingerprint(left) != options.fingerprint(right)
-
-
-def test_a_function_made_again_or_called_often_has_its_fingerprint():
-    assert options.fingerprint(closing(0.5)) == options.fingerprint(closing(0.5))
-    assert options.fingerprint(own_loss(2.0)) == options.fingerprint(own_loss(2.0))
-    before = options.fingerprint(inner_one)
-    for _ in range(100):  # the interpreter rewrites what is called often
-        inner_one([1, 2])
-    assert options.fingerprint(inner_one) == before
-
-
-PRINTS = """
-import sys
-sys.path[:0] = sys.argv[1:]
-import grpo, options
-from rewards import hostile
-from rljax.algorithms import grpo as plain_grpo, with_kl
-def kinds(completion): return completion in {"cat", "dog", "pig"}
-print(options.fingerprint(with_kl(plain_grpo(), 0.1), [hostile.share_of, kinds, *grpo.VERIFIERS.values()]))
-"""
-
-
-def test_two_processes_agree_on_a_fingerprint():
-    """Under other hash seeds, by which the order of sets changes."""
-    root = Path(grpo.__file__).resolve().parents[1]
-    paths = [str(root / "experiments"), str(root / "tests"), str(root)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PRINTS, *paths],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu", "PATH": ""},
-        )
-        for seed in ("1", "2")
-    ]
-    first, second = (process.communicate()[0] for process in started)
-    assert re.fullmatch(r"[0-9a-f]{16}\n", first)
-    assert first == second

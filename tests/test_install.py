@@ -1,4 +1,4 @@
-"""The package as a user gets it: a wheel, installed away from the checkout."""
+"""The package as a user gets it: a wheel, installed away from the checkout, or an editable checkout."""
 
 import ast
 import importlib.metadata
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -18,7 +19,7 @@ import rljax.algorithms
 import rljax.types
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ("setup.py", "pyproject.toml", "LICENSE", "rljax")
+SOURCE = ("setup.py", "pyproject.toml", "LICENSE", "rljax", "experiments")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -30,14 +31,20 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: a build/ left in the checkout would put deleted modules into the next wheel."""
-    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
+def copy(tmp_path_factory) -> Path:
+    """A checkout without a build/, which would put deleted modules into the next wheel."""
+    copy = tmp_path_factory.mktemp("copy")
     for name in SOURCE:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(copy, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", out)
     run(sys.executable, "-m", "pip", "wheel", *options, copy, cwd=out)
     (built,) = out.glob("rljax-*.whl")
@@ -51,6 +58,28 @@ def test_wheel_holds_every_file(wheel):
     assert {name for name in files if name.endswith("/__init__.py")} == {
         f"{Path(name).parent}/__init__.py" for name in files
     }
+
+
+def test_wheel_puts_nothing_else_into_site_packages(wheel):
+    assert {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()} == {"rljax", wheel_info(wheel)}
+
+
+def wheel_info(wheel: Path) -> str:
+    return "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+
+
+def test_recipes_of_an_editable_checkout_run_from_anywhere(copy, tmp_path):
+    """By path and by name, as `pip install -e .` leaves them: its wheel, unpacked into an environment of its own."""
+    build = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=copy)
+    (built,) = tmp_path.glob("rljax-*.whl")
+    venv.create(tmp_path / "venv")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    zipfile.ZipFile(built).extractall(site)
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python = tmp_path / "venv" / "bin" / "python"
+    for recipe in ((copy / "experiments" / "arithmetic_controls.py",), ("-m", "experiments.arithmetic_controls")):
+        assert "Three kinds of rewards over seeds" in run(python, *recipe, "--help", cwd=tmp_path, PYTHONPATH="")
 
 
 def test_installs_outside_the_checkout(wheel, tmp_path):

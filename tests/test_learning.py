@@ -1,12 +1,13 @@
-"""Reinforcement learning raises held-out accuracy: one run by default, the demo over seeds at night."""
+"""Reinforcement learning raises eval accuracy: one run by default, the demo over seeds at night."""
 
 import statistics
 
 import pytest
 
-import arithmetic_grpo
-import arithmetic_sft
-from options import Batches, Optimizer
+from experiments import arithmetic_grpo
+from experiments.arithmetic_controls import gain
+from experiments.common import arithmetic
+from experiments.common.settings import Batches, Optimizer
 
 
 def test_grpo_learns_to_sort(tmp_path):
@@ -14,11 +15,11 @@ def test_grpo_learns_to_sort(tmp_path):
     cfg = arithmetic_grpo.Config(
         task="sortings",
         steps=40,
-        batches=Batches(prompts=32, group=8, micro_batches=2),
+        batches=Batches(prompts=32, num_generations=8, micro_batches=2),
         optimizer=Optimizer(learning_rate=5e-4),
-        warm_up_target=0.1,
-        held_out=512,
-        evaluate_every=40,
+        sft_target=0.1,
+        eval_prompts=512,
+        eval_every=40,
         directory=str(tmp_path),
     )
     reached = arithmetic_grpo.main(cfg)
@@ -40,19 +41,20 @@ def test_the_demo_learns_on_seeds_it_does_not_know(tmp_path):
 @pytest.mark.timeout(18_000)
 @pytest.mark.parametrize("reward", ["random", "shuffled"])
 def test_rewards_that_know_nothing_teach_nothing(tmp_path, reward):
-    from arithmetic_controls import gain
-
     cfg = arithmetic_grpo.Config(reward=reward, directory=str(tmp_path))
     reached = arithmetic_grpo.main(cfg)
-    change, half = gain(reached["before"], reached["after"], cfg.held_out)
+    change, half = gain(reached["before"], reached["after"], cfg.eval_prompts)
     assert change <= half
 
 
-def test_training_and_held_out_problems_share_no_pair_of_numbers():
-    task = arithmetic_sft.make_task(arithmetic_sft.Config(seed=3))
-    seen, unseen = (
-        {tuple(sorted(row["prompt"][:5].split("+"))) for row in side.columns} for side in (task.train, task.held_out)
-    )
+def pairs_of_numbers(prompts) -> set[tuple[str, str]]:
+    """The two numbers of each addition, the smaller first."""
+    return {tuple(sorted(row["prompt"][:5].split("+"))) for row in prompts.columns}
+
+
+def test_training_and_eval_problems_share_no_pair_of_numbers():
+    task = arithmetic.make_task("additions", eval_prompts=1024, seed=3)
+    seen, unseen = (pairs_of_numbers(prompts) for prompts in (task.train_prompts, task.eval_prompts))
     assert seen
     assert unseen
     assert not seen & unseen

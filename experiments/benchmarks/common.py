@@ -1,4 +1,4 @@
-"""What benchmarks share: the works, the ceilings of this machine, and timing side by side."""
+"""What benchmarks share: the workloads, the limits of this machine, and timing side by side."""
 
 import statistics
 import time
@@ -24,13 +24,13 @@ def prompts(config: DecoderConfig, count: int, length: int) -> Rows:
 
 
 def alternately(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str, list[float]]:
-    """Wall seconds of each work(i), the works taking turns; the first round, which compiles, is left out."""
+    """Wall seconds of each work(i), taking turns; the first round, which compiles, is left out."""
     times = {name: [] for name in works}
     for i in range(repeats + 1):
         for name, work in works.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             jax.block_until_ready(work(i))
-            times[name].append(time.perf_counter() - began)
+            times[name].append(time.perf_counter() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
@@ -40,15 +40,18 @@ def seconds(work: Callable[[int], object], repeats: int) -> float:
 
 
 def peak(repeats: int, dtype: str = "float32") -> float:
-    """FLOPs a second of the better of two matmuls, at their best."""
+    """FLOPs a second of the faster of two matmuls, in its fastest run."""
     best = 0.0
     for m, k, n in ((2048, 2048, 2048), (4096, 512, 1024)):
-        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-        best = max(best, 2 * m * k * n / min(alternately({"": lambda _, a=a, b=b: jnp.dot(a, b)}, repeats)[""]))
+        a = jnp.ones((m, k), dtype)
+        b = jnp.ones((k, n), dtype)
+        times = alternately({"": lambda _, a=a, b=b: jnp.dot(a, b)}, repeats)[""]
+        best = max(best, 2 * m * k * n / min(times))
     return best
 
 
 def bandwidth(repeats: int) -> float:
-    """Bytes a second of a copy of 256 MiB, at its best: read and written."""
+    """Bytes a second, read and written, of a copy of 256 MiB in its fastest run."""
     source = jnp.ones(2**26, jnp.float32)
-    return 2 * source.nbytes / min(alternately({"": lambda _: jnp.copy(source)}, repeats)[""])
+    times = alternately({"": lambda _: jnp.copy(source)}, repeats)[""]
+    return 2 * source.nbytes / min(times)

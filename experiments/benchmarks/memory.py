@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from common import W1
 
+from experiments.benchmarks.common import W1
 from rljax.algorithms import grpo
 from rljax.models import policy
 from rljax.train.log import table
@@ -53,16 +53,30 @@ def temporary_bytes(vocab_size: int, micro_batches: int) -> int:
 
 def main(cfg: Config) -> list[dict]:
     small, large = cfg.vocabularies
-    all_logits, rows = 4 * B * T * (large - small), []
-    for pieces in cfg.micro_batches:
-        first, second = (temporary_bytes(v, pieces) for v in (small, large))
-        row = {"micro-batches": pieces, f"V = {small}, MB": first / 1e6, f"V = {large}, MB": second / 1e6}
-        rows.append(row | {"growth, MB": (second - first) / 1e6, "of 4·B·T·ΔV": (second - first) / all_logits})
-    shown = [
-        {k: v if isinstance(v, int) else f"{v:.1%}" if "of" in k else f"{v:.0f}" for k, v in r.items()} for r in rows
-    ]
+    all_logits = 4 * B * T * (large - small)
+    rows = []
+    for micro_batches in cfg.micro_batches:
+        first = temporary_bytes(small, micro_batches)
+        second = temporary_bytes(large, micro_batches)
+        rows.append(
+            {
+                "micro-batches": micro_batches,
+                f"V = {small}, MB": first / 1e6,
+                f"V = {large}, MB": second / 1e6,
+                "growth, MB": (second - first) / 1e6,
+                "of 4·B·T·ΔV": (second - first) / all_logits,
+            }
+        )
+    shown = [{name: formatted(name, value) for name, value in row.items()} for row in rows]
     table(f"temporary memory of an update; 4·B·T·ΔV = {all_logits / 1e6:.0f} MB", shown)
     return rows
+
+
+def formatted(name: str, value: float) -> str | int:
+    """A cell of the table."""
+    if isinstance(value, int):
+        return value
+    return f"{value:.1%}" if name.startswith("of ") else f"{value:.0f}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-r"""One GRPO update on work W1 with answers of all lengths: rows as sampled against packed rows, side by side.
+r"""One GRPO update on work W1 with completions of all lengths: rows as sampled against packed rows, side by side.
 
     python experiments/benchmarks/packing.py
 
-The same batch: 8 prompts of 32 tokens x 8 answers, cut at lengths drawn evenly from 1 to 64. A device computes as many
-tokens at a time either way; what a packed update does on the host, planning and gathering, is in its time.
+The same batch: 8 prompts of 32 tokens x 8 completions, cut at lengths drawn evenly from 1 to 64. A device computes as
+many tokens at a time either way; the time of a packed update includes its planning and gathering on the host.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import W1, alternately, prompts
 
+from experiments.benchmarks.common import W1, alternately, prompts
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
@@ -35,52 +35,58 @@ class Config:
 
 
 def cut_batch() -> Batch:
-    """Answers of all lengths, each right or wrong."""
+    """Completions of all lengths, each right or wrong."""
     rng = np.random.default_rng(0)
     params = policy.init(W1, jax.random.key(0))
     traj = sample(decoder.language_model(W1), params, {}, prompts(W1, 8, 32), Sampling(n=8, max_tokens=64), 0, 0)
-    ends = 31 + rng.integers(1, 65, (64, 1))  # the first answer's token is the action of column 31
-    inside = np.arange(traj.mask.shape[1])[None] < ends
-    rewards = np.where(np.arange(traj.mask.shape[1])[None] == ends - 1, rng.integers(0, 2, (64, 1)), 0.0)
-    segments, mask = jnp.where(inside, traj.segments, 0), traj.mask & inside
-    return grpo().credit(traj.replace(segments=segments, mask=mask, rewards=jnp.float32(rewards)), {})
+    ends = 31 + rng.integers(1, 65, (64, 1))  # the first token of a completion is the action of column 31
+    column = np.arange(traj.mask.shape[1])[None]
+    inside = column < ends
+    rewards = np.where(column == ends - 1, rng.integers(0, 2, (64, 1)), 0.0)
+    segments = jnp.where(inside, traj.segments, 0)
+    traj = traj.replace(segments=segments, mask=traj.mask & inside, rewards=jnp.float32(rewards))
+    return grpo().credit(traj, {})
 
 
 def main(cfg: Config) -> None:
-    batch, objective, optimizer = cut_batch(), policy_objective(policy.make_policy(W1), grpo()), optax.adamw(1e-4)
+    batch = cut_batch()
+    objective = policy_objective(policy.make_policy(W1), grpo())
+    optimizer = optax.adamw(1e-4)
     params = policy.init(W1, jax.random.key(0))
-    columns, tokens = batch.mask.shape[1], batch.mask.size // cfg.micro_batches
+    columns = batch.mask.shape[1]
+    tokens = batch.mask.size // cfg.micro_batches
     width = round(columns * cfg.rows_as_wide)
     updates = {
         "as sampled": make_update(objective, optimizer, cfg.micro_batches),
         "packed": packed(lambda m: make_update(objective, optimizer, m), tokens, width),
     }
-    states = {
-        n: TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1)) for n in updates
-    }
-    first, last = {}, {}
+    states = {}
+    for name in updates:
+        copied = jax.tree.map(jnp.copy, params)  # an update donates its state
+        states[name] = TrainState(0, copied, optimizer.init(params), jax.random.key(1))
+    first = {}
 
     def work(name):
         def learn(i):
-            states[name], last[name] = updates[name](states[name], batch)
-            first.setdefault(name, jax.device_get(last[name]))
-            return last[name]
+            states[name], metrics = updates[name](states[name], batch)
+            first.setdefault(name, jax.device_get(metrics))
+            return metrics
 
         return learn
 
-    times = {n: min(t) for n, t in alternately({n: work(n) for n in updates}, cfg.repeats).items()}
+    times = alternately({name: work(name) for name in updates}, cfg.repeats)
     text = batch.mask.size * (1 - first["packed"]["padding_before"])
     padding = {"as sampled": first["packed"]["padding_before"], "packed": first["packed"]["padding_after"]}
     pieces = {"as sampled": cfg.micro_batches, "packed": first["packed"]["micro_batches"]}
     say(f"{text:.0f} tokens of text in {columns} columns, packed in {width}; {tokens} tokens at a time")
-    table(
-        "W1",
-        [
-            {"": n, "seconds": t, "tokens/s": text / t, "padding": padding[n], "micro-batches": pieces[n]}
-            | {name: float(first[n][name]) for name in ("loss", "grad_norm")}
-            for n, t in times.items()
-        ],
-    )
+    lines = []
+    for name, measured in times.items():
+        t = min(measured)
+        speed = {"": name, "seconds": t, "tokens/s": text / t}
+        shape = {"padding": padding[name], "micro-batches": pieces[name]}
+        same = {metric: float(first[name][metric]) for metric in ("loss", "grad_norm")}
+        lines.append(speed | shape | same)
+    table("W1", lines)
 
 
 if __name__ == "__main__":

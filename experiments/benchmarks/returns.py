@@ -12,14 +12,16 @@ takes beyond that is the layout; the last column is what a kernel that reads it 
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import alternately, bandwidth
 
+from experiments.benchmarks.common import alternately, bandwidth
 from rljax.ops.returns import gae, vtrace_returns
 from rljax.train.log import say, table
 
@@ -40,28 +42,40 @@ def numpy_copy() -> float:
     return 2 * source.nbytes / min(alternately({"": lambda _: np.copyto(target, source)}, 10)[""])
 
 
-def main(cfg: Config) -> None:
-    B, T, rng = cfg.rows, cfg.decisions, np.random.default_rng(0)
-    rewards, values, ratios = rng.normal(size=(B, T)), rng.normal(size=(B, T + 1)), rng.lognormal(size=(B, T))
-    discounts, mask = np.where(rng.random((B, T)) < 0.01, 0.0, 0.99), rng.random((B, T)) < 0.9
-    flat = [
-        jnp.asarray(x, x.dtype if x.dtype == bool else jnp.float32) for x in (rewards, values, discounts, ratios, mask)
-    ]
-    tall = [jnp.copy(x.T) for x in flat]
-    turn = lambda tree: jax.tree.map(jnp.transpose, tree)  # noqa: E731
+WORKS = {
+    "gae": lambda r, v, d, w, m: gae(r, v, None, d),
+    "gae with a mask": lambda r, v, d, w, m: gae(r, v, m, d),
+    "vtrace": lambda r, v, d, w, m: vtrace_returns(r, v, w, None, d),
+    "vtrace with a mask": lambda r, v, d, w, m: vtrace_returns(r, v, w, m, d),
+}
 
-    works = {
-        "gae": lambda r, v, d, w, m: gae(r, v, None, d),
-        "gae with a mask": lambda r, v, d, w, m: gae(r, v, m, d),
-        "vtrace": lambda r, v, d, w, m: vtrace_returns(r, v, w, None, d),
-        "vtrace with a mask": lambda r, v, d, w, m: vtrace_returns(r, v, w, m, d),
-    }
-    kernels = {(name, "[B, T]"): (jax.jit(work), flat) for name, work in works.items()}
-    kernels |= {
-        (name, "time-major"): (jax.jit(lambda *x, work=work: turn(work(*turn(x)))), tall)
-        for name, work in works.items()
-    }
-    copies, medians = {"jax": [], "numpy": []}, {key: [] for key in kernels}
+
+def random_arrays(B: int, T: int) -> list[jax.Array]:
+    """Rewards, values, discounts, importance ratios, mask."""
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(B, T))
+    values = rng.normal(size=(B, T + 1))
+    ratios = rng.lognormal(size=(B, T))
+    discounts = np.where(rng.random((B, T)) < 0.01, 0.0, 0.99)
+    mask = rng.random((B, T)) < 0.9
+    return [*(jnp.asarray(x, jnp.float32) for x in (rewards, values, discounts, ratios)), jnp.asarray(mask)]
+
+
+def time_major(work: Callable, *arrays: jax.Array):
+    """The work on [T, B] arrays, by transposing them and its result."""
+    return jax.tree.map(jnp.transpose, work(*(x.T for x in arrays)))
+
+
+def main(cfg: Config) -> None:
+    B, T = cfg.rows, cfg.decisions
+    arrays = random_arrays(B, T)
+    time_major_arrays = [jnp.copy(x.T) for x in arrays]
+    kernels = {}
+    for name, work in WORKS.items():
+        kernels[name, "[B, T]"] = jax.jit(work), arrays
+        kernels[name, "time-major"] = jax.jit(partial(time_major, work)), time_major_arrays
+    copies = {"jax": [], "numpy": []}
+    medians = {key: [] for key in kernels}
     for _ in range(cfg.rounds):
         copies["jax"].append(bandwidth(1))
         copies["numpy"].append(numpy_copy())
@@ -72,7 +86,7 @@ def main(cfg: Config) -> None:
     shown = ", ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in bandwidths.items())
     say(f"copy of 256 MiB: {shown}; [{B}, {T}] float32")
     rows = []
-    for name in works:
+    for name in WORKS:
         moved = 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0))
         best = {layout: min(medians[name, layout]) for layout in ("time-major", "[B, T]")}
         row = {"": name, "MB": moved / 1e6} | {f"{layout}, ms": seconds * 1e3 for layout, seconds in best.items()}

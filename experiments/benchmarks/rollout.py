@@ -7,44 +7,61 @@ r"""Rollouts against what the machine can do, and their parts against each other
     python experiments/benchmarks/rollout.py --devices 2            # rows shared among virtual devices, one a core
     python experiments/benchmarks/rollout.py --tunix PYTHON         # and Tunix (peers/tunix_sampler.py)
 
-W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 answers of 64
-tokens. W2: vocabulary 32768, width 512, 8 layers, 8 heads (4) of 64, MLP 1376; 2 prompts of 128 tokens x 8 answers of
-128. Tied.
+W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 completions of
+64 tokens. W2: vocabulary 32768, width 512, 8 layers, 8 heads (4) of 64, MLP 1376; 2 prompts of 128 tokens x 8
+completions of 128. Embeddings are tied.
 
 Ceiling of a pass: the larger of bytes/bandwidth (weights once, the filled cache) and FLOPs/peak, summed over prompt and
-decode steps. Slots: 4 requests a row in a queue, answers of geometric length with a mean of a quarter of the longest,
-against the static batch of as many rows, one after the other.
+decode steps. Slots: 4 requests a row in a queue, completions of geometric length with a mean of a quarter of the
+longest, against static batches of as many rows, one after the other.
 """
 
 import dataclasses
 import json
 import statistics
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tyro
-from common import W1, W2, alternately, bandwidth, peak, prompts
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.benchmarks.common import W1, W2, alternately, bandwidth, peak, prompts
 from rljax.models import decoder, policy
+from rljax.models.decoder import DecoderConfig
 from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.ops.sampling import invert_cdf
 from rljax.rollouts.sampler import sample, sample_and_count
 from rljax.train import mesh as meshes
 from rljax.train.log import say, table
-from rljax.types import Sampling
+from rljax.types import Rows, Sampling
 
-WORKS = {"W1": (W1, 8, 8, 32, 64), "W2": (W2, 2, 8, 128, 128)}  # config, prompts, answers to each, their tokens
+
+class Workload(NamedTuple):
+    """A model, and how much it samples."""
+
+    config: DecoderConfig
+    prompts: int
+    n: int  # completions per prompt
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.n
+
+
+WORKLOADS = {"W1": Workload(W1, 8, 8, 32, 64), "W2": Workload(W2, 2, 8, 128, 128)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What to measure."""
 
-    preset: Literal["W1", "W2"] = "W1"  # the work
+    preset: Literal["W1", "W2"] = "W1"  # the workload
     repeats: int = 5  # timed runs of each
     dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and computation
     devices: int = 1  # of a CPU, among which rollouts share their rows
@@ -54,23 +71,27 @@ class Config:
     json: str = ""  # where to write the figures
 
 
-def ceiling(config, rows: int, prompts: int, length: int, answer: int, flops: float, bytes_: float) -> float:
-    """Seconds below which no rollout of these sizes comes."""
+def ceiling(workload: Workload, config: DecoderConfig, flops: float, bytes_per_second: float) -> float:
+    """Seconds below which no rollout of this size comes: prefill and each decode step at the machine's limits."""
     weights = sum(x.size for x in jax.tree.leaves(decoder.abstract(config)))
-    column = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # numbers cached for a token
-    width = (
+    without_table = weights - config.vocab_size * config.hidden_size
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # numbers in the cache for a token
+    attended = (
         2 * config.num_layers * config.num_heads * config.head_dim
     )  # multiply-adds of a query with one key and its value
-    body = weights - config.vocab_size * config.hidden_size
     size = jnp.dtype(config.dtype).itemsize
-    seconds = max(size * weights / bytes_, 2 * prompts * length * (body + width * length / 2) / flops)
-    for t in range(answer):
-        read = size * (weights + column * (prompts * length + rows * t))
-        seconds += max(read / bytes_, 2 * rows * (weights + width * (length + t)) / flops)
+    prompt_tokens = workload.prompts * workload.prompt_tokens
+
+    prefill_flops = 2 * prompt_tokens * (without_table + attended * workload.prompt_tokens / 2)
+    seconds = max(size * weights / bytes_per_second, prefill_flops / flops)
+    for t in range(workload.completion_tokens):
+        step_bytes = size * (weights + cached * (prompt_tokens + workload.rows * t))
+        step_flops = 2 * workload.rows * (weights + attended * (workload.prompt_tokens + t))
+        seconds += max(step_bytes / bytes_per_second, step_flops / flops)
     return seconds
 
 
-def torch_generate(config, rows, n: int, answer: int):
+def torch_generate(config: DecoderConfig, rows: Rows, n: int, completion_tokens: int):
     """The same work for transformers, sampling at temperature 1, no end before the last token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -88,7 +109,7 @@ def torch_generate(config, rows, n: int, answer: int):
         )
     ).eval()
     tokens = torch.tensor(rows.tokens).long().repeat_interleave(n, dim=0)
-    lengths = {"max_new_tokens": answer, "min_new_tokens": answer}
+    lengths = {"max_new_tokens": completion_tokens, "min_new_tokens": completion_tokens}
 
     def generate(_):
         with torch.no_grad():
@@ -97,10 +118,12 @@ def torch_generate(config, rows, n: int, answer: int):
     return generate
 
 
-def peer(python: str, name: str, config, *sizes: int):
+def peer(python: str, name: str, workload: Workload, config: DecoderConfig):
     """The same work for peers/`name`.py, in a process of its own, which works when it is asked to."""
     shape = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-    work = {x: getattr(config, x) for x in shape} | dict(zip(("prompts", "n", "length", "answer"), sizes, strict=True))
+    work = {field: getattr(config, field) for field in shape}
+    work |= {"prompts": workload.prompts, "n": workload.n}
+    work |= {"length": workload.prompt_tokens, "completion": workload.completion_tokens}
     script = str(Path(__file__).with_name("peers") / f"{name}.py")
     child = subprocess.Popen(
         [python, script, json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -115,31 +138,33 @@ def peer(python: str, name: str, config, *sizes: int):
     return generate
 
 
-def spread(devices: int, lm, params, rows, sampling: Sampling):
+def over_devices(devices: int, lm, params, rows, sampling: Sampling):
     """The same work with every device holding the parameters and its share of the rows."""
     mesh = meshes.make_mesh(data=devices, fsdp=1)
-    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(params, everywhere)
     rows = meshes.place_prompts(meshes.Shardings(None, split, everywhere), rows)
-    return lambda i: sample(lm, params, {}, rows, sampling, 0, i)
+    return sampler(lm, params, rows, sampling)
 
 
 def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
     """Seconds of one draw without and with its log-prob: 64 of them in one compiled loop, each waiting for the last."""
     logits = 3.0 * jax.random.normal(jax.random.key(0), (rows, config.vocab_size))
-    uniform, ones = jnp.linspace(0.0, 1.0, rows, endpoint=False), jnp.ones(rows)
+    uniform = jnp.linspace(0.0, 1.0, rows, endpoint=False)
+    ones = jnp.ones(rows)
 
     def loop(captured: bool):
         @jax.jit
         def run(logits):
-            def one(_, carry):
+            def draw(_, carry):
                 z, total = carry
                 dist = softmax(z, ones)
                 token = invert_cdf(dist.masses, uniform)
                 logp = softmax_logp(dist, token) if captured else jnp.zeros(rows)
                 return z.at[:, 0].add(1e-6 * (token + logp)), total + logp
 
-            return jax.lax.fori_loop(0, 64, one, (logits, jnp.zeros(rows)))
+            return jax.lax.fori_loop(0, 64, draw, (logits, jnp.zeros(rows)))
 
         return lambda _: run(logits)
 
@@ -148,68 +173,127 @@ def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
 
 
 def main(cfg: Config) -> dict[str, float]:
+    """Measure, print and return the figures."""
     if cfg.devices > 1:
         jax.config.update("jax_num_cpu_devices", cfg.devices)
-    config, count, n, length, answer = WORKS[cfg.preset]
-    config = dataclasses.replace(config, dtype=cfg.dtype)
-    B, rows, params = count * n, prompts(config, count, length), policy.init(config, jax.random.key(0))
+    workload = WORKLOADS[cfg.preset]
+    config = dataclasses.replace(workload.config, dtype=cfg.dtype)
+    params = policy.init(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
-    exact = dataclasses.replace(config, batch_invariant=True)
-    lm, exact_lm, stop = *map(decoder.language_model, (config, exact)), tuple(range(config.vocab_size * 4 // answer))
-    plain = Sampling(n=n, max_tokens=answer)
-    queue = prompts(config, 4 * count, length)
-    cut = [slice(i * count, (i + 1) * count) for i in range(4)]
-    quarters = [queue._replace(tokens=queue.tokens[c], mask=queue.mask[c], number=queue.number[c]) for c in cut]
-    ending = Sampling(n=n, max_tokens=answer, stop=stop)
-    draw = lambda rows, sampling, lm=lm: lambda i: sample(lm, params, {}, rows, sampling, 0, i)  # noqa: E731
+    works = own_works(cfg, workload, config, params) | peer_works(cfg, workload, config)
+
+    # The limits of the machine are measured before and after: what else runs on it only ever lowers them.
+    flops = peak(cfg.repeats, cfg.dtype)
+    bytes_per_second = bandwidth(cfg.repeats)
+    times = alternately(works, cfg.repeats)
+    flops = max(flops, peak(cfg.repeats, cfg.dtype))
+    bytes_per_second = max(bytes_per_second, bandwidth(cfg.repeats))
+
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    limits = {"peak, GFLOP/s": flops / 1e9, "bandwidth, GB/s": bytes_per_second / 1e9}
+    fastest = ceiling(workload, config, flops, bytes_per_second)
+    parts = sampling_parts(config, workload.rows, cfg.repeats)
+    figures = limits | rollout_figures(workload, median, min(times["rollout"]), fastest, parts)
+    figures["slot utilisation"] = slot_utilization(workload, config, params)
+    figures |= peer_figures(cfg, median)
+    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
+    table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
+    table("figures", [{"": name, "value": value} for name, value in figures.items()])
+    if cfg.json:
+        seconds = {f"seconds, {name}": t for name, t in median.items()}
+        Path(cfg.json).write_text(json.dumps(figures | seconds, indent=1))
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------- what takes turns
+
+
+def sampler(lm, params, rows, sampling: Sampling) -> Callable[[int], object]:
+    """work(i): the rollout of step i."""
+    return lambda i: sample(lm, params, {}, rows, sampling, 0, i)
+
+
+def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) -> dict[str, Callable]:
+    """The rollout, variants of it, and a queue of requests by static batches and by continuous batching."""
+    lm = decoder.language_model(config)
+    exact_lm = decoder.language_model(dataclasses.replace(config, batch_invariant=True))
+    rows = prompts(config, workload.prompts, workload.prompt_tokens)
+    plain = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
+    queue, ending = queue_of(workload, config)
+    quarters = [sampler(lm, params, quarter, ending) for quarter in quarters_of(queue, workload.prompts)]
     works = {
-        "rollout": draw(rows, plain),
-        "greedy": draw(rows, plain.replace(temperature=0.0)),
-        "top-k 50, top-p 0.9": draw(rows, plain.replace(top_k=50, top_p=0.9)),
-        "exact": draw(rows, plain, exact_lm),
-        "a queue, static": lambda i: [draw(part, ending)(i) for part in quarters],
-        "a queue, slots": draw(queue, ending.replace(max_concurrent=B)),
+        "rollout": sampler(lm, params, rows, plain),
+        "greedy": sampler(lm, params, rows, plain.replace(temperature=0.0)),
+        "top-k 50, top-p 0.9": sampler(lm, params, rows, plain.replace(top_k=50, top_p=0.9)),
+        "exact": sampler(exact_lm, params, rows, plain),
+        "a queue, static": lambda i: [work(i) for work in quarters],
+        "a queue, slots": sampler(lm, params, queue, ending.replace(max_concurrent=workload.rows)),
     }
     if cfg.devices > 1:
-        works[f"on {cfg.devices} devices"] = spread(cfg.devices, lm, params, rows, plain)
+        works[f"on {cfg.devices} devices"] = over_devices(cfg.devices, lm, params, rows, plain)
+    return works
+
+
+def queue_of(workload: Workload, config: DecoderConfig) -> tuple[Rows, Sampling]:
+    """Four times the prompts, and stop tokens that end a completion after a quarter of the longest, on average."""
+    queue = prompts(config, 4 * workload.prompts, workload.prompt_tokens)
+    stop = tuple(range(config.vocab_size * 4 // workload.completion_tokens))
+    return queue, Sampling(n=workload.n, max_tokens=workload.completion_tokens, stop=stop)
+
+
+def quarters_of(queue: Rows, count: int) -> list[Rows]:
+    """The queue in four batches of `count` prompts."""
+    cuts = [slice(i * count, (i + 1) * count) for i in range(4)]
+    return [queue._replace(tokens=queue.tokens[c], mask=queue.mask[c], number=queue.number[c]) for c in cuts]
+
+
+def peer_works(cfg: Config, workload: Workload, config: DecoderConfig) -> dict[str, Callable]:
+    """The same rollout by the peers that were asked for."""
+    works = {}
     if cfg.transformers:
-        works["transformers"] = torch_generate(config, rows, n, answer)
-    for name, python, script in (("TRL", cfg.trl, "trl_generate"), ("Tunix", cfg.tunix, "tunix_sampler")):
-        if python:
-            works[name] = peer(python, script, config, count, n, length, answer)
-    flops, bytes_ = peak(cfg.repeats, cfg.dtype), bandwidth(cfg.repeats)
-    times = alternately(works, cfg.repeats)
-    median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    flops, bytes_ = max(flops, peak(cfg.repeats, cfg.dtype)), max(bytes_, bandwidth(cfg.repeats))
-    bound = ceiling(config, B, count, length, answer, flops, bytes_)
-    parts = sampling_parts(config, B, cfg.repeats)
-    step = median["rollout"] / answer
-    _, work = sample_and_count(lm, params, {}, queue, ending.replace(max_concurrent=B), 0, 0)
-    figures = {
-        "peak, GFLOP/s": flops / 1e9,
-        "bandwidth, GB/s": bytes_ / 1e9,
-        "tokens/s": B * answer / median["rollout"],
+        rows = prompts(config, workload.prompts, workload.prompt_tokens)
+        works["transformers"] = torch_generate(config, rows, workload.n, workload.completion_tokens)
+    if cfg.trl:
+        works["TRL"] = peer(cfg.trl, "trl_generate", workload, config)
+    if cfg.tunix:
+        works["Tunix"] = peer(cfg.tunix, "tunix_sampler", workload, config)
+    return works
+
+
+# ----------------------------------------------------------------------------------------------------- the figures
+
+
+def rollout_figures(workload: Workload, median: dict, best: float, fastest: float, parts: dict) -> dict[str, float]:
+    """Speed, share of the ceiling, and what parts of a decode step cost."""
+    step = median["rollout"] / workload.completion_tokens
+    return {
+        "tokens/s": workload.rows * workload.completion_tokens / median["rollout"],
         "ms a decode step": 1e3 * step,
-        "share of the ceiling": bound / median["rollout"],
-        "share of the ceiling, best run": bound / min(times["rollout"]),
+        "share of the ceiling": fastest / median["rollout"],
+        "share of the ceiling, best run": fastest / best,
         "log-prob capture, of a step": (parts["with its log-prob"] - parts["draw"]) / step,
         "top-k and top-p, of a step": median["top-k 50, top-p 0.9"] / median["rollout"] - 1,
         "exact / rollout": median["exact"] / median["rollout"],
         "static / slots": median["a queue, static"] / median["a queue, slots"],
-        "slot utilisation": float(work.tokens / work.row_steps),
     }
-    figures |= {
+
+
+def slot_utilization(workload: Workload, config: DecoderConfig, params) -> float:
+    """Tokens drawn over rows x decode steps, with continuous batching."""
+    queue, ending = queue_of(workload, config)
+    sampling = ending.replace(max_concurrent=workload.rows)
+    _, stats = sample_and_count(decoder.language_model(config), params, {}, queue, sampling, 0, 0)
+    return float(stats.tokens / stats.row_steps)
+
+
+def peer_figures(cfg: Config, median: dict[str, float]) -> dict[str, float]:
+    """Each peer's time over ours."""
+    return {
         f"{other} / {ours}": median[other] / median[ours]
         for other in ("transformers", "TRL", "Tunix")
         for ours in ("rollout", f"on {cfg.devices} devices")
         if other in median and ours in median
     }
-    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
-    table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
-    table("figures", [{"": name, "value": value} for name, value in figures.items()])
-    if cfg.json:
-        Path(cfg.json).write_text(json.dumps(figures | {f"seconds, {n}": t for n, t in median.items()}, indent=1))
-    return figures
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 r"""Does rljax compute what transformers computes? Logits and log-probs of one model directory, compared in float32.
 
     pip install -e '.[parity]'                              # torch
-    python experiments/check_parity.py --model DIR
+    python experiments/tools/check_parity.py --model DIR
 
-Both run on the CPU, transformers with eager attention. What transformers says of each text alone is the reference;
-rljax must say the same with the text alone, through its KV cache, in a batch padded on the left, and with all texts
+Both run on the CPU, transformers with eager attention. What transformers computes for each text alone is the reference;
+rljax must compute the same for the text alone, through its KV cache, in a batch padded on the left, and with all texts
 packed into one row. Then the model is written to a directory again, which transformers must load with the same bits.
 
 Float32 rounds in proportion to the logits, so a difference is judged relative to the standard deviation of the logits
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import options
+from experiments.common import command_line
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
@@ -60,60 +60,87 @@ def main(cfg: Config) -> None:
     encode = load_tokenizer(cfg.model).encode
     texts = [encode(text) for text in TEXTS]
     if min(map(len, texts)) < 2:  # a tokenizer that knows none of these words
-        texts = [np.random.default_rng(n).integers(config.vocab_size, size=n).tolist() for n in (3, 20, 40)]
+        texts = [random_tokens(config.vocab_size, length) for length in (3, 20, 40)]
     found = compare(cfg.model, texts)
-    cells = {name: {field: f"{x:.1e}" for field, x in d._asdict().items()} for name, d in found.items()}
-    table(cfg.model, [{"rljax - transformers": name} | numbers for name, numbers in cells.items()])
-    wrong = [name for name, difference in found.items() if not difference.relative <= cfg.tolerance]
+    table(cfg.model, [row(name, difference) for name, difference in found.items()])
+    wrong = [name for name, difference in found.items() if not difference.relative <= cfg.tolerance]  # NaN is wrong too
     if wrong:
         raise ValueError(f"relative difference above the tolerance of {cfg.tolerance:g}: {'; '.join(wrong)}")
     say(f"all within {cfg.tolerance:g}")
 
 
+def random_tokens(vocabulary: int, length: int) -> list[int]:
+    """Token ids, the same for each length."""
+    return np.random.default_rng(length).integers(vocabulary, size=length).tolist()
+
+
+def row(name: str, difference: Difference) -> dict[str, str]:
+    """A row of the table."""
+    return {
+        "rljax - transformers": name,
+        "largest": f"{difference.largest:.1e}",
+        "relative": f"{difference.relative:.1e}",
+    }
+
+
 def compare(directory: str, texts: list[list[int]]) -> dict[str, Difference]:
     """The largest differences of each comparison, over all texts (token ids, two at least, of any lengths)."""
-    logits, logps = transformers_says(directory, texts)
-    config = hf.read_config(directory, max(map(len, texts)))
+    their_logits, their_logps = transformers_outputs(directory, texts)
+    longest = max(map(len, texts))
+    config = hf.read_config(directory, longest)
     params = {"decoder": hf.load(directory, config)}
-    tokens, mask = pad_left(texts, max(map(len, texts)), 0)
-    behind, _ = pad_left([ids[::-1] for ids in texts], tokens.shape[1], 0)
-    found = {
-        "teacher-forced": _real(teacher_forced(config, params, behind[:, ::-1], mask[:, ::-1]), mask[:, ::-1]),
-        "padded on the left": _real(teacher_forced(config, params, tokens, mask), mask),
-        "through the cache": _real(cached(config, params, tokens, mask), mask),
+    tokens, mask = pad_left(texts, longest, 0)
+    right_tokens, right_mask = pad_right(texts, longest)
+    our_logits = {
+        "teacher-forced": unpadded(teacher_forced(config, params, right_tokens, right_mask), right_mask),
+        "padded on the left": unpadded(teacher_forced(config, params, tokens, mask), mask),
+        "through the cache": unpadded(cached(config, params, tokens, mask), mask),
         "packed": packed(config, params, texts),
     }
-    scales = [np.maximum(rows.std(axis=1), 1.0) for rows in logits]
-    out = {f"logits, {name}": _largest(ours, logits, scales) for name, ours in found.items()}
-    written_again(directory, config, params)
-    ours, scales = trainer_logps(config, params, tokens, mask), [scale[:-1] for scale in scales]
-    return out | {"log-probs, by the trainer": _largest(ours, logps, scales)}
+    scales = [np.maximum(logits.std(axis=1), 1.0) for logits in their_logits]
+    out = {f"logits, {name}": largest(ours, their_logits, scales) for name, ours in our_logits.items()}
+    check_written(directory, config, params)
+    our_logps = trainer_logps(config, params, tokens, mask)
+    out["log-probs, by the trainer"] = largest(our_logps, their_logps, [scale[:-1] for scale in scales])
+    return out
 
 
-def _real(rows, mask) -> list[np.ndarray]:
+def pad_right(texts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B length] that begin in the first column, and the mask of real ones."""
+    tokens, mask = pad_left([ids[::-1] for ids in texts], length, 0)
+    return tokens[:, ::-1], mask[:, ::-1]
+
+
+def unpadded(rows, mask) -> list[np.ndarray]:
+    """The real columns of each row."""
     return [row[real] for row, real in zip(np.asarray(rows), np.asarray(mask), strict=True)]
 
 
-def _largest(ours, theirs, scales) -> Difference:
+def largest(ours, theirs, scales) -> Difference:
     """Over all texts; NaN where anything is."""
-    each = [np.abs(np.asarray(a) - b).reshape(len(b), -1).max(axis=1) for a, b in zip(ours, theirs, strict=True)]
-    both = [(d.max(), (d / scale).max()) for d, scale in zip(each, scales, strict=True)]
-    return Difference(*np.max(both, axis=0).tolist())
+    absolute, relative = [], []
+    for a, b, scale in zip(ours, theirs, scales, strict=True):
+        difference = np.abs(np.asarray(a) - b).reshape(len(b), -1).max(axis=1)
+        absolute.append(difference.max())
+        relative.append((difference / scale).max())
+    return Difference(float(np.max(absolute)), float(np.max(relative)))
 
 
-def transformers_says(directory: str, texts: list[list[int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def transformers_outputs(directory: str, texts: list[list[int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Logits [T V] of each text, and the log-probs [T - 1] of its own tokens."""
-    model = torch_model(directory)
+    model = load_torch_model(directory)
     import torch
 
     with torch.no_grad():
         logits = [model(torch.tensor([ids])).logits[0] for ids in texts]
-    shares = [torch.log_softmax(rows[:-1], dim=-1) for rows in logits]
-    logps = [rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] for rows, ids in zip(shares, texts, strict=True)]
+    logps = []
+    for rows, ids in zip(logits, texts, strict=True):
+        distribution = torch.log_softmax(rows[:-1], dim=-1)
+        logps.append(distribution.gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
     return [rows.numpy() for rows in logits], [rows.numpy() for rows in logps]
 
 
-def torch_model(directory: str | Path):
+def load_torch_model(directory: str | Path):
     """transformers' own model, float32, eager attention."""
     try:
         import torch
@@ -126,8 +153,8 @@ def torch_model(directory: str | Path):
     return load(directory, attn_implementation="eager", dtype=torch.float32, local_files_only=True).eval()
 
 
-def _places(mask):
-    """Positions and segments of rows that may be padded on either side."""
+def positions_and_segments(mask):
+    """Of rows that may be padded on either side."""
     segments = jnp.asarray(mask, jnp.int32)
     return jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0), segments
 
@@ -141,15 +168,18 @@ def feed(config: decoder.DecoderConfig, params, tokens, positions, segments, cac
 
 def teacher_forced(config: decoder.DecoderConfig, params, tokens, mask):
     """Logits [B T V] of whole rows."""
-    return feed(config, params, tokens, *_places(mask))[0]
+    return feed(config, params, tokens, *positions_and_segments(mask))[0]
 
 
 def cached(config: decoder.DecoderConfig, params, tokens, mask):
     """Logits [B T V]: the first half of the columns at once, then column by column."""
     B, T = tokens.shape
-    cache, out = decoder.init_cache(config, B, T), []
-    for start, stop in [(0, T // 2), *((t, t + 1) for t in range(T // 2, T))]:
-        logits, cache = feed(config, params, *(x[:, start:stop] for x in (tokens, *_places(mask))), cache)
+    positions, segments = positions_and_segments(mask)
+    cache = decoder.init_cache(config, B, T)
+    pieces = [slice(0, T // 2), *(slice(t, t + 1) for t in range(T // 2, T))]
+    out = []
+    for piece in pieces:
+        logits, cache = feed(config, params, tokens[:, piece], positions[:, piece], segments[:, piece], cache)
         out.append(logits)
     return jnp.concatenate(out, axis=1)
 
@@ -157,29 +187,32 @@ def cached(config: decoder.DecoderConfig, params, tokens, mask):
 def packed(config: decoder.DecoderConfig, params, texts: list[list[int]]) -> list[np.ndarray]:
     """Logits [T V] of each text, all in one row."""
     lengths = [len(ids) for ids in texts]
-    tokens, positions = np.concatenate(texts)[None], np.concatenate([np.arange(n) for n in lengths])[None]
-    segments = np.repeat(np.arange(len(texts)) + 1, lengths)[None]
-    row = np.asarray(feed(config, params, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments)))[0][0])
-    return np.split(row, np.cumsum(lengths)[:-1])
+    tokens = jnp.asarray(np.concatenate(texts), jnp.int32)[None]
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths]), jnp.int32)[None]
+    segments = jnp.asarray(np.repeat(np.arange(len(texts)) + 1, lengths), jnp.int32)[None]
+    logits, _ = feed(config, params, tokens, positions, segments)
+    return np.split(np.asarray(logits[0]), np.cumsum(lengths)[:-1])
 
 
-def written_again(directory: str, config: decoder.DecoderConfig, params) -> None:
+def check_written(directory: str, config: decoder.DecoderConfig, params) -> None:
     """Raises ValueError unless transformers reads the same bits from what we write as from `directory`."""
     import torch
 
-    with tempfile.TemporaryDirectory() as place:
-        hf.save(Path(place, "again"), config, params["decoder"], directory, dtype="float32")
-        first, again = (torch_model(path).state_dict() for path in (directory, Path(place, "again")))
-    other = [name for name in first.keys() | again.keys() if not torch.equal(first[name], again[name])]
-    if other:
-        raise ValueError(f"written again, {len(other)} tensors are not the same bits, among them {other[0]}")
+    first = load_torch_model(directory).state_dict()
+    with tempfile.TemporaryDirectory() as temporary:
+        written = Path(temporary, "written")
+        hf.save(written, config, params["decoder"], directory, dtype="float32")
+        again = load_torch_model(written).state_dict()
+    different = [name for name in first.keys() | again.keys() if not torch.equal(first[name], again[name])]
+    if different:
+        raise ValueError(f"written again, {len(different)} tensors are not the same bits, among them {different[0]}")
 
 
 def trainer_logps(config: decoder.DecoderConfig, params, tokens, mask) -> list[np.ndarray]:
     """Log-probs [T - 1] of each row's own tokens, as the trainer computes them."""
     traj = trajectory_of_tokens(tokens, mask.astype(np.int32), jnp.asarray(mask), jnp.zeros(tokens.shape))
-    return _real(jax.jit(make_policy(config))(params, {}, traj).logp, traj.mask)
+    return unpadded(jax.jit(make_policy(config))(params, {}, traj).logp, traj.mask)
 
 
 if __name__ == "__main__":
-    options.run(Config, main)
+    command_line.run(Config, main)

@@ -1,16 +1,17 @@
-r"""Answers of a Hugging Face model directory, as they are drawn.
+r"""Completions of a Hugging Face model directory, printed as they are sampled.
 
-    python experiments/generate.py --model DIR --prompt "Once upon a time" --n 2 --sampling.max_tokens 100
-    python experiments/generate.py --model DIR --prompts gsm8k_test.jsonl --template "Question: {question}\nAnswer:" \
-        --n 8 --sampling.stop_strings "\n\n" "Question:" --out answers.jsonl
-    python experiments/generate.py --model DIR --prompt "Who are you?" --chat --sampling.temperature 0
+    python experiments/tools/generate.py --model DIR --prompt "Once upon a time" --n 2 --sampling.max_tokens 100
+    python experiments/tools/generate.py --model DIR --prompts gsm8k_test.jsonl \
+        --template "Question: {question}\nAnswer:" \
+        --n 8 --sampling.stop_strings "\n\n" "Question:" --out completions.jsonl
+    python experiments/tools/generate.py --model DIR --prompt "Who are you?" --chat --sampling.temperature 0
 
-On a terminal one reads along; in a pipe an answer is printed when it is whole. It depends on the seed, the place of its
-prompt among the prompts and its own number, not on what is drawn beside it. A line of --out is a prompt with its
-`columns`; of each answer the text (`answer`), the sum of its log-probs at the temperature (`logp`; at 1 where that is
-0), the number of `tokens`, and why it `ended`: stop or length. The shortest prompts come first.
+On a terminal a completion is printed token by token; in a pipe it is printed when it has ended. It depends on the seed,
+on which prompt it is of, and on its own number, not on what is sampled beside it. A line of --out is a prompt with its
+`columns`; of each completion the text (`completion`), the sum of its log-probs at the temperature (`logp`; at 1 where
+that is 0), the number of `tokens`, and why it `ended`: stop or length. The shortest prompts come first.
 
-Reached: stories260k, 64 prompts x 8 answers of 100 tokens, --rows 64, on 2 shared AMD EPYC cores: 51,200 tokens
+Reached: stories260k, 64 prompts x 8 completions of 100 tokens, --rows 64, on 2 shared AMD EPYC cores: 51,200 tokens
 in 6.2 s with programs that an earlier run had compiled, typically 17,431 a second; 13.8 s the first time.
 """
 
@@ -23,7 +24,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-import options
+from experiments.common import command_line, data, models
+from experiments.common.sampling import make_sampling
+from experiments.common.settings import MeshShape, Sampling
 from rljax.data.prompts import Prompts, from_template, read_jsonl
 from rljax.data.stop_strings import text_so_far
 from rljax.data.tokenizer import Tokenizer
@@ -31,140 +34,181 @@ from rljax.models import decoder, hf
 from rljax.rollouts.decode_state import Completions
 from rljax.rollouts.sample_token import check_sampling
 from rljax.rollouts.streaming import stream
-from rljax.train import mesh as meshes
 from rljax.train.log import live, say, short
+from rljax.train.mesh import make_mesh
 
-ENDED = ("length", "stop")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write what a terminal obeys
+REASONS = ("length", "stop")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write characters that control a terminal
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which model is asked what."""
+    """Which model completes which prompts."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompt: str = ""  # a text
-    prompts: str = ""  # or a jsonl of many; each line an object, its fields are the columns
-    template: str = "{prompt}"  # of a prompt, columns in braces; \n is a new line
-    chat: bool = False  # a prompt is what a user says, in the tokenizer's chat template
-    n: int = 1  # answers to each
-    seed: int = 0  # of the answers
-    sampling: options.Sampling = options.Sampling(max_tokens=256)
-    rows: int = 32  # answers drawn at a time, but all of a prompt's together
-    out: str = ""  # a jsonl to write
+    prompt: str = ""  # the text of one prompt
+    prompts: str = ""  # or a jsonl file of many; each line an object, its fields are the columns
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    chat: bool = False  # a prompt is a user's message, in the tokenizer's chat template
+    n: int = 1  # completions per prompt
+    seed: int = 0  # of sampling
+    sampling: Sampling = Sampling(max_tokens=256)
+    rows: int = 32  # completions sampled at a time; all of one prompt are sampled together
+    out: str = ""  # jsonl file to write
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and computation
-    mesh: options.MeshShape = options.MeshShape(fsdp=1, tensor=-1)
+    mesh: MeshShape = MeshShape(fsdp=1, tensor=-1)
 
 
 def main(cfg: Config) -> list[dict]:
-    """Print the answers, and return what `out` holds."""
+    """Print the completions, and return what `out` holds."""
+    check_settings(cfg)
+
+    # -- tokenizer and prompts
+    config = hf.read_config(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    prompts, text_of = read_prompts(cfg, tokenizer, config.max_positions)
+    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
+    check_sampling(sampling)
+    read = make_reader(cfg, tokenizer, config.vocab_size)
+
+    # -- model
+    config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
+    config = dataclasses.replace(config, dtype=cfg.dtype)
+    params = models.load_decoder(cfg.model, config, make_mesh(**dataclasses.asdict(cfg.mesh)), cfg.dtype)
+    lm = decoder.language_model(config)
+
+    # -- sample, print, write
+    records = []
+    rates = []
+    start = time.perf_counter()
+    for rows in prompts.batches(max(cfg.rows // cfg.n, 1)):
+        texts = [text_of(columns) for columns in rows.columns]
+        labels = [f"[{i + 1}/{len(prompts)}] " if len(prompts) > 1 else "" for i in rows.number]
+        gap = "\n" if cfg.chat or cfg.n > 1 else ""
+        stages = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if live() else 16)
+        answers = show(stages, labels, [text + gap for text in texts], cfg.n, read, rates)
+        new = [record(texts[p], rows.columns[p], answers, p, cfg.n, read) for p in range(len(texts))]
+        if cfg.out:
+            append(cfg.out, new)
+        records += new
+    tokens = sum(sum(line["tokens"]) for line in records)
+    rate = f", typically {short(statistics.median(rates))} a second" if rates else ""
+    say(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{rate}", "dim")
+    return records
+
+
+def check_settings(cfg: Config) -> None:
+    """Raise ValueError, before anything is loaded, for settings that exclude each other."""
     if cfg.out and Path(cfg.out).exists():
         raise ValueError(f"--out {cfg.out} exists; legal: a new file")
     if cfg.sampling.max_concurrent is not None:
         raise ValueError(
-            f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are drawn; "
+            f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are sampled at a time; "
             "legal in a stream: max_concurrent=None"
         )
-    config, mesh = hf.read_config(cfg.model), meshes.make_mesh(**dataclasses.asdict(cfg.mesh))
-    tokenizer = options.tokenizer(cfg.model, config.vocab_size)
-    prompts, text = read_prompts(cfg, tokenizer, config.max_positions)
-    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
-    strings = [options.new_lines(string).encode() for string in cfg.sampling.stop_strings]
-    pieces = options.pieces(tokenizer, config.vocab_size)
-    pieces = [b"" if i in tokenizer.stop else piece for i, piece in enumerate(pieces)]
-    check_sampling(sampling)
-
-    def read(answers: Completions, i: int) -> str:
-        return text_so_far(answers.tokens[i, : answers.num_tokens[i]], pieces, strings, bool(answers.done[i]))
-
-    config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
-    config = dataclasses.replace(config, dtype=cfg.dtype)
-    places = meshes.param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
-    params, lm = {"decoder": hf.load(cfg.model, config, places, cfg.dtype)}, decoder.language_model(config)
-
-    records, rates, began = [], [], time.perf_counter()
-    for rows in prompts.batches(max(cfg.rows // cfg.n, 1)):
-        asked = [text(row) for row in rows.columns]
-        heads = [f"[{i + 1}/{len(prompts)}] " * (len(prompts) > 1) for i in rows.number]
-        apart = "\n" * (cfg.chat or cfg.n > 1)
-        drawn = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if live() else 16)
-        answers = show(drawn, heads, [prompt + apart for prompt in asked], cfg.n, read, rates)
-        for p, prompt in enumerate(asked):
-            records.append(record(prompt, rows.columns[p], answers, range(p * cfg.n, (p + 1) * cfg.n), read))
-        if cfg.out:
-            with open(cfg.out, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records[-len(asked) :])
-    tokens = sum(sum(line["tokens"]) for line in records)
-    pace = f", typically {short(statistics.median(rates))} a second" if rates else ""
-    say(f"{tokens:,} tokens in {time.perf_counter() - began:.1f} s{pace}", "dim")
-    return records
+    if bool(cfg.prompt) == bool(cfg.prompts):
+        raise ValueError("which prompts? legal: --prompt TEXT or --prompts FILE.jsonl, one of them")
 
 
 def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Prompts, Callable[[dict], str]]:
-    """The prompts, and how a row becomes one. Those that leave no room for an answer are dropped and counted."""
-    if bool(cfg.prompt) == bool(cfg.prompts):
-        raise ValueError("what is asked? legal: --prompt TEXT or --prompts FILE.jsonl, one of them")
+    """The prompts, and how a row becomes one. Those that leave no room for a completion are dropped and counted."""
     if cfg.chat and tokenizer.chat is None:
         raise ValueError(f"{cfg.model}: the tokenizer has no chat template; legal: without --chat")
     columns = [{"prompt": cfg.prompt}] if cfg.prompt else read_jsonl(cfg.prompts)
-    text, encode = from_template(options.new_lines(cfg.template)), tokenizer.chat if cfg.chat else tokenizer.encode
-    longest = options.longest_prompt(0, cfg.sampling.max_tokens, context)
-    prompts = Prompts(columns, encode, text, longest, pad=tokenizer.pad)
+    text_of = from_template(data.unescape(cfg.template))
+    encode = tokenizer.chat if cfg.chat else tokenizer.encode
+    longest = data.max_prompt_length(0, cfg.sampling.max_tokens, context)
+    prompts = Prompts(columns, encode, text_of, longest, pad=tokenizer.pad)
     if prompts.dropped:
-        say(f"{prompts.dropped} of {len(columns)} prompts dropped, over {longest} tokens")
-    return prompts, text
+        say(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
+    return prompts, text_of
+
+
+def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Completions, int], str]:
+    """read(answers, i) -> the text of completion i so far, without its stop token or string."""
+    strings = [data.unescape(string).encode() for string in cfg.sampling.stop_strings]
+    pieces = data.token_bytes(tokenizer, vocabulary)
+    for token in tokenizer.stop:
+        pieces[token] = b""
+
+    def read(answers: Completions, i: int) -> str:
+        tokens = answers.tokens[i, : answers.num_tokens[i]]
+        return text_so_far(tokens, pieces, strings, bool(answers.done[i]))
+
+    return read
 
 
 def show(
-    drawn: Iterable[Completions], heads: list[str], asked: list[str], n: int, read: Callable, rates: list
+    stages: Iterable[Completions], labels: list[str], prompts: list[str], n: int, read: Callable, rates: list[float]
 ) -> Completions:
-    """Print answer after answer: on a terminal, the first that is not over as it grows. Returns the last of `drawn`.
+    """Print completion after completion; on a terminal, the first unfinished one as it grows. Returns the last stage.
 
-    Appends to `rates` the tokens a second of each stretch but the first, for which the prompts are read.
+    Appends the tokens per second of each stage to `rates`, without the first, which also reads the prompts.
     """
-    at, shown, before = 0, 0, None  # shown: how much of answer `at`
-    begin(heads, asked, n, at)
-    for answers in drawn:
-        now, tokens = time.perf_counter(), int(answers.num_tokens.sum())
+    current = 0
+    printed = 0  # characters of the current completion
+    before = None
+    print_header(labels, prompts, n, current)
+    for answers in stages:
+        now = time.perf_counter()
+        tokens = int(answers.num_tokens.sum())
         if before is not None:
             rates.append((tokens - before[1]) / (now - before[0]))
-        while at < len(answers.done) and (live() or answers.done[at]):
-            text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", read(answers, at))
-            say(text[shown:], end="")
-            shown = len(text)
-            if not answers.done[at]:
+        while current < len(answers.done) and (live() or answers.done[current]):
+            text = printable(read(answers, current))
+            say(text[printed:], end="")
+            printed = len(text)
+            if not answers.done[current]:
                 break
-            why = ENDED[bool(answers.terminated[at])]
-            say(f"\n({answers.num_tokens[at]} tokens, {why}, log-prob {answers.logp[at].sum():.1f})", "dim")
-            at, shown = at + 1, 0
-            if at < len(answers.done):
-                begin(heads, asked, n, at)
+            print_footer(answers, current)
+            current += 1
+            printed = 0
+            if current < len(answers.done):
+                print_header(labels, prompts, n, current)
         before = time.perf_counter(), tokens
     return answers
 
 
-def begin(heads: list[str], asked: list[str], n: int, at: int) -> None:
-    """What stands before answer `at`: its prompt, and its number where there are several."""
-    prompt, answer = divmod(at, n)
-    if answer == 0:
-        say(heads[prompt], "dim", end="")
-        say(CONTROL.sub("\N{REPLACEMENT CHARACTER}", asked[prompt]), "bold", end="")
+def print_header(labels: list[str], prompts: list[str], n: int, i: int) -> None:
+    """What stands before completion i: its prompt, and its number where there are several."""
+    prompt, completion = divmod(i, n)
+    if completion == 0:
+        say(labels[prompt], "dim", end="")
+        say(printable(prompts[prompt]), "bold", end="")
     if n > 1:
-        say(f"{answer + 1}/{n} ", "cyan", end="")
+        say(f"{completion + 1}/{n} ", "cyan", end="")
 
 
-def record(prompt: str, columns: dict, answers: Completions, which: range, read: Callable) -> dict:
-    """A line of --out."""
-    of = list(which)
+def print_footer(answers: Completions, i: int) -> None:
+    """How completion i ended."""
+    reason = REASONS[bool(answers.terminated[i])]
+    say(f"\n({answers.num_tokens[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
+
+
+def printable(text: str) -> str:
+    """The text without characters that control a terminal."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def record(prompt: str, columns: dict, answers: Completions, p: int, n: int, read: Callable) -> dict:
+    """A line of --out: the n completions of the batch's prompt p."""
+    rows = list(range(p * n, (p + 1) * n))
     return {
         "prompt": prompt,
         "columns": columns,
-        "answer": [read(answers, i) for i in of],
-        "tokens": answers.num_tokens[of].tolist(),
-        "logp": answers.logp[of].sum(axis=1).tolist(),
-        "ended": [ENDED[bool(stopped)] for stopped in answers.terminated[of]],
+        "completion": [read(answers, i) for i in rows],
+        "tokens": answers.num_tokens[rows].tolist(),
+        "logp": answers.logp[rows].sum(axis=1).tolist(),
+        "ended": [REASONS[bool(stopped)] for stopped in answers.terminated[rows]],
     }
 
 
+def append(path: str, records: list[dict]) -> None:
+    """Append lines to a jsonl file."""
+    with open(path, "a", encoding="utf-8") as file:
+        for line in records:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 if __name__ == "__main__":
-    options.run(Config, main)
+    command_line.run(Config, main)

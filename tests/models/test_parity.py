@@ -21,7 +21,7 @@ def _quickly():
 @pytest.fixture(scope="module")
 def check_parity():
     pytest.importorskip("torch", reason="torch is absent")
-    import check_parity
+    from experiments.tools import check_parity
 
     return check_parity
 
@@ -46,7 +46,9 @@ def test_transformers_reads_what_rljax_writes(check_parity, name, tmp_path):
     hf.save(written, config, hf.load(made, config), source=made, shard_bytes=9000)
     _, told = AutoModelForCausalLM.from_pretrained(written, output_loading_info=True)
     assert not any(told.values()), told
-    said, of_made = (check_parity.transformers_says(str(directory), texts_of(name))[0] for directory in (written, made))
+    said, of_made = (
+        check_parity.transformers_outputs(str(directory), texts_of(name))[0] for directory in (written, made)
+    )
     for ours, theirs in zip(said, of_made, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -62,8 +64,8 @@ def test_stories260k(check_parity, shared, capsys):
 def test_a_wrong_epsilon_is_seen(check_parity, tmp_path, monkeypatch):
     """Transformers reads one directory, rljax another."""
     config = tiny.config_of("grouped")
-    said = check_parity.transformers_says(str(tiny.make(tmp_path / "right", "grouped")), texts_of("grouped"))
-    monkeypatch.setattr(check_parity, "transformers_says", lambda *_: said)
+    said = check_parity.transformers_outputs(str(tiny.make(tmp_path / "right", "grouped")), texts_of("grouped"))
+    monkeypatch.setattr(check_parity, "transformers_outputs", lambda *_: said)
     wrong = tiny.write(tmp_path / "wrong", config | {"rms_norm_eps": 0.11}, tiny.tensors_of(config))
     found = check_parity.compare(str(wrong), texts_of("grouped"))
     assert min(difference.relative for difference in found.values()) > 2e-4

@@ -3,11 +3,11 @@
     pip install trl                                                 # in an environment of its own, torch for CPUs
     python experiments/benchmarks/rollout.py --trl PYTHON           # which starts this with that Python
 
-What the trainer does from a batch of prompts to the tokens of its answers (`_generate`): tokenizing, padding,
+What the trainer does from a batch of prompts to the tokens of its completions (`_generate`): tokenizing, padding,
 transformers.generate at temperature 1, cutting at the end, decoding to text. No rewards, no log-probs (with KL 0 and
 one update a rollout TRL computes none). As fast as it goes: float32, no gradient checkpointing, and an end token that
 the model does not have, so that nothing has to keep it from coming early. TRL reads a prompt once for each of its
-answers.
+completions.
 """
 
 import json
@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 W1 = dict(
     vocab_size=4096, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, intermediate_size=688
 )
-W1 |= dict(prompts=8, n=8, length=32, answer=64)
+W1 |= dict(prompts=8, n=8, length=32, completion=64)
 
 
 def make_model(
@@ -52,12 +52,12 @@ def numbers(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="end", pad_token="0")
 
 
-def main(prompts: int, n: int, length: int, answer: int, **shape) -> None:
+def main(prompts: int, n: int, length: int, completion: int, **shape) -> None:
     torch.manual_seed(0)
     rows = np.random.default_rng(0).integers(1, shape["vocab_size"], (prompts, length))
     texts = [" ".join(map(str, row)) for row in rows]
     settings = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", beta=0.0)
-    sizes = dict(per_device_train_batch_size=prompts * n, num_generations=n, max_completion_length=answer)
+    sizes = dict(per_device_train_batch_size=prompts * n, num_generations=n, max_completion_length=completion)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             make_model(**shape),
@@ -67,13 +67,13 @@ def main(prompts: int, n: int, length: int, answer: int, **shape) -> None:
             processing_class=numbers(shape["vocab_size"]),
         )
         trainer.model.train()  # as in a training step
-        asked = [text for text in texts for _ in range(n)]
+        requests = [text for text in texts for _ in range(n)]
         for _ in sys.stdin:
-            began = time.perf_counter()
-            _, answers, *_ = trainer._generate(asked)
-            seconds = time.perf_counter() - began
-            if {len(tokens) for tokens in answers} != {answer}:
-                raise ValueError(f"answers of other lengths than {answer} tokens")
+            start = time.perf_counter()
+            _, completions, *_ = trainer._generate(requests)
+            seconds = time.perf_counter() - start
+            if {len(tokens) for tokens in completions} != {completion}:
+                raise ValueError(f"completions of other lengths than {completion} tokens")
             print(seconds, flush=True)
 
 

@@ -5,7 +5,7 @@
 
 As fast as it goes: token ids instead of text (a tokenizer that looks prompts up), compiled by the first request, a
 cache of just the columns needed, no logits or log-probs returned, top_p = 1 (for which Tunix leaves its sort out). No
-token ends an answer. Tunix reads a prompt once for each of its answers.
+token ends a completion. Tunix reads a prompt once for each of its completions.
 """
 
 import json
@@ -30,7 +30,7 @@ SIZES = (
     "prompts",
     "n",
     "length",
-    "answer",
+    "completion",
 )
 W1 = dict(zip(SIZES, (4096, 256, 4, 8, 4, 32, 688, 8, 8, 32, 64), strict=True))
 
@@ -74,19 +74,19 @@ def make_model(vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, hea
     return model
 
 
-def main(prompts: int, n: int, length: int, answer: int, **shape) -> None:
+def main(prompts: int, n: int, length: int, completion: int, **shape) -> None:
     model, vocab_size = make_model(**shape), shape["vocab_size"]
     tokens = np.random.default_rng(0).integers(1, vocab_size, (prompts, length))
-    cache = CacheConfig(length + answer, shape["num_layers"], shape["num_kv_heads"], shape["head_dim"])
+    cache = CacheConfig(length + completion, shape["num_layers"], shape["num_kv_heads"], shape["head_dim"])
     sampler = Sampler(model, Lookup(tokens), cache)
     names = [str(i) for i in range(prompts) for _ in range(n)]
     settings = dict(max_prompt_length=length, eos_tokens=[-1], temperature=1.0, top_p=1.0)
     for seed, _ in enumerate(sys.stdin):
-        began = time.perf_counter()
-        out = sampler(names, answer, seed=seed, **settings)
-        seconds = time.perf_counter() - began
-        if {len(tokens) for tokens in out.tokens} != {answer}:
-            raise ValueError(f"answers of other lengths than {answer} tokens")
+        start = time.perf_counter()
+        out = sampler(names, completion, seed=seed, **settings)
+        seconds = time.perf_counter() - start
+        if {len(tokens) for tokens in out.tokens} != {completion}:
+            raise ValueError(f"completions of other lengths than {completion} tokens")
         print(seconds, flush=True)
 
 

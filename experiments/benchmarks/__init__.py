@@ -1,0 +1,1 @@
+"""What the hardware could do and what rljax does, side by side: `python experiments/benchmarks/X.py`."""

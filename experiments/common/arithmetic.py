@@ -1,0 +1,103 @@
+"""Problems that a laptop's CPU can learn, and a decoder of characters to learn them: additions, or sorting digits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rljax.data.prompts import Prompts
+from rljax.data.tasks import additions, sortings, split
+from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
+from rljax.models import decoder, hf, policy
+from rljax.rewards.score import make_score
+from rljax.rewards.text import exact_text
+from rljax.rollouts.sampler import sample
+from rljax.train.log import write_atomically
+from rljax.train.metrics import reward_and_kl
+from rljax.types import LM, Params, Rows, Sampling, TrainState, Trajectory
+
+ALPHABET = "0123456789+="
+PROBLEMS = {"additions": additions, "sortings": sortings}
+Problems = Literal[tuple(PROBLEMS)]
+
+
+class Task(NamedTuple):
+    """Problems to train on and to evaluate on, which share none, and the model that is to solve them."""
+
+    tokenizer: Tokenizer
+    train_prompts: Prompts
+    eval_prompts: Prompts
+    max_tokens: int  # tokens of the longest answer, its end included
+    config: decoder.DecoderConfig
+    lm: LM
+    policy: Callable
+
+
+def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, layers: int = 4) -> Task:
+    """The problems of this name, `eval_prompts` of them held out, and a decoder of this width and depth."""
+    problems = PROBLEMS[name]()
+    train_side, eval_side = split(problems, eval_prompts, seed)
+    tokenizer = character_tokenizer(ALPHABET)
+    prompt_tokens = max(len(problem["prompt"]) for problem in problems)
+    max_tokens = 1 + max(len(problem["answer"]) for problem in problems)
+
+    def prompts(side: list[dict]) -> Prompts:
+        return Prompts(side, tokenizer.encode, lambda row: row["prompt"], prompt_tokens, seed)
+
+    config = decoder.DecoderConfig(
+        tokenizer.size,
+        width,
+        layers,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=width // 4,
+        intermediate_size=11 * width // 4,
+        max_positions=prompt_tokens + max_tokens,
+    )
+    lm = decoder.language_model(config)
+    return Task(tokenizer, prompts(train_side), prompts(eval_side), max_tokens, config, lm, policy.make_policy(config))
+
+
+def answer_tokens(task: Task, rows: Rows) -> list[list[int]]:
+    """The right answer to each prompt, as tokens that end with a stop."""
+    stop = task.tokenizer.stop[0]
+    return [[*task.tokenizer.encode(row["answer"]), stop] for row in rows.columns]
+
+
+def sampling_of(task: Task, n: int = 1, temperature: float = 1.0) -> Sampling:
+    """How to sample n completions per prompt."""
+    return Sampling(temperature, n=n, max_tokens=task.max_tokens, stop=task.tokenizer.stop)
+
+
+def sample_scored(task: Task, params: Params, rows: Rows, seed: int) -> Trajectory:
+    """One scored completion to each prompt, sampled at temperature 1 with keys that no training step uses."""
+    traj = sample(task.lm, params, {}, rows, sampling_of(task), seed, step=-1)
+    score = make_score({"exact": exact_text}, task.tokenizer.decode)
+    return score(traj, rows)
+
+
+def accuracy(task: Task, params: Params, rows: Rows, seed: int) -> float:
+    """Share of the prompts answered rightly."""
+    return float(np.mean(sample_scored(task, params, rows, seed).scores))
+
+
+def make_evaluate(task: Task, count: int, seed: int) -> Callable[[TrainState], dict[str, float]]:
+    """evaluate(state) -> reward, and KL to the reference, on the first `count` problems never trained on."""
+    annotate = policy.make_annotate(task.policy, ("ref_logp",))
+    rows = task.eval_prompts.first(count)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        traj = sample_scored(task, state.params, rows, seed)
+        found = reward_and_kl(annotate(state, traj))
+        return {"eval_reward": found["reward"], "kl_sequence": found["kl"]}
+
+    return evaluate
+
+
+def save_model_files(task: Task, directory: Path) -> None:
+    """Tokenizer and config.json, which tools/export.py needs beside the checkpoints."""
+    save_characters(ALPHABET, directory)
+    config = hf.to_hf_config(task.config, task.tokenizer.stop)
+    write_atomically(directory / "config.json", json.dumps(config))

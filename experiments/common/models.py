@@ -1,0 +1,77 @@
+"""Models of a Hugging Face directory, as `Weights` says how to hold and train them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from experiments.common.settings import Adapter, Weights
+from rljax.models import decoder, hf, param_filters, policy
+from rljax.models.decoder import DecoderConfig
+from rljax.models.lora import LoraConfig
+from rljax.train.mesh import param_shardings
+from rljax.types import Params, TrainState
+
+
+def load_pretrained(
+    directory: str, weights: Weights, mesh: jax.sharding.Mesh, context: int | None = None, seed: int = 0
+) -> tuple[DecoderConfig, Params, dict]:
+    """The model's config, its trained parameters, and the frozen ones: the reference, and what is not trained.
+
+    Trained parameters are float32. A base under an adapter is held in the dtype of the computation.
+
+    Args: context: tokens of the longest row. seed: of the adapter's initial values.
+    Raises ValueError for an adapter together with `freeze`.
+    """
+    if weights.adapter.rank and weights.freeze:
+        raise ValueError(
+            "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
+        )
+    config = hf.read_config(directory, context)
+    adapter = lora_of(weights.adapter)
+    config = dataclasses.replace(config, dtype=weights.dtype, remat=weights.remat, adapter=adapter)
+    stored = "float32" if adapter is None else weights.dtype
+    params = load_decoder(directory, config, mesh, stored)
+    if adapter is not None:
+        return config, *_with_adapter(params, config, weights, seed)
+
+    frozen = {}
+    if weights.freeze:
+        params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
+    frozen["reference"] = jax.tree.map(jnp.copy, params)
+    return config, params, frozen
+
+
+def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh, dtype: str) -> Params:
+    """{"decoder": ...} of a model directory, read straight into its shardings."""
+    shardings = param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
+    return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
+
+
+def lora_of(adapter: Adapter) -> LoraConfig | None:
+    """The adapter of these settings; None where its rank is 0."""
+    if not adapter.rank:
+        return None
+    return LoraConfig(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=adapter.targets,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+    )
+
+
+def _with_adapter(params: Params, config: DecoderConfig, weights: Weights, seed: int) -> tuple[Params, dict]:
+    """Adapter and frozen base. A reference that follows the policy is an adapter of its own."""
+    key = jax.random.fold_in(jax.random.key(seed), 3)
+    trained, frozen = policy.with_adapter(params, config, key)
+    if weights.ref_sync_steps:
+        frozen["reference"] = jax.tree.map(jnp.copy, trained)
+    return trained, frozen
+
+
+def sync_reference(state: TrainState, weights: Weights) -> TrainState:
+    """After every `ref_sync_steps` steps: mix the policy into the reference."""
+    if weights.ref_sync_steps and int(state.step) % weights.ref_sync_steps == 0:
+        return policy.sync_reference(state, weights.ref_mixup_alpha)
+    return state

@@ -1,0 +1,41 @@
+"""The optimizer of a recipe: AdamW after clipping, with a learning-rate schedule."""
+
+import jax.numpy as jnp
+import optax
+
+from experiments.common.settings import Optimizer
+from rljax.models import param_filters
+
+
+def make_optimizer(settings: Optimizer, updates: int) -> optax.GradientTransformation:
+    """The optax chain of these settings; its schedule ends after `updates`."""
+    decayed = param_filters.decay_mask if settings.weight_decay else None
+    adam = optax.adamw(
+        learning_rate(settings, updates), b2=settings.beta2, weight_decay=settings.weight_decay, mask=decayed
+    )
+    return optax.chain(clip_by_global_norm(settings.max_grad_norm), adam)
+
+
+def learning_rate(settings: Optimizer, updates: int) -> optax.Schedule:
+    """Linear warmup, then the schedule that the settings name."""
+    highest = settings.learning_rate
+    rest = max(updates - settings.warmup_steps, 1)
+    schedules = {
+        "constant": optax.constant_schedule(highest),
+        "cosine": optax.cosine_decay_schedule(highest, rest),
+        "linear": optax.linear_schedule(highest, 0.0, rest),
+    }
+    warmup = optax.linear_schedule(highest / (settings.warmup_steps + 1), highest, settings.warmup_steps)
+    return optax.join_schedules([warmup, schedules[settings.schedule]], [settings.warmup_steps])
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scale gradients whose global norm exceeds `max_norm` down to it.
+
+    optax.clip_by_global_norm divides 0 by 0 where the gradient is zero (a batch without signal): `--debug` stops there.
+    """
+
+    def clip(updates, params=None):
+        return optax.tree.scale(max_norm / jnp.maximum(optax.tree.norm(updates), max_norm), updates)
+
+    return optax.stateless(clip)

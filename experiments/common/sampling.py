@@ -1,0 +1,87 @@
+"""What a step samples: completions of new prompts, and with `carry_over` those that the last step left unfinished."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+
+from experiments.common import data, settings
+from experiments.common.settings import Batches
+from rljax.data.prompts import Prompts
+from rljax.data.stop_strings import stop_strings
+from rljax.data.tokenizer import Tokenizer
+from rljax.rollouts import partial as rollouts
+from rljax.rollouts.sampler import sample
+from rljax.train.mesh import Shardings, place_prompts
+from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
+
+
+def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
+    """The sampler's settings for n completions per prompt; stop strings as an automaton over the model's ids."""
+    strings = [data.unescape(text) for text in options.stop_strings]
+    automaton = None
+    if strings:
+        automaton = jnp.asarray(stop_strings(strings, data.token_bytes(tokenizer, vocabulary)))
+    return Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        min_tokens=options.min_tokens,
+        stop_strings=automaton,
+        n=n,
+        max_tokens=options.max_tokens,
+        stop=tokenizer.stop,
+        max_concurrent=options.max_concurrent,
+    )
+
+
+def row_tokens(prompts: Prompts, sampling: Sampling) -> int:
+    """Tokens of a row: the longest prompt and the longest completion."""
+    return prompts.length + sampling.max_tokens
+
+
+def initial_carry(batches: Batches, prompts: Prompts, sampling: Sampling) -> dict | None:
+    """`TrainState.extra` before the first step: nothing is carried over yet."""
+    if not batches.carry_over:
+        return None
+    return rollouts.empty_carry(batches.carry_over, batches.num_generations, row_tokens(prompts, sampling))
+
+
+def make_draw(
+    lm: LM, prompts: Prompts, batches: Batches, sampling: Sampling, shardings: Shardings, seed: int
+) -> Callable[[TrainState, int], tuple[Trajectory, Rows, TrainState]]:
+    """draw(state, step) -> trajectory of prompts x oversample whole groups, their prompts, the state.
+
+    With `carry_over` the state holds the unfinished groups, which the next step continues.
+    """
+    count = batches.prompts * batches.oversample
+    carry = batches.carry_over
+
+    def sample_rows(state: TrainState, step: int, rows: Rows, sampling: Sampling) -> Trajectory:
+        placed = place_prompts(shardings, rows)
+        return sample(lm, state.params, state.frozen, placed, sampling, seed, step)
+
+    def draw(state: TrainState, step: int):
+        rows = prompts.draw(state.cursor, count)
+        return sample_rows(state, step, rows, sampling), rows, state
+
+    if not carry:
+        return draw
+    if lm.routing is not None:
+        raise ValueError(
+            "prompts carried over do not keep the experts that their tokens took; legal for a mixture: carry_over = 0"
+        )
+    n = batches.num_generations
+    until_enough = sampling.replace(stop_after=(count + carry) * n - carry)
+
+    def draw_and_carry(state: TrainState, step: int):
+        carried = rollouts.carry_from_arrays(state.extra, prompts.columns_of)
+        fresh = prompts.draw(state.cursor, count + carry if carried is None else count)
+        draw_rows = partial(sample_rows, state, step, sampling=until_enough)
+        columns = row_tokens(prompts, sampling)
+        traj, rows, left = rollouts.partial_step(draw_rows, fresh, carried, n, carry, step, columns)
+        return traj, rows, state.replace(extra=rollouts.carry_to_arrays(left))
+
+    return draw_and_carry

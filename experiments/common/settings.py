@@ -1,0 +1,93 @@
+"""Blocks of settings, which recipes nest in their Config: `--batches.prompts 64` on the command line.
+
+A `Rare` setting is a flag like any other, but `--help` leaves it out: its line here is its description.
+"""
+
+import dataclasses
+import sys
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+Rare = tyro.conf.Suppress if {"-h", "--help"} & set(sys.argv) else Annotated[T, "rare"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """One step: prompts x num_generations rows, learnt from in epochs x minibatches optimizer updates."""
+
+    prompts: int = 32  # prompts per step
+    num_generations: int = 8  # completions per prompt, the group
+    oversample: int = 1  # prompts sampled for each one kept; groups whose rewards differ are kept first
+    carry_over: Rare[int] = 0  # prompts whose unfinished completions continue in the next step; 0: none
+    epochs: int = 1  # passes over the rows of a step
+    minibatches: int = 1  # optimizer updates per pass
+    micro_batches: int = 1  # pieces of an update, to save memory; the gradient does not depend on it
+    max_tokens_per_device: int = 0  # pack rows: tokens on a device at a time, instead of micro_batches; 0: no packing
+    packed_length: Rare[int] = 0  # tokens of a packed row; 0: as long as a sampled row
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled."""
+
+    temperature: float = 1.0  # of the softmax; 0: greedy. The trainer rescales its logits by it too
+    top_k: int | None = None  # sample from the k most likely tokens
+    top_p: float | None = None  # sample from the most likely tokens that hold this probability together
+    min_p: Rare[float | None] = None  # sample from tokens at least this likely, relative to the most likely one
+    repetition_penalty: Rare[float | None] = None  # divides positive logits of earlier tokens, multiplies negative ones
+    min_tokens: Rare[int | None] = None  # tokens of a completion before a stop token is possible
+    stop_strings: tuple[str, ...] = ()  # texts that end a completion; \n is a new line
+    max_tokens: int = 64  # tokens of a completion
+    max_concurrent: Rare[int | None] = None  # rows sampled at a time, refilled as they finish; default: all at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW after clipping by global norm."""
+
+    learning_rate: float = 3e-4  # its maximum
+    warmup_steps: int = 5  # updates of linear increase to the maximum
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the increase; cosine and linear end at 0
+    max_grad_norm: float = 1.0  # largest global norm of the gradient
+    weight_decay: Rare[float] = 0.0  # AdamW's, of matrices only: neither norms nor biases
+    beta2: Rare[float] = 0.99  # decay of the second moment
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """LoRA: only the adapter is trained, and the reference is the model without it."""
+
+    rank: int = 0  # rank of the matrices added; 0: no adapter, the whole model is trained
+    alpha: float = 32.0  # the adapter is scaled by alpha/rank, with use_rslora by alpha/√rank
+    targets: Rare[tuple[str, ...]] = ("attention/", "mlp/")  # regular expressions of paths (layers/3/attention/query)
+    use_rslora: Rare[bool] = False  # rank-stabilized scaling
+    use_dora: Rare[bool] = False  # DoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How the model's weights are stored, computed with and trained."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of an adapter's base
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes, to save memory
+    adapter: Adapter = Adapter()
+    freeze: Rare[tuple[str, ...]] = ()  # regular expressions of paths (decoder/layers/3/mlp/up) that are not trained
+    offload: Rare[tuple[Literal["opt_state", "frozen"], ...]] = ()  # kept in the host's memory between uses
+    ref_sync_steps: Rare[int] = 0  # steps between updates of the reference from the policy; 0: never
+    ref_mixup_alpha: Rare[float] = 1.0  # share of the policy in the updated reference
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices as data x fsdp x tensor; one of them may be -1: all that are left."""
+
+    data: Rare[int] = 1  # devices that hold replicas of the parameters
+    fsdp: int = -1  # devices over which rows and parameters are split
+    tensor: int = 1  # devices over which heads, MLP and vocabulary are split
+
+
+def debug_batches(batches: Batches) -> Batches:
+    """Two prompts with two completions each: a step small enough to run without jit."""
+    return dataclasses.replace(batches, prompts=2, num_generations=2, oversample=1, minibatches=1, micro_batches=1)

@@ -1,0 +1,116 @@
+"""The update of a recipe's batches: what divides, how it is cut, and where its state lives."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import optax
+
+from experiments.common.settings import Batches
+from rljax.models import policy
+from rljax.models.decoder import DecoderConfig
+from rljax.train.mesh import Shardings, row_ways, state_shardings
+from rljax.train.packing import packed
+from rljax.types import TrainState
+
+# Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
+ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool = False) -> None:
+    """Raise one ValueError that lists every number that does not divide, with the nearest legal ones.
+
+    carries_over: whether the recipe continues unfinished completions in the next step (`sampling.make_draw`).
+    """
+    wrong = _too_small(batches)
+    if not wrong:
+        wrong = _carry_over(batches, mesh, carries_over) + _prompts(batches, mesh) + _pieces(batches, mesh)
+    if wrong:
+        raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
+
+
+def _too_small(batches: Batches) -> list[str]:
+    wrong = []
+    for field in dataclasses.fields(batches):
+        value = getattr(batches, field.name)
+        least = min(field.default, 1)
+        if value < least:
+            wrong.append(f"{field.name} = {value}; at least {least}")
+    return wrong
+
+
+def _carry_over(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool) -> list[str]:
+    carry = batches.carry_over
+    ways = row_ways(mesh)
+    if carry and not carries_over:
+        return [f"carry_over = {carry}, but this experiment continues no completion in its next step; legal: 0"]
+    if carry % ways:
+        return [f"carry_over = {carry} over {ways} devices (data x fsdp); legal: multiples of {ways}"]
+    return []
+
+
+def _prompts(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
+    ways = row_ways(mesh)
+    if batches.prompts % ways == 0:
+        return []
+    below = batches.prompts // ways * ways
+    nearest = sorted({max(ways, below), below + ways})
+    return [f"prompts = {batches.prompts} over {ways} devices (data x fsdp); nearest legal: {nearest}"]
+
+
+def _pieces(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
+    ways = row_ways(mesh)
+    rows = batches.prompts * batches.num_generations
+    micro_batches = 1 if batches.max_tokens_per_device else batches.micro_batches
+    pieces = batches.minibatches * micro_batches
+    legal = [p for p in range(1, rows + 1) if rows % p == 0 and (rows // p) % ways == 0]
+    if pieces in legal:
+        return []
+    nearest = sorted(sorted(legal, key=lambda p: abs(p - pieces))[:4])
+    return [
+        f"prompts x num_generations = {batches.prompts} x {batches.num_generations} = {rows} rows "
+        f"in minibatches x micro_batches = {batches.minibatches} x {micro_batches} = {pieces} pieces; "
+        f"nearest legal products: {nearest}"
+    ]
+
+
+def micro_batched(make: Callable, batches: Batches, shardings: Shardings, row_length: int) -> Callable:
+    """The update in `batches.micro_batches` pieces, or packed where `batches.max_tokens_per_device` says so.
+
+    Args: make: (micro_batches=, shardings=) -> update. row_length: decisions of a sampled row; a packed one holds it.
+    """
+    make = partial(make, shardings=shardings)
+    tokens = batches.max_tokens_per_device
+    if not tokens:
+        return make(micro_batches=batches.micro_batches)
+    length = batches.packed_length or row_length
+    if not row_length <= length <= tokens:
+        raise ValueError(
+            f"max_tokens_per_device = {tokens}, packed_length = {batches.packed_length} (0: as sampled), where rows as "
+            f"sampled have {row_length} tokens; legal: {row_length} <= packed_length <= max_tokens_per_device"
+        )
+    return packed(lambda micro_batches: make(micro_batches=micro_batches), tokens, length, shardings)
+
+
+def shardings_of(
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    config: DecoderConfig,
+    offload: tuple[str, ...] = (),
+) -> Shardings:
+    """Shardings of a state whose parameters, trained and frozen, are those of a decoder."""
+    axes = policy.logical_axes(config, state.params)
+    frozen_axes = {name: policy.logical_axes(config, part) for name, part in state.frozen.items()}
+    return state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
+
+
+def make_log_ratio(policy: Callable) -> Callable:
+    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report."""
+
+    @jax.jit
+    def log_ratio(state: TrainState, traj):
+        return policy(state.params, state.frozen, traj).logp - traj.logp
+
+    return log_ratio

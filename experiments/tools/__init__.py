@@ -1,0 +1,1 @@
+"""Tools for a model directory or a run: export, generate, check_parity."""
