@@ -1,10 +1,10 @@
-"""Classical control by the estimators of language models, over seeds: DQN, REINFORCE, VPG, TRPO, PPO.
+"""Classical control by the estimators of language models, over seeds: DQN, REINFORCE, VPG, TRPO, PPO, V-trace.
 
     python experiments/control.py --algo ppo --env cartpole
 
 A run is one compiled function, train(params, key, hyper); all seeds share its compilation. Settings that are not given
-are the tuned ones in TUNED. Writes report.html: a table of the seeds, the learning curve (mean, 95 % interval of the
-mean) and, for CartPole, frames of an episode; the pictures also stand beside it.
+are the tuned ones in TUNED. Writes report.html: a table of the seeds, the learning curve (the mean, and its 95 %
+confidence interval) and, for CartPole, frames of an episode; the figures are also saved beside it.
 
 Reached (seeds 0-4, greedy return, median and worst): PPO on CartPole 500, 500 after 150,000 steps, 1.0 to 1.1
 CPU-seconds a run; on Acrobot -82.2, -92.2; on Pendulum -164.0, -182.1; VPG on CartPole 500, 498; TRPO on CartPole 500,
@@ -14,14 +14,16 @@ CPU-seconds a run; on Acrobot -82.2, -92.2; on Pendulum -164.0, -182.1; VPG on C
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import options
 
-from classical import dqn, on_policy
+from experiments.common import pictures
+from experiments.common.command_line import run
+from experiments.control_methods import dqn, on_policy
 from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole
 from rljax.envs.catch import make_catch
@@ -30,10 +32,11 @@ from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.gymnax import make_gymnax
 from rljax.envs.maze import make_maze
 from rljax.envs.pendulum import make_pendulum
-from rljax.train import pictures
 from rljax.train.log import say, table
 
-ENVS: dict[str, Callable] = {
+# ------------------------------------------------------------------------------------- names of the command line
+
+ENVS: dict[str, Callable[[], Env]] = {
     "acrobot": make_acrobot,
     "cartpole": make_cartpole,
     "catch": make_catch,
@@ -41,6 +44,37 @@ ENVS: dict[str, Callable] = {
     "maze": make_maze,
     "pendulum": make_pendulum,
 }
+
+
+class Trainer(NamedTuple):
+    """What `main` needs of a method."""
+
+    make_train: Callable  # (env, sizes) -> train(params, key, hyper) -> (params, curve)
+    init_params: Callable  # (env, key, **network) -> params
+    make_play: Callable  # (env, max_steps) -> play(params, key, num_episodes) -> Trajectory
+    hyper_flags: tuple[str, ...] = ("learning_rate", "gamma")  # the flags of Hyperparams that the method reads
+
+
+def on_policy_trainer(method: on_policy.Method, hyper_flags: tuple[str, ...] = ("learning_rate", "gamma")) -> Trainer:
+    def make_train(env: Env, sizes: on_policy.Sizes) -> Callable:
+        return on_policy.make_train(env, method, sizes)
+
+    return Trainer(make_train, on_policy.init_params, on_policy.make_play, hyper_flags)
+
+
+TRAINERS: dict[str, Trainer] = {
+    "dqn": Trainer(dqn.make_train, dqn.init_params, dqn.make_play),
+    "off_policy_pg": on_policy_trainer(on_policy.OFF_POLICY_PG, ("learning_rate",)),  # undiscounted
+    "ppo": on_policy_trainer(on_policy.PPO),
+    "ppo_penalty": on_policy_trainer(on_policy.PPO_PENALTY),
+    "reinforce": on_policy_trainer(on_policy.REINFORCE, ("learning_rate",)),  # undiscounted
+    "reinforce_baseline": on_policy_trainer(on_policy.REINFORCE_BASELINE),
+    "reinforce_to_go": on_policy_trainer(on_policy.REINFORCE_TO_GO),
+    "trpo": on_policy_trainer(on_policy.TRPO, ("delta", "gamma")),
+    "vpg": on_policy_trainer(on_policy.VPG),
+    "vtrace": on_policy_trainer(on_policy.VTRACE),
+}
+AlgorithmName = Literal[tuple(TRAINERS)]
 
 
 def make_env(name: str) -> Env:
@@ -55,159 +89,197 @@ def make_env(name: str) -> Env:
     return ENVS[name]()
 
 
+# ------------------------------------------------------------------------------------------------- tuned settings
+
+
 class Settings(NamedTuple):
-    """Of a run: what is compiled, and what is traced."""
+    """Of a run."""
 
-    sizes: on_policy.Sizes | dqn.Sizes
-    hyper: on_policy.Hyper | dqn.Hyper
-    network: dict = {}  # noqa: RUF012  what `init` is given
+    sizes: on_policy.Sizes | dqn.Sizes  # static
+    hyper: on_policy.Hyperparams | dqn.Hyperparams  # traced
+    network: dict = {}  # noqa: RUF012  arguments of `init_params`
 
 
-CLIPPED = on_policy.Sizes(minibatches=8, value_clip=None)
-TUNED = {
-    ("dqn", "cartpole"): Settings(dqn.Sizes(), dqn.Hyper()),
-    ("dqn", "maze"): Settings(dqn.Sizes(30_000, target_every=200, start=1000), dqn.Hyper(1e-3, 0.9, 1.0)),
+PPO_SIZES = on_policy.Sizes(minibatches=8, value_clip=None)
+REINFORCE_CATCH = Settings(
+    on_policy.Sizes(60_000, num_envs=128, num_steps=9),
+    on_policy.Hyperparams(1e-2, gamma=1.0, entropy_coefficient=0.0),
+)
+REINFORCE_CARTPOLE = Settings(
+    on_policy.Sizes(300_000, num_envs=16, num_steps=500),
+    on_policy.Hyperparams(1e-2, gamma=0.99, entropy_coefficient=0.0),
+)
+PPO_DEFAULT = Settings(PPO_SIZES, on_policy.Hyperparams(2e-3))
+TRPO_DEFAULT = Settings(PPO_SIZES, on_policy.Hyperparams(lam=0.97))
+DQN_DEFAULT = Settings(dqn.Sizes(), dqn.Hyperparams())
+
+DEFAULTS: dict[str, Settings] = {  # where TUNED has no entry
+    "dqn": DQN_DEFAULT,
+    "off_policy_pg": REINFORCE_CARTPOLE,
+    "ppo": PPO_DEFAULT,
+    "ppo_penalty": PPO_DEFAULT,
+    "reinforce": REINFORCE_CARTPOLE,
+    "reinforce_baseline": REINFORCE_CARTPOLE,
+    "reinforce_to_go": REINFORCE_CARTPOLE,
+    "trpo": TRPO_DEFAULT,
+    "vpg": PPO_DEFAULT,
+    "vtrace": PPO_DEFAULT,
+}
+TUNED: dict[tuple[str, str], Settings] = {
+    ("dqn", "cartpole"): DQN_DEFAULT,
+    ("dqn", "maze"): Settings(
+        dqn.Sizes(30_000, target_frequency=200, learning_starts=1000),
+        dqn.Hyperparams(1e-3, 0.9, 1.0),
+    ),
     ("off_policy_pg", "catch"): Settings(
-        on_policy.Sizes(60_000, rows=128, length=9, lag=4), on_policy.Hyper(1e-2, gamma=1.0, entropy=0.0)
+        on_policy.Sizes(60_000, num_envs=128, num_steps=9, actor_lag=4),
+        on_policy.Hyperparams(1e-2, gamma=1.0, entropy_coefficient=0.0),
     ),
     ("vtrace", "catch"): Settings(
-        on_policy.Sizes(100_000, rows=32, length=36, epochs=1, anneal=False, lag=4),
-        on_policy.Hyper(3e-3, gamma=1.0, lam=1.0),
+        on_policy.Sizes(100_000, num_envs=32, num_steps=36, epochs=1, anneal_learning_rate=False, actor_lag=4),
+        on_policy.Hyperparams(3e-3, gamma=1.0, lam=1.0),
     ),
-    **{
-        (algo, env): Settings(
-            on_policy.Sizes(steps, rows=rows, length=length), on_policy.Hyper(1e-2, gamma=gamma, entropy=0.0)
-        )
-        for env, steps, rows, length, gamma in (("catch", 60_000, 128, 9, 1.0), ("cartpole", 300_000, 16, 500, 0.99))
-        for algo in on_policy.REINFORCE
-    },
+    ("reinforce", "catch"): REINFORCE_CATCH,
+    ("reinforce_baseline", "catch"): REINFORCE_CATCH,
+    ("reinforce_to_go", "catch"): REINFORCE_CATCH,
+    ("reinforce", "cartpole"): REINFORCE_CARTPOLE,
+    ("reinforce_baseline", "cartpole"): REINFORCE_CARTPOLE,
+    ("reinforce_to_go", "cartpole"): REINFORCE_CARTPOLE,
     ("vpg", "cartpole"): Settings(
-        on_policy.Sizes(100_000, epochs=40, minibatches=1), on_policy.Hyper(1e-2, 1e-2, lam=0.97, entropy=0.0)
+        on_policy.Sizes(100_000, epochs=40, minibatches=1),
+        on_policy.Hyperparams(1e-2, 1e-2, lam=0.97, entropy_coefficient=0.0),
     ),
-    ("trpo", "acrobot"): Settings(CLIPPED._replace(steps=200_000, length=256), on_policy.Hyper(lam=0.97)),
-    ("trpo", "cartpole"): Settings(CLIPPED, on_policy.Hyper(lam=0.97)),
-    ("trpo", "catch"): Settings(CLIPPED._replace(steps=70_000, rows=32, length=36), on_policy.Hyper(lam=0.97)),
-    ("ppo", "acrobot"): Settings(CLIPPED._replace(steps=200_000, length=256), on_policy.Hyper(2e-3)),
-    ("ppo", "cartpole"): Settings(CLIPPED, on_policy.Hyper(2e-3)),
+    ("trpo", "acrobot"): Settings(
+        PPO_SIZES._replace(total_steps=200_000, num_steps=256), on_policy.Hyperparams(lam=0.97)
+    ),
+    ("trpo", "cartpole"): TRPO_DEFAULT,
+    ("trpo", "catch"): Settings(
+        PPO_SIZES._replace(total_steps=70_000, num_envs=32, num_steps=36), on_policy.Hyperparams(lam=0.97)
+    ),
+    ("ppo", "acrobot"): Settings(PPO_SIZES._replace(total_steps=200_000, num_steps=256), on_policy.Hyperparams(2e-3)),
+    ("ppo", "cartpole"): PPO_DEFAULT,
     ("ppo", "pendulum"): Settings(
-        CLIPPED._replace(steps=300_000, epochs=10), on_policy.Hyper(2e-3, gamma=0.95, entropy=0.0)
+        PPO_SIZES._replace(total_steps=300_000, epochs=10),
+        on_policy.Hyperparams(2e-3, gamma=0.95, entropy_coefficient=0.0),
     ),
     ("ppo", "gymnax:Breakout-MinAtar"): Settings(
-        on_policy.Sizes(1_000_000, rows=64, length=64, minibatches=8),
-        on_policy.Hyper(5e-3),
+        on_policy.Sizes(1_000_000, num_envs=64, num_steps=64, minibatches=8),
+        on_policy.Hyperparams(5e-3),
         {"activation": jax.nn.relu},
     ),
 }
-UNTUNED = {
-    "dqn": Settings(dqn.Sizes(), dqn.Hyper()),
-    "trpo": TUNED["trpo", "cartpole"],
-    **{algo: TUNED["reinforce", "cartpole"] for algo in on_policy.EPISODIC},
-}
+
+
+# ------------------------------------------------------------------------------------------------------ the recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One algorithm on one environment, over seeds."""
 
-    algo: Literal[
-        "dqn",
-        "off_policy_pg",
-        "ppo",
-        "ppo_penalty",
-        "reinforce",
-        "reinforce_baseline",
-        "reinforce_to_go",
-        "trpo",
-        "vpg",
-        "vtrace",
-    ] = "ppo"
+    algo: AlgorithmName = "ppo"
     env: str = "cartpole"  # acrobot, cartpole, catch, four_rooms, maze, pendulum, or gymnax:NAME
     seeds: int = 5  # runs, one after another
-    seed: int = 0  # of the first
-    steps: int | None = None  # of the environments, in all
-    rows: int | None = None  # environments at once
+    seed: int = 0  # of the first run
+    total_steps: int | None = None  # steps of all environments together, in a run
+    num_envs: int | None = None  # environments at once
     learning_rate: float | None = None
-    gamma: float | None = None
-    delta: float | None = None  # trpo's bound on the mean KL of a policy step, which has no learning rate
+    gamma: float | None = None  # discount
+    delta: float | None = None  # trpo: bound on the mean KL of a policy step, in nats; it has no learning rate
     directory: str = ""  # of the report; default runs/control/ALGO-ENV
 
 
-def settings(cfg: Config) -> Settings:
-    """The tuned ones, or the algorithm's defaults, with what the command line changes."""
-    other = "learning_rate" if cfg.algo == "trpo" else "delta"
-    if getattr(cfg, other) is not None:
-        raise ValueError(f"{cfg.algo} has no {other}; legal: {'delta' if cfg.algo == 'trpo' else 'learning_rate'}")
-    if cfg.gamma is not None and not 0 <= cfg.gamma <= 1:
-        raise ValueError(f"gamma = {cfg.gamma}; legal: 0 to 1")
-    if cfg.gamma is not None and cfg.algo in ("reinforce", "off_policy_pg"):
-        raise ValueError(f"{cfg.algo} credits with the whole return, undiscounted: it reads no gamma; leave it out")
-    default = UNTUNED.get(cfg.algo, Settings(CLIPPED, on_policy.Hyper(2e-3)))
-    sizes, hyper, network = TUNED.get((cfg.algo, cfg.env), default)
-    given = {name: value for name, value in vars(cfg).items() if value is not None}
-    sizes = sizes._replace(**{name: given[name] for name in ("steps", "rows") if name in given})
-    hyper = hyper._replace(**{name: given[name] for name in ("learning_rate", "gamma", "delta") if name in given})
-    return Settings(sizes, jax.tree.map(jnp.float32, hyper), network)
-
-
 def main(cfg: Config) -> dict[str, float]:
-    """Train all seeds, draw, and return the median and the least of their greedy returns."""
+    """Train all seeds, write the report, and return the median and the worst of their greedy returns."""
     if cfg.seeds < 1:
         raise ValueError(f"seeds = {cfg.seeds}; legal: at least 1")
-    env, (sizes, hyper, network) = make_env(cfg.env), settings(cfg)
-    if cfg.algo == "dqn":
-        train, init, play = dqn.make_train(env, sizes), dqn.init, dqn.play_greedily(env, limit_of(env))
-    else:
-        train, init = on_policy.make_train(cfg.algo, env, sizes), on_policy.init
-        play = on_policy.play_greedily(env, limit_of(env))
-    train, play = jax.jit(train), jax.jit(play, static_argnums=2)
+    env = make_env(cfg.env)
+    trainer = TRAINERS[cfg.algo]
+    sizes, hyper, network = settings(cfg)
+    train = jax.jit(trainer.make_train(env, sizes))
+    play = jax.jit(trainer.make_play(env, max_episode_steps(env)), static_argnums=2)
 
-    rows, drawn = [], []
+    rows = []
+    curves = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         key = jax.random.key(seed)
-        params, began = init(env, key, **network), time.process_time()
+        params = trainer.init_params(env, key, **network)
+        start = time.process_time()
         params, curve = jax.block_until_ready(train(params, jax.random.fold_in(key, 1), hyper))
-        seconds = time.process_time() - began
+        seconds = time.process_time() - start
         greedy = play(params, jax.random.fold_in(key, 2), 64).rewards.sum(axis=1)
-        last = float(on_policy.last_tenth(curve))
-        rows.append({"seed": seed, "last tenth": last, "greedy": float(greedy.mean()), "cpu seconds": seconds})
-        drawn.append(binned(curve))
-    table(f"{cfg.algo} on {cfg.env}, {sizes.steps:,} steps; the first run compiles", rows)
+        final = float(on_policy.final_return(curve))
+        rows.append({"seed": seed, "last tenth": final, "greedy": float(greedy.mean()), "cpu seconds": seconds})
+        curves.append(binned_returns(curve))
+    table(f"{cfg.algo} on {cfg.env}, {sizes.total_steps:,} steps; the first run compiles", rows)
 
-    title = f"{cfg.algo} on {cfg.env}, {cfg.seeds} seeds"
-    at = np.linspace(0, sizes.steps, drawn[0].size + 1)[1:]
-    shown = {"curve": pictures.curves(title, at, {cfg.algo: np.stack(drawn)})}
-    if cfg.env == "cartpole":
-        traj = play(params, jax.random.key(cfg.seed), 1)
-        times = np.linspace(0, int(traj.mask.sum()) - 1, 8).astype(int)
-        frames = np.asarray(traj.inputs)[0, times]
-        shown["frames"] = pictures.cartpole(f"{cfg.algo}, the last seed's policy", frames, times)
     directory = cfg.directory or f"runs/control/{cfg.algo}-{cfg.env.replace(':', '-')}"
-    pictures.write(directory, title, rows, shown, {**sizes._asdict(), **hyper._asdict()})
+    title = f"{cfg.algo} on {cfg.env}, {cfg.seeds} seeds"
+    figures = {"curve": curve_figure(title, cfg.algo, sizes.total_steps, np.stack(curves))}
+    if cfg.env == "cartpole":
+        figures["frames"] = cartpole_figure(f"{cfg.algo}, the last seed's policy", partial(play, params), cfg.seed)
+    pictures.write_report(directory, title, rows, figures, {**sizes._asdict(), **hyper._asdict()})
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}
     say(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
     return reached
 
 
-def limit_of(env: Env) -> int:
-    """Steps after which an episode is cut, by the environment's own parameters; 500 where they name none."""
-    named = (getattr(env.params, name, None) for name in ("max_steps", "max_steps_in_episode"))
-    return int(next((limit for limit in named if limit is not None), 500))
+def settings(cfg: Config) -> Settings:
+    """The tuned ones, or the algorithm's defaults, with what the command line changes.
+
+    Raises ValueError for a flag that the algorithm does not read, and for a discount outside 0 to 1.
+    """
+    given = {name: value for name, value in vars(cfg).items() if value is not None}
+    legal = TRAINERS[cfg.algo].hyper_flags
+    for name in ("learning_rate", "gamma", "delta"):
+        if name in given and name not in legal:
+            raise ValueError(f"{cfg.algo} reads no {name}; legal: {', '.join(legal)}")
+    if cfg.gamma is not None and not 0 <= cfg.gamma <= 1:
+        raise ValueError(f"gamma = {cfg.gamma}; legal: 0 to 1")
+    sizes, hyper, network = TUNED.get((cfg.algo, cfg.env), DEFAULTS[cfg.algo])
+    sizes = sizes._replace(**{name: given[name] for name in ("total_steps", "num_envs") if name in given})
+    hyper = hyper._replace(**{name: given[name] for name in legal if name in given})
+    return Settings(sizes, jax.tree.map(jnp.float32, hyper), network)
 
 
-def binned(curve: dict, bins: int = 50) -> np.ndarray:
-    """Mean return of the episodes that ended in each stretch of training; where none did, the stretch before's.
+def max_episode_steps(env: Env) -> int:
+    """Steps after which an episode is truncated, by the environment's own parameters; 500 where they have none."""
+    for name in ("max_steps", "max_steps_in_episode"):
+        limit = getattr(env.params, name, None)
+        if limit is not None:
+            return int(limit)
+    return 500
+
+
+def binned_returns(curve: dict, bins: int = 50) -> np.ndarray:
+    """Mean return of the episodes that ended in each part of training; where none did, that of the part before.
 
     Raises ValueError where none ended at all.
     """
-    if not np.asarray(curve["episodes"]).any():
-        raise ValueError("no episode ended in this run: take more --steps")
-    total, count = (np.asarray(x, float) for x in (curve["return"] * curve["episodes"], curve["episodes"]))
+    count = np.asarray(curve["episodes"], float)
+    total = np.asarray(curve["return"] * curve["episodes"], float)
+    if not count.any():
+        raise ValueError("no episode ended in this run: take more --total_steps")
     parts = np.array_split(np.arange(len(count)), min(bins, len(count)))
-    means = np.array([total[p].sum() / count[p].sum() if count[p].sum() else np.nan for p in parts])
+    means = np.array([total[part].sum() / count[part].sum() if count[part].sum() else np.nan for part in parts])
     known = np.flatnonzero(np.isfinite(means))
-    return means[known[np.clip(np.searchsorted(known, np.arange(len(means)), "right") - 1, 0, None)]]
+    latest = np.searchsorted(known, np.arange(len(means)), "right") - 1  # -1 before the first known one
+    return means[known[np.clip(latest, 0, None)]]
+
+
+def curve_figure(title: str, name: str, total_steps: int, returns: np.ndarray) -> str:
+    """returns: [seeds bins]."""
+    steps = np.linspace(0, total_steps, returns.shape[1] + 1)[1:]
+    return pictures.learning_curves(title, steps, {name: returns})
+
+
+def cartpole_figure(title: str, play: Callable, seed: int, frames: int = 8) -> str:
+    """Frames of one episode of CartPole. play: (key, num_episodes) -> Trajectory."""
+    traj = play(jax.random.key(seed), 1)
+    times = np.linspace(0, int(traj.mask.sum()) - 1, frames).astype(int)
+    return pictures.draw_cartpole(title, np.asarray(traj.inputs)[0, times], times)
 
 
 if __name__ == "__main__":
-    options.run(Config, main)
+    run(Config, main)

@@ -1,4 +1,4 @@
-"""Control is learnt, at the targets of the field: median and worst of five seeds through one compiled run."""
+"""Control is learnt, at the targets of the field: median and worst of five seeds, compiled once."""
 
 import jax
 import jax.numpy as jnp
@@ -7,52 +7,73 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import norm
 
-import control
-from classical import dqn, on_policy
-from classical.on_policy import Hyper, Sizes
+from experiments import control
+from experiments.control_methods import dqn, on_policy
+from experiments.control_methods.on_policy import Hyperparams, Sizes
 from rljax.envs.cartpole import make_cartpole
 from rljax.envs.pendulum import make_pendulum
 from rljax.envs.tabular import TabularMDP, tabular_env
 from rljax.models import mlp
 from rljax.rollouts.unroll import draw_noise, reset_envs, unroll
 from rljax.types import TrainState, Trajectory
-from tests.compilations import count_compilations
 
 SEEDS = range(5)
 
 
-def runs(algo, env, sizes, hyper, network=None):
-    """Of each seed: return over the last tenth of training, mean greedy return of 64 fresh episodes; the curves."""
-    train = jax.jit(on_policy.make_train(algo, env, sizes))
-    play = jax.jit(on_policy.play_greedily(env), static_argnums=2)
+def runs(train, env, hyper, network=None):
+    """For each seed: return over the last tenth of training, mean greedy return of 64 new episodes; the curves.
+
+    train: (params, key, hyper) -> (params, curve).
+    """
+    num_traces = 0
+
+    def counted(params, key, hyper):
+        nonlocal num_traces
+        num_traces += 1
+        return train(params, key, hyper)
+
+    compiled = jax.jit(counted)
+    play = jax.jit(on_policy.make_play(env), static_argnums=2)
     hyper = jax.tree.map(jnp.float32, hyper)
-    last, greedy, curves = [], [], []
-    with count_compilations() as compiled:
-        for seed in SEEDS:
-            key = jax.random.key(seed)
-            params, curve = train(on_policy.init(env, key, **(network or {})), jax.random.fold_in(key, 1), hyper)
-            last.append(float(on_policy.last_tenth(curve)))
-            greedy.append(float(play(params, jax.random.fold_in(key, 2), 64).rewards.sum(axis=1).mean()))
-            assert all(bool(jnp.isfinite(x).all()) for x in curve.values())
-            curves.append(curve)
-    assert compiled["train"] == 1
+    last = []
+    greedy = []
+    curves = []
+    for seed in SEEDS:
+        key = jax.random.key(seed)
+        params = on_policy.init_params(env, key, **(network or {}))
+        params, curve = compiled(params, jax.random.fold_in(key, 1), hyper)
+        last.append(float(on_policy.final_return(curve)))
+        greedy.append(float(play(params, jax.random.fold_in(key, 2), 64).rewards.sum(axis=1).mean()))
+        assert all(bool(jnp.isfinite(x).all()) for x in curve.values())
+        curves.append(curve)
+    assert num_traces == 1
     return np.array(last), np.array(greedy), curves
 
 
 def tuned_runs(algo, name):
     """At the settings of `experiments/control.py`."""
-    return runs(algo, control.make_env(name), *control.TUNED[algo, name])
+    env = control.make_env(name)
+    sizes, hyper, network = control.TUNED[algo, name]
+    return runs(control.TRAINERS[algo].make_train(env, sizes), env, hyper, network)
+
+
+def runs_of(method, env, sizes, hyper):
+    return runs(on_policy.make_train(env, method, sizes), env, hyper)
 
 
 def deep_runs(sizes, hyper, seeds) -> list[float]:
     """Of each seed of DQN on CartPole: return over the last tenth of training."""
-    env, hyper = make_cartpole(), jax.tree.map(jnp.float32, hyper)
+    env = make_cartpole()
+    hyper = jax.tree.map(jnp.float32, hyper)
     train = jax.jit(dqn.make_train(env, sizes))
-    keys = map(jax.random.key, seeds)
-    return [float(on_policy.last_tenth(train(dqn.init(env, k), jax.random.fold_in(k, 1), hyper)[1])) for k in keys]
+    returns = []
+    for key in map(jax.random.key, seeds):
+        _, curve = train(dqn.init_params(env, key), jax.random.fold_in(key, 1), hyper)
+        returns.append(float(on_policy.final_return(curve)))
+    return returns
 
 
-@pytest.mark.parametrize("algo", on_policy.REINFORCE)
+@pytest.mark.parametrize("algo", ["reinforce", "reinforce_to_go", "reinforce_baseline"])
 def test_reinforce_learns_to_catch(algo):
     last, greedy, _ = tuned_runs(algo, "catch")
     assert last.min() >= 0.9
@@ -75,7 +96,9 @@ def test_vpg_balances_the_pole():
 
 def test_ppo_balances_the_pole():
     """Four passes in 4 minibatches, at a rate of 1e-3 that stays."""
-    _, greedy, _ = runs("ppo", make_cartpole(), Sizes(150_000, value_clip=None, anneal=False), Hyper(1e-3))
+    _, greedy, _ = runs_of(
+        on_policy.PPO, make_cartpole(), Sizes(150_000, value_clip=None, anneal_learning_rate=False), Hyperparams(1e-3)
+    )
     assert np.median(greedy) >= 495
     assert greedy.min() >= 475
 
@@ -83,7 +106,9 @@ def test_ppo_balances_the_pole():
 @pytest.mark.nightly
 @pytest.mark.parametrize("algo", ["ppo", "ppo_penalty"])
 def test_ppo_balances_the_pole_as_tuned(algo):
-    _, greedy, _ = runs(algo, make_cartpole(), *control.TUNED["ppo", "cartpole"])
+    env = make_cartpole()
+    sizes, hyper, _ = control.TUNED["ppo", "cartpole"]
+    _, greedy, _ = runs(control.TRAINERS[algo].make_train(env, sizes), env, hyper)
     assert np.median(greedy) >= 495
     assert greedy.min() >= 475
 
@@ -124,16 +149,16 @@ def within_delta(curves, delta):
 
 
 def test_the_kl_of_a_step_is_that_of_the_policies_before_and_after():
-    env, sizes = make_cartpole(), Sizes(rows=8, length=32, minibatches=1)
-    params, key = on_policy.init(env, jax.random.key(0)), jax.random.key(1)
-    method = on_policy.trust_region(sizes, TRUSTED)
+    env, sizes = make_cartpole(), Sizes(num_envs=8, num_steps=32, minibatches=1)
+    params, key = on_policy.init_params(env, jax.random.key(0)), jax.random.key(1)
+    learner = on_policy.trpo_learner(sizes, TRUSTED)
 
     @jax.jit
     def learn(params):
         _, traj = unroll(env, mlp.act, params, draw_noise(env, key, 8, 32), reset_envs(env, key, 8))
         traj = mlp.annotate(params, traj)
-        state = TrainState(jnp.int32(0), params, method.opt_state(params), key, {}, 0)
-        state, metrics = method.learn(state, method.algorithm.credit(traj, {}))
+        state = TrainState(jnp.int32(0), params, learner.init_opt_state(params), key, {}, 0)
+        state, metrics = learner.learn(state, learner.algorithm.credit(traj, {}))
         return traj.inputs, state.params, metrics
 
     seen, after, metrics = learn(params)
@@ -162,8 +187,8 @@ def test_trpo_swings_acrobot_up():
 @pytest.mark.parametrize("direction", ["old_new", "new_old"])
 def test_trpo_swings_the_pendulum_within_either_bound(direction):
     """A Gaussian policy; both bounds hold at a delta where the directions differ."""
-    hyper = Hyper(lam=0.97, gamma=0.95, delta=0.05)
-    _, _, curves = runs("trpo", make_pendulum(), Sizes(20_480, kl_direction=direction), hyper)
+    hyper = Hyperparams(lam=0.97, gamma=0.95, delta=0.05)
+    _, _, curves = runs_of(on_policy.TRPO, make_pendulum(), Sizes(20_480, kl_direction=direction), hyper)
     within_delta(curves, hyper.delta)
 
 
@@ -174,22 +199,24 @@ def test_a_time_limit_is_no_end(as_terminal, value):
     env = tabular_env(forever, max_steps=10)
     if as_terminal:
 
-        def step(key, state, action, params, whole=env.step):
-            out = whole(key, state, action, params)
+        def step(key, state, action, params, env_step=env.step):
+            out = env_step(key, state, action, params)
             return out._replace(terminated=out.truncated, truncated=out.terminated)
 
         env = env._replace(step=step)
-    sizes = Sizes(steps=16 * 20 * 150, rows=16, length=20, epochs=20, minibatches=1)
-    train = jax.jit(on_policy.make_train("vpg", env, sizes))
-    hyper = jax.tree.map(jnp.float32, Hyper(critic_rate=1e-2, gamma=0.9, lam=0.0, entropy=0.0))
-    params, _ = train(on_policy.init(env, jax.random.key(0), 8), jax.random.key(1), hyper)
-    assert abs(float(on_policy.mlp.values_of(params, jnp.ones((1, 1)))[0]) - value) < 0.1
+    sizes = Sizes(16 * 20 * 150, num_envs=16, num_steps=20, epochs=20, minibatches=1)
+    train = jax.jit(on_policy.make_train(env, on_policy.VPG, sizes))
+    hyper = jax.tree.map(
+        jnp.float32, Hyperparams(critic_learning_rate=1e-2, gamma=0.9, lam=0.0, entropy_coefficient=0.0)
+    )
+    params, _ = train(on_policy.init_params(env, jax.random.key(0), 8), jax.random.key(1), hyper)
+    assert abs(float(mlp.values_of(params, jnp.ones((1, 1)))[0]) - value) < 0.1
 
 
 @pytest.mark.nightly
 def test_ppo_at_purejaxrls_settings_is_as_good():
     """4 x 128, 500,000 steps (CleanRL 490)."""
-    last, *_ = runs("ppo", make_cartpole(), Sizes(500_000, rows=4), Hyper(2.5e-4))
+    last, *_ = runs_of(on_policy.PPO, make_cartpole(), Sizes(500_000, num_envs=4), Hyperparams(2.5e-4))
     assert np.median(last) >= 488
     assert last.min() >= 440
 
@@ -210,7 +237,7 @@ def test_ppo_swings_the_pendulum_up():
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(9000)
+@pytest.mark.timeout(900)
 def test_ppo_plays_breakout():
     """MinAtar's: return 10 within 300,000 of 1,000,000 steps; skipped without gymnax.
 
@@ -224,32 +251,39 @@ def test_ppo_plays_breakout():
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(9000)
+@pytest.mark.timeout(900)
 def test_dqn_at_purejaxrls_settings_is_as_good():
     """10 environments, 500,000 steps, ε 0.05 at the end (CleanRL 488.7)."""
-    last = deep_runs(dqn.Sizes(), dqn.Hyper(), SEEDS)
+    last = deep_runs(dqn.Sizes(), dqn.Hyperparams(), SEEDS)
     assert np.median(last) >= 488
     assert min(last) >= 450
 
 
 def test_dqn_balances_the_pole_in_50000_steps():
     """The settings of rl-baselines3-zoo but for its wider network: bursts of 128 updates every 256 steps."""
-    sizes = dqn.Sizes(50_000, rows=8, every=256, updates=128, start=1000, target_every=256, capacity=51_200, batch=64)
-    last = deep_runs(sizes, dqn.Hyper(2.3e-3, 0.99, 0.04, 0.16), range(3))
+    sizes = dqn.Sizes(
+        total_steps=50_000,
+        num_envs=8,
+        train_frequency=256,
+        gradient_steps=128,
+        learning_starts=1000,
+        target_frequency=256,
+        buffer_size=51_200,
+        batch_size=64,
+    )
+    last = deep_runs(sizes, dqn.Hyperparams(2.3e-3, 0.99, 0.04, 0.16), range(3))
     assert np.median(last) >= 300
     assert min(last) >= 150
 
 
 def test_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match="every = 10 must be a multiple of 4"):
-        dqn.make_train(make_cartpole(), dqn.Sizes(rows=4))
+    with pytest.raises(ValueError, match="train_frequency = 10 must be a multiple of 4"):
+        dqn.make_train(make_cartpole(), dqn.Sizes(num_envs=4))
     with pytest.raises(ValueError, match="finitely many actions"):
-        dqn.init(make_pendulum(), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"n = 2; legal: .*n at most every / rows = 1"):
-        dqn.make_train(make_cartpole(), dqn.Sizes(n=2))
-    with pytest.raises(ValueError, match="steps = 9000; legal: more than start = 10000"):
+        dqn.init_params(make_pendulum(), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"n_step = 2; legal: at most train_frequency / num_envs = 1"):
+        dqn.make_train(make_cartpole(), dqn.Sizes(n_step=2))
+    with pytest.raises(ValueError, match="total_steps = 9000; legal: more than learning_starts = 10000"):
         dqn.make_train(make_cartpole(), dqn.Sizes(9000))
     with pytest.raises(ValueError, match="legal: at least 16 x 128 = 2048"):
-        on_policy.make_train("ppo", make_cartpole(), Sizes(1000))
-    with pytest.raises(ValueError, match="no algorithm 'pposs'; legal: ppo, "):
-        on_policy.make_train("pposs", make_cartpole(), Sizes())
+        on_policy.make_train(make_cartpole(), on_policy.PPO, Sizes(1000))

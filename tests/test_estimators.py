@@ -1,4 +1,4 @@
-"""What experiments/estimators.py must find: values known from elsewhere, and sums done again here, in numpy."""
+"""What experiments/tables/estimators.py must find: values known otherwise, and the same sums in numpy."""
 
 import itertools
 import math
@@ -8,16 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-import estimators
-from exact import credit, divergences, gradients, language, worlds
+from experiments.tables import estimators
+from experiments.tables.exact import credit, divergences, gradients, language, problems
 from rljax.algorithms import dr_grpo, grpo, maxrl, off_policy_pg, ppo, reinforce, remax
 from rljax.algorithms.reinforce import group_mean_baseline
 from rljax.ops.ratios import token_level
 from rljax.ops.weights import seq_mean_token_mean, seq_mean_token_sum
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "estimators.md"
-SHARP = 1e-13  # an ε that the deviations of these rewards do not feel
-NEAR, FAR = 0.1, 0.5
+SMALL_EPSILON = 1e-13  # too small to change the standard deviations of these rewards
+NEAR = 0.1  # KL(behavior ‖ policy), nats
+FAR = 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -26,221 +27,235 @@ def double():
         yield
 
 
-def random_world(lm, binary=False):
-    return worlds.random_world(lm, 0, binary)[0]
+def random_problem(tree, binary=False):
+    return problems.random_problem(tree, 0, binary)[0]
 
 
-def measured(algorithms, lm, places, answers):
-    return gradients.measure(algorithms, [seq_mean_token_mean, seq_mean_token_sum], lm, places, answers)
+def measured(algorithms, tree, stack, group_size):
+    return gradients.measure_gradients(algorithms, [seq_mean_token_mean, seq_mean_token_sum], tree, stack, group_size)
 
 
 def softmax(logits):
     return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
 
-def answers_of(vocabulary, length):
-    """Every answer as a tuple of tokens, and prefixes by number: written again, recursively."""
+def completions_of(vocab_size, length):
+    """Every completion as a tuple of tokens, by recursion."""
 
     def grow(prefix):
-        for token in range(vocabulary):
+        for token in range(vocab_size):
             longer = (*prefix, token)
             yield from [longer] if token == 0 or len(longer) == length else grow(longer)
 
     return list(grow(()))
 
 
-def by_hand(lm, world):
-    """Answers in the order of `lm`, π, the score ∇ log π(y) of each answer [N S·V], its chance and its reward."""
+def by_hand(tree, problem):
+    """Completions in the order of `tree`, their scores ∇ log π(y) [N S·V], probabilities [N] and rewards [N]."""
     numbers = {}
-    for row, choice, inside in zip(lm.prefix, lm.actions, lm.mask, strict=True):
+    for row, tokens, inside in zip(tree.prefix, tree.actions, tree.mask, strict=True):
         for t in np.flatnonzero(inside):
-            numbers[tuple(choice[:t])] = row[t]
-    pi = softmax(np.float64(world.policy))
-    said = [tuple(choice[inside]) for choice, inside in zip(lm.actions, lm.mask, strict=True)]
-    score, chance = np.zeros((len(said), *pi.shape)), np.ones(len(said))
-    for i, y in enumerate(said):
+            numbers[tuple(tokens[:t])] = row[t]
+    pi = softmax(np.float64(problem.policy))
+    completions = [tuple(tokens[inside]) for tokens, inside in zip(tree.actions, tree.mask, strict=True)]
+    score = np.zeros((len(completions), *pi.shape))
+    probs = np.ones(len(completions))
+    for i, y in enumerate(completions):
         for t, token in enumerate(y):
             s = numbers[y[:t]]
             score[i, s] += np.eye(pi.shape[1])[token] - pi[s]
-            chance[i] *= pi[s, token]
-    return said, score.reshape(len(said), -1), chance, np.float64(world.rewards)
+            probs[i] *= pi[s, token]
+    return completions, score.reshape(len(completions), -1), probs, np.float64(problem.rewards)
 
 
-@pytest.mark.parametrize(("vocabulary", "length", "count"), [(3, 3, 15), (4, 3, 40), (4, 1, 4), (2, 4, 5)])
-def test_every_answer_is_listed_once(vocabulary, length, count):
-    lm = language.tree(vocabulary, length)
-    said, _, chance, _ = by_hand(lm, random_world(lm))
-    assert sorted(said) == sorted(answers_of(vocabulary, length))
-    assert len(said) == count
-    np.testing.assert_allclose(chance.sum(), 1.0, rtol=1e-12)
-    np.testing.assert_allclose(np.exp(language.log_prob(lm, random_world(lm).policy)), chance, rtol=1e-12)
-    np.testing.assert_array_equal(lm.ended, [y[-1] == 0 for y in said])
+@pytest.mark.parametrize(("vocab_size", "length", "count"), [(3, 3, 15), (4, 3, 40), (4, 1, 4), (2, 4, 5)])
+def test_every_completion_is_listed_once(vocab_size, length, count):
+    tree = language.make_tree(vocab_size, length)
+    completions, _, probs, _ = by_hand(tree, random_problem(tree))
+    assert sorted(completions) == sorted(completions_of(vocab_size, length))
+    assert len(completions) == count
+    np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(language.sequence_logps(tree, random_problem(tree).policy)), probs, rtol=1e-12)
+    np.testing.assert_array_equal(tree.ended, [y[-1] == 0 for y in completions])
 
 
 def test_the_truths_are_those_of_score_functions():
-    lm = language.tree(3, 3)
-    world = random_world(lm)
-    _, score, chance, R = by_hand(lm, world)
-    reference = by_hand(lm, world._replace(policy=world.reference))[2]
-    length = lm.mask.sum(1)
-    truths = gradients.objectives(lm, world, 3)
-    J = chance @ R
-    below = np.array([chance[r > R].sum() for r in R])
+    tree = language.make_tree(3, 3)
+    problem = random_problem(tree)
+    _, score, probs, R = by_hand(tree, problem)
+    reference = by_hand(tree, problem._replace(policy=problem.reference))[2]
+    length = tree.mask.sum(1)
+    truths = gradients.objective_gradients(tree, problem, 3)
+    J = probs @ R
+    below = np.array([probs[r > R].sum() for r in R])
     pay = {
         "J": R,
-        "J_β": R - gradients.BETA * np.log(chance / reference),
+        "J_β": R - gradients.BETA * np.log(probs / reference),
         "J per token": (R - J) / length,
-        "wins": 2 * below + chance - 1,
-        "best of G": 3 * (np.maximum.outer(R, np.maximum.outer(R, R)) @ chance @ chance),
+        "wins": 2 * below + probs - 1,
+        "best of G": 3 * (np.maximum.outer(R, np.maximum.outer(R, R)) @ probs @ probs),
     }
     for name, h in pay.items():
-        np.testing.assert_allclose(truths[name], (chance * h) @ score, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(truths[name], (probs * h) @ score, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 @pytest.fixture(scope="module")
 def in_pairs():
     with jax.enable_x64(True):
-        lm = language.tree(3, 3)
-        places = [random_world(lm), random_world(lm, binary=True), *worlds.moved(lm, 0, (NEAR, FAR))[1:]]
+        tree = language.make_tree(3, 3)
+        stack = [random_problem(tree), random_problem(tree, binary=True)]
+        stack += problems.random_problems(tree, 0, (NEAR, FAR))[1:]
         algorithms = {
             "group mean": reinforce(group_mean_baseline),
             "RLOO": reinforce(),
             "Dr.GRPO": dr_grpo(3.0),
-            "GRPO": grpo(std_epsilon=SHARP),
+            "GRPO": grpo(std_epsilon=SMALL_EPSILON),
             "PPO": ppo(),
             "ReMax": remax(),
-            "ratio of answers": off_policy_pg(),
-            "ratio of tokens": off_policy_pg(token_level),
+            "sequence ratio": off_policy_pg(),
+            "token ratio": off_policy_pg(token_level),
         }
-        return lm, places, measured(algorithms, lm, places, 2)
+        return tree, stack, measured(algorithms, tree, stack, 2)
 
 
-OWN, MEAN, SUM = 0, 1, 2
+OWN, MEAN, SUM = range(3)  # weightings: the algorithm's own, seq_mean_token_mean, seq_mean_token_sum
 
 
 def test_mean_and_variance_over_pairs_are_those_of_a_plain_loop(in_pairs):
-    lm, (world, *_), found = in_pairs
-    _, score, chance, R = by_hand(lm, world)
+    tree, (problem, *_), found = in_pairs
+    _, score, probs, R = by_hand(tree, problem)
     pairs = list(itertools.product(range(15), repeat=2))
     g = np.array([0.5 * (R[i] - R[j]) * (score[i] - score[j]) for i, j in pairs])
-    p = np.array([chance[i] * chance[j] for i, j in pairs])
+    p = np.array([probs[i] * probs[j] for i, j in pairs])
     mean, variance = found["RLOO"]
     np.testing.assert_allclose(mean[0, OWN], p @ g, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(variance[0, OWN], p @ ((g - p @ g) ** 2).sum(1), rtol=1e-9)
 
 
-def test_baselines_scale_the_gradient_by_what_they_contain_of_the_answer(in_pairs):
-    lm, (world, *_), found = in_pairs
-    _, score, chance, R = by_hand(lm, world)
-    J = (chance * R) @ score
+def test_baselines_scale_the_gradient_by_what_they_contain_of_the_completion(in_pairs):
+    tree, (problem, *_), found = in_pairs
+    _, score, probs, R = by_hand(tree, problem)
+    J = (probs * R) @ score
     for name, scale in {"RLOO": 1, "ReMax": 1, "group mean": 1 / 2, "Dr.GRPO": 1 / 6}.items():
         np.testing.assert_allclose(found[name][0][0, OWN], scale * J, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_the_numbers_decide_what_an_objective_is_called(in_pairs):
-    lm, (world, *_), found = in_pairs
-    truths = gradients.objectives(lm, world, 2)
-    called = lambda name, w: gradients.name_of(found[name][0][0, w], truths)  # noqa: E731
-    assert called("RLOO", OWN) == "J"
-    assert called("group mean", OWN) == "1/2 · J"
-    assert called("RLOO", MEAN) == "J per token"
-    assert called("GRPO", SUM) == f"{2**-0.5:.3g} · wins"
-    assert called("GRPO", MEAN) == f"{2**-0.5:.3g} · wins per token"
-    assert called("PPO", OWN) == "–"
-    assert gradients.name_of(0 * truths["J"], truths) == "0"
-    assert gradients.name_of(truths["J"].at[0].add(1e-4), truths) == "–"
+def test_the_numbers_decide_what_an_objective_is_named(in_pairs):
+    tree, (problem, *_), found = in_pairs
+    truths = gradients.objective_gradients(tree, problem, 2)
+
+    def named(name, weighting):
+        return gradients.name_objective(found[name][0][0, weighting], truths)
+
+    assert named("RLOO", OWN) == "J"
+    assert named("group mean", OWN) == "1/2 · J"
+    assert named("RLOO", MEAN) == "J per token"
+    assert named("GRPO", SUM) == f"{2**-0.5:.3g} · wins"
+    assert named("GRPO", MEAN) == f"{2**-0.5:.3g} · wins per token"
+    assert named("PPO", OWN) == "–"
+    assert gradients.name_objective(0 * truths["J"], truths) == "0"
+    assert gradients.name_objective(truths["J"].at[0].add(1e-4), truths) == "–"
 
 
 def grpo_weight(p, G):
     k = np.arange(G + 1)
-    odds = np.array([math.comb(G, i) for i in k]) * p**k * (1 - p) ** (G - k)
-    return (odds * np.sqrt(k * (G - k) * (G - 1) / G**3)).sum() / (p * (1 - p))
+    binomial = np.array([math.comb(G, i) for i in k]) * p**k * (1 - p) ** (G - k)
+    return (binomial * np.sqrt(k * (G - k) * (G - 1) / G**3)).sum() / (p * (1 - p))
 
 
-def test_with_right_and_wrong_answers_grpo_weighs_a_prompt_by_its_odds(in_pairs):
-    """Under seq_mean_token_sum whatever the lengths; divided by their own lengths answers climb something else."""
-    lm, (_, binary, *_), found = in_pairs
-    _, score, chance, R = by_hand(lm, binary)
-    J, mean = (chance * R) @ score, found["GRPO"][0][1]
-    np.testing.assert_allclose(mean[SUM], grpo_weight(chance @ R, 2) * J, rtol=1e-9, atol=1e-11)
-    assert gradients.compare(mean[MEAN], J)["cosine"] < 0.999
+def test_with_right_and_wrong_completions_grpo_weighs_a_prompt_by_its_odds(in_pairs):
+    """Under seq_mean_token_sum whatever the lengths; terms divided by the completion's length climb something else."""
+    tree, (_, binary, *_), found = in_pairs
+    _, score, probs, R = by_hand(tree, binary)
+    J, mean = (probs * R) @ score, found["GRPO"][0][1]
+    np.testing.assert_allclose(mean[SUM], grpo_weight(probs @ R, 2) * J, rtol=1e-9, atol=1e-11)
+    assert gradients.compare_gradients(mean[MEAN], J)["cosine"] < 0.999
 
 
-@pytest.mark.parametrize("answers", [2, 3, 8])
-def test_weights_of_prompts_are_those_of_the_binomial(answers):
-    coin, odds = language.tree(2, 1), (0.05, 0.3, 0.9)
-    algorithms = {"GRPO": grpo(std_epsilon=SHARP), "MaxRL": maxrl(), "Dr.GRPO": dr_grpo(1.0), "RLOO": reinforce()}
-    found = gradients.measure(algorithms, (), coin, [worlds.coin(p) for p in odds], answers)
-    for i, p in enumerate(odds):
+@pytest.mark.parametrize("group_size", [2, 3, 8])
+def test_weights_of_prompts_are_those_of_the_binomial(group_size):
+    tree = language.make_tree(2, 1)
+    probs = (0.05, 0.3, 0.9)
+    algorithms = {
+        "GRPO": grpo(std_epsilon=SMALL_EPSILON),
+        "MaxRL": maxrl(),
+        "Dr.GRPO": dr_grpo(1.0),
+        "RLOO": reinforce(),
+    }
+    found = gradients.measure_gradients(algorithms, (), tree, [problems.coin_flip(p) for p in probs], group_size)
+    for i, p in enumerate(probs):
         slope = p * (1 - p) * np.array([-1.0, 1.0])
         want = {
-            "GRPO": grpo_weight(p, answers),
-            "MaxRL": sum((1 - p) ** (k - 1) for k in range(1, answers)),  # of Σ_{k<G} pass@k / k
-            "Dr.GRPO": (answers - 1) / answers,
+            "GRPO": grpo_weight(p, group_size),
+            "MaxRL": sum((1 - p) ** (k - 1) for k in range(1, group_size)),  # of Σ_{k<G} pass@k / k
+            "Dr.GRPO": (group_size - 1) / group_size,
             "RLOO": 1.0,
         }
         for name, weight in want.items():
             np.testing.assert_allclose(found[name][0][i, OWN], weight * slope, rtol=1e-9, err_msg=name)
 
 
-def test_off_policy_only_the_ratio_of_the_answer_keeps_the_gradient(in_pairs):
-    lm, (world, _, near, far), found = in_pairs
-    _, score, chance, R = by_hand(lm, world)
-    J = (chance * R) @ score
-    for place, (moved, nats) in enumerate([(near, NEAR), (far, FAR)], start=2):
-        mu = by_hand(lm, moved._replace(policy=moved.behaviour))[2]
-        np.testing.assert_allclose(mu @ np.log(mu / chance), nats, rtol=1e-9)
-        np.testing.assert_allclose(found["ratio of answers"][0][place, OWN], J, rtol=1e-9, atol=1e-11)
-        for name in ("ratio of tokens", "RLOO", "GRPO"):
-            assert gradients.compare(found[name][0][place, OWN], J)["cosine"] < 0.995, name
+def test_off_policy_only_the_ratio_of_the_completion_keeps_the_gradient(in_pairs):
+    tree, (problem, _, near, far), found = in_pairs
+    _, score, probs, R = by_hand(tree, problem)
+    J = (probs * R) @ score
+    for number, (moved, nats) in enumerate([(near, NEAR), (far, FAR)], start=2):
+        mu = by_hand(tree, moved._replace(policy=moved.behavior))[2]
+        np.testing.assert_allclose(mu @ np.log(mu / probs), nats, rtol=1e-9)
+        np.testing.assert_allclose(found["sequence ratio"][0][number, OWN], J, rtol=1e-9, atol=1e-11)
+        for name in ("token ratio", "RLOO", "GRPO"):
+            assert gradients.compare_gradients(found[name][0][number, OWN], J)["cosine"] < 0.995, name
 
 
 # ------------------------------------------------------------------------------------------------- KL estimators
 
-ANSWERS, VISITS, OTHER = "∇ KL(π‖ref) of answers", "∇ KL(π‖ref) at visits", "∇ KL(ref‖π) at visits"
+SEQUENCE = f"∇ {divergences.FORWARD_SEQUENCE}"
+VISITS = f"∇ {divergences.FORWARD_VISITS}"
+REVERSE = f"∇ {divergences.REVERSE_VISITS}"
 
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_what_kl_estimators_regularise(length):
-    lm = language.tree(3, length)
-    world, moved = worlds.moved(lm, 0, (NEAR,))
-    on, off = divergences.distances(lm, world), divergences.distances(lm, moved)
+    tree = language.make_tree(3, length)
+    problem, moved = problems.random_problems(tree, 0, (NEAR,))
+    on = divergences.measure_kl_estimators(tree, problem)
+    off = divergences.measure_kl_estimators(tree, moved)
     exact = {
         "k2": VISITS,
         "k1_with_k2_gradient": VISITS,
         "k3_with_k2_gradient": VISITS,
-        "k3": OTHER,
+        "k3": REVERSE,
         "importance_weighted_k1": VISITS,
         "importance_weighted_k2": VISITS,
         "importance_weighted_k3": VISITS,
-        "k3 · ratio of the answer so far": ANSWERS,
+        "k3 · ratio of the completion so far": SEQUENCE,
         "k1 in the reward, own token's": VISITS,
-        "k1 in the reward, this and later tokens'": ANSWERS,
+        "k1 in the reward, this and later tokens'": SEQUENCE,
     }
     kept = {name for name in exact if "importance" in name or "so far" in name}
     for name, target in exact.items():
         assert on[name][target] < 1e-9, name
         assert (off[name][target] < 1e-9) == (name in kept), name
-        same = {ANSWERS, VISITS} if length == 1 and target != OTHER else {target}
-        assert min(on[name][x] for x in {ANSWERS, VISITS, OTHER} - same) > 1e-2, name
-    assert all(abs(on["k1"][x] - 1) < 1e-9 for x in (ANSWERS, VISITS, OTHER))  # its gradient is 0 on average
+        same = {SEQUENCE, VISITS} if length == 1 and target != REVERSE else {target}
+        assert min(on[name][x] for x in {SEQUENCE, VISITS, REVERSE} - same) > 1e-2, name
+    assert all(abs(on["k1"][x] - 1) < 1e-9 for x in (SEQUENCE, VISITS, REVERSE))  # its gradient is 0 on average
     unbiased = {"k1", "k3", "k1_with_k2_gradient", "k3_with_k2_gradient", "importance_weighted_k1"}
-    for name in unbiased | {"importance_weighted_k3", "k3 · ratio of the answer so far"}:
-        assert abs(on[name]["value / KL(π‖ref) of answers"] - 1) < 1e-9, name
+    for name in unbiased | {"importance_weighted_k3", "k3 · ratio of the completion so far"}:
+        assert abs(on[name]["value / KL(π‖ref) of completions"] - 1) < 1e-9, name
     for name in ("importance_weighted_k1", "importance_weighted_k3"):
         assert abs(off[name]["value / KL(π‖ref) at visits"] - 1) < 1e-9, name
-    assert abs(off["k3 · ratio of the answer so far"]["value / KL(π‖ref) of answers"] - 1) < 1e-9
-    assert abs(on["k2"]["value / KL(π‖ref) of answers"] - 1) > 1e-2
+    assert abs(off["k3 · ratio of the completion so far"]["value / KL(π‖ref) of completions"] - 1) < 1e-9
+    assert abs(on["k2"]["value / KL(π‖ref) of completions"] - 1) > 1e-2
 
 
 def test_the_exact_kls_are_those_of_score_functions():
-    lm = language.tree(3, 3)
-    world = random_world(lm)
-    _, score, chance, _ = by_hand(lm, world)
-    d = np.log(chance / by_hand(lm, world._replace(policy=world.reference))[2])
-    value, slope = jax.value_and_grad(divergences.targets(lm, world)["KL(π‖ref) of answers"])(world.policy)
-    np.testing.assert_allclose(value, chance @ d, rtol=1e-12)
-    np.testing.assert_allclose(slope.ravel(), (chance * d) @ score, rtol=1e-9, atol=1e-12)
+    tree = language.make_tree(3, 3)
+    problem = random_problem(tree)
+    _, score, probs, _ = by_hand(tree, problem)
+    d = np.log(probs / by_hand(tree, problem._replace(policy=problem.reference))[2])
+    value, slope = jax.value_and_grad(divergences.kl_targets(tree, problem)["KL(π‖ref) of completions"])(problem.policy)
+    np.testing.assert_allclose(value, probs @ d, rtol=1e-12)
+    np.testing.assert_allclose(slope.ravel(), (probs * d) @ score, rtol=1e-9, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------------- credit
@@ -251,64 +266,70 @@ def weighted_correlation(x, y, weights):
     return xy / np.sqrt(xx * yy)
 
 
-def decisions(lm, world):
-    """(answer, prefix, longer prefix, chance of the answer, A) of every decision, by recursion over prefixes."""
-    said, _, chance, R = by_hand(lm, world)
+def decisions(tree, problem):
+    """(completion, prefix, longer prefix, probability of the completion, A) of every token, from its prefixes."""
+    completions, _, probs, R = by_hand(tree, problem)
 
     def V(prefix):
-        inside = [i for i, y in enumerate(said) if y[: len(prefix)] == prefix]
-        return (chance[inside] @ R[inside]) / chance[inside].sum()
+        inside = [i for i, y in enumerate(completions) if y[: len(prefix)] == prefix]
+        return (probs[inside] @ R[inside]) / probs[inside].sum()
 
     return [
-        (i, y[:t], y[: t + 1], chance[i], V(y[: t + 1]) - V(y[:t])) for i, y in enumerate(said) for t in range(len(y))
+        (i, y[:t], y[: t + 1], probs[i], V(y[: t + 1]) - V(y[:t]))
+        for i, y in enumerate(completions)
+        for t in range(len(y))
     ]
 
 
 def test_credit_of_the_outcome_and_of_an_exact_critic():
-    lm = language.tree(3, 3)
-    world = random_world(lm)
-    rows = decisions(lm, world)
-    seen, R = credit.Visited(lm, world), np.float64(world.rewards)
+    tree = language.make_tree(3, 3)
+    problem = random_problem(tree)
+    rows = decisions(tree, problem)
+    exact = credit.exact_decisions(tree, problem)
+    R = np.float64(problem.rewards)
     want = weighted_correlation([R[i] for i, *_ in rows], [A for *_, A in rows], [p for *_, p, _ in rows])
-    got = seen.agreement(R[:, None] + 0.0 * lm.mask)
+    got = credit.agreement(exact, R[:, None] + 0.0 * tree.mask)
     np.testing.assert_allclose(got["one"], want, rtol=1e-9)
     assert got["one"] < got["mean"] < 1
-    np.testing.assert_allclose(list(seen.of_critic(seen.V, 0.0).values()), 1.0, rtol=1e-9)
-    full = seen.of_critic(seen.V, 1.0)
+    np.testing.assert_allclose(list(credit.gae_agreement(exact, exact.values, 0.0).values()), 1.0, rtol=1e-9)
+    full = credit.gae_agreement(exact, exact.values, 1.0)
     assert full["one"] < 0.9
     np.testing.assert_allclose(full["mean"], 1.0, rtol=1e-9)
-    np.testing.assert_allclose(seen.of_critic(0 * seen.V, 1.0)["one"], want, rtol=1e-9)
+    np.testing.assert_allclose(credit.gae_agreement(exact, 0 * exact.values, 1.0)["one"], want, rtol=1e-9)
 
 
 def test_prefix_rollouts_in_closed_form_are_those_listed_one_by_one():
-    lm = language.tree(3, 2)
-    world = random_world(lm)
-    said, _, chance, R = by_hand(lm, world)
+    tree = language.make_tree(3, 2)
+    problem = random_problem(tree)
+    completions, _, probs, R = by_hand(tree, problem)
 
     def rollouts(prefix):
-        inside = [i for i, y in enumerate(said) if y[: len(prefix)] == prefix]
-        return [(chance[i] / chance[inside].sum(), R[i]) for i in inside]
+        inside = [i for i, y in enumerate(completions) if y[: len(prefix)] == prefix]
+        return [(probs[i] / probs[inside].sum(), R[i]) for i in inside]
 
-    x, y, weights = [], [], []
-    for _, before, after, p, A in decisions(lm, world):
-        for (q, paid), (r, instead) in itertools.product(rollouts(after), rollouts(before)):
-            x.append(paid - instead)
+    x = []
+    y = []
+    weights = []
+    for _, before, after, p, A in decisions(tree, problem):
+        for (q, reward), (r, other_reward) in itertools.product(rollouts(after), rollouts(before)):
+            x.append(reward - other_reward)
             y.append(A)
             weights.append(p * q * r)
-    got = credit.Visited(lm, world).of_prefix_rollouts(1)
+    got = credit.prefix_rollout_agreement(credit.exact_decisions(tree, problem), 1)
     np.testing.assert_allclose(got["one"], weighted_correlation(x, y, weights), rtol=1e-9)
     np.testing.assert_allclose(got["mean"], 1.0, rtol=1e-9)
 
 
 def test_credit_of_groups_is_that_of_a_plain_loop():
-    lm = language.tree(3, 2)
-    world = random_world(lm)
-    rows, R = decisions(lm, world), np.float64(world.rewards)
-    _, _, chance, _ = by_hand(lm, world)
+    tree = language.make_tree(3, 2)
+    problem = random_problem(tree)
+    rows = decisions(tree, problem)
+    R = np.float64(problem.rewards)
+    _, _, probs, _ = by_hand(tree, problem)
     x = [R[i] - R[j] for i, *_ in rows for j in range(len(R))]
     y = [A for *_, A in rows for _ in R]
-    weights = [p * q for *_, p, _ in rows for q in chance]
-    got = credit.Visited(lm, world).of_groups(reinforce(), 2)
+    weights = [p * q for *_, p, _ in rows for q in probs]
+    got = credit.group_agreement(credit.exact_decisions(tree, problem), reinforce(), 2)
     np.testing.assert_allclose(got["one"], weighted_correlation(x, y, weights), rtol=1e-9)
 
 
@@ -357,30 +378,33 @@ def test_where_rewards_are_normal_maxrl_is_outside_its_domain():
 
 @pytest.mark.parametrize("weighting", list(estimators.WEIGHTINGS))
 def test_printed_numbers_are_those_of_a_plain_loop(weighting):
-    """Of leave one out over triples, whose samples come from the behaviour policy and whose loss has no ratio."""
-    lm, length, found = language.tree(3, 3), np.float64(language.tree(3, 3).mask.sum(1)), everything(PAGE.read_text())
-    places = worlds.moved(lm, estimators.Config().seed, estimators.Config().distances)
+    """Of leave one out over triples, whose samples come from the behavior policy and whose loss has no ratio."""
+    tree = language.make_tree(3, 3)
+    length = np.float64(tree.mask.sum(1))
+    found = everything(PAGE.read_text())
+    stack = problems.random_problems(tree, estimators.Config().seed, estimators.Config().kls)
     triples = np.array(list(itertools.product(range(15), repeat=3)))
-    for world, nats in zip(places, ("0", "0.01", "0.1", "0.5"), strict=True):
-        _, score, chance, R = by_hand(lm, world)
-        reference = by_hand(lm, world._replace(policy=world.reference))[2]
-        truth = (chance * R) @ score
-        regularised = (chance * (R - gradients.BETA * np.log(chance / reference))) @ score
-        p = by_hand(lm, world._replace(policy=world.behaviour))[2][triples].prod(1)
+    for problem, nats in zip(stack, ("0", "0.01", "0.1", "0.5"), strict=True):
+        _, score, probs, R = by_hand(tree, problem)
+        reference = by_hand(tree, problem._replace(policy=problem.reference))[2]
+        truth = (probs * R) @ score
+        regularized = (probs * (R - gradients.BETA * np.log(probs / reference))) @ score
+        p = by_hand(tree, problem._replace(policy=problem.behavior))[2][triples].prod(1)
         share = {
             "token_mean": 1 / np.repeat(length[triples].sum(1), 3).reshape(-1, 3),
             "seq_mean_token_mean": 1 / length[triples] / 3,
             "seq_mean_token_sum": np.ones(triples.shape) / 3,
             "seq_mean_token_sum_norm": np.ones(triples.shape) / 9,
         }[weighting]
-        ahead = 1.5 * (R[triples] - R[triples].mean(1)[:, None])
-        g = np.einsum("ij,ijk->ik", share * ahead, score[triples])
-        mean, size = p @ g, np.linalg.norm(truth)
+        advantages = 1.5 * (R[triples] - R[triples].mean(1)[:, None])
+        g = np.einsum("ij,ijk->ik", share * advantages, score[triples])
+        mean = p @ g
+        size = np.linalg.norm(truth)
         scale = mean @ truth / size**2
         want = {
             "bias": np.linalg.norm(mean - truth) / size,
             "∇J": mean @ truth / size / np.linalg.norm(mean),
-            "∇J_β": mean @ regularised / np.linalg.norm(regularised) / np.linalg.norm(mean),
+            "∇J_β": mean @ regularized / np.linalg.norm(regularized) / np.linalg.norm(mean),
             "var": p @ ((g - mean) ** 2).sum(1) / (scale * size) ** 2,
         }
         row = found[weighting]["REINFORCE, leave one out"]

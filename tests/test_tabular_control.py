@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from classical import dqn
-from classical.tabular import Hyper, make_learn
+from experiments.control_methods import dqn, tabular
+from experiments.control_methods.tabular import Hyperparams
 from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import action_values, optimal_action_values
 from rljax.models import mlp
@@ -15,26 +15,28 @@ GAMMA, SEEDS = 0.9, 100
 MAZE = make_maze(start=None, observe=cell_index)
 MDP = maze_mdp(MAZE.params, GAMMA)
 TRUTH = np.asarray(optimal_action_values(MDP))
-INSIDE = [0, 1, 3, 4]  # where one chooses
+INSIDE = [0, 1, 3, 4]  # cells where an action is chosen
 
 
-def learn(rule, steps, hyper, truth=TRUTH, seeds=SEEDS):
-    run = jax.jit(jax.vmap(make_learn(rule, MAZE, 6, steps), (0, None, None)))
-    return run(jax.random.split(jax.random.key(0), seeds), jax.tree.map(jnp.float32, hyper), jnp.asarray(truth))
+def learn(method, steps, hyper, truth=TRUTH, seeds=SEEDS):
+    train = jax.jit(jax.vmap(tabular.make_train(MAZE, method, 6, steps), (0, None, None)))
+    return train(jax.random.split(jax.random.key(0), seeds), jax.tree.map(jnp.float32, hyper), jnp.asarray(truth))
 
 
 def optimal(q):
-    """Whether acting greedily by q is optimal everywhere, one answer a seed."""
-    chosen = np.argmax(q[:, INSIDE], axis=2)
-    worth = np.take_along_axis(np.broadcast_to(TRUTH[INSIDE], q[:, INSIDE].shape), chosen[..., None], axis=2)[..., 0]
-    return (worth > TRUTH[INSIDE].max(axis=1) - 1e-4).all(axis=1)
+    """For each seed, whether acting greedily by q is optimal in every cell."""
+    greedy = np.argmax(q[:, INSIDE], axis=2)
+    truth = np.broadcast_to(TRUTH[INSIDE], q[:, INSIDE].shape)
+    value = np.take_along_axis(truth, greedy[..., None], axis=2)[..., 0]
+    return (value > TRUTH[INSIDE].max(axis=1) - 1e-4).all(axis=1)
 
 
 def test_q_learning_finds_the_optimal_values():
-    found = learn("q_learning", 2000, Hyper(alpha=0.5, epsilon=1.0))
+    found = learn(tabular.Q_LEARNING, 2000, Hyperparams(alpha=0.5, epsilon=1.0))
     assert (np.asarray(found.distance[:, -1]) < 1e-2).all()
     assert optimal(np.asarray(found.q)).all()
-    path, cell = [], 0
+    path = []
+    cell = 0
     while cell in INSIDE and len(path) < 5:
         path.append(int(np.argmax(found.q[0, cell])))
         cell += (-3, 3, -1, 1)[path[-1]]
@@ -43,12 +45,12 @@ def test_q_learning_finds_the_optimal_values():
 
 
 def test_q_learning_by_its_own_policy_finds_an_optimal_one():
-    found = learn("q_learning", 5000, Hyper(alpha=0.5, epsilon=0.3))
+    found = learn(tabular.Q_LEARNING, 5000, Hyperparams(alpha=0.5, epsilon=0.3))
     assert optimal(np.asarray(found.q)).sum() >= 99
 
 
 def test_double_q_learning_finds_the_optimal_values():
-    found = learn("double_q", 5000, Hyper(alpha=0.5, epsilon=1.0))
+    found = learn(tabular.DOUBLE_Q, 5000, Hyperparams(alpha=0.5, epsilon=1.0))
     assert (np.asarray(found.distance[:, -1]) < 1e-2).all()
 
 
@@ -63,47 +65,50 @@ def epsilon_greedy_values(epsilon):
 
 
 @pytest.mark.parametrize(
-    ("rule", "hyper", "bound"),
+    ("method", "hyper", "bound"),
     [
-        ("expected_sarsa", Hyper(alpha=0.5, epsilon=1.0), 1e-2),
-        ("sarsa", Hyper(alpha=1.0, power=0.8, epsilon=1.0), 0.5),
-        ("expected_sarsa", Hyper(alpha=1.0, power=0.6, epsilon=0.5), 1e-1),
+        (tabular.EXPECTED_SARSA, Hyperparams(alpha=0.5, epsilon=1.0), 1e-2),
+        (tabular.SARSA, Hyperparams(alpha=1.0, power=0.8, epsilon=1.0), 0.5),
+        (tabular.EXPECTED_SARSA, Hyperparams(alpha=1.0, power=0.6, epsilon=0.5), 1e-1),
     ],
     ids=["expected sarsa, random", "sarsa, random", "expected sarsa, on its policy"],
 )
-def test_sarsa_finds_the_values_of_its_own_policy(rule, hyper, bound):
-    """Where steps shrink as N^-power, or the target is an expectation; SARSA's own draws a' and is coarser."""
+def test_sarsa_finds_the_values_of_its_own_policy(method, hyper, bound):
+    """Where step sizes shrink as N^-power, or the target is an expectation. SARSA samples a' and is less precise."""
     truth = epsilon_greedy_values(hyper.epsilon)
-    found = learn(rule, 20_000, hyper, truth, seeds=20)
+    found = learn(method, 20_000, hyper, truth, seeds=20)
     distance = np.abs(np.asarray(found.q) - truth)[:, INSIDE]
     assert np.median(distance.max(axis=(1, 2))) < bound
     assert np.abs(np.asarray(found.q).mean(axis=0) - truth)[INSIDE].max() < bound
 
 
-@pytest.mark.parametrize("rule", ["q_learning", "double_q"])
-def test_a_step_of_one_over_n_averages(rule):
+@pytest.mark.parametrize("method", [tabular.Q_LEARNING, tabular.DOUBLE_Q], ids=["q_learning", "double_q"])
+def test_a_step_of_one_over_n_averages(method):
     """A step that ends the episode has one target, its reward: right after one visit, and later ones change nothing.
 
-    Of each table; after 300 steps both have seen it.
+    This holds for each table; 300 steps visit it in both.
     """
-    found = learn(rule, 300, Hyper(alpha=1.0, power=1.0, epsilon=1.0), seeds=5)
+    found = learn(method, 300, Hyperparams(alpha=1.0, power=1.0, epsilon=1.0), seeds=5)
     q = np.asarray(found.q)
     np.testing.assert_allclose(q[:, 1, 3], 10.0, rtol=1e-6)
     np.testing.assert_allclose(q[:, 4, 3], -10.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("changes", "share"),
-    [({}, 1.0), ({"every": 20, "updates": 2, "target_every": 20, "double": True, "huber": 5.0}, 0.05)],
-    ids=["plain", "double, clipped errors, a target that follows"],
+    ("changes", "tau"),
+    [
+        ({}, 1.0),
+        ({"train_frequency": 20, "gradient_steps": 2, "target_frequency": 20, "double": True, "huber": 5.0}, 0.05),
+    ],
+    ids=["plain", "double, Huber loss, Polyak-averaged target"],
 )
-def test_dqn_finds_the_optimal_values(changes, share):
+def test_dqn_finds_the_optimal_values(changes, tau):
     env = make_maze(start=None)
-    sizes = dqn.Sizes(steps=30_000, rows=10, every=10, target_every=200, start=1000, capacity=10_000, batch=64)
+    sizes = dqn.Sizes(30_000, target_frequency=200, learning_starts=1000, batch_size=64)
     sizes = sizes._replace(**changes)
     train = jax.jit(dqn.make_train(env, sizes))
-    hyper = jax.tree.map(jnp.float32, dqn.Hyper(1e-3, GAMMA, epsilon=1.0, share=share))
-    params, _ = train(dqn.init(env, jax.random.key(0), (32, 32)), jax.random.key(1), hyper)
+    hyper = jax.tree.map(jnp.float32, dqn.Hyperparams(1e-3, GAMMA, final_epsilon=1.0, tau=tau))
+    params, _ = train(dqn.init_params(env, jax.random.key(0), (32, 32)), jax.random.key(1), hyper)
     q = np.asarray(mlp.q_values(params, jnp.eye(6)))
     assert np.abs(q - TRUTH)[INSIDE].max() < 0.3
     assert optimal(q[None]).all()

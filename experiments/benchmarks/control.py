@@ -14,14 +14,19 @@ microseconds: handing them from thread to thread costs more than it gains, in CP
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments.classical import dqn, on_policy
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from classical import dqn, on_policy
+
 from rljax.envs.cartpole import make_cartpole
 from rljax.models import mlp
 from rljax.train.log import table

@@ -1,0 +1,1 @@
+"""Training of classical control as compiled functions, for experiments/control.py and experiments/maze.py."""

@@ -1,0 +1,1 @@
+"""Recipes that write a page of docs/ from what they compute."""

@@ -1,0 +1,156 @@
+r"""Every algorithm on the same task from the same warm-up: docs/results.md.
+
+    python experiments/tables/compare.py        # runs that are finished are read back, an interrupted one goes on
+    python experiments/tables/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
+
+For each seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
+optimizer and number of steps. Nothing is tuned for any of them. All learn from the completions that DAPO's dynamic
+sampling keeps, in two updates per rollout: in the first the ratios are 1, in the second they are not, so that methods
+which differ only in what they do with ratios (grpo, gspo, sapo; dapo, cispo; reinforce, rloo) part there. Accuracy is
+measured on 1,024 problems that are never trained on.
+
+Reached: docs/results.md.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+from experiments import arithmetic_grpo
+from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
+from experiments.common.command_line import run as run_command
+from experiments.common.settings import Batches, Optimizer
+from rljax.train.log import say, table
+from rljax.train.provenance import function_source
+
+BATCHES = Batches(prompts=32, num_generations=8, oversample=2, minibatches=2)
+OPTIMIZER = Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's rate: two updates per rollout
+SORTING = arithmetic_grpo.Config(
+    task="sortings", steps=40, batches=BATCHES, optimizer=OPTIMIZER, sft_target=0.25, sft_check_every=1
+)
+ADDITION = arithmetic_grpo.Config(steps=100, batches=BATCHES, optimizer=OPTIMIZER)
+IN_MINIBATCHES = tuple(name for name in ALGORITHMS if name != "trpo")  # trpo takes one step on all rows
+EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the page begins with it
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Algorithms x seeds on sorting; a few on addition."""
+
+    algorithms: tuple[AlgorithmName, ...] = IN_MINIBATCHES  # on sorting
+    additions: tuple[AlgorithmName, ...] = ("dapo", "gspo", "rloo")  # on addition
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the runs
+    sorting: arithmetic_grpo.Config = SORTING  # what its runs share
+    addition: arithmetic_grpo.Config = ADDITION  # what its runs share
+    directory: str = "runs/compare"  # of the runs and of results.jsonl
+    out: str = "docs/results.md"  # the page
+
+
+def main(cfg: Config) -> list[dict]:
+    """Run what is not done yet, write the page after each run, and return a record for each run."""
+    log = Path(cfg.directory, "results.jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    finished = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    results = []
+    for run in planned_runs(cfg):
+        inputs = inputs_of(run)
+        result = next((old for old in finished if old["inputs"] == inputs), None)
+        if result is None:
+            result = measure(run, cfg.directory) | {"inputs": inputs}
+            with log.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        results.append(result)
+        Path(cfg.out).write_text(results_page(results))
+    columns = ("algorithm", "seed", "steps", "before", "after", "seconds", "git")
+    for task in tasks_of(results):
+        rows = [{name: result[name] for name in columns} for result in results if result["task"] == task]
+        table(f"eval accuracy, {task}", rows)
+    say(f"written: {cfg.out}")
+    return results
+
+
+def planned_runs(cfg: Config) -> list[arithmetic_grpo.Config]:
+    """Seed by seed, so that an early page compares all algorithms."""
+    runs = []
+    for seed in cfg.seeds:
+        runs += [dataclasses.replace(cfg.sorting, seed=seed, algorithm=name) for name in cfg.algorithms]
+        runs += [dataclasses.replace(cfg.addition, seed=seed, algorithm=name) for name in cfg.additions]
+    return runs
+
+
+def inputs_of(run: arithmetic_grpo.Config) -> dict:
+    """What a result depends on, as it is read back from JSON: a recorded result is used again where these are equal."""
+    inputs = {"config": dataclasses.asdict(run), "source": function_source(ALGORITHMS[run.algorithm]())}
+    return json.loads(json.dumps(inputs))
+
+
+def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
+    """Run it, or what is left of it. `seconds` are those of the algorithm alone, compilation included."""
+    say(f"== {run.task}, {run.algorithm}, seed {run.seed}")
+    run_directory = f"{directory}/{run.task}-{run.algorithm}-seed{run.seed}"
+    sft_directory = f"{directory}/{run.task}-sft-seed{run.seed}"
+    run = dataclasses.replace(run, directory=run_directory, sft_directory=sft_directory)
+    arithmetic_grpo.warmed_up(run)
+    start = time.monotonic()
+    reached = arithmetic_grpo.main(run)
+    seconds = time.monotonic() - start
+    recorded = json.loads(Path(run_directory, "config.json").read_text())
+    return {
+        "task": run.task,
+        "algorithm": run.algorithm,
+        "seed": run.seed,
+        "steps": run.steps,
+        **reached,
+        "git": recorded["git"],
+        "jax": recorded["jax"],
+        "seconds": seconds,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def tasks_of(results: list[dict]) -> list[str]:
+    return list(dict.fromkeys(result["task"] for result in results))
+
+
+def results_page(results: list[dict]) -> str:
+    """Markdown: a table for each task, algorithms by the median of what they reached."""
+    lines = ["# Results", "", "Written by `python experiments/tables/compare.py`; do not edit.", "", EXPLANATION, ""]
+    for task in tasks_of(results):
+        lines += task_section(task, [result for result in results if result["task"] == task])
+    jax_of_commit = {result["git"].rstrip("+"): result["jax"] for result in results if result["git"]}
+    commits = ", ".join(jax_of_commit)
+    versions = ", ".join(dict.fromkeys(jax_of_commit.values()))
+    lines.append(f"Commits and jax of the runs: {commits}; {versions}.")
+    return "\n".join(lines) + "\n"
+
+
+def task_section(task: str, rows: list[dict]) -> list[str]:
+    """The lines of one task. rows: its results."""
+    seeds = sorted({row["seed"] for row in rows})
+    before_of_seed = {row["seed"]: row["before"] for row in rows}
+    before = ", ".join(f"{accuracy:.3f}" for accuracy in before_of_seed.values())
+    names = dict.fromkeys(row["algorithm"] for row in rows)
+    by_algorithm = {name: {row["seed"]: row for row in rows if row["algorithm"] == name} for name in names}
+    median = {name: statistics.median(row["after"] for row in found.values()) for name, found in by_algorithm.items()}
+    lines = [
+        f"## {task}",
+        "",
+        f"{rows[0]['steps']} steps; eval accuracy after the warm-up, by seed: {before}.",
+        "",
+        "| algorithm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | median | longest run, s |",
+        "|---" * (len(seeds) + 3) + "|",
+    ]
+    for name in sorted(median, key=lambda name: (-median[name], name)):
+        found = by_algorithm[name]
+        cells = [f"{found[seed]['after']:.3f}" if seed in found else "" for seed in seeds]
+        longest = max(row["seconds"] for row in found.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {median[name]:.3f} | {longest:.0f} |")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    run_command(Config, main)

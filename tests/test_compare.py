@@ -1,0 +1,72 @@
+"""The comparison of algorithms: which runs it plans, what a recorded result depends on, and the page it writes."""
+
+import dataclasses
+import json
+
+from experiments.tables import compare
+
+RECORD = {"task": "sortings", "steps": 40, "git": "abc+", "jax": "0.10.2"}
+
+
+def result(algorithm, seed, before, after, seconds):
+    return {**RECORD, "algorithm": algorithm, "seed": seed, "before": before, "after": after, "seconds": seconds}
+
+
+def test_every_algorithm_runs_with_every_seed():
+    cfg = compare.Config(algorithms=("grpo", "ppo"), additions=("rloo",), seeds=(3, 4))
+    planned = [(run.task, run.algorithm, run.seed) for run in compare.planned_runs(cfg)]
+    assert planned == [
+        ("sortings", "grpo", 3),
+        ("sortings", "ppo", 3),
+        ("additions", "rloo", 3),
+        ("sortings", "grpo", 4),
+        ("sortings", "ppo", 4),
+        ("additions", "rloo", 4),
+    ]
+
+
+def test_a_result_is_that_of_its_settings_and_of_the_source_of_its_algorithm():
+    run = dataclasses.replace(compare.SORTING, algorithm="grpo")
+    inputs = compare.inputs_of(run)
+    assert inputs == json.loads(json.dumps(compare.inputs_of(run)))
+    assert inputs["config"] != compare.inputs_of(dataclasses.replace(run, steps=41))["config"]
+    assert inputs["source"] != compare.inputs_of(dataclasses.replace(run, algorithm="gspo"))["source"]
+    assert "grpo" in inputs["source"]
+
+
+def test_the_page_orders_algorithms_by_the_median_of_their_seeds():
+    results = [
+        result("grpo", 0, 0.25, 0.9, 40.2),
+        result("ppo", 0, 0.25, 0.8, 50.0),
+        result("grpo", 1, 0.125, 0.7, 41.0),
+        result("ppo", 1, 0.125, 0.95, 49.0),
+        result("rloo", 1, 0.125, 0.7, 39.0),
+    ]
+    page = compare.results_page(results)
+    assert "40 steps; eval accuracy after the warm-up, by seed: 0.250, 0.125." in page
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert table == [
+        "| algorithm | seed 0 | seed 1 | median | longest run, s |",
+        "|---|---|---|---|---|",
+        "| ppo | 0.800 | 0.950 | 0.875 | 50 |",
+        "| grpo | 0.900 | 0.700 | 0.800 | 41 |",
+        "| rloo |  | 0.700 | 0.700 | 39 |",
+    ]
+    assert page.endswith("Commits and jax of the runs: abc; 0.10.2.\n")
+
+
+def test_an_interrupted_comparison_reads_back_what_is_finished(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(run, directory):
+        measured.append(run.algorithm)
+        return result(run.algorithm, run.seed, 0.25, 0.5, 1.0)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    cfg = compare.Config(("grpo",), (), (0,), directory=str(tmp_path), out=str(tmp_path / "page.md"))
+    compare.main(cfg)
+    results = compare.main(dataclasses.replace(cfg, algorithms=("grpo", "gspo")))
+    assert measured == ["grpo", "gspo"]
+    assert [record["algorithm"] for record in results] == ["grpo", "gspo"]
+    assert compare.main(cfg)[0]["inputs"] == compare.inputs_of(compare.planned_runs(cfg)[0])
+    assert measured == ["grpo", "gspo"]
