@@ -26,6 +26,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from classical import dqn, on_policy
+
 from rljax.envs.cartpole import make_cartpole
 from rljax.models import mlp
 from rljax.train.log import table
@@ -72,7 +73,7 @@ def ppo_alone(sizes: on_policy.Sizes) -> float:
 def dqn_alone(sizes: dqn.Sizes) -> float:
     target = mlp.init_q(jax.random.key(0), 4, 2)
     return networks_alone(
-        lambda p, x: ((mlp.action_values(p, x) - mlp.action_values(target, x)) ** 2).mean(),
+        lambda p, x: ((mlp.q_values(p, x) - mlp.q_values(target, x)) ** 2).mean(),
         target,
         sizes.batch,
         (sizes.steps - sizes.start) // sizes.every * sizes.updates,
