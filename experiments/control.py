@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experiments.common.command_line import run
 
 from experiments.common import pictures
-from experiments.common.command_line import run
 from experiments.control_methods import dqn, on_policy
 from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole
@@ -245,7 +245,7 @@ def settings(cfg: Config) -> Settings:
 
 def max_episode_steps(env: Env) -> int:
     """Steps after which an episode is truncated, by the environment's own parameters; 500 where they have none."""
-    for name in ("limit", "max_steps_in_episode"):
+    for name in ("max_steps", "max_steps_in_episode"):
         limit = getattr(env.params, name, None)
         if limit is not None:
             return int(limit)

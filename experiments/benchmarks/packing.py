@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import W1, alternately, prompts
+from rljax.rollouts.sampler import sample
 
+from common import W1, alternately, prompts
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
-from rljax.rollouts.tokens import sample
 from rljax.train.log import say, table
 from rljax.train.objective import policy_objective
 from rljax.train.packing import packed

@@ -18,12 +18,13 @@ import statistics
 import time
 from pathlib import Path
 
-from experiments import arithmetic_grpo
-from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
 from experiments.common.command_line import run as run_command
 from experiments.common.settings import Batches, Optimizer
-from rljax.train.log import say, table
 from rljax.train.provenance import function_source
+
+from experiments import arithmetic_grpo
+from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
+from rljax.train.log import say, table
 
 BATCHES = Batches(prompts=32, num_generations=8, oversample=2, minibatches=2)
 OPTIMIZER = Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's rate: two updates per rollout

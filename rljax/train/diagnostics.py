@@ -73,7 +73,7 @@ def rollout(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> di
         "reward_max": masked_max(total, judged),
         "reward_min": masked_min(total, judged),
         "not_judged": _share(~judged),
-        "no_signal": _share(groups.no_signal(total, traj.group, judged)),
+        "no_signal": _share(groups.zero_std(total, traj.group, judged)),
         "solved_all": _share((count > 0) & (right == count)),
         "solved_none": _share((count > 0) & (right == 0)),
         "length": length.astype(float).mean(),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.train.mesh import Shardings, row_ways
-from rljax.types import Array, Batch, check
+from rljax.types import Array, Batch, check_shapes
 
 OF_ROWS = ("group", "scores", "baseline")
 
@@ -65,7 +65,7 @@ def pack(
     """
     if not isinstance(batch, Batch):
         raise ValueError(f"only a Batch is packed, after credit; not {type(batch).__name__}")
-    check(batch)
+    check_shapes(batch)
     _check_facts(batch)
     first, length, whole = np.asarray((measure or _texts)(batch.traj.segments, batch.mask))
     if not whole.all():
