@@ -32,7 +32,7 @@ from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.gymnax import make_gymnax
 from rljax.envs.maze import make_maze
 from rljax.envs.pendulum import make_pendulum
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 # ------------------------------------------------------------------------------------- names of the command line
 
@@ -221,7 +221,7 @@ def main(cfg: Config) -> dict[str, float]:
     pictures.write_report(directory, title, rows, figures, {**sizes._asdict(), **hyper._asdict()})
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}
-    say(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
+    log_info(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
     return reached
 
 

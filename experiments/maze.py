@@ -20,7 +20,7 @@ from experiments.common.command_line import run
 from experiments.control_methods import tabular
 from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import optimal_action_values
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 METHODS: dict[str, tabular.Method] = {
     "q_learning": tabular.Q_LEARNING,
@@ -86,7 +86,7 @@ def main(cfg: Config) -> dict[str, float]:
     settings = dataclasses.asdict(cfg)
     pictures.write_report(cfg.directory, f"{title}: Q, mean over seeds (exact)", rows, figures, settings)
     reached = {"distance": float(np.median(result.distance[:, -1])), "optimal": float(optimal.mean())}
-    say(
+    log_info(
         f"median of max |Q - Q*| after {cfg.steps} steps: {reached['distance']:.2g}; "
         f"optimal policy in {optimal.sum()} of {cfg.seeds} runs; report in {cfg.directory}"
     )

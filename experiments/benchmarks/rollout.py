@@ -36,7 +36,7 @@ from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.ops.sampling import invert_cdf
 from rljax.rollouts.sampler import sample, sample_and_count
 from rljax.train import mesh as meshes
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import Rows, Sampling
 
 
@@ -144,7 +144,7 @@ def over_devices(devices: int, lm, params, rows, sampling: Sampling):
     everywhere = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(params, everywhere)
-    rows = meshes.place_prompts(meshes.Shardings(None, split, everywhere), rows)
+    rows = meshes.shard_prompts(meshes.Shardings(None, split, everywhere), rows)
     return sampler(lm, params, rows, sampling)
 
 
@@ -196,7 +196,7 @@ def main(cfg: Config) -> dict[str, float]:
     figures = limits | rollout_figures(workload, median, min(times["rollout"]), fastest, parts)
     figures["slot utilisation"] = slot_utilization(workload, config, params)
     figures |= peer_figures(cfg, median)
-    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
+    log_info(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
     table("figures", [{"": name, "value": value} for name, value in figures.items()])
     if cfg.json:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rljax.data.prompts import Prompts
-from rljax.data.tasks import additions, sortings, split
+from rljax.data.tasks import addition_problems, sorting_problems, train_eval_split_by_kind
 from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
@@ -19,7 +19,7 @@ from rljax.train.metrics import reward_and_kl
 from rljax.types import LM, Params, Rows, Sampling, TrainState, Trajectory
 
 ALPHABET = "0123456789+="
-PROBLEMS = {"additions": additions, "sortings": sortings}
+PROBLEMS = {"additions": addition_problems, "sortings": sorting_problems}
 Problems = Literal[tuple(PROBLEMS)]
 
 
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, layers: int = 4) -> Task:
     """The problems of this name, `eval_prompts` of them held out, and a decoder of this width and depth."""
     problems = PROBLEMS[name]()
-    train_side, eval_side = split(problems, eval_prompts, seed)
+    train_side, eval_side = train_eval_split_by_kind(problems, eval_prompts, seed)
     tokenizer = character_tokenizer(ALPHABET)
     prompt_tokens = max(len(problem["prompt"]) for problem in problems)
     max_tokens = 1 + max(len(problem["answer"]) for problem in problems)

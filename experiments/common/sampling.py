@@ -12,7 +12,7 @@ from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
 from rljax.rollouts import partial as rollouts
 from rljax.rollouts.sampler import sample
-from rljax.train.mesh import Shardings, place_prompts
+from rljax.train.mesh import Shardings, shard_prompts
 from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
 
 
@@ -60,7 +60,7 @@ def make_draw(
     carry = batches.carry_over
 
     def sample_rows(state: TrainState, step: int, rows: Rows, sampling: Sampling) -> Trajectory:
-        placed = place_prompts(shardings, rows)
+        placed = shard_prompts(shardings, rows)
         return sample(lm, state.params, state.frozen, placed, sampling, seed, step)
 
     def draw(state: TrainState, step: int):

@@ -139,7 +139,7 @@ def joint_learner(algorithm: Algorithm, sizes: Sizes, hyper: Hyperparams) -> Lea
         learning_rate = optax.linear_schedule(hyper.learning_rate, 0.0, num_updates)
     optimizer = adam(learning_rate)
     update = adam_update(algorithm, optimizer)
-    keep = ("entropy", "kl_behaviour", "value_loss")
+    keep = ("entropy", "kl_behavior", "value_loss")
 
     def learn(state: TrainState, batch):
         return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)

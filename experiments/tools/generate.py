@@ -28,13 +28,13 @@ from experiments.common import command_line, data, models
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Sampling
 from rljax.data.prompts import Prompts, from_template, read_jsonl
-from rljax.data.stop_strings import text_so_far
+from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts.decode_state import Completions
 from rljax.rollouts.sample_token import check_sampling
 from rljax.rollouts.streaming import stream
-from rljax.train.log import live, say, short
+from rljax.train.log import format_number, is_interactive, log_info
 from rljax.train.mesh import make_mesh
 
 REASONS = ("length", "stop")
@@ -85,15 +85,15 @@ def main(cfg: Config) -> list[dict]:
         texts = [text_of(columns) for columns in rows.columns]
         labels = [f"[{i + 1}/{len(prompts)}] " if len(prompts) > 1 else "" for i in rows.number]
         gap = "\n" if cfg.chat or cfg.n > 1 else ""
-        stages = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if live() else 16)
+        stages = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if is_interactive() else 16)
         answers = show(stages, labels, [text + gap for text in texts], cfg.n, read, rates)
         new = [record(texts[p], rows.columns[p], answers, p, cfg.n, read) for p in range(len(texts))]
         if cfg.out:
             append(cfg.out, new)
         records += new
     tokens = sum(sum(line["tokens"]) for line in records)
-    rate = f", typically {short(statistics.median(rates))} a second" if rates else ""
-    say(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{rate}", "dim")
+    rate = f", typically {format_number(statistics.median(rates))} a second" if rates else ""
+    log_info(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{rate}", "dim")
     return records
 
 
@@ -120,7 +120,7 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     longest = data.max_prompt_length(0, cfg.sampling.max_tokens, context)
     prompts = Prompts(columns, encode, text_of, longest, pad=tokenizer.pad)
     if prompts.dropped:
-        say(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
+        log_info(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
     return prompts, text_of
 
 
@@ -133,7 +133,7 @@ def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[
 
     def read(answers: Completions, i: int) -> str:
         tokens = answers.tokens[i, : answers.num_tokens[i]]
-        return text_so_far(tokens, pieces, strings, bool(answers.done[i]))
+        return streamed_text(tokens, pieces, strings, bool(answers.done[i]))
 
     return read
 
@@ -154,9 +154,9 @@ def show(
         tokens = int(answers.num_tokens.sum())
         if before is not None:
             rates.append((tokens - before[1]) / (now - before[0]))
-        while current < len(answers.done) and (live() or answers.done[current]):
+        while current < len(answers.done) and (is_interactive() or answers.done[current]):
             text = printable(read(answers, current))
-            say(text[printed:], end="")
+            log_info(text[printed:], end="")
             printed = len(text)
             if not answers.done[current]:
                 break
@@ -173,16 +173,16 @@ def print_header(labels: list[str], prompts: list[str], n: int, i: int) -> None:
     """What stands before completion i: its prompt, and its number where there are several."""
     prompt, completion = divmod(i, n)
     if completion == 0:
-        say(labels[prompt], "dim", end="")
-        say(printable(prompts[prompt]), "bold", end="")
+        log_info(labels[prompt], "dim", end="")
+        log_info(printable(prompts[prompt]), "bold", end="")
     if n > 1:
-        say(f"{completion + 1}/{n} ", "cyan", end="")
+        log_info(f"{completion + 1}/{n} ", "cyan", end="")
 
 
 def print_footer(answers: Completions, i: int) -> None:
     """How completion i ended."""
     reason = REASONS[bool(answers.terminated[i])]
-    say(f"\n({answers.num_tokens[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
+    log_info(f"\n({answers.num_tokens[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rljax.algorithms import real
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
-from rljax.train.mesh import make_mesh, place_rows, state_shardings
+from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import pack, packed, plan
 from rljax.train.update import learn as learn_rollout
@@ -187,7 +187,7 @@ def of_decoder(name, sizes, width=None, tokens=None):
     update = make(1) if width is None else packed(make, tokens, width, shardings)
     state, batch = state_of(params), credited(algorithm, rollout(vocabulary=16))
     if shardings is not None:
-        state, batch = jax.device_put(state, shardings.state), place_rows(shardings, batch)
+        state, batch = jax.device_put(state, shardings.state), shard_rows(shardings, batch)
     state, metrics = learn_rollout(update, state, batch)
     return jax.device_get((state.opt_state[0].trace, metrics))
 
