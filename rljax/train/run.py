@@ -2,6 +2,7 @@
 
     config.json     the settings, the experiment, the git revision
     experiment.py   the experiment's own source
+    functions/      the source of the functions handed in and the git revision, as `rljax.train.provenance` keeps them
     metrics.jsonl, tensorboard/, samples.jsonl, report.html
     checkpoints/
 
@@ -14,16 +15,17 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from rljax.train.checkpoint import Checkpoints
 from rljax.train.log import HEADLINES, Log, say, write_atomically
+from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import write_report
 from rljax.train.samples import sample_records
 from rljax.types import Batch, Rows, TrainState
@@ -42,6 +44,8 @@ class Run:
       config: settings, as JSON. A directory that holds a run with other settings is refused, untouched.
       steps: turns of the loop. save_every: steps between checkpoints (the last step is always saved).
       show_every: steps between samples of what the policy wrote. headlines: metrics on the progress line.
+      functions: what the run calls (an algorithm, verifiers), by name. Their source is kept; a run that is resumed with
+        another source warns and keeps that too.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Run:
         *,
         steps: int,
         source: str | None = None,
+        functions: Mapping[str, Any] | None = None,
         save_every: int = 50,
         show_every: int = 20,
         headlines: Sequence[str] = HEADLINES,
@@ -60,6 +65,7 @@ class Run:
         self.directory = Path(directory)
         self.total, self.save_every, self.show_every = steps, save_every, show_every
         self._config, self._source, self._headlines = json.loads(json.dumps(config)), source, headlines
+        self._functions = run_sources(functions or {})  # now: their files may be edited while the run goes on
         self._start, self._saved, self._stop = 0, None, None
         self._log = self._checkpoints = None
         self._refuse_other_settings()  # before the experiment does any work
@@ -94,6 +100,7 @@ class Run:
             state, self._saved = found, int(found.step)
             say(f"{self.directory}: resumed after step {self._saved} of {self.total}")
         self._start = int(state.step)
+        self._record_functions()
         self._log = Log(self.directory, total_steps=self.total, names=self._headlines, start=self._start)
         return state
 
@@ -181,10 +188,20 @@ class Run:
         if path.is_file():
             return
         name = Path(self._source).stem if self._source else None
-        about = {"experiment": name, "git": _revision(), "jax": jax.__version__, "devices": jax.device_count()}
+        about = {"experiment": name, "git": git_revision(), "jax": jax.__version__, "devices": jax.device_count()}
         if self._source:
             shutil.copyfile(self._source, self.directory / "experiment.py")
         write_atomically(path, json.dumps({"config": self._config, **about}, indent=1))
+
+    def _record_functions(self) -> None:
+        folder = self.directory / "functions"
+        changed = record_sources(folder, self._start, self._functions)
+        if changed:
+            say(
+                f"warning: from step {self._start} on this run uses another source than before in "
+                f"{', '.join(changed)}; both are kept in {folder}",
+                style="yellow",
+            )
 
     def _on_signal(self, number: int, frame) -> None:
         if self._stop is not None and number == signal.SIGINT:
@@ -199,19 +216,3 @@ def _flat(settings: dict, prefix: str = "") -> dict:
     for name, value in settings.items():
         out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out
-
-
-def _revision() -> str | None:
-    """The git revision of this code, with + if it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -136,6 +136,42 @@ def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(
     assert files(tmp_path) == before
 
 
+def first_reward(completion):
+    return 1.0
+
+
+def second_reward(completion):
+    return 2.0
+
+
+def test_a_run_resumed_with_another_function_warns_and_keeps_both_sources(tmp_path, uninterrupted, capsys):
+    def stop_at_three(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop_at_three, functions={"reward": first_reward})
+    assert "warning" not in capsys.readouterr().out
+    state = train(tmp_path, functions={"reward": second_reward})
+    assert "warning: from step 4 on this run uses another source than before in reward.py" in capsys.readouterr().out
+    assert "return 1.0" in (tmp_path / "functions" / "step_0" / "reward.py").read_text()
+    assert "return 2.0" in (tmp_path / "functions" / "step_4" / "reward.py").read_text()
+    assert (tmp_path / "functions" / "step_0" / "git_revision.txt").is_file()
+    same(state, uninterrupted[0])
+
+
+def test_a_run_resumed_with_the_same_functions_says_nothing_of_them(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(
+            tmp_path,
+            lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None,
+            functions={"reward": first_reward},
+        )
+    train(tmp_path, functions={"reward": first_reward})
+    assert "warning" not in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "functions").iterdir()] == ["step_0"]
+
+
 def test_a_directory_in_use_is_refused_and_left_as_it_was(tmp_path):
     train(tmp_path)
     before = files(tmp_path)
