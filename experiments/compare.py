@@ -21,7 +21,7 @@ from pathlib import Path
 import arithmetic_grpo
 import options
 from arithmetic_grpo import ALGORITHMS, Named
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 BATCHES = options.Batches(prompts=32, group=8, oversample=2, minibatches=2)
 RATE = options.Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's: two updates per rollout
@@ -60,7 +60,7 @@ def settings(run: arithmetic_grpo.Config) -> str:
 
 def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
     """Runs it, or what is left of it. `seconds` are those of the algorithm alone, compilation included."""
-    say(f"== {run.task}, {run.algorithm}, seed {run.seed}")
+    log_info(f"== {run.task}, {run.algorithm}, seed {run.seed}")
     code = settings(run)
     place, taught = (f"{directory}/{run.task}-{name}-seed{run.seed}" for name in (run.algorithm, "warm_up"))
     run = dataclasses.replace(run, directory=place, warm_up_directory=taught)
@@ -111,7 +111,7 @@ def main(cfg: Config) -> list[dict]:
     for task in dict.fromkeys(result["task"] for result in results):
         shown = ("algorithm", "seed", "steps", "before", "after", "seconds", "git")
         table(f"held-out accuracy, {task}", [{k: r[k] for k in shown} for r in results if r["task"] == task])
-    say(f"written: {cfg.out}")
+    log_info(f"written: {cfg.out}")
     return results
 
 

@@ -72,9 +72,9 @@ def test_the_answers_are_those_of_sample(asked, tmp_path, capsys):
 def test_a_terminal_reads_along(asked, monkeypatch, capsys):
     generate.main(asked)
     *piped, _ = capsys.readouterr().out.splitlines()
-    said, say = [], generate.say
-    monkeypatch.setattr(generate, "live", lambda: True)
-    monkeypatch.setattr(generate, "say", lambda *args, **kwargs: (said.append(args[0]), say(*args, **kwargs)))
+    said, log_info = [], generate.log_info
+    monkeypatch.setattr(generate, "is_interactive", lambda: True)
+    monkeypatch.setattr(generate, "log_info", lambda *args, **kwargs: (said.append(args[0]), log_info(*args, **kwargs)))
     generate.main(asked)
     *read, _ = capsys.readouterr().out.splitlines()
     assert read == piped
@@ -147,7 +147,7 @@ def test_stories260k(shared):
     model = str(shared / "models" / "stories260k")
     cfg = generate.Config(model, "Once upon a time", sampling=options.Sampling(0.0, max_tokens=40))
     ((tokens, *_),) = sampled(cfg, ["Once upon a time"])
-    text = b"".join(load_tokenizer(model).pieces()[token] for token in tokens).decode()
+    text = b"".join(load_tokenizer(model).token_bytes()[token] for token in tokens).decode()
     sampling = options.Sampling(0.0, stop_strings=("to play o", "zebra"), max_tokens=40)
     (line,) = generate.main(change(cfg, sampling=sampling))
     before, stop, after = text.partition("to play o")

@@ -34,7 +34,7 @@ from rljax.ops.logprobs import logp_of, softmax
 from rljax.ops.sampling import invert_cdf
 from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.train import mesh as meshes
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import Sampling
 
 WORKS = {"W1": (W1, 8, 8, 32, 64), "W2": (W2, 2, 8, 128, 128)}  # config, prompts, answers to each, their tokens
@@ -118,7 +118,7 @@ def spread(devices: int, lm, params, rows, sampling: Sampling):
     mesh = meshes.make_mesh(data=devices, fsdp=1)
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     params = jax.device_put(params, everywhere)
-    rows = meshes.place_prompts(meshes.Shardings(None, split, everywhere), rows)
+    rows = meshes.shard_prompts(meshes.Shardings(None, split, everywhere), rows)
     return lambda i: sample(lm, params, {}, rows, sampling, 0, i)
 
 
@@ -202,7 +202,7 @@ def main(cfg: Config) -> dict[str, float]:
         for ours in ("rollout", f"on {cfg.devices} devices")
         if other in median and ours in median
     }
-    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
+    log_info(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
     table("figures", [{"": name, "value": value} for name, value in figures.items()])
     if cfg.json:

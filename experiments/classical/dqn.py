@@ -13,7 +13,7 @@ from rljax.models import mlp
 from rljax.rollouts import replay
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import begin, chance, finished, unroll
-from rljax.train.compiled import follow
+from rljax.train.compiled import polyak_update
 from rljax.train.update import make_update
 from rljax.types import TrainState, Transition
 
@@ -91,7 +91,9 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
             seen = (n + 1) * sizes.every
             learner = jax.lax.cond(seen > sizes.start, learn, lambda state: state, state.replace(extra=None))
-            target = follow(learner.frozen["target"], learner.params, hyper.share, seen % sizes.target_every == 0)
+            target = polyak_update(
+                learner.frozen["target"], learner.params, hyper.share, seen % sizes.target_every == 0
+            )
             state = learner.replace(frozen={"target": target}, extra=(carry, kept))
             total, count, running = finished(traj, running)
             return (state, running), {"return": total / jnp.maximum(count, 1), "episodes": count}

@@ -26,7 +26,7 @@ from rljax.ops import losses
 from rljax.ops.weights import token_mean
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import begin, chance, finished, unroll
-from rljax.train.compiled import decisions, follow, of_part, scan_updates
+from rljax.train.compiled import flatten_time, polyak_update, scan_updates, update_subtree
 from rljax.train.objective import policy_objective
 from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import make_update
@@ -86,10 +86,10 @@ def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int
     algorithm = with_entropy(algorithm, h.entropy)
     updates = iterations * sizes.epochs * sizes.minibatches
     optimizer = adam(optax.linear_schedule(h.learning_rate, 0.0, updates) if sizes.anneal else h.learning_rate)
-    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss")
+    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behavior", "value_loss")
 
     def learn(state, batch):
-        return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)
+        return scan_updates(update, state, flatten_time(batch), sizes.epochs, sizes.minibatches, keep)
 
     return Method(algorithm, learn, optimizer.init)
 
@@ -113,13 +113,13 @@ def apart(
 ) -> Method:
     """A policy step on the whole batch, Adam's or `policy_update`, then the critic's own epochs."""
     actor, critic = adam(h.learning_rate), adam(h.critic_rate)
-    policy_step = of_part(policy_update or updating(algorithm, actor), "actor")
-    critic_step = of_part(updating(CRITIC, critic), "critic")
+    policy_step = update_subtree(policy_update or updating(algorithm, actor), "actor")
+    critic_step = update_subtree(updating(CRITIC, critic), "critic")
 
     def learn(state, batch):
         state, metrics = policy_step(state, batch)
         if "values" in algorithm.needs:
-            state, _ = scan_updates(critic_step, state, decisions(batch), sizes.epochs, sizes.minibatches)
+            state, _ = scan_updates(critic_step, state, flatten_time(batch), sizes.epochs, sizes.minibatches)
         return state, {name: metrics[name] for name in keep}
 
     def opt_state(params):
@@ -193,7 +193,9 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
 
         def iteration(state, now):
             n, key = now
-            acting = follow(state.extra[-1], state.params, due=n % sizes.lag == 0) if sizes.lag > 1 else state.params
+            acting = (
+                polyak_update(state.extra[-1], state.params, due=n % sizes.lag == 0) if sizes.lag > 1 else state.params
+            )
             state = state.replace(extra=(*state.extra[:-1], acting))
             traj, extra, (total, count) = rollout(state, key)
             if "old_logp" in method.algorithm.needs:

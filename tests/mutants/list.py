@@ -89,24 +89,24 @@ MUTANTS = [
     Mutant(
         "divided again by the accumulation steps",
         "rljax/train/update.py",
-        "keep(jax.tree.map(jnp.add, grad_sum, grads))",
-        "keep(jax.tree.map(lambda total, g: total + g / micro_batches, grad_sum, grads))",
+        "keep_sharding(jax.tree.map(jnp.add, grad_sum, grads))",
+        "keep_sharding(jax.tree.map(lambda total, g: total + g / micro_batches, grad_sum, grads))",
         "ms-swift 10117: gradients of DAPO and CISPO off by the accumulation steps",
         (f"{UPDATE}::test_loss_metrics_and_step_are_those_of_the_whole_batch",),
     ),
     Mutant(
         "divided again by the number of devices",
         "rljax/train/update.py",
-        "else (lambda g: constrain(g, shardings.state.params))",
-        "else (lambda g: constrain(jax.tree.map(lambda x: x / shardings.rows.mesh.size, g), shardings.state.params))",
+        "else constrain_shardings(grads, shardings.state.params)",
+        "else constrain_shardings(jax.tree.map(lambda g: g / shardings.rows.mesh.size, grads), shardings.state.params)",
         "verl PR 5798: seq-mean off by the data-parallel size squared",
         (f"{UPDATE}::test_any_optax_chain_steps_as_optax_says[adamw-mesh]",),
     ),
     Mutant(
         "last micro-batch for their sum",
         "rljax/train/update.py",
-        "return (loss_sum + loss, keep(jax.tree.map(jnp.add, grad_sum, grads))), metrics",
-        "return (loss_sum + loss, keep(grads)), metrics",
+        "grad_sum = keep_sharding(jax.tree.map(jnp.add, grad_sum, grads))",
+        "grad_sum = keep_sharding(grads)",
         "gradients zeroed inside the accumulation loop: torchtitan PR 3575, alpaca_farm 57, TRL 583",
         (f"{UPDATE}::test_loss_metrics_and_step_are_those_of_the_whole_batch",),
     ),
@@ -139,9 +139,9 @@ MUTANTS = [
     Mutant(
         "garbage enters the exp before the where",
         "rljax/train/objective.py",
-        "def loss(params, frozen, batch: Batch):\n"
-        "        output = _neutral(policy(params, frozen, batch.traj), batch.mask)",
-        "def loss(params, frozen, batch: Batch):\n        output = policy(params, frozen, batch.traj)",
+        "def loss(params: Params, frozen: Params, batch: Batch):\n"
+        "        output = _zero_masked_output(policy(params, frozen, batch.traj), batch.mask)",
+        "def loss(params: Params, frozen: Params, batch: Batch):\n        output = policy(params, frozen, batch.traj)",
         "OpenRLHF PR 1240: NaN times a mask of 0; ms-swift clamps log-probs of -1e10 at padding",
         (f"{LAWS}::test_what_the_policy_says_of_masked_columns_changes_nothing[grpo]",),
     ),
@@ -640,10 +640,10 @@ MUTANTS = [
     Mutant(
         "a verifier that timed out gives 0",
         "rljax/rewards/score.py",
-        "total[~judged.any(1) | (failed & (factors != 0)).any(1)] = np.nan",
-        "total[~judged.any(1)] = np.nan",
+        "total[~valid.any(1) | (failed & counts).any(1)] = np.nan",
+        "total[~valid.any(1)] = np.nan",
         "verl 5635: signal.alarm off the main thread, every MATH score 0; NeMo-RL 431",
-        ("tests/rewards/test_score.py::test_a_failure_leaves_the_whole_row_unjudged",),
+        ("tests/rewards/test_score.py::test_a_failure_leaves_the_whole_row_without_a_reward",),
     ),
     # ------------------------------------------------------------------------------------------- sampling, temperatures
     Mutant(
@@ -802,8 +802,8 @@ MUTANTS = [
     Mutant(
         "leaves the epochs while the policy is near",
         "rljax/train/update.py",
-        'metrics["kl_behaviour"] > stop_kl',
-        'metrics["kl_behaviour"] < stop_kl',
+        'metrics["kl_behavior"] > stop_kl',
+        'metrics["kl_behavior"] < stop_kl',
         "PPO implementations stop above 1.5 times the target KL, as Spinning Up's does",
         (f"{UPDATE}::test_learn_stops_after_the_update_that_found_the_policy_too_far",),
     ),
@@ -858,8 +858,8 @@ MUTANTS = [
     Mutant(
         "a resumed run leaves out a step",
         "rljax/train/run.py",
-        "for step in range(int(start), self.total):",
-        "for step in range(int(start) + (int(start) > 0), self.total):",
+        "for step in range(int(start), self.total_steps):",
+        "for step in range(int(start) + (int(start) > 0), self.total_steps):",
         "OpenRLHF 1103, 928; verl 7401: resuming at the end of an epoch trains nothing",
         ("tests/train/test_run.py::test_stopped_by_a_signal_and_run_again_the_result_is_the_same_to_the_last_bit",),
     ),
@@ -874,25 +874,25 @@ MUTANTS = [
     Mutant(
         "the cursor stands still",
         "rljax/data/prompts.py",
-        "return self._rows(order, range(cursor, cursor + count), cursor + count)",
-        "return self._rows(order, range(cursor, cursor + count), cursor)",
+        "return self._rows(indices, range(cursor, cursor + count), cursor + count)",
+        "return self._rows(indices, range(cursor, cursor + count), cursor)",
         "resuming repeats data: ms-swift 4032, 4035",
         ("tests/data/test_prompts.py",),
     ),
     # --------------------------------------------------------------------------------------------- metrics, preferences
     Mutant(
         "mean reward counts what was not judged as 0",
-        "rljax/train/diagnostics.py",
-        '"reward": masked_mean(total, judged),',
+        "rljax/train/metrics.py",
+        '"reward": masked_mean(total, valid),',
         '"reward": total.mean(),',
         "verl 4417",
         ("tests/train/test_metrics.py",),
     ),
     Mutant(
         "KL of the wrong direction is logged",
-        "rljax/train/diagnostics.py",
-        '"kl_behaviour": k3(behaviour, output.logp),',
-        '"kl_behaviour": k3(output.logp, behaviour),',
+        "rljax/train/metrics.py",
+        '"kl_behavior": k3(behavior_logp, output.logp),',
+        '"kl_behavior": k3(output.logp, behavior_logp),',
         "the samples are the behaviour policy's: OpenRLHF 768 and slime PR 1004 on which KL is which",
         ("tests/train/test_diagnostics.py",),
     ),
@@ -962,11 +962,11 @@ MUTANTS = [
     ),
     Mutant(
         "pass@k with the share plugged in",
-        "rljax/train/diagnostics.py",
+        "rljax/ops/pass_at_k.py",
         "factor = jnp.maximum(n - c - j, 0) / jnp.maximum(n - j, 1)",
         "factor = (n - c) / n + 0.0 * j",
         "1 - (1 - c/n)^k is biased: arXiv:2107.03374, eq. 1",
-        ("tests/train/test_diagnostics.py",),
+        ("tests/ops/test_pass_at_k.py",),
     ),
     # ------------------------------------------------------------------------------------------ models, in and out
     Mutant(
@@ -1092,8 +1092,8 @@ MUTANTS = [
     Mutant(
         "texts of a packed row that see each other",
         "rljax/train/packing.py",
-        "segments[row[text], at] = segments[row[text], start - 1] + 1",
-        "segments[row[text], at] = 1",
+        "segments[target, span] = segments[target, start - 1] + 1",
+        "segments[target, span] = 1",
         "packing changes the loss: TRL PR 3526, OpenRLHF 377",
         ("tests/train/test_packing.py",),
     ),
