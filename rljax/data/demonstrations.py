@@ -1,4 +1,4 @@
-"""Prompts with their right answers, as trajectories to imitate."""
+"""Prompts followed by given completions, as trajectories for supervised fine-tuning."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,25 @@ from rljax.data.prompts import pad_left
 from rljax.types import Rows, Trajectory, trajectory_of_tokens
 
 
-def demonstrations(rows: Rows, answers: Sequence[list[int]], length: int) -> Trajectory:
-    """Each prompt followed by its answer (ids, EOS included), padded on the right to `length` answer tokens.
+def demonstrations(rows: Rows, completions: Sequence[list[int]], max_tokens: int) -> Trajectory:
+    """Each prompt followed by its completion (ids, EOS included), padded on the right to `max_tokens` of them.
 
-    Raises ValueError for an answer that is longer.
+    Raises ValueError for a completion that is longer.
     """
-    longest = max(map(len, answers))
-    if longest > length:
-        raise ValueError(f"an answer has {longest} tokens; at most {length} fit")
-    backwards, real = pad_left([list(ids)[::-1] for ids in answers], length, 0)
-    tokens = np.concatenate([rows.tokens, backwards[:, ::-1]], axis=1)
-    chosen = np.concatenate([np.zeros_like(rows.mask), real[:, ::-1]], axis=1)
-    segments = np.concatenate([rows.mask, real[:, ::-1]], axis=1).astype(np.int32)
-    logp = jnp.zeros(tokens.shape)
+    longest = max(map(len, completions))
+    if longest > max_tokens:
+        raise ValueError(f"a completion has {longest} tokens; at most {max_tokens} fit")
+    reversed_tokens, reversed_mask = pad_left([list(ids)[::-1] for ids in completions], max_tokens, 0)
+    completion_tokens = reversed_tokens[:, ::-1]
+    completion_mask = reversed_mask[:, ::-1]
+    tokens = np.concatenate([rows.tokens, completion_tokens], axis=1)
+    chosen = np.concatenate([np.zeros_like(rows.mask), completion_mask], axis=1)
+    segments = np.concatenate([rows.mask, completion_mask], axis=1).astype(np.int32)
     return trajectory_of_tokens(
-        tokens, segments, jnp.asarray(chosen), logp, temperature=jnp.ones(tokens.shape), group=jnp.arange(len(answers))
+        tokens,
+        segments,
+        jnp.asarray(chosen),
+        logp=jnp.zeros(tokens.shape),
+        temperature=jnp.ones(tokens.shape),
+        group=jnp.arange(len(completions)),
     )

@@ -1,7 +1,7 @@
-"""Prompts: a list of texts with their columns, and an order that is a pure function of (seed, cursor)."""
+"""A dataset of prompts with their columns, in an order that is a pure function of (seed, cursor)."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +10,25 @@ from rljax.types import Rows
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """One dict a line. Raises FileNotFoundError, or ValueError naming the file and line."""
+    """One dict per line. Raises FileNotFoundError, or ValueError naming the file and line."""
     rows = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: a {type(row).__name__}; each line must be an object")
-                rows.append(row)
+                rows.append(_parse_object(line, f"{path}, line {number}"))
     if not rows:
         raise ValueError(f"{path} is empty: a dataset needs at least one row")
     return rows
+
+
+def _parse_object(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a {type(row).__name__}; each line must be an object")
+    return row
 
 
 def from_template(template: str) -> Callable[[dict], str]:
@@ -44,32 +48,38 @@ def from_template(template: str) -> Callable[[dict], str]:
     return text
 
 
-def train_eval_split(columns: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """A random split into (training, held-out): `count` rows held out, at most half; of a single row, both sides."""
-    if count < 1:
-        raise ValueError(f"{count} prompts to hold out; at least 1 is needed to evaluate on")
+def train_eval_split(columns: list[dict], eval_size: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """A random split into (training, evaluation): `eval_size` rows for evaluation, at most half of all.
+
+    A single row is on both sides.
+    """
+    if eval_size < 1:
+        raise ValueError(f"{eval_size} prompts to hold out; at least 1 is needed to evaluate on")
     order = np.random.default_rng([2, seed]).permutation(len(columns))
-    cut = min(count, len(columns) // 2)
-    return [columns[i] for i in order[cut:]], [columns[i] for i in order[: cut or None]]
+    cut = min(eval_size, len(columns) // 2)
+    train = [columns[i] for i in order[cut:]]
+    evaluation = [columns[i] for i in order[: cut or None]]
+    return train, evaluation
 
 
-def draw_order(size: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Dataset indices of draws start .. start + count - 1: each epoch a permutation of its own, made from the seed."""
-    return _drawn(size, seed, np.arange(start, start + count))
+def shuffled_indices(size: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Dataset indices of draws start .. start + count - 1: in each epoch another permutation, made from the seed."""
+    return _indices_of_draws(size, seed, np.arange(start, start + count))
 
 
-def _drawn(size: int, seed: int, numbers: np.ndarray) -> np.ndarray:
-    """Dataset indices of the draws of these numbers."""
-    out = np.empty(len(numbers), np.int64)
-    for epoch in np.unique(numbers // size):
+def _indices_of_draws(size: int, seed: int, numbers: np.ndarray) -> np.ndarray:
+    """Dataset indices of the draws with these numbers."""
+    indices = np.empty(len(numbers), np.int64)
+    epochs = numbers // size
+    for epoch in np.unique(epochs):
         order = np.random.default_rng([0, seed, int(epoch)]).permutation(size)
-        here = numbers // size == epoch
-        out[here] = order[numbers[here] % size]
-    return out
+        in_epoch = epochs == epoch
+        indices[in_epoch] = order[numbers[in_epoch] % size]
+    return indices
 
 
 def pad_left(rows: list[list[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [P L] that end in the last column, and the mask of real ones."""
+    """Token ids [P L] that end in the last column, and the mask that is False on padding."""
     tokens = np.full((len(rows), length), pad, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, ids in enumerate(rows):
@@ -108,37 +118,40 @@ class Prompts:
         self.encoded = [encoded[i] for i in kept]
         self.dropped = len(encoded) - len(kept)
         self.length = max(map(len, self.encoded))  # L: one width for every draw, so nothing recompiles
-        self.seed, self.pad = seed, pad
+        self.seed = seed
+        self.pad = pad
 
     def __len__(self) -> int:
         return len(self.columns)
 
-    def _rows(self, indices, numbers, cursor: int, length: int | None = None) -> Rows:
+    def _rows(self, indices: Sequence[int], numbers: Sequence[int], cursor: int, length: int | None = None) -> Rows:
         tokens, mask = pad_left([self.encoded[i] for i in indices], length or self.length, self.pad)
-        return Rows(tokens, mask, np.asarray(numbers, np.int32), [self.columns[i] for i in indices], cursor)
+        columns = [self.columns[i] for i in indices]
+        return Rows(tokens, mask, np.asarray(numbers, np.int32), columns, cursor)
 
     def draw(self, cursor: int, count: int) -> Rows:
         """The next `count` prompts of the shuffled order from draw number `cursor` on."""
         cursor = int(cursor)
-        order = draw_order(len(self), self.seed, cursor, count)
-        return self._rows(order, range(cursor, cursor + count), cursor + count)
+        indices = shuffled_indices(len(self), self.seed, cursor, count)
+        return self._rows(indices, range(cursor, cursor + count), cursor + count)
 
     def columns_of(self, numbers: np.ndarray) -> list[dict]:
-        """The columns of the prompts with these numbers in the shuffled order."""
-        return [self.columns[i] for i in _drawn(len(self), self.seed, np.asarray(numbers))]
+        """The columns of the prompts with these draw numbers."""
+        return [self.columns[i] for i in _indices_of_draws(len(self), self.seed, np.asarray(numbers))]
 
     def first(self, count: int) -> Rows:
-        """The first `count` prompts in the dataset's own order: a fixed set to evaluate on."""
+        """The first `count` prompts in the dataset's own order: a fixed set for evaluation."""
         count = min(count, len(self))
         return self._rows(range(count), range(count), count)
 
     def batches(self, count: int) -> Iterator[Rows]:
-        """Every prompt once, `count` at a time, the shortest first; `number` is its place in the dataset.
+        """Every prompt once, `count` at a time, the shortest first; `number` is its index in the dataset.
 
-        The width of a batch is a power of two, at least 16, so that there are few: each is compiled apart.
+        The width of a batch is a power of two, at least 16: each new width is compiled, so there should be few.
         """
         order = sorted(range(len(self)), key=lambda i: len(self.encoded[i]))
         for start in range(0, len(order), count):
-            some = order[start : start + count]
-            longest = len(self.encoded[some[-1]])
-            yield self._rows(some, some, len(self), max(16, 1 << (longest - 1).bit_length()))
+            indices = order[start : start + count]
+            longest = len(self.encoded[indices[-1]])
+            width = max(16, 1 << (longest - 1).bit_length())
+            yield self._rows(indices, indices, len(self), width)

@@ -1,21 +1,24 @@
-"""Text <-> token ids: characters for what is trained from scratch, a Hugging Face tokenizer for the rest."""
+"""Text <-> token ids: characters for models trained from scratch, a Hugging Face tokenizer for all others."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rljax.data.token_bytes import pieces_of
+from rljax.data.token_bytes import read_token_bytes
 
 
 class Tokenizer(NamedTuple):
-    encode: Any  # str -> list[int]: a prompt, with the special tokens that begin a text
-    decode: Any  # list[int] -> str: special tokens left out
-    stop: tuple[int, ...]  # ids that end an answer
+    """The functions of a tokenizer that rljax uses, and its special ids."""
+
+    encode: Callable[[str], list[int]]  # a prompt, with the special tokens that begin a text
+    decode: Callable[[Sequence[int]], str]  # special tokens are left out
+    stop: tuple[int, ...]  # ids that end a completion
     pad: int  # any id: padding is told by masks, never by ids
     size: int
-    pieces: Any  # () -> list[bytes]: what each token stands for inside a text; special ones for nothing
-    chat: Any = None  # str -> list[int]: what a user says, in the chat template; None: there is none
+    token_bytes: Callable[[], list[bytes]]  # the bytes of each token inside a text; empty for special ones
+    chat: Callable[[str], list[int]] | None = None  # a user's message in the chat template; None: there is none
 
 
 @dataclass(frozen=True)
@@ -31,42 +34,39 @@ class _Characters:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[i - 1] for i in ids if 0 < i <= len(self.alphabet))
 
-    def pieces(self) -> list[bytes]:
+    def token_bytes(self) -> list[bytes]:
         return [b"", *(c.encode() for c in self.alphabet)]
 
 
 def character_tokenizer(alphabet: str) -> Tokenizer:
-    """One token a character; id 0 ends an answer."""
+    """One token a character; id 0 ends a completion."""
     characters = _Characters(alphabet)
     size = len(alphabet) + 1
-    return Tokenizer(characters.encode, characters.decode, stop=(0,), pad=0, size=size, pieces=characters.pieces)
+    return Tokenizer(
+        characters.encode, characters.decode, stop=(0,), pad=0, size=size, token_bytes=characters.token_bytes
+    )
 
 
 def save_characters(alphabet: str, directory: str | Path) -> None:
-    """The character tokenizer as files that transformers reads."""
-    from tokenizers import Tokenizer as Inner
+    """Write the character tokenizer as files that transformers reads."""
+    from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Inner(models.WordLevel({"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    vocabulary = {"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
+    inner = HFTokenizer(models.WordLevel(vocabulary))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(directory)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory; its EOS ids from generation_config.json or config.json too."""
-    import json
-
     from transformers import AutoTokenizer  # a second of import: only where it is needed
 
     directory = Path(directory)
     inner = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    ends = {inner.eos_token_id}
-    for file in ("generation_config.json", "config.json"):
-        if (directory / file).is_file():
-            value = json.loads((directory / file).read_text()).get("eos_token_id")
-            ends |= set(value) if isinstance(value, list) else {value}
-    stop = tuple(sorted(ends - {None}))
+    stop = tuple(sorted(_eos_ids(directory) | {inner.eos_token_id} - {None}))
 
     def encode(text: str) -> list[int]:
         return inner(text)["input_ids"]
@@ -74,16 +74,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
 
-    def pieces() -> list[bytes]:
+    def token_bytes() -> list[bytes]:
         if not hasattr(inner, "backend_tokenizer"):
             raise ValueError(
-                f"{directory}: the pieces of a {type(inner).__name__} cannot be read; legal: tokenizer.json"
+                f"{directory}: the tokens of a {type(inner).__name__} cannot be read; legal: tokenizer.json"
             )
-        return pieces_of(inner.backend_tokenizer, len(inner))
+        return read_token_bytes(inner.backend_tokenizer, len(inner))
 
     def chat(text: str) -> list[int]:
-        said = [{"role": "user", "content": text}]
-        return inner.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        messages = [{"role": "user", "content": text}]
+        return inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     return Tokenizer(
         encode,
@@ -91,6 +91,21 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         stop,
         pad=stop[0] if stop else 0,
         size=len(inner),
-        pieces=pieces,
+        token_bytes=token_bytes,
         chat=chat if inner.chat_template else None,
     )
+
+
+def _eos_ids(directory: Path) -> set[int]:
+    """The EOS ids of generation_config.json and config.json."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        value = json.loads(file.read_text()).get("eos_token_id")
+        if isinstance(value, list):
+            ids |= set(value)
+        elif value is not None:
+            ids.add(value)
+    return ids

@@ -1,1 +1,1 @@
-"""How good it was: verifiers, and the pool that isolates them."""
+"""Verifiers, the pool that isolates them, and the scores and rewards made of their results."""

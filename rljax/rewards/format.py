@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion, whatever it says."""
+"""Rewards for the format of a completion, independent of its content."""
 
 import re
 

@@ -1,17 +1,17 @@
-r"""Is the final number right? The embedded matcher for arithmetic and GSM8K (Cobbe et al., arXiv:2110.14168).
+r"""Whether the final number is correct: the built-in matcher for arithmetic and GSM8K (Cobbe et al., arXiv:2110.14168).
 
 The final number of a text is the one in its last `\boxed{}`, else the last one it writes; where the text has a `####`,
 only what follows the last `####` is read. Numbers are compared as exact fractions: 3.0 == 3, 1/2 == 0.5, 1,000 == 1000.
 `$` and `%` are units and dropped: 50% == 50. Nothing is evaluated.
 
-Left out: mixed numbers (1 1/2), words (twelve, 1.8 billion), decimal commas, roots and every other expression; those
+Left out: mixed numbers (1 1/2), words (twelve, 1.8 billion), decimal commas, roots and all other expressions; those
 need a symbolic verifier.
 """
 
 import re
 from fractions import Fraction
 
-LONGEST = 100  # characters; a longer "number" is no number (Python refuses to read more than 4300 digits)
+MAX_CHARACTERS = 100  # a longer "number" is no number (Python refuses to read more than 4300 digits)
 
 _WHOLE = r"(?:\d{1,3}(?:,\d{3}){1,9}+(?!\d)|\d++)"  # at most 9 groups: linear time whatever the text
 _NUMBER = re.compile(
@@ -31,18 +31,18 @@ _LATEX = (
 _BESIDE = re.compile(r"[A-Za-z\s$%€£=:.,*]*")  # what may stand beside the number of a box: units and a name
 
 
-def exact_number(completion: str, answer) -> float:
+def exact_number(completion: str, answer: object) -> float:
     """1.0 if the final number of the completion equals `answer`, else 0.0.
 
     `answer`: a number, a numeric string, or a solution whose part after `####` (or in `\\boxed{}`) is the number.
     Raises ValueError if it holds none, or more than one.
     """
-    right = _answer(answer)
-    return float(final_number(completion) == right)
+    correct = _read_answer(answer)
+    return float(final_number(completion) == correct)
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that the text ends on (see the module), None if there is none or the last box is not one number."""
+    """The final number of the text (see the module); None if there is none or the last box is not one number."""
     text = _after_mark(text)
     box = _last_box(text)
     if box is not None:
@@ -51,7 +51,7 @@ def final_number(text: str) -> Fraction | None:
     return _fraction(found[-1]) if found else None
 
 
-def _answer(answer) -> Fraction:
+def _read_answer(answer: object) -> Fraction:
     text = str(answer)
     part = _after_mark(text)
     box = _last_box(part)
@@ -88,20 +88,21 @@ def _only_number(text: str) -> Fraction | None:
     found = list(_NUMBER.finditer(text))
     if len(found) != 1:
         return None
-    left, right = text[: found[0].start()], text[found[0].end() :]
+    left = text[: found[0].start()]
+    right = text[found[0].end() :]
     beside = _BESIDE.fullmatch(left) and _BESIDE.fullmatch(right) and not right[:1].isalpha()
     return _fraction(found[0]) if beside else None
 
 
 def _plain(text: str) -> str:
-    """`text` with the LaTeX that dresses up a number taken off."""
+    """`text` without the LaTeX that formats a number."""
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
     return text
 
 
 def _fraction(match: re.Match) -> Fraction | None:
-    if len(match[0]) > LONGEST:
+    if len(match[0]) > MAX_CHARACTERS:
         return None
     top = Fraction(match["top"].replace(",", "") + (match["power"] or ""))
     bottom = int((match["bottom"] or "1").replace(",", ""))

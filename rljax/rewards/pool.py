@@ -1,10 +1,10 @@
-"""The isolated pool: calls functions in processes that can be killed, so that no verifier hangs or ends the training.
+"""A pool of isolated worker processes that call verifiers, so that no verifier hangs or ends the training.
 
-Prevented: running past the deadline (the worker's whole process group is killed), growing past the memory limit, taking
-the training process down, Python sockets, an accelerator being seized, leftovers after `recycle` calls, and (on Linux)
+Prevented: running past the deadline (the worker's whole process group is killed), growing past the memory limit, ending
+the training process, Python sockets, taking an accelerator, state left over after `max_calls` calls, and (on Linux)
 workers that outlive the process that started them.
 
-Not yet prevented, so do not run a model's code in it: reading and writing files, the environment's secrets, starting
+Not prevented, so do not run a model's code in it: reading and writing files, the environment's secrets, starting
 programs (they have a network; one that opens a session of its own survives the kill), sockets made by C code, a
 verifier that lifts its own limits.
 """
@@ -19,12 +19,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
-from rljax.rewards.function_path import name_of, refer
+from rljax.rewards.function_path import function_name, pickle_function
 from rljax.rewards.worker import Result
 
 LOADING = -1  # the task of a worker that is starting, or importing its function
-START_SECONDS = 120.0  # for that; a script may import much
+LOADING_SECONDS = 120.0  # deadline for that; a script may import much
+
+Call = tuple[tuple, dict[str, Any]]  # (args, kwargs)
 
 
 class Pool:
@@ -33,18 +36,30 @@ class Pool:
     Call `map` from a thread that lives as long as the pool: Linux ends a worker with the thread that started it.
 
     Args:
-      workers: processes at once. seconds: wall clock for one call, without start-up and imports.
-      megabytes: by how much a worker may grow beyond its own imports. recycle: calls after which a worker is replaced.
+      workers: processes at a time. timeout_seconds: wall clock for one call, without start-up and imports.
+      memory_megabytes: by how much a worker may grow beyond its own imports. max_calls: calls before a worker is
+        replaced.
     """
 
-    def __init__(self, workers: int = 2, seconds: float = 5.0, megabytes: int = 1024, recycle: int = 500):
-        for name, value in {"workers": workers, "seconds": seconds, "megabytes": megabytes, "recycle": recycle}.items():
+    def __init__(
+        self, workers: int = 2, timeout_seconds: float = 5.0, memory_megabytes: int = 1024, max_calls: int = 500
+    ):
+        settings = {
+            "workers": workers,
+            "timeout_seconds": timeout_seconds,
+            "memory_megabytes": memory_megabytes,
+            "max_calls": max_calls,
+        }
+        for name, value in settings.items():
             if not value > 0:
                 raise ValueError(f"Pool({name}={value}); it must be positive")
-        self.workers, self.seconds, self.megabytes, self.recycle = workers, seconds, megabytes, recycle
-        self._team: list[_Worker] = []
+        self.workers = workers
+        self.timeout_seconds = timeout_seconds
+        self.memory_megabytes = memory_megabytes
+        self.max_calls = max_calls
+        self._workers: list[_Worker] = []
 
-    def __enter__(self):
+    def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *_):
@@ -52,121 +67,142 @@ class Pool:
 
     def close(self) -> None:
         """Kill the workers. A later `map` starts new ones."""
-        for worker in list(self._team):
-            self._dismiss(worker)
+        for worker in list(self._workers):
+            self._remove(worker)
 
-    def map(self, function: Callable, items: Sequence[tuple[tuple, dict]]) -> list[Result]:
-        """`function(*args, **kwargs)` for each (args, kwargs), as Results in the order of the items.
+    def map(self, function: Callable, calls: Sequence[Call]) -> list[Result]:
+        """`function(*args, **kwargs)` for each (args, kwargs), as Results in the order of the calls.
 
-        Raises ValueError if the function cannot travel (see `reference`), RuntimeError if no worker can load it.
+        Raises ValueError if the function cannot be pickled (see `function_path`), RuntimeError if no worker can load
+        it.
         """
-        reference, items = refer(function), list(items)
-        results, left = [None] * len(items), deque(range(len(items)))
+        pickled = pickle_function(function)
+        calls = list(calls)
+        results: list[Result | None] = [None] * len(calls)
+        waiting = deque(range(len(calls)))
         try:
-            for worker in list(self._team):
-                if worker.pipe.poll():  # idle workers say nothing: this one has ended
-                    self._dismiss(worker)
-            while left or self._busy():
-                self._employ(reference, items, left)
-                for worker, answered in self._reports():
-                    task, worker.task = worker.task, None
+            self._remove_ended()
+            while waiting or self._busy():
+                self._start_workers(len(waiting))
+                self._assign(pickled, calls, waiting)
+                for worker, has_answered in self._wait():
+                    task = worker.task
+                    worker.task = None
                     if task == LOADING:
-                        self._check_loaded(worker, answered, function)
-                        continue
-                    late = Result(None, "timeout", f"no answer within {self.seconds:g} s")
-                    results[task] = worker.result() if answered else late
-                    worker.calls += 1
-                    if results[task].status in ("timeout", "died") or worker.calls >= self.recycle:
-                        self._dismiss(worker)
-        finally:  # interrupted: an answer still to come would be taken for one of the next items
+                        self._check_loaded(worker, has_answered, function)
+                    else:
+                        results[task] = self._finish(worker, has_answered)
+        finally:  # when interrupted: an answer still to come would be taken for that of a later call
             for worker in self._busy():
-                self._dismiss(worker)
+                self._remove(worker)
         return results
 
     def _busy(self) -> list["_Worker"]:
-        return [worker for worker in self._team if worker.task is not None]
+        return [worker for worker in self._workers if worker.task is not None]
 
-    def _employ(self, reference: bytes, items: list, left: deque) -> None:
-        """Hire up to the number wanted, and give every idle worker its next message."""
-        coming = sum(worker.task in (None, LOADING) for worker in self._team)
-        for _ in range(min(self.workers - len(self._team), len(left) - coming)):
-            self._team.append(_Worker(self.megabytes))
-        for worker in self._team:
-            if worker.task is None and left and worker.reference != reference:
-                worker.reference = reference
-                worker.give(LOADING, START_SECONDS, ("load", reference))
-            elif worker.task is None and left:
-                args, kwargs = items[left[0]]
-                worker.give(left.popleft(), self.seconds, ("call", args, kwargs))
+    def _remove_ended(self) -> None:
+        for worker in list(self._workers):
+            if worker.pipe.poll():  # an idle worker sends nothing: this one has ended
+                self._remove(worker)
 
-    def _reports(self) -> list[tuple["_Worker", bool]]:
-        """Wait for an answer or a deadline; which workers answered (or ended), and which are late."""
+    def _start_workers(self, waiting: int) -> None:
+        """Start as many workers as there are calls that no idle or starting worker will take."""
+        available = sum(worker.task in (None, LOADING) for worker in self._workers)
+        for _ in range(min(self.workers - len(self._workers), waiting - available)):
+            self._workers.append(_Worker(self.memory_megabytes))
+
+    def _assign(self, pickled: bytes, calls: list[Call], waiting: deque) -> None:
+        """Give every idle worker its next message: the function to load, or a call."""
+        for worker in self._workers:
+            if worker.task is not None or not waiting:
+                continue
+            if worker.function != pickled:
+                worker.function = pickled
+                worker.send(LOADING, LOADING_SECONDS, ("load", pickled))
+            else:
+                args, kwargs = calls[waiting[0]]
+                worker.send(waiting.popleft(), self.timeout_seconds, ("call", args, kwargs))
+
+    def _wait(self) -> list[tuple["_Worker", bool]]:
+        """Wait for an answer or a deadline: the workers that answered or ended (True), and those past it (False)."""
         busy = self._busy()
-        pause = min(worker.deadline for worker in busy) - time.monotonic()
-        ready = set(wait([worker.pipe for worker in busy], max(pause, 0)))
+        seconds = min(worker.deadline for worker in busy) - time.monotonic()
+        ready = set(wait([worker.pipe for worker in busy], max(seconds, 0)))
         now = time.monotonic()
         return [(w, w.pipe in ready) for w in busy if w.pipe in ready or w.deadline <= now]
 
-    def _check_loaded(self, worker: "_Worker", answered: bool, function: Callable) -> None:
-        problem = worker.loaded() if answered else f"no answer within {START_SECONDS:g} s"
-        if problem is not None:
-            self._dismiss(worker)
-            raise RuntimeError(f"a worker process could not load {name_of(function)}: {problem}")
+    def _finish(self, worker: "_Worker", has_answered: bool) -> Result:
+        """The result of the worker's call. A worker that failed, or has made all its calls, is removed."""
+        if has_answered:
+            result = worker.receive_result()
+        else:
+            result = Result(None, "timeout", f"no answer within {self.timeout_seconds:g} s")
+        worker.calls += 1
+        if result.status in ("timeout", "died") or worker.calls >= self.max_calls:
+            self._remove(worker)
+        return result
 
-    def _dismiss(self, worker: "_Worker") -> None:
-        self._team.remove(worker)
+    def _check_loaded(self, worker: "_Worker", has_answered: bool, function: Callable) -> None:
+        problem = worker.receive_problem() if has_answered else f"no answer within {LOADING_SECONDS:g} s"
+        if problem is not None:
+            self._remove(worker)
+            raise RuntimeError(f"a worker process could not load {function_name(function)}: {problem}")
+
+    def _remove(self, worker: "_Worker") -> None:
+        self._workers.remove(worker)
         worker.kill()
 
 
 class _Worker:
     """One child process and the pipe to it."""
 
-    def __init__(self, megabytes: int):
+    def __init__(self, memory_megabytes: int):
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 # -P and PYTHONPATH: the modules of this process, whatever folder it runs in
-                [sys.executable, "-P", "-m", "rljax.rewards.worker", str(theirs.fileno()), str(megabytes)],
+                [sys.executable, "-P", "-m", "rljax.rewards.worker", str(theirs.fileno()), str(memory_megabytes)],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env=_environment(),
+                env=_worker_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
         self.pipe = Connection(ours.detach())
-        self.reference: bytes | None = None  # the function loaded in it
-        self.task: int | None = None  # index of the item it works on; LOADING; None: idle
+        self.function: bytes | None = None  # the pickled function that it has loaded
+        self.task: int | None = None  # index of its current call; LOADING; None: idle
         self.deadline = 0.0
         self.calls = 0
 
-    def give(self, task: int, seconds: float, message: tuple) -> None:
-        self.task, self.deadline = task, time.monotonic() + seconds
+    def send(self, task: int, seconds: float, message: tuple) -> None:
+        self.task = task
+        self.deadline = time.monotonic() + seconds
         try:
             self.pipe.send(message)
         except OSError:
-            pass  # it has ended: that its pipe is closed will be its answer
+            pass  # it has ended: its closed pipe will be its answer
         except Exception as error:
-            error.add_note("an argument of Pool.map cannot be pickled, so it cannot travel to a worker process")
+            error.add_note("an argument of Pool.map cannot be pickled, so it cannot be sent to a worker process")
             raise
 
-    def result(self) -> Result:
+    def receive_result(self) -> Result:
         try:
             return Result(*self.pipe.recv())
         except (EOFError, OSError):
             return Result(None, "died", self.kill())
 
-    def loaded(self) -> str | None:
-        """None if the function is loaded, else why not."""
+    def receive_problem(self) -> str | None:
+        """None if the function is loaded, else why it is not."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
             return f"it ended with {self.kill()}"
 
     def kill(self) -> str:
-        """End the process and its group, at once. Returns how it had ended."""
+        """Kill the process and its group at once. Returns how the process ended."""
         self.pipe.close()
-        if self.process.returncode is None:  # not yet reaped, so its number is still its own
+        if self.process.returncode is None:  # not yet reaped, so its id is still its own
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses for a zombie
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -174,7 +210,7 @@ class _Worker:
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
-def _environment() -> dict[str, str]:
+def _worker_environment() -> dict[str, str]:
     """This process's, without accelerators, single-threaded, and with the same order of sets in every worker."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)

@@ -1,34 +1,36 @@
-"""From completions to numbers: `score(traj, rows)` asks every verifier about every row and fills in its verdict.
+"""Scores and rewards of completions: `score(traj, rows)` calls every verifier on every row.
 
 A verifier is a function `verifier(completion, ...) -> number | None`. Its other parameters are named after the dataset
-columns it wants. What it may answer, and what follows:
+columns that it wants. What it may return, and what follows:
 
-| answer | `scores[b, k]` | reward of the row |
+| result | `scores[b, k]` | reward of the row |
 |---|---|---|
 | a finite number | that number | enters the sum, times its weight |
-| None: "does not apply to this row" | NaN | left out of the sum; NaN if no verifier applies |
-| no answer in time, or its process died | NaN | NaN: the row is not judged |
-| raises, or returns anything else | | one RewardError ends the run: a fault of the verifier, not of the row |
+| None: it does not apply to this row | NaN | left out of the sum; NaN if no verifier applies |
+| no answer in time, or its process died | NaN | NaN: the row has no reward |
+| raises, or returns anything else | | a RewardError ends the run: a bug in the verifier, not a property of the row |
 
-A verifier of weight 0 is recorded only: it neither judges a row nor keeps it from being judged.
+A verifier with weight 0 is recorded only: it neither gives a row a reward nor takes it away.
 """
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rljax.rewards.function_path import name_of
+from rljax.rewards.function_path import function_name
 from rljax.rewards.pool import Pool
-from rljax.rewards.worker import Result, judge
+from rljax.rewards.worker import Result, call_verifier
 from rljax.types import Rows, Trajectory
+
+Verifier = Callable[..., float | None]  # (completion, **dataset columns) -> number; None: it does not apply
 
 
 class RewardError(Exception):
-    """A verifier is at fault, or asks for what the dataset does not hold."""
+    """A verifier has a bug, or asks for a column that the dataset does not have."""
 
 
 class Score(NamedTuple):
@@ -42,22 +44,23 @@ class Score(NamedTuple):
 
 
 def make_score(
-    verifiers: dict[str, Callable],
+    verifiers: Mapping[str, Verifier],
     decode: Callable[[list[int]], str],
-    weights: dict[str, float] | None = None,
+    weights: Mapping[str, float] | None = None,
     pool: Pool | None = None,
 ) -> Score:
-    """The function that judges a rollout.
+    """The function that scores a rollout.
 
     Args:
-      verifiers: name (for logs and weights) -> function. decode: chosen token ids, EOS among them -> text, without
-      special tokens. weights: name -> factor in the reward; 1 where not given. pool: None calls the verifiers in this
-      process, where nothing stops one that hangs; the numbers are the same.
+      verifiers: by name, as in the logs and in `weights`.
+      decode: chosen token ids, EOS included -> text without special tokens.
+      weights: name -> factor in the reward; 1 where not given.
+      pool: None calls the verifiers in this process, where nothing stops one that hangs; the numbers are the same.
 
-    Returns: `Score`. It reads `group` (row b answers the prompt of number `group[b]`), `actions` and `mask`, and fills
-    `scores` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen token as the mask tells, 0
-    elsewhere. A row that chose nothing gets scores and no reward.
-    Raises RewardError naming the verifier, the prompt and the completion; ValueError for weights it does not know.
+    Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
+    fills `scores` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen token according to the
+    mask, 0 elsewhere. A row without a chosen token gets scores and no reward.
+    Raises RewardError naming the verifier, the prompt and the completion; ValueError for unknown weights.
     """
     if not verifiers:
         raise ValueError("make_score needs at least one verifier")
@@ -66,107 +69,115 @@ def make_score(
     if wrong:
         raise ValueError(f"weights {wrong} are not legal; legal are finite weights of {', '.join(verifiers)}")
     factors = np.array([weights.get(name, 1.0) for name in verifiers])
-    wants = {name: _wanted(verifier) for name, verifier in verifiers.items()}
+    signatures = {name: _read_signature(verifier) for name, verifier in verifiers.items()}
 
     def call(traj: Trajectory, rows: Rows) -> Trajectory:
-        mask, actions = np.asarray(traj.mask), np.asarray(traj.actions)
-        prompts = _prompts(traj, rows)
-        completions = [decode(chosen[kept].tolist()) for chosen, kept in zip(actions, mask, strict=True)]
+        mask = np.asarray(traj.mask)
+        prompts = _prompt_indices(traj, rows)
+        completions = _decode_completions(np.asarray(traj.actions), mask, decode)
         results = []
         for name, verifier in verifiers.items():
-            items = [
-                ((completion,), _arguments(verifier, wants[name], rows, prompt))
-                for completion, prompt in zip(completions, prompts, strict=True)
-            ]
-            answers = pool.map(verifier, items) if pool else [judge(verifier, *item) for item in items]
-            _raise_first(verifier, answers, completions, rows.number[prompts])
-            results.append(answers)
-        values, failed = _table(results)
+            arguments = [_arguments(verifier, signatures[name], rows, prompt) for prompt in prompts]
+            calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
+            if pool is None:
+                returned = [call_verifier(verifier, args, kwargs) for args, kwargs in calls]
+            else:
+                returned = pool.map(verifier, calls)
+            _raise_first_error(verifier, returned, completions, rows.number[prompts])
+            results.append(returned)
+        values, failed = _as_arrays(results)
         return traj.replace(scores=values.astype(np.float32), rewards=_rewards(values, failed, factors, mask))
 
     return Score(tuple(verifiers), call)
 
 
-# ------------------------------------------------------------------------------------------------- what a verifier asks
+def _decode_completions(actions: np.ndarray, mask: np.ndarray, decode: Callable[[list[int]], str]) -> list[str]:
+    return [decode(chosen[kept].tolist()) for chosen, kept in zip(actions, mask, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------- the arguments of a verifier
 
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-class _Wanted(NamedTuple):
-    """What a verifier's signature says of the dataset's columns."""
+class _Signature(NamedTuple):
+    """The dataset columns that a verifier takes."""
 
-    needed: set[str]  # named, without a default
+    required: set[str]  # named, without a default
     named: set[str]
-    others: bool  # **kwargs: all columns
-    taken: set[str]  # the completion's own name, and what a partial has bound
+    takes_all: bool  # **kwargs: all columns
+    taken: set[str]  # the name of the completion's parameter, and what a partial has bound
 
 
-def _wanted(verifier: Callable) -> _Wanted:
+def _read_signature(verifier: Verifier) -> _Signature:
     parameters = list(inspect.signature(verifier).parameters.values())
     if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
-        raise ValueError(f"{name_of(verifier)}: a verifier takes the completion as its first argument")
+        raise ValueError(f"{function_name(verifier)}: a verifier takes the completion as its first argument")
     bound = verifier.keywords if isinstance(verifier, partial) else {}
     named = [p for p in parameters[1:] if p.name not in bound and p.kind in _BY_NAME]
-    return _Wanted(
-        needed={p.name for p in named if p.default is p.empty},
+    return _Signature(
+        required={p.name for p in named if p.default is p.empty},
         named={p.name for p in named},
-        others=any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters),
+        takes_all=any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters),
         taken={parameters[0].name, *bound},
     )
 
 
-def _arguments(verifier: Callable, wanted: _Wanted, rows: Rows, prompt: int) -> dict:
+def _arguments(verifier: Verifier, signature: _Signature, rows: Rows, prompt: int) -> dict[str, Any]:
+    """The columns of one prompt that the verifier takes."""
     columns = rows.columns[prompt]
-    missing = sorted(wanted.needed - columns.keys())
+    missing = sorted(signature.required - columns.keys())
     if missing:
         raise RewardError(
-            f"{name_of(verifier)} asks for {', '.join(missing)}, which prompt {rows.number[prompt]} does not have; "
-            f"its columns are {', '.join(columns) or 'none'}"
+            f"{function_name(verifier)} asks for {', '.join(missing)}, which prompt {rows.number[prompt]} does not "
+            f"have; its columns are {', '.join(columns) or 'none'}"
         )
-    return {
-        name: value
-        for name, value in columns.items()
-        if name in wanted.named or (wanted.others and name not in wanted.taken)
-    }
+    names = set(signature.named)
+    if signature.takes_all:
+        names |= columns.keys() - signature.taken
+    return {name: value for name, value in columns.items() if name in names}
 
 
-def _prompts(traj: Trajectory, rows: Rows) -> np.ndarray:
-    """[B] where in `rows` the prompt of each row stands: its number is the row's group."""
-    place = {int(number): i for i, number in enumerate(rows.number)}
+def _prompt_indices(traj: Trajectory, rows: Rows) -> np.ndarray:
+    """[B] the index in `rows` of the prompt of each row, whose number is the row's group."""
+    index = {int(number): i for i, number in enumerate(rows.number)}
     group = [] if traj.group is None else np.asarray(traj.group).tolist()
-    if traj.group is None or not set(group) <= place.keys():
-        raise ValueError(f"score needs traj.group: the number of each row's prompt, one of {sorted(place)[:8]} ...")
-    return np.array([place[number] for number in group], np.int64)
+    if traj.group is None or not set(group) <= index.keys():
+        raise ValueError(f"score needs traj.group: the number of each row's prompt, one of {sorted(index)[:8]} ...")
+    return np.array([index[number] for number in group], np.int64)
 
 
-# --------------------------------------------------------------------------------------------------- what becomes of it
+# ------------------------------------------------------------------------------------------------- results to rewards
 
 
-def _raise_first(verifier: Callable, answers: list[Result], completions: list[str], numbers: np.ndarray) -> None:
-    for answer, completion, number in zip(answers, completions, numbers, strict=True):
-        if answer.status == "error":
+def _raise_first_error(
+    verifier: Verifier, results: Sequence[Result], completions: Sequence[str], numbers: np.ndarray
+) -> None:
+    for result, completion, number in zip(results, completions, numbers, strict=True):
+        if result.status == "error":
             shown = completion if len(completion) <= 200 else f"{completion[:100]} ... {completion[-100:]}"
             raise RewardError(
-                f"{name_of(verifier)} failed on prompt {number}, completion {shown!r}: {answer.detail}\n"
+                f"{function_name(verifier)} failed on prompt {number}, completion {shown!r}: {result.detail}\n"
                 "Legal: a finite number, or None where the verifier does not apply"
             )
 
 
-def _table(results: list[list[Result]]) -> tuple[np.ndarray, np.ndarray]:
-    """[B K] values, NaN where there is none; [B K] True where judging failed."""
-    values = [[math.nan if answer.value is None else answer.value for answer in answers] for answers in results]
-    failed = [[answer.status in ("timeout", "died") for answer in answers] for answers in results]
+def _as_arrays(results: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndarray]:
+    """[B K] values, NaN where there is none; [B K] True where the verifier failed."""
+    values = [[math.nan if result.value is None else result.value for result in of_one] for of_one in results]
+    failed = [[result.status in ("timeout", "died") for result in of_one] for of_one in results]
     return np.array(values, np.float64).T, np.array(failed, bool).T
 
 
 def _rewards(values: np.ndarray, failed: np.ndarray, factors: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[B T] the weighted sum on the last chosen token, NaN there if the row is not judged, 0 elsewhere."""
-    judged = np.isfinite(values) & (factors != 0)
-    total = np.where(judged, values * factors, 0.0).sum(1)
-    total[~judged.any(1) | (failed & (factors != 0)).any(1)] = np.nan
+    """[B T] the weighted sum on the last chosen token, NaN there if the row has no reward, 0 elsewhere."""
+    counts = factors != 0
+    valid = np.isfinite(values) & counts
+    total = np.where(valid, values * factors, 0.0).sum(1)
+    total[~valid.any(1) | (failed & counts).any(1)] = np.nan
     rewards = np.zeros(mask.shape, np.float32)
-    chose = np.flatnonzero(mask.any(1))
+    rows = np.flatnonzero(mask.any(1))
     last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
-    rewards[chose, last[chose]] = total[chose]
+    rewards[rows, last[rows]] = total[rows]
     return rewards

@@ -1,29 +1,29 @@
-"""Rewards that read plain text: an exact answer, and which words a text uses."""
+"""Rewards of plain text: an exact answer, and which words a text uses."""
 
 import re
 from collections.abc import Mapping
 
 
-def exact_text(completion: str, answer) -> float:
+def exact_text(completion: str, answer: object) -> float:
     """1.0 if the completion is the answer and nothing else (white space around either aside), else 0.0."""
     return float(completion.strip() == str(answer).strip())
 
 
-def distinct_words(completion: str, *, words: Mapping[str, str], enough: int) -> float:
-    """Share, in [0, 1], of `enough` *different* things that the completion names: min(found, enough) / enough.
+def distinct_words(completion: str, *, words: Mapping[str, str], max_count: int) -> float:
+    """The number of *different* things that the completion names, at most `max_count`, divided by it: in [0, 1].
 
     `words`: spelling in lower case -> the thing it names ("mice" -> "mouse"). Whole words count, in any case. Neither
-    repetition nor length earns anything: one word repeated scores at most 1 / enough.
+    repetition nor length is rewarded: one word repeated scores 1 / max_count.
     """
-    if enough < 1:
-        raise ValueError(f"enough={enough}; it must be at least 1")
+    if max_count < 1:
+        raise ValueError(f"max_count={max_count}; it must be at least 1")
     found = {words[word] for word in re.findall(r"[^\W\d_]+", completion.lower()) if word in words}
-    return min(len(found), enough) / enough
+    return min(len(found), max_count) / max_count
 
 
 def animals(completion: str) -> float:
-    """Different animals that a story names, up to 3, divided by 3: the text reward for a TinyStories model."""
-    return distinct_words(completion, words=ANIMALS, enough=3)
+    """The number of different animals that a story names, at most 3, divided by 3: for a TinyStories model."""
+    return distinct_words(completion, words=ANIMALS, max_count=3)
 
 
 _REGULAR = (

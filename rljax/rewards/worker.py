@@ -1,8 +1,8 @@
 """The process that calls verifiers: `python -m rljax.rewards.worker FD MEGABYTES`, started by `rljax.rewards.pool`.
 
 It imports no JAX and no numpy, so that it starts in tens of milliseconds. It answers each message on the pipe FD:
-("load", reference) with None or an error text; ("call", args, kwargs) with the fields of a `Result`. It ends when the
-pipe closes, and on Linux the kernel kills it when the thread that started it ends, however busy it is.
+("load", pickled function) with None or an error text; ("call", args, kwargs) with the fields of a `Result`. It ends
+when the pipe closes; on Linux the kernel kills it when the thread that started it ends, even while it is busy.
 """
 
 import contextlib
@@ -15,20 +15,21 @@ from multiprocessing.connection import Connection
 from numbers import Real
 from typing import Literal, NamedTuple
 
-from rljax.rewards.function_path import resolve
+from rljax.rewards.function_path import unpickle_function
 
-LARGEST = 3.4028234663852886e38  # scores are float32
-REFUSED = {
+MAX_FLOAT32 = 3.4028234663852886e38  # scores are float32
+NETWORK_EVENTS = {
     *("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"),
     *("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo"),
 }
 
 
 class Result(NamedTuple):
-    """What came of one call. `value` is a number only if the status is "ok".
+    """The outcome of one call. `value` is a number only if the status is "ok".
 
-    none: the verifier said that it does not apply. timeout, died: it could not be judged (no answer in time; its
-    process ended or ran out of memory). error: it raised, or returned what is no finite number; the verifier's fault.
+    none: the verifier does not apply to this row. timeout, died: it failed on this row (no answer in time; its process
+    ended or ran out of memory). error: it raised or returned something else than a finite number, which is a bug in
+    the verifier.
     """
 
     value: float | None
@@ -36,18 +37,18 @@ class Result(NamedTuple):
     detail: str = ""
 
 
-def judge(function: Callable, args: tuple, kwargs: dict) -> Result:
-    """Call a verifier. Never raises, but for the interruption of the process itself."""
+def call_verifier(function: Callable, args: tuple, kwargs: dict) -> Result:
+    """Call a verifier. Never raises, except on an interruption of the process itself."""
     try:
         value = function(*args, **kwargs)
     except MemoryError:
         return Result(None, "died", "out of memory")
     except (Exception, SystemExit) as error:
-        return Result(None, "error", _shown(error))
+        return Result(None, "error", _format_error(error))
     if value is None:
         return Result(None, "none")
     number = _number(value)
-    if not abs(number) <= LARGEST:
+    if not abs(number) <= MAX_FLOAT32:
         return Result(None, "error", f"it returned {repr(value)[:200]} ({type(value).__name__})")
     return Result(number, "ok")
 
@@ -63,13 +64,13 @@ def _number(value) -> float:
         return math.inf
 
 
-def _shown(error: BaseException) -> str:
-    """The error and the last lines that led to it, without the frame of `judge`."""
+def _format_error(error: BaseException) -> str:
+    """The error and the last lines of its traceback, without the frame of `call_verifier`."""
     lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next, limit=-3)
     return "".join(lines).strip()[-2000:]
 
 
-# -------------------------------------------------------------------------------------------------- the walls around it
+# -------------------------------------------------------------------------------------------------- isolation
 
 
 def die_with_parent() -> None:
@@ -86,14 +87,14 @@ def refuse_network() -> None:
 
     def hook(event, args):
         # Families: 1 is AF_UNIX, which socket.socketpair() needs.
-        if event in REFUSED or (event == "socket.__new__" and args[1] != 1):
+        if event in NETWORK_EVENTS or (event == "socket.__new__" and args[1] != 1):
             raise PermissionError("no network in the reward pool")
 
     sys.addaudithook(hook)
 
 
 def limit_memory(megabytes: int | None) -> None:
-    """Let this process grow by so many megabytes of address space from its present size; None: as far as it may."""
+    """Let the address space of this process grow by this much from its current size; None: without limit."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; macOS refuses RLIMIT_AS
         import resource
 
@@ -103,7 +104,8 @@ def limit_memory(megabytes: int | None) -> None:
             with open("/proc/self/statm") as file:
                 size = int(file.read().split()[0]) * resource.getpagesize()
             soft = size + megabytes * 2**20
-            soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+            if hard != resource.RLIM_INFINITY:
+                soft = min(soft, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -112,29 +114,33 @@ def limit_memory(megabytes: int | None) -> None:
 
 
 def main(descriptor: int, megabytes: int) -> None:
+    """Answer messages until the pipe closes."""
     os.set_inheritable(descriptor, False)
     die_with_parent()
     refuse_network()
     pipe = Connection(descriptor)
-    functions, function = {}, None
+    functions: dict[bytes, Callable] = {}
+    function = None
     while True:
         try:
             kind, *parts = pipe.recv()
         except (EOFError, OSError):
             return
         except Exception as error:  # an argument that this process cannot rebuild
-            pipe.send(Result(None, "error", f"an argument could not travel: {_shown(error)}")[:])
+            pipe.send(Result(None, "error", f"an argument could not be unpickled: {_format_error(error)}")[:])
             continue
         if kind == "call":
-            pipe.send(judge(function, *parts)[:])
+            pipe.send(call_verifier(function, *parts)[:])
             continue
-        (reference,) = parts
+        (pickled,) = parts
         limit_memory(None)  # importing is the verifier's own size, not its growth
+        problem = None
         try:
-            function = functions[reference] = functions.get(reference) or resolve(reference)
-            problem = None
+            if pickled not in functions:
+                functions[pickled] = unpickle_function(pickled)
+            function = functions[pickled]
         except (Exception, SystemExit) as error:
-            problem = _shown(error)
+            problem = _format_error(error)
         limit_memory(megabytes)
         pipe.send(problem)
 

@@ -1,8 +1,8 @@
 """Checkpoints of a whole TrainState: asynchronous, atomic, and verified. The only file that knows Orbax.
 
-A step is good once its manifest (sha256 of every file) stands beside it; the manifest is written after Orbax has
-committed the step. A step without one was interrupted and is removed at start; one that no longer matches is reported
-and passed over for the one before it.
+A step is complete once its manifest (sha256 of every file) exists; the manifest is written after Orbax has committed
+the step. A step without one was interrupted and is removed at the next start. A step that no longer matches its
+manifest is reported and skipped for the one before it.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,15 +23,15 @@ from rljax.types import TrainState
 
 
 class Checkpoints:
-    """The checkpoints under one directory: the newest `keep` good ones stay."""
+    """The checkpoints in one directory, of which the newest `keep` stay. `log_info` prints what was found damaged."""
 
     def __init__(self, directory: str | Path, keep: int = 2, log_info: Callable[[str], None] = lambda text: None):
         self.directory = Path(directory).absolute()  # Orbax fails on a relative path, and only in its thread
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log_info = log_info
         for leftover in self.directory.iterdir():
-            ours = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
-            if ours and not _manifest(self.directory, leftover.name).is_file():
+            is_step = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
+            if is_step and not _manifest(self.directory, leftover.name).is_file():
                 log_info(f"removing {leftover}: its saving was interrupted")
                 shutil.rmtree(leftover)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
@@ -39,38 +40,38 @@ class Checkpoints:
         self._pending: Future | None = None
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begin saving; returns once the arrays are copied off the devices, so their buffers may be donated."""
+        """Start saving; returns once the arrays are copied off the devices, so that their buffers may be donated."""
         self.wait()
         items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         if not self._manager.save(step, args=ocp.args.Composite(**items)):
             raise RuntimeError(f"{self.directory}: step {step} was not saved; steps there: {self._manager.all_steps()}")
-        self._pending = self._hasher.submit(self._seal, step)
+        self._pending = self._hasher.submit(self._write_manifest, step)
 
     def restore(self, state: TrainState) -> TrainState | None:
-        """The newest good state, in the shapes, dtypes and shardings of `state`; None where there is no checkpoint.
+        """The newest undamaged state, in the shapes, dtypes and shardings of `state`; None without a checkpoint.
 
-        Raises RuntimeError where there are checkpoints and none is good: starting over would lose them.
+        Raises RuntimeError where there are checkpoints and all are damaged: starting over would lose them.
         """
         self.wait()
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            damage = _damage(self.directory, step)
+            damage = _find_damage(self.directory, step)
             if damage is None:
-                for bad in damaged:
-                    _manifest(
-                        self.directory, bad
-                    ).unlink()  # first: without one, what is left of the step is removed at start
-                    self._manager.delete(bad)
+                for damaged_step in damaged:
+                    # The manifest first: without one, what is left of the step is removed at the next start.
+                    _manifest(self.directory, damaged_step).unlink()
+                    self._manager.delete(damaged_step)
                 return self._read(step, state)
             self.log_info(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
             damaged.append(step)
         if damaged:
-            raise RuntimeError(f"{self.directory}: no checkpoint is good; move the run directory away to start over")
+            raise RuntimeError(f"{self.directory}: all checkpoints are damaged; move the run directory to start over")
         return None
 
     def wait(self) -> None:
-        """Until the last save is committed and sealed; raises what went wrong in its thread."""
-        pending, self._pending = self._pending, None
+        """Wait until the last save is committed and has its manifest; raises what its thread raised."""
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 
@@ -87,7 +88,7 @@ class Checkpoints:
         found = {name: found[name] for name in targets}
         return state.replace(**found.pop("rest"), **found)
 
-    def _seal(self, step: int) -> None:
+    def _write_manifest(self, step: int) -> None:
         self._manager.wait_until_finished()
         text = json.dumps(_digests(self.directory / str(step)), indent=1)
         manifest = _manifest(self.directory, step)
@@ -101,36 +102,36 @@ class Checkpoints:
 
 
 def restore_items(directory: str | Path, *names: str, step: int | None = None) -> tuple[int, dict]:
-    """Parts of a saved state ("params", "frozen") by name, on the CPU, whatever mesh they were saved from.
+    """Items of a saved state ("params", "frozen") by name, on the CPU, whatever mesh they were saved from.
 
-    step: None is the newest good one. Nothing is changed, so a run may go on meanwhile. Raises FileNotFoundError where
-    there is no such step, RuntimeError where it is damaged.
+    step: None is the newest undamaged one. The directory is only read, so its run may continue. Raises
+    FileNotFoundError where there is no such step, RuntimeError where it is damaged.
     """
     directory = Path(directory).absolute()
     steps = sorted((int(file.name.split(".")[0]) for file in directory.glob("*.sha256.json")), reverse=True)
     wanted = steps if step is None else [s for s in steps if s == step]
     if not wanted:
         raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; legal: {steps}")
-    good = next((s for s in wanted if _damage(directory, s) is None), None)
-    if good is None:
-        raise RuntimeError(f"{directory}: checkpoint {wanted[0]} is damaged: {_damage(directory, wanted[0])}")
-    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    parts = {}
+    undamaged = next((s for s in wanted if _find_damage(directory, s) is None), None)
+    if undamaged is None:
+        raise RuntimeError(f"{directory}: checkpoint {wanted[0]} is damaged: {_find_damage(directory, wanted[0])}")
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    items = {}
     with _quiet_absl(), ocp.StandardCheckpointer() as checkpointer:
         for name in names:
-            item = directory / str(good) / name
-            if not item.is_dir():  # an empty one is not written
-                parts[name] = {}
+            folder = directory / str(undamaged) / name
+            if not folder.is_dir():  # an empty item is not written
+                items[name] = {}
                 continue
-            shapes = checkpointer.metadata(item).item_metadata.tree
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-            parts[name] = _numbered(checkpointer.restore(item, target))
-    return good, parts
+            shapes = checkpointer.metadata(folder).item_metadata.tree
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), shapes)
+            items[name] = _with_integer_keys(checkpointer.restore(folder, target))
+    return undamaged, items
 
 
 @contextlib.contextmanager
 def _quiet_absl():
-    """Orbax warns of a file that a checkpoint manager does not write for each item."""
+    """Silence Orbax's warning of a file that a checkpoint manager does not write for each item."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -140,18 +141,18 @@ def _quiet_absl():
         logger.setLevel(level)
 
 
-def _numbered(tree):
-    """Keys that were integers: Orbax's own tree has them as text."""
+def _with_integer_keys(tree: Any) -> Any:
+    """The tree with integers for keys of digits: Orbax stores all keys as text."""
     if not isinstance(tree, dict):
         return tree
-    return {int(name) if name.isdigit() else name: _numbered(value) for name, value in tree.items()}
+    return {int(name) if name.isdigit() else name: _with_integer_keys(value) for name, value in tree.items()}
 
 
 def _manifest(directory: Path, step: int | str) -> Path:
     return directory / f"{step}.sha256.json"
 
 
-def _damage(directory: Path, step: int) -> str | None:
+def _find_damage(directory: Path, step: int) -> str | None:
     """What differs from the manifest, or None."""
     try:
         wanted = json.loads(_manifest(directory, step).read_text())
@@ -163,14 +164,15 @@ def _damage(directory: Path, step: int) -> str | None:
 
 
 def _items(state: TrainState) -> dict:
-    """Saved apart, so that parameters can be restored alone."""
+    """The state as separate items, so that parameters can be restored alone."""
     items = {name: getattr(state, name) for name in ("params", "opt_state", "frozen")}
     items["rest"] = {name: value for name, value in vars(state).items() if name not in items}
     return {name: item for name, item in items.items() if jax.tree.leaves(item)}  # Orbax refuses an empty item
 
 
-def _target(leaf):
-    leaf = leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf)
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    if not isinstance(leaf, jax.Array):
+        leaf = jax.numpy.asarray(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 

@@ -1,9 +1,9 @@
-"""The one place that writes numbers and prints lines.
+"""Metrics and messages: the files that a run logs to, and all that is printed.
 
-Two files of a run directory grow by one JSON object a line, `step` first: `metrics.jsonl`, one line a step, and
-`samples.jsonl`, one line an answer (`rljax.train.samples` says what is in it). Both are strict JSON: what is not finite
-is null. Neither holds a time of day, so the files of a resumed run equal those of a run never stopped, byte for byte,
-as far as the metrics do (`seconds` and `tokens_per_second` differ, as their names say).
+Two files of a run directory hold one JSON object per line, `step` first: `metrics.jsonl`, one line per step, and
+`samples.jsonl`, one line per completion (its format: `rljax.train.samples`). Both are strict JSON: values that are not
+finite are null. Neither holds a time of day, so the files of a resumed run equal those of an uninterrupted one byte for
+byte, as far as the metrics do (`seconds` and `tokens_per_second` differ).
 
 A process killed while it writes leaves half a line at the end. Readers ignore it, and a resumed run drops it.
 """
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any, TextIO
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -23,88 +24,92 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-HEADLINES = ("reward", "length", "kl", "tokens_per_second")
-SHORT = {"tokens_per_second": "tok/s"}  # how a headline is called on the screen
-QUIET_SECONDS = 5.0  # between two plain lines
+PROGRESS_METRICS = ("reward", "length", "kl", "tokens_per_second")
+DISPLAY_NAMES = {"tokens_per_second": "tok/s"}  # on the progress line
+PRINT_INTERVAL_SECONDS = 5.0  # between two progress lines where no line can be redrawn
 
-# Where nothing tells the width (a file, a notebook), tables may take 120 columns.
+MetricsWriter = Callable[[int, dict[str, float]], None]  # (step, metrics): a further logger, such as wandb's
+
+# Where the width is unknown (a file, a notebook), tables may take 120 columns.
 console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() else 120)
 
 
-# -------------------------------------------------------------------------------------------------- words for people
+# -------------------------------------------------------------------------------------------------- messages
 
 
 def log_info(text: str = "", style: str | None = None, end: str = "\n") -> None:
-    """Print a line as it is; above the progress bar while there is one."""
+    """Print a line without interpreting markup; above the progress bar while there is one."""
     console.print(text, style=style, end=end, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows of equal keys as a table; numbers to the right."""
+    """Print rows of equal keys as a table; numbers are aligned to the right."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    out = Table(title=Text(title, "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
+    printed = Table(title=Text(title, "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for name in names:
         numbers = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        out.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        printed.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        out.add_row(*(Text(_cell(row.get(name, ""))) for name in names))
-    console.print(out)
+        cells = [Text(_format_cell(row.get(name, ""))) for name in names]
+        printed.add_row(*cells)
+    console.print(printed)
 
 
-def mute() -> None:
-    """Print nothing from now on: what every process but the first of a pod asks for."""
-    console.quiet = True
-
-
-def short(value: float) -> str:
-    """Three digits that count: 0.412, 3.9, 15,234, –."""
+def format_number(value: float) -> str:
+    """Three significant digits, or all digits before the point: 0.412, 3.9, 15,234; – where not finite."""
     if not math.isfinite(value):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def clock(seconds: float) -> str:
-    """0:41, 1:02:03."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:41, 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"
 
 
-def _cell(value) -> str:
-    return short(value) if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+def _format_cell(value: object) -> str:
+    if isinstance(value, float):
+        return format_number(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
 
 
-# ---------------------------------------------------------------------------------------------------- lines of JSON
+# -------------------------------------------------------------------------------------------------------- JSON lines
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """All of the file or none of it, whatever happens in between."""
+    """Replace the file as a whole: a crash leaves the old one or the new one."""
     part = path.with_name(f".{path.name}.part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
-        _to_disk(file)
+        _flush_to_disk(file)
     os.replace(part, path)
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """The records of a .jsonl file, none if there is no file. A last line cut short is left out."""
+    """The records of a .jsonl file, none if there is no file. An incomplete last line is left out."""
     for _, record in _lines(path):
         yield record
 
 
-def drop_from(path: Path, step: int) -> None:
-    """Drop the records of `step` and later, and a last line cut short. The lines kept keep their bytes."""
+def drop_records_from(path: Path, step: int) -> None:
+    """Drop the records of `step` and later, and an incomplete last line. Lines that are kept keep their bytes."""
     if not path.exists():
         return
     part = path.with_name(f".{path.name}.part")
     with open(part, "wb") as file:
         file.writelines(line for line, record in _lines(path) if record["step"] < step)
-        _to_disk(file)
+        _flush_to_disk(file)
     os.replace(part, path)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict]]:
-    """Each complete line, newline included, with what it says."""
+    """Each complete line, newline included, and its record."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -118,36 +123,36 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict]]:
             yield line if line.endswith(b"\n") else line + b"\n", record
 
 
-def _to_disk(file) -> None:
+def _flush_to_disk(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _append(file, records: Iterable[Mapping]) -> None:
+def _append(file: TextIO, records: Iterable[Mapping]) -> None:
     for record in records:
         file.write(json.dumps(record, allow_nan=False) + "\n")
     file.flush()
 
 
-def _number(name: str, value) -> float:
+def _scalar(name: str, value: Any) -> float:
     if np.ndim(value):
         raise ValueError(f"metric {name!r} has shape {np.shape(value)}; a metric is one number")
     return float(value)
 
 
-# ------------------------------------------------------------------------------------------------------- the resource
+# ------------------------------------------------------------------------------------------------------- the log files
 
 
 class Log:
-    """The open files of a run and its progress on the screen.
+    """The open log files of a run and its progress line.
 
     Args:
-      directory: the run's. None writes and shows nothing: for every process but the first of a pod.
-      total_steps: how many turns the loop makes; step 0 is the first.
-      names: the metrics shown while it runs, in this order; those absent are left out.
+      directory: the run's. None writes and prints nothing: for all processes of a pod but the first.
+      total_steps: steps of the loop; step 0 is the first.
+      progress_metrics: metrics on the progress line, in this order; those that are not logged are left out.
       start: the first step that this process will write. Records of that step and later, left by a process that was
-        killed, are dropped; TensorBoard is told to forget them. 0 starts afresh.
-      also: further writers, called as `(step, metrics)`: `lambda step, metrics: wandb.log(metrics, step)`.
+        killed, are dropped; TensorBoard is told to forget them. 0 starts from an empty log.
+      writers: further loggers, called as `(step, metrics)`: `lambda step, metrics: wandb.log(metrics, step)`.
     """
 
     def __init__(
@@ -155,9 +160,9 @@ class Log:
         directory: str | Path | None,
         *,
         total_steps: int,
-        names: Sequence[str] = HEADLINES,
+        progress_metrics: Sequence[str] = PROGRESS_METRICS,
         start: int = 0,
-        also: Sequence[Callable[[int, dict[str, float]], None]] = (),
+        writers: Sequence[MetricsWriter] = (),
     ):
         self._active = directory is not None
         if not self._active:
@@ -166,42 +171,51 @@ class Log:
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / "metrics.jsonl", directory / "samples.jsonl"]
-        for path in paths:
-            drop_from(path, start)
-        self._metrics, self._samples = (open(path, "a", encoding="utf-8") for path in paths)  # noqa: SIM115
-        # The suffix keeps apart two event files of one second; purging 0 would hide nothing.
+        self._metrics = _open_records(directory / "metrics.jsonl", start)
+        self._samples = _open_records(directory / "samples.jsonl", start)
         self._events = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=start or None, flush_secs=5, filename_suffix=f".{start}"
+            str(directory / "tensorboard"),
+            purge_step=start or None,  # purging from step 0 would hide nothing
+            flush_secs=5,
+            filename_suffix=f".{start}",  # tells apart two event files of the same second
         )
-        self._also, self._seen = also, {}
-        self._progress = _Bar(total_steps, names, start) if live() else _Lines(total_steps, names)
+        self._writers = writers
+        self._latest: dict[str, float] = {}
+        if is_interactive():
+            self._progress = _ProgressBar(total_steps, progress_metrics, start)
+        else:
+            self._progress = _ProgressLines(total_steps, progress_metrics)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, one TensorBoard event, one turn of the progress bar."""
+        """Write a line of metrics.jsonl and a TensorBoard event, and update the progress line."""
         if not self._active:
             return
         if "step" in metrics:
             raise ValueError("'step' is no metric: it is the first argument of write")
+        step = int(step)
+        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        _append(self._metrics, [{"step": step, **finite}])
+        self._write_event(step, values)
+        for writer in self._writers:
+            writer(step, values)
+        self._latest |= values  # a metric that is measured only now and then stays on the progress line
+        self._progress.update(step, self._latest)
+
+    def _write_event(self, step: int, values: Mapping[str, float]) -> None:
+        """One TensorBoard event for all metrics: add_scalar queues one for each, and warns of every NaN."""
         from tensorboardX.proto.summary_pb2 import Summary
 
-        step, values = int(step), {name: _number(name, value) for name, value in metrics.items()}
-        _append(self._metrics, [{"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}])
-        # One event for all of them: add_scalar queues one each, and warns of every NaN.
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._events.file_writer.add_summary(Summary(value=scalars), step)
-        for writer in self._also:
-            writer(step, values)
-        self._seen |= values  # what is measured now and then stays on the screen in between
-        self._progress.show(step, self._seen)
 
     def samples(self, records: Sequence[Mapping]) -> None:
-        """Lines of samples.jsonl, as `sample_records` makes them."""
+        """Write lines of samples.jsonl, as `sample_records` makes them."""
         if self._active:
             _append(self._samples, records)
 
     def close(self) -> None:
-        """Show the last step, flush and close. Closing twice does no harm."""
+        """Print the last step, flush and close. Closing twice does no harm."""
         if not self._active:
             return
         self._active = False
@@ -217,69 +231,90 @@ class Log:
         self.close()
 
 
-# --------------------------------------------------------------------------------------------------------- progress
+def _open_records(path: Path, start: int) -> TextIO:
+    """The file, open for appending, without the records of `start` and later."""
+    drop_records_from(path, start)
+    return open(path, "a", encoding="utf-8")
 
 
-def live() -> bool:
-    """Whether a line can be redrawn. FORCE_COLOR makes rich believe so of a file; the file knows better."""
+# ----------------------------------------------------------------------------------------------------- progress line
+
+
+def is_interactive() -> bool:
+    """Whether a line can be redrawn. FORCE_COLOR makes rich believe so of a file too, so the file is asked as well."""
     return console.is_interactive and console.file.isatty()
 
 
-def _headline(names: Sequence[str], values: Mapping[str, float]) -> str:
-    return "  ".join(f"{SHORT.get(name, name)} {short(values[name])}" for name in names if name in values)
+def _format_metrics(names: Sequence[str], values: Mapping[str, float]) -> str:
+    shown = [f"{DISPLAY_NAMES.get(name, name)} {format_number(values[name])}" for name in names if name in values]
+    return "  ".join(shown)
 
 
-class _Pace:
+class _RemainingTime:
     """Time left, by the mean pace since the first step of this process, which also compiled."""
 
     def __init__(self, total: int):
-        self.total, self.first = total, None
+        self.total = total
+        self.started_at: float | None = None
+        self.started_with = 0  # steps done by then
 
-    def eta(self, done: int) -> str:
+    def estimate(self, done: int) -> str:
         now = time.monotonic()
-        self.first = self.first or (now, done)
-        since, begun = self.first
-        return clock((now - since) / (done - begun) * max(self.total - done, 0)) if done > begun else "–"
+        if self.started_at is None:
+            self.started_at = now
+            self.started_with = done
+        if done <= self.started_with:
+            return "–"
+        seconds_per_step = (now - self.started_at) / (done - self.started_with)
+        return format_duration(seconds_per_step * max(self.total - done, 0))
 
 
-class _Lines:
-    """Progress where nothing can be redrawn: the first step, the last, and one every few seconds in between."""
+class _ProgressLines:
+    """Progress where no line can be redrawn: the first step, the last, and one every few seconds in between."""
 
     def __init__(self, total: int, names: Sequence[str]):
-        self.total, self.names, self.pace = total, names, _Pace(total)
-        self.shown, self.pending = None, None
+        self.total = total
+        self.names = names
+        self.remaining = _RemainingTime(total)
+        self.printed_at: float | None = None
+        self.pending = ""
 
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        parts = (f"step {step + 1}/{self.total}", _headline(self.names, values), f"eta {self.pace.eta(step + 1)}")
-        self.pending = "  ".join(filter(None, parts))
-        if self.shown is None or step + 1 >= self.total or time.monotonic() - self.shown >= QUIET_SECONDS:
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        remaining = self.remaining.estimate(step + 1)
+        parts = [f"step {step + 1}/{self.total}", _format_metrics(self.names, values), f"eta {remaining}"]
+        self.pending = "  ".join(part for part in parts if part)
+        is_first = self.printed_at is None
+        is_last = step + 1 >= self.total
+        if is_first or is_last or time.monotonic() - self.printed_at >= PRINT_INTERVAL_SECONDS:
             self.close()
 
     def close(self) -> None:
         if self.pending:
             log_info(self.pending)
-            self.shown, self.pending = time.monotonic(), None
+            self.printed_at = time.monotonic()
+            self.pending = ""
 
 
-class _Bar:
+class _ProgressBar:
     """Progress on a terminal: one line, redrawn."""
 
     def __init__(self, total: int, names: Sequence[str], start: int):
-        self.names, self.pace = names, _Pace(total)
+        self.names = names
+        self.remaining = _RemainingTime(total)
         columns = (
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[headline]}", markup=False),
+            TextColumn("{task.fields[metrics]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("[dim]eta {task.fields[eta]}"),
         )
         self.progress = Progress(*columns, console=console, refresh_per_second=2)
-        self.task = self.progress.add_task("", total=total, completed=start, headline="", eta="–")
+        self.task = self.progress.add_task("", total=total, completed=start, metrics="", eta="–")
         self.progress.start()
 
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        fields = {"headline": _headline(self.names, values), "eta": self.pace.eta(step + 1)}
-        self.progress.update(self.task, completed=step + 1, **fields)
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        metrics = _format_metrics(self.names, values)
+        self.progress.update(self.task, completed=step + 1, metrics=metrics, eta=self.remaining.estimate(step + 1))
 
     def close(self) -> None:
         self.progress.stop()

@@ -1,7 +1,7 @@
-"""Sharding as data: logical axis name -> mesh axis, one table; every array is made in its place.
+"""Sharding as data: one table from logical axis names to mesh axes, and the shardings that follow from it.
 
-Mesh axes: `data` (replicas), `fsdp` (rows and parameters both cut), `tensor` (heads, MLP and vocabulary cut). One
-device is a mesh of 1 x 1 x 1: the same code.
+Mesh axes: `data` (replicas), `fsdp` (rows and parameters sharded), `tensor` (heads, MLP and vocabulary sharded). One
+device is a mesh of 1 x 1 x 1.
 """
 
 from typing import Any, NamedTuple
@@ -23,12 +23,12 @@ RULES = {
     "rows": ("data", "fsdp"),
 }
 
-HOST = "pinned_host"
-OFFLOADED = ("opt_state", "frozen")
+HOST_MEMORY = "pinned_host"
+OFFLOADABLE = ("opt_state", "frozen")
 
 
 class Shardings(NamedTuple):
-    """Where everything lives: a TrainState of shardings, the sharding of rows, and the replicated one."""
+    """A TrainState of shardings, the sharding of rows, and the replicated one."""
 
     state: TrainState
     rows: NamedSharding
@@ -37,8 +37,9 @@ class Shardings(NamedTuple):
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     """A mesh over all devices; one size may be -1: the rest. Raises ValueError unless the product is their number."""
-    sizes, count = [data, fsdp, tensor], jax.device_count()
-    known = int(np.prod([s for s in sizes if s != -1]))
+    sizes = [data, fsdp, tensor]
+    count = jax.device_count()
+    known = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) == 1 and known > 0 and count % known == 0:
         sizes[sizes.index(-1)] = count // known
     if min(sizes) < 1 or np.prod(sizes) != count:
@@ -51,20 +52,21 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
 
 
 def sharding_of(mesh: Mesh, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of one array with these logical axes. An axis that its mesh axes do not divide stays whole."""
+    """The sharding of one array with these logical axes. An axis that its mesh axes do not divide is not sharded."""
 
-    def place(name, size):
-        wanted = RULES.get(name)
-        names = () if wanted is None else (wanted,) if isinstance(wanted, str) else wanted
+    def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
+        rule = RULES.get(name, ())
+        names = (rule,) if isinstance(rule, str) else rule
         while names and size % int(np.prod([mesh.shape[n] for n in names])):
             names = names[:-1]
         return names or None
 
-    return NamedSharding(mesh, PartitionSpec(*(place(n, s) for n, s in zip(axes, shape, strict=True))))
+    spec = [mesh_axes(name, size) for name, size in zip(axes, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
-    """A sharding per parameter, from its logical axes (tuples) and its shape."""
+    """A sharding for each parameter, from its logical axes (tuples) and its shape."""
     return jax.tree.map(lambda leaf, names: sharding_of(mesh, names, leaf.shape), shapes, axes)
 
 
@@ -76,71 +78,80 @@ def state_shardings(
     frozen_axes: dict[str, Params] | None = None,
     offload: tuple[str, ...] = (),
 ) -> Shardings:
-    """Shardings of a state: optimizer statistics and the reference lie as the parameters do, the rest is replicated.
+    """Shardings of a state: optimizer statistics and the reference as the parameters, all else replicated.
 
     Args:
       state: the state, or its shapes.
-      axes: a tuple of logical axes per parameter; frozen_axes: the same for parts of `frozen` (a base).
-      offload: what waits in the host's memory between its uses, of OFFLOADED. Raises ValueError where devices have no
-        such memory.
+      axes: a tuple of logical axes for each parameter; frozen_axes: the same for parts of `frozen` (a base).
+      offload: what is kept in the host's memory between its uses, of OFFLOADABLE. Raises ValueError where devices have
+        no such memory.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     params = param_shardings(mesh, axes, state.params)
-    everywhere = jax.tree.map(lambda _: replicated, state)
-    frozen = dict(everywhere.frozen)
+    all_replicated = jax.tree.map(lambda _: replicated, state)
+    frozen = dict(all_replicated.frozen)
     if "reference" in frozen:
         frozen["reference"] = {name: params[name] for name in frozen["reference"]}
-    for name, of_part in (frozen_axes or {}).items():
-        frozen[name] = param_shardings(mesh, of_part, state.frozen[name])
+    for name, part_axes in (frozen_axes or {}).items():
+        frozen[name] = param_shardings(mesh, part_axes, state.frozen[name])
 
-    def lie(leaf, place, param):
-        if isinstance(leaf, optax.MaskedNode):  # a part of the parameters that this part of the optimizer leaves alone
+    def like_parameter(leaf, sharding, param):
+        if isinstance(leaf, optax.MaskedNode):  # parameters that this part of the optimizer does not update
             return leaf
-        return place if leaf.shape == param.shape else replicated  # Adafactor: a row and a column of a matrix
+        return sharding if leaf.shape == param.shape else replicated  # Adafactor: a row and a column of a matrix
 
     opt_state = optax.tree_map_params(
         optimizer,
-        lie,
+        like_parameter,
         state.opt_state,
         params,
         state.params,
         transform_non_params=lambda _: replicated,
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
-    placed = everywhere.replace(params=params, opt_state=opt_state, frozen=frozen)
+    shardings = all_replicated.replace(params=params, opt_state=opt_state, frozen=frozen)
     for name in offload:
-        placed = placed.replace(**{name: _on_host(mesh, name, getattr(state, name), getattr(placed, name))})
-    return Shardings(placed, NamedSharding(mesh, PartitionSpec(RULES["rows"])), replicated)
+        on_host = _on_host(mesh, name, getattr(state, name), getattr(shardings, name))
+        shardings = shardings.replace(**{name: on_host})
+    return Shardings(shardings, NamedSharding(mesh, PartitionSpec(RULES["rows"])), replicated)
 
 
 def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
-    """The shardings with arrays in pinned host memory; scalars stay where they are."""
+    """The shardings with arrays in pinned host memory; scalars stay on the devices."""
     kinds = {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
-    if name not in OFFLOADED or HOST not in kinds:
-        raise ValueError(f"offload {name!r}: legal: {OFFLOADED}, on devices with {HOST} memory; here: {sorted(kinds)}")
-    return jax.tree.map(lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, tree, shardings)
+    if name not in OFFLOADABLE or HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"offload {name!r}: legal: {OFFLOADABLE}, on devices with {HOST_MEMORY} memory; here: {sorted(kinds)}"
+        )
+
+    def to_host(leaf, sharding):
+        return sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding
+
+    return jax.tree.map(to_host, tree, shardings)
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-    """Devices that rows are spread over (data x fsdp)."""
+    """The number of devices that rows are sharded over (data x fsdp)."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def shard_rows(shardings: Shardings, tree: Any) -> Any:
-    """Put arrays of rows in their place, scalars everywhere. Raises ValueError where rows do not divide."""
-    ways = data_parallel_size(shardings.rows.mesh)
+    """The tree on the devices: arrays sharded by rows, scalars replicated. ValueError where rows do not divide."""
+    devices = data_parallel_size(shardings.rows.mesh)
 
-    def put(x):
-        if np.ndim(x) and x.shape[0] % ways:
+    def to_devices(x):
+        if np.ndim(x) == 0:
+            return jax.device_put(x, shardings.replicated)
+        if x.shape[0] % devices:
             raise ValueError(
-                f"{x.shape[0]} rows do not divide over {ways} devices (data x fsdp); take a multiple of {ways}"
+                f"{x.shape[0]} rows do not divide over {devices} devices (data x fsdp); take a multiple of {devices}"
             )
-        return jax.device_put(x, shardings.rows if np.ndim(x) else shardings.replicated)
+        return jax.device_put(x, shardings.rows)
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(to_devices, tree)
 
 
 def shard_prompts(shardings: Shardings, rows: Rows) -> Rows:
-    """The prompts with their arrays spread over the devices as rows are."""
+    """The prompts with their arrays sharded over the devices as rows are."""
     tokens, mask, number = shard_rows(shardings, (rows.tokens, rows.mask, rows.number))
     return rows._replace(tokens=tokens, mask=mask, number=number)

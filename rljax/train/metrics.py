@@ -1,61 +1,177 @@
-"""What a run logs: a rollout before anything is learnt, its credit, and the updates of one rollout as one."""
+"""The metrics of a run: of a rollout, of its credit and of the updates made from it. docs/metrics.md explains each.
 
+Functions of arrays; the quantities behind some of them are in `train.diagnostics`.
+"""
+
+import math
 from collections.abc import Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from rljax.ops import groups
+from rljax.ops.kl import k1, k3
+from rljax.ops.ratios import importance_ratio
 from rljax.ops.returns import episode_rewards
-from rljax.ops.statistics import masked_mean, masked_var
-from rljax.train import diagnostics
-from rljax.types import Batch, Trajectory
+from rljax.ops.statistics import explained_variance, masked_max, masked_mean, masked_min, masked_std, masked_var
+from rljax.train.diagnostics import sampler_mismatch, sequence_kl
+from rljax.types import Array, Batch, PolicyOutput, Trajectory
+
+# --------------------------------------------------------------------------------------------------------- a rollout
 
 
-def describe(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> dict:
-    """Scalars of a judged rollout, explained in docs/metrics.md. `names`: of the verifiers, as in `scores`; `solved`:
-    the least total reward of a right answer.
+@partial(jax.jit, static_argnames="names")
+def rollout_metrics(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> dict[str, Array]:
+    """Scalars of a scored rollout: rewards in total and by verifier, lengths, and how many groups carry a signal.
+
+    Args:
+      names: of the verifiers, as in `scores`. solved: least total reward of a correct completion.
     """
-    return _describe(traj, tuple(names), solved)
-
-
-_describe = jax.jit(diagnostics.rollout, static_argnums=1)
-
-
-def credit_metrics(batch: Batch) -> dict:
-    """Scalars of a credited rollout: advantages, values and their targets, explained variance."""
-    return _describe_credit(batch)
-
-
-_describe_credit = jax.jit(diagnostics.credit)
+    total, valid = episode_rewards(traj.rewards, traj.mask)
+    length = traj.mask.sum(axis=1)
+    correct = groups.group_sum(((total >= solved) & valid).astype(float), traj.group)
+    count = groups.group_count(traj.group, valid)
+    metrics = {
+        "reward": masked_mean(total, valid),
+        "reward_std": _population_std(total, valid),
+        "reward_max": masked_max(total, valid),
+        "reward_min": masked_min(total, valid),
+        "frac_reward_failed": _fraction(~valid),
+        "frac_reward_zero_std": _fraction(groups.zero_std(total, traj.group, valid)),
+        "solved_all": _fraction((count > 0) & (correct == count)),
+        "solved_none": _fraction((count > 0) & (correct == 0)),
+        "length": length.astype(float).mean(),
+        "length_max": length.max(),
+        "length_min": length.min(),
+        "frac_empty": _fraction(length == 0),
+        "tokens": length.sum(),
+    }
+    if traj.truncated is not None:
+        metrics["truncated"] = _fraction((traj.truncated & traj.mask).any(axis=1))
+    if traj.version is not None:
+        newest = jnp.where(traj.mask, traj.version, -1).max()
+        metrics["version_lag"] = masked_mean((newest - traj.version).astype(float), traj.mask)
+    if traj.ref_logp is not None:
+        metrics["kl_sequence"] = sequence_kl(traj).mean()
+    if traj.old_logp is not None:
+        mismatch = sampler_mismatch(traj.old_logp, traj.logp, traj.mask)
+        metrics |= {f"sampler_{name}": value for name, value in mismatch.items()}
+    for k, name in enumerate(names):
+        score = traj.scores[:, k]
+        scored = jnp.isfinite(score)
+        metrics[f"reward/{name}"] = masked_mean(score, scored)
+        metrics[f"reward/{name}_std"] = _population_std(score, scored)
+    return metrics
 
 
 def reward_and_kl(traj: Trajectory) -> dict[str, float]:
-    """Mean reward of the judged rows with its standard error, and the KL to the reference in nats a sequence."""
-    total, judged = episode_rewards(jnp.asarray(traj.rewards), traj.mask)
-    error = jnp.sqrt(masked_var(total, judged) / jnp.maximum(judged.sum(), 1))
+    """Mean reward of the scored rows with its standard error, and the KL to the reference in nats per sequence."""
+    total, valid = episode_rewards(jnp.asarray(traj.rewards), traj.mask)
+    error = jnp.sqrt(masked_var(total, valid) / jnp.maximum(valid.sum(), 1))
     return {
-        "reward": float(masked_mean(total, judged)),
+        "reward": float(masked_mean(total, valid)),
         "error": float(error),
-        "kl": float(diagnostics.drift(traj).mean()),
+        "kl": float(sequence_kl(traj).mean()),
     }
 
 
-def average(steps: Iterable[dict]) -> dict:
-    """Mean of each metric over the updates of one rollout, *_max and *_min by extremum, and what is made of these."""
-    steps = list(steps)
-    reduce = {"_max": max, "_min": min}
-    out = {}
-    for name in steps[0]:
-        values = [float(metrics[name]) for metrics in steps]
-        out[name] = reduce.get(name[-4:], lambda v: sum(v) / len(v))(values)
-    return diagnostics.derived(out)
+def _fraction(x: Array) -> Array:
+    return x.astype(float).mean()
+
+
+def _population_std(x: Array, mask: Array) -> Array:
+    """Standard deviation with ddof 0."""
+    return jnp.sqrt(masked_mean((x - masked_mean(x, mask)) ** 2, mask))
+
+
+# ------------------------------------------------------------------------------------------------------------ credit
+
+
+@jax.jit
+def credit_metrics(batch: Batch) -> dict[str, Array]:
+    """Scalars of a credited rollout: advantages and, with a critic, values, returns and explained variance."""
+    mask = batch.mask
+    shown = {"advantage": batch.advantages}
+    if batch.returns is not None:
+        shown["return"] = batch.returns
+    values = None if batch.traj.values is None else batch.traj.values[:, :-1]
+    if values is not None:
+        shown["value"] = values
+    metrics = {}
+    for name, x in shown.items():
+        metrics[name] = masked_mean(x, mask)
+        metrics[f"{name}_std"] = masked_std(x, mask)
+        metrics[f"{name}_max"] = masked_max(x, mask)
+        metrics[f"{name}_min"] = masked_min(x, mask)
+    if values is not None and batch.returns is not None:
+        metrics["explained_variance"] = explained_variance(values, batch.returns, mask)
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------- updates
+
+
+def policy_metrics(output: PolicyOutput, batch: Batch) -> dict[str, Array]:
+    """How far the policy is from the behavior policy, and its entropy: {name: [B T]}, to be averaged over the mask.
+
+    Of *_max and *_min the extremum is taken. `average_metrics` turns `ratio_squared` into the spread of the ratios: a
+    sum over micro-batches cannot carry a spread.
+    """
+    behavior_logp = batch.traj.logp
+    old_logp = batch.traj.old_logp
+    ratio = importance_ratio(output.logp, behavior_logp)
+    metrics = {
+        "ratio": ratio,
+        "ratio_max": ratio,
+        "ratio_min": ratio,
+        "ratio_squared": ratio**2,
+        "logp_diff_max": jnp.abs(output.logp - behavior_logp),  # at a rollout's first update: sampler against trainer
+        "kl_behavior": k3(behavior_logp, output.logp),
+        "kl_behavior_k1": k1(behavior_logp, output.logp),
+    }
+    if old_logp is not None:
+        metrics["kl_old"] = k3(old_logp, output.logp)
+    if output.entropy is not None:
+        metrics["entropy"] = output.entropy
+    return metrics
+
+
+def average_metrics(updates: Iterable[dict]) -> dict[str, float]:
+    """The metrics of one rollout from those of its updates: means, of *_max and *_min the extremum."""
+    updates = list(updates)
+    average = {}
+    for name in updates[0]:
+        values = [float(metrics[name]) for metrics in updates]
+        if name.endswith("_max"):
+            average[name] = max(values)
+        elif name.endswith("_min"):
+            average[name] = min(values)
+        else:
+            average[name] = sum(values) / len(values)
+    return _with_ratio_spread(average)
+
+
+def _with_ratio_spread(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics with `ratio_std` and `ess_fraction` in place of `ratio_squared`.
+
+    E ρ² - (E ρ)² is taken of float32 means: a spread below about 3e-4 is rounding.
+    """
+    if "ratio_squared" not in metrics:
+        return metrics
+    out = {name: value for name, value in metrics.items() if name != "ratio_squared"}
+    mean = metrics["ratio"]
+    square = metrics["ratio_squared"]
+    out["ratio_std"] = math.sqrt(square - mean**2) if square > mean**2 else 0.0
+    out["ess_fraction"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
+    return out
 
 
 def require_on_policy(metrics: dict, limit: float = 1e-3) -> None:
-    """At the first update of a run the trainer's log-probs must be the sampler's.
+    """Check that the trainer's log-probs are the sampler's at the first update of a run.
 
     Raises RuntimeError where they differ by more than `limit` nats: sampler and trainer then disagree on the model, the
-    temperature or the tokens, and every ratio would be wrong.
+    temperature or the tokens, and every importance ratio would be wrong.
     """
     gap = float(metrics["sampler_gap"])
     if not gap <= limit:

@@ -1,55 +1,60 @@
-"""Where a model and an algorithm meet, and nowhere else."""
+"""The objective of a policy and an algorithm: the only place where the two meet."""
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.train import diagnostics
-from rljax.types import Algorithm, Batch, Objective, PolicyOutput, check_shapes, zero_masked
+from rljax.train.metrics import policy_metrics
+from rljax.types import Algorithm, Array, Batch, Objective, Params, PolicyOutput, check_shapes, zero_masked
 
 
 def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     """Σ weight · loss for a policy (params, frozen, trajectory) -> PolicyOutput.
 
-    What stands at masked columns is replaced by zeros *before* the loss sees it (an exp of garbage would poison the
-    gradient even where its value is dropped), and the terms are masked again after.
+    Values at masked columns are replaced by zeros *before* the loss (an exp of garbage would poison the gradient even
+    where its value is dropped), and the terms are masked again afterwards.
     """
 
-    def prepare(params, frozen, batch: Batch, key) -> Batch:
+    def prepare(params: Params, frozen: Params, batch: Batch, key: Array) -> Batch:
         check_shapes(batch)
-        batch = _neutral_batch(batch)
+        batch = _zero_masked_batch(batch)
         segments = batch.traj.segments
         batch = batch.replace(weight=algorithm.weights(batch.mask, segments))
         if algorithm.prepare is None:
             return batch
-        output = _neutral(policy(params, frozen, batch.traj), batch.mask)
+        output = _zero_masked_output(policy(params, frozen, batch.traj), batch.mask)
         return algorithm.prepare(output, batch, key)
 
-    def loss(params, frozen, batch: Batch):
-        output = _neutral(policy(params, frozen, batch.traj), batch.mask)
-        found = algorithm.loss(output, batch)
-        if not isinstance(found, tuple):
-            raise ValueError("a loss returns (terms [B, T], metrics), metrics being a dict that may be empty")
-        terms, shown = found
-        if terms.shape != batch.mask.shape:
-            raise ValueError(
-                f"a loss is unreduced: it must return {batch.mask.shape}, one term a decision, not {terms.shape}"
-            )
-        shown = {**diagnostics.policy(output, batch), **shown}
+    def loss(params: Params, frozen: Params, batch: Batch):
+        output = _zero_masked_output(policy(params, frozen, batch.traj), batch.mask)
+        terms, own_metrics = _check_loss(algorithm.loss(output, batch), batch)
+        values = {**policy_metrics(output, batch), **own_metrics}
         count = batch.mask.sum().astype(float)
-        metrics = {name: _summary(name, value, batch.mask, count) for name, value in shown.items()}
+        metrics = {name: _reduce(name, value, batch.mask, count) for name, value in values.items()}
         return jnp.where(batch.mask, batch.weight * terms, 0.0).sum(), metrics
 
     return Objective(prepare, loss)
 
 
-def _neutral(output: PolicyOutput, mask) -> PolicyOutput:
+def _check_loss(result: tuple, batch: Batch) -> tuple[Array, dict[str, Array]]:
+    """What a loss returned. Raises ValueError unless it is (terms [B T], metrics)."""
+    if not isinstance(result, tuple):
+        raise ValueError("a loss returns (terms [B, T], metrics), metrics being a dict that may be empty")
+    terms, metrics = result
+    if terms.shape != batch.mask.shape:
+        raise ValueError(
+            f"a loss is unreduced: it must return {batch.mask.shape}, one term a decision, not {terms.shape}"
+        )
+    return terms, metrics
+
+
+def _zero_masked_output(output: PolicyOutput, mask: Array) -> PolicyOutput:
     """The output with zeros at masked columns: ratios are 1 there."""
-    fields = {k: v for k, v in vars(output).items() if v is not None}
-    return output.replace(**{k: jnp.where(mask, v, 0.0) for k, v in fields.items()})
+    fields = {name: value for name, value in vars(output).items() if value is not None}
+    return output.replace(**{name: jnp.where(mask, value, 0.0) for name, value in fields.items()})
 
 
-def _neutral_batch(batch: Batch) -> Batch:
+def _zero_masked_batch(batch: Batch) -> Batch:
     """The batch with zeros (temperature: ones) at masked columns of every [B T] number that may be read."""
     mask = batch.mask
     returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
@@ -57,7 +62,7 @@ def _neutral_batch(batch: Batch) -> Batch:
     return batch.replace(traj=zero_masked(batch.traj, mask), advantages=advantages, returns=returns)
 
 
-def _summary(name: str, value, mask, count):
+def _reduce(name: str, value: Array, mask: Array, count: Array) -> tuple[Array, Array]:
     """(sum, count) over the mask; for *_max and *_min the extremum, as (extremum, 1)."""
     if name.endswith("_max"):
         return jnp.where(mask, value, -jnp.inf).max(), jnp.ones(())

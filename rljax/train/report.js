@@ -66,8 +66,8 @@ function drawTitle() {
   if (!DATA.headline.length) return;
   const cells = DATA.headline.map((h) => el("div", { title: h.name }, el("dt", {}, h.name), el("dd", { class: "number" },
     el("span", { class: "from" }, short(h.first) + " \u2192"), el("span", { class: "to" }, short(h.last)))));
-  const over = Math.max(...DATA.headline.map((h) => h.over));
-  const note = over > 1 ? `Means of the first and of the last ${over} values logged; single values where few were.`
+  const width = Math.max(...DATA.headline.map((h) => h.window));
+  const note = width > 1 ? `Means of the first and of the last ${width} values logged; single values where few were.`
     : "The first and the last value logged.";
   $("title").append(el("dl", { class: "headline" }, ...cells), el("p", { class: "note" }, note));
 }
@@ -175,27 +175,27 @@ function pointAt(chart, step) {
   put(here, { x: at.cx, "text-anchor": at.cx > chart.x(DATA.steps[1]) - 16 ? "end" : "middle" });
 }
 
-// -------------------------------------------------------------------------------------------------------- answers
+// -------------------------------------------------------------------------------------------------------- completions
 
 const SORTS = { sampled: "as sampled", best: "best first", worst: "worst first" };
 const NAMES = { advantage: "advantage", log_ratio: "log-ratio", logp: "log-prob", mask: "mask" };
-const view = { at: 0, sort: "sampled", answer: null, colour: null };
+const view = { at: 0, sort: "sampled", completion: null, color: null };
 
-function drawAnswers() {
+function drawCompletions() {
   const all = DATA.samples.steps;
-  if (!all.length) { $("samples").append(el("p", { class: "empty" }, "No answers have been sampled yet.")); return; }
+  if (!all.length) { $("samples").append(el("p", { class: "empty" }, "No completions have been sampled yet.")); return; }
   view.at = all.length - 1;
   readHash();
-  const go = (at) => { view.at = Math.max(0, Math.min(all.length - 1, at)); view.answer = null; drawStep(); writeHash(); };
+  const go = (at) => { view.at = Math.max(0, Math.min(all.length - 1, at)); view.completion = null; drawStep(); writeHash(); };
   const move = (id, title, by, sign) => el("button", { id, "aria-label": title, onclick: () => go(view.at + by) }, sign);
   const slider = el("input", {
     id: "slider", type: "range", min: 0, max: all.length - 1, "aria-label": "sampled step", oninput: (event) => go(+event.target.value),
   });
-  const sort = el("select", { "aria-label": "order of answers", onchange: (event) => { view.sort = event.target.value; drawStep(); } },
+  const sort = el("select", { "aria-label": "order of completions", onchange: (event) => { view.sort = event.target.value; drawStep(); } },
     ...Object.entries(SORTS).map(([key, title]) => el("option", { value: key }, title)));
   const steps = el("div", { class: "steps" },
     move("before", "step before", -1, "\u2039"), slider, move("after", "step after", 1, "\u203a"), el("output", { id: "step" }));
-  const order = el("label", {}, el("span", { class: "soft" }, "answers "), sort);
+  const order = el("label", {}, el("span", { class: "soft" }, "completions "), sort);
   const bar = el("div", { class: "bar" }, steps, el("span", { class: "hint", id: "counts" }), order);
   $("samples").append(bar, el("div", { id: "groups" }));
   drawStep();
@@ -226,17 +226,17 @@ function sorted(group) {
 }
 
 function drawGroup(group, i, count, scales) {
-  const judged = group.map((record) => record.reward).filter((reward) => reward !== null);
-  const mean = judged.reduce((sum, reward) => sum + reward, 0) / judged.length;
-  const far = Math.max(...judged.map((reward) => Math.abs(reward - mean)));
-  const facts = [`prompt ${i + 1} of ${count}`, group.length === 1 ? "1 answer" : `${group.length} answers`];
-  if (judged.length) facts.push(`mean reward ${short(mean)}`);
-  if (judged.length < group.length) facts.push(`${group.length - judged.length} not judged`);
+  const scored = group.map((record) => record.reward).filter((reward) => reward !== null);
+  const mean = scored.reduce((sum, reward) => sum + reward, 0) / scored.length;
+  const far = Math.max(...scored.map((reward) => Math.abs(reward - mean)));
+  const facts = [`prompt ${i + 1} of ${count}`, group.length === 1 ? "1 completion" : `${group.length} completions`];
+  if (scored.length) facts.push(`mean reward ${short(mean)}`);
+  if (scored.length < group.length) facts.push(`${group.length - scored.length} not scored`);
   const columns = Object.entries(group[0].columns || {}).map(([name, value]) => el("span", {}, name + " ", el("b", {}, value)));
   const header = el("header", {}, el("p", { class: "meta" }, ...facts.map((fact) => el("span", {}, fact))),
     el("div", { class: "prompt" }, group[0].prompt), columns.length ? el("p", { class: "columns" }, ...columns) : null);
-  const answers = sorted(group).map((record) => drawAnswer(record, mean, far, scales));
-  return el("article", { class: "group" }, header, el("ol", { class: "answers" }, ...answers));
+  const completions = sorted(group).map((record) => drawCompletion(record, mean, far, scales));
+  return el("article", { class: "group" }, header, el("ol", { class: "completions" }, ...completions));
 }
 
 function tint(share) {
@@ -245,7 +245,7 @@ function tint(share) {
 }
 
 function drawReward(reward, mean, far) {
-  if (reward === null) return el("span", { class: "reward unjudged" }, "not judged");
+  if (reward === null) return el("span", { class: "reward unscored" }, "not scored");
   const box = el("span", { class: "reward" }, short(reward));
   if (far > 1e-6 * Math.max(1, Math.abs(mean))) box.style.background = tint(0.7 * (reward - mean) / far);
   return box;
@@ -253,22 +253,22 @@ function drawReward(reward, mean, far) {
 
 function drawFacts(record) {
   const scores = Object.entries(record.scores).map(([name, score]) =>
-    el("span", {}, name + " ", el("b", {}, score === null ? "not judged" : short(score)), " \u00b7 "));
+    el("span", {}, name + " ", el("b", {}, score === null ? "not scored" : short(score)), " \u00b7 "));
   const length = el("i", {}, `${record.length} ${record.length === 1 ? "token" : "tokens"}`);
   const end = record.ended ? el("i", {}, " \u00b7 ended") : el("i", { class: "cut" }, " \u00b7 cut off");
   return el("div", { class: "facts" }, ...scores, length, record.ended === null ? null : end);
 }
 
-function drawAnswer(record, mean, far, scales) {
-  const open = view.answer === record.index;
+function drawCompletion(record, mean, far, scales) {
+  const open = view.completion === record.index;
   const toggle = () => {
-    view.answer = open ? null : record.index;
+    view.completion = open ? null : record.index;
     drawStep();
     writeHash();
-    document.querySelector(`[data-answer="${record.index}"]`).focus({ preventScroll: true });
+    document.querySelector(`[data-completion="${record.index}"]`).focus({ preventScroll: true });
   };
   const line = el("div", {
-    class: "line", role: "button", tabindex: 0, "data-answer": record.index, "aria-expanded": open,
+    class: "line", role: "button", tabindex: 0, "data-completion": record.index, "aria-expanded": open,
     onclick: () => { if (!String(getSelection())) toggle(); },
     onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); toggle(); } },
   });
@@ -285,7 +285,7 @@ const quantities = (record) => Object.keys(record.tokens)
 const label = (name) => NAMES[name] || name;
 
 function scalesOf(records) {
-  // One scale for all answers of a step, so that their colours compare; the 98th percentile, so that one token does not pale the rest.
+  // One scale for all completions of a step, so that their colors compare; the 98th percentile, so that one token does not pale the rest.
   const scales = {};
   for (const name of new Set(records.flatMap(quantities))) {
     const sizes = records.flatMap((r) => r.tokens[name] || []).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
@@ -296,13 +296,13 @@ function scalesOf(records) {
 
 function drawTokens(record, scales) {
   const names = quantities(record), box = el("div", { class: "tokens" });
-  const chosen = names.includes(view.colour) ? view.colour : names.includes("advantage") ? "advantage" : names[0];
+  const chosen = names.includes(view.color) ? view.color : names.includes("advantage") ? "advantage" : names[0];
   const flow = el("div", { class: "flow" }, ...record.tokens.text.map((text, i) => drawToken(record.tokens, text, i)));
   const show = (name) => {
-    view.colour = name;
+    view.color = name;
     buttons.forEach((button) => button.setAttribute("aria-pressed", button.dataset.name === name));
     legend.replaceChildren(...legendOf(name, scales[name]));
-    [...flow.children].forEach((span, i) => { span.style.background = colourOf(record.tokens, name, i, scales[name]); });
+    [...flow.children].forEach((span, i) => { span.style.background = colorOf(record.tokens, name, i, scales[name]); });
   };
   const buttons = names.map((name) => el("button", { "data-name": name, onclick: () => { show(name); writeHash(); } }, label(name)));
   const legend = el("div", { class: "legend" });
@@ -325,7 +325,7 @@ function legendOf(name, scale) {
   return [...keys, others];
 }
 
-function colourOf(tokens, name, i, scale) {
+function colorOf(tokens, name, i, scale) {
   if (!tokens.chosen[i]) return "";
   if (name === "mask") return tint(tokens.mask[i] ? 0.6 : -0.6);
   return tokens[name][i] === null ? "" : tint(tokens[name][i] / scale);
@@ -384,7 +384,7 @@ function hideTip() {
   document.querySelectorAll(".at").forEach((span) => span.classList.remove("at"));
 }
 
-// ----------------------------------------------------------------------------------- address: #step=120&answer=3&colour=logp
+// ----------------------------------------------------------------------------------- address: #step=120&completion=3&color=logp
 
 function readHash() {
   const wish = new URLSearchParams(location.hash.slice(1));
@@ -392,14 +392,14 @@ function readHash() {
   const step = Number(wish.get("step"));
   if (!Number.isFinite(step)) return false;
   view.at = nearest(DATA.samples.steps.map((each) => each.step), step); // that very step may have been left out
-  view.answer = wish.has("answer") && DATA.samples.steps[view.at].step === step ? Number(wish.get("answer")) : null;
-  view.colour = wish.get("colour") || view.colour;
+  view.completion = wish.has("completion") && DATA.samples.steps[view.at].step === step ? Number(wish.get("completion")) : null;
+  view.color = wish.get("color") || view.color;
   return true;
 }
 
 function writeHash() {
   const parts = [`step=${DATA.samples.steps[view.at].step}`];
-  if (view.answer !== null) parts.push(`answer=${view.answer}`, `colour=${encodeURIComponent(view.colour)}`);
+  if (view.completion !== null) parts.push(`completion=${view.completion}`, `color=${encodeURIComponent(view.color)}`);
   history.replaceState(null, "", "#" + parts.join("&"));
 }
 
@@ -424,4 +424,4 @@ document.addEventListener("scroll", hideTip, { passive: true });
 drawTitle();
 drawCurves();
 drawConfig();
-drawAnswers();
+drawCompletions();

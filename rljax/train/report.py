@@ -1,10 +1,11 @@
-"""A run as one page to look at: `report.html`, made of config.json, metrics.jsonl and samples.jsonl.
+"""The report of a run: `report.html`, made of config.json, metrics.jsonl and samples.jsonl.
 
-The page is one file that opens from a disk without network. Python chooses and thins what goes in; `report.js` draws it
-from a block of JSON. What a model wrote is hostile: it stands only in that block, with every character escaped that
-HTML could take for markup, it enters the page as text, and the page's content security policy runs no script but ours.
+The page is one file that opens from a disk without network. Python selects and thins the data; `report.js` draws them
+from a block of JSON. Text that a model wrote is not trusted: it stands only in that block, with every character escaped
+that HTML could take for markup, it enters the page as text, and the page's content security policy allows no script but
+ours.
 
-Absent files are shown as absent; half a line at the end of a file that is being written is ignored.
+A missing file leaves its part of the page empty; half a line at the end of a file that is being written is ignored.
 """
 
 import base64
@@ -17,21 +18,23 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rljax.train.log import read_records, write_atomically
 
-POINTS = 1000  # of one curve
-SAMPLED_STEPS = 24  # on the page, evenly chosen
-SAMPLED_BYTES = 24_000_000  # of answers on the page
+MAX_POINTS = 1000  # of one curve
+MAX_SAMPLED_STEPS = 24  # on the page, evenly spaced
+MAX_SAMPLED_BYTES = 24_000_000  # of completions on the page
 
-# Where a metric stands, by the first word of its name that is in the list; within a theme, in the order of the words.
+# A metric belongs to the theme of the first word of its name that is listed here; a theme's metrics follow the order of
+# its words.
 THEMES = {
-    "Reward": ("held_out", "eval", "accuracy", "pass", "reward", "score", "return", "no_signal", "frac_reward_failed"),
-    "Policy": ("kl", "entropy", "clip", "ratio", "logp", "logprob", "gap", "advantage", "importance"),
-    "Answers": ("length", "ended", "terminated", "truncated", "answer", "completion"),
-    "Optimisation": (
+    "Reward": ("eval", "accuracy", "pass", "reward", "score", "return", "solved", "frac_reward"),
+    "Policy": ("kl", "entropy", "clip", "ratio", "ess", "logp", "logprob", "gap", "advantage", "importance"),
+    "Completions": ("length", "ended", "terminated", "truncated", "frac_empty", "completion", "answer"),
+    "Optimization": (
         "loss",
         "grad",
         "value",
@@ -46,14 +49,14 @@ THEMES = {
     "Speed": ("tokens_per_second", "seconds", "second", "bytes", "flops", "utilisation", "tokens"),
 }
 UNITS = ("second", "seconds", "bytes")  # a name that ends so is about speed, whatever it begins with
-SPREAD = ("_std", "_max", "_min")  # these follow the metric they belong to, and are no headlines
+SPREAD = ("_std", "_max", "_min")  # these follow the metric that they belong to, and are not in the headline
 
 
 def write_report(directory: str | Path) -> Path:
-    """Write report.html into a run's directory, whole or not at all, and say where it is."""
+    """Write report.html into a run's directory, atomically, and return its path."""
     directory = Path(directory)
     path = directory / "report.html"
-    write_atomically(path, page(collect(directory)))
+    write_atomically(path, render_page(collect(directory)))
     return path
 
 
@@ -61,40 +64,42 @@ def collect(directory: Path) -> dict:
     """Everything the page shows: title, headline, steps (first and last), curves, samples, config, thinned."""
     columns, steps = read_metrics(directory / "metrics.jsonl")
     series = [curve(name, *columns[name]) for name in columns]
-    themes = group(series)
+    themes = group_by_theme(series)
+    ordered = [each for theme in themes for each in theme["series"]]
     facts, config = read_run_config(directory / "config.json")
+    longest = max((len(values) for _, values in columns.values()), default=0)
     return {
         "title": _title(directory, facts, config, steps),
-        "headline": headline([each for theme in themes for each in theme["series"]], columns),
+        "headline": headline(ordered, columns),
         "steps": [steps[0], steps[-1]] if steps else [0, 0],
         "curves": themes,
         "samples": read_samples(directory / "samples.jsonl"),
         "config": config,
-        "thinned": POINTS if any(len(values) > POINTS for _, values in columns.values()) else 0,
+        "thinned": MAX_POINTS if longest > MAX_POINTS else 0,
     }
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def page(data: dict) -> str:
-    """The template filled in, once: what is filled in is not searched for further places to fill."""
+def render_page(data: dict) -> str:
+    """The template with its placeholders replaced in one pass, so that inserted text is not searched for others."""
     here = Path(__file__)
     script = here.with_name("report.js").read_text(encoding="utf-8")
     parts = {
         "TITLE": html.escape(data["title"]["run"]),
         "SCRIPT_HASH": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "DATA": embed(data),
+        "DATA": embed_json(data),
         "SCRIPT": script,
     }
     template = here.with_name("report.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
-def embed(data) -> str:
+def embed_json(data: Any) -> str:
     """Strict JSON that HTML cannot take for markup. Pure ASCII, so U+2028 and lone surrogates are escaped as well.
 
-    >>> embed("</script>")
+    >>> embed_json("</script>")
     '"\\\\u003c/script\\\\u003e"'
     """
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
@@ -104,7 +109,9 @@ def embed(data) -> str:
 def _title(directory: Path, facts: dict, config: list, steps: Sequence[int]) -> dict:
     total = dict(config).get("steps", "")
     metrics = directory / "metrics.jsonl"
-    written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC") if steps else None
+    written = None
+    if steps:
+        written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {
         "run": directory.resolve().name,
         "experiment": facts.pop("experiment", None),
@@ -126,17 +133,25 @@ def read_run_config(path: Path) -> tuple[dict[str, str], list[list[str]]]:
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings = document.pop("config", None)
     if not isinstance(settings, dict):
-        return {}, list(_flat(document, ""))
+        return {}, _settings_as_text(document)
     facts = {name: str(value) for name, value in document.items() if value is not None}
-    return facts, list(_flat(settings, ""))
+    return facts, _settings_as_text(settings)
 
 
-def _flat(tree: dict, prefix: str):
-    for name, value in tree.items():
+def flatten_settings(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as on the command line."""
+    flat = {}
+    for name, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            flat |= flatten_settings(value, f"{prefix}{name}.")
         else:
-            yield [f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)]
+            flat[prefix + name] = value
+    return flat
+
+
+def _settings_as_text(settings: dict) -> list[list[str]]:
+    flat = flatten_settings(settings)
+    return [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in flat.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------ curves
@@ -144,127 +159,147 @@ def _flat(tree: dict, prefix: str):
 
 def read_metrics(path: Path) -> tuple[dict[str, tuple[list, list]], list[int]]:
     """Name -> (steps, values with None where not finite), in the order met; and the steps logged."""
-    columns, steps = {}, []
+    columns: dict[str, tuple[list, list]] = {}
+    steps = []
     for record in read_records(path):
         step = record.pop("step")
         steps.append(step)
         for name, value in record.items():
-            at, values = columns.setdefault(name, ([], []))
-            at.append(step)
+            metric_steps, values = columns.setdefault(name, ([], []))
+            metric_steps.append(step)
             values.append(value)
     return columns, steps
 
 
 def curve(name: str, steps: Sequence[int], values: Sequence[float | None]) -> dict:
-    """One metric as it is drawn: thinned, smoothed, its missing values apart."""
-    pairs = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None]
-    s, v = np.array([s for s, _ in pairs], np.int64), np.array([v for _, v in pairs], np.float64)
-    nulls = [s for s, v in zip(steps, values, strict=True) if v is None]
-    at, kept = thin(s, v)
+    """One metric as it is drawn: thinned, smoothed, with the steps where its value is missing."""
+    finite = [value is not None for value in values]
+    finite_steps = np.array([step for step, known in zip(steps, finite, strict=True) if known], np.int64)
+    finite_values = np.array([value for value in values if value is not None], np.float64)
+    nulls = [step for step, known in zip(steps, finite, strict=True) if not known]
+    thinned_steps, thinned_values = thin(finite_steps, finite_values)
+    smooth_steps, smooth_values = smooth(finite_steps, finite_values)
     return {
         "name": name,
-        "steps": at.tolist(),
-        "values": [_round(x) for x in kept],
-        "smooth": [[_round(x) for x in line] for line in smooth(s, v)],
-        "last": _round(values[-1]) if values[-1] is not None else None,
+        "steps": thinned_steps.tolist(),
+        "values": _round_all(thinned_values),
+        "smooth": [_round_all(smooth_steps), _round_all(smooth_values)],
+        "last": None if values[-1] is None else _round(values[-1]),
         "missing": len(nulls),
         "nulls": nulls[:: len(nulls) // 50 + 1],
     }
 
 
-def thin(steps: np.ndarray, values: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `limit` points: the first, the last, and the lowest and highest of each of equal stretches between."""
+def thin(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `limit` points: the first, the last, and the extremes of equal segments in between."""
     if len(values) <= limit:
         return steps, values
     edges = np.linspace(1, len(values) - 1, (limit - 2) // 2 + 1).astype(int)
-    keep = {0, len(values) - 1}
-    for a, b in pairwise(edges):
-        keep |= {a + int(values[a:b].argmin()), a + int(values[a:b].argmax())}
-    keep = sorted(keep)
-    return steps[keep], values[keep]
+    kept = {0, len(values) - 1}
+    for start, end in pairwise(edges):
+        segment = values[start:end]
+        kept.add(start + int(segment.argmin()))
+        kept.add(start + int(segment.argmax()))
+    indices = sorted(kept)
+    return steps[indices], values[indices]
 
 
 def smooth(steps: np.ndarray, values: np.ndarray, bins: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """A centred Gaussian mean, a sixtieth of the curve wide: no lag. Empty for a curve too short to need one."""
+    """A centered Gaussian mean, a sixtieth of the curve wide, so without lag. Empty for fewer than 24 values."""
     if len(values) < 24:
         return np.array([]), np.array([])
     parts = np.array_split(np.arange(len(values)), min(bins, len(values)))
-    s, v = (np.array([x[part].mean() for part in parts]) for x in (steps, values))
-    width = max(1.0, len(v) / 60)
+    binned_steps = np.array([steps[part].mean() for part in parts])
+    binned_values = np.array([values[part].mean() for part in parts])
+    width = max(1.0, len(binned_values) / 60)
     offsets = np.arange(-math.ceil(3 * width), math.ceil(3 * width) + 1)
     kernel = np.exp(-0.5 * (offsets / width) ** 2)
     pad = len(offsets) // 2
-    total, weight = (np.convolve(np.pad(x, pad), kernel, "valid") for x in (v, np.ones_like(v)))
-    return s, total / weight
+    total = np.convolve(np.pad(binned_values, pad), kernel, "valid")
+    weight = np.convolve(np.pad(np.ones_like(binned_values), pad), kernel, "valid")
+    return binned_steps, total / weight
 
 
 def theme_of(name: str) -> tuple[str, int]:
     """The theme of a metric, and its rank there.
 
     >>> theme_of("loss/kl"), theme_of("reward_seconds"), theme_of("maze/walls")
-    (('Optimisation', 0), ('Speed', 2), ('maze', 0))
+    (('Optimization', 0), ('Speed', 2), ('maze', 0))
     """
     words = "_" + re.sub(r"\W+", "_", name.lower())
     if words.split("_")[-1] in UNITS and "_per_" not in words:
         return "Speed", 2
-    found = [
-        (words.find("_" + word), theme, rank)
-        for theme, ranked in THEMES.items()
-        for rank, word in enumerate(ranked)
-        if "_" + word in words
-    ]
+    found = []
+    for theme, theme_words in THEMES.items():
+        for rank, word in enumerate(theme_words):
+            if f"_{word}" in words:
+                found.append((words.find(f"_{word}"), theme, rank))
     if found:
-        return min(found)[1:]
-    return (name.split("/")[0] if "/" in name else "Other"), 0
+        _, theme, rank = min(found)
+        return theme, rank
+    prefix, slash, _ = name.partition("/")
+    return (prefix if slash else "Other"), 0
 
 
-def group(series: Sequence[dict]) -> list[dict]:
-    """Curves by theme, the important ones first; prefixes that no theme knows follow, the rest last."""
-    themes = {title: [] for title in THEMES}
+def group_by_theme(series: Sequence[dict]) -> list[dict]:
+    """Curves by theme, the important ones first; then those with a prefix of their own, then the others."""
+    themes: dict[str, list[dict]] = {title: [] for title in THEMES}
     for each in series:
-        title, rank = theme_of(each["name"])
-        themes.setdefault(title, []).append((rank, each["name"].endswith(SPREAD), each))
+        title, _ = theme_of(each["name"])
+        themes.setdefault(title, []).append(each)
     themes["Other"] = themes.pop("Other", [])
-    ordered = {title: [each for *_, each in sorted(found, key=lambda x: x[:2])] for title, found in themes.items()}
-    return [{"title": title, "series": found} for title, found in ordered.items() if found]
+    return [{"title": title, "series": sorted(found, key=_order_in_theme)} for title, found in themes.items() if found]
+
+
+def _order_in_theme(series: dict) -> tuple[int, bool]:
+    _, rank = theme_of(series["name"])
+    return rank, series["name"].endswith(SPREAD)
 
 
 def headline(series: Sequence[dict], columns: dict) -> list[dict]:
-    """First -> last of at most six main metrics: what is rewarded, then how the policy moves, then the speed."""
+    """First and last values of at most six metrics: rewards, how far the policy moved, lengths, speed."""
     names = [each["name"] for each in series if not each["name"].endswith(SPREAD)]
     chosen = [name for name in names if theme_of(name)[0] == "Reward"][:3]
-    for words in (("kl_sequence", "kl"), ("entropy",), ("length",), ("tokens_per_second",)):
-        chosen += [name for word in words for name in names if name.startswith(word)][:1]
-    out = []
+    for prefixes in (("kl_sequence", "kl"), ("entropy",), ("length",), ("tokens_per_second",)):
+        matching = [name for prefix in prefixes for name in names if name.startswith(prefix)]
+        chosen += matching[:1]
+    entries = []
     for name in chosen[:6]:
-        values = [v for v in columns[name][1] if v is not None]
+        values = [value for value in columns[name][1] if value is not None]
         if values:
-            over = min(5, math.ceil(len(values) / 20))
-            ends = [_round(np.mean(part)) for part in (values[:over], values[-over:])]
-            out.append({"name": name, "first": ends[0], "last": ends[1], "over": over})
-    return out
+            window = min(5, math.ceil(len(values) / 20))
+            first = _round(np.mean(values[:window]))
+            last = _round(np.mean(values[-window:]))
+            entries.append({"name": name, "first": first, "last": last, "window": window})
+    return entries
 
 
 def _round(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-# ----------------------------------------------------------------------------------------------------------- answers
+def _round_all(values: np.ndarray) -> list[float]:
+    return [_round(value) for value in values]
 
 
-def read_samples(path: Path, limit: int = SAMPLED_STEPS, size: int = SAMPLED_BYTES) -> dict:
-    """The answers of at most `limit` steps, first and last among them; of each the groups that fit its share of `size`.
+# ------------------------------------------------------------------------------------------------------- completions
+
+
+def read_samples(path: Path, limit: int = MAX_SAMPLED_STEPS, size: int = MAX_SAMPLED_BYTES) -> dict:
+    """The completions of at most `limit` steps, the first and the last included.
+
+    Of each step the first groups are read, as many as fit into its part of `size` bytes, at least one.
 
     Returns: {"steps": [{"step", "records", "groups_left_out"}], "left_out": number of steps}.
     """
-    places = _places(path)
-    chosen = evenly(sorted(places), limit)
-    steps = [_sampled(path, step, places[step], size // len(chosen)) for step in chosen]
-    return {"steps": steps, "left_out": len(places) - len(steps)}
+    index = _index_lines(path)
+    chosen = evenly_spaced(sorted(index), limit)
+    steps = [_read_step(path, step, index[step], size // len(chosen)) for step in chosen]
+    return {"steps": steps, "left_out": len(index) - len(steps)}
 
 
-def evenly(items: Sequence, limit: int) -> list:
-    """At most `limit` of them, the first and the last among them.
+def evenly_spaced(items: Sequence, limit: int) -> list:
+    """At most `limit` of them, the first and the last included.
 
     >>> evenly(range(100), 4)
     [0, 33, 66, 99]
@@ -274,32 +309,38 @@ def evenly(items: Sequence, limit: int) -> list:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def _places(path: Path) -> dict[int, list[tuple[int, int]]]:
-    """Step -> (offset, bytes) of its lines, unparsed: long runs write more answers than memory should hold."""
-    places, offset = {}, 0
+def _index_lines(path: Path) -> dict[int, list[tuple[int, int]]]:
+    """Step -> (offset, bytes) of its lines, unparsed: a long run logs more completions than fit into memory."""
+    index: dict[int, list[tuple[int, int]]] = {}
     if not path.exists():
-        return places
+        return index
+    offset = 0
     with open(path, "rb") as file:
         for line in file:
             start = re.match(rb'\{"step": (\d+),', line)
-            if start and line.endswith(b"}\n"):  # else cut short
-                places.setdefault(int(start[1]), []).append((offset, len(line)))
+            is_complete = line.endswith(b"}\n")
+            if start and is_complete:
+                index.setdefault(int(start[1]), []).append((offset, len(line)))
             offset += len(line)
-    return places
+    return index
 
 
-def _sampled(path: Path, step: int, places: Sequence[tuple[int, int]], size: int) -> dict:
-    groups = {}
+def _read_step(path: Path, step: int, lines: Sequence[tuple[int, int]], size: int) -> dict:
+    """The records of one step, whole groups of at most `size` bytes together, but at least the first group."""
+    records: dict[int, list[dict]] = {}
+    group_bytes: dict[int, int] = {}
     with open(path, "rb") as file:
-        for offset, length in places:
+        for offset, length in lines:
             file.seek(offset)
             record = json.loads(file.read(length))
-            used, records = groups.setdefault(record["group"], [0, []])
-            groups[record["group"]] = [used + length, [*records, record]]
-    kept, used = [], 0
-    for i, (length, records) in enumerate(groups.values()):
-        used += length
-        if i and used > size:
-            return {"step": step, "records": kept, "groups_left_out": len(groups) - i}
-        kept += records
+            group = record["group"]
+            records.setdefault(group, []).append(record)
+            group_bytes[group] = group_bytes.get(group, 0) + length
+    kept: list[dict] = []
+    used = 0
+    for i, group in enumerate(records):
+        used += group_bytes[group]
+        if i > 0 and used > size:
+            return {"step": step, "records": kept, "groups_left_out": len(records) - i}
+        kept += records[group]
     return {"step": step, "records": kept, "groups_left_out": 0}

@@ -1,4 +1,4 @@
-"""A run directory: lock, settings, log, checkpoints, signals. The one resource object of an experiment; no mathematics.
+"""A run directory: lock, settings, log, checkpoints, signals. The only resource object of an experiment.
 
     config.json     the settings, the experiment, the git revision
     experiment.py   the experiment's own source
@@ -6,8 +6,8 @@
     metrics.jsonl, tensorboard/, samples.jsonl, report.html
     checkpoints/
 
-Running the same command again resumes from the newest good checkpoint; what was logged after it is dropped and done
-again, and the result is bit-identical to a run that was never stopped.
+Running the same command again resumes from the newest undamaged checkpoint. What was logged after it is dropped and
+computed again, and the result is bit-identical to that of an uninterrupted run.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ import jax
 import numpy as np
 
 from rljax.train.checkpoint import Checkpoints
-from rljax.train.log import HEADLINES, Log, log_info, write_atomically
+from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
 from rljax.train.provenance import git_revision, record_sources, run_sources
-from rljax.train.report import write_report
-from rljax.train.samples import sample_records
-from rljax.types import Batch, Rows, TrainState
+from rljax.train.report import flatten_settings, write_report
+from rljax.train.samples import Decode, sample_records
+from rljax.types import Array, Batch, Rows, TrainState
 
 
 class Run:
@@ -41,52 +41,53 @@ class Run:
                 run.record(step, state, metrics)
 
     Args:
-      config: settings, as JSON. A directory that holds a run with other settings is refused, untouched.
-      steps: turns of the loop. save_every: steps between checkpoints (the last step is always saved).
-      log_samples_every: steps between samples of what the policy wrote. headlines: metrics on the progress line.
-      functions: what the run calls (an algorithm, verifiers), by name. Their source is kept; a run that is resumed with
-        another source warns and keeps that too.
+      config: the settings, as JSON. A directory that holds a run with other settings is refused and left unchanged.
+      steps: of the loop. save_every: steps between checkpoints (the last step is always saved).
+      log_samples_every: steps between samples of completions. progress_metrics: metrics on the progress line.
+      functions: what the run calls (an algorithm, verifiers), by name. Their source is kept. A run that is resumed with
+        another source prints a warning and keeps that source too.
     """
 
     def __init__(
         self,
         directory: str | Path,
-        config: dict,
+        config: dict[str, Any],
         *,
         steps: int,
         source: str | None = None,
         functions: Mapping[str, Any] | None = None,
         save_every: int = 50,
         log_samples_every: int = 20,
-        headlines: Sequence[str] = HEADLINES,
+        progress_metrics: Sequence[str] = PROGRESS_METRICS,
     ):
-        if steps < 1 or save_every < 1 or log_samples_every < 1:
-            raise ValueError(
-                f"steps {steps}, save_every {save_every}, log_samples_every {log_samples_every}; legal: at least 1"
-            )
+        intervals = {"steps": steps, "save_every": save_every, "log_samples_every": log_samples_every}
+        if min(intervals.values()) < 1:
+            shown = ", ".join(f"{name} {value}" for name, value in intervals.items())
+            raise ValueError(f"{shown}; legal: at least 1")
         self.directory = Path(directory)
-        self.total, self.save_every, self.log_samples_every = steps, save_every, log_samples_every
-        self._config, self._source, self._headlines = json.loads(json.dumps(config)), source, headlines
-        self._functions = run_sources(functions or {})  # now: their files may be edited while the run goes on
-        self._start, self._saved, self._stop = 0, None, None
-        self._log = self._checkpoints = None
+        self.total_steps = steps
+        self.save_every = save_every
+        self.log_samples_every = log_samples_every
+        self._config = json.loads(json.dumps(config))
+        self._source = source
+        self._sources = run_sources(functions or {})  # now: their files may be edited while the run goes on
+        self._progress_metrics = progress_metrics
+        self._start_step = 0
+        self._saved_step: int | None = None
+        self._signal: int | None = None
+        self._log: Log | None = None
         self._refuse_other_settings()  # before the experiment does any work
 
     def __enter__(self) -> "Run":
         self._refuse_other_settings()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.directory / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise RuntimeError(f"{self.directory}: another process is running in this directory") from None
-        self._describe()
+        self._lock_directory()
+        self._write_config()
         self._checkpoints = Checkpoints(self.directory / "checkpoints", log_info=log_info)
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *error) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._checkpoints.close()
@@ -96,125 +97,154 @@ class Run:
         self._lock.close()
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest good checkpoint, in the shapes and shardings of `state`; else `state` itself."""
-        found = self._checkpoints.restore(state)
-        if found is not None:
-            state, self._saved = found, int(found.step)
-            log_info(f"{self.directory}: resumed after step {self._saved} of {self.total}")
-        self._start = int(state.step)
+        """The newest undamaged checkpoint, in the shapes and shardings of `state`; else `state` itself."""
+        restored = self._checkpoints.restore(state)
+        if restored is not None:
+            state = restored
+            self._saved_step = int(restored.step)
+            log_info(f"{self.directory}: resumed after step {self._saved_step} of {self.total_steps}")
+        self._start_step = int(state.step)
         self._record_functions()
-        self._log = Log(self.directory, total_steps=self.total, names=self._headlines, start=self._start)
+        self._log = Log(
+            self.directory,
+            total_steps=self.total_steps,
+            progress_metrics=self._progress_metrics,
+            start=self._start_step,
+        )
         return state
 
-    def steps(self, start) -> Iterator[int]:
-        """The steps still to do, each timed."""
-        for step in range(int(start), self.total):
-            self._began = time.monotonic()
+    def steps(self, start: Array | int) -> Iterator[int]:
+        """The steps from `start` on, each timed."""
+        for step in range(int(start), self.total_steps):
+            self._step_began = time.monotonic()
             yield step
 
-    def first(self, step: int) -> bool:
-        """Whether this is the first step that this process makes."""
-        return step == self._start
+    def is_first_step(self, step: int) -> bool:
+        """Whether this is the first step that this process computes."""
+        return step == self._start_step
 
-    def record(self, step: int, state: TrainState, metrics: dict) -> None:
-        """Log a finished step and checkpoint when due. `state.step` must be step + 1: what a resumed run goes on with.
+    def record(self, step: int, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Log a finished step and save a checkpoint when one is due.
 
-        Raises FloatingPointError, saving nothing, where the loss or the gradient is not finite.
+        `state.step` must be step + 1, the step that a resumed run starts with. Raises FloatingPointError, saving
+        nothing, where the loss or the gradient is not finite.
         """
-        if int(state.step) != step + 1:
-            raise ValueError(
-                f"record({step}, ...) wants state.step = {step + 1}, not {int(state.step)}: replace it first"
-            )
+        done = step + 1
+        if int(state.step) != done:
+            raise ValueError(f"record({step}, ...) wants state.step = {done}, not {int(state.step)}: replace it first")
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, 0.0))]
-        if bad:
-            last = "there is no checkpoint" if self._saved is None else f"the last checkpoint is step {self._saved}"
-            raise FloatingPointError(f"{' and '.join(bad)} not finite at step {step}; {last}")
-        values["seconds"] = time.monotonic() - self._began
+        self._refuse_non_finite(step, values)
+        values["seconds"] = time.monotonic() - self._step_began
         if "tokens" in values:
             values["tokens_per_second"] = values["tokens"] / values["seconds"]
         self._log.write(step, values)
-        done = step + 1
-        if done % self.save_every == 0 or done == self.total or self._stop is not None:
+        if done % self.save_every == 0 or done == self.total_steps or self._signal is not None:
             self.save(state)
-        if self._stop is not None:
+        if self._signal is not None:
             log_info(
-                f"stopped by signal {self._stop} after step {done} of {self.total}; run the same command again to go on"
+                f"stopped by signal {self._signal} after step {done} of {self.total_steps}; "
+                "run the same command again to resume"
             )
-            raise SystemExit(128 + self._stop)
+            raise SystemExit(128 + self._signal)
 
     def save(self, state: TrainState) -> None:
-        """Checkpoint now, unless this step is saved already."""
-        if int(state.step) != self._saved:
+        """Save a checkpoint now, unless this step is saved already."""
+        if int(state.step) != self._saved_step:
             self._checkpoints.save(int(state.step), state)
-            self._saved = int(state.step)
+            self._saved_step = int(state.step)
 
-    def shows(self, step: int) -> bool:
+    def should_log_samples(self, step: int) -> bool:
         """Whether samples of this step are due."""
-        return step % self.log_samples_every == 0 or step + 1 == self.total
+        return step % self.log_samples_every == 0 or step + 1 == self.total_steps
 
-    def show(self, step: int, batch: Batch, decode: Callable, names: Sequence[str], rows: Rows, log_ratio=None) -> None:
-        """Keep what the policy wrote to the first prompts of the batch, token by token, and renew the report.
+    def log_samples(
+        self,
+        step: int,
+        batch: Batch,
+        decode: Decode,
+        names: Sequence[str],
+        rows: Rows,
+        log_ratio: Array | None = None,
+    ) -> None:
+        """Log the completions of the first prompts of the batch, token by token, and write the report again.
 
-        To be called before `record`, so that no checkpoint comes without its samples; its time is not the step's.
-        rows: the prompts, told by their number, which is `batch.traj.group`.
+        Call it before `record`, so that every checkpointed step has its samples. Its time does not count as the step's.
+
+        Args:
+          decode: token ids -> text. names: of the verifiers, as in `scores`.
+          rows: the prompts; `batch.traj.group` holds their numbers. log_ratio: [B T], to be shown with the tokens.
         """
         began = time.monotonic()
-        place = {int(number): i for i, number in enumerate(rows.number)}
-        columns = [rows.columns[place[number]] for number in np.asarray(batch.traj.group).tolist()]
+        index = {int(number): i for i, number in enumerate(rows.number)}
+        columns = [rows.columns[index[number]] for number in np.asarray(batch.traj.group).tolist()]
         records = sample_records(step, batch, decode, names=names, columns=columns, log_ratio=log_ratio)
         self._log.samples(records)
         write_report(self.directory)
-        self._began += time.monotonic() - began
+        self._step_began += time.monotonic() - began
 
-    # ------------------------------------------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------------------------------------------ private
+
+    def _lock_directory(self) -> None:
+        self._lock = open(self.directory / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise RuntimeError(f"{self.directory}: another process is running in this directory") from None
 
     def _refuse_other_settings(self) -> None:
         path = self.directory / "config.json"
         if not path.is_file():
             return
-        before = json.loads(path.read_text()).get("config")
-        if before is None:
+        stored = json.loads(path.read_text()).get("config")
+        if stored is None:
             raise ValueError(f"{self.directory} is no run directory: its config.json is not of a run; name another")
-        before, now = _flat(before), _flat(self._config)
-        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        other = [f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in names]
-        if other:
+        before = flatten_settings(stored)
+        now = flatten_settings(self._config)
+        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        if changed:
+            shown = "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
             raise ValueError(
-                f"{self.directory} holds a run with other settings: {'; '.join(other)}. "
+                f"{self.directory} holds a run with other settings: {shown}. "
                 "Resume it with its own settings, or name another with --directory"
             )
 
-    def _describe(self) -> None:
+    def _refuse_non_finite(self, step: int, values: Mapping[str, float]) -> None:
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, 0.0))]
+        if not bad:
+            return
+        if self._saved_step is None:
+            last = "there is no checkpoint"
+        else:
+            last = f"the last checkpoint is step {self._saved_step}"
+        raise FloatingPointError(f"{' and '.join(bad)} not finite at step {step}; {last}")
+
+    def _write_config(self) -> None:
         path = self.directory / "config.json"
         if path.is_file():
             return
-        name = Path(self._source).stem if self._source else None
-        about = {"experiment": name, "git": git_revision(), "jax": jax.__version__, "devices": jax.device_count()}
+        facts = {
+            "experiment": Path(self._source).stem if self._source else None,
+            "git": git_revision(),
+            "jax": jax.__version__,
+            "devices": jax.device_count(),
+        }
         if self._source:
             shutil.copyfile(self._source, self.directory / "experiment.py")
-        write_atomically(path, json.dumps({"config": self._config, **about}, indent=1))
+        write_atomically(path, json.dumps({"config": self._config, **facts}, indent=1))
 
     def _record_functions(self) -> None:
         folder = self.directory / "functions"
-        changed = record_sources(folder, self._start, self._functions)
+        changed = record_sources(folder, self._start_step, self._sources)
         if changed:
             log_info(
-                f"warning: from step {self._start} on this run uses another source than before in "
+                f"warning: from step {self._start_step} on this run uses another source than before in "
                 f"{', '.join(changed)}; both are kept in {folder}",
                 style="yellow",
             )
 
-    def _on_signal(self, number: int, frame) -> None:
-        if self._stop is not None and number == signal.SIGINT:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._stop = number
-        log_info("finishing this step, then saving; once more to stop at once")
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    """Nested settings by their dotted names, as on the command line."""
-    out = {}
-    for name, value in settings.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
+        self._signal = number
+        log_info("finishing this step, then saving; press again to stop at once")

@@ -1,28 +1,32 @@
-"""What the policy wrote, as lines of `samples.jsonl`: for reading, never for training.
+"""Samples of what the policy wrote, as records of `samples.jsonl`: for reading, never for training.
 
-One record an answer, whole groups together:
+One record per completion, whole groups together:
 
     {"step": 20, "group": 3,
      "prompt": "12+7=", "completion": "19", "columns": {"answer": "19"},
-     "scores": {"exact": 1.0, "judge": null},            null: this verifier could not judge it
-     "reward": 1.0, "length": 3,                         the sum over the answer; tokens that the policy chose
-     "ended": true,                                      by a stop token; false: cut off; null: not known
+     "scores": {"exact": 1.0, "judge": null},            null: this verifier failed or does not apply
+     "reward": 1.0, "length": 3,                         the sum over the completion; tokens that the policy chose
+     "ended": true,                                      by a stop token; false: truncated; null: unknown
      "tokens": {"id": [..], "text": [..], "chosen": [0, 0, 1, ..], "mask": [..],
                 "advantage": [null, ..], "logp": [..], "log_ratio": [..]}}
 
-`tokens` holds columns of equal length, one entry a token of prompt and answer; padding is left out. `chosen` is 1 where
-the policy chose the token, `mask` where it is learned from; the numbers are null elsewhere. Four significant digits.
+`tokens` holds columns of equal length, one entry per token of prompt and completion; padding is left out. `chosen` is 1
+where the policy chose the token, `mask` where it is trained on; the numbers are null elsewhere. Numbers have four
+significant digits.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from rljax.types import Array, Batch, Trajectory
 
-Decode = Callable[[list[int]], str]
+Decode = Callable[[list[int]], str]  # token ids -> text
+
+MAX_COLUMN_CHARACTERS = 2000
 
 
 def sample_records(
@@ -31,17 +35,19 @@ def sample_records(
     decode: Decode,
     *,
     names: Sequence[str] = (),
-    columns: Sequence[Mapping] | None = None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
     log_ratio: Array | None = None,
     limit: int = 4,
 ) -> list[dict]:
-    """The answers to the first `limit` prompts of an unpacked batch, as records.
+    """The completions of the first `limit` prompts of an unpacked batch, as records.
 
     Args:
-      decode: list of ids -> text; also asked for single tokens and pairs, so it may be lossy there.
-      names: of the K verifiers whose results stand in `batch.traj.scores` [B K].
-      columns: of the dataset, to be shown: B dicts, or P of them where B = P·G and the rows of a prompt are neighbours.
-      log_ratio: [B T] log-prob of each decision after the update minus before it; None if nobody computed it.
+      decode: list of ids -> text; also called on single tokens and pairs, where it may be lossy.
+      names: of the K verifiers whose results are `batch.traj.scores` [B K].
+      columns: of the dataset, to be shown: B dicts, or P of them where B = P·G and the rows of a prompt are adjacent.
+      log_ratio: [B T] log-prob of each decision after the update minus before it; None if it was not computed.
+
+    Raises ValueError where `names` or `columns` do not fit the batch.
     """
     traj = jax.device_get(batch.traj.replace(dist=None, routing=None))
     B = len(traj.mask)
@@ -50,21 +56,25 @@ def sample_records(
     if columns and B % len(columns):
         raise ValueError(f"{len(columns)} dicts of columns for {B} rows: give one a row, or one a prompt")
     group = np.arange(B) if traj.group is None else traj.group
-    shown = list(dict.fromkeys(group.tolist()))[:limit]
-    rows = [b for g in shown for b in np.flatnonzero(group == g)]
-    numbers = {"mask": batch.mask, "advantage": batch.advantages, "logp": traj.logp, "log_ratio": log_ratio}
-    numbers = {name: np.asarray(value) for name, value in numbers.items() if value is not None}
+    shown_groups = list(dict.fromkeys(group.tolist()))[:limit]
+    rows = [b for shown in shown_groups for b in np.flatnonzero(group == shown)]
+    per_token = {"mask": batch.mask, "advantage": batch.advantages, "logp": traj.logp, "log_ratio": log_ratio}
+    per_token = {name: np.asarray(value) for name, value in per_token.items() if value is not None}
     return [
         {
             "step": int(step),
             "group": int(group[b]),
             **_texts(traj, b, decode),
-            "columns": {k: str(v)[:2000] for k, v in columns[b * len(columns) // B].items()} if columns else {},
-            **_results(traj, b, names),
-            "tokens": _tokens(traj, b, decode, numbers),
+            "columns": _columns_as_text(columns[b * len(columns) // B]) if columns else {},
+            **_rewards(traj, b, names),
+            "tokens": _token_columns(traj, b, decode, per_token),
         }
         for b in rows
     ]
+
+
+def _columns_as_text(columns: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value)[:MAX_COLUMN_CHARACTERS] for name, value in columns.items()}
 
 
 def _decisions(traj: Trajectory, b: int) -> np.ndarray:
@@ -74,59 +84,66 @@ def _decisions(traj: Trajectory, b: int) -> np.ndarray:
     return np.flatnonzero(inside | mask)
 
 
-def _ids(traj: Trajectory, b: int) -> tuple[list[int], np.ndarray]:
-    """All S token ids of row b, and which of them the policy chose. The first token of all stands only in inputs."""
-    at = _decisions(traj, b)
-    ids = [int(traj.inputs[b, at[0]]), *traj.actions[b][at].tolist()] if len(at) else []
-    return ids, np.append(False, traj.mask[b][at])[: len(ids)]
+def _token_ids(traj: Trajectory, b: int) -> tuple[list[int], np.ndarray]:
+    """All S token ids of row b, and which of them the policy chose. The very first token stands only in `inputs`."""
+    decisions = _decisions(traj, b)
+    ids = []
+    if len(decisions):
+        ids = [int(traj.inputs[b, decisions[0]]), *traj.actions[b][decisions].tolist()]
+    chosen = np.append(False, traj.mask[b][decisions])
+    return ids, chosen[: len(ids)]
 
 
-def _texts(traj: Trajectory, b: int, decode: Decode) -> dict:
-    ids, chosen = _ids(traj, b)
+def _texts(traj: Trajectory, b: int, decode: Decode) -> dict[str, str]:
+    ids, chosen = _token_ids(traj, b)
     first = int(chosen.argmax()) if chosen.any() else len(ids)
     return {"prompt": decode(ids[:first]), "completion": decode(ids[first:])}
 
 
-def _results(traj: Trajectory, b: int, names: Sequence[str]) -> dict:
+def _rewards(traj: Trajectory, b: int, names: Sequence[str]) -> dict[str, Any]:
     mask = traj.mask[b]
     scores = [] if traj.scores is None else traj.scores[b]
-    reward = None if traj.rewards is None else rounded(traj.rewards[b][mask].sum())
+    reward = None if traj.rewards is None else round_or_none(traj.rewards[b][mask].sum())
     ended = None if traj.terminated is None else bool(traj.terminated[b][mask].any())
     return {
-        "scores": {name: rounded(score) for name, score in zip(names, scores, strict=True)},
+        "scores": {name: round_or_none(score) for name, score in zip(names, scores, strict=True)},
         "reward": reward,
         "length": int(mask.sum()),
         "ended": ended,
     }
 
 
-def _tokens(traj: Trajectory, b: int, decode: Decode, numbers: Mapping[str, np.ndarray]) -> dict:
-    at, (ids, chosen) = _decisions(traj, b), _ids(traj, b)
-    out = {"id": ids, "text": token_texts(ids, decode), "chosen": chosen.astype(int).tolist()}
-    for name, value in numbers.items():
-        row = np.append(0, value[b, at])[: len(ids)]  # the first token of all was no decision
-        out[name] = row.astype(int).tolist() if name == "mask" else _where(chosen, row)
-    return out
-
-
-def _where(chosen: np.ndarray, row: np.ndarray) -> list[float | None]:
-    return [rounded(x) if c else None for x, c in zip(row, chosen, strict=True)]
+def _token_columns(traj: Trajectory, b: int, decode: Decode, per_token: Mapping[str, np.ndarray]) -> dict[str, list]:
+    decisions = _decisions(traj, b)
+    ids, chosen = _token_ids(traj, b)
+    columns = {"id": ids, "text": token_texts(ids, decode), "chosen": chosen.astype(int).tolist()}
+    for name, values in per_token.items():
+        row = np.append(0, values[b, decisions])[: len(ids)]  # the very first token was no decision
+        if name == "mask":
+            columns[name] = row.astype(int).tolist()
+        else:
+            columns[name] = [round_or_none(x) if is_chosen else None for x, is_chosen in zip(row, chosen, strict=True)]
+    return columns
 
 
 def token_texts(ids: Sequence[int], decode: Decode) -> list[str]:
-    """The text of each token: what it adds to the token before it, for a lone token may lose its leading space.
+    """The text of each token: what it adds to the token before it, as a token alone may lose its leading space.
 
     >>> token_texts([1, 2], lambda ids: " ".join("-ab"[i] for i in ids))
     ['a', ' b']
     """
-    out = []
-    for before, token in zip([None, *ids], ids, strict=False):
-        left = "" if before is None else decode([before])
-        both = decode([token]) if before is None else decode([before, token])
-        out.append(both[len(left) :] if both.startswith(left) and "\ufffd" not in left else decode([token]))
-    return out
+    texts = []
+    for previous, token in zip([None, *ids], ids, strict=False):
+        alone = decode([token])
+        before = "" if previous is None else decode([previous])
+        both = alone if previous is None else decode([previous, token])
+        if both.startswith(before) and "\ufffd" not in before:
+            texts.append(both[len(before) :])
+        else:
+            texts.append(alone)
+    return texts
 
 
-def rounded(value: float) -> float | None:
+def round_or_none(value: float) -> float | None:
     """Four significant digits; None for what is not finite."""
     return float(f"{float(value):.4g}") if math.isfinite(value) else None

@@ -1,6 +1,7 @@
 """TRPO's update: one natural-gradient step on the whole batch, in place of an optimizer's."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,22 @@ import optax
 
 from rljax.ops.trust_region import line_search, natural_gradient_step
 from rljax.train.mesh import Shardings
-from rljax.train.update import compiled, constrain, in_micro_batches, summed
-from rljax.types import Objective, TrainState
+from rljax.train.update import (
+    UpdateFn,
+    accumulate_gradients,
+    constrain_shardings,
+    jit_update,
+    sum_over_micro_batches,
+)
+from rljax.types import Array, Objective, Params, TrainState, Trajectory
+
+# (params, old_params, frozen, trajectory) -> KL(old ‖ new) [B T] at each decision
+DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]
 
 
 def make_trust_region_update(
     objective: Objective,
-    divergence: Callable,
+    divergence: DivergenceFn,
     delta: float = 0.01,
     damping: float = 0.1,
     iterations: int = 10,
@@ -23,56 +33,72 @@ def make_trust_region_update(
     fisher_every: int = 1,
     micro_batches: int = 1,
     shardings: Shardings | None = None,
-) -> Callable:
+) -> UpdateFn:
     """update(state, batch) -> (state, metrics), as `update.make_update`'s; equations in `ops.trust_region`.
 
-    The objective's loss is the surrogate: -ρÂ weighted (`algorithms.trpo`), no entropy bonus, no clip. No minibatches
-    either: the trust region is around the parameters before the update, which should be those that sampled. Policy and
-    critic must not share parameters; a critic's own, which neither surrogate nor KL sees, stay as they are.
+    The objective's loss is the surrogate: -ρÂ weighted (`algorithms.trpo`), without entropy bonus and clipping. Do not
+    cut minibatches: the trust region is around the parameters before the update, which should be those that sampled.
+    Policy and critic must not share parameters; a critic's own, which neither surrogate nor KL depends on, do not
+    change.
 
     Args:
-      divergence: (params, old, frozen, trajectory) -> KL [B T] at each decision: `models.policy.make_divergence`; or,
-        of a policy that reports it, lambda params, old, frozen, traj: policy(params, frozen, traj).kl, `traj.dist`
-        being the old distribution. Its mean over the decisions is what stays at or below `delta`.
-      fisher_every: the Fisher matrix is that of every n-th row, as in Baselines (5): most of the cost is its products.
-        Packed rows (`train.packing`) are other ones, so the step is another then.
-      micro_batches: of every pass over the batch, Fisher products too. Five vectors as long as the parameters are alive
-        besides, each whole on every device.
+      divergence: `models.policy.make_divergence`; or, for a policy that reports its KL to `traj.dist`,
+        lambda params, old, frozen, traj: policy(params, frozen, traj).kl. Its mean over the decisions stays at or below
+        `delta`.
+      damping: added to the Fisher matrix. iterations: of conjugate gradients.
+      shrink, trials: of the line search: factor of the step from one candidate to the next, and number of candidates.
+      fisher_every: the Fisher matrix is estimated from every n-th row, as in Baselines (5): its products are most of
+        the cost. Packing (`train.packing`) changes which rows these are, and so the step.
+      micro_batches: of every pass over the batch, Fisher products included. Five more vectors of the size of the
+        parameters are kept, each whole on every device.
 
-    Metrics: those of the loss; `kl_step`, `improvement` of the surrogate (0 where the search failed), what was expected
-    of it to first order (`improvement_expected`), `line_search_trials`, and `accepted`: 1, or 0 where no candidate was
-    good and all parameters are what they were.
+    Metrics: those of the loss; `kl_step`; `improvement` of the surrogate (0 where the search failed) and what was
+    expected of it to first order (`improvement_expected`); `line_search_trials`; `accepted`: 1, or 0 where no candidate
+    was accepted and the parameters did not change.
     """
 
-    def step(state: TrainState, frozen, batch):
-        key, used = jax.random.split(state.key)
-        batch, old = objective.prepare(state.params, frozen, batch, used), state.params
+    def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        key, prepare_key = jax.random.split(state.key)
+        batch = objective.prepare(state.params, frozen, batch, prepare_key)
+        old = state.params
 
-        def measured(params, batch):
-            if shardings is not None:  # cut out of a flat vector, they would lie as that does
-                params = constrain(params, shardings.state.params)
+        def loss_and_kl(params, batch):
+            """Of these parameters: the surrogate, and the mean KL over the decisions of the batch."""
+            if shardings is not None:  # parameters cut out of a flat vector would keep its sharding
+                params = constrain_shardings(params, shardings.state.params)
 
             def of_rows(rows):
                 distance = divergence(params, old, frozen, rows.traj)
                 kl = jnp.where(rows.mask, distance, 0.0).sum() / jnp.maximum(batch.mask.sum(), 1)
-                return objective.loss(params, frozen, rows)[0], kl
+                loss, _ = objective.loss(params, frozen, rows)
+                return loss, kl
 
-            return in_micro_batches(of_rows, batch, micro_batches)
+            return sum_over_micro_batches(of_rows, batch, micro_batches)
 
-        loss, metrics, grads = summed(objective, old, frozen, batch, micro_batches, shardings)
-        some = _every(batch, fisher_every, micro_batches)
-        change, expected = natural_gradient_step(lambda p: measured(p, some)[1], old, grads, delta, damping, iterations)
-        found = line_search(lambda p: measured(p, batch), old, loss, change, delta, shrink, trials)
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "kl_step": found.kl, "accepted": found.accepted}
-        metrics |= {"improvement": found.improvement, "improvement_expected": expected}
-        metrics |= {"line_search_trials": found.trials}
+        def fisher_kl(params):
+            _, kl = loss_and_kl(params, fisher_batch)
+            return kl
+
+        loss, metrics, grads = accumulate_gradients(objective, old, frozen, batch, micro_batches, shardings)
+        fisher_batch = _every_nth_row(batch, fisher_every, micro_batches)
+        change, expected = natural_gradient_step(fisher_kl, old, grads, delta, damping, iterations)
+        found = line_search(lambda params: loss_and_kl(params, batch), old, loss, change, delta, shrink, trials)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "kl_step": found.kl,
+            "accepted": found.accepted,
+            "improvement": found.improvement,
+            "improvement_expected": expected,
+            "line_search_trials": found.trials,
+        }
         return state.replace(params=found.params, key=key), metrics
 
-    return compiled(step, shardings)
+    return jit_update(step, shardings)
 
 
-def _every(batch, n: int, pieces: int):
-    """Every n-th row, followed by so many masked ones that `pieces` divides them."""
+def _every_nth_row(batch: Any, n: int, pieces: int) -> Any:
+    """Every n-th row, followed by as many masked ones as it takes for `pieces` to divide them."""
     count = len(range(0, batch.mask.shape[0], n))
     fill = -count % pieces
     batch = jax.tree.map(lambda x: jnp.concatenate([x[::n], x[:fill]]) if jnp.ndim(x) else x, batch)

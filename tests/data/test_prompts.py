@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rljax.data.demonstrations import demonstrations
-from rljax.data.prompts import Prompts, draw_order, from_template, pad_left, read_jsonl, train_eval_split
+from rljax.data.prompts import Prompts, from_template, pad_left, read_jsonl, shuffled_indices, train_eval_split
 from rljax.types import check_shapes
 
 LETTERS = [{"text": text} for text in ("abc", "a", "abcdefg", "ab", "abcd", "zzzzzzzzz", "q")]
@@ -28,18 +28,18 @@ def make(columns=LETTERS, max_tokens=8, **options):
 @given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 200), st.integers(0, 100), st.integers(0, 100))
 def test_order_is_a_pure_function_of_seed_and_cursor(size, seed, start, one, two):
     """Any cut of the draws gives the same draws, across the borders of epochs too."""
-    whole = draw_order(size, seed, start, one + two)
-    parts = [draw_order(size, seed, start, one), draw_order(size, seed, start + one, two)]
+    whole = shuffled_indices(size, seed, start, one + two)
+    parts = [shuffled_indices(size, seed, start, one), shuffled_indices(size, seed, start + one, two)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 @given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 5))
 def test_every_epoch_draws_each_prompt_once(size, seed, epoch):
-    assert sorted(draw_order(size, seed, epoch * size, size)) == list(range(size))
+    assert sorted(shuffled_indices(size, seed, epoch * size, size)) == list(range(size))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [draw_order(50, seed, epoch * 50, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [shuffled_indices(50, seed, epoch * 50, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -69,7 +69,7 @@ def test_draws_hold_the_prompts_and_their_columns():
         assert ids[real].tolist() == encode(row["text"])
         assert real.tolist() == sorted(real)  # on the right: the last column is the prompt's last token
         assert (ids[~real] == 7).all()
-    order = draw_order(6, 3, 4, 9)
+    order = shuffled_indices(6, 3, 4, 9)
     assert rows.columns == [prompts.columns[i] for i in order]
 
 
@@ -108,10 +108,10 @@ def test_pad_left():
 
 @pytest.mark.parametrize(("size", "count", "held"), [(10, 3, 3), (10, 9, 5), (3, 8, 1), (2, 1, 1)])
 def test_held_out_rows_are_not_trained_on(size, count, held):
-    train, exam = train_eval_split([{"n": i} for i in range(size)], count, 0)
-    assert (len(train), len(exam)) == (size - held, held)
-    assert {row["n"] for row in train} | {row["n"] for row in exam} == set(range(size))
-    assert train_eval_split([{"n": i} for i in range(size)], count, 0) == (train, exam)
+    train, eval_side = train_eval_split([{"n": i} for i in range(size)], count, 0)
+    assert (len(train), len(eval_side)) == (size - held, held)
+    assert {row["n"] for row in train} | {row["n"] for row in eval_side} == set(range(size))
+    assert train_eval_split([{"n": i} for i in range(size)], count, 0) == (train, eval_side)
 
 
 def test_a_single_row_serves_both_sides():
@@ -166,7 +166,7 @@ def test_gsm8k_prompts_over_the_limit_are_dropped(shared):
 # ---------------------------------------------------------------------------------------------------- demonstrations
 
 
-def test_demonstrations_are_prompt_and_answer():
+def test_demonstrations_are_prompt_and_completion():
     rows = make([{"text": "ab"}, {"text": "abcd"}]).first(2)
     traj = demonstrations(rows, [[1, 2, 0], [3, 0]], 4)
     check_shapes(traj)
@@ -180,5 +180,5 @@ def test_demonstrations_are_prompt_and_answer():
 
 
 def test_demonstrations_that_are_too_long():
-    with pytest.raises(ValueError, match="an answer has 3 tokens; at most 2 fit"):
+    with pytest.raises(ValueError, match="a completion has 3 tokens; at most 2 fit"):
         demonstrations(make().first(2), [[1], [1, 2, 3]], 2)

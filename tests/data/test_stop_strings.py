@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rljax.data.stop_strings import cut, stop_strings, streamed_text
+from rljax.data.stop_strings import stop_strings, streamed_text, truncate_at_stop_string
 
 LETTERS = "aab€"  # three bytes of the last: tokens may end inside of it
 TEXT = st.text(LETTERS, min_size=1, max_size=6)
@@ -37,8 +37,8 @@ def test_it_stops_where_a_search_finds_a_string(strings, pieces, data):
 def test_the_text_is_cut_before_the_string_that_ends_first(strings, text):
     ends = [i for i in range(len(text) + 1) if any(text[:i].endswith(s) for s in strings)]
     want = text if not ends else min((text[: ends[0]].removesuffix(s) for s in strings), key=len)
-    assert cut(text, strings) == want
-    assert cut(text.encode(), [s.encode() for s in strings]) == want.encode()
+    assert truncate_at_stop_string(text, strings) == want
+    assert truncate_at_stop_string(text.encode(), [s.encode() for s in strings]) == want.encode()
 
 
 @given(st.lists(TEXT, max_size=3), st.lists(PIECE, min_size=1, max_size=8), st.data())
@@ -48,9 +48,9 @@ def test_what_is_shown_of_an_answer_stays(strings, pieces, data):
     texts = [b"".join(pieces[t] for t in tokens[:i]) for i in range(len(tokens) + 1)]
     ends = [s.encode() for s in strings]
     last = next((i for i, text in enumerate(texts) if any(end in text for end in ends)), len(tokens))
-    whole = streamed_text(tokens[:last], pieces, ends, over=True)
-    assert whole == cut(texts[last], ends).decode("utf-8", "replace")
-    shown = [streamed_text(tokens[:i], pieces, ends, over=False) for i in range(last)]
+    whole = streamed_text(tokens[:last], pieces, ends, done=True)
+    assert whole == truncate_at_stop_string(texts[last], ends).decode("utf-8", "replace")
+    shown = [streamed_text(tokens[:i], pieces, ends, done=False) for i in range(last)]
     for before, after in itertools.pairwise([*shown, whole]):
         assert after.startswith(before)
     if not strings and last and texts[last - 1].isascii():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rljax.data.token_bytes import pieces_of
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
+from rljax.data.token_bytes import read_token_bytes
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer, save_characters
 
 ALPHABET = "0123456789+="
@@ -42,20 +42,20 @@ def test_characters_outside_the_alphabet():
 
 def assert_pieces_make_the_text(tokenizer, ids, strips: bool = False):
     """Joined, they are what the tokenizer decodes; some strip a space from the beginning."""
-    pieces = tokenizer.pieces()
+    pieces = tokenizer.token_bytes()
     text = b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
     assert tokenizer.decode(ids) == (text.removeprefix(" ") if strips else text)
 
 
 @given(st.lists(st.integers(0, CHARACTERS.size - 1)))
 def test_pieces_of_characters(ids):
-    assert len(CHARACTERS.pieces()) == CHARACTERS.size
+    assert len(CHARACTERS.token_bytes()) == CHARACTERS.size
     assert_pieces_make_the_text(CHARACTERS, ids)
 
 
 def test_pieces_of_characters_as_transformers_reads_them(tmp_path):
     save_characters("ab €", tmp_path)
-    assert load_tokenizer(tmp_path).pieces() == character_tokenizer("ab €").pieces()
+    assert load_tokenizer(tmp_path).token_bytes() == character_tokenizer("ab €").token_bytes()
 
 
 TEXTS = ["Once upon a time: é, 日本語 and 🙂!\n\n\tx", "a  b", "the end."]
@@ -78,7 +78,7 @@ def bytewise(tmp_path_factory):
 
 
 def test_pieces_of_bytes(bytewise):
-    pieces = bytewise.pieces()
+    pieces = bytewise.token_bytes()
     assert len(pieces) == bytewise.size > 256 + 20
     assert {bytes([b]) for b in range(256)} <= set(pieces)
     assert [pieces[bytewise.size - k] for k in (3, 2, 1)] == [b"", b"<tool call>", b" \xe9"]
@@ -103,7 +103,7 @@ def test_pieces_that_cannot_be_read(decoder, message, tmp_path):
         made.decoder = decoder
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        load_tokenizer(tmp_path).pieces()
+        load_tokenizer(tmp_path).token_bytes()
 
 
 def test_pieces_with_a_mark_for_spaces(tmp_path):
@@ -111,7 +111,7 @@ def test_pieces_with_a_mark_for_spaces(tmp_path):
     made.decoder = decoders.Metaspace()
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.pieces() == [b"", b" a", b"b "]
+    assert tokenizer.token_bytes() == [b"", b" a", b"b "]
     assert_pieces_make_the_text(tokenizer, [1, 2, 1, 0, 2], strips=True)
 
 
@@ -121,7 +121,7 @@ def test_pieces_with_a_mark_for_spaces(tmp_path):
 def test_a_byte_is_no_text_for_the_steps_after_it():
     made = Inner(models.BPE({"<0x41>": 0, "▁b": 1}, []))
     made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Replace("▁", " "), decoders.Fuse()])
-    assert pieces_of(made, 2) == [b"A", b" b"]
+    assert read_token_bytes(made, 2) == [b"A", b" b"]
 
 
 def test_chat(tmp_path):
@@ -157,7 +157,7 @@ def test_stories260k_round_trip(directory, text):
 
 def test_stories260k_pieces(directory):
     tokenizer = load_tokenizer(directory)
-    pieces = tokenizer.pieces()
+    pieces = tokenizer.token_bytes()
     assert pieces[:3] == [b"", b"", b""]
     assert {bytes([b]) for b in range(256)} <= set(pieces)
     plain = [i for i, piece in enumerate(pieces) if piece.isascii()]  # of bytes that are no text, it makes a � each

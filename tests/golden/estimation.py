@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rljax.algorithms.common.controllers import adaptive_kl
 from rljax.ops import kl, logprobs, losses, q_learning, returns, sequences, shaping, statistics, weights
-from rljax.train import diagnostics
+from rljax.train import diagnostics, metrics
 from rljax.types import Batch, Trajectory
 from tests import dialects
 from tests.golden.entry import Case, Entry, gradient
@@ -393,13 +393,13 @@ def verl_data_metrics(case: Case) -> dict:
     mask, x = mask_of(case), case.ins
     out = {}
     for prefix, rewards in (("critic/score", "token_level_scores"), ("critic/rewards", "token_level_rewards")):
-        shown = diagnostics.rollout(trajectory(case, mask, x[rewards]), ())
+        shown = metrics.rollout_metrics(trajectory(case, mask, x[rewards]), ())
         for name, ours in {"mean": "reward", "max": "reward_max", "min": "reward_min"}.items():
             out[f"{prefix}/{name}"] = shown[ours]
 
     values = jnp.pad(x["values"], ((0, 0), (0, 1)))
     traj = trajectory(case, mask, x["token_level_rewards"], values=values)
-    credited = diagnostics.credit(Batch(traj=traj, advantages=x["advantages"], returns=x["returns"], mask=mask))
+    credited = metrics.credit_metrics(Batch(traj=traj, advantages=x["advantages"], returns=x["returns"], mask=mask))
     for theirs, ours in {"advantages": "advantage", "returns": "return", "values": "value"}.items():
         for name, suffix in {"mean": "", "max": "_max", "min": "_min"}.items():
             out[f"critic/{theirs}/{name}"] = credited[ours + suffix]
@@ -480,7 +480,7 @@ TABLE = {
     "verl_overlong": Entry("ops.shaping.soft_overlong_punishment", verl_overlong, rtol=1e-5),
     "verl_adaptive_kl_controller": Entry("adaptive_kl", verl_adaptive_kl_controller),
     "verl_data_metrics": Entry(
-        "train.diagnostics",
+        "train.metrics",
         verl_data_metrics,
         mask="response_mask",
         not_compared={"prompt_length/*": "of prompts that were not recorded"},

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rljax.rewards.function_path import refer
 
 from rewards import hostile
 from rljax.rewards import pool as pool_module
+from rljax.rewards.function_path import pickle_function
 from rljax.rewards.pool import Pool
-from rljax.rewards.worker import judge
+from rljax.rewards.worker import call_verifier
 
 SECONDS = 2.0  # within it any machine lets a worker answer; an endless loop takes all of it
 TEXTS = ["", "a", "bb", "ccc"]
@@ -28,7 +28,7 @@ def items(*texts, **columns):
 
 @pytest.fixture(scope="module")
 def pool():
-    with Pool(workers=2, seconds=30, megabytes=256) as pool:
+    with Pool(workers=2, timeout_seconds=30, memory_megabytes=256) as pool:
         yield pool
 
 
@@ -59,7 +59,7 @@ def test_the_order_is_that_of_the_items(pool):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(workers):
     texts = ["a", "bx", "cc", "", "ddd"]
-    with Pool(workers=workers, seconds=SECONDS) as pool:
+    with Pool(workers=workers, timeout_seconds=SECONDS) as pool:
         results = pool.map(hostile.sometimes_endless, items(*texts))
     assert [(r.value, r.status) for r in results] == [
         *[(1.0, "ok"), (None, "timeout")],
@@ -75,7 +75,7 @@ def test_an_endless_loop_ends_at_its_deadline(monkeypatch):
         asked.append(seconds)
         return really_wait(pipes, seconds)
 
-    with Pool(workers=2, seconds=SECONDS) as pool:
+    with Pool(workers=2, timeout_seconds=SECONDS) as pool:
         pool.map(hostile.sometimes_endless, items("a", "b"))  # started and loaded
         monkeypatch.setattr(pool_module, "wait", wait)
         (result,) = pool.map(hostile.sometimes_endless, items("x"))
@@ -90,7 +90,7 @@ def test_starting_and_importing_do_not_count(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     from slow_to_import import one
 
-    with Pool(workers=1, seconds=SECONDS) as pool:
+    with Pool(workers=1, timeout_seconds=SECONDS) as pool:
         assert pool.map(one, items("a"))[0] == (1.0, "ok", "")
 
 
@@ -116,7 +116,7 @@ def test_an_idle_worker_that_was_killed_blames_no_item(pool):
 
 
 def test_workers_are_recycled():
-    with Pool(workers=1, recycle=3) as pool:
+    with Pool(workers=1, max_calls=3) as pool:
         numbers = [r.value for r in pool.map(hostile.own_number, items(*"abcdefg"))]
     assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
     assert len(set(numbers)) == 3
@@ -124,7 +124,7 @@ def test_workers_are_recycled():
 
 
 def test_the_whole_group_is_killed_and_close_leaves_nothing(tmp_path):
-    with Pool(workers=1, seconds=SECONDS) as pool:
+    with Pool(workers=1, timeout_seconds=SECONDS) as pool:
         assert pool.map(hostile.endless_with_a_child, items("a", path=str(tmp_path / "pids")))[0].status == "timeout"
         assert gone(*map(int, (tmp_path / "pids").read_text().split()))
         idle = int(pool.map(hostile.own_number, items("a"))[0].value)
@@ -136,7 +136,7 @@ def test_the_whole_group_is_killed_and_close_leaves_nothing(tmp_path):
 def test_no_network(pool, how):
     with socket.create_server(("127.0.0.1", 0)) as server:
         columns = {"port": server.getsockname()[1], "how": how}
-        assert judge(hostile.calls_home, ("a",), columns).value == 1.0
+        assert call_verifier(hostile.calls_home, ("a",), columns).value == 1.0
         assert pool.map(hostile.calls_home, items("a", **columns))[0] == (0.0, "ok", "")
 
 
@@ -158,7 +158,10 @@ def test_a_worker_is_light_and_takes_no_accelerator(pool):
     [(True, 1.0), (2, 2.0), (np.float32(0.5), 0.5), (np.bool_(True), 1.0), (np.int64(-3), -3.0), (np.array(1.5), 1.5)],
 )
 def test_legal_answers(pool, what, value):
-    for result in (judge(hostile.says, ("a",), {"what": what}), pool.map(hostile.says, items("a", what=what))[0]):
+    for result in (
+        call_verifier(hostile.says, ("a",), {"what": what}),
+        pool.map(hostile.says, items("a", what=what))[0],
+    ):
         assert result == (value, "ok", "")
     assert pool.map(hostile.nothing, items("a"))[0] == (None, "none", "")
 
@@ -167,7 +170,7 @@ def test_legal_answers(pool, what, value):
     "what", ["1.0", float("nan"), float("inf"), 1e39, 10**400, 1j, [1.0], np.array([1.0]), np.complex64(1)]
 )
 def test_other_answers_are_errors_here_and_there(pool, what):
-    here, there = judge(hostile.says, ("a",), {"what": what}), pool.map(hostile.says, items("a", what=what))[0]
+    here, there = call_verifier(hostile.says, ("a",), {"what": what}), pool.map(hostile.says, items("a", what=what))[0]
     assert here == there
     assert here[:2] == (None, "error")
     assert type(what).__name__ in here.detail
@@ -175,7 +178,7 @@ def test_other_answers_are_errors_here_and_there(pool, what):
 
 @pytest.mark.parametrize(("verifier", "word"), [(hostile.raises, "no such rubric"), (hostile.leaves, "SystemExit")])
 def test_what_is_raised_is_told_with_its_line(pool, verifier, word):
-    here, there = judge(verifier, ("a",), {}), pool.map(verifier, items("a"))[0]
+    here, there = call_verifier(verifier, ("a",), {}), pool.map(verifier, items("a"))[0]
     assert here == there
     assert here.status == "error"
     assert word in here.detail
@@ -190,7 +193,7 @@ def test_a_function_that_cannot_travel_is_told_what_is_legal(pool):
         with pytest.raises(ValueError, match=r"top level of a file(.|\n)*pool=None"):
             pool.map(function, items("a"))
     with pytest.raises(ValueError, match="bound by partial"):
-        refer(functools.partial(hostile.says, what=lambda: 0))
+        pickle_function(functools.partial(hostile.says, what=lambda: 0))
 
 
 def test_partials_travel_and_odd_arguments_are_named(pool):
@@ -224,7 +227,7 @@ SCRIPT = """
             pass
 
     if __name__ == "__main__":
-        with Pool(workers=2, seconds=600) as pool:
+        with Pool(workers=2, timeout_seconds=600) as pool:
             print(pool.map(functools.partial(verdict, weight=0.5), [(("ab",), {}), (("abcd",), {})]), flush=True)
             if len(sys.argv) > 1:
                 pool.map(stuck, [((sys.argv[1] + "/",), {})] * 2)

@@ -85,7 +85,7 @@ def test_none_is_left_out_and_a_row_without_a_verdict_is_nan():
     assert np.isnan(alone.rewards).sum() == 2
 
 
-def test_a_failure_leaves_the_whole_row_unjudged():
+def test_a_failure_leaves_the_whole_row_without_a_reward():
     with Pool(workers=2) as pool:
         score = make_score({"fails": hostile.dies_on_three, "right": exact_number}, decode, pool=pool)
         traj = score(TRAJ, rows_of(COLUMNS))

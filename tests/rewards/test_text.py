@@ -55,10 +55,10 @@ def test_there_are_about_thirty_animals():
 
 
 def test_distinct_words_of_another_list():
-    colours = functools.partial(distinct_words, words={"red": "red", "crimson": "red", "blue": "blue"}, enough=2)
+    colours = functools.partial(distinct_words, words={"red": "red", "crimson": "red", "blue": "blue"}, max_count=2)
     assert [colours(text) for text in ("green", "Red crimson", "red BLUE", "blue red blue")] == [0, 0.5, 1, 1]
-    with pytest.raises(ValueError, match="enough=0"):
-        distinct_words("red", words={}, enough=0)
+    with pytest.raises(ValueError, match="max_count=0"):
+        distinct_words("red", words={}, max_count=0)
 
 
 def test_matches_is_the_whole_completion_and_travels():

@@ -185,7 +185,7 @@ def test_what_goes_wrong_in_the_saving_thread_is_raised(tmp_path, small, monkeyp
     def full(self, step):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Checkpoints, "_seal", full)
+    monkeypatch.setattr(Checkpoints, "_write_manifest", full)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, small(1))
     with pytest.raises(OSError, match="disk full"):

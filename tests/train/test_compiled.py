@@ -8,7 +8,7 @@ import pytest
 
 from rljax.algorithms import ppo
 from rljax.models import mlp
-from rljax.train.compiled import decisions, follow, of_part, permutations, scan_updates
+from rljax.train.compiled import flatten_time, permutations, polyak_update, scan_updates, update_subtree
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import TrainState, Trajectory, check_shapes
@@ -36,7 +36,7 @@ def batch_and_state():
 
 def test_every_decision_is_a_row_and_the_loss_is_the_same():
     batch, state, update = batch_and_state()
-    alone = decisions(batch)
+    alone = flatten_time(batch)
     check_shapes(alone)
     for b, t in ((0, 0), (1, 5), (3, 2)):
         assert alone.advantages[b * T + t, 0] == batch.advantages[b, t]
@@ -59,7 +59,7 @@ def test_one_pass_of_one_update_is_that_update():
 def test_each_pass_takes_every_row_once():
     """A counter in place of the update: it adds up the rows it is given."""
     batch, state, _ = batch_and_state()
-    rows = decisions(batch)
+    rows = flatten_time(batch)
     rows = rows.replace(returns=jnp.arange(1.0, B * T + 1)[:, None])
 
     def update(state, mini):
@@ -67,13 +67,13 @@ def test_each_pass_takes_every_row_once():
         return state.replace(params=seen), {"rows": mini.returns.shape[0] * jnp.ones(())}
 
     counting = state.replace(params=jnp.zeros(B * T))
-    after, kept = scan_updates(update, counting, rows, epochs=3, count=4, keep=("rows",))
+    after, kept = scan_updates(update, counting, rows, epochs=3, num_minibatches=4, keep=("rows",))
     assert (after.params == 3).all()
     assert float(kept["rows"]) == B * T / 4
     with pytest.raises(
         ValueError, match=r"24 rows do not divide into 5 minibatches; legal: \[1, 2, 3, 4, 6, 8, 12, 24\]"
     ):
-        scan_updates(update, counting, rows, count=5)
+        scan_updates(update, counting, rows, num_minibatches=5)
 
 
 def test_permutations_are_uniform():
@@ -91,7 +91,7 @@ def test_a_part_is_trained_alone():
     update = make_update(policy_objective(mlp.make_mlp_policy(), ppo()), optimizer)
     opt_state = {name: optimizer.init({name: part}) for name, part in state.params.items()}
     before = jax.tree.map(jnp.copy, state.params)
-    after, _ = of_part(update, "critic")(state.replace(opt_state=opt_state), batch)
+    after, _ = update_subtree(update, "critic")(state.replace(opt_state=opt_state), batch)
     same = jax.tree.map(lambda x, y: bool((x == y).all()), before, after.params)
     assert all(jax.tree.leaves(same["actor"]))
     assert not all(jax.tree.leaves(same["critic"]))
@@ -101,8 +101,8 @@ def test_a_part_is_trained_alone():
 
 def test_a_target_network_follows_by_its_share_where_that_is_due():
     target, params = {"w": jnp.array([0.0, 4.0])}, {"w": jnp.array([8.0, 0.0])}
-    assert follow(target, params)["w"].tolist() == [8, 0]
-    assert follow(target, params, 0.25)["w"].tolist() == [2, 3]
-    assert follow(target, params, 0.25, due=False)["w"].tolist() == [0, 4]
-    twice = follow(follow(target, params, 0.25), params, 0.25)
+    assert polyak_update(target, params)["w"].tolist() == [8, 0]
+    assert polyak_update(target, params, 0.25)["w"].tolist() == [2, 3]
+    assert polyak_update(target, params, 0.25, due=False)["w"].tolist() == [0, 4]
+    twice = polyak_update(polyak_update(target, params, 0.25), params, 0.25)
     np.testing.assert_allclose(twice["w"], [8 * (1 - 0.75**2), 4 * 0.75**2], rtol=1e-6)

@@ -1,6 +1,6 @@
 """Diagnostics by enumeration and by hand. Those of verl are in tests/golden/estimation.py too."""
 
-from itertools import combinations, permutations
+from itertools import permutations
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rljax.train import diagnostics
+from rljax.train.metrics import policy_metrics
 from rljax.types import Batch, PolicyOutput, Trajectory
 
 nan = np.nan
@@ -17,33 +18,15 @@ def f32(x):
     return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.parametrize("n", [1, 4, 7])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n):
-    for k in range(1, n + 1):
-        want = []
-        for c in range(n + 1):
-            right = np.arange(n) < c
-            want.append(np.mean([right[list(chosen)].any() for chosen in combinations(range(n), k)]))
-        got = diagnostics.pass_at_k(jnp.full(n + 1, n), jnp.arange(n + 1), k)
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-        assert (got[n - k + 1 :] == 1).all()
-
-
-def test_pass_at_k_of_fewer_answers_than_k_is_known_only_if_one_is_right():
-    np.testing.assert_array_equal(diagnostics.pass_at_k(jnp.array([3, 3, 0]), jnp.array([1, 0, 0]), 4), [1, nan, nan])
-    assert diagnostics.pass_at_k(2, 1, 1) == 0.5
-    np.testing.assert_allclose(diagnostics.pass_at_k(10_000, 10, 100), 1 - (0.99) ** 10, rtol=5e-3)
-
-
-# Two prompts of three answers and one not judged at all, rows in any order.
+# Two prompts of three completions, and one of a completion that was not scored, rows in any order.
 GROUP = jnp.array([7, 2, 7, 2, 9, 7, 2])
 ANSWER = jnp.array([10, 10, 11, 12, 10, 10, 13])
 CORRECT = jnp.array([True, False, False, True, True, True, False])
-JUDGED = jnp.array([True, True, True, True, False, True, True])
+VALID = jnp.array([True, True, True, True, False, True, True])
 
 
 def test_rates_of_solving_are_means_over_prompts():
-    got = jax.jit(diagnostics.solve_rates, static_argnums=3)(CORRECT, GROUP, JUDGED, (1, 2, 3), ANSWER)
+    got = jax.jit(diagnostics.solve_rates, static_argnums=3)(CORRECT, GROUP, VALID, (1, 2, 3), ANSWER)
     want = {
         "avg@1": (1 + 0) / 2,
         "avg@2": (1 / 2 + 1 / 2) / 2,
@@ -58,19 +41,19 @@ def test_rates_of_solving_are_means_over_prompts():
     assert {name: float(x) for name, x in got.items()} == pytest.approx(want, rel=1e-6)
 
 
-def test_rates_depend_neither_on_the_names_of_groups_nor_on_rows_that_were_not_judged():
-    facts = CORRECT, GROUP, JUDGED, ANSWER
+def test_rates_depend_neither_on_the_names_of_groups_nor_on_rows_that_were_not_scored():
+    facts = CORRECT, GROUP, VALID, ANSWER
     whole = diagnostics.solve_rates(*facts[:3], (3,), ANSWER)
     for order in list(permutations(range(7)))[::701]:
-        correct, group, judged, answer = (x[jnp.array(order)] for x in facts)
-        mixed = diagnostics.solve_rates(correct, 100 - group, judged, (3,), 5 * answer)
-        less = diagnostics.solve_rates(*(x[judged] for x in (correct, group, judged)), (3,), answer[judged])
+        correct, group, valid, answer = (x[jnp.array(order)] for x in facts)
+        mixed = diagnostics.solve_rates(correct, 100 - group, valid, (3,), 5 * answer)
+        less = diagnostics.solve_rates(*(x[valid] for x in (correct, group, valid)), (3,), answer[valid])
         for other in (mixed, less):
             assert {k: float(v) for k, v in other.items()} == pytest.approx({k: float(v) for k, v in whole.items()})
 
 
 def test_rates_of_nothing_are_0():
-    got = diagnostics.solve_rates(CORRECT, GROUP, JUDGED & False, (1,), ANSWER)
+    got = diagnostics.solve_rates(CORRECT, GROUP, VALID & False, (1,), ANSWER)
     assert {name: float(x) for name, x in got.items()} == {"avg@1": 0, "pass@1": 0, "maj@1": 0}
 
 
@@ -110,19 +93,19 @@ def test_the_weight_of_an_answer_is_the_product_of_its_decisions():
 
 def test_the_policys_diagnostics_are_those_of_its_ratios():
     draw = np.random.default_rng(1)
-    logp, behaviour, old = (f32(x) for x in draw.normal(size=(3, 4, 6)))
+    logp, behavior, old = (f32(x) for x in draw.normal(size=(3, 4, 6)))
     zeros = jnp.zeros((4, 6))
-    traj = Trajectory(zeros, zeros, behaviour, zeros == 0)
+    traj = Trajectory(zeros, zeros, behavior, zeros == 0)
     batch = Batch(traj=traj, advantages=zeros, mask=traj.mask)
-    got = diagnostics.policy(PolicyOutput(logp=logp), batch)
-    d = np.float64(logp) - np.float64(behaviour)
+    got = policy_metrics(PolicyOutput(logp=logp), batch)
+    d = np.float64(logp) - np.float64(behavior)
     np.testing.assert_allclose(got["ratio_min"], np.exp(d), rtol=1e-5)
     np.testing.assert_allclose(got["ratio_squared"], np.exp(2 * d), rtol=1e-5)
     np.testing.assert_allclose(got["kl_behavior"], np.exp(d) - 1 - d, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(got["kl_behavior_k1"], -d, rtol=1e-5)
     assert "kl_old" not in got
     assert "entropy" not in got
-    got = diagnostics.policy(PolicyOutput(logp=logp, entropy=zeros), batch.replace(traj=traj.replace(old_logp=old)))
+    got = policy_metrics(PolicyOutput(logp=logp, entropy=zeros), batch.replace(traj=traj.replace(old_logp=old)))
     d = np.float64(logp) - np.float64(old)
     np.testing.assert_allclose(got["kl_old"], np.exp(d) - 1 - d, rtol=1e-4, atol=1e-6)
     assert "entropy" in got

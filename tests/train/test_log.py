@@ -12,7 +12,16 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from rljax.train import log as module
-from rljax.train.log import Log, clock, drop_from, log_info, read_records, short, table, write_atomically
+from rljax.train.log import (
+    Log,
+    drop_records_from,
+    format_duration,
+    format_number,
+    log_info,
+    read_records,
+    table,
+    write_atomically,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -78,7 +87,7 @@ def test_the_hour_is_not_written(tmp_path, monkeypatch):
 def test_a_complete_last_line_without_its_end_is_kept(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}')
-    drop_from(path, 2)
+    drop_records_from(path, 2)
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
@@ -144,7 +153,7 @@ def test_a_process_without_a_directory_writes_and_shows_nothing(tmp_path, monkey
 
 def test_further_writers_are_called(tmp_path):
     seen = []
-    with Log(tmp_path, total_steps=1, also=[lambda step, metrics: seen.append((step, metrics))]) as log:
+    with Log(tmp_path, total_steps=1, writers=[lambda step, metrics: seen.append((step, metrics))]) as log:
         log.write(0, {"reward": module.np.float32(0.5)})
     assert seen == [(0, {"reward": 0.5})]
 
@@ -186,7 +195,7 @@ class Terminal(io.StringIO):
 
 
 def test_numbers_and_times_are_short():
-    assert [short(x) for x in (0.41234, 3.9, 15234.4, 0.00214, -2.0, NAN)] == [
+    assert [format_number(x) for x in (0.41234, 3.9, 15234.4, 0.00214, -2.0, NAN)] == [
         "0.412",
         "3.9",
         "15,234",
@@ -194,13 +203,13 @@ def test_numbers_and_times_are_short():
         "-2",
         "–",
     ]
-    assert [clock(x) for x in (0.4, 41, 61.6, 3723)] == ["0:00", "0:41", "1:02", "1:02:03"]
+    assert [format_duration(x) for x in (0.4, 41, 61.6, 3723)] == ["0:00", "0:41", "1:02", "1:02:03"]
 
 
 def test_plain_lines_first_last_and_now_and_then(tmp_path, monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    with Log(tmp_path, total_steps=20, names=("reward", "absent", "tokens_per_second")) as log:
+    with Log(tmp_path, total_steps=20, progress_metrics=("reward", "absent", "tokens_per_second")) as log:
         for step in range(20):
             log.write(step, {"tokens_per_second": 15234.4, "reward": step / 100, "loss": 1.0})
             now[0] += 1.5
@@ -243,6 +252,6 @@ def test_tables_keep_brackets_and_align_numbers(capsys):
     assert ["y", "2", "True"] in rows
 
 
-def test_say_does_not_wrap(capsys):
+def test_log_info_does_not_wrap(capsys):
     log_info("x" * 500)
     assert capsys.readouterr().out == "x" * 500 + "\n"

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.train.metrics import average, credit_metrics, describe, require_on_policy, reward_and_kl
+from rljax.train.metrics import average_metrics, credit_metrics, require_on_policy, reward_and_kl, rollout_metrics
 from rljax.types import Batch, Trajectory
 
 nan = np.nan
@@ -29,7 +29,7 @@ def trajectory(**fields):
 
 
 def test_rewards_lengths_and_signal():
-    got = {name: float(value) for name, value in describe(trajectory(), ("right", "long")).items()}
+    got = {name: float(value) for name, value in rollout_metrics(trajectory(), ("right", "long")).items()}
     want = {
         "reward": (1 + 0 + 0.3 + 0.3 + 0.7) / 5,
         "reward_std": np.std([1, 0, 0.3, 0.3, 0.7]),
@@ -40,10 +40,10 @@ def test_rewards_lengths_and_signal():
         "length": 12 / 8,
         "length_max": 3,
         "length_min": 1,
-        "aborted": 0,
+        "frac_empty": 0,
         "tokens": 12,
         "frac_reward_failed": 3 / 8,
-        "no_signal": 6 / 8,
+        "frac_reward_zero_std": 6 / 8,
         "reward/right": 3 / 5,
         "reward/right_std": np.std([1, 0, 1, 1, 0]),
         "reward/long": 30 / 6,
@@ -53,9 +53,9 @@ def test_rewards_lengths_and_signal():
 
 
 def test_groups_are_solved_by_all_or_by_none():
-    got = describe(trajectory(), (), solved=0.3)
+    got = rollout_metrics(trajectory(), (), solved=0.3)
     assert (got["solved_all"], got["solved_none"]) == (pytest.approx(4 / 8), 0)  # {0.3, 0.3} and {0.7}
-    got = describe(trajectory(), (), solved=0.7)
+    got = rollout_metrics(trajectory(), (), solved=0.7)
     assert (got["solved_all"], got["solved_none"]) == (pytest.approx(2 / 8), pytest.approx(2 / 8))
 
 
@@ -63,7 +63,7 @@ def test_truncation_and_distance_to_the_reference_are_shown_where_they_are_known
     truncated = np.zeros(MASK.shape, bool)
     truncated[[0, 2, 3], [2, 2, 0]] = True  # the last is outside the mask
     traj = trajectory(ref_logp=np.where(MASK, -1.5, nan)).replace(truncated=jnp.asarray(truncated))
-    got = describe(traj, ())
+    got = rollout_metrics(traj, ())
     assert got["truncated"] == pytest.approx(2 / 8)
     assert got["kl_sequence"] == pytest.approx(0.5 * 12 / 8)
     assert not any("/" in name for name in got)
@@ -71,10 +71,10 @@ def test_truncation_and_distance_to_the_reference_are_shown_where_they_are_known
 
 def test_a_row_without_a_decision_is_not_judged():
     traj = trajectory().replace(mask=jnp.asarray(MASK & (np.arange(8) != 0)[:, None]))
-    got = describe(traj, ())
+    got = rollout_metrics(traj, ())
     assert got["frac_reward_failed"] == pytest.approx(4 / 8)
     assert got["reward"] == pytest.approx(1.3 / 4)
-    assert (got["aborted"], got["length_min"]) == (pytest.approx(1 / 8), 0)
+    assert (got["frac_empty"], got["length_min"]) == (pytest.approx(1 / 8), 0)
     assert reward_and_kl(traj.replace(ref_logp=traj.logp))["reward"] == pytest.approx(1.3 / 4)
 
 
@@ -87,9 +87,9 @@ def test_reward_with_its_standard_error_and_the_kl_a_sequence():
 
 def test_the_gap_between_sampler_and_trainer_is_shown_where_both_are_known():
     logp = np.where(MASK, np.random.default_rng(0).normal(size=MASK.shape) - 1, nan)
-    got = describe(trajectory(old_logp=logp), ())
+    got = rollout_metrics(trajectory(old_logp=logp), ())
     assert got["sampler_kl"] == pytest.approx((-1.0 - logp[MASK]).mean(), rel=1e-5)
-    assert not any(name.startswith("sampler_") for name in describe(trajectory(), ()))
+    assert not any(name.startswith("sampler_") for name in rollout_metrics(trajectory(), ()))
 
 
 def test_credit_is_described_over_the_batchs_own_mask():
@@ -120,14 +120,14 @@ def test_ratios_have_their_spread_and_their_effective_share():
         "ratio_std": ratios.std(),
         "ess_fraction": 1 / ((ratios / ratios.mean()) ** 2).mean(),
     }
-    assert average(steps) == pytest.approx(want)
-    same = average([{"ratio": 1.0, "ratio_squared": 1.0 - 1e-7}])  # rounding
+    assert average_metrics(steps) == pytest.approx(want)
+    same = average_metrics([{"ratio": 1.0, "ratio_squared": 1.0 - 1e-7}])  # rounding
     assert same == {"ratio": 1.0, "ratio_std": 0.0, "ess_fraction": 1.0}
 
 
 def test_average_takes_means_and_extremes():
     steps = [{"loss": 1.0, "ratio_max": 3.0, "ratio_min": 0.5}, {"loss": 2.0, "ratio_max": 1.0, "ratio_min": 0.25}]
-    assert average(steps) == {"loss": 1.5, "ratio_max": 3.0, "ratio_min": 0.25}
+    assert average_metrics(steps) == {"loss": 1.5, "ratio_max": 3.0, "ratio_min": 0.25}
 
 
 @pytest.mark.parametrize("gap", [2e-3, nan])

@@ -12,7 +12,7 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
-from rljax.train.packing import pack, packed, plan
+from rljax.train.packing import make_packed_update, pack_batch, plan_rows
 from rljax.train.update import learn as learn_rollout
 from rljax.train.update import make_update
 from rljax.types import Batch, check_shapes, trajectory_of_tokens
@@ -52,7 +52,7 @@ def texts(lengths, prompt=1, width=None):
 def test_three_texts_by_hand():
     """Of 4, 2 and 3 decisions, in two rows of 5: the longest has its own, and the fuller row is dealt first."""
     batch = texts([4, 2, 3], width=6)
-    got, micro_batches, shown = pack(batch, 5, rows=2)
+    got, micro_batches, shown = pack_batch(batch, 5, rows=2)
     check_shapes(got)
     first = batch.traj.segments.argmax(axis=1)
     want = [[(1, c) for c in range(2)] + [(2, c) for c in range(3)], [(0, c) for c in range(4)]]
@@ -78,7 +78,7 @@ def test_texts_are_whole_and_each_is_there_once():
     """Read back segment by segment, for two devices."""
     lengths = np.random.default_rng(0).integers(0, 12, 60)
     batch = texts(lengths, prompt=2)
-    got, micro_batches, _ = pack(batch, 20, rows=3, devices=2)
+    got, micro_batches, _ = pack_batch(batch, 20, rows=3, devices=2)
     assert micro_batches > 1
     found, inputs = [], np.asarray(got.traj.inputs)
     for row, segments in enumerate(np.asarray(got.traj.segments)):
@@ -103,7 +103,7 @@ LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=40)
 @given(LENGTHS, st.integers(12, 30), st.integers(1, 5), st.integers(1, 4))
 def test_every_text_has_a_place_in_a_row_that_holds_it(lengths, width, rows, devices):
     lengths = np.array(lengths)
-    row, micro_batches, count = plan(lengths, width, rows, devices)
+    row, micro_batches, count = plan_rows(lengths, width, rows, devices)
     assert row.min() >= 0
     assert np.bincount(row, lengths, count).max() <= width
     assert count % (devices * micro_batches) == 0
@@ -114,7 +114,7 @@ def test_every_text_has_a_place_in_a_row_that_holds_it(lengths, width, rows, dev
 def test_no_bin_has_more_than_the_mean_and_one_text(lengths, width, rows, devices):
     """Bins as the update and the mesh cut rows: contiguous over devices, then every M-th row."""
     lengths = np.array(lengths)
-    row, M, count = plan(lengths, width, rows, devices)
+    row, M, count = plan_rows(lengths, width, rows, devices)
 
     def by_bin(of_text):
         of_row = np.bincount(row, of_text, count)
@@ -132,14 +132,14 @@ def test_no_bin_has_more_than_the_mean_and_one_text(lengths, width, rows, device
 def test_there_are_no_more_rows_than_first_fit_needs(lengths, width, devices):
     """With a step fewer no row had room for one of the texts, so all were nearly full."""
     lengths = np.array(lengths)
-    _, _, count = plan(lengths, width, 1000, devices)
+    _, _, count = plan_rows(lengths, width, 1000, devices)
     fewer = count // devices - max(count // devices // 16, 1)
     assert fewer == 0 or lengths.sum() > fewer * devices * (width - lengths.max())
 
 
 def test_few_shapes_come_up():
     """1 to 16 rows a device, then steps of at most a sixteenth."""
-    counts = sorted({plan(np.full(n, 10), 10, 1000, 1)[2] for n in range(1, 70)})
+    counts = sorted({plan_rows(np.full(n, 10), 10, 1000, 1)[2] for n in range(1, 70)})
     assert counts == [*range(1, 33), *range(34, 65, 2), 68, 72]
 
 
@@ -160,7 +160,7 @@ def test_an_update_of_packed_rows_is_that_of_unpacked_ones(name):
     algorithm = ALGORITHMS[name]
     batch = filtered(credited(algorithm, rollout()))
     want = learn(algorithm, batch, table_params())
-    together, micro_batches, shown = pack(batch, 7, rows=1, devices=2)
+    together, micro_batches, shown = pack_batch(batch, 7, rows=1, devices=2)
     assert micro_batches > 1
     assert shown["padding_after"] < shown["padding_before"]
     agree(learn(algorithm, together, table_params(), micro_batches=micro_batches), want)
@@ -184,7 +184,7 @@ def of_decoder(name, sizes, width=None, tokens=None):
     def make(micro_batches):
         return make_update(policy_objective(POLICY, algorithm), GRADIENT, micro_batches, shardings)
 
-    update = make(1) if width is None else packed(make, tokens, width, shardings)
+    update = make(1) if width is None else make_packed_update(make, tokens, width, shardings)
     state, batch = state_of(params), credited(algorithm, rollout(vocabulary=16))
     if shardings is not None:
         state, batch = jax.device_put(state, shardings.state), shard_rows(shardings, batch)
@@ -206,7 +206,7 @@ def test_on_a_mesh_too_where_texts_must_not_see_each_other(name):
 def test_a_batch_of_nothing_is_a_row_of_padding():
     algorithm = ALGORITHMS["grpo"]
     batch = credited(algorithm, rollout())
-    together, _, shown = pack(batch.replace(mask=batch.mask & False), 9, rows=2)
+    together, _, shown = pack_batch(batch.replace(mask=batch.mask & False), 9, rows=2)
     assert shown == {"padding_before": 1.0, "padding_after": 1.0}
     gradient, metrics = learn(algorithm, together, table_params())
     assert not gradient["table"].any()
@@ -233,27 +233,27 @@ def two_texts(batch):
     [
         (lambda b: b.traj, "only a Batch is packed, after credit; not Trajectory"),
         (without_segments, "Trajectory.segments is None"),
-        (holed, "row 1 is not one text"),
-        (two_texts, "row 2 is not one text"),
+        (holed, "row 1 is not one sequence"),
+        (two_texts, "row 2 is not one sequence"),
         (lambda b: b.replace(extra={"y": jnp.ones(3)}), r"extra\.y has shape \(3,\); to be packed .* \(3, 7\)"),
         (lambda b: b.replace(returns=jnp.ones(3)), r"Batch.returns has shape \(3,\)"),
-        (lambda b: pack(b, 9, 1)[0], "row 0 is not one text"),
+        (lambda b: pack_batch(b, 9, 1)[0], "row 0 is not one sequence"),
     ],
     ids=["a trajectory", "no segments", "a hole", "two texts", "a fact of rows", "a shape", "packed already"],
 )
 def test_what_cannot_be_packed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        pack(change(texts([4, 3, 2])), 9, rows=1)
+        pack_batch(change(texts([4, 3, 2])), 9, rows=1)
 
 
 def test_a_text_that_is_too_long_and_a_budget_that_is_too_small():
-    with pytest.raises(ValueError, match="row 1 holds a text of 5 decisions; a packed row holds 4"):
-        pack(texts([4, 5, 2]), 4, rows=1)
+    with pytest.raises(ValueError, match="row 1 holds a sequence of 5 decisions; a packed row holds 4"):
+        pack_batch(texts([4, 5, 2]), 4, rows=1)
     with pytest.raises(ValueError, match="3 tokens at a time hold no row of 4; legal: rows of 1 to 3"):
-        packed(lambda micro_batches: None, 3, 4)
+        make_packed_update(lambda micro_batches: None, 3, 4)
 
 
 def test_real_refuses_packed_rows_as_it_compares_those_of_a_group():
-    together, _, _ = pack(credited(real(), asked_for(real(), rollout())), 9, rows=2)
+    together, _, _ = pack_batch(credited(real(), asked_for(real(), rollout())), 9, rows=2)
     with pytest.raises(ValueError, match=r"Trajectory\.group"):
         learn(real(), together, table_params())

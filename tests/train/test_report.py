@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from rljax.train.log import Log
-from rljax.train.report import collect, curve, embed, evenly, group, read_samples, smooth, theme_of, thin, write_report
+from rljax.train.report import (
+    collect,
+    curve,
+    embed_json,
+    evenly_spaced,
+    group_by_theme,
+    read_samples,
+    smooth,
+    theme_of,
+    thin,
+    write_report,
+)
 
 EVIL = '</script><img src=x onerror="alert(1)">\u2028{{SCRIPT}}<!-- &amp; \ud800'
 
@@ -127,9 +138,9 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_embedded_json_is_strict():
-    assert json.loads(embed([EVIL, None, 1.5])) == [EVIL, None, 1.5]
+    assert json.loads(embed_json([EVIL, None, 1.5])) == [EVIL, None, 1.5]
     with pytest.raises(ValueError, match="JSON"):
-        embed([float("nan")])
+        embed_json([float("nan")])
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -199,33 +210,33 @@ def test_a_curve_without_a_finite_value():
 def test_themes_show_the_important_first():
     names = (
         "loss grad_norm reward_std reward/exact reward kl entropy clip_fraction policy_loss length "
-        "held_out/accuracy tokens_per_second seconds reward_seconds maze/walls odd"
+        "eval/accuracy tokens_per_second seconds reward_seconds maze/walls odd"
     )
-    themes = group([{"name": name} for name in names.split()])
+    themes = group_by_theme([{"name": name} for name in names.split()])
     assert [(theme["title"], [each["name"] for each in theme["series"]]) for theme in themes] == [
-        ("Reward", ["held_out/accuracy", "reward/exact", "reward", "reward_std"]),
+        ("Reward", ["eval/accuracy", "reward/exact", "reward", "reward_std"]),
         ("Policy", ["kl", "entropy", "clip_fraction"]),
-        ("Answers", ["length"]),
-        ("Optimisation", ["loss", "policy_loss", "grad_norm"]),
+        ("Completions", ["length"]),
+        ("Optimization", ["loss", "policy_loss", "grad_norm"]),
         ("Speed", ["tokens_per_second", "seconds", "reward_seconds"]),
         ("maze", ["maze/walls"]),
         ("Other", ["odd"]),
     ]
-    assert theme_of("loss/kl")[0] == "Optimisation"
+    assert theme_of("loss/kl")[0] == "Optimization"
 
 
 def test_headline_is_the_mean_of_both_ends(tmp_path):
     metrics = [{"reward": float(i), "kl": 1.0, "loss": 2.0} for i in range(100)]
-    metrics[0]["held_out/accuracy"], metrics[50]["held_out/accuracy"] = 0.25, 0.75
+    metrics[0]["eval/accuracy"], metrics[50]["eval/accuracy"] = 0.25, 0.75
     _, data = write_run(tmp_path, metrics)
     assert data["headline"] == [
-        {"name": "held_out/accuracy", "first": 0.25, "last": 0.75, "over": 1},
-        {"name": "reward", "first": 2.0, "last": 97.0, "over": 5},
-        {"name": "kl", "first": 1.0, "last": 1.0, "over": 5},
+        {"name": "eval/accuracy", "first": 0.25, "last": 0.75, "window": 1},
+        {"name": "reward", "first": 2.0, "last": 97.0, "window": 5},
+        {"name": "kl", "first": 1.0, "last": 1.0, "window": 5},
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ answers
+# -------------------------------------------------------------------------------------------------------- completions
 
 
 def write_samples(path, records):
@@ -239,7 +250,7 @@ def test_few_steps_evenly_with_both_ends(tmp_path):
     steps = [each["step"] for each in found["steps"]]
     assert steps == list(range(0, 1000, 90))
     assert found["left_out"] == 88
-    assert evenly([1, 2], 5) == [1, 2]
+    assert evenly_spaced([1, 2], 5) == [1, 2]
 
 
 def test_whole_groups_within_the_size_and_at_least_one(tmp_path):
@@ -288,10 +299,10 @@ def test_a_browser_draws_it_and_runs_nothing_else(tmp_path, rendered):
     text = EVIL.replace("\ud800", "")  # which --dump-dom cannot print
     records = [record(0, text=text, reward=None), record(0, text="a\nb\u202e", reward=-0.5), record(4, text="later")]
     write_run(tmp_path / "run", [{"reward": i / 40, "kl": 0.1} for i in range(40)], records, {"config": {"seed": 3}})
-    page = rendered(tmp_path / "run" / "report.html", "step=0&answer=0&colour=mask")
+    page = rendered(tmp_path / "run" / "report.html", "step=0&completion=0&color=mask")
     seen = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert seen.count('class="smooth"') == 2
-    assert 'class="reward unjudged">not judged<' in seen
+    assert 'class="reward unscored">not scored<' in seen
     assert ">−0.5<" in seen
     assert "&lt;/script&gt;&lt;img" in seen
     assert "<img" not in seen

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from rljax.train.samples import rounded, sample_records, token_texts
+from rljax.train.samples import round_or_none, sample_records, token_texts
 from rljax.types import Batch, trajectory_of_tokens
 
 LETTERS = "-abcdefghijklmnopqrstuvwxyz"
@@ -135,5 +135,5 @@ def test_tokens_keep_the_space_that_lone_tokens_lose():
 
 
 def test_four_digits_that_count():
-    assert [rounded(x) for x in (0.123456, -12345.6, 1e-9, 0.0)] == [0.1235, -12350.0, 1e-9, 0.0]
-    assert [rounded(x) for x in (NAN, math.inf, np.float32(-math.inf))] == [None, None, None]
+    assert [round_or_none(x) for x in (0.123456, -12345.6, 1e-9, 0.0)] == [0.1235, -12350.0, 1e-9, 0.0]
+    assert [round_or_none(x) for x in (NAN, math.inf, np.float32(-math.inf))] == [None, None, None]

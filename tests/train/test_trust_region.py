@@ -16,7 +16,7 @@ from rljax.ops.trust_region import directed_kl
 from rljax.rollouts.sampler import sample
 from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
-from rljax.train.packing import packed
+from rljax.train.packing import make_packed_update
 from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import learn
 from rljax.types import Rows, Sampling, TrainState
@@ -187,7 +187,7 @@ def test_a_language_models_step_is_the_same_however_its_rows_are_cut(lm_update):
     params = models.init(DECODER, jax.random.key(1))
     start, (batch, _) = jax.device_get(params), drawn(params, 0)
     shardings = state_shardings(make_mesh(2, 2, 2), state_of(params), GRADIENT, models.logical_axes(DECODER, params))
-    elsewhere = packed(lambda n: make(micro_batches=n, shardings=shardings), 7, 7, shardings)
+    elsewhere = make_packed_update(lambda n: make(micro_batches=n, shardings=shardings), 7, 7, shardings)
     want, metrics = update(state_of(params), batch)
     got, cut = elsewhere(jax.device_put(state_of(start), shardings.state), shard_rows(shardings, batch))
     assert cut["micro_batches"] > 1

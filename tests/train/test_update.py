@@ -177,7 +177,7 @@ def test_without_a_mesh_too():
 
 def test_minibatches_hold_every_row_once_an_epoch_in_another_order_each():
     key = jax.random.key(3)
-    minis = list(minibatches(key, numbered(), epochs=3, count=4))
+    minis = list(minibatches(key, numbered(), epochs=3, num_minibatches=4))
     assert len(minis) == 12
     epochs = [np.concatenate([mini["row"] for mini in minis[4 * e : 4 * e + 4]]) for e in range(3)]
     for order in epochs:
@@ -186,7 +186,7 @@ def test_minibatches_hold_every_row_once_an_epoch_in_another_order_each():
     for mini in minis:
         np.testing.assert_array_equal(mini["cells"][:, 0], 2 * mini["row"])  # whole rows
         assert mini["scalar"] == 7
-    again = list(minibatches(key, numbered(), epochs=3, count=4))
+    again = list(minibatches(key, numbered(), epochs=3, num_minibatches=4))
     np.testing.assert_array_equal(epochs[2], np.concatenate([mini["row"] for mini in again[8:]]))
 
 
@@ -197,7 +197,7 @@ def test_one_minibatch_is_the_batch_itself():
 
 def test_rows_that_do_not_divide_into_minibatches_are_refused_with_the_legal_counts():
     with pytest.raises(ValueError, match=r"12 rows do not divide into 5 minibatches; legal: \[1, 2, 3, 4, 6, 12\]"):
-        next(minibatches(jax.random.key(0), numbered(), count=5))
+        next(minibatches(jax.random.key(0), numbered(), num_minibatches=5))
 
 
 def test_learn_makes_all_updates_of_a_rollout_and_averages_what_they_say():
@@ -208,7 +208,7 @@ def test_learn_makes_all_updates_of_a_rollout_and_averages_what_they_say():
         seen.append(np.asarray(mini["row"]))
         return state.replace(extra=state.extra + 1), {"loss": next(losses), "logp_diff_max": next(gaps)}
 
-    at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=2, count=2)
+    at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=2, num_minibatches=2)
     assert at.extra == 4
     assert metrics == {"loss": 2.5, "logp_diff_max": 2.0, "sampler_gap": 0.5}
     np.testing.assert_array_equal(np.sort(np.concatenate(seen[:2])), np.arange(ROWS))
@@ -221,7 +221,7 @@ def test_learn_stops_after_the_update_that_found_the_policy_too_far(limit, updat
     def update(state, mini):
         return state.replace(extra=state.extra + 1), {"kl_behavior": next(found)}
 
-    at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=3, count=2, stop_kl=limit)
+    at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=3, num_minibatches=2, stop_kl=limit)
     assert at.extra == updates
     assert metrics["kl_behavior"] == pytest.approx(np.arange(1, updates + 1).mean() / 10)
     assert metrics.get("updates") == (None if limit is None else updates)

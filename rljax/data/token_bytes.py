@@ -5,20 +5,20 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-LEGAL = "ByteLevel, Metaspace, or a Sequence of Replace, ByteFallback and Fuse"
-BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+LEGAL_DECODERS = "ByteLevel, Metaspace, or a Sequence of Replace, ByteFallback and Fuse"
+HEX_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def pieces_of(inner: Any, size: int) -> list[bytes]:
-    """The bytes of tokens 0 .. size - 1 of a `tokenizers.Tokenizer`; none for special tokens and ids that it lacks.
+def read_token_bytes(inner: Any, size: int) -> list[bytes]:
+    """The bytes of tokens 0 .. size - 1 of a `tokenizers.Tokenizer`; none for special tokens and for unknown ids.
 
-    Joined they are the text that it decodes, in UTF-8, but for a space that it may strip from the beginning. Raises
-    ValueError, naming the decoder, where a token is no run of bytes of its own.
+    Concatenated they are the text that it decodes, in UTF-8, except for a space that it may strip from the beginning.
+    Raises ValueError, naming the decoder, where the text is not a concatenation of the tokens' own bytes.
     """
-    steps = [_step(decoder) for decoder in _decoders(inner.decoder)]
+    steps = [_decoding_step(decoder) for decoder in _token_decoders(inner.decoder)]
     special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
 
-    def piece(i: int) -> bytes:
+    def bytes_of(i: int) -> bytes:
         text = inner.id_to_token(i)
         if text is None or i in special:
             return b""
@@ -28,24 +28,26 @@ def pieces_of(inner: Any, size: int) -> list[bytes]:
             text = step(text)
         return text if isinstance(text, bytes) else text.encode()
 
-    return [piece(i) for i in range(size)]
+    return [bytes_of(i) for i in range(size)]
 
 
-def _decoders(decoder: Any) -> Iterator[dict]:
-    """The decoders of a sequence that act on single tokens: after Fuse, Strip changes the ends of the text alone."""
+def _token_decoders(decoder: Any) -> Iterator[dict]:
+    """The decoders of a sequence that act on single tokens: those before Fuse. After it only Strip may come."""
     if decoder is None:
-        raise ValueError(f"a tokenizer without a decoder puts spaces between its tokens; legal: {LEGAL}")
+        raise ValueError(f"a tokenizer without a decoder puts spaces between its tokens; legal: {LEGAL_DECODERS}")
     state = json.loads(decoder.__getstate__())
     fused = False
-    for one in state["decoders"] if state["type"] == "Sequence" else [state]:
-        if fused and one["type"] != "Strip":
-            raise ValueError(f"the tokenizer's decoder changes the joined text ({one['type']}); legal: {LEGAL}")
-        if not fused and one["type"] != "Fuse":
-            yield one
-        fused = fused or one["type"] == "Fuse"
+    for each in state["decoders"] if state["type"] == "Sequence" else [state]:
+        kind = each["type"]
+        if fused and kind != "Strip":
+            raise ValueError(f"the tokenizer's decoder changes the joined text ({kind}); legal: {LEGAL_DECODERS}")
+        if kind == "Fuse":
+            fused = True
+        elif not fused:
+            yield each
 
 
-def _step(decoder: dict) -> Callable[[str], str | bytes]:
+def _decoding_step(decoder: dict) -> Callable[[str], str | bytes]:
     kind = decoder["type"]
     if kind == "ByteLevel":
         return _from_characters
@@ -55,12 +57,12 @@ def _step(decoder: dict) -> Callable[[str], str | bytes]:
         return lambda text: text.replace(decoder["replacement"], " ")
     if kind == "Replace" and "String" in decoder["pattern"]:
         return lambda text: text.replace(decoder["pattern"]["String"], decoder["content"])
-    raise ValueError(f"the pieces of a tokenizer with a {kind} decoder cannot be read; legal: {LEGAL}")
+    raise ValueError(f"the tokens of a tokenizer with a {kind} decoder cannot be read; legal: {LEGAL_DECODERS}")
 
 
 def _from_hexadecimal(text: str) -> str | bytes:
     """<0x0A> is the byte 10."""
-    byte = BYTE.fullmatch(text)
+    byte = HEX_BYTE.fullmatch(text)
     return bytes([int(byte[1], 16)]) if byte else text
 
 
