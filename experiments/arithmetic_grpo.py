@@ -20,17 +20,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from rljax.rollouts.sampler import sample
 
 import arithmetic_sft
 import options
 from options import Batches, MeshShape, Optimizer
 from rljax import algorithms as a
-from rljax.algorithms.dynamic_sampling import keep_informative
+from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.models import policy
 from rljax.ops.shaping import at_last_decision
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import log_info
 from rljax.train.metrics import require_on_policy, reward_and_kl, rollout_metrics
@@ -99,7 +99,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     update = options.updater(make, b, shardings, columns)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
     with_reference = policy.make_annotate(task.policy, ("ref_logp",))
-    keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
+    keep = jax.jit(lambda traj: dynamic_sampling(traj, b.prompts * b.group))
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
     exam = task.held_out.first(8 if cfg.debug else cfg.held_out)
@@ -109,7 +109,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         return {"held_out": found["reward"], "kl_sequence": found["kl"]}
 
     with run:
-        task.keep_about(run.directory / "model")
+        task.copy_sidecar_files(run.directory / "model")
         state = jax.device_put(state, shardings.state)
         before, state = evaluate(state)["held_out"], run.restore(state)
         for step in run.steps(state.step):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.train.metrics import policy_metrics
-from rljax.types import Algorithm, Array, Batch, Objective, Params, PolicyOutput, check
+from rljax.types import Algorithm, Array, Batch, Objective, Params, PolicyOutput, check_shapes
 
 
 def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
@@ -17,7 +17,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     """
 
     def prepare(params: Params, frozen: Params, batch: Batch, key: Array) -> Batch:
-        check(batch)
+        check_shapes(batch)
         batch = _zero_masked_batch(batch)
         segments = batch.traj.segments
         batch = batch.replace(weight=algorithm.weights(batch.mask, segments))
