@@ -7,7 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rljax", "rljax.*"]),
-    package_data={"": ["*.html", "*.js"]},  # the report
+    package_data={"": ["*.html", "*.js", "py.typed"]},  # the report; types for type checkers
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

@@ -25,7 +25,7 @@ import arithmetic_sft
 import options
 from options import Batches, MeshShape, Optimizer
 from rljax import algorithms as a
-from rljax.algorithms.dynamic_sampling import keep_informative
+from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.models import policy
 from rljax.ops.shaping import at_last_decision
 from rljax.rewards.score import make_score
@@ -99,7 +99,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     update = options.updater(make, b, shardings, columns)
     annotate, credit = policy.make_annotate(task.policy, algorithm.needs), jax.jit(algorithm.credit)
     with_reference = policy.make_annotate(task.policy, ("ref_logp",))
-    keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
+    keep = jax.jit(lambda traj: dynamic_sampling(traj, b.prompts * b.group))
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     log_ratio = jax.jit(lambda state, traj: task.policy(state.params, state.frozen, traj).logp - traj.logp)
     exam = task.held_out.first(8 if cfg.debug else cfg.held_out)

@@ -33,7 +33,7 @@ def make_draw(
             "prompts that wait do not keep the experts that their tokens took; legal for a mixture: wait = 0"
         )
     columns = width(prompts, sampling)
-    drawn = sampling.replace(enough=(count + wait) * n - wait) if wait else sampling
+    drawn = sampling.replace(stop_after=(count + wait) * n - wait) if wait else sampling
 
     def of_rows(state: TrainState, step: int, rows: Rows) -> Trajectory:
         return sample(lm, state.params, state.frozen, shard_prompts(shardings, rows), drawn, seed, step)

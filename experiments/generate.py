@@ -60,9 +60,9 @@ def main(cfg: Config) -> list[dict]:
     """Print the answers, and return what `out` holds."""
     if cfg.out and Path(cfg.out).exists():
         raise ValueError(f"--out {cfg.out} exists; legal: a new file")
-    if cfg.sampling.slots is not None:
+    if cfg.sampling.max_concurrent is not None:
         raise ValueError(
-            f"slots = {cfg.sampling.slots}, but --rows says how many are drawn; legal in a stream: slots=None"
+            f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are drawn; legal in a stream: max_concurrent=None"
         )
     config, mesh = hf.read_config(cfg.model), meshes.make_mesh(**dataclasses.asdict(cfg.mesh))
     tokenizer = options.tokenizer(cfg.model, config.vocabulary)

@@ -24,7 +24,7 @@ import options
 from draws import make_draw, nobody
 from options import Batches, MeshShape, Optimizer, Weights
 from rljax.algorithms import grpo, with_kl
-from rljax.algorithms.dynamic_sampling import keep_informative
+from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
@@ -95,7 +95,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     update = options.updater(make, b, shardings, columns)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always shown
     credit = jax.jit(algorithm.credit)
-    keep = jax.jit(lambda traj: keep_informative(traj, b.prompts * b.group))
+    keep = jax.jit(lambda traj: dynamic_sampling(traj, b.prompts * b.group))
     log_ratio = jax.jit(lambda state, traj: model(state.params, state.frozen, traj).logp - traj.logp)
     draw = make_draw(lm, train, b, sampling, shardings, cfg.seed)
     exam = held_out.first(len(held_out))

@@ -56,7 +56,9 @@ class Sampling:
     min_tokens: int | None = None  # no stop token before an answer has so many
     stop_strings: tuple[str, ...] = ()  # texts that end an answer, wherever they stand; \n is a new line
     max_tokens: int = 64  # of an answer
-    slots: int | None = None  # answers drawn at a time, the next taking the place of a finished one; default: all
+    max_concurrent: int | None = (
+        None  # answers drawn at a time, the next taking the place of a finished one; default: all
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,110 +1,59 @@
 """Reinforcement learning of language models: one set of estimators from the 2x3 maze to the pod.
 
-Importing this package imports nothing else: a name is looked up when it is first used, so that worker processes which
-never touch an array do not pay for JAX.
+Importing this package imports nothing else: a name is looked up in `rljax.types`, `rljax.algorithms` and the few
+functions below when it is first used, so that worker processes that never touch an array do not pay for JAX. A new
+algorithm is found as soon as `rljax/algorithms/__init__.py` imports it.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "a_star_po": "rljax.algorithms",
-    "aot": "rljax.algorithms",
-    "aot_unpaired": "rljax.algorithms",
-    "bco": "rljax.algorithms",
-    "capo": "rljax.algorithms",
-    "cispo": "rljax.algorithms",
-    "clip_cov": "rljax.algorithms",
-    "cpo": "rljax.algorithms",
-    "dapo": "rljax.algorithms",
-    "dft": "rljax.algorithms",
-    "distil": "rljax.algorithms",
-    "dpo": "rljax.algorithms",
-    "dppo_kl": "rljax.algorithms",
-    "dppo_tv": "rljax.algorithms",
-    "dqn": "rljax.algorithms",
-    "dr_grpo": "rljax.algorithms",
-    "dro": "rljax.algorithms",
-    "drop_stale_failures": "rljax.algorithms",
-    "filter_overlong": "rljax.algorithms",
-    "fipo": "rljax.algorithms",
-    "gdpo": "rljax.algorithms",
-    "gmpo": "rljax.algorithms",
-    "gpg": "rljax.algorithms",
-    "grpo": "rljax.algorithms",
-    "grpo_process": "rljax.algorithms",
-    "gspo": "rljax.algorithms",
-    "gspo_token": "rljax.algorithms",
-    "kl_cov": "rljax.algorithms",
-    "kl_in_reward": "rljax.algorithms",
-    "kto": "rljax.algorithms",
-    "lite_ppo": "rljax.algorithms",
-    "luspo": "rljax.algorithms",
-    "mask_is": "rljax.algorithms",
-    "maxrl": "rljax.algorithms",
-    "normalised_is": "rljax.algorithms",
-    "off_policy_pg": "rljax.algorithms",
-    "online_pairs": "rljax.algorithms",
-    "only_high_entropy": "rljax.algorithms",
-    "opo": "rljax.algorithms",
-    "orpo": "rljax.algorithms",
-    "otb": "rljax.algorithms",
-    "pass_at_k": "rljax.algorithms",
-    "penalise_overlong": "rljax.algorithms",
-    "ppo": "rljax.algorithms",
-    "ppo_penalty": "rljax.algorithms",
-    "process_reward_model": "rljax.algorithms",
-    "ranked_reward_model": "rljax.algorithms",
-    "real": "rljax.algorithms",
-    "reinforce": "rljax.algorithms",
-    "reinforce_ada": "rljax.algorithms",
-    "reinforce_pp": "rljax.algorithms",
-    "reinforce_pp_baseline": "rljax.algorithms",
-    "reinforce_to_go": "rljax.algorithms",
-    "reject": "rljax.algorithms",
-    "remax": "rljax.algorithms",
-    "reward_model": "rljax.algorithms",
-    "rloo": "rljax.algorithms",
-    "sapo": "rljax.algorithms",
-    "sft": "rljax.algorithms",
-    "simpo": "rljax.algorithms",
-    "trpo": "rljax.algorithms",
-    "trpo_gae": "rljax.algorithms",
-    "truncate_is": "rljax.algorithms",
-    "vapo": "rljax.algorithms",
-    "vespo": "rljax.algorithms",
-    "vine_ppo": "rljax.algorithms",
-    "vpg": "rljax.algorithms",
-    "vtrace": "rljax.algorithms",
-    "with_entropy": "rljax.algorithms",
-    "with_importance_weighted_kl": "rljax.algorithms",
-    "with_kl": "rljax.algorithms",
-    "with_likelihood_of_good": "rljax.algorithms",
+if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` does it
+    from rljax.algorithms import *  # noqa: F403
+    from rljax.rollouts.tokens import sample as sample
+    from rljax.train.objective import policy_objective as policy_objective
+    from rljax.train.trust_region import make_trust_region_update as make_trust_region_update
+    from rljax.train.update import make_update as make_update
+    from rljax.types import *  # noqa: F403
+
+_PACKAGES = ("rljax.types", "rljax.algorithms")  # all of their public functions and classes
+_FUNCTIONS = {
+    "sample": "rljax.rollouts.tokens",
+    "policy_objective": "rljax.train.objective",
     "make_trust_region_update": "rljax.train.trust_region",
     "make_update": "rljax.train.update",
-    "policy_objective": "rljax.train.objective",
-    "sample": "rljax.rollouts.tokens",
-    "Algorithm": "rljax.types",
-    "Batch": "rljax.types",
-    "Judged": "rljax.types",
-    "LM": "rljax.types",
-    "Objective": "rljax.types",
-    "Pairs": "rljax.types",
-    "PolicyOutput": "rljax.types",
-    "Rows": "rljax.types",
-    "Sampling": "rljax.types",
-    "TrainState": "rljax.types",
-    "Trajectory": "rljax.types",
-    "Transition": "rljax.types",
 }
-__all__ = list(_HOME)
 
 
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module 'rljax' has no attribute {name!r}; it offers {', '.join(_HOME)}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return value
+def _public(package):
+    """Names of the package's functions and classes that are its own, not those of the libraries it imports."""
+    members = vars(importlib.import_module(package)).items()
+    return [
+        name
+        for name, value in members
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", "").startswith("rljax.")
+    ]
+
+
+def _offered():
+    return sorted({*_FUNCTIONS, *(name for package in _PACKAGES for name in _public(package))})
 
 
 def __dir__():
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_offered()})
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for found
+
+    def __getattr__(name):
+        if name.startswith("_"):
+            raise AttributeError(f"module 'rljax' has no attribute {name!r}")
+        if name in _FUNCTIONS:
+            value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
+        else:
+            home = next((package for package in _PACKAGES if name in _public(package)), None)
+            if home is None:
+                raise AttributeError(f"module 'rljax' has no attribute {name!r}; it offers {', '.join(_offered())}")
+            value = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value

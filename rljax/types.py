@@ -1,10 +1,10 @@
-"""The furniture: every pytree and every bundle of functions that the rooms hand to one another.
+"""The shared types: every pytree and every bundle of functions that the packages hand to one another.
 
-**B rows, T decisions, time last; column t of every field speaks of the same decision.** The next-token shift happens
-once, in `trajectory_of_tokens`; nobody shifts afterwards. Frozen means never mutated: the loop fills fields with
+**B rows, T decisions, time last; column t of every field refers to the same decision.** The next-token shift happens
+once, in `trajectory_of_tokens`; no other code shifts. The dataclasses are frozen: the loop fills fields with
 `replace`. A field that an algorithm does not need is None.
 
-Letters: B rows, T decisions, S tokens (S = T + 1), P prompts, G answers per prompt (B = P·G), L prompt columns,
+Letters: B rows, T decisions, S tokens (S = T + 1), P prompts, G completions per prompt (B = P·G), L prompt columns,
 V vocabulary, D width, K reward components.
 """
 
@@ -15,53 +15,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Float
 
 Array = jax.Array | np.ndarray
 Params = Any  # a nested dict of arrays
-Scalar = float | Float[jax.Array, ""]  # traced where a run is one compiled function of its hyperparameters
+Metrics = dict[str, Array]  # name -> value of each decision [B T]
 
 
-# ------------------------------------------------------------------------------------------------- facts and credit
+# ---------------------------------------------------------------------------------------- trajectories and batches
 
 
 @struct.dataclass
 class Trajectory:
-    """What happened: the facts of B rows of T decisions.
+    """What happened: B rows of T decisions.
 
-    A row is prompt and answer. Inside a segment `actions[:, t] == inputs[:, t + 1]`; the last chosen token stands only
-    in `actions`. Scores and rewards are NaN where a row could not be judged (never silently 0).
+    A row is a prompt and its completion. Inside a segment `actions[:, t] == inputs[:, t + 1]`; the last chosen token
+    stands only in `actions`. Scores and rewards are NaN where a verifier failed (never silently 0).
     """
 
     inputs: Array  # [B T ...] token ids (or observations) the policy saw at t
     actions: Array  # [B T ...] what it chose
-    logp: Array  # [B T] log-prob of that choice under the policy that made it (behaviour)
+    logp: Array  # [B T] log-prob of that choice under the behavior policy, which made it
     mask: Array  # [B T] True where the policy itself chose: not prompt, tool output or padding
-    positions: Array | None = None  # [B T] place of the input in its segment, from 0
+    positions: Array | None = None  # [B T] position of the input in its segment, from 0
     segments: Array | None = None  # [B T] 0 = padding; several per row only after packing
     temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
     group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order)
-    scores: Array | None = None  # [B K] each verifier's raw result; NaN = not judged
-    next_inputs: Array | None = None  # [B T ...] what an environment showed after it, before any reset
+    scores: Array | None = None  # [B K] each verifier's raw result; NaN = it failed or does not apply
+    next_inputs: Array | None = None  # [B T ...] the environment's next observation, before any reset
     rewards: Array | None = None  # [B T] per decision; an outcome reward stands on the last chosen token
     step_ends: Array | None = None  # [B T] bool: ends of reasoning steps (process rewards)
-    baseline: Array | None = None  # [B] score of a companion answer (ReMax's greedy one)
+    baseline: Array | None = None  # [B] reward of a companion completion (ReMax's greedy one)
     old_logp: Array | None = None  # [B T] the trainer's own recomputation before the update; None means `logp`
-    ref_logp: Array | None = None  # [B T] the frozen reference
-    teacher_logp: Array | None = None  # [B T] the teacher of a distillation
+    ref_logp: Array | None = None  # [B T] under the frozen reference
+    teacher_logp: Array | None = None  # [B T] under the teacher of a distillation
     values: Array | None = None  # [B T+1]
-    final_values: Array | None = None  # [B T] V(last observation), read where truncated
+    final_values: Array | None = None  # [B T] V(last observation), used where truncated
     terminated: Array | None = None  # [B T] bool: this decision ended the episode (EOS)
     truncated: Array | None = None  # [B T] bool: the episode was cut after this decision (length)
     dist: Any = None  # [B T ...] parameters of the old distribution, where a method needs all of it
     routing: Array | None = None  # [B T M k] experts chosen at sampling time in each mixture layer, for replay
     version: Array | None = None  # [B T] which policy version chose it
-    sum_pi_squared: Array | None = None  # [B T] Σ_v π_old(v)², where a baseline is weighted by it
+    sum_pi_squared: Array | None = None  # [B T] Σ_v π_old(v)², for baselines that are weighted by it
 
 
 @struct.dataclass
 class Batch:
-    """What to learn from it. `traj` stays the facts; filters shrink `mask`, never `traj.mask`."""
+    """What to learn from a trajectory. Filters shrink `mask`; `traj` and `traj.mask` stay as they are."""
 
     traj: Trajectory
     advantages: Array  # [B T]
@@ -69,39 +68,39 @@ class Batch:
     returns: Array | None = None  # [B T] targets of the values
     weight: Array | None = None  # [B T] coefficient of each term in the sum; set once per optimizer step
     coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
-    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B T] each: what `prepare` found out for `loss`
+    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B T] each: what `prepare` computed for `loss`
 
 
 @struct.dataclass
 class Pairs:
-    """B comparisons of two answers to one prompt: the batch of DPO and of reward models.
+    """B comparisons of two completions of one prompt: the batch of DPO and of reward models.
 
     Chosen and rejected are separate fields, so that any cut of the batch keeps pairs. Their widths may differ.
     """
 
     chosen: Trajectory  # [B T]
     rejected: Trajectory  # [B T']
-    margin: Array | None = None  # [B] by how much the chosen one is better, where a rater said so
+    margin: Array | None = None  # [B] by how much the chosen one is better, if it was rated
     weight: Array | None = None  # [B] coefficient of each pair in the sum; set once per optimizer step
     coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
-    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` found out for `loss`
+    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` computed for `loss`
 
 
 @struct.dataclass
-class Judged:
-    """B answers, each judged good or bad alone: the batch of KTO and BCO."""
+class Unpaired:
+    """B completions, each labeled desirable or undesirable by itself: the batch of KTO and BCO."""
 
     traj: Trajectory  # [B T]
     desirable: Array  # [B] bool
-    mismatched: Trajectory | None = None  # [B T'] each prompt with another prompt's answer (KTO's z)
-    weight: Array | None = None  # [B] coefficient of each answer in the sum; set once per optimizer step
+    mismatched: Trajectory | None = None  # [B T'] each prompt with another prompt's completion (KTO's z)
+    weight: Array | None = None  # [B] coefficient of each completion in the sum; set once per optimizer step
     coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
-    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` found out for `loss`
+    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` computed for `loss`
 
 
 @struct.dataclass
 class PolicyOutput:
-    """What the policy being trained says of the same decisions."""
+    """What the policy being trained computes for the same decisions."""
 
     logp: Array  # [B T]
     entropy: Array | None = None  # [B T] nats
@@ -112,7 +111,7 @@ class PolicyOutput:
 
 @struct.dataclass
 class Transition:
-    """One step of an environment, or n of them, for replay: the batch of Q-learning (leading axes free)."""
+    """One step of an environment, or n of them, for replay: the batch of Q-learning (any leading axes)."""
 
     observation: Array
     action: Array
@@ -124,7 +123,7 @@ class Transition:
 
 @struct.dataclass
 class TrainState:
-    """Everything a resumed run needs. `step` counts turns of the experiment's loop, not optimizer updates."""
+    """Everything a resumed run needs. `step` counts iterations of the experiment's loop, not optimizer updates."""
 
     step: Array  # scalar int32
     params: Params  # trained leaves only
@@ -136,100 +135,123 @@ class TrainState:
     extra: Any = None  # replay buffer, environment state, target network, running means
 
 
-# ------------------------------------------------------------------------------------------------ bundles of functions
+# ------------------------------------------------------------------------------------- functions and bundles of them
+
+# What a policy computes for a trajectory: (params, frozen, trajectory) -> PolicyOutput.
+PolicyFn = Callable[[Params, Params, Trajectory], PolicyOutput]
+# A number for each row, as a reward model gives it: (params, frozen, trajectory) -> [B].
+ScoreFn = Callable[[Params, Params, Trajectory], Array]
+# A verifier: (completion, **dataset columns) -> number, or None where it does not apply.
+RewardFn = Callable[..., float | None]
+# Advantages of the whole rollout batch (groups, episodes): (trajectory, coefficients) -> Batch.
+CreditFn = Callable[[Trajectory, dict[str, Array]], Batch]
+# The loss of each decision, unreduced: (output, batch) -> (terms [B T], metrics).
+LossFn = Callable[[PolicyOutput, Batch], tuple[Array, Metrics]]
+# The coefficient of each decision in the sum over the whole optimizer batch: (mask, segments) -> [B T]. One of
+# `ops.weights`, whose names are those of verl's `loss_agg_mode`.
+WeightsFn = Callable[[Array, Array | None], Array]
+# What needs the current policy over the whole optimizer batch, without gradient: (output, batch, key) -> Batch.
+PrepareFn = Callable[[PolicyOutput, Batch, Array], Batch]
+# The same for any kind of batch: (params, frozen, batch, key) -> batch, with the weights set.
+ObjectivePrepareFn = Callable[[Params, Params, Any, Array], Any]
+# (params, frozen, batch) -> (sum, metrics {name: (sum, count)}); of names in *_max and *_min the extremum is taken.
+ObjectiveLossFn = Callable[[Params, Params, Any], tuple[Array, dict[str, tuple[Array, Array]]]]
 
 
 class Algorithm(NamedTuple):
-    """One paper, as pure functions at three scales. A variant is an argument, a wrapper or a `_replace`."""
+    """One paper, as pure functions. A variant is an argument, a wrapper or a `_replace`."""
 
-    credit: Callable  # (Trajectory, coefficients) -> Batch: the whole rollout batch; groups, episodes
-    loss: Callable  # (PolicyOutput, Batch) -> ([B T], metrics {name: [B T]}): one decision, unreduced
-    weights: Callable  # (mask, segments) -> weight [B T]: over the whole optimizer batch
-    needs: tuple[str, ...] = ()  # Trajectory fields that annotate must fill; wrappers add theirs
-    prepare: Callable | None = None  # (PolicyOutput, Batch, key) -> Batch: no gradient, before the cut; None: identity
+    credit: CreditFn
+    loss: LossFn
+    weights: WeightsFn
+    needs: tuple[str, ...] = ()  # Trajectory fields that must be annotated; wrappers add theirs
+    prepare: PrepareFn | None = None  # called before the optimizer batch is cut into micro-batches; None: identity
 
 
 class Objective(NamedTuple):
-    """All that `update` knows of a method."""
+    """All that `update` needs to know of a method."""
 
-    prepare: Callable  # (params, frozen, batch, key) -> batch: sets the weights, over the whole optimizer batch
-    loss: Callable  # (params, frozen, batch) -> (sum, metrics {name: (sum, count)}; *_max, *_min by extremum)
+    prepare: ObjectivePrepareFn
+    loss: ObjectiveLossFn
 
 
 class LM(NamedTuple):
-    """What a sampler is given of a language model; rollouts know no more."""
+    """The functions of a language model that a sampler uses."""
 
     init_cache: Callable  # (rows, length) -> cache
     forward: Callable  # (params, frozen, tokens, positions, segments, cache) -> (hidden, cache)
     logits: Callable  # (params, frozen, hidden) -> [.. V]
-    gather: Callable  # (cache, rows) -> cache: those rows of it
+    gather: Callable  # (cache, rows) -> cache: only those rows
     scatter: Callable  # (cache, rows, other) -> cache: refill finished slots
-    fork: Callable  # (cache, n, columns) -> cache: n rows share each row of it, with empty columns of their own
-    grow: Callable  # (cache, columns) -> cache: with so many more columns
-    prepare: Callable | None = None  # (params, frozen) -> params, frozen: what a rollout needs done once
+    fork: Callable  # (cache, n, columns) -> cache: n rows share each row, with empty columns of their own
+    grow: Callable  # (cache, columns) -> cache with that many more columns
+    prepare: Callable | None = None  # (params, frozen) -> params, frozen: done once per rollout
     routing: Callable | None = None  # (cache) -> [B S ...] experts chosen at each token (mixture models)
 
 
-# ------------------------------------------------------------------------------------------------- what a sampler reads
+# --------------------------------------------------------------------------------------------- inputs of the sampler
 
 
 class Rows(NamedTuple):
     """P prompts as drawn from a dataset, on the host. Prompts are padded on the left: they end in the same column.
 
-    A prompt may be the beginning of an answer too: `past` says which of its tokens a policy chose, and how.
+    A prompt may include the beginning of a completion: `past` says which of its tokens a policy chose, and how.
     """
 
     tokens: np.ndarray  # [P L] int32
     mask: np.ndarray  # [P L] bool: True on the prompt's own tokens
-    number: np.ndarray  # [P] int32: place in the draw order; the sampler's key is made of it
+    number: np.ndarray  # [P] int32: number in the draw order, from which the sampler's key is derived
     columns: list[dict]  # the dataset's columns, one dict a prompt
     cursor: int  # where the next draw starts
-    requests: np.ndarray | None = None  # [R 2] (row, answer): which answers to draw; None: 0 .. n-1 to each row
-    past: dict[str, np.ndarray] | None = None  # [P L] each, facts of the tokens: chosen, logp, temperature, version,
+    requests: np.ndarray | None = None  # [R 2] (row, completion): which completions to draw; None: 0 .. n-1 of each row
+    past: dict[str, np.ndarray] | None = None  # [P L] each, of the tokens: chosen, logp, temperature, version,
     # terminated, truncated
-    began: np.ndarray | None = None  # [P] the step whose key draws the row; None: the present one
+    began: np.ndarray | None = None  # [P] the step whose key draws the row; None: the current one
 
 
 @struct.dataclass
 class Sampling:
-    """How to draw. Scalars hold for every row; arrays [P] hold prompt by prompt. None switches a setting off.
+    """How to sample. Scalars hold for every row; arrays [P] hold one value per prompt. None turns a setting off.
 
-    In this order, as transformers does: bias, penalty, min_tokens, temperature, top_k, top_p, min_p.
+    Applied in this order, as in transformers: bias, penalty, min_tokens, temperature, top_k, top_p, min_p.
     """
 
     temperature: Array | float = 1.0  # 0: the most likely token, its log-prob reported at temperature 1
     top_k: Array | int | None = None  # keep the k most likely tokens
-    top_p: Array | float | None = None  # keep the likeliest tokens that hold this share
+    top_p: Array | float | None = None  # keep the most likely tokens whose probabilities sum to p
     min_p: Array | float | None = None  # keep tokens with p >= min_p * max p
     repetition_penalty: Array | float | None = (
         None  # logits of tokens seen before, prompt included: z/r, or z·r below 0
     )
     logit_bias: Array | None = None  # [V] or [P V] added to the logits
-    min_tokens: Array | int | None = None  # no stop token before an answer has so many
-    stop_strings: Array | None = None  # [states V] automaton that reads tokens: the next state, below 0: a stop
-    n: int = struct.field(pytree_node=False, default=1)  # answers per prompt (G)
-    max_tokens: int = struct.field(pytree_node=False, default=64)  # of an answer, its past included
-    stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end an answer (EOS)
-    logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # at the temperature: of
-    # the policy's distribution, which the trainer computes too, or of what all these settings made of it
-    slots: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all at once
-    enough: int | None = struct.field(pytree_node=False, default=None)  # stop when so many answers have ended
+    min_tokens: Array | int | None = None  # no stop token before a completion has this many
+    stop_strings: Array | None = None  # [states V] automaton over tokens: the next state; below 0: stop
+    n: int = struct.field(pytree_node=False, default=1)  # completions per prompt (G)
+    max_tokens: int = struct.field(pytree_node=False, default=64)  # of a completion, its past included
+    stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end a completion (EOS)
+    logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # of the policy's
+    # distribution at the temperature, which the trainer computes too, or of the distribution after all these settings
+    max_concurrent: int | None = struct.field(
+        pytree_node=False, default=None
+    )  # rows decoded at a time, refilled; None: all at once
+    stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when this many completions have ended
 
 
-# -------------------------------------------------------------------------------------------------------------- doors
+# ------------------------------------------------------------------------------------------- building and checking
 
 
 def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory:
-    """Facts from whole token rows: the one place where the next-token shift happens.
+    """A trajectory from whole rows of tokens: the one place where the next-token shift happens.
 
     Args:
       tokens: [B S] ids. segments: [B S], 0 = padding. chosen: [B S] True on tokens the policy drew.
-      logp: [B S] log-prob of each chosen token. fields: further [B S] facts about *chosen tokens*, shifted alike
-      (`temperature`, `rewards`, `terminated` ...), and facts of rows (`group`, `scores`, `baseline`), kept as they are.
+      logp: [B S] log-prob of each chosen token. fields: further [B S] arrays about *chosen tokens*, shifted as
+      these are (`temperature`, `rewards`, `terminated` ...), and arrays about rows (`group`, `scores`, `baseline`).
 
-    Returns: T = S - 1 decisions; decision t chose tokens[:, t + 1] on seeing tokens[:, : t + 1].
+    Returns: T = S - 1 decisions; decision t chose tokens[:, t + 1] after tokens[:, : t + 1].
     """
-    tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
+    tokens = jnp.asarray(tokens)
+    segments = jnp.asarray(segments)
     inside = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0)
     real = (segments > 0).astype(jnp.int32)
     starts = real * (segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0))))
@@ -249,7 +271,7 @@ def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory
     )
 
 
-def check(x: Trajectory | Batch) -> None:
+def check_shapes(x: Trajectory | Batch) -> None:
     """Raise ValueError, naming the field, unless every [B T] field of `x` has the shape of its mask. Free under jit."""
     traj = x.traj if isinstance(x, Batch) else x
     B, T = traj.mask.shape
@@ -262,3 +284,19 @@ def check(x: Trajectory | Batch) -> None:
             if jnp.shape(value)[: len(want)] != want:
                 owned = f"{type(owner).__name__}.{name}"
                 raise ValueError(f"{owned} has shape {jnp.shape(value)}; with a mask of {(B, T)} it must start {want}")
+
+
+def zero_masked(traj: Trajectory, mask: Array) -> Trajectory:
+    """The trajectory with zeros (temperature and dist: ones) where `mask` [B T] is False, in every number that a loss
+    may read. There an exp of garbage would poison the gradient even if its value is dropped later.
+    """
+    names = ("logp", "old_logp", "ref_logp", "teacher_logp", "rewards", "final_values", "sum_pi_squared")
+    given = {name: getattr(traj, name) for name in names if getattr(traj, name) is not None}
+    fields = {name: jnp.where(mask, value, 0.0) for name, value in given.items()}
+    if traj.temperature is not None:
+        fields["temperature"] = jnp.where(mask, traj.temperature, 1.0)
+    if traj.values is not None:
+        fields["values"] = jnp.where(jnp.pad(mask, ((0, 0), (0, 1))), traj.values, 0.0)
+    if traj.dist is not None:
+        fields["dist"] = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 1.0), traj.dist)
+    return traj.replace(**fields)

@@ -65,7 +65,7 @@ SECTIONS: dict[str, dict[str, Place]] = {
         "dapo": Place("near", POLICY, OUTCOME, "clip, wider above"),
         "lite_ppo": Place("near", POLICY, OUTCOME, "clip, wider above"),
         "gdpo": Place("near", POLICY, "rewards, scores, groups", CLIP),
-        "pass_at_k": Place("near", POLICY, OUTCOME, CLIP),
+        "grpo_pass_at_k": Place("near", POLICY, OUTCOME, CLIP),
         "reinforce_ada": Place("near", POLICY, "rewards", "clip, wider above"),
         "gspo": Place("near", POLICY, OUTCOME, "clip, of the answer's mean ratio"),
         "gspo_token": Place("near", POLICY, OUTCOME, "clip, of the answer's mean ratio"),
@@ -104,26 +104,26 @@ SECTIONS: dict[str, dict[str, Place]] = {
         "with_kl": Place(*ANY, "", "KL to reference in loss"),
         "with_importance_weighted_kl": Place(*ANY, "", "KL to reference in loss"),
         "with_entropy": Place(*ANY, "", "entropy bonus"),
-        "with_likelihood_of_good": Place(*ANY, "rewards"),
+        "with_positive_nll": Place(*ANY, "rewards"),
     },
     "Wrappers: rewards, rows and advantages": {
         "kl_in_reward": Place(*ANY, "rewards", "KL to reference in reward"),
-        "penalise_overlong": Place(*ANY, "rewards"),
+        "overlong_penalty": Place(*ANY, "rewards"),
         "filter_overlong": Place(*ANY, "which answers were truncated"),
-        "distil": Place(*ANY, "", "KL to teacher in advantages"),
-        "dynamic_sampling.keep_informative": Place(*ANY, OUTCOME),
-        "reinforce_ada.balanced": Place(*ANY, OUTCOME),
+        "distill": Place(*ANY, "", "KL to teacher in advantages"),
+        "dynamic_sampling": Place(*ANY, OUTCOME),
+        "reinforce_ada.balanced_subsample": Place(*ANY, OUTCOME),
     },
     "Wrappers: another policy sampled": {
         "truncate_is": Place("off", "any", "", "truncated ratio"),
         "mask_is": Place("off", "any", "", "masked ratio"),
-        "normalised_is": Place("off", "any", "", "normalised ratio"),
+        "normalized_is": Place("off", "any", "", "normalised ratio"),
         "reject": Place("off", "any", "", "rejection by divergence"),
-        "drop_stale_failures": Place("off", "any", "", "rejection by divergence"),
-        "only_high_entropy": Place(*ANY, "", "tokens held back"),
+        "off_policy_sequence_mask": Place("off", "any", "", "rejection by divergence"),
+        "high_entropy_mask": Place(*ANY, "", "tokens held back"),
     },
     "Controllers of coefficients": {
-        "controllers.fixed": Place(*ANY, ""),
+        "controllers.fixed_coefficient": Place(*ANY, ""),
         "controllers.adaptive_kl": Place(*ANY, "measured KL", "KL near a target"),
         "controllers.ppo_penalty_coefficient": Place(*ANY, "measured KL", "KL near a target"),
         "controllers.adaptive_entropy": Place(*ANY, "measured entropy", "entropy above a target"),
@@ -155,12 +155,12 @@ SECTIONS["Control"] = CONTROL
 
 # Of these the others are built: their laws are those of what is built.
 BLOCKS = (
-    "wrap.needing",
-    "wrap.preparing",
+    "wrappers.with_needs",
+    "wrappers.with_prepare",
     "ppo.actor_critic",
     "pairs.preference_objective",
-    "pairs.judged_objective",
-    "pairs.logged",
+    "pairs.unpaired_objective",
+    "pairs.log_coefficients",
 )
 
 READING = """\
@@ -198,8 +198,9 @@ decision; ρ = π/π_old; sg stops the gradient; `low` and `high` bound the clip
 
 @lru_cache
 def modules() -> dict[str, ModuleType]:
-    names = [found.name for found in pkgutil.iter_modules(rljax.algorithms.__path__)]
-    return {name: importlib.import_module(f"rljax.algorithms.{name}") for name in names}
+    found = pkgutil.walk_packages(rljax.algorithms.__path__, "rljax.algorithms.")
+    names = [module.name for module in found if not module.ispkg]
+    return {name.split(".")[-1]: importlib.import_module(name) for name in names}
 
 
 @lru_cache
@@ -221,6 +222,17 @@ def full(name: str) -> str:
 
 def short(name: str) -> str:
     return name.split(".")[-1]
+
+
+def dotted(name: str) -> str:
+    """Where module.name stands, from rljax down: algorithms.grpo.grpo."""
+    return f"{modules()[name.split('.')[0]].__name__}.{short(name)}".removeprefix("rljax.")
+
+
+def link(name: str) -> str:
+    """The name, leading to its file."""
+    module = dotted(name).rpartition(".")[0]
+    return f"[{short(name)}](../rljax/{module.replace('.', '/')}.py)"
 
 
 def methods() -> set[str]:
@@ -408,7 +420,7 @@ def row(name: str, place: Place) -> str:
     if pins == "–" and built_on(name):
         pins = "what it is built on: " + ", ".join(map(short, built_on(name)))
     cells = (
-        f"[{short(name)}](../rljax/algorithms/{name.split('.')[0]}.py)",
+        link(name),
         papers(name),
         f"`{settings(name)}`" if settings(name) else "–",
         place.policy,
@@ -453,15 +465,14 @@ def of_laws() -> str:
 def page() -> str:
     blocks = ["## Blocks", "", "Of these the methods above are built, and yours may be:", ""]
     for name in BLOCKS:
-        link = f"[{short(name)}](../rljax/algorithms/{name.split('.')[0]}.py)"
-        blocks.append(f"- {link}, `{settings(name)}`: {first_words(name)}")
+        blocks.append(f"- {link(name)}, `{settings(name)}`: {first_words(name)}")
     parts = [READING, *(section(*item) for item in SECTIONS.items()), "\n".join(blocks), of_laws()]
     return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    files = [path for path in (ROOT / "rljax" / "algorithms").glob("*.py") if path.name != "__init__.py"]
+    files = [path for path in (ROOT / "rljax" / "algorithms").glob("**/*.py") if path.name != "__init__.py"]
     lengths = sorted(len(path.read_text().splitlines()) for path in files)
     middle = statistics.median(lengths)
     print(f"{PAGE.relative_to(ROOT)}: {len(rows())} rows of {len(files)} files, median {middle:g} lines")

@@ -121,7 +121,10 @@ def test_the_script(asked, tmp_path):
             {"sampling": options.Sampling(stop_strings=("",), max_tokens=8)},
             "legal: a list of one or more, each of at least one",
         ),
-        ({"sampling": options.Sampling(slots=2, max_tokens=8)}, "slots = 2, .*legal in a stream: slots=None"),
+        (
+            {"sampling": options.Sampling(max_concurrent=2, max_tokens=8)},
+            "max_concurrent = 2, .*legal in a stream: max_concurrent=None",
+        ),
     ],
 )
 def test_what_it_refuses(asked, wrong, message):
@@ -137,7 +140,7 @@ def test_settings_of_the_command_line_become_those_of_the_sampler():
     assert (np.asarray(automaton)[:, 4:] == np.arange(3)[:, None]).all()  # ids that the tokenizer lacks say nothing
     assert [int(automaton[automaton[0, 3], 2]), int(automaton[automaton[0, 1], 2])] == [-1, -1]
     named = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2}
-    named |= {"n": 4, "max_tokens": 7, "slots": 5, "stop": (0,)}
+    named |= {"n": 4, "max_tokens": 7, "max_concurrent": 5, "stop": (0,)}
     assert {name: getattr(got, name) for name in named} == named
     assert options.sampling(options.Sampling(), 1, character_tokenizer("a"), 2).stop_strings is None
 

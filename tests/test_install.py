@@ -1,6 +1,8 @@
 """The package as a user gets it: a wheel, installed away from the checkout."""
 
+import ast
 import importlib.metadata
+import inspect
 import os
 import shutil
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import rljax
+import rljax.algorithms
+import rljax.types
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("setup.py", "pyproject.toml", "LICENSE", "rljax")
@@ -64,10 +68,38 @@ def test_import_rljax_imports_no_jax(tmp_path):
     assert run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT)).strip() == "set()"
 
 
-@pytest.mark.parametrize("name", rljax.__all__)
-def test_front_door_opens(name):
-    assert getattr(rljax, name) is not None
-    assert name in dir(rljax)
+def test_the_front_door_offers_every_algorithm_and_type():
+    for home in (rljax.types, rljax.algorithms):
+        members = vars(home).items()
+        own = {name: x for name, x in members if inspect.isfunction(x) or inspect.isclass(x)}
+        own = {name: x for name, x in own.items() if x.__module__.startswith("rljax.")}
+        assert len(own) > 10
+        assert {name: getattr(rljax, name) for name in own} == own
+        assert own.keys() <= set(dir(rljax))
+
+
+def test_type_checkers_are_shown_what_is_found_at_run_time():
+    tree = ast.parse(Path(rljax.__file__).read_text())
+    (shown,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    packages = [node.module for node in shown.body if node.names[0].name == "*"]
+    functions = {name.asname: node.module for node in shown.body for name in node.names if name.name != "*"}
+    assert set(packages) == set(rljax._PACKAGES)
+    assert functions == rljax._FUNCTIONS
+    for name, module in functions.items():
+        assert getattr(rljax, name).__module__ == module
+    lines = (ROOT / "rljax" / "algorithms" / "__init__.py").read_text().splitlines()
+    imports = [line.split() for line in lines if line.startswith("from ")]
+    assert all(words[3:] == [words[3], "as", words[3]] for words in imports), "`X as X` makes a name public"
+
+
+def test_a_new_algorithm_is_written_down_once_besides_its_file(tmp_path):
+    shutil.copytree(ROOT / "rljax", tmp_path / "rljax", ignore=shutil.ignore_patterns("__pycache__"))
+    algorithms = tmp_path / "rljax" / "algorithms"
+    algorithms.joinpath("my_paper.py").write_text("def my_paper():\n    return 'mine'\n")
+    with algorithms.joinpath("__init__.py").open("a") as file:
+        file.write("from rljax.algorithms.my_paper import my_paper as my_paper\n")
+    program = "import rljax; print(rljax.my_paper(), 'my_paper' in dir(rljax))"
+    assert run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path)).split() == ["mine", "True"]
 
 
 def test_front_door_names_what_there_is():

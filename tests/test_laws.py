@@ -224,7 +224,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient_of_its_own_advantages(nam
     batch = credited(algorithm, on_policy(rollout()))
     gradient, metrics = learn(algorithm, batch, table_params())
     # rloo's terms are one ratio of the whole answer on each of its tokens: its gradient is the sum over them
-    weight = weights.sequence_sum if name.startswith("rloo") else algorithm.weights
+    weight = weights.seq_mean_token_sum if name.startswith("rloo") else algorithm.weights
     want = own_gradient(weight, batch, np.float64(table_params()["table"]), 0.2 if "entropy" in name else 0.0)
     agree(gradient["table"], want)
     np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-6)
@@ -246,7 +246,7 @@ COMPARES = [  # answers of one prompt with one another, and nothing else
         "rloo",
         "gpg",
         "maxrl",
-        "pass_at_k",
+        "grpo_pass_at_k",
         "opo",
         "otb",
         "capo",
@@ -307,7 +307,7 @@ def test_packed_rows_give_the_same_gradient(name):
     agree(learn(algorithm, packed(batch), table_params()), learn(algorithm, batch, table_params()))
 
 
-@pytest.mark.parametrize("correct", [a.truncate_is, a.mask_is, a.drop_stale_failures, a.only_high_entropy])
+@pytest.mark.parametrize("correct", [a.truncate_is, a.mask_is, a.off_policy_sequence_mask, a.high_entropy_mask])
 def test_corrections_touch_neither_the_critic_nor_the_kl_in_any_order(correct):
     traj, params = rollout(), table_params()
 

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from common import alternately, bandwidth
 
-from rljax.ops.returns import gae, vtrace
+from rljax.ops.returns import gae, vtrace_returns
 from rljax.train.log import log_info, table
 
 
@@ -53,8 +53,8 @@ def main(cfg: Config) -> None:
     works = {
         "gae": lambda r, v, d, w, m: gae(r, v, None, d),
         "gae with a mask": lambda r, v, d, w, m: gae(r, v, m, d),
-        "vtrace": lambda r, v, d, w, m: vtrace(r, v, w, None, d),
-        "vtrace with a mask": lambda r, v, d, w, m: vtrace(r, v, w, m, d),
+        "vtrace": lambda r, v, d, w, m: vtrace_returns(r, v, w, None, d),
+        "vtrace with a mask": lambda r, v, d, w, m: vtrace_returns(r, v, w, m, d),
     }
     kernels = {(name, "[B, T]"): (jax.jit(work), flat) for name, work in works.items()}
     kernels |= {

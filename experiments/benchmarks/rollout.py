@@ -30,7 +30,7 @@ from common import W1, W2, alternately, bandwidth, peak, prompts
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rljax.models import decoder, policy
-from rljax.ops.logprobs import logp_of, softmax
+from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.ops.sampling import invert_cdf
 from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.train import mesh as meshes
@@ -134,7 +134,7 @@ def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
                 z, total = carry
                 dist = softmax(z, ones)
                 token = invert_cdf(dist.masses, uniform)
-                logp = logp_of(dist, token) if captured else jnp.zeros(rows)
+                logp = softmax_logp(dist, token) if captured else jnp.zeros(rows)
                 return z.at[:, 0].add(1e-6 * (token + logp)), total + logp
 
             return jax.lax.fori_loop(0, 64, one, (logits, jnp.zeros(rows)))
@@ -166,7 +166,7 @@ def main(cfg: Config) -> dict[str, float]:
         "top-k 50, top-p 0.9": draw(rows, plain.replace(top_k=50, top_p=0.9)),
         "exact": draw(rows, plain, exact_lm),
         "a queue, static": lambda i: [draw(part, ending)(i) for part in quarters],
-        "a queue, slots": draw(queue, ending.replace(slots=B)),
+        "a queue, slots": draw(queue, ending.replace(max_concurrent=B)),
     }
     if cfg.devices > 1:
         works[f"on {cfg.devices} devices"] = spread(cfg.devices, lm, params, rows, plain)
@@ -182,7 +182,7 @@ def main(cfg: Config) -> dict[str, float]:
     bound = ceiling(config, B, count, length, answer, flops, bytes_)
     parts = sampling_parts(config, B, cfg.repeats)
     step = median["rollout"] / answer
-    _, work = sample_and_count(lm, params, {}, queue, ending.replace(slots=B), 0, 0)
+    _, work = sample_and_count(lm, params, {}, queue, ending.replace(max_concurrent=B), 0, 0)
     figures = {
         "peak, GFLOP/s": flops / 1e9,
         "bandwidth, GB/s": bytes_ / 1e9,

@@ -18,8 +18,8 @@ from rljax.algorithms import (
     vtrace,
     with_entropy,
 )
-from rljax.algorithms.controllers import ppo_penalty_coefficient
-from rljax.algorithms.reinforce import batch_mean, leave_one_out, no_baseline
+from rljax.algorithms.common.controllers import ppo_penalty_coefficient
+from rljax.algorithms.reinforce import batch_mean_baseline, leave_one_out_baseline, no_baseline
 from rljax.envs.env import Box, Env
 from rljax.models import mlp
 from rljax.ops import losses
@@ -153,10 +153,10 @@ METHODS: dict[str, Callable] = {  # (sizes, hyper, iterations) -> Method
     "trpo": lambda sizes, h, _: trust_region(sizes, h),
     "vpg": lambda sizes, h, _: by_adam(vpg(h.gamma, h.lam, value_coefficient=0.0), sizes, h),
     "vtrace": lambda sizes, h, iterations: in_minibatches(vtrace(h.gamma, h.lam), sizes, h, iterations),
-    "off_policy_pg": lambda sizes, h, _: by_adam(off_policy_pg(baseline=batch_mean), sizes, h),
+    "off_policy_pg": lambda sizes, h, _: by_adam(off_policy_pg(baseline=batch_mean_baseline), sizes, h),
     "reinforce": lambda sizes, h, _: by_adam(reinforce(no_baseline), sizes, h),
     "reinforce_to_go": lambda sizes, h, _: by_adam(reinforce_to_go(no_baseline, h.gamma), sizes, h),
-    "reinforce_baseline": lambda sizes, h, _: by_adam(reinforce_to_go(leave_one_out, h.gamma), sizes, h),
+    "reinforce_baseline": lambda sizes, h, _: by_adam(reinforce_to_go(leave_one_out_baseline, h.gamma), sizes, h),
 }
 REINFORCE = ("reinforce", "reinforce_to_go", "reinforce_baseline")
 EPISODIC = (*REINFORCE, "off_policy_pg")  # credit whole episodes, one a row; the others pieces of fixed length

@@ -1,66 +1,80 @@
 """One paper, one file, one function that returns an Algorithm (preferences and reward models: an Objective).
 
-`wrap`, `shape` and `correct` change an Algorithm: terms in the loss, rewards and rows, sampler corrections.
+The modules of `common` change an Algorithm: `wrappers` adds terms to the loss, `reward_shaping` changes rewards and
+rows, `corrections` handles samples of another policy. `X as X` marks a name as public for type checkers; `rljax` offers
+every name that is imported here.
 """
 
-from rljax.algorithms.a_star_po import a_star_po
-from rljax.algorithms.aot import aot, aot_unpaired
-from rljax.algorithms.bco import bco
-from rljax.algorithms.capo import capo
-from rljax.algorithms.cispo import cispo
-from rljax.algorithms.correct import (
-    drop_stale_failures,
-    mask_is,
-    normalised_is,
-    only_high_entropy,
-    reject,
-    truncate_is,
-)
-from rljax.algorithms.covariance import clip_cov, kl_cov
-from rljax.algorithms.cpo import cpo, simpo
-from rljax.algorithms.dapo import dapo
-from rljax.algorithms.dpo import dpo
-from rljax.algorithms.dppo import dppo_kl, dppo_tv
-from rljax.algorithms.dqn import dqn
-from rljax.algorithms.dr_grpo import dr_grpo
-from rljax.algorithms.dro import dro
-from rljax.algorithms.fipo import fipo
-from rljax.algorithms.gdpo import gdpo
-from rljax.algorithms.gmpo import gmpo
-from rljax.algorithms.gpg import gpg
-from rljax.algorithms.grpo import grpo
-from rljax.algorithms.grpo_process import grpo_process
-from rljax.algorithms.gspo import gspo, gspo_token
-from rljax.algorithms.kto import kto
-from rljax.algorithms.lite_ppo import lite_ppo
-from rljax.algorithms.luspo import luspo
-from rljax.algorithms.maxrl import maxrl
-from rljax.algorithms.online_dpo import online_pairs
-from rljax.algorithms.opo import opo
-from rljax.algorithms.orpo import orpo
-from rljax.algorithms.otb import otb
-from rljax.algorithms.pass_at_k import pass_at_k
-from rljax.algorithms.ppo import ppo, ppo_penalty
-from rljax.algorithms.process_reward_model import process_reward_model
-from rljax.algorithms.real import real
-from rljax.algorithms.reinforce import reinforce, reinforce_to_go
-from rljax.algorithms.reinforce_ada import reinforce_ada
-from rljax.algorithms.reinforce_pp import reinforce_pp, reinforce_pp_baseline
-from rljax.algorithms.remax import remax
-from rljax.algorithms.reward_model import ranked_reward_model, reward_model
-from rljax.algorithms.rloo import rloo
-from rljax.algorithms.sapo import sapo
-from rljax.algorithms.sft import dft, sft
-from rljax.algorithms.shape import distil, filter_overlong, kl_in_reward, penalise_overlong
-from rljax.algorithms.trpo import trpo, trpo_gae
-from rljax.algorithms.vapo import vapo
-from rljax.algorithms.vespo import vespo
-from rljax.algorithms.vine_ppo import vine_ppo
-from rljax.algorithms.vpg import vpg
-from rljax.algorithms.vtrace import off_policy_pg, vtrace
-from rljax.algorithms.wrap import (
-    with_entropy,
-    with_importance_weighted_kl,
-    with_kl,
-    with_likelihood_of_good,
-)
+from rljax.algorithms.a_star_po import a_star_po as a_star_po
+from rljax.algorithms.aot import aot as aot
+from rljax.algorithms.aot import aot_unpaired as aot_unpaired
+from rljax.algorithms.bco import bco as bco
+from rljax.algorithms.capo import capo as capo
+from rljax.algorithms.cispo import cispo as cispo
+from rljax.algorithms.common.corrections import high_entropy_mask as high_entropy_mask
+from rljax.algorithms.common.corrections import mask_is as mask_is
+from rljax.algorithms.common.corrections import normalized_is as normalized_is
+from rljax.algorithms.common.corrections import off_policy_sequence_mask as off_policy_sequence_mask
+from rljax.algorithms.common.corrections import reject as reject
+from rljax.algorithms.common.corrections import truncate_is as truncate_is
+from rljax.algorithms.common.reward_shaping import distill as distill
+from rljax.algorithms.common.reward_shaping import filter_overlong as filter_overlong
+from rljax.algorithms.common.reward_shaping import kl_in_reward as kl_in_reward
+from rljax.algorithms.common.reward_shaping import overlong_penalty as overlong_penalty
+from rljax.algorithms.common.wrappers import with_entropy as with_entropy
+from rljax.algorithms.common.wrappers import with_importance_weighted_kl as with_importance_weighted_kl
+from rljax.algorithms.common.wrappers import with_kl as with_kl
+from rljax.algorithms.common.wrappers import with_positive_nll as with_positive_nll
+from rljax.algorithms.covariance import clip_cov as clip_cov
+from rljax.algorithms.covariance import kl_cov as kl_cov
+from rljax.algorithms.cpo import cpo as cpo
+from rljax.algorithms.cpo import simpo as simpo
+from rljax.algorithms.dapo import dapo as dapo
+from rljax.algorithms.dpo import dpo as dpo
+from rljax.algorithms.dppo import dppo_kl as dppo_kl
+from rljax.algorithms.dppo import dppo_tv as dppo_tv
+from rljax.algorithms.dqn import dqn as dqn
+from rljax.algorithms.dr_grpo import dr_grpo as dr_grpo
+from rljax.algorithms.dro import dro as dro
+from rljax.algorithms.dynamic_sampling import dynamic_sampling as dynamic_sampling
+from rljax.algorithms.fipo import fipo as fipo
+from rljax.algorithms.gdpo import gdpo as gdpo
+from rljax.algorithms.gmpo import gmpo as gmpo
+from rljax.algorithms.gpg import gpg as gpg
+from rljax.algorithms.grpo import grpo as grpo
+from rljax.algorithms.grpo_pass_at_k import grpo_pass_at_k as grpo_pass_at_k
+from rljax.algorithms.grpo_process import grpo_process as grpo_process
+from rljax.algorithms.gspo import gspo as gspo
+from rljax.algorithms.gspo import gspo_token as gspo_token
+from rljax.algorithms.kto import kto as kto
+from rljax.algorithms.lite_ppo import lite_ppo as lite_ppo
+from rljax.algorithms.luspo import luspo as luspo
+from rljax.algorithms.maxrl import maxrl as maxrl
+from rljax.algorithms.online_dpo import online_pairs as online_pairs
+from rljax.algorithms.opo import opo as opo
+from rljax.algorithms.orpo import orpo as orpo
+from rljax.algorithms.otb import otb as otb
+from rljax.algorithms.ppo import ppo as ppo
+from rljax.algorithms.ppo import ppo_penalty as ppo_penalty
+from rljax.algorithms.process_reward_model import process_reward_model as process_reward_model
+from rljax.algorithms.real import real as real
+from rljax.algorithms.reinforce import reinforce as reinforce
+from rljax.algorithms.reinforce import reinforce_to_go as reinforce_to_go
+from rljax.algorithms.reinforce_ada import reinforce_ada as reinforce_ada
+from rljax.algorithms.reinforce_pp import reinforce_pp as reinforce_pp
+from rljax.algorithms.reinforce_pp import reinforce_pp_baseline as reinforce_pp_baseline
+from rljax.algorithms.remax import remax as remax
+from rljax.algorithms.reward_model import ranked_reward_model as ranked_reward_model
+from rljax.algorithms.reward_model import reward_model as reward_model
+from rljax.algorithms.rloo import rloo as rloo
+from rljax.algorithms.sapo import sapo as sapo
+from rljax.algorithms.sft import dft as dft
+from rljax.algorithms.sft import sft as sft
+from rljax.algorithms.trpo import trpo as trpo
+from rljax.algorithms.trpo import trpo_gae as trpo_gae
+from rljax.algorithms.vapo import vapo as vapo
+from rljax.algorithms.vespo import vespo as vespo
+from rljax.algorithms.vine_ppo import vine_ppo as vine_ppo
+from rljax.algorithms.vpg import vpg as vpg
+from rljax.algorithms.vtrace import off_policy_pg as off_policy_pg
+from rljax.algorithms.vtrace import vtrace as vtrace

@@ -4,13 +4,14 @@
 
 PPO's clip drops the gradient of clipped tokens; here the weight is clipped and the token stays. Bounds are ratios, not
 distances from 1: the paper has no lower one, ScaleRL (arXiv:2510.13786) recommends an upper one of 4 to 8. The value of
-the loss means nothing. Â is GRPO's.
+the loss has no meaning. Â is GRPO's.
 """
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, ratio_to_old
+from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.ops.ratios import importance_ratio
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
 
@@ -19,7 +20,7 @@ def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Algorithm:
     """CISPO."""
 
     def loss(output, batch):
-        ratio = stop_gradient(ratio_to_old(output, batch))
+        ratio = stop_gradient(importance_ratio(output.logp, old_policy_logp(batch.traj)))
         weight = jnp.clip(ratio, ratio_min, ratio_max)
         return -weight * batch.advantages * output.logp, {"clip_fraction": (weight != ratio).astype(ratio.dtype)}
 

@@ -1,11 +1,11 @@
-"""DRO: policy gradient with a quadratic pull towards the old policy, no clip (arXiv:2405.19107, as verl reads it).
+"""DRO: policy gradient with a quadratic penalty on the distance to the old policy, no clip (arXiv:2405.19107).
 
     L = -(1/Σm) Σ (Â log π - ½ β (log π - log π_old)²)
 
-Left out: the paper's learnt value function, for which GRPO's group mean stands.
+Left out: the paper's learned value function, replaced by GRPO's group mean, as in verl.
 """
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp
 from rljax.ops import losses
 from rljax.ops.kl import k2
 from rljax.ops.weights import token_mean
@@ -16,7 +16,8 @@ def dro(beta: float = 0.1) -> Algorithm:
     """DRO."""
 
     def loss(output, batch):
-        pull = k2(output.logp, old_logp(batch.traj))
-        return losses.policy_gradient(output.logp, batch.advantages) + beta * pull, {"pull": pull}
+        penalty = k2(output.logp, old_policy_logp(batch.traj))
+        terms = losses.policy_gradient(output.logp, batch.advantages) + beta * penalty
+        return terms, {"old_policy_penalty": penalty}
 
     return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)

@@ -1,23 +1,23 @@
-"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): learn only from prompts whose answers differ in reward.
+"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): learn only from prompts whose completions differ in reward.
 
-A group of equal rewards has advantage 0 and adds nothing but cost. The paper draws until the batch is full; here more
-prompts are drawn than are kept, so that shapes stay fixed, and the groups that teach something are kept first.
+A group of equal rewards has advantage 0 and adds nothing but cost. The paper samples until the batch is full; here more
+prompts are sampled than are kept, so that shapes stay fixed, and the groups with unequal rewards are kept first.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards
-from rljax.ops.groups import no_signal
+from rljax.algorithms.common.credit import outcome_rewards
+from rljax.ops.groups import zero_std
 from rljax.types import Trajectory
 
 
-def keep_informative(traj: Trajectory, rows: int) -> Trajectory:
+def dynamic_sampling(traj: Trajectory, rows: int) -> Trajectory:
     """The first `rows` rows of `traj` once whole groups are sorted: unequal rewards first, then by group id.
 
     Groups must be of one size that divides `rows`. Report rewards and lengths of the trajectory before: this one is a
-    choice.
+    selection.
     """
-    reward, judged = episode_rewards(traj)
-    kept = jnp.lexsort((traj.group, no_signal(reward, traj.group, judged)))[:rows]
+    rewards, valid = outcome_rewards(traj)
+    kept = jnp.lexsort((traj.group, zero_std(rewards, traj.group, valid)))[:rows]
     return jax.tree.map(lambda x: x[kept], traj)

@@ -2,14 +2,14 @@
 
     w_t = sg(clip(exp(Σ_{s≥t} γ^{s-t} log ρ_s), 1 - c, 1 + c))        L = (1/Σm) Σ w_t max(-ρÂ, -clip(ρ) Â)
 
-A token whose continuation the policy has made likelier counts more. For bad tokens with a ratio above `safe` the weight
-is kept within [0.8, 1]. Â is GRPO's. Gaps are skipped.
+A token weighs more if the policy has made its continuation more likely. For tokens with Â < 0 and a ratio above
+`safe_ratio` the weight is kept within [0.8, 1]. Â is GRPO's. Gaps are skipped.
 """
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import old_logp, ratio_to_old
+from rljax.algorithms.common.credit import old_policy_logp
 from rljax.algorithms.dapo import dapo
 from rljax.ops.ratios import bounded_exp
 from rljax.ops.returns import discounted_returns
@@ -17,18 +17,18 @@ from rljax.ops.sequences import last_decision
 from rljax.types import Algorithm
 
 
-def fipo(low: float = 0.2, high: float = 0.28, gamma=0.97, width: float = 0.2, safe: float = 10.0) -> Algorithm:
-    """FIPO. `gamma`: decay per token; `width`: c; `safe`: ratio above which a bad token is not weighed up."""
-    plain = dapo(low, high)
+def fipo(low: float = 0.2, high: float = 0.28, gamma=0.97, width: float = 0.2, safe_ratio: float = 10.0) -> Algorithm:
+    """FIPO. `gamma`: decay per token; `width`: c; `safe_ratio`: no weight above 1 for Â < 0 beyond this ratio."""
+    clipped_surrogate = dapo(low, high)
 
     def loss(output, batch):
-        log_ratio = stop_gradient(output.logp) - old_logp(batch.traj)
-        further = jnp.where(last_decision(batch.mask, batch.traj.segments), 0.0, gamma)
-        future = discounted_returns(log_ratio, batch.mask, further)
-        influence = jnp.clip(bounded_exp(future), 1.0 - width, 1.0 + width)
-        risky = (batch.advantages < 0) & (stop_gradient(ratio_to_old(output, batch)) > safe)
-        influence = jnp.where(risky, jnp.clip(influence, 0.8, 1.0), influence)
-        terms, metrics = plain.loss(output, batch)
-        return influence * terms, {**metrics, "influence": influence}
+        log_ratio = stop_gradient(output.logp) - old_policy_logp(batch.traj)
+        decay = jnp.where(last_decision(batch.mask, batch.traj.segments), 0.0, gamma)
+        future = discounted_returns(log_ratio, batch.mask, decay)
+        weight = jnp.clip(bounded_exp(future), 1.0 - width, 1.0 + width)
+        unsafe = (batch.advantages < 0) & (bounded_exp(log_ratio) > safe_ratio)
+        weight = jnp.where(unsafe, jnp.clip(weight, 0.8, 1.0), weight)
+        terms, metrics = clipped_surrogate.loss(output, batch)
+        return weight * terms, {**metrics, "future_kl_weight": weight}
 
-    return plain._replace(loss=loss)
+    return clipped_surrogate._replace(loss=loss)

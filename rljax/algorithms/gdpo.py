@@ -1,19 +1,18 @@
-"""GDPO: several rewards, normalised one by one (arXiv:2601.05242).
+"""GDPO: several rewards, normalized one by one (arXiv:2601.05242).
 
     Z_k = (r_k - mean_group r_k) / (std_group r_k + ε)        A = Σ_k w_k Z_k        Â = (A - mean A) / (std A + ε)
 
-with the last mean and deviation over the rows of the batch. Normalising the sum instead, as GRPO does, lets answers
+with the last mean and deviation over the rows of the batch. Normalizing the sum instead, as GRPO does, lets completions
 with different components share one advantage. With one reward it is GRPO up to the rescaling over the batch. A
-component that could not judge a row adds 0 to it. The loss is GRPO's. It reads
-`traj.scores`, not rewards: what `kl_in_reward` or `penalise_overlong` adds does not reach it. Left out: conditioning an
-easy reward on a hard one.
+component without a score for a row adds 0 to it. The loss is GRPO's. It reads `traj.scores`, not rewards: what
+`kl_in_reward` or `overlong_penalty` adds does not reach it. Left out: conditioning an easy reward on a hard one.
 """
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch, require
+from rljax.algorithms.common.credit import outcome_batch, outcome_rewards, require
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.statistics import masked_mean, masked_var
@@ -23,20 +22,21 @@ from rljax.types import Algorithm
 def gdpo(
     reward_weights: Sequence[float] | None = None, low: float = 0.2, high: float = 0.2, epsilon: float = 1e-6
 ) -> Algorithm:
-    """GRPO on `traj.scores` [B K], each normalised in its group. `reward_weights`: one for each; None: all 1."""
+    """GRPO on `traj.scores` [B K], each normalized in its group. `reward_weights`: one for each; None: all 1."""
 
     def credit(traj, coefficients):
         require(traj, "group", "scores")
-        _, judged = episode_rewards(traj)
-        scores, total = traj.scores, jnp.zeros_like(traj.scores[:, 0])
-        factors = [1.0] * scores.shape[1] if reward_weights is None else reward_weights
-        if len(factors) != scores.shape[1]:
-            raise ValueError(f"{len(factors)} reward weights for {scores.shape[1]} rewards; give one for each")
-        for k, factor in enumerate(factors):
-            valid = judged & jnp.isfinite(scores[:, k])
-            score = jnp.where(valid, scores[:, k], 0.0)
-            total = total + factor * groups.standardised(score, traj.group, valid, epsilon)
-        spread = jnp.sqrt(masked_var(total, judged)) + epsilon
-        return outcome_batch(traj, (total - masked_mean(total, judged)) / spread, judged, coefficients)
+        _, valid = outcome_rewards(traj)
+        K = traj.scores.shape[1]
+        weights = [1.0] * K if reward_weights is None else reward_weights
+        if len(weights) != K:
+            raise ValueError(f"{len(weights)} reward weights for {K} rewards; give one for each")
+        total = jnp.zeros_like(traj.scores[:, 0])
+        for k, weight in enumerate(weights):
+            scored = valid & jnp.isfinite(traj.scores[:, k])
+            score = jnp.where(scored, traj.scores[:, k], 0.0)
+            total = total + weight * groups.standardize(score, traj.group, scored, epsilon)
+        std = jnp.sqrt(masked_var(total, valid)) + epsilon
+        return outcome_batch(traj, (total - masked_mean(total, valid)) / std, valid, coefficients)
 
     return grpo(low, high)._replace(credit=credit)

@@ -1,4 +1,4 @@
-"""GRPO: group relative policy optimisation (DeepSeekMath, arXiv:2402.03300, eq. 3, outcome supervision).
+"""GRPO: group relative policy optimization (DeepSeekMath, arXiv:2402.03300, eq. 3, outcome supervision).
 
     Â_it = (R_i - mean_group R) / (std_group R + ε)
     L = (1/N⁺) Σ_i (1/n_i) Σ_t max(-ρ_it Â_it, -clip(ρ_it, 1 - low, 1 + high) Â_it)
@@ -8,21 +8,23 @@ gradient is not. std is unbiased; a group of equal rewards, or of one row, has a
 paper's other form, is `grpo_process`.
 """
 
-from collections.abc import Callable
-
-from rljax.algorithms.credit import group_relative, ratio_to_old
+from rljax.algorithms.common.credit import group_relative, old_policy_logp
 from rljax.ops import losses
-from rljax.ops.weights import sequence_mean
-from rljax.types import Algorithm
+from rljax.ops.ratios import importance_ratio
+from rljax.ops.weights import seq_mean_token_mean
+from rljax.types import Algorithm, WeightsFn
 
 
 def grpo(
-    low: float = 0.2, high: float = 0.2, std_epsilon: float | None = 1e-6, weights: Callable = sequence_mean
+    low: float = 0.2,
+    high: float = 0.2,
+    std_epsilon: float | None = 1e-6,
+    weights: WeightsFn = seq_mean_token_mean,
 ) -> Algorithm:
     """GRPO. `std_epsilon` None leaves out the division by the group's standard deviation."""
 
     def loss(output, batch):
-        ratio = ratio_to_old(output, batch)
+        ratio = importance_ratio(output.logp, old_policy_logp(batch.traj))
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 

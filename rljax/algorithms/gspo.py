@@ -1,8 +1,8 @@
-"""GSPO: one ratio per answer (arXiv:2507.18071).
+"""GSPO: one ratio per completion (arXiv:2507.18071).
 
     s_i = exp((1/n_i) Σ_t log ρ_it)        L = (1/N⁺) Σ_i max(-s_i Â_i, -clip(s_i, 1 - low, 1 + high) Â_i)
 
-Rewards judge whole answers, so the ratio is one of whole answers too, made comparable over lengths by the geometric
+Rewards are of whole completions, so the ratio is one of whole completions too, comparable over lengths by the geometric
 mean. `gspo_token` (eq. 14) has the same value and, for advantages that are constant in a row, the same gradient:
 
     s_it = sg(s_i) π_it / sg(π_it)
@@ -10,37 +10,40 @@ mean. `gspo_token` (eq. 14) has the same value and, for advantages that are cons
 It allows advantages that differ from token to token. Â is GRPO's.
 """
 
+from collections.abc import Callable
+
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp
 from rljax.ops import losses
 from rljax.ops.ratios import bounded_exp, sequence_geometric_mean
-from rljax.ops.weights import sequence_mean
-from rljax.types import Algorithm
+from rljax.ops.shapes import PerToken
+from rljax.ops.weights import seq_mean_token_mean
+from rljax.types import Algorithm, Batch, PolicyOutput
 
 
-def _gspo(log_ratio, low: float, high: float) -> Algorithm:
+def _gspo(log_ratio: Callable[[PolicyOutput, Batch], PerToken], low: float, high: float) -> Algorithm:
     def loss(output, batch):
         ratio = bounded_exp(log_ratio(output, batch))
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean)
 
 
-def _of_sequence(output, batch):
-    return sequence_geometric_mean(output.logp - old_logp(batch.traj), batch.mask, batch.traj.segments)
+def _sequence_log_ratio(output: PolicyOutput, batch: Batch) -> PerToken:
+    return sequence_geometric_mean(output.logp - old_policy_logp(batch.traj), batch.mask, batch.traj.segments)
 
 
 def gspo(low: float = 3e-4, high: float = 4e-4) -> Algorithm:
-    """GSPO. The clip is far narrower than a token's: geometric means hardly move."""
-    return _gspo(_of_sequence, low, high)
+    """GSPO. The clip is far narrower than for tokens: geometric means hardly move."""
+    return _gspo(_sequence_log_ratio, low, high)
 
 
 def gspo_token(low: float = 3e-4, high: float = 4e-4) -> Algorithm:
     """GSPO-token."""
 
     def log_ratio(output, batch):
-        return stop_gradient(_of_sequence(output, batch) - output.logp) + output.logp
+        return stop_gradient(_sequence_log_ratio(output, batch) - output.logp) + output.logp
 
     return _gspo(log_ratio, low, high)

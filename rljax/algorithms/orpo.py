@@ -1,21 +1,22 @@
-"""ORPO: odds ratio preference optimisation (arXiv:2403.07691): imitation and preference in one stage, no reference.
+"""ORPO: odds ratio preference optimization (arXiv:2403.07691): imitation and preference in one stage, no reference.
 
     L = NLL(chosen) - λ log σ(log odds(y_w) - log odds(y_l))        log odds = ℓ̄ - log(1 - e^ℓ̄), ℓ̄ the mean log-prob
 
-The NLL is the token mean over the chosen answers. Left out: the paper's code takes it over the prompt's tokens too.
+The NLL is the token mean over the chosen completions. Left out: the paper's code also includes the prompt's tokens.
 """
 
-from collections.abc import Callable
-
-from rljax.algorithms.pairs import preference_objective
+from rljax.algorithms.common.pairs import preference_objective
 from rljax.ops import preferences
-from rljax.types import Objective
+from rljax.types import Objective, PolicyFn
 
 
-def orpo(policy: Callable, lam: float = 0.1, nll: float = 1.0) -> Objective:
-    """ORPO with the odds ratio weighed by λ and the likelihood by `nll`."""
+def orpo(policy: PolicyFn, lam: float = 0.1, nll: float = 1.0) -> Objective:
+    """ORPO. `lam`: λ, the coefficient of the odds ratio; `nll`: that of the NLL."""
 
     def term(pair):
         return nll * pair.nll + lam * preferences.odds_ratio(pair.chosen.mean_logp, pair.rejected.mean_logp)
 
-    return preference_objective(policy, term, lambda answer: lam * answer.mean_logp)
+    def reward(completion):
+        return lam * completion.mean_logp
+
+    return preference_objective(policy, term, reward)

@@ -3,48 +3,52 @@
     S_i = (1/(n_i τ)) Σ_t log ρ_it
     L = (1/P) Σ_groups [log(1 + Σ_{Â<=0} e^{S_j}) + log(1 + Σ_{Â>0} e^{-S_j})]
 
-over the groups that have both kinds of answers; P counts all groups. A group's loss couples its rows, which
-micro-batches may part: `prepare` takes the slopes ∂L/∂S_i over the whole batch, so that the loss of a row is
+over the groups that have both kinds of completions; P counts all groups. A group's loss couples its rows, which
+micro-batches may separate: `prepare` computes the slopes ∂L/∂S_i over the whole batch, so that the loss of a row is
 slope · S_i, with L's own value and gradient. Â is GRPO's.
 """
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp, require
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, require
 from rljax.ops import groups
 from rljax.ops.ratios import sequence_geometric_mean
-from rljax.ops.weights import sequence_mean
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
 def real(temperature: float = 0.5) -> Algorithm:
-    """REAL, on unpacked rows and in one minibatch a rollout: `prepare` needs whole groups."""
+    """REAL, on unpacked rows and in one minibatch per rollout: `prepare` needs whole groups."""
 
     def score(output, batch):
-        return sequence_geometric_mean(output.logp - old_logp(batch.traj), batch.mask) / temperature
+        return sequence_geometric_mean(output.logp - old_policy_logp(batch.traj), batch.mask) / temperature
 
     def prepare(output, batch, key):
-        require(batch.traj, "group")  # which packing takes away
-        group, rows = batch.traj.group, batch.mask.any(axis=1)
-        reach = jnp.clip(score(output, batch)[:, 0], -20.0, 20.0)
-        good = rows & ((batch.mask * batch.advantages).sum(axis=1) > 0)
-        bad = rows & ~good
-        both = (groups.group_count(group, good) > 0) & (groups.group_count(group, bad) > 0)
-        slope, loss = jnp.zeros_like(reach), jnp.zeros_like(reach)
-        for kind, sign in ((bad, 1.0), (good, -1.0)):
-            mass = jnp.where(kind & both, jnp.exp(sign * reach), 0.0)
+        require(batch.traj, "group")  # None after packing
+        group = batch.traj.group
+        rows = batch.mask.any(axis=1)
+        row_score = jnp.clip(score(output, batch)[:, 0], -20.0, 20.0)
+        positive = rows & ((batch.mask * batch.advantages).sum(axis=1) > 0)
+        negative = rows & ~positive
+        both = (groups.group_count(group, positive) > 0) & (groups.group_count(group, negative) > 0)
+
+        slope = jnp.zeros_like(row_score)
+        value = jnp.zeros_like(row_score)
+        for kind, sign in ((negative, 1.0), (positive, -1.0)):
+            mass = jnp.where(kind & both, jnp.exp(sign * row_score), 0.0)
             total = 1.0 + groups.group_sum(mass, group)
             slope += sign * mass / total
-            loss += jnp.where(rows & both, jnp.log(total), 0.0)
+            value += jnp.where(rows & both, jnp.log(total), 0.0)
+
         share = jnp.where(rows, 1.0 / jnp.maximum(groups.group_count(group, rows), 1.0), 0.0)
         scale = rows.sum() / jnp.maximum(share.sum(), 1.0)  # the weights divide by rows, the equation by groups
-        extra = {"slope": scale * slope, "value": scale * loss * share}
+        extra = {"slope": scale * slope, "value": scale * value * share}
         spread = {name: jnp.broadcast_to(x[:, None], batch.mask.shape) for name, x in extra.items()}
         return batch.replace(extra={**batch.extra, **spread})
 
     def loss(output, batch):
-        reach = score(output, batch)
-        return batch.extra["slope"] * (reach - stop_gradient(reach)) + batch.extra["value"], {}
+        row_score = score(output, batch)
+        return batch.extra["slope"] * (row_score - stop_gradient(row_score)) + batch.extra["value"], {}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean, prepare=prepare)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, prepare=prepare)

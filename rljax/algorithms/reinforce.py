@@ -4,69 +4,72 @@
     reinforce_to_go    L = -(1/N⁺) Σ_i Σ_t (G_it - b_it) log π(a_it | s_it)        G_it = Σ_{t'≥t} γ^{t'-t} r_it'
 
 A baseline b that does not depend on row i's own decisions leaves the mean of the gradient unchanged and lowers its
-variance. `leave_one_out` is such a baseline (RLOO, arXiv:2402.14740); `group_mean` and `batch_mean` contain the row
-itself and so shrink the gradient by (n - 1)/n. b_it is the same function of column t: n are the rows that decide there,
-and where n varies with t the two that contain the row also turn the gradient. An episode that time cut short counts as
-ended: neither bootstraps.
+variance. `leave_one_out_baseline` is one (RLOO, arXiv:2402.14740); `group_mean_baseline` and `batch_mean_baseline`
+include the row itself and so shrink the gradient by (n - 1)/n. b_it is the same function of column t: n are then the
+rows with a decision there, and where n varies with t the two that include the row also change the gradient's direction.
+A truncated episode counts as ended: neither bootstraps.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
-from rljax.algorithms.credit import episode_rewards, judged_rewards, outcome_batch
+from rljax.algorithms.common.credit import (
+    AdvantageFn,
+    GroupIds,
+    ValidRows,
+    decision_rewards,
+    outcome_batch,
+    outcome_rewards,
+)
 from rljax.ops import groups, losses, statistics, weights
 from rljax.ops.returns import discounted_returns
-from rljax.types import Algorithm, Batch, Scalar
+from rljax.ops.shapes import PerRow, Scalar
+from rljax.types import Algorithm, Batch
 
-Rewards = Float[Array, " B"]
-Groups = Int[Array, " B"] | None
-Judged = Bool[Array, " B"]
+BaselineFn = AdvantageFn  # (rewards [B], group [B], valid [B]) -> b [B]
 
 
-def no_baseline(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
+def no_baseline(rewards: PerRow, group: GroupIds, valid: ValidRows) -> PerRow:
     """b = 0."""
     return jnp.zeros_like(rewards)
 
 
-def batch_mean(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
-    """b = mean of all judged rows."""
-    return jnp.broadcast_to(statistics.masked_mean(rewards, judged), rewards.shape)
+def batch_mean_baseline(rewards: PerRow, group: GroupIds, valid: ValidRows) -> PerRow:
+    """b = mean of all valid rows."""
+    return jnp.broadcast_to(statistics.masked_mean(rewards, valid), rewards.shape)
 
 
-def group_mean(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
-    """b_i = mean of the judged rows of i's group."""
-    return groups.group_mean(rewards, group, judged)
+def group_mean_baseline(rewards: PerRow, group: GroupIds, valid: ValidRows) -> PerRow:
+    """b_i = mean of the valid rows of i's group."""
+    return groups.group_mean(rewards, group, valid)
 
 
-def leave_one_out(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
-    """b_i = mean of the *other* judged rows of i's group."""
-    return groups.leave_one_out_mean(rewards, group, judged)
+def leave_one_out_baseline(rewards: PerRow, group: GroupIds, valid: ValidRows) -> PerRow:
+    """b_i = mean of the *other* valid rows of i's group."""
+    return groups.leave_one_out_mean(rewards, group, valid)
 
 
-def reinforce(baseline: Callable = leave_one_out) -> Algorithm:
-    """REINFORCE. `baseline`: (rewards [B], group [B], judged [B]) -> [B]."""
+def reinforce(baseline: BaselineFn = leave_one_out_baseline) -> Algorithm:
+    """REINFORCE. `baseline`: (rewards [B], group [B], valid [B]) -> [B]."""
 
     def credit(traj, coefficients):
-        rewards, judged = episode_rewards(traj)
-        return outcome_batch(traj, rewards - baseline(rewards, traj.group, judged), judged, coefficients)
+        rewards, valid = outcome_rewards(traj)
+        return outcome_batch(traj, rewards - baseline(rewards, traj.group, valid), valid, coefficients)
 
     def loss(output, batch):
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
-    return Algorithm(credit=credit, loss=loss, weights=weights.sequence_sum)
+    return Algorithm(credit=credit, loss=loss, weights=weights.seq_mean_token_sum)
 
 
-def reinforce_to_go(baseline: Callable = leave_one_out, gamma: Scalar = 1.0) -> Algorithm:
-    """REINFORCE in which a decision is credited with what followed it. `baseline`: as of `reinforce`."""
+def reinforce_to_go(baseline: BaselineFn = leave_one_out_baseline, gamma: Scalar = 1.0) -> Algorithm:
+    """REINFORCE in which a decision is credited with the rewards from it on. `baseline`: as of `reinforce`."""
 
     def credit(traj, coefficients):
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         returns = discounted_returns(rewards, mask, gamma)
-        of_columns = jax.vmap(baseline, in_axes=(1, None, 1), out_axes=1)(returns, traj.group, mask)
-        advantages = jnp.where(mask, returns - of_columns, 0.0)
+        baselines = jax.vmap(baseline, in_axes=(1, None, 1), out_axes=1)(returns, traj.group, mask)
+        advantages = jnp.where(mask, returns - baselines, 0.0)
         return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
     return reinforce()._replace(credit=credit)

@@ -1,47 +1,50 @@
 """Reinforce-Ada: sample until a prompt gives a signal, learn from a balanced few (arXiv:2510.04996, from its abstract).
 
-More answers are drawn per prompt than are learnt from. `balanced` keeps `kept` of each group, right and wrong ones in
-equal parts as far as there are enough of both; `reinforce_ada` compares them with the mean of *all* that were drawn:
+More completions are sampled per prompt than are learned from. `balanced_subsample` keeps `kept` of each group, correct
+and incorrect ones in equal parts as far as there are enough of both; `reinforce_ada` compares them with the mean of
+*all* that were sampled:
 
-    Â_i = R_i - mean over everything drawn for the prompt        L = GRPO's terms, token mean
+    Â_i = R_i - mean over everything sampled for the prompt        L = GRPO's terms, token mean
 
-The paper draws in rounds until enough are seen; here all are drawn at once, in fixed shapes.
+The paper samples in rounds until enough are seen; here all are sampled at once, in fixed shapes.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch, require
+from rljax.algorithms.common.credit import outcome_batch, outcome_rewards, require
 from rljax.algorithms.dapo import dapo
 from rljax.ops import groups
 from rljax.types import Algorithm, Trajectory
 
 
-def balanced(traj: Trajectory, drawn: int, kept: int) -> Trajectory:
+def balanced_subsample(traj: Trajectory, drawn: int, kept: int) -> Trajectory:
     """`kept` rows of every group of `drawn`, with `baseline` = mean reward of all the group's rows.
 
-    A row is right where its reward is above that mean. Rows that were not judged are taken last. All groups have
-    `drawn` rows. Raises ValueError where that cannot be.
+    A row is positive if its reward is above that mean. Rows that are not valid are taken last. All groups have `drawn`
+    rows. Raises ValueError if these numbers do not fit.
     """
     if traj.mask.shape[0] % drawn or kept > drawn:
         raise ValueError(f"{traj.mask.shape[0]} rows are not groups of {drawn}, or hold no {kept} to keep")
-    reward, judged = episode_rewards(traj)
-    mean = groups.group_mean(reward, traj.group, judged)
-    by_group = jnp.argsort(traj.group, stable=True)
-    right, valid = ((reward > mean) & judged)[by_group].reshape(-1, drawn), judged[by_group].reshape(-1, drawn)
-    wrong = valid & ~right
-    place = jnp.where(right, jnp.cumsum(right, axis=1), jnp.cumsum(wrong, axis=1))  # first, second ... of its kind
-    order = jnp.argsort(jnp.where(valid, place, drawn + 1), axis=1, stable=True)[:, :kept]
-    rows = jnp.take_along_axis(by_group.reshape(-1, drawn), order, axis=1).ravel()
+    rewards, valid = outcome_rewards(traj)
+    mean = groups.group_mean(rewards, traj.group, valid)
+
+    by_group = jnp.argsort(traj.group, stable=True).reshape(-1, drawn)
+    valid_by_group = valid[by_group]
+    positive = ((rewards > mean) & valid)[by_group]
+    negative = valid_by_group & ~positive
+    rank = jnp.where(positive, jnp.cumsum(positive, axis=1), jnp.cumsum(negative, axis=1))  # 1, 2 ... of its kind
+    order = jnp.argsort(jnp.where(valid_by_group, rank, drawn + 1), axis=1, stable=True)[:, :kept]
+    rows = jnp.take_along_axis(by_group, order, axis=1).ravel()
     return jax.tree.map(lambda x: x[rows], traj.replace(baseline=mean))
 
 
 def reinforce_ada(low: float = 0.2, high: float = 0.28) -> Algorithm:
-    """DAPO's loss with the baseline of everything drawn."""
+    """DAPO's loss with the baseline of everything sampled."""
 
     def credit(traj, coefficients):
         require(traj, "baseline")
-        rewards, judged = episode_rewards(traj)
-        return outcome_batch(traj, rewards - traj.baseline, judged, coefficients)
+        rewards, valid = outcome_rewards(traj)
+        return outcome_batch(traj, rewards - traj.baseline, valid, coefficients)
 
     return dapo(low, high)._replace(credit=credit, needs=("baseline",))

@@ -1,10 +1,10 @@
-"""Reward models: a score per answer, learnt from comparisons (InstructGPT, arXiv:2203.02155, eq. 1).
+"""Reward models: a score per completion, learned from comparisons (InstructGPT, arXiv:2203.02155, eq. 1).
 
-    pairs     (1/N) Σ -log σ(r_w - r_l - m) + η (r_w + r_l)²       Bradley-Terry; margin m, centring η (0.01)
+    pairs     (1/N) Σ -log σ(r_w - r_l - m) + η (r_w + r_l)²       Bradley-Terry; margin m, centering η (0.01)
     rankings  (1/P) Σ -log P(best first)                           Plackett-Luce, or all pairs of a prompt
 
-`score`: (params, frozen, trajectory) -> [B], read where the model reads it (the last token, as a rule). The margin is
-Llama 2's (arXiv:2307.09288), the centring that of arXiv:2312.09244; all pairs of a prompt: `ops.ranking.kwise`.
+`score`: (params, frozen, trajectory) -> [B], usually read at the last token. The margin is Llama 2's
+(arXiv:2307.09288), the centering that of arXiv:2312.09244; all pairs of a prompt: `ops.ranking.kwise`.
 """
 
 from collections.abc import Callable
@@ -14,33 +14,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.algorithms.pairs import mean_weight, neutral, said, total
+from rljax.algorithms.common.pairs import checked_zero_masked, has_tokens, sum_and_count, uniform_row_weights
 from rljax.ops import ranking
-from rljax.types import Objective, Pairs, Trajectory
+from rljax.ops.ranking import RankedMask, RankedScores
+from rljax.types import Objective, Pairs, ScoreFn, Trajectory
+
+RankingLossFn = Callable[[RankedScores, RankedMask], Float[Array, "*P"]]  # (scores, valid) -> loss of each prompt
 
 
-def reward_model(score: Callable, centring: float = 0.0) -> Objective:
-    """An objective over `Pairs`, with their `margin` where there is one. `centring` is η."""
+def reward_model(score: ScoreFn, center_rewards_coefficient: float = 0.0) -> Objective:
+    """An objective over `Pairs`, with their `margin` if there is one. `center_rewards_coefficient` is η."""
 
     def prepare(params, frozen, batch: Pairs, key) -> Pairs:
-        chosen, rejected = neutral(batch.chosen), neutral(batch.rejected)
-        present = said(chosen) | said(rejected)
+        chosen = checked_zero_masked(batch.chosen)
+        rejected = checked_zero_masked(batch.rejected)
+        present = has_tokens(chosen) | has_tokens(rejected)
         margin = None if batch.margin is None else jnp.where(present, batch.margin, 0.0)
-        return batch.replace(chosen=chosen, rejected=rejected, margin=margin, weight=mean_weight(present))
+        return batch.replace(chosen=chosen, rejected=rejected, margin=margin, weight=uniform_row_weights(present))
 
     def loss(params, frozen, batch: Pairs):
-        present = said(batch.chosen) | said(batch.rejected)
-        better = jnp.where(present, score(params, frozen, batch.chosen), 0.0)
-        worse = jnp.where(present, score(params, frozen, batch.rejected), 0.0)
+        present = has_tokens(batch.chosen) | has_tokens(batch.rejected)
+        chosen = jnp.where(present, score(params, frozen, batch.chosen), 0.0)
+        rejected = jnp.where(present, score(params, frozen, batch.rejected), 0.0)
         margin = 0.0 if batch.margin is None else batch.margin
-        terms = ranking.bradley_terry(better, worse, margin) + centring * ranking.centring(better, worse)
-        one = jnp.ones(())
+        penalty = ranking.center_rewards_penalty(chosen, rejected)
+        terms = ranking.bradley_terry(chosen, rejected, margin) + center_rewards_coefficient * penalty
+        highest = jnp.where(present, jnp.maximum(chosen, rejected), -jnp.inf).max()
+        lowest = jnp.where(present, jnp.minimum(chosen, rejected), jnp.inf).min()
         metrics = {
-            "accuracy": total(better > worse, present),
-            "margin": total(better - worse, present),
-            "reward": total((better + worse) / 2, present),
-            "reward_max": (jnp.where(present, jnp.maximum(better, worse), -jnp.inf).max(), one),
-            "reward_min": (jnp.where(present, jnp.minimum(better, worse), jnp.inf).min(), one),
+            "accuracy": sum_and_count(chosen > rejected, present),
+            "margin": sum_and_count(chosen - rejected, present),
+            "reward": sum_and_count((chosen + rejected) / 2, present),
+            "reward_max": (highest, jnp.ones(())),
+            "reward_min": (lowest, jnp.ones(())),
         }
         return jnp.where(present, batch.weight * terms, 0.0).sum(), metrics
 
@@ -48,31 +54,32 @@ def reward_model(score: Callable, centring: float = 0.0) -> Objective:
 
 
 class Rankings(NamedTuple):
-    """P prompts with K answers each, best first; a place without tokens of its own is empty."""
+    """P prompts with K completions each, best first; an entry without tokens of its own is empty."""
 
     traj: Trajectory  # [P K T]
     weight: Float[Array, " P"]
 
 
-def ranked_reward_model(score: Callable, loss: Callable = ranking.plackett_luce) -> Objective:
-    """An objective over a `Trajectory` of [P K T], best answer first. `loss`: (scores [P K], valid [P K]) -> [P]."""
+def ranked_reward_model(score: ScoreFn, loss: RankingLossFn = ranking.plackett_luce) -> Objective:
+    """An objective over a `Trajectory` [P K T], best completion first. `loss`: (scores [P K], valid [P K]) -> [P]."""
 
-    def flat(traj):
+    def flatten(traj):
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), traj)
 
     def prepare(params, frozen, traj: Trajectory, key) -> Rankings:
         P, K, _ = traj.mask.shape
-        rows = neutral(flat(traj))
-        comparable = said(rows).reshape(P, K).sum(axis=1) >= 2
+        rows = checked_zero_masked(flatten(traj))
+        comparable = has_tokens(rows).reshape(P, K).sum(axis=1) >= 2
         traj = jax.tree.map(lambda x: x.reshape(P, K, *x.shape[1:]), rows)
-        return Rankings(traj, mean_weight(comparable))
+        return Rankings(traj, uniform_row_weights(comparable))
 
     def total_loss(params, frozen, batch: Rankings):
         P, K, _ = batch.traj.mask.shape
-        rows = flat(batch.traj)
-        scores, valid = score(params, frozen, rows).reshape(P, K), said(rows).reshape(P, K)
+        rows = flatten(batch.traj)
+        scores = score(params, frozen, rows).reshape(P, K)
+        valid = has_tokens(rows).reshape(P, K)
         terms = loss(jnp.where(valid, scores, 0.0), valid)
-        metrics = {"reward": total(scores.reshape(-1), valid.reshape(-1))}
+        metrics = {"reward": sum_and_count(scores.reshape(-1), valid.reshape(-1))}
         return jnp.where(batch.weight > 0, batch.weight * terms, 0.0).sum(), metrics
 
     return Objective(prepare, total_loss)

@@ -2,15 +2,16 @@
 
     L = -(1/N⁺) Σ_i (1/n_i) Σ_t (4/τ) σ(τ (ρ - 1)) Â        τ = positive where Â > 0, negative else
 
-The gradient is that of the policy gradient at ρ = 1; on both sides the one by ρ fades like sech²(τ (ρ - 1)/2). The
-higher temperature for bad tokens makes theirs fade faster. The value at ρ = 1 is 2Â/τ, not Â. Â is GRPO's.
+At ρ = 1 the gradient is that of the policy gradient; on both sides the derivative by ρ fades like sech²(τ (ρ - 1)/2).
+The higher temperature for Â < 0 makes it fade faster there. The value at ρ = 1 is 2Â/τ, not Â. Â is GRPO's.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import group_relative, ratio_to_old
-from rljax.ops.weights import sequence_mean
+from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.ops.ratios import importance_ratio
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
@@ -18,8 +19,9 @@ def sapo(positive: float = 1.0, negative: float = 1.05) -> Algorithm:
     """SAPO. `positive`, `negative`: the gate's temperatures τ by the sign of the advantage."""
 
     def loss(output, batch):
+        ratio = importance_ratio(output.logp, old_policy_logp(batch.traj))
         tau = jnp.where(batch.advantages > 0, positive, negative)
-        gate = 4.0 / tau * jax.nn.sigmoid(tau * (ratio_to_old(output, batch) - 1.0))
+        gate = 4.0 / tau * jax.nn.sigmoid(tau * (ratio - 1.0))
         return -gate * batch.advantages, {}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean)

@@ -1,25 +1,25 @@
-"""TRPO's surrogate (arXiv:1502.05477, eq. 14), to be minimised by `train.trust_region`.
+"""TRPO's surrogate (arXiv:1502.05477, eq. 14), to be minimized by `train.trust_region`.
 
     L = token-mean of  -ρÂ        subject to  mean KL(π_old ‖ π) <= δ
 
-Nothing is clipped: the bound on the KL is the step's, not the loss's. `trpo` compares answers of a group and needs no
-critic; `trpo_gae` takes GAE, whose critic shares no parameter with the policy and is fitted elsewhere.
+Nothing is clipped: the bound on the KL is the step's, not the loss's. `trpo` compares completions of a group and needs
+no critic; `trpo_gae` uses GAE, with a critic that shares no parameter with the policy and is fitted elsewhere.
 """
 
-from collections.abc import Callable
-
-from rljax.algorithms.credit import ratio_to_old
+from rljax.algorithms.common.credit import old_policy_logp
 from rljax.algorithms.ppo import actor_critic
-from rljax.algorithms.reinforce import leave_one_out, reinforce
+from rljax.algorithms.reinforce import BaselineFn, leave_one_out_baseline, reinforce
+from rljax.ops.ratios import importance_ratio
+from rljax.ops.shapes import Scalar
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm, Scalar
+from rljax.types import Algorithm
 
 
 def _surrogate(output, batch):
-    return -ratio_to_old(output, batch) * batch.advantages, {}
+    return -importance_ratio(output.logp, old_policy_logp(batch.traj)) * batch.advantages, {}
 
 
-def trpo(baseline: Callable = leave_one_out) -> Algorithm:
+def trpo(baseline: BaselineFn = leave_one_out_baseline) -> Algorithm:
     """TRPO with the baselines of `reinforce`."""
     return reinforce(baseline)._replace(loss=_surrogate, weights=token_mean)
 

@@ -2,15 +2,15 @@
 
     Â_t = (reward of the step) + V̂(state after the step) - V̂(state before it)    for every token of the step
 
-V̂(s) is the mean reward of several answers continued from s. `traj.values` holds it at the first token of each step
-(other columns are not read), 0 after the last one: the experiment fills it. What follows the last of `step_ends` is a
-step too. A step's reward may stand on any of its tokens. The loss is PPO's without a critic.
+V̂(s) is the mean reward of several completions continued from s. `traj.values` holds it at the first token of each step
+(other columns are not read), 0 after the last one: the experiment fills it. Decisions after the last of `step_ends` are
+a step too. A step's reward may be on any of its tokens. The loss is PPO's without a critic.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, require
+from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.dapo import dapo
 from rljax.ops.returns import td_errors
 from rljax.ops.sequences import sequence_sum
@@ -23,14 +23,14 @@ def vine_ppo(low: float = 0.2, high: float = 0.2) -> Algorithm:
 
     def credit(traj, coefficients):
         require(traj, "step_ends", "values")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         steps = step_numbers(traj.step_ends, mask)
         count = jnp.cumsum(mask, axis=1)
-        done = jax.lax.cummax(jnp.where(traj.step_ends & mask, count, 0), axis=1)  # decisions of finished steps
-        first = mask & (count - jnp.pad(done[:, :-1], ((0, 0), (1, 0))) == 1)
-        of_step = jnp.where(first, sequence_sum(rewards, mask, steps), 0.0)
-        gain = td_errors(of_step, traj.values, first)  # from the first token of a step to that of the next
-        advantages = jnp.where(mask, sequence_sum(gain, mask, steps), 0.0)
+        completed = jax.lax.cummax(jnp.where(traj.step_ends & mask, count, 0), axis=1)  # decisions of completed steps
+        first = mask & (count - jnp.pad(completed[:, :-1], ((0, 0), (1, 0))) == 1)
+        step_rewards = jnp.where(first, sequence_sum(rewards, mask, steps), 0.0)
+        errors = td_errors(step_rewards, traj.values, first)  # from the first token of a step to that of the next
+        advantages = jnp.where(mask, sequence_sum(errors, mask, steps), 0.0)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
     return dapo(low, high)._replace(credit=credit)

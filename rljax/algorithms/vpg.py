@@ -2,12 +2,13 @@
 
     L = token-mean of  -Â log π + c_v ½ (V - R̂)²        Â = whiten(GAE(r, V_old; γ, λ)), R̂ = GAE + V_old
 
-PPO without its ratio: right for one update a rollout.
+PPO without its ratio: right for one update per rollout.
 """
 
 from rljax.algorithms.ppo import actor_critic
 from rljax.ops import losses
-from rljax.types import Algorithm, Scalar
+from rljax.ops.shapes import Scalar
+from rljax.types import Algorithm
 
 
 def vpg(gamma: Scalar = 1.0, lam: Scalar = 0.95, value_coefficient: float = 0.5) -> Algorithm:

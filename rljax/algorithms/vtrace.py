@@ -3,32 +3,32 @@
     off_policy_pg    L = -(1/N⁺) Σ_i Σ_t sg(min(w, cap)) (R_i - b_i) log π       w = π/μ by a level of `ops.ratios`
     vtrace           L = token-mean of  -Ψ log π + c_v ½ (V - v)²                v, Ψ: IMPALA, arXiv:1802.01561
 
-μ is the policy that sampled (`traj.logp`). off_policy_pg weighs by the policy being trained, at every update; the
-product over the answer makes it unbiased. V-trace takes π from `traj.old_logp`, the trainer's own recomputation;
-v and Ψ are those of `ops.returns.vtrace`.
+μ is the behavior policy (`traj.logp`). off_policy_pg uses the ratio of the policy being trained, at every update; the
+product over the completion makes it unbiased. V-trace takes π from `traj.old_logp`, the trainer's own recomputation;
+v and Ψ are those of `ops.returns.vtrace_returns`.
 """
-
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import judged_rewards, require
-from rljax.algorithms.reinforce import leave_one_out, reinforce
-from rljax.ops import losses, returns
-from rljax.ops.ratios import bounded_exp, importance_ratio, sequence_product, truncated
+from rljax.algorithms.common.credit import decision_rewards, episode_ends, require
+from rljax.algorithms.reinforce import BaselineFn, leave_one_out_baseline, reinforce
+from rljax.ops import losses
+from rljax.ops.ratios import RatioLevel, bounded_exp, importance_ratio, sequence_product, truncate_weights
+from rljax.ops.returns import fold_ends, vtrace_returns
+from rljax.ops.shapes import Scalar
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm, Batch, Scalar
+from rljax.types import Algorithm, Batch
 
 
 def off_policy_pg(
-    level: Callable = sequence_product, cap: float = float("inf"), baseline: Callable = leave_one_out
+    level: RatioLevel = sequence_product, cap: float = float("inf"), baseline: BaselineFn = leave_one_out_baseline
 ) -> Algorithm:
-    """REINFORCE from another policy's answers."""
+    """REINFORCE from another policy's completions."""
 
     def loss(output, batch):
         log_ratio = stop_gradient(output.logp) - batch.traj.logp
-        weight = truncated(bounded_exp(level(log_ratio, batch.mask, batch.traj.segments)), cap)
+        weight = truncate_weights(bounded_exp(level(log_ratio, batch.mask, batch.traj.segments)), cap)
         return losses.policy_gradient(output.logp, weight * batch.advantages), {"importance": weight}
 
     return reinforce(baseline)._replace(loss=loss)
@@ -46,12 +46,13 @@ def vtrace(
 
     def credit(traj, coefficients):
         require(traj, "values", "old_logp")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         ratio = importance_ratio(jnp.where(mask, traj.old_logp, 0.0), jnp.where(mask, traj.logp, 0.0))
-        cut = None if traj.final_values is None else traj.truncated
-        rewards, discount = returns.fold_ends(rewards, mask, gamma, traj.terminated, cut, traj.final_values)
-        found = returns.vtrace(rewards, traj.values, ratio, mask, discount, lam, rho_bar, c_bar, policy_rho_bar)
-        return Batch(traj, found.advantages, mask, returns=found.targets, coefficients=coefficients)
+        rewards, discount = fold_ends(rewards, mask, gamma, **episode_ends(traj))
+        targets, advantages = vtrace_returns(
+            rewards, traj.values, ratio, mask, discount, lam, rho_bar, c_bar, policy_rho_bar
+        )
+        return Batch(traj, advantages, mask, returns=targets, coefficients=coefficients)
 
     def loss(output, batch):
         policy_terms = losses.policy_gradient(output.logp, batch.advantages)

@@ -1,7 +1,7 @@
-"""Statistics of the rows that answer the same prompt.
+"""Statistics over the rows of one prompt (a group).
 
-Groups are told by id, in any order, of any size: row order never matters. Rows with valid False (could not be judged)
-take no part in any statistic.
+A group is the rows with one id, in any order and of any size: row order never matters. Rows with valid False (whose
+reward failed) are excluded from every statistic.
 """
 
 import jax
@@ -10,46 +10,46 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def group_sum(x: Float[Array, "B *rest"], group: Int[Array, " B"]) -> Float[Array, "B *rest"]:
-    """Σ of x over the rows with the same id, given back to each of them."""
+    """Σ of x over the rows with the same id, on each of these rows."""
     _, ids = jnp.unique(group, return_inverse=True, size=group.shape[0])
     return jax.ops.segment_sum(x, ids, num_segments=group.shape[0])[ids]
 
 
 def group_count(group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
-    """Valid rows in the group of each row."""
+    """Number of valid rows in the group of each row."""
     return group_sum(valid.astype(float), group)
 
 
-def _least(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
-    """The least valid x of each row's group, 0 for a group without one.
+def _smallest(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+    """The smallest valid x of each row's group, 0 for a group without one.
 
-    Means are taken of what stands above it: then the mean of equal values is that value to the last bit, and a group
-    without signal has advantage 0, not a rounding error blown up by the division by its standard deviation.
+    Means are taken of x minus it: the mean of equal values is then exact to the last bit, and a group of equal rewards
+    has advantage 0, not a rounding error divided by a standard deviation near 0.
     """
     _, ids = jnp.unique(group, return_inverse=True, size=group.shape[0])
-    least = jax.ops.segment_min(jnp.where(valid, x, jnp.inf), ids, num_segments=group.shape[0])[ids]
-    return jnp.where(jnp.isfinite(least), least, 0.0)
+    smallest = jax.ops.segment_min(jnp.where(valid, x, jnp.inf), ids, num_segments=group.shape[0])[ids]
+    return jnp.where(jnp.isfinite(smallest), smallest, 0.0)
 
 
 def group_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Mean over the valid rows of each row's group; 0 for a group without one."""
-    least = _least(x, group, valid)
-    total = group_sum(jnp.where(valid, x - least, 0.0), group)
-    return least + total / jnp.maximum(group_count(group, valid), 1.0)
+    smallest = _smallest(x, group, valid)
+    total = group_sum(jnp.where(valid, x - smallest, 0.0), group)
+    return smallest + total / jnp.maximum(group_count(group, valid), 1.0)
 
 
 def group_std(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Unbiased standard deviation (ddof 1) over the valid rows of each row's group; 0 for fewer than two."""
-    variance = group_sum(centred(x, group, valid) ** 2, group) / jnp.maximum(group_count(group, valid) - 1.0, 1.0)
+    variance = group_sum(center(x, group, valid) ** 2, group) / jnp.maximum(group_count(group, valid) - 1.0, 1.0)
     return jnp.sqrt(variance)
 
 
 def leave_one_out_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Mean over the *other* valid rows of each row's group; 0 where there is no other."""
-    least = _least(x, group, valid)
-    own = jnp.where(valid, x - least, 0.0)
+    smallest = _smallest(x, group, valid)
+    own = jnp.where(valid, x - smallest, 0.0)
     others = group_count(group, valid) - valid
-    return jnp.where(others > 0, least + (group_sum(own, group) - own) / jnp.maximum(others, 1.0), 0.0)
+    return jnp.where(others > 0, smallest + (group_sum(own, group) - own) / jnp.maximum(others, 1.0), 0.0)
 
 
 def leave_one_out_max(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
@@ -58,18 +58,18 @@ def leave_one_out_max(x: Float[Array, " B"], group: Int[Array, " B"], valid: Boo
     return jnp.where(others, x[None, :], -jnp.inf).max(axis=1)
 
 
-def centred(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+def center(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """x - mean over the valid rows of the group; 0 for rows not valid."""
     return jnp.where(valid, x - group_mean(x, group, valid), 0.0)
 
 
-def standardised(
+def standardize(
     x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"], epsilon: float = 1e-6
 ) -> Float[Array, " B"]:
     """(x - mean)/(std + ε) over the valid rows of the group, std unbiased; 0 for rows not valid."""
-    return centred(x, group, valid) / (group_std(x, group, valid) + epsilon)
+    return center(x, group, valid) / (group_std(x, group, valid) + epsilon)
 
 
-def no_signal(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Bool[Array, " B"]:
-    """Rows whose group gave every valid row the same x: comparison teaches nothing there."""
+def zero_std(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Bool[Array, " B"]:
+    """Rows whose group has the same x on every valid row, so that group-relative advantages are 0."""
     return group_std(x, group, valid) < 1e-6

@@ -1,4 +1,4 @@
-"""Log-probs and entropies of chosen tokens, without ever holding [B T V].
+"""Log-probs and entropies of chosen tokens, without an array of [B T V].
 
 `chosen_logp` is the one log-prob function: the sampler calls it on the logits it draws from, the trainer through
 `chunked_logprobs`, so that the two agree to the rounding of the matmuls.
@@ -13,18 +13,18 @@ from jaxtyping import Array, Float, Int
 
 
 class Softmax(NamedTuple):
-    """A softmax in the parts that drawing a token and knowing its log-prob share."""
+    """The parts of a softmax that sampling a token and computing its log-prob share."""
 
     scaled: Float[Array, "*N V"]  # z/τ
-    masses: Float[Array, "*N V"]  # e^(z/τ - top): the probabilities up to a factor a row, the largest near 1
-    top: Float[Array, "*N 1"]  # the largest z/τ but for its last bit; a constant to derivatives
+    masses: Float[Array, "*N V"]  # e^(z/τ - top): the probabilities up to a factor per row, the largest near 1
+    top: Float[Array, "*N 1"]  # the largest z/τ without its last bit; constant under differentiation
 
 
 def softmax(logits: Float[Array, "*N V"], temperature: Float[Array, "*N"]) -> Softmax:
     """Softmax of z/τ, in float32 or better.
 
-    The last bit of the largest entry is left out: with it, XLA's CPU backend makes one kernel of maximum and
-    exponential in some shapes and not in others, and the two kernels' exponentials round differently.
+    The last bit of the largest entry is dropped: with it, XLA's CPU backend fuses maximum and exponential for some
+    shapes and not for others, and the exponentials of the two kernels round differently.
     """
     return _parts(_scaled(logits, temperature))
 
@@ -33,16 +33,18 @@ def chosen_logp(
     logits: Float[Array, "*N V"], actions: Int[Array, "*N"], temperature: Float[Array, "*N"]
 ) -> Float[Array, "*N"]:
     """log softmax(z/τ)[a], in float32 or better: a gather minus a log-sum-exp, so no [V] array of log-probs is made."""
-    return logp_of(softmax(logits, temperature), actions)
+    return softmax_logp(softmax(logits, temperature), actions)
 
 
-def logp_of(dist: Softmax, actions: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """`chosen_logp` where the softmax is at hand."""
+def softmax_logp(dist: Softmax, actions: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """`chosen_logp` from a softmax that was computed before."""
     return jnp.take_along_axis(dist.scaled, actions[..., None], axis=-1)[..., 0] - _log_sum(dist)
 
 
 def log_sum_exp(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """log Σ_v exp(x_v), the same bits for a row whatever the rows beside it: sampler and trainer cut differently."""
+    """log Σ_v exp(x_v), bit-identical for a row whatever other rows are in the batch: sampler and trainer batch
+    differently.
+    """
     return _log_sum(_parts(x))
 
 
@@ -57,7 +59,7 @@ def _log_sum(dist: Softmax):
 
 
 def tree_sum(x: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """Sum over the last axis, halves added to halves: in one order, where a reduction's depends on its shape."""
+    """Sum over the last axis by pairwise halves: in a fixed order, where that of a reduction depends on the shape."""
     while x.shape[-1] > 1:
         half = -(-x.shape[-1] // 2)
         high = jnp.pad(x[..., half:], ((0, 0),) * (x.ndim - 1) + ((0, 2 * half - x.shape[-1]),))
@@ -89,7 +91,7 @@ def _scaled(logits, temperature):
 def gaussian_logp(
     mean: Float[Array, "*N D"], std: Float[Array, "*N D"], actions: Float[Array, "*N D"]
 ) -> Float[Array, "*N"]:
-    """log N(a; μ, σ²) = -½ Σ_d ((a - μ)²/σ² + log 2πσ²) of D independent dimensions."""
+    """log N(a; μ, σ²) = -½ Σ_d ((a - μ)²/σ² + log 2πσ²) over D independent dimensions."""
     return -0.5 * (((actions - mean) / std) ** 2 + jnp.log(2.0 * jnp.pi * std**2)).sum(axis=-1)
 
 
@@ -103,7 +105,7 @@ def token_statistics(
         d H        = -Σ_v π_v (log π_v + H) dz_v / τ
         d Σ π²     = 2 Σ_v π_v (π_v - Σ π²) dz_v / τ
 
-    One elementwise pass backward, whichever of them are used. The temperature is a constant.
+    One elementwise backward pass, whichever of them are used. The temperature is a constant.
     """
     return chosen_logp(logits, actions, temperature), entropy(logits, temperature), sum_pi_squared(logits, temperature)
 
@@ -122,7 +124,7 @@ def _token_statistics_jvp(primals, tangents):
 
 
 def chunked_logprobs(
-    logits_of: Callable,
+    logits_of: Callable[[Array], Array],
     hidden: Float[Array, "B T D"],
     actions: Int[Array, "B T"],
     temperature: Float[Array, "B T"],
@@ -130,33 +132,33 @@ def chunked_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-prob, entropy and Σ π² of each decision, computed for about `chunk_tokens` decisions at a time.
 
-    Columns are cut, never rows, so rows stay sharded as they are. The backward pass computes each chunk's logits again:
-    the largest array alive is [B, chunk_tokens / B, V].
+    Columns are split, never rows, so rows keep their sharding. The backward pass recomputes each chunk's logits: the
+    largest live array is [B, chunk_tokens / B, V].
 
     Args: logits_of: hidden [.. D] -> logits [.. V].
     """
 
-    def of_columns(h, a, t):
+    def chunk_statistics(h, a, t):
         return token_statistics(logits_of(h), a, t)
 
-    return in_chunks(of_columns, chunk_tokens, hidden, actions, temperature)
+    return in_chunks(chunk_statistics, chunk_tokens, hidden, actions, temperature)
 
 
 def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):
     """f(*columns) of arrays [B T ...], a pytree of [B T], for about `chunk_tokens` decisions at a time.
 
-    The backward pass computes each chunk again.
+    The backward pass recomputes each chunk.
     """
     B, T = columns[0].shape[:2]
     width = min(T, max(1, chunk_tokens // B))
     chunks = -(-T // width)
 
-    def cut(x):
+    def split(x):
         x = jnp.pad(x, ((0, 0), (0, chunks * width - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
         return jnp.moveaxis(x.reshape(B, chunks, width, *x.shape[2:]), 1, 0)
 
-    one = jax.checkpoint(f)
+    rematerialized = jax.checkpoint(f)
     if chunks == 1:
-        return one(*columns)
-    out = jax.lax.map(lambda chunk: one(*chunk), tuple(map(cut, columns)))
+        return rematerialized(*columns)
+    out = jax.lax.map(lambda chunk: rematerialized(*chunk), tuple(map(split, columns)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * width)[:, :T], out)

@@ -1,19 +1,19 @@
-"""Losses of one decision: to be minimised, unreduced. Advantages, returns and old quantities are constants."""
+"""Losses of one decision, to be minimized, unreduced. Advantages, returns and old quantities are constants."""
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float
 
-Terms = Float[Array, "*shape"]
-Scalar = float | Float[Array, ""]
+from rljax.ops.shapes import Elementwise, Scalar
 
 
-def policy_gradient(logp: Terms, advantages: Terms) -> Terms:
+def policy_gradient(logp: Elementwise, advantages: Elementwise) -> Elementwise:
     """REINFORCE: -Â log π (Williams 1992)."""
     return -stop_gradient(advantages) * logp
 
 
-def clipped_surrogate(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: Scalar = 0.2) -> Terms:
+def clipped_surrogate(
+    ratio: Elementwise, advantages: Elementwise, low: Scalar = 0.2, high: Scalar = 0.2
+) -> Elementwise:
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7): max(-ρÂ, -clip(ρ, 1 - low, 1 + high) Â).
 
     `high` > `low` is DAPO's clip-higher (arXiv:2503.14476). At ρ = 1 the gradient is that of `policy_gradient`.
@@ -22,22 +22,26 @@ def clipped_surrogate(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: 
     return jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1.0 - low, 1.0 + high) * advantages)
 
 
-def dual_clip(terms: Terms, advantages: Terms, bound: float = 3.0) -> Terms:
-    """min(terms, -c Â) where Â < 0: no gradient for a bad decision whose ratio exceeds c (arXiv:1912.09729).
+def dual_clip(terms: Elementwise, advantages: Elementwise, bound: float = 3.0) -> Elementwise:
+    """min(terms, -c Â) where Â < 0: no gradient for a negative advantage whose ratio exceeds c (arXiv:1912.09729).
 
     With c > 1 + high it is also the two-sided clip of INTELLECT-2 (arXiv:2505.07291).
     """
     return jnp.where(advantages < 0, jnp.minimum(terms, -bound * stop_gradient(advantages)), terms)
 
 
-def clipped_fraction(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: Scalar = 0.2) -> Terms:
-    """1 where `clipped_surrogate` passes no gradient: the ratio left the range on the profitable side. Else 0."""
+def clipped_fraction(ratio: Elementwise, advantages: Elementwise, low: Scalar = 0.2, high: Scalar = 0.2) -> Elementwise:
+    """1 where `clipped_surrogate` passes no gradient: the ratio left the range in the direction that lowers the loss.
+    Else 0.
+    """
     outside = ((ratio > 1.0 + high) & (advantages > 0)) | ((ratio < 1.0 - low) & (advantages < 0))
     return outside.astype(ratio.dtype)
 
 
-def clip_metrics(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: Scalar = 0.2) -> dict[str, Terms]:
-    """`clipped_fraction`, to be logged: in all, and by the bound that was left (low where Â < 0, high where Â > 0)."""
+def clip_metrics(
+    ratio: Elementwise, advantages: Elementwise, low: Scalar = 0.2, high: Scalar = 0.2
+) -> dict[str, Elementwise]:
+    """`clipped_fraction` as metrics: of both bounds, and of each (low where Â < 0, high where Â > 0)."""
     clipped = clipped_fraction(ratio, advantages, low, high)
     return {
         "clip_fraction": clipped,
@@ -46,13 +50,16 @@ def clip_metrics(ratio: Terms, advantages: Terms, low: Scalar = 0.2, high: Scala
     }
 
 
-def value_loss(values: Terms, returns: Terms) -> Terms:
+def value_loss(values: Elementwise, returns: Elementwise) -> Elementwise:
     """½ (V - R̂)²."""
     return 0.5 * (values - stop_gradient(returns)) ** 2
 
 
-def clipped_value_loss(values: Terms, old_values: Terms, returns: Terms, clip: float = 0.2) -> Terms:
+def clipped_value_loss(
+    values: Elementwise, old_values: Elementwise, returns: Elementwise, clip: float = 0.2
+) -> Elementwise:
     """½ max((V - R̂)², (V_old + clip(V - V_old, ±clip) - R̂)²), as in the PPO of Baselines and of RLHF."""
-    old_values, returns = stop_gradient(old_values), stop_gradient(returns)
+    old_values = stop_gradient(old_values)
+    returns = stop_gradient(returns)
     near = old_values + jnp.clip(values - old_values, -clip, clip)
     return 0.5 * jnp.maximum((values - returns) ** 2, (near - returns) ** 2)

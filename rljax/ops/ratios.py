@@ -1,55 +1,54 @@
-"""Importance ratios between two policies at the same decisions, and the weights made of them.
+"""Importance ratios between two policies at the same decisions, and weights computed from them.
 
-A *level* says what one ratio is a ratio of: (log ratio, mask, segments) -> log weight [B T]. The product over a
-sequence is its exact importance weight; single tokens and the geometric mean are biased and vary less.
+A *level* says whether a ratio is of a token or of a sequence: (log ratio, mask, segments) -> log weight [B T]. The
+product over a sequence is its exact importance weight; token ratios and geometric means are biased with less variance.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from rljax.ops.sequences import sequence_mean, sequence_sum
+from rljax.ops.shapes import Elementwise, PerToken, Segments, TokenMask
 
-LogProbs = Float[Array, "*shape"]
-Terms = Float[Array, "B T"]
-Mask = Bool[Array, "B T"]
-Segments = Int[Array, "B T"] | None
+RatioLevel = Callable[[PerToken, TokenMask, Segments], PerToken]  # (log ratio, mask, segments) -> log weight
 
 
-def bounded_exp(x: LogProbs) -> LogProbs:
-    """exp of x clamped to ±20, with no gradient beyond."""
+def bounded_exp(x: Elementwise) -> Elementwise:
+    """exp of x clamped to ±20 (no gradient beyond): `importance_ratio` of a log ratio."""
     return jnp.exp(jnp.clip(x, -20.0, 20.0))
 
 
-def importance_ratio(logp: LogProbs, old_logp: LogProbs) -> LogProbs:
+def importance_ratio(logp: Elementwise, old_logp: Elementwise) -> Elementwise:
     """ρ = π/π_old = exp(log π - log π_old), the exponent clamped to ±20 (no gradient beyond)."""
-    return bounded_exp(logp - old_logp)
+    return jnp.exp(jnp.clip(logp - old_logp, -20.0, 20.0))
 
 
-def token_level(log_ratio: Terms, mask: Mask, segments: Segments = None) -> Terms:
-    """Each decision's own: log ρ_t."""
+def token_level(log_ratio: PerToken, mask: TokenMask, segments: Segments = None) -> PerToken:
+    """log ρ_t of each decision."""
     return jnp.where(mask, log_ratio, 0.0)
 
 
-def sequence_product(log_ratio: Terms, mask: Mask, segments: Segments = None) -> Terms:
-    """Of the whole sequence, on each of its decisions: Σ_t log ρ_t."""
+def sequence_product(log_ratio: PerToken, mask: TokenMask, segments: Segments = None) -> PerToken:
+    """Σ_t log ρ_t of the sequence, on each of its decisions."""
     return sequence_sum(log_ratio, mask, segments)
 
 
-def sequence_geometric_mean(log_ratio: Terms, mask: Mask, segments: Segments = None) -> Terms:
-    """Length-normalised, on each decision of the sequence: (1/n) Σ_t log ρ_t."""
+def sequence_geometric_mean(log_ratio: PerToken, mask: TokenMask, segments: Segments = None) -> PerToken:
+    """(1/n) Σ_t log ρ_t of the sequence, on each of its decisions."""
     return sequence_mean(log_ratio, mask, segments)
 
 
-def truncated(weights: Terms, cap: float = 2.0) -> Terms:
+def truncate_weights(weights: PerToken, cap: float = 2.0) -> PerToken:
     """min(w, cap): biased towards the sampling policy, bounded (truncated importance sampling)."""
     return jnp.minimum(weights, cap)
 
 
-def banded(weights: Terms, low: float = 0.5, high: float = 5.0) -> Terms:
+def mask_weights(weights: PerToken, low: float = 0.5, high: float = 5.0) -> PerToken:
     """w inside [low, high], 0 outside (masked importance sampling; IcePop on single tokens)."""
     return jnp.where((weights >= low) & (weights <= high), weights, 0.0)
 
 
-def normalised(weights: Terms, mean_weight: Terms) -> Terms:
-    """w over its own mean Σ mean_weight · w (self-normalised); `mean_weight` sums to one, as `ops.weights` make it."""
+def normalize_weights(weights: PerToken, mean_weight: PerToken) -> PerToken:
+    """w / Σ mean_weight · w: divided by its mean (self-normalized). `mean_weight` sums to 1: one of `ops.weights`."""
     return weights / jnp.maximum((mean_weight * weights).sum(), 1e-8)

@@ -1,14 +1,14 @@
 """Returns and advantages over time.
 
-Time is the last axis; column t is one decision: r_t follows a_t, V_t was seen before it. Columns with mask False
-(prompt, tool output, padding) are skipped: what stands to their right reaches the decision to their left unchanged, as
-if they were not there. V_{t+1} is the value at the *next unmasked* decision, values[..., T] after the last one (0 for
-text, whose last token ends the episode). Masked columns may hold garbage; results are 0 there. Mask None says that all
-columns are decisions, which saves time; so does handing over time-major arrays [T B] as `gae(r.T, v.T, None).T`: one
-turn cancels the other under jit, and a scan over rows reads memory as it lies (`experiments/benchmarks/returns.py`).
+Time is the last axis; column t is one decision: r_t follows a_t, V_t is the value of the state before it. Columns with
+mask False (prompt, tool output, padding) are skipped: the decision to their left continues with the one to their right,
+as if they were not there. V_{t+1} is the value at the *next unmasked* decision, values[..., T] after the last one (0
+for text, whose last token ends the episode). Masked columns may hold garbage; results are 0 there. A mask of None means
+that all columns are decisions, which saves time; so do time-major arrays [T B] given as `gae(r.T, v.T, None).T`: the
+two transposes cancel under jit, and the scan reads contiguous memory (`experiments/benchmarks/returns.py`).
 
-γ and λ are scalars or hold one number a decision [.. T]; both weigh what follows the decision they stand at. γ_t is 0
-where decision t ended its episode; `fold_ends` makes such γ and the rewards of truncated episodes.
+γ and λ are scalars or arrays with one number per decision [.. T]; both weight what follows their decision. γ_t is 0
+where decision t ended its episode; `fold_ends` computes such γ and the rewards of truncated episodes.
 
 The policy gradient is E Σ_t ∇log π(a_t | s_t) Ψ_t (Schulman et al. 2016, arXiv:1506.02438, eq. 1). Ψ_t may be
 
@@ -18,10 +18,10 @@ The policy gradient is E Σ_t ∇log π(a_t | s_t) Ψ_t (Schulman et al. 2016, a
     Q(s_t, a_t)                                        known, or estimated: n_step_returns, lambda_returns
     A(s_t, a_t) = Q - V                                known, or estimated: n_step_returns - V
     the TD residual r_t + γ V_{t+1} - V_t              td_errors
-    Â_t, GAE(γ, λ)                                     gae; off-policy: vtrace(...).advantages
+    Â_t, GAE(γ, λ)                                     gae; off-policy: vtrace_returns(...).advantages
 
-The first three are unbiased; exact Q and A too; the last two where V is the policy's own value (GAE also at λ = 1). At
-γ < 1 all leave out the factor γ^t in front of decision t, as everybody does.
+The first three are unbiased, as are exact Q and A; the last two if V is the policy's own value (GAE also at λ = 1). At
+γ < 1 all omit the factor γ^t of decision t, as is usual.
 """
 
 from typing import NamedTuple
@@ -30,39 +30,47 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Terms = Float[Array, "*B T"]
-Values = Float[Array, "*B T+1"]
-Mask = Bool[Array, "*B T"]
-Scalar = float | Float[Array, ""]
-Weights = float | Float[Array, ""] | Float[Array, "*B T"]  # γ, λ
+from rljax.ops.shapes import Scalar
+
+Decisions = Float[Array, "*B T"]
+StateValues = Float[Array, "*B T+1"]
+DecisionMask = Bool[Array, "*B T"]
+DiscountFactors = float | Float[Array, ""] | Float[Array, "*B T"]  # γ, λ
 
 
 def _backward(step, carry, mask, values, *numbers):
     """Scan the decisions from the last to the first: step(carry, V_t, V_{t+1}, *numbers) -> carry, out.
 
-    Arrays are [B T] outside and [B] inside; scalars are the same in all. At a masked column the step sees zeros
-    (garbage times a zero cotangent is a NaN gradient), the carry stays as it was, and what comes out is 0. Raises
-    ValueError unless values have one column more.
+    Arrays are [B T] outside and [B] inside; scalars stay scalars. At a masked column the step gets zeros (garbage times
+    a zero cotangent is a NaN gradient), the carry is unchanged, and the output is 0. Raises ValueError unless values
+    have T + 1 columns.
     """
     T = numbers[0].shape[-1]
     if values is not None and values.shape[-1] != T + 1:
         raise ValueError(
             f"values of {values.shape[-1]} columns for {T} decisions; legal: {T + 1}, V after the last too"
         )
-    first = lambda x: jnp.moveaxis(x, -1, 0) if jnp.ndim(x) else x  # noqa: E731
-    columns = [first(x) if jnp.ndim(x) else None for x in numbers]
-    major = None if values is None else first(values)
 
-    def value_at(t):  # a slice of all columns but one would be a copy
-        return None if values is None else jax.lax.dynamic_index_in_dim(major, t, keepdims=False)
+    def time_major(x):
+        return jnp.moveaxis(x, -1, 0)
 
-    def one(state, column):
-        (carry, following), (t, valid, row) = state, column
+    columns = [time_major(x) if jnp.ndim(x) else None for x in numbers]
+    values_by_time = None if values is None else time_major(values)
+
+    def value_at(t):  # slicing off values[..., 1:] would copy
+        return None if values is None else jax.lax.dynamic_index_in_dim(values_by_time, t, keepdims=False)
+
+    def scan_step(state, column):
+        carry, following = state
+        t, valid, row = column
         if mask is None:
             found = (x if c is None else c for x, c in zip(numbers, row, strict=True))
             carry, out = step(carry, value_at(t), value_at(t + 1), *found)
             return (carry, None), out
-        keep = lambda new, old: jnp.where(valid, new, old)  # noqa: E731
+
+        def keep(new, old):
+            return jnp.where(valid, new, old)
+
         found = (x if c is None else keep(c, 0.0) for x, c in zip(numbers, row, strict=True))
         value = None if values is None else keep(value_at(t), 0.0)
         new, out = step(carry, value, following, *found)
@@ -70,36 +78,36 @@ def _backward(step, carry, mask, values, *numbers):
         return state, jax.tree.map(lambda x: keep(x, 0.0), out)
 
     start = (carry, None if values is None or mask is None else values[..., -1])
-    scanned = (jnp.arange(T), None if mask is None else first(mask), columns)
-    (carry, _), out = jax.lax.scan(one, start, scanned, reverse=True)
+    scanned = (jnp.arange(T), None if mask is None else time_major(mask), columns)
+    (carry, _), out = jax.lax.scan(scan_step, start, scanned, reverse=True)
     return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), out)
 
 
 def episode_rewards(
     rewards: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """R_i = Σ_t r_it over each row's decisions, and whether the row was judged at all.
+    """R_i = Σ_t r_it over each row's decisions, and whether the row is valid.
 
-    A row is not judged if a reward on one of its decisions is NaN, or if it has no decision; its R is 0.
+    A row is not valid if a reward on one of its decisions is NaN, or if it has no decision; its R is then 0.
     """
     total = jnp.where(mask, rewards, 0.0).sum(axis=1)
-    judged = jnp.isfinite(total) & mask.any(axis=1)
-    return jnp.where(judged, total, 0.0), judged
+    valid = jnp.isfinite(total) & mask.any(axis=1)
+    return jnp.where(valid, total, 0.0), valid
 
 
 def fold_ends(
-    rewards: Terms,
-    mask: Mask | None,
-    gamma: Weights = 1.0,
-    terminated: Mask | None = None,
-    truncated: Mask | None = None,
-    final_values: Terms | None = None,
-) -> tuple[Terms, Weights]:
-    """Rewards and discounts in which the ends of episodes are written, for every function of this module.
+    rewards: Decisions,
+    mask: DecisionMask | None,
+    gamma: DiscountFactors = 1.0,
+    terminated: DecisionMask | None = None,
+    truncated: DecisionMask | None = None,
+    final_values: Decisions | None = None,
+) -> tuple[Decisions, DiscountFactors]:
+    """Rewards and discounts that encode the ends of episodes, for every function of this module.
 
         γ_t = 0 where decision t ended it, either way        r_t + γ V(last observation) where truncated
 
-    A terminated episode has nothing beyond it. A truncated one would have gone on: it bootstraps from `final_values`.
+    Nothing follows a terminated episode. A truncated one would have continued: it bootstraps from `final_values`.
     Raises ValueError for `truncated` without `final_values`.
     """
     if truncated is not None and final_values is None:
@@ -114,13 +122,16 @@ def fold_ends(
 
 
 def discounted_returns(
-    rewards: Terms, mask: Mask | None, gamma: Weights = 1.0, bootstrap: Float[Array, "*B"] | None = None
-) -> Terms:
+    rewards: Decisions,
+    mask: DecisionMask | None,
+    gamma: DiscountFactors = 1.0,
+    bootstrap: Float[Array, "*B"] | None = None,
+) -> Decisions:
     """G_t = r_t + γ_t G_{t+1}; reward-to-go at γ = 1. After the last decision G = `bootstrap`, or 0."""
     return _returns(rewards, mask, gamma, bootstrap)[1]
 
 
-def total_return(rewards: Terms, mask: Mask | None, gamma: Weights = 1.0) -> Float[Array, "*B"]:
+def total_return(rewards: Decisions, mask: DecisionMask | None, gamma: DiscountFactors = 1.0) -> Float[Array, "*B"]:
     """R(τ) = Σ_t γ^t r_t, t counting the unmasked decisions from 0."""
     return _returns(rewards, mask, gamma, None)[0]
 
@@ -135,21 +146,21 @@ def _returns(rewards, mask, gamma, bootstrap):
 
 
 def gae(
-    rewards: Terms,
-    values: Values,
-    mask: Mask | None,
-    gamma: Weights = 1.0,
-    lam: Weights = 0.95,
-    terminated: Mask | None = None,
-    truncated: Mask | None = None,
-    final_values: Terms | None = None,
-) -> Terms:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
+    rewards: Decisions,
+    values: StateValues,
+    mask: DecisionMask | None,
+    gamma: DiscountFactors = 1.0,
+    lam: DiscountFactors = 0.95,
+    terminated: DecisionMask | None = None,
+    truncated: DecisionMask | None = None,
+    final_values: Decisions | None = None,
+) -> Decisions:
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
         δ_t = r_t + γ_t V_{t+1} - V_t        Â_t = δ_t + γ_t λ_t Â_{t+1}
 
-    The ends of episodes are those of `fold_ends`. The targets of the critic are Â + V: `lambda_returns`. Whitening is a
-    separate step (`statistics.whiten`). λ = 0 is `td_errors`, λ = 1 the return less V.
+    Ends of episodes are handled by `fold_ends`. The targets of the critic are Â + V: `lambda_returns`. Whitening is a
+    separate step (`statistics.whiten`). λ = 0 is `td_errors`, λ = 1 the return minus V.
     """
     rewards, gamma = fold_ends(rewards, mask, gamma, terminated, truncated, final_values)
 
@@ -160,14 +171,20 @@ def gae(
     return _backward(step, jnp.zeros_like(values[..., -1]), mask, values, rewards, gamma, lam)[1]
 
 
-def td_errors(rewards: Terms, values: Values, mask: Mask | None, gamma: Weights = 1.0) -> Terms:
+def td_errors(
+    rewards: Decisions, values: StateValues, mask: DecisionMask | None, gamma: DiscountFactors = 1.0
+) -> Decisions:
     """δ_t = r_t + γ_t V_{t+1} - V_t: the errors of TD(0)."""
     return gae(rewards, values, mask, gamma, lam=0.0)
 
 
 def lambda_returns(
-    rewards: Terms, values: Values, mask: Mask | None, gamma: Weights = 1.0, lam: Weights = 0.95
-) -> Terms:
+    rewards: Decisions,
+    values: StateValues,
+    mask: DecisionMask | None,
+    gamma: DiscountFactors = 1.0,
+    lam: DiscountFactors = 0.95,
+) -> Decisions:
     """G_t = r_t + γ_t ((1 - λ_t) V_{t+1} + λ_t G_{t+1}), which is GAE + V: the targets of the critic.
 
     λ = 1 is the Monte-Carlo return, λ = 0 the target of TD(0).
@@ -176,8 +193,10 @@ def lambda_returns(
     return returns if mask is None else jnp.where(mask, returns, 0.0)
 
 
-def n_step_returns(rewards: Terms, values: Values, mask: Mask | None, n: int, gamma: Weights = 1.0) -> Terms:
-    """G_t = Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}; fewer steps where fewer decisions follow. n = 1 is TD(0).
+def n_step_returns(
+    rewards: Decisions, values: StateValues, mask: DecisionMask | None, n: int, gamma: DiscountFactors = 1.0
+) -> Decisions:
+    """G_t = Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}; fewer steps if fewer decisions follow. n = 1 is TD(0).
 
     Raises ValueError for n < 1.
     """
@@ -186,7 +205,7 @@ def n_step_returns(rewards: Terms, values: Values, mask: Mask | None, n: int, ga
     mask = jnp.ones(rewards.shape, bool) if mask is None else mask
     T = rewards.shape[-1]
     own = jnp.where(mask, jnp.broadcast_to(jnp.arange(T), mask.shape), T)
-    following = jax.lax.cummin(own, axis=own.ndim - 1, reverse=True)  # the first decision at t or after
+    following = jax.lax.cummin(own, axis=own.ndim - 1, reverse=True)  # the first decision at t or later
     following = jnp.concatenate([following[..., 1:], jnp.full_like(own[..., :1], T)], axis=-1)  # after t; T: none
     gamma = jnp.where(mask, gamma, 0.0) if jnp.ndim(gamma) else gamma
 
@@ -197,32 +216,32 @@ def n_step_returns(rewards: Terms, values: Values, mask: Mask | None, n: int, ga
     return jax.lax.fori_loop(0, n, extend, values[..., :-1])
 
 
-class VTrace(NamedTuple):
-    """Of a policy π, estimated from what another one, μ, did."""
+class VTraceReturns(NamedTuple):
+    """Estimates for a policy π from the decisions of another policy μ."""
 
-    targets: Terms  # v_t of the critic
-    advantages: Terms  # Ψ_t of the policy gradient, the ratio ρ_t in it
+    targets: Decisions  # v_t, for the critic
+    advantages: Decisions  # Ψ_t, for the policy gradient, with the ratio ρ_t included
 
 
-def vtrace(
-    rewards: Terms,
-    values: Values,
-    ratios: Terms,
-    mask: Mask | None,
-    gamma: Weights = 1.0,
-    lam: Weights = 1.0,
+def vtrace_returns(
+    rewards: Decisions,
+    values: StateValues,
+    ratios: Decisions,
+    mask: DecisionMask | None,
+    gamma: DiscountFactors = 1.0,
+    lam: DiscountFactors = 1.0,
     rho_bar: Scalar = 1.0,
     c_bar: Scalar = 1.0,
     policy_rho_bar: Scalar = 1.0,
-) -> VTrace:
+) -> VTraceReturns:
     """V-trace (IMPALA, arXiv:1802.01561, eq. 1), ρ_t = π(a_t | s_t) / μ(a_t | s_t).
 
         δ_t = min(ρ̄, ρ_t) (r_t + γ_t V_{t+1} - V_t)        v_t - V_t = δ_t + γ_t λ_t min(c̄, ρ_t) (v_{t+1} - V_{t+1})
         Ψ_t = min(ρ̄_π, ρ_t) (r_t + γ_t (V_{t+1} + λ_t (v_{t+1} - V_{t+1})) - V_t)
 
-    The paper has λ = 1 (λ < 1 is its remark 2) and ρ̄ >= c̄. ρ̄ decides what the critic learns, V of a policy between
-    μ and π; c̄ only how fast. On-policy the targets are `lambda_returns` and Ψ is `gae`, whatever λ is. rlax fixes
-    c̄ = 1; it leaves masked columns to the caller's V_{t+1} and reports the next error at them.
+    The paper has λ = 1 (λ < 1 is its remark 2) and ρ̄ >= c̄. ρ̄ determines what the critic learns, V of a policy
+    between μ and π; c̄ only how fast. On-policy the targets are `lambda_returns` and Ψ is `gae`, whatever λ is. rlax
+    fixes c̄ = 1; it leaves masked columns to the caller's V_{t+1} and returns the next error there.
     """
 
     def step(next_error, value, next_value, reward, ratio, discount, further):
@@ -230,16 +249,21 @@ def vtrace(
         error = error + discount * further * jnp.minimum(c_bar, ratio) * next_error
         estimate = reward + discount * (next_value + further * next_error)
         advantage = jnp.minimum(policy_rho_bar, ratio) * (estimate - value)
-        return error, VTrace(value + error, advantage)
+        return error, VTraceReturns(value + error, advantage)
 
     return _backward(step, jnp.zeros_like(values[..., -1]), mask, values, rewards, ratios, gamma, lam)[1]
 
 
 def importance_corrected_td_errors(
-    rewards: Terms, values: Values, ratios: Terms, mask: Mask | None, gamma: Weights = 1.0, lam: Weights = 1.0
-) -> Terms:
+    rewards: Decisions,
+    values: StateValues,
+    ratios: Decisions,
+    mask: DecisionMask | None,
+    gamma: DiscountFactors = 1.0,
+    lam: DiscountFactors = 1.0,
+) -> Decisions:
     """ρ_t (δ_t + γ_t λ_t ρ_{t+1} (δ_{t+1} + ...)): multi-step TD errors with per-decision importance sampling (Sutton,
-    Mahmood, Precup, van Hasselt 2014, "A new Q(λ)"). V-trace without any clip: unbiased, its variance not bounded.
+    Mahmood, Precup, van Hasselt 2014, "A new Q(λ)"). V-trace without any clip: unbiased, with unbounded variance.
     """
-    never = float("inf")
-    return vtrace(rewards, values, ratios, mask, gamma, lam, never, never, never).advantages
+    no_clip = float("inf")
+    return vtrace_returns(rewards, values, ratios, mask, gamma, lam, no_clip, no_clip, no_clip).advantages

@@ -1,16 +1,18 @@
-"""Drawing tokens: one uniform number a row, inverted through the cumulative distribution.
+"""Sampling of tokens: one uniform number per row, inverted through the cumulative distribution.
 
-The uniform of a token depends on (seed, step, prompt, sample, position) alone, so the same sample comes out whatever
-the batch split or the mesh. Nothing is sorted: thresholds are found by bisection over the bit patterns of the
+The uniform of a token depends on (seed, step, prompt, sample, position) alone, so the sample does not depend on the
+batch split or the mesh. Nothing is sorted: thresholds are found by bisection over the bit patterns of the
 probabilities, which is exact and some forty times cheaper than a sort on a CPU.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 Probs = Float[Array, "B V"]
-Rows = Float[Array, "B 1"]
+Column = Float[Array, "B 1"]
 
 
 def row_keys(seed: Int[Array, ""], step: Int[Array, "*#B"], prompt: Int[Array, " B"], sample: Int[Array, " B"]):
@@ -21,10 +23,12 @@ def row_keys(seed: Int[Array, ""], step: Int[Array, "*#B"], prompt: Int[Array, "
 
 
 def token_uniforms(keys: Key[Array, " B"], position: Int[Array, "*#B"]) -> Float[Array, " B"]:
-    """The number in [0, 1) that draws the token at `position` (of each row, or of all) of each row's answer."""
-    return jax.vmap(lambda key, p: jax.random.uniform(jax.random.fold_in(key, p)))(
-        keys, jnp.broadcast_to(position, keys.shape)
-    )
+    """The number in [0, 1) that selects the token at `position` (of each row, or of all) of each row's completion."""
+
+    def uniform(key, p):
+        return jax.random.uniform(jax.random.fold_in(key, p))
+
+    return jax.vmap(uniform)(keys, jnp.broadcast_to(position, keys.shape))
 
 
 def argmax(x: Float[Array, "*N V"]) -> Int[Array, "*N"]:
@@ -37,7 +41,7 @@ def argmax(x: Float[Array, "*N V"]) -> Int[Array, "*N"]:
 def invert_cdf(probs: Probs, uniform: Float[Array, " B"], block: int = 128) -> Int[Array, " B"]:
     """The token v with cdf(v - 1) <= u · Σp < cdf(v), found in two levels: among blocks, then inside one.
 
-    Tokens of probability 0 are never drawn. `probs` need not sum to one.
+    Tokens of probability 0 are never sampled. `probs` need not sum to one.
     """
     B, V = probs.shape
     if block >= V:
@@ -53,14 +57,15 @@ def invert_cdf(probs: Probs, uniform: Float[Array, " B"], block: int = 128) -> I
 
 
 def _crossing(mass: Float[Array, "B N"], cdf: Float[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
-    """First entry with mass whose cdf is above the target; where rounding leaves none, the last entry with mass.
+    """First entry with mass whose cdf is above the target; if rounding leaves none, the last entry with mass.
 
-    XLA adds long prefixes as a tree: a computed cdf may rise at an entry without mass, or fall.
+    XLA sums long prefixes as a tree: a computed cdf may rise at an entry without mass, or fall.
     """
     N = mass.shape[-1]
-    place, held = jnp.arange(N)[None], mass > 0
-    first = jnp.where(held & (cdf > target[:, None]), place, N).min(axis=-1)
-    last = jnp.where(held, place, 0).max(axis=-1)
+    index = jnp.arange(N)[None]
+    positive = mass > 0
+    first = jnp.where(positive & (cdf > target[:, None]), index, N).min(axis=-1)
+    last = jnp.where(positive, index, 0).max(axis=-1)
     return jnp.where(first < N, first, last)
 
 
@@ -69,48 +74,58 @@ def _below(uniform, total):
     return jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
 
 
-def _threshold(probs: Probs, target: Rows, low: Rows, reached, share) -> Rows:
-    """A τ with {p >= τ} the smallest such set whose `reached` is at least `target`.
+def _threshold(probs: Probs, target: Column, low: Column, size: Callable, min_increment: Callable) -> Column:
+    """The largest τ for which the size of the set {p >= τ} is at least `target`.
 
-    Non-negative floats sort as their bit patterns do. The interval of patterns that holds τ is cut where the logarithm
-    of what is reached, taken as linear in the pattern, meets the target, until the set would miss its target with one
-    token less, or one pattern is left (tied tokens). An end that stays twice counts half (Illinois; Dowell & Jarratt
-    1971), so that both ends close in.
+    Non-negative floats sort as their bit patterns do. The interval of patterns that holds τ is split where the log of
+    the size, interpolated linearly in the pattern, meets the target (regula falsi), until one token fewer would miss
+    the target, or one pattern is left (tied tokens). The residual of an end that stays twice is halved (Illinois;
+    Dowell & Jarratt 1971), so that both ends close in.
 
     Args:
-      low: a τ at which the target is reached.
-      reached: set (bool [B V]) -> [B 1], how many tokens or how much mass.
-      share: τ -> the least that a token of {p >= τ} adds to it.
+      low: a τ at which the target is met.
+      size: set (bool [B V]) -> [B 1], its number of tokens or its mass.
+      min_increment: τ -> the least that a token of {p >= τ} adds to the size.
     """
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
-    float_of = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
 
-    def over(at, low):
-        """How far a set is above the target and half a token, in logs."""
-        return jnp.log(jnp.maximum(at, 1e-3 * target)) - jnp.log(target + 0.5 * share(float_of(low)))
+    def to_bits(x):
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
 
-    def unsettled(low, high, at_low):
-        return (high - low > 1) & (at_low - share(float_of(low)) >= target)
+    def to_float(x):
+        return jax.lax.bitcast_convert_type(x, jnp.float32)
 
-    def cut(state):
-        (low, high, at_low), (over_low, over_high), stayed = state
-        part = jnp.clip(over_low / jnp.maximum(over_low - over_high, 1e-9), 0.02, 0.98)
-        middle = low + (part * (high - low).astype(jnp.float32)).astype(jnp.int32)
+    def residual(size_at, low):
+        """log size - log(target and half a token)."""
+        return jnp.log(jnp.maximum(size_at, 1e-3 * target)) - jnp.log(target + 0.5 * min_increment(to_float(low)))
+
+    def unfinished(low, high, size_low):
+        return (high - low > 1) & (size_low - min_increment(to_float(low)) >= target)
+
+    def narrow(state):
+        (low, high, size_low), (residual_low, residual_high), stayed = state
+        fraction = jnp.clip(residual_low / jnp.maximum(residual_low - residual_high, 1e-9), 0.02, 0.98)
+        middle = low + (fraction * (high - low).astype(jnp.float32)).astype(jnp.int32)
         middle = jnp.clip(middle, low + 1, jnp.maximum(high - 1, low + 1))
-        at_middle = reached(probs >= float_of(middle))
-        going, enough = unsettled(low, high, at_low), at_middle >= target
-        up, down = going & enough, going & ~enough
-        over_middle = over(at_middle, low)
-        over_low = jnp.where(up, jnp.maximum(over_middle, 1e-6), jnp.where(down & (stayed > 0), 0.5, 1.0) * over_low)
-        over_high = jnp.where(down, jnp.minimum(over_middle, -1e-6), jnp.where(up & (stayed < 0), 0.5, 1.0) * over_high)
-        ends = jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(up, at_middle, at_low)
-        return ends, (over_low, over_high), jnp.where(up, -1, jnp.where(down, 1, stayed))
+        size_middle = size(probs >= to_float(middle))
+        residual_middle = residual(size_middle, low)
 
-    low, high = bits(low), bits(probs.max(axis=-1, keepdims=True)) + 1
-    at_low = reached(probs >= float_of(low))
-    start = (low, high, at_low), (jnp.maximum(over(at_low, low), 1e-6), over(jnp.zeros_like(at_low), low))
-    (low, *_), *_ = jax.lax.while_loop(lambda state: unsettled(*state[0]).any(), cut, (*start, jnp.zeros_like(low)))
-    return float_of(low)
+        active = unfinished(low, high, size_low)
+        up = active & (size_middle >= target)
+        down = active & ~(size_middle >= target)
+        halved_low = jnp.where(down & (stayed > 0), 0.5, 1.0) * residual_low
+        halved_high = jnp.where(up & (stayed < 0), 0.5, 1.0) * residual_high
+        residual_low = jnp.where(up, jnp.maximum(residual_middle, 1e-6), halved_low)
+        residual_high = jnp.where(down, jnp.minimum(residual_middle, -1e-6), halved_high)
+        ends = jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(up, size_middle, size_low)
+        return ends, (residual_low, residual_high), jnp.where(up, -1, jnp.where(down, 1, stayed))
+
+    low = to_bits(low)
+    high = to_bits(probs.max(axis=-1, keepdims=True)) + 1
+    size_low = size(probs >= to_float(low))
+    residuals = jnp.maximum(residual(size_low, low), 1e-6), residual(jnp.zeros_like(size_low), low)
+    start = (low, high, size_low), residuals, jnp.zeros_like(low)
+    (low, *_), *_ = jax.lax.while_loop(lambda state: unfinished(*state[0]).any(), narrow, start)
+    return to_float(low)
 
 
 def truncate(
@@ -119,26 +134,33 @@ def truncate(
     top_p: Float[Array, " B"] | None = None,
     min_p: Float[Array, " B"] | None = None,
 ) -> Probs:
-    """Set to 0 what the filters exclude; not renormalised. Tokens tied at a threshold stay together. `probs` need not
-    sum to one.
+    """Probabilities with excluded tokens set to 0, not renormalized. Tokens tied at a threshold stay together. `probs`
+    need not sum to one.
 
-    top_k keeps the k most likely tokens; top_p the fewest most likely ones that hold at least the share p of what top_k
-    left; min_p those with p(v) >= min_p · max p. They are applied in that order, as transformers does.
+    top_k keeps the k most likely tokens; top_p the fewest most likely ones with at least the fraction p of the mass
+    that top_k left; min_p those with p(v) >= min_p · max p. They are applied in this order, as in transformers.
     """
     top = probs.max(axis=-1, keepdims=True)
     tau = jnp.zeros_like(top)
     if top_k is not None:
-        count = lambda kept: kept.astype(jnp.float32).sum(axis=-1, keepdims=True)  # noqa: E731
-        few = jnp.minimum(top_k, probs.shape[-1])[:, None].astype(jnp.float32)
+
+        def count(kept):
+            return kept.astype(jnp.float32).sum(axis=-1, keepdims=True)
+
+        k = jnp.minimum(top_k, probs.shape[-1])[:, None].astype(jnp.float32)
         likely = top * 2.0**-20
-        low = jnp.where(count(probs >= likely) >= few, likely, 0.0)
-        tau = _threshold(probs, few, low, count, jnp.ones_like)
+        low = jnp.where(count(probs >= likely) >= k, likely, 0.0)
+        tau = _threshold(probs, k, low, count, jnp.ones_like)
         probs = jnp.where(probs >= tau, probs, 0.0)
     if top_p is not None:
-        mass = lambda kept: jnp.where(kept, probs, 0.0).sum(axis=-1, keepdims=True)  # noqa: E731
+        after_top_k = probs
+
+        def mass(kept):
+            return jnp.where(kept, after_top_k, 0.0).sum(axis=-1, keepdims=True)
+
         total = probs.sum(axis=-1, keepdims=True)
         held = top_p[:, None] * total
-        # Tokens below τ hold what is left over, and each less than τ.
+        # The tokens below τ hold the rest of the mass, each less than τ.
         least = 0.99 * jnp.maximum(total - held, 0.0) / probs.shape[-1]
         tau = _threshold(probs, held, jnp.maximum(least, tau), mass, lambda tau: tau)
         probs = jnp.where((probs >= tau) | (top_p[:, None] >= 1.0), probs, 0.0)

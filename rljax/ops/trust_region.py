@@ -1,9 +1,9 @@
-"""The natural-gradient step of TRPO (arXiv:1502.05477): conjugate gradients, and a line search inside a KL ball.
+"""The natural-gradient step of TRPO (arXiv:1502.05477): conjugate gradients, then a line search within a KL bound.
 
     x = F⁻¹ (-g)        θ' = θ + α^j √(2δ / xᵀFx) x        the first j with KL <= δ and a smaller surrogate
 
-g is the gradient of the surrogate, F the Fisher matrix: the Hessian of the mean KL at the old policy, where
-KL(old ‖ new) and KL(new ‖ old) have the same one. F is never formed: F v is the derivative of the KL's gradient along
+g is the gradient of the surrogate, F the Fisher matrix: the Hessian of the mean KL at the old policy, which
+is the same for KL(old ‖ new) and KL(new ‖ old). F is never formed: F v is the derivative of the KL's gradient along
 v, forward over reverse. Parameters are one flat vector inside.
 """
 
@@ -16,15 +16,17 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from rljax.ops.kl import categorical_kl
+from rljax.ops.shapes import Scalar
 
 Vector = Float[Array, " N"]
-Scalar = float | Float[Array, ""]  # traced where a run is one compiled function of its hyperparameters
+Distribution = Any  # logits [.. V], or parameters of another distribution
+Divergence = Callable[[Distribution, Distribution], Array]  # (p, q) -> KL(p ‖ q)
 
 
-def directed_kl(old: Any, new: Any, kl_direction: str = "old_new", kl: Callable = categorical_kl):
-    """KL(old ‖ new), as the paper has it, or KL(new ‖ old), which keeps the new policy where the old one is likely.
-
-    Args: old, new: what kl takes: logits [.. V], or parameters of another distribution.
+def directed_kl(
+    old: Distribution, new: Distribution, kl_direction: str = "old_new", kl: Divergence = categorical_kl
+) -> Array:
+    """KL(old ‖ new), as in the paper, or KL(new ‖ old), which keeps the new policy where the old one is likely.
 
     Raises ValueError for another direction.
     """
@@ -33,15 +35,15 @@ def directed_kl(old: Any, new: Any, kl_direction: str = "old_new", kl: Callable 
     return kl(old, new) if kl_direction == "old_new" else kl(new, old)
 
 
-def hessian_product(f: Callable, x: Vector) -> Callable:
+def hessian_vector_product(f: Callable[[Vector], Array], x: Vector) -> Callable[[Vector], Vector]:
     """v -> H v, H the Hessian of f at x."""
     return lambda v: jax.jvp(jax.grad(f), (x,), (v,))[1]
 
 
 def conjugate_gradient(
-    product: Callable, b: Vector, iterations: int = 10, tolerance: float = 1e-10
+    product: Callable[[Vector], Vector], b: Vector, iterations: int = 10, tolerance: float = 1e-10
 ) -> tuple[Vector, Vector]:
-    """(x, b - A x) with A x ≈ b, A positive definite and known by product(v) = A v; begins at 0.
+    """(x, b - A x) with A x ≈ b, A positive definite, given by product(v) = A v; starts at 0.
 
     Stops early where |A x - b|² <= tolerance · |b|².
     """
@@ -50,63 +52,72 @@ def conjugate_gradient(
         n, _, _, _, square = state
         return (n < iterations) & (square > tolerance * (b @ b))
 
-    def one(state):
+    def iterate(state):
         n, x, residual, direction, square = state
         along = product(direction)
         step = square / (direction @ along)
-        x, residual = x + step * direction, residual - step * along
+        x = x + step * direction
+        residual = residual - step * along
         new = residual @ residual
         return n + 1, x, residual, residual + new / square * direction, new
 
-    return jax.lax.while_loop(unfinished, one, (0, jnp.zeros_like(b), b, b, b @ b))[1:3]
+    return jax.lax.while_loop(unfinished, iterate, (0, jnp.zeros_like(b), b, b, b @ b))[1:3]
 
 
-class Step(NamedTuple):
-    """A step from the parameters, flat, and by how much the surrogate should fall along it, to first order."""
+class NaturalGradientStep(NamedTuple):
+    """A step from the parameters, flat, and the decrease of the surrogate along it to first order."""
 
     change: Vector
-    expected: Float[Array, ""]
+    expected_improvement: Float[Array, ""]
 
 
-def natural_step(
-    kl: Callable, params: Any, gradient: Any, delta: Scalar = 0.01, damping: Scalar = 0.1, iterations: int = 10
-) -> Step:
-    """√(2δ / xᵀHx) x with H x = -g, H = F + damping · 1: as far as a KL of δ goes where the KL is its second order.
+def natural_gradient_step(
+    kl: Callable[[Any], Array],
+    params: Any,
+    gradient: Any,
+    delta: Scalar = 0.01,
+    damping: Scalar = 0.1,
+    iterations: int = 10,
+) -> NaturalGradientStep:
+    """√(2δ / xᵀHx) x with H x = -g, H = F + damping · 1: the length at which the KL, to second order, is δ.
 
-    Args: kl: params -> mean KL to the policy at `params`. gradient: of the surrogate there, which is to fall.
-    Damping shortens the step. Parameters that neither see (a critic's, where nothing is shared) do not move.
+    Args: kl: params -> mean KL to the policy at `params`. gradient: of the surrogate there, to be minimized.
+    Damping shortens the step. Parameters on which neither depends (those of a separate critic) do not move.
     """
     theta, unflatten = ravel_pytree(params)
     g = ravel_pytree(gradient)[0]
-    fisher = hessian_product(lambda flat: kl(unflatten(flat)), theta)
-    damped = lambda v: fisher(v) + damping * v  # noqa: E731
+    fisher = hessian_vector_product(lambda flat: kl(unflatten(flat)), theta)
+
+    def damped(v):
+        return fisher(v) + damping * v
+
     x, residual = conjugate_gradient(damped, -g, iterations)
-    change = jnp.sqrt(2.0 * delta / (x @ (-g - residual) + 1e-8)) * x  # H x without another product
-    return Step(change, -(g @ change))
+    change = jnp.sqrt(2.0 * delta / (x @ (-g - residual) + 1e-8)) * x  # H x = -g - residual, without another product
+    return NaturalGradientStep(change, -(g @ change))
 
 
-class Search(NamedTuple):
-    """Where a line search ended. Not accepted: `params` are those it began with, to the bit; kl and improvement 0."""
+class LineSearchResult(NamedTuple):
+    """Result of a line search. Not accepted: `params` are the initial ones, bit for bit, and kl and improvement 0."""
 
     params: Any
     accepted: Float[Array, ""]  # 1 or 0
     trials: Float[Array, ""]  # candidates tried
     kl: Float[Array, ""]  # of the accepted one
-    improvement: Float[Array, ""]  # by how much the surrogate fell
+    improvement: Float[Array, ""]  # decrease of the surrogate
 
 
 def line_search(
-    measure: Callable,
+    evaluate: Callable[[Any], tuple[Array, Array]],
     params: Any,
     before: Float[Array, ""],
     change: Vector,
     delta: Scalar = 0.01,
     shrink: float = 0.8,
     trials: int = 10,
-) -> Search:
+) -> LineSearchResult:
     """The first of θ + shrink^j · change, j = 0 .. trials - 1, with a KL <= delta and a surrogate below `before`.
 
-    Args: measure: params -> (surrogate, KL). before: the surrogate at θ. What is not a number is not accepted.
+    Args: evaluate: params -> (surrogate, KL). before: the surrogate at θ. NaN is not accepted.
     """
     theta, unflatten = ravel_pytree(params)
 
@@ -114,14 +125,21 @@ def line_search(
         n, accepted, *_ = state
         return ~accepted & (n < trials)
 
-    def one(state):
+    def candidate(n):
+        return unflatten(theta + shrink ** n.astype(theta.dtype) * change)
+
+    def try_candidate(state):
         n, *_ = state
-        after, distance = measure(candidate(n))
+        after, distance = evaluate(candidate(n))
         return n + 1, (distance <= delta) & (after < before), distance, before - after
 
-    candidate = lambda n: unflatten(theta + shrink ** n.astype(theta.dtype) * change)  # noqa: E731
     start = (jnp.int32(0), jnp.array(False), jnp.zeros_like(before), jnp.zeros_like(before))
-    n, accepted, distance, fell = jax.lax.while_loop(searching, one, start)
+    n, accepted, distance, improvement = jax.lax.while_loop(searching, try_candidate, start)
     new = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), candidate(n - 1), params)
-    distance, fell = (jnp.where(accepted, x, 0.0) for x in (distance, fell))
-    return Search(new, accepted.astype(before.dtype), n.astype(before.dtype), distance, fell)
+    return LineSearchResult(
+        params=new,
+        accepted=accepted.astype(before.dtype),
+        trials=n.astype(before.dtype),
+        kl=jnp.where(accepted, distance, 0.0),
+        improvement=jnp.where(accepted, improvement, 0.0),
+    )

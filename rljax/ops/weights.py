@@ -1,59 +1,60 @@
-"""How the terms of a batch become one sum: loss = Σ weight · term.
+"""Loss aggregation: loss = Σ weight · term.
 
-Every "aggregation mode" of the field is one function (mask, segments) -> weight [B T]. It sees the whole optimizer
-batch before that is cut into micro-batches or shards, so that a plain sum is exact however it is cut. A sequence is one
-segment of one row; sequences without a decision (N⁺ counts the others) weigh nothing.
+Each aggregation mode is one function (mask, segments) -> weight [B T], with the name that verl's `loss_agg_mode` has
+for it. It sees the whole optimizer batch before that is split into micro-batches or shards, so that a plain sum is
+exact however it is split. A sequence is one segment of one row; sequences without a decision weigh 0, and N⁺ counts the
+others.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from rljax.ops.sequences import sequence_lengths
+from rljax.ops.shapes import PerToken, Segments, TokenMask
 
-Mask = Bool[Array, "B T"]
-Segments = Int[Array, "B T"] | None
-Weight = Float[Array, "B T"]
+LossWeights = Callable[[TokenMask, Segments], PerToken]  # (mask, segments) -> weight
 
 
-def _per_token(mask: Mask, segments: Segments) -> Weight:
+def _per_token(mask: TokenMask, segments: Segments) -> PerToken:
     """1/n_i on each decision, 0 elsewhere: sums to N⁺."""
     return jnp.where(mask, 1.0 / jnp.maximum(sequence_lengths(mask, segments), 1.0), 0.0)
 
 
-def token_mean(mask: Mask, segments: Segments = None) -> Weight:
-    """1/Σm: every token alike (DAPO, CISPO, PPO)."""
+def token_mean(mask: TokenMask, segments: Segments = None) -> PerToken:
+    """1/Σm: all tokens weigh the same (DAPO, CISPO, PPO)."""
     return mask / jnp.maximum(mask.sum(), 1).astype(float)
 
 
-def sequence_mean(mask: Mask, segments: Segments = None) -> Weight:
-    """1/(N⁺ n_i): every sequence alike, its tokens averaged (GRPO, GSPO, SAPO)."""
+def seq_mean_token_mean(mask: TokenMask, segments: Segments = None) -> PerToken:
+    """1/(N⁺ n_i): tokens averaged, then sequences averaged (GRPO, GSPO, SAPO)."""
     share = _per_token(mask, segments)
     return share / jnp.maximum(share.sum(), 1.0)
 
 
-def sequence_sum(mask: Mask, segments: Segments = None) -> Weight:
-    """1/N⁺: tokens summed, sequences averaged: the log-prob of a sequence (REINFORCE, RLOO)."""
+def seq_mean_token_sum(mask: TokenMask, segments: Segments = None) -> PerToken:
+    """1/N⁺: tokens summed, then sequences averaged: the log-prob of a sequence (REINFORCE, RLOO)."""
     return mask / jnp.maximum(_per_token(mask, segments).sum(), 1.0)
 
 
-def constant_length(length: float):
-    """1/(N⁺ C) with a constant C, the most tokens an answer may have (Dr.GRPO, arXiv:2503.20783)."""
+def seq_mean_token_sum_norm(length: float) -> LossWeights:
+    """1/(N⁺ C) with a constant C, the longest completion allowed (Dr.GRPO, arXiv:2503.20783)."""
 
-    def weights(mask: Mask, segments: Segments = None) -> Weight:
-        return sequence_sum(mask, segments) / length
+    def weights(mask: TokenMask, segments: Segments = None) -> PerToken:
+        return seq_mean_token_sum(mask, segments) / length
 
     return weights
 
 
-def token_sum(mask: Mask, segments: Segments = None) -> Weight:
-    """1: no divisor; the gradient grows with the batch."""
+def token_sum(mask: TokenMask, segments: Segments = None) -> PerToken:
+    """1: no normalization; the gradient grows with the batch."""
     return mask.astype(float)
 
 
-def over_all_rows(weights):
-    """The weights with a divisor of all B rows, not of the N⁺ that have a decision (TRL, ms-swift). Unpacked rows."""
+def over_all_rows(weights: LossWeights) -> LossWeights:
+    """The weights divided by all B rows, not by the N⁺ with a decision (TRL, ms-swift). For rows not packed."""
 
-    def shared(mask: Mask, segments: Segments = None) -> Weight:
+    def rescaled(mask: TokenMask, segments: Segments = None) -> PerToken:
         return weights(mask, segments) * (mask.any(axis=1).sum() / mask.shape[0])
 
-    return shared
+    return rescaled

@@ -38,7 +38,7 @@ def rollout_metrics(traj: Trajectory, names: tuple[str, ...], solved: float = 1.
         "reward_max": masked_max(total, valid),
         "reward_min": masked_min(total, valid),
         "frac_reward_failed": _fraction(~valid),
-        "frac_reward_zero_std": _fraction(groups.no_signal(total, traj.group, valid)),
+        "frac_reward_zero_std": _fraction(groups.zero_std(total, traj.group, valid)),
         "solved_all": _fraction((count > 0) & (correct == count)),
         "solved_none": _fraction((count > 0) & (correct == 0)),
         "length": length.astype(float).mean(),

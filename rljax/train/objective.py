@@ -1,15 +1,23 @@
 """The objective of a policy and an algorithm: the only place where the two meet."""
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 
 from rljax.train.metrics import policy_metrics
-from rljax.types import Algorithm, Array, Batch, Objective, Params, PolicyOutput, check
+from rljax.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Metrics,
+    Objective,
+    Params,
+    PolicyFn,
+    PolicyOutput,
+    check_shapes,
+    zero_masked,
+)
 
 
-def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
+def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
     """Σ weight · loss for a policy (params, frozen, trajectory) -> PolicyOutput.
 
     Values at masked columns are replaced by zeros *before* the loss (an exp of garbage would poison the gradient even
@@ -17,7 +25,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     """
 
     def prepare(params: Params, frozen: Params, batch: Batch, key: Array) -> Batch:
-        check(batch)
+        check_shapes(batch)
         batch = _zero_masked_batch(batch)
         segments = batch.traj.segments
         batch = batch.replace(weight=algorithm.weights(batch.mask, segments))
@@ -37,7 +45,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     return Objective(prepare, loss)
 
 
-def _check_loss(result: tuple, batch: Batch) -> tuple[Array, dict[str, Array]]:
+def _check_loss(result: tuple, batch: Batch) -> tuple[Array, Metrics]:
     """What a loss returned. Raises ValueError unless it is (terms [B T], metrics)."""
     if not isinstance(result, tuple):
         raise ValueError("a loss returns (terms [B, T], metrics), metrics being a dict that may be empty")
@@ -56,19 +64,10 @@ def _zero_masked_output(output: PolicyOutput, mask: Array) -> PolicyOutput:
 
 
 def _zero_masked_batch(batch: Batch) -> Batch:
-    """The batch with zeros (temperature: ones) at masked columns of every [B T] number that may be read."""
-    mask, traj = batch.mask, batch.traj
-    names = ("logp", "old_logp", "ref_logp", "teacher_logp", "rewards", "final_values", "sum_pi_squared")
-    facts = {name: jnp.where(mask, getattr(traj, name), 0.0) for name in names if getattr(traj, name) is not None}
-    if traj.temperature is not None:
-        facts["temperature"] = jnp.where(mask, traj.temperature, 1.0)
-    if traj.values is not None:
-        facts["values"] = jnp.where(jnp.pad(mask, ((0, 0), (0, 1))), traj.values, 0.0)
-    if traj.dist is not None:
-        facts["dist"] = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(mask, range(2, x.ndim)), x, 1.0), traj.dist)
-    returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
-    advantages = jnp.where(mask, batch.advantages, 0.0)
-    return batch.replace(traj=traj.replace(**facts), advantages=advantages, returns=returns)
+    """The batch with zeros (temperature: ones) at masked columns of every [B T] number that a loss may read."""
+    advantages = jnp.where(batch.mask, batch.advantages, 0.0)
+    returns = None if batch.returns is None else jnp.where(batch.mask, batch.returns, 0.0)
+    return batch.replace(traj=zero_masked(batch.traj, batch.mask), advantages=advantages, returns=returns)
 
 
 def _reduce(name: str, value: Array, mask: Array, count: Array) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ import numpy as np
 from rljax.ops.first_fit import first_fit_decreasing
 from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.train.update import UpdateFn
-from rljax.types import Array, Batch, TrainState, check
+from rljax.types import Array, Batch, TrainState, check_shapes
 
 ROW_FIELDS = ("group", "scores", "baseline")
 
@@ -78,7 +78,7 @@ def pack_batch(
     """
     if not isinstance(batch, Batch):
         raise ValueError(f"only a Batch is packed, after credit; not {type(batch).__name__}")
-    check(batch)
+    check_shapes(batch)
     _check_fields(batch)
     measured = np.asarray((measure or _measure_sequences)(batch.traj.segments, batch.mask))
     first, length, is_one_sequence = measured

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rljax.ops.trust_region import line_search, natural_step
+from rljax.ops.trust_region import line_search, natural_gradient_step
 from rljax.train.mesh import Shardings
 from rljax.train.update import (
     UpdateFn,
@@ -81,7 +81,7 @@ def make_trust_region_update(
 
         loss, metrics, grads = accumulate_gradients(objective, old, frozen, batch, micro_batches, shardings)
         fisher_batch = _every_nth_row(batch, fisher_every, micro_batches)
-        change, expected = natural_step(fisher_kl, old, grads, delta, damping, iterations)
+        change, expected = natural_gradient_step(fisher_kl, old, grads, delta, damping, iterations)
         found = line_search(lambda params: loss_and_kl(params, batch), old, loss, change, delta, shrink, trials)
         metrics |= {
             "loss": loss,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rljax.data.demonstrations import demonstrations
 from rljax.data.prompts import Prompts, from_template, pad_left, read_jsonl, shuffled_indices, train_eval_split
-from rljax.types import check
+from rljax.types import check_shapes
 
 LETTERS = [{"text": text} for text in ("abc", "a", "abcdefg", "ab", "abcd", "zzzzzzzzz", "q")]
 
@@ -169,7 +169,7 @@ def test_gsm8k_prompts_over_the_limit_are_dropped(shared):
 def test_demonstrations_are_prompt_and_completion():
     rows = make([{"text": "ab"}, {"text": "abcd"}]).first(2)
     traj = demonstrations(rows, [[1, 2, 0], [3, 0]], 4)
-    check(traj)
+    check_shapes(traj)
     assert traj.inputs.tolist() == [[0, 0, 97, 98, 1, 2, 0], [97, 98, 99, 100, 3, 0, 0]]
     assert traj.actions.tolist() == [[0, 97, 98, 1, 2, 0, 0], [98, 99, 100, 3, 0, 0, 0]]
     assert traj.mask.astype(int).tolist() == [[0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0]]

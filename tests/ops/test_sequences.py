@@ -1,7 +1,10 @@
 """Sums over sequences against loops over the columns of each."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -53,3 +56,13 @@ def count(name, packed):
     ids = SEGMENTS if packed else np.ones((B, T), int)
     sizes = [(MASK[b] & (ids[b] == number)).sum() for b in range(B) for number in np.unique(ids[b])]
     return float(sum(n**2 if name == "sum" else n for n in sizes))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_segments_in_the_place_of_a_mask_are_refused(name):
+    """As a function of `ops.weights` is called: (mask, segments)."""
+    ours = inspect.unwrap(OURS["sum" if name == "mean" else name][0])  # without the tests' own check of types
+    with pytest.raises(TypeError, match="mask must be bool, not int32"):
+        ours(jnp.asarray(MASK), jnp.asarray(SEGMENTS, jnp.int32))
+    with pytest.raises((TypeError, jaxtyping.TypeCheckError)):
+        OURS[name][0](jnp.asarray(MASK), jnp.asarray(SEGMENTS, jnp.int32))

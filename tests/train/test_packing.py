@@ -15,7 +15,7 @@ from rljax.train.objective import policy_objective
 from rljax.train.packing import make_packed_update, pack_batch, plan_rows
 from rljax.train.update import learn as learn_rollout
 from rljax.train.update import make_update
-from rljax.types import Batch, check, trajectory_of_tokens
+from rljax.types import Batch, check_shapes, trajectory_of_tokens
 from tests.algorithms.tiny import (
     ALGORITHMS,
     GRADIENT,
@@ -53,7 +53,7 @@ def test_three_texts_by_hand():
     """Of 4, 2 and 3 decisions, in two rows of 5: the longest has its own, and the fuller row is dealt first."""
     batch = texts([4, 2, 3], width=6)
     got, micro_batches, shown = pack_batch(batch, 5, rows=2)
-    check(got)
+    check_shapes(got)
     first = batch.traj.segments.argmax(axis=1)
     want = [[(1, c) for c in range(2)] + [(2, c) for c in range(3)], [(0, c) for c in range(4)]]
     for row, cells in enumerate(want):

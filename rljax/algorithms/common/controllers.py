@@ -1,27 +1,27 @@
-"""Coefficients that follow a measurement: (coefficient, what was measured, ...) -> coefficient.
+"""Coefficients that follow a measurement: (coefficient, measurement, ...) -> coefficient.
 
 Pure functions of scalars, traced or not: a loop keeps their result in `TrainState.coefficients`, where a wrapper
-(`with_kl`, `with_entropy`) or a loss reads it, and nothing compiles again.
+(`with_kl`, `with_entropy`) or a loss reads it, and nothing is recompiled.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rljax.types import Scalar
+from rljax.ops.shapes import Scalar
 
 Count = int | float | Int[Array, ""] | Float[Array, ""]
 
 
-def fixed(coefficient: Scalar, measured: Scalar) -> Scalar:
-    """The coefficient as it is."""
+def fixed_coefficient(coefficient: Scalar, measured: Scalar) -> Scalar:
+    """The coefficient, unchanged."""
     return coefficient
 
 
 def adaptive_kl(coefficient: Scalar, kl: Scalar, target: Scalar, horizon: Count, samples: Count) -> Float[Array, ""]:
     """β (1 + clip(KL/target - 1, ±0.2) · samples/horizon) (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
 
-    `kl` in the unit of `target`, in the paper nats a *sequence* (`kl_sequence` of `train.metrics.describe`); `samples`:
-    episodes since the last call. The paper takes β = 0.2 to begin with, target 6, horizon 10,000.
+    `kl` in the unit of `target`, in the paper nats per *sequence* (the metric `kl_sequence`); `samples`: episodes since
+    the last call. The paper starts with β = 0.2, target 6, horizon 10,000.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return coefficient * (1.0 + error * samples / horizon)
@@ -30,7 +30,7 @@ def adaptive_kl(coefficient: Scalar, kl: Scalar, target: Scalar, horizon: Count,
 def ppo_penalty_coefficient(coefficient: Scalar, kl: Scalar, target: Scalar) -> Float[Array, ""]:
     """β/2 where KL < target/1.5, 2β where KL > 1.5 target, else β (PPO, arXiv:1707.06347, section 4).
 
-    `kl`: KL(π_old ‖ π) in nats a decision after the updates of one rollout.
+    `kl`: KL(π_old ‖ π) in nats per decision after the updates of one rollout.
     """
     return coefficient * jnp.where(kl > 1.5 * target, 2.0, jnp.where(kl < target / 1.5, 0.5, 1.0))
 
@@ -40,11 +40,11 @@ def adaptive_entropy(
 ) -> Float[Array, ""]:
     """c + Δ where H <= target, else c - Δ, kept within [low, high] (Skywork-OR1, arXiv:2505.22312).
 
-    What the loss is given is `applied_entropy_coefficient` of it.
+    The loss is given `applied_entropy_coefficient` of it.
     """
     return jnp.clip(coefficient + jnp.where(entropy <= target, delta, -delta), low, high)
 
 
 def applied_entropy_coefficient(coefficient: Scalar, entropy: Scalar, target: Scalar) -> Float[Array, ""]:
-    """c where H <= target, else 0: the bonus holds entropy up and never pushes it further (arXiv:2505.22312)."""
+    """c where H <= target, else 0: the bonus raises a low entropy and never a high one (arXiv:2505.22312)."""
     return jnp.where(entropy <= target, coefficient, 0.0)

@@ -1,0 +1,1 @@
+"""What several papers share: credit assignment, preference objectives, wrappers of an Algorithm, controllers."""

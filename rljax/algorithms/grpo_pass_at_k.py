@@ -1,0 +1,24 @@
+"""Advantages for the best of a group: optimizing pass@k with k = G (arXiv:2503.19595).
+
+    Â_i = (R_i - max_{j≠i} R_j) / (std_group R + ε)    for the best completion of a group, 0 for the others
+
+What a completion adds to the maximum of its group: 0 for both if two share the best reward. The loss is GRPO's.
+"""
+
+import jax.numpy as jnp
+
+from rljax.algorithms.common.credit import from_rewards
+from rljax.algorithms.grpo import grpo
+from rljax.ops import groups
+from rljax.types import Algorithm
+
+
+def grpo_pass_at_k(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6) -> Algorithm:
+    """GRPO that rewards only what the best completion adds. A row alone in its group has advantage 0."""
+
+    def advantage(rewards, group, valid):
+        second = groups.leave_one_out_max(rewards, group, valid)
+        gain = jnp.where(valid & jnp.isfinite(second), jnp.maximum(rewards - second, 0.0), 0.0)
+        return gain / (groups.group_std(rewards, group, valid) + std_epsilon)
+
+    return grpo(low, high)._replace(credit=from_rewards(advantage, "group"))
