@@ -24,9 +24,7 @@ import numpy as np
 from rljax.rewards.function_path import function_name
 from rljax.rewards.pool import Pool
 from rljax.rewards.worker import Result, call_verifier
-from rljax.types import Rows, Trajectory
-
-Verifier = Callable[..., float | None]  # (completion, **dataset columns) -> number; None: it does not apply
+from rljax.types import RewardFn, Rows, Trajectory
 
 
 class RewardError(Exception):
@@ -44,7 +42,7 @@ class Score(NamedTuple):
 
 
 def make_score(
-    verifiers: Mapping[str, Verifier],
+    verifiers: Mapping[str, RewardFn],
     decode: Callable[[list[int]], str],
     weights: Mapping[str, float] | None = None,
     pool: Pool | None = None,
@@ -110,7 +108,7 @@ class _Signature(NamedTuple):
     taken: set[str]  # the name of the completion's parameter, and what a partial has bound
 
 
-def _read_signature(verifier: Verifier) -> _Signature:
+def _read_signature(verifier: RewardFn) -> _Signature:
     parameters = list(inspect.signature(verifier).parameters.values())
     if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
         raise ValueError(f"{function_name(verifier)}: a verifier takes the completion as its first argument")
@@ -124,7 +122,7 @@ def _read_signature(verifier: Verifier) -> _Signature:
     )
 
 
-def _arguments(verifier: Verifier, signature: _Signature, rows: Rows, prompt: int) -> dict[str, Any]:
+def _arguments(verifier: RewardFn, signature: _Signature, rows: Rows, prompt: int) -> dict[str, Any]:
     """The columns of one prompt that the verifier takes."""
     columns = rows.columns[prompt]
     missing = sorted(signature.required - columns.keys())
@@ -152,7 +150,7 @@ def _prompt_indices(traj: Trajectory, rows: Rows) -> np.ndarray:
 
 
 def _raise_first_error(
-    verifier: Verifier, results: Sequence[Result], completions: Sequence[str], numbers: np.ndarray
+    verifier: RewardFn, results: Sequence[Result], completions: Sequence[str], numbers: np.ndarray
 ) -> None:
     for result, completion, number in zip(results, completions, numbers, strict=True):
         if result.status == "error":

@@ -88,10 +88,10 @@ def polyak_update(target: Params, params: Params, step_size: float | Array = 1.0
     target ← (1 - step_size) target + step_size params
     """
 
-    def average():
+    def interpolated():
         return jax.tree.map(lambda old, new: (1.0 - step_size) * old + step_size * new, target, params)
 
-    return jax.lax.cond(due, average, lambda: target)
+    return jax.lax.cond(due, interpolated, lambda: target)
 
 
 def permutations(key: Array, count: int, rows: int) -> Array:

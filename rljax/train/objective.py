@@ -1,14 +1,23 @@
 """The objective of a policy and an algorithm: the only place where the two meet."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 
 from rljax.train.metrics import policy_metrics
-from rljax.types import Algorithm, Array, Batch, Objective, Params, PolicyOutput, check_shapes, zero_masked
+from rljax.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Metrics,
+    Objective,
+    Params,
+    PolicyFn,
+    PolicyOutput,
+    check_shapes,
+    zero_masked,
+)
 
 
-def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
+def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
     """Σ weight · loss for a policy (params, frozen, trajectory) -> PolicyOutput.
 
     Values at masked columns are replaced by zeros *before* the loss (an exp of garbage would poison the gradient even
@@ -36,7 +45,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     return Objective(prepare, loss)
 
 
-def _check_loss(result: tuple, batch: Batch) -> tuple[Array, dict[str, Array]]:
+def _check_loss(result: tuple, batch: Batch) -> tuple[Array, Metrics]:
     """What a loss returned. Raises ValueError unless it is (terms [B T], metrics)."""
     if not isinstance(result, tuple):
         raise ValueError("a loss returns (terms [B, T], metrics), metrics being a dict that may be empty")
@@ -55,11 +64,10 @@ def _zero_masked_output(output: PolicyOutput, mask: Array) -> PolicyOutput:
 
 
 def _zero_masked_batch(batch: Batch) -> Batch:
-    """The batch with zeros (temperature: ones) at masked columns of every [B T] number that may be read."""
-    mask = batch.mask
-    returns = None if batch.returns is None else jnp.where(mask, batch.returns, 0.0)
-    advantages = jnp.where(mask, batch.advantages, 0.0)
-    return batch.replace(traj=zero_masked(batch.traj, mask), advantages=advantages, returns=returns)
+    """The batch with zeros (temperature: ones) at masked columns of every [B T] number that a loss may read."""
+    advantages = jnp.where(batch.mask, batch.advantages, 0.0)
+    returns = None if batch.returns is None else jnp.where(batch.mask, batch.returns, 0.0)
+    return batch.replace(traj=zero_masked(batch.traj, batch.mask), advantages=advantages, returns=returns)
 
 
 def _reduce(name: str, value: Array, mask: Array, count: Array) -> tuple[Array, Array]:
