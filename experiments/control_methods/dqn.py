@@ -13,7 +13,7 @@ from rljax.models import mlp
 from rljax.rollouts import replay
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
-from rljax.train.compiled import follow
+from rljax.train.compiled import polyak_update
 from rljax.train.update import make_update
 from rljax.types import Params, TrainState, Trajectory, Transition
 
@@ -89,7 +89,7 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
                 state.replace(extra=None),
             )
             due = steps_done % sizes.target_frequency == 0
-            target = follow(state.frozen["target"], state.params, hyper.tau, due)
+            target = polyak_update(state.frozen["target"], state.params, hyper.tau, due)
             state = state.replace(frozen={"target": target}, extra=(envs, buffer))
             total, count, running_return = episode_returns(traj, running_return)
             return (state, running_return), {"return": total / jnp.maximum(count, 1), "episodes": count}

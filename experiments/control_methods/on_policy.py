@@ -30,7 +30,7 @@ from rljax.ops import losses
 from rljax.ops.weights import token_mean
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
-from rljax.train.compiled import decisions, follow, of_part, scan_updates
+from rljax.train.compiled import flatten_time, polyak_update, scan_updates, update_subtree
 from rljax.train.objective import policy_objective
 from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import make_update
@@ -142,7 +142,7 @@ def joint_learner(algorithm: Algorithm, sizes: Sizes, hyper: Hyperparams) -> Lea
     keep = ("entropy", "kl_behavior", "value_loss")
 
     def learn(state: TrainState, batch):
-        return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)
+        return scan_updates(update, state, flatten_time(batch), sizes.epochs, sizes.minibatches, keep)
 
     return Learner(algorithm, learn, optimizer.init)
 
@@ -167,13 +167,13 @@ def separate_critic_learner(
     """
     optimizers = {"actor": adam(hyper.learning_rate), "critic": adam(hyper.critic_learning_rate)}
     policy_update = policy_update or adam_update(algorithm, optimizers["actor"])
-    policy_step = of_part(policy_update, "actor")
-    critic_step = of_part(adam_update(CRITIC, optimizers["critic"]), "critic")
+    policy_step = update_subtree(policy_update, "actor")
+    critic_step = update_subtree(adam_update(CRITIC, optimizers["critic"]), "critic")
 
     def learn(state: TrainState, batch):
         state, metrics = policy_step(state, batch)
         if "values" in algorithm.needs:
-            state, _ = scan_updates(critic_step, state, decisions(batch), sizes.epochs, sizes.minibatches)
+            state, _ = scan_updates(critic_step, state, flatten_time(batch), sizes.epochs, sizes.minibatches)
         return state, {name: metrics[name] for name in keep}
 
     def init_opt_state(params: Params):
@@ -309,7 +309,7 @@ def acting_params(state: TrainState, n, lag: int) -> Params:
     """Parameters that act in rollout n: the newest ones, or with a lag those of a rollout before."""
     if lag == 1:
         return state.params
-    return follow(state.extra.actor, state.params, due=n % lag == 0)
+    return polyak_update(state.extra.actor, state.params, due=n % lag == 0)
 
 
 def init_params(env: Env, key, width: int = 64, activation: Callable = jnp.tanh) -> Params:
