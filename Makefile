@@ -44,7 +44,7 @@ bench: .venv/.dev  ## run every script in experiments/benchmarks
 
 tables: .venv/.dev  ## docs/algorithms.md and docs/estimators.md anew
 	$(python) -m tests.catalogue
-	$(python) experiments/estimators.py
+	$(python) experiments/tables/estimators.py
 
 clean:  ## delete caches and build outputs; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
