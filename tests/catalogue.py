@@ -1,8 +1,11 @@
-"""docs/algorithms.md, made of what it describes: python -m tests.catalogue
+"""Writes docs/algorithms.md from what it describes: python -m tests.catalogue
 
 Docstrings give the papers, the equations and the remarks, signatures the settings, the tables of tests/test_laws.py and
-tests/algorithms/test_preferences.py the laws, `pins` of the tables in tests/golden/ the recorded files. Written by hand
-are SECTIONS alone: where a method stands, in words.
+tests/algorithms/test_preferences.py the laws, `pins` of the tables in tests/golden/ the recorded files. Only SECTIONS,
+how each method is classified, is written by hand.
+
+It stands among the tests because it reads their tables. A new algorithm is written down twice: it is imported in
+rljax/algorithms/__init__.py, and has a row in SECTIONS.
 """
 
 import ast
@@ -28,132 +31,139 @@ LAWS = ROOT / "tests" / "test_laws.py"
 PREFERENCES = ROOT / "tests" / "algorithms" / "test_preferences.py"
 
 
-class Place(NamedTuple):
-    """Where a method stands."""
+class Classification(NamedTuple):
+    """What kind of method it is."""
 
-    policy: str  # whose answers it learns from: on, near, off, offline
+    samples: str  # of which policy it learns from: ON, NEAR, OFF, OFFLINE
     learns: str  # policy, actor-critic, supervised, preference, reward
-    data: str  # besides tokens and log-probs
+    data: str  # that it needs besides tokens and log-probs
     constraint: str = "–"  # what keeps the policy near another one
 
 
+ON = "on-policy"
+NEAR = "near on-policy"
+OFF = "off-policy"
+OFFLINE = "offline"
 POLICY = "policy"
 CRITIC = "actor-critic"
 CLIP = "clip"
+CLIP_HIGHER = "clip-higher"
 OUTCOME = "rewards, groups"
-OF_PAIRS = "KL to reference, implicit"
-ANY = "any", "any"  # a wrapper's are those of what it wraps
+IMPLICIT_KL = "KL to reference, implicit"
+ANY = ("any", "any")  # a wrapper's samples and learning are those of what it wraps
 
-SECTIONS: dict[str, dict[str, Place]] = {
+SECTIONS: dict[str, dict[str, Classification]] = {
     "Policy gradients and their baselines": {
-        "reinforce": Place("on", POLICY, OUTCOME),
-        "reinforce_to_go": Place("on", POLICY, OUTCOME),
-        "rloo": Place("near", POLICY, OUTCOME, "clip, of the answer's ratio"),
-        "remax": Place("on", POLICY, "rewards"),
-        "reinforce_pp": Place("near", POLICY, "rewards", CLIP),
-        "reinforce_pp_baseline": Place("near", POLICY, OUTCOME, CLIP),
-        "opo": Place("on", POLICY, OUTCOME),
-        "otb": Place("on", POLICY, OUTCOME),
-        "gpg": Place("on", POLICY, OUTCOME),
-        "maxrl": Place("on", POLICY, OUTCOME),
-        "trpo": Place("on", POLICY, OUTCOME, "KL to old policy, of the step"),
-        "a_star_po": Place("on", "policy, by regression", "rewards", "KL to reference, implicit"),
+        "reinforce": Classification(ON, POLICY, OUTCOME),
+        "reinforce_to_go": Classification(ON, POLICY, OUTCOME),
+        "rloo": Classification(NEAR, POLICY, OUTCOME, "clip, of the sequence ratio"),
+        "remax": Classification(ON, POLICY, "rewards"),
+        "reinforce_pp": Classification(NEAR, POLICY, "rewards", CLIP),
+        "reinforce_pp_baseline": Classification(NEAR, POLICY, OUTCOME, CLIP),
+        "opo": Classification(ON, POLICY, OUTCOME),
+        "otb": Classification(ON, POLICY, OUTCOME),
+        "gpg": Classification(ON, POLICY, OUTCOME),
+        "maxrl": Classification(ON, POLICY, OUTCOME),
+        "trpo": Classification(ON, POLICY, OUTCOME, "KL to old policy, of the step"),
+        "a_star_po": Classification(ON, "policy, by regression", "rewards", IMPLICIT_KL),
     },
     "Clipped ratios: the GRPO family": {
-        "grpo": Place("near", POLICY, OUTCOME, CLIP),
-        "dr_grpo": Place("near", POLICY, OUTCOME, CLIP),
-        "dapo": Place("near", POLICY, OUTCOME, "clip, wider above"),
-        "lite_ppo": Place("near", POLICY, OUTCOME, "clip, wider above"),
-        "gdpo": Place("near", POLICY, "rewards, scores, groups", CLIP),
-        "grpo_pass_at_k": Place("near", POLICY, OUTCOME, CLIP),
-        "reinforce_ada": Place("near", POLICY, "rewards", "clip, wider above"),
-        "gspo": Place("near", POLICY, OUTCOME, "clip, of the answer's mean ratio"),
-        "gspo_token": Place("near", POLICY, OUTCOME, "clip, of the answer's mean ratio"),
-        "luspo": Place("near", POLICY, OUTCOME, "clip, of the answer's mean ratio"),
+        "grpo": Classification(NEAR, POLICY, OUTCOME, CLIP),
+        "dr_grpo": Classification(NEAR, POLICY, OUTCOME, CLIP),
+        "dapo": Classification(NEAR, POLICY, OUTCOME, CLIP_HIGHER),
+        "lite_ppo": Classification(NEAR, POLICY, OUTCOME, CLIP_HIGHER),
+        "gdpo": Classification(NEAR, POLICY, "rewards, scores, groups", CLIP),
+        "grpo_pass_at_k": Classification(NEAR, POLICY, OUTCOME, CLIP),
+        "reinforce_ada": Classification(NEAR, POLICY, "rewards", CLIP_HIGHER),
+        "gspo": Classification(NEAR, POLICY, OUTCOME, "clip, of the sequence's geometric mean ratio"),
+        "gspo_token": Classification(NEAR, POLICY, OUTCOME, "clip, of the sequence's geometric mean ratio"),
+        "luspo": Classification(NEAR, POLICY, OUTCOME, "clip, of the sequence's geometric mean ratio"),
     },
     "Other treatments of the ratio": {
-        "cispo": Place("near", POLICY, OUTCOME, "capped ratio"),
-        "sapo": Place("near", POLICY, OUTCOME, "soft gate"),
-        "gmpo": Place("near", POLICY, OUTCOME, "clip, of log ratios"),
-        "vespo": Place("near", POLICY, OUTCOME, "soft weight of the answer's ratio"),
-        "dppo_tv": Place("near", POLICY, OUTCOME, "trust region, token by token"),
-        "dppo_kl": Place("near", POLICY, OUTCOME, "trust region, token by token"),
-        "dro": Place("near", POLICY, OUTCOME, "squared log ratio in loss"),
-        "clip_cov": Place("near", POLICY, OUTCOME, "clip; tokens held back"),
-        "kl_cov": Place("near", POLICY, OUTCOME, "log ratio in loss, on few tokens"),
-        "fipo": Place("near", POLICY, OUTCOME, "clip, wider above"),
-        "real": Place("near", "policy, by classification", OUTCOME),
+        "cispo": Classification(NEAR, POLICY, OUTCOME, "capped ratio"),
+        "sapo": Classification(NEAR, POLICY, OUTCOME, "soft gate"),
+        "gmpo": Classification(NEAR, POLICY, OUTCOME, "clip, of log ratios"),
+        "vespo": Classification(NEAR, POLICY, OUTCOME, "soft weight of the sequence ratio"),
+        "dppo_tv": Classification(NEAR, POLICY, OUTCOME, "trust region, token by token"),
+        "dppo_kl": Classification(NEAR, POLICY, OUTCOME, "trust region, token by token"),
+        "dro": Classification(NEAR, POLICY, OUTCOME, "squared log ratio in loss"),
+        "clip_cov": Classification(NEAR, POLICY, OUTCOME, "clip; some tokens left out"),
+        "kl_cov": Classification(NEAR, POLICY, OUTCOME, "log ratio in loss, on few tokens"),
+        "fipo": Classification(NEAR, POLICY, OUTCOME, CLIP_HIGHER),
+        "real": Classification(NEAR, "policy, by classification", OUTCOME),
     },
     "Critics": {
-        "vpg": Place("on", CRITIC, "rewards"),
-        "trpo_gae": Place("on", "policy, critic apart", "rewards", "KL to old policy, of the step"),
-        "ppo": Place("near", CRITIC, "rewards", CLIP),
-        "ppo_penalty": Place("near", CRITIC, "rewards", "KL to old policy in loss"),
-        "vapo": Place("near", CRITIC, "rewards", "clip, wider above"),
+        "vpg": Classification(ON, CRITIC, "rewards"),
+        "trpo_gae": Classification(ON, "policy, separate critic", "rewards", "KL to old policy, of the step"),
+        "ppo": Classification(NEAR, CRITIC, "rewards", CLIP),
+        "ppo_penalty": Classification(NEAR, CRITIC, "rewards", "KL to old policy in loss"),
+        "vapo": Classification(NEAR, CRITIC, "rewards", CLIP_HIGHER),
     },
     "Credit of steps": {
-        "grpo_process": Place("near", POLICY, "rewards, groups, steps", CLIP),
-        "capo": Place("near", POLICY, "rewards, groups, steps", CLIP),
-        "vine_ppo": Place("near", POLICY, "rewards, steps", CLIP),
+        "grpo_process": Classification(NEAR, POLICY, "rewards, groups, steps", CLIP),
+        "capo": Classification(NEAR, POLICY, "rewards, groups, steps", CLIP),
+        "vine_ppo": Classification(NEAR, POLICY, "rewards, steps", CLIP),
     },
     "Off-policy": {
-        "off_policy_pg": Place("off", POLICY, OUTCOME),
-        "vtrace": Place("off", CRITIC, "rewards", "truncated ratio"),
+        "off_policy_pg": Classification(OFF, POLICY, OUTCOME),
+        "vtrace": Classification(OFF, CRITIC, "rewards", "truncated ratio"),
     },
     "Wrappers: terms of the loss": {
-        "with_kl": Place(*ANY, "", "KL to reference in loss"),
-        "with_importance_weighted_kl": Place(*ANY, "", "KL to reference in loss"),
-        "with_entropy": Place(*ANY, "", "entropy bonus"),
-        "with_positive_nll": Place(*ANY, "rewards"),
+        "with_kl": Classification(*ANY, "", "KL to reference in loss"),
+        "with_importance_weighted_kl": Classification(*ANY, "", "KL to reference in loss"),
+        "with_entropy": Classification(*ANY, "", "entropy bonus"),
+        "with_positive_nll": Classification(*ANY, "rewards"),
     },
     "Wrappers: rewards, rows and advantages": {
-        "kl_in_reward": Place(*ANY, "rewards", "KL to reference in reward"),
-        "overlong_penalty": Place(*ANY, "rewards"),
-        "filter_overlong": Place(*ANY, "which answers were truncated"),
-        "distill": Place(*ANY, "", "KL to teacher in advantages"),
-        "dynamic_sampling": Place(*ANY, OUTCOME),
-        "reinforce_ada.balanced_subsample": Place(*ANY, OUTCOME),
+        "kl_in_reward": Classification(*ANY, "rewards", "KL to reference in reward"),
+        "overlong_penalty": Classification(*ANY, "rewards"),
+        "filter_overlong": Classification(*ANY, "which completions were truncated"),
+        "distill": Classification(*ANY, "", "KL to teacher in advantages"),
+        "dynamic_sampling": Classification(*ANY, OUTCOME),
+        "reinforce_ada.balanced_subsample": Classification(*ANY, OUTCOME),
     },
     "Wrappers: another policy sampled": {
-        "truncate_is": Place("off", "any", "", "truncated ratio"),
-        "mask_is": Place("off", "any", "", "masked ratio"),
-        "normalized_is": Place("off", "any", "", "normalised ratio"),
-        "reject": Place("off", "any", "", "rejection by divergence"),
-        "off_policy_sequence_mask": Place("off", "any", "", "rejection by divergence"),
-        "high_entropy_mask": Place(*ANY, "", "tokens held back"),
+        "truncate_is": Classification(OFF, "any", "", "truncated ratio"),
+        "mask_is": Classification(OFF, "any", "", "masked ratio"),
+        "normalized_is": Classification(OFF, "any", "", "normalized ratio"),
+        "reject": Classification(OFF, "any", "", "rejection by divergence"),
+        "off_policy_sequence_mask": Classification(OFF, "any", "", "rejection by divergence"),
+        "high_entropy_mask": Classification(*ANY, "", "some tokens left out"),
     },
     "Controllers of coefficients": {
-        "controllers.fixed_coefficient": Place(*ANY, ""),
-        "controllers.adaptive_kl": Place(*ANY, "measured KL", "KL near a target"),
-        "controllers.ppo_penalty_coefficient": Place(*ANY, "measured KL", "KL near a target"),
-        "controllers.adaptive_entropy": Place(*ANY, "measured entropy", "entropy above a target"),
-        "controllers.applied_entropy_coefficient": Place(*ANY, "measured entropy", "entropy above a target"),
+        "controllers.fixed_coefficient": Classification(*ANY, ""),
+        "controllers.adaptive_kl": Classification(*ANY, "measured KL", "KL near a target"),
+        "controllers.ppo_penalty_coefficient": Classification(*ANY, "measured KL", "KL near a target"),
+        "controllers.adaptive_entropy": Classification(*ANY, "measured entropy", "entropy above a target"),
+        "controllers.applied_entropy_coefficient": Classification(*ANY, "measured entropy", "entropy above a target"),
     },
     "Preferences": {
-        "dpo": Place("offline", "preference", "pairs, `ref_logp`", OF_PAIRS),
-        "aot": Place("offline", "preference", "pairs, `ref_logp`", OF_PAIRS),
-        "aot_unpaired": Place("offline", "preference", "good and bad answers, `ref_logp`", OF_PAIRS),
-        "cpo": Place("offline", "preference", "pairs", "likelihood of the chosen"),
-        "simpo": Place("offline", "preference", "pairs"),
-        "orpo": Place("offline", "preference", "pairs", "likelihood of the chosen"),
-        "kto": Place("offline", "preference", "answers judged good or bad, `ref_logp`", OF_PAIRS),
-        "bco": Place("offline", "preference", "answers judged good or bad, `ref_logp`", OF_PAIRS),
-        "online_pairs": Place("on", "preference", OUTCOME, "that of its objective"),
+        "dpo": Classification(OFFLINE, "preference", "pairs, `ref_logp`", IMPLICIT_KL),
+        "aot": Classification(OFFLINE, "preference", "pairs, `ref_logp`", IMPLICIT_KL),
+        "aot_unpaired": Classification(
+            OFFLINE, "preference", "desirable and undesirable completions, `ref_logp`", IMPLICIT_KL
+        ),
+        "cpo": Classification(OFFLINE, "preference", "pairs", "NLL of the chosen"),
+        "simpo": Classification(OFFLINE, "preference", "pairs"),
+        "orpo": Classification(OFFLINE, "preference", "pairs", "NLL of the chosen"),
+        "kto": Classification(OFFLINE, "preference", "desirable and undesirable completions, `ref_logp`", IMPLICIT_KL),
+        "bco": Classification(OFFLINE, "preference", "desirable and undesirable completions, `ref_logp`", IMPLICIT_KL),
+        "online_pairs": Classification(ON, "preference", OUTCOME, "that of its objective"),
     },
     "Reward models and supervised learning": {
-        "reward_model": Place("offline", "reward", "pairs"),
-        "ranked_reward_model": Place("offline", "reward", "rankings"),
-        "process_reward_model": Place("offline", "reward", "labels of steps"),
-        "sft": Place("offline", "supervised", "demonstrations"),
-        "dft": Place("offline", "supervised", "demonstrations"),
+        "reward_model": Classification(OFFLINE, "reward", "pairs"),
+        "ranked_reward_model": Classification(OFFLINE, "reward", "rankings"),
+        "process_reward_model": Classification(OFFLINE, "reward", "labels of steps"),
+        "sft": Classification(OFFLINE, "supervised", "demonstrations"),
+        "dft": Classification(OFFLINE, "supervised", "demonstrations"),
     },
 }
 
-# Of transitions, not of trajectories: what they obey is learnt by tests/test_control.py and test_tabular_control.py.
-CONTROL = {"dqn": Place("off", "action values", "transitions", "target network")}
+# Their batches are transitions, not trajectories: tests/test_control.py and test_tabular_control.py test them.
+CONTROL = {"dqn": Classification(OFF, "action values", "transitions", "target network")}
 SECTIONS["Control"] = CONTROL
 
-# Of these the others are built: their laws are those of what is built.
+# The others are built from these. The laws are tested on what is built.
 BLOCKS = (
     "wrappers.with_needs",
     "wrappers.with_prepare",
@@ -163,34 +173,34 @@ BLOCKS = (
     "pairs.log_coefficients",
 )
 
-READING = """\
+INTRODUCTION = """\
 # Algorithms
 
-Written by `make tables` (`python -m tests.catalogue`); do not edit. Papers, equations and remarks are the docstrings',
-settings the signatures' defaults; what is tested is read from the tests; where a method stands is written by hand in
-`tests/catalogue.py`. A test fails where this page is not what would be written today.
+Written by `make tables` (`python -m tests.catalogue`); do not edit. Papers, equations and remarks come from the
+docstrings, settings from the signatures, laws and recorded outputs from the tests; the classification is written by
+hand in `tests/catalogue.py`. A test fails where this page is not what would be written today.
 
 ## How to read it
 
-One row is one function; its name leads to its file, which is the whole method. A dash: nothing to say.
+One row is one function. Its name leads to its file, which is the whole method. A dash: nothing to say.
 
-- **settings**: the arguments and their defaults. What a docstring says of the paper's own, and of what was left out,
-  stands under the table, after the equation.
-- **policy**: whose answers it learns from. *on*: only the current policy's, one update a rollout. *near*: those of the
-  policy a few updates ago. *off*: those of any policy whose log-probs are known. *offline*: a data set. Everything is
+- **settings**: the arguments and their defaults. Where the paper's own differ, and what was left out, is said under the
+  table, after the equation.
+- **samples**: of which policy it learns from. *on-policy*: the current one, one update a rollout. *near on-policy*: the
+  policy a few updates ago. *off-policy*: any policy whose log-probs are known. *offline*: a data set. Everything is
   model-free: nothing learns or plans with a model of the environment.
 - **learns**: a policy, a policy and its critic, a policy from preferences or demonstrations, or a reward model.
-- **data**: what it needs besides tokens and log-probs. *rewards*: of whole answers, or of decisions; *groups*: several
-  answers to each prompt; *steps*: their ends; *scores*: each verifier's own. In code: further fields of
+- **data**: what it needs besides tokens and log-probs. *rewards*: of completions, or of tokens; *groups*: several
+  completions of each prompt; *steps*: where they end; *scores*: each verifier's own. In code: further fields of
   `Trajectory`, which `annotate` fills (`Algorithm.needs`), or, as `baseline` and values by Monte Carlo, the experiment.
 - **constraint**: what keeps the policy near the one that sampled, or near a reference. KL terms are wrappers: any
-  row takes `with_kl` or `kl_in_reward`.
+  row can be used with `with_kl` or `kl_in_reward`.
 - **laws**: which of the laws at the end of the page it obeys.
-- **pinned by**: outputs of the peers' own code that it reproduces, value and gradient (`tests/golden/`). What each
-  gradient is the gradient of is computed by enumeration in [estimators.md](estimators.md).
+- **pinned by**: outputs of the peers' own code that it reproduces, value and gradient (`tests/golden/`). What objective
+  each gradient belongs to is computed by enumeration in [estimators.md](estimators.md).
 
-In the equations B rows have T decisions; m is the mask, n_i the length of answer i, N⁺ the number of answers with a
-decision; ρ = π/π_old; sg stops the gradient; `low` and `high` bound the clip."""
+In the equations B rows have T decisions; m is the mask, n_i the length of completion i, N⁺ the number of completions
+with a decision; ρ = π/π_old; sg stops the gradient; `low` and `high` bound the clip."""
 
 
 # -------------------------------------------------------------------------------------------------- what is in the code
@@ -214,25 +224,27 @@ def functions() -> dict[str, Callable]:
     }
 
 
-def full(name: str) -> str:
+def qualified_name(name: str) -> str:
     """module.name of a row."""
-    (found,) = [key for key in functions() if key == name or key.split(".")[1] == name] if "." not in name else [name]
+    if "." in name:
+        return name
+    (found,) = [key for key in functions() if base_name(key) == name]
     return found
 
 
-def short(name: str) -> str:
+def base_name(name: str) -> str:
     return name.split(".")[-1]
 
 
-def dotted(name: str) -> str:
+def import_name(name: str) -> str:
     """Where module.name stands, from rljax down: algorithms.grpo.grpo."""
-    return f"{modules()[name.split('.')[0]].__name__}.{short(name)}".removeprefix("rljax.")
+    return f"{modules()[name.split('.')[0]].__name__}.{base_name(name)}".removeprefix("rljax.")
 
 
 def link(name: str) -> str:
     """The name, leading to its file."""
-    module = dotted(name).rpartition(".")[0]
-    return f"[{short(name)}](../rljax/{module.replace('.', '/')}.py)"
+    module = import_name(name).rpartition(".")[0]
+    return f"[{base_name(name)}](../rljax/{module.replace('.', '/')}.py)"
 
 
 def methods() -> set[str]:
@@ -240,8 +252,8 @@ def methods() -> set[str]:
     return {name for name, f in functions().items() if inspect.signature(f).return_annotation in (Algorithm, Objective)}
 
 
-def rows() -> dict[str, Place]:
-    return {full(name): place for section in SECTIONS.values() for name, place in section.items()}
+def rows() -> dict[str, Classification]:
+    return {qualified_name(name): kind for section in SECTIONS.values() for name, kind in section.items()}
 
 
 def settings(name: str) -> str:
@@ -271,19 +283,19 @@ def equations(text: str | None) -> list[str]:
     return [part for part in paragraphs(text) if all(line.startswith("    ") for line in part.splitlines())]
 
 
-def of_module(name: str) -> str:
+def module_docstring(name: str) -> str:
     return modules()[name.split(".")[0]].__doc__
 
 
-def papers(name: str) -> str:
+def paper_links(name: str) -> str:
     """Of the function's docstring; else of its line among the equations; else of the module's title."""
-    text = of_module(name)
+    text = module_docstring(name)
     lines = [line for block in equations(text) for line in block.splitlines()]
-    own = [line for line in lines if line.lower().replace("-", "_").split()[0] == short(name)]
-    places = [functions()[name].__doc__ or "", *own, paragraphs(text)[0]]
-    found = next((ids for place in places if (ids := re.findall(r"\b\d{4}\.\d{5}\b", place))), [])
-    if found:
-        return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in dict.fromkeys(found))
+    own = [line for line in lines if line.lower().replace("-", "_").split()[0] == base_name(name)]
+    for source in (functions()[name].__doc__ or "", *own, paragraphs(text)[0]):
+        numbers = re.findall(r"\b\d{4}\.\d{5}\b", source)
+        if numbers:
+            return ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in dict.fromkeys(numbers))
     without_number = re.search(r"[A-Z]\w+( et al\.)? (19|20)\d\d\b|definition of [\w-]+", text)
     return without_number[0] if without_number and name in methods() else "–"
 
@@ -295,19 +307,20 @@ def remarks(text: str | None) -> str:
     return " ".join(x for x in sentences if re.search(r"\bpaper\b|'s code|recommend|[Ll]eft out", x))
 
 
-def first_words(name: str) -> str:
+def summary(name: str) -> str:
     return " ".join(paragraphs(functions()[name].__doc__)[0].split())
 
 
-def described(file: str, names: list[str]) -> str:
+def description(file: str, names: list[str]) -> str:
     """What a section says of the methods of one file: the module's equations, or else each function's first words."""
     text = modules()[file].__doc__
     if not equations(text) or not methods().intersection(names):
-        return "\n".join(f"- **{short(name)}**: {first_words(name)}" for name in names)
-    title, block = " ".join(paragraphs(text)[0].split()), "\n\n".join(map(inspect.cleandoc, equations(text)))
+        return "\n".join(f"- **{base_name(name)}**: {summary(name)}" for name in names)
+    title = " ".join(paragraphs(text)[0].split())
+    block = "\n\n".join(map(inspect.cleandoc, equations(text)))
     notes = " ".join(filter(None, [remarks(text), *(remarks(functions()[name].__doc__) for name in names)]))
     shown = ["", "```text", *block.splitlines(), "```", *filter(None, [notes])]
-    heading = f"- **{', '.join(map(short, names))}**: {title}"
+    heading = f"- **{', '.join(map(base_name, names))}**: {title}"
     return "\n".join([heading, *(f"  {line}".rstrip() for line in shown)])
 
 
@@ -326,7 +339,8 @@ def laws(path: Path) -> list[Law]:
     found = []
     for node in ast.parse(path.read_text()).body:
         for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else []:
-            words, source = node.name.removeprefix("test_").replace("_", " "), ast.unparse(mark)
+            words = node.name.removeprefix("test_").replace("_", " ")
+            source = ast.unparse(mark)
             if source == "EVERY":
                 found.append(Law(words, None, None))
             elif source.startswith("except_for"):
@@ -337,9 +351,9 @@ def laws(path: Path) -> list[Law]:
 
 
 @lru_cache
-def instances(path: Path, *tables: str) -> dict[str, set[str]]:
+def methods_by_entry(path: Path, *tables: str) -> dict[str, set[str]]:
     """Which methods take part in each entry of those tables, by the names in its source."""
-    known = {short(name): name for name in methods()}
+    known = {base_name(name): name for name in methods()}
     tree = ast.parse(path.read_text()).body
     helpers = {node.name: node for node in tree if isinstance(node, ast.FunctionDef)}
 
@@ -356,26 +370,28 @@ def instances(path: Path, *tables: str) -> dict[str, set[str]]:
     return found
 
 
-def of_algorithms() -> dict[str, set[str]]:
-    return instances(ROOT / "tests" / "algorithms" / "tiny.py", "ALGORITHMS")
+def methods_in_algorithms() -> dict[str, set[str]]:
+    """For each entry of ALGORITHMS; those that are added with their defaults are named after their method."""
+    written = methods_by_entry(ROOT / "tests" / "algorithms" / "tiny.py", "LISTED")
+    return {entry: written.get(entry) or {qualified_name(entry)} for entry in ALGORITHMS}
 
 
-def of_objectives() -> dict[str, set[str]]:
-    return instances(PREFERENCES, "PAIRED", "CASES")
+def methods_in_objectives() -> dict[str, set[str]]:
+    return methods_by_entry(PREFERENCES, "PAIRED", "CASES")
 
 
-def obeyed(name: str) -> str:
-    """All laws but those from which every entry with this method is excused."""
-    entries = [entry for entry, used in of_algorithms().items() if name in used]
+def laws_obeyed(name: str) -> str:
+    """All laws but those that every entry with this method is excepted from."""
+    entries = [entry for entry, used in methods_in_algorithms().items() if name in used]
     if not entries:
-        return "all" if any(name in used for used in of_objectives().values()) else "–"
+        return "all" if any(name in used for used in methods_in_objectives().values()) else "–"
     keys = [law.key for law in laws(LAWS) if law.key and all(test_laws.EXCEPTIONS[law.key].get(e) for e in entries)]
     return "all" if not keys else "all but " + ", ".join(f"*{key}*" for key in keys)
 
 
 def needs(name: str) -> list[str]:
     """Fields of Trajectory that the method asks to be filled; of a wrapper those that what it wraps does not."""
-    entries = of_algorithms()
+    entries = methods_in_algorithms()
     alone = {next(iter(used)): ALGORITHMS[entry].needs for entry, used in entries.items() if len(used) == 1}
     if name in alone:
         return list(alone[name])
@@ -395,9 +411,9 @@ def pinned(pins: str) -> list[str]:
     return [part if "." in part else f"algorithms.{part}" for part in re.split(r",\s*", pins)]
 
 
-def golden(name: str) -> list[str]:
+def golden_files(name: str) -> list[str]:
     return sorted(
-        file for file, entry in test_golden.TABLE.items() if f"algorithms.{short(name)}" in pinned(entry.pins)
+        file for file, entry in test_golden.TABLE.items() if f"algorithms.{base_name(name)}" in pinned(entry.pins)
     )
 
 
@@ -411,62 +427,62 @@ def built_on(name: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
-HEAD = ("name", "paper", "settings", "policy", "learns", "data", "constraint", "laws", "pinned by")
+HEAD = ("name", "paper", "settings", "samples", "learns", "data", "constraint", "laws", "pinned by")
 
 
-def row(name: str, place: Place) -> str:
+def row(name: str, kind: Classification) -> str:
     asked = [f"`{field}`" for field in needs(name)]
-    pins = ", ".join(f"`{file}`" for file in golden(name)) or "–"
+    pins = ", ".join(f"`{file}`" for file in golden_files(name)) or "–"
     if pins == "–" and built_on(name):
-        pins = "what it is built on: " + ", ".join(map(short, built_on(name)))
+        pins = "what it is built on: " + ", ".join(map(base_name, built_on(name)))
     cells = (
         link(name),
-        papers(name),
+        paper_links(name),
         f"`{settings(name)}`" if settings(name) else "–",
-        place.policy,
-        place.learns,
-        ", ".join(filter(None, [place.data, *asked])) or "–",
-        place.constraint,
-        obeyed(name),
+        kind.samples,
+        kind.learns,
+        ", ".join(filter(None, [kind.data, *asked])) or "–",
+        kind.constraint,
+        laws_obeyed(name),
         pins,
     )
     return f"| {' | '.join(cells)} |"
 
 
-def section(title: str, places: dict[str, Place]) -> str:
+def section(title: str, kinds: dict[str, Classification]) -> str:
     table = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    table += [row(full(name), place) for name, place in places.items()]
+    table += [row(qualified_name(name), kind) for name, kind in kinds.items()]
     files: dict[str, list[str]] = {}
-    for name in map(full, places):
+    for name in map(qualified_name, kinds):
         files.setdefault(name.split(".")[0], []).append(name)
-    return "\n".join([f"## {title}", "", *table, "", *(described(*item) for item in files.items())])
+    return "\n".join([f"## {title}", "", *table, "", *(description(*item) for item in files.items())])
 
 
-def of_laws() -> str:
+def laws_section() -> str:
     lines = [
         "## Laws",
         "",
-        "Asked of every Algorithm and wrapper above, on one rough rollout (`tests/test_laws.py`):",
+        "Tested on every Algorithm and wrapper above, on one rollout with every irregularity (`tests/test_laws.py`):",
         "",
     ]
     for law in laws(LAWS):
-        excused: dict[str, list[str]] = {}
+        excepted: dict[str, list[str]] = {}
         for entry, why in (test_laws.EXCEPTIONS[law.key] if law.key else {}).items():
             if why:
-                excused.setdefault(why, []).append(entry)
+                excepted.setdefault(why, []).append(entry)
         name = f" (*{law.key}*)" if law.key else ""
-        only = f" Asked of what compares answers and nothing else: {', '.join(law.only)}." if law.only else ""
+        only = f" Tested on what compares completions and nothing else: {', '.join(law.only)}." if law.only else ""
         lines.append(f"- {law.words}{name}.{only}")
-        lines += [f"  - not: {', '.join(entries)}; {why}" for why, entries in excused.items()]
-    lines += ["", "Asked of every Objective (`tests/algorithms/test_preferences.py`):", ""]
+        lines += [f"  - not: {', '.join(entries)}; {why}" for why, entries in excepted.items()]
+    lines += ["", "Tested on every Objective (`tests/algorithms/test_preferences.py`):", ""]
     return "\n".join([*lines, *(f"- {law.words}." for law in laws(PREFERENCES))])
 
 
 def page() -> str:
-    blocks = ["## Blocks", "", "Of these the methods above are built, and yours may be:", ""]
+    blocks = ["## Blocks", "", "What the methods above are built from, and yours may be:", ""]
     for name in BLOCKS:
-        blocks.append(f"- {link(name)}, `{settings(name)}`: {first_words(name)}")
-    parts = [READING, *(section(*item) for item in SECTIONS.items()), "\n".join(blocks), of_laws()]
+        blocks.append(f"- {link(name)}, `{settings(name)}`: {summary(name)}")
+    parts = [INTRODUCTION, *(section(*item) for item in SECTIONS.items()), "\n".join(blocks), laws_section()]
     return "\n\n".join(parts) + "\n"
 
 

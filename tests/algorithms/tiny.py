@@ -1,5 +1,6 @@
 """What tests of algorithms share: every algorithm, a policy that is a table, a rollout with all the rough edges."""
 
+import inspect
 from functools import lru_cache
 
 import jax
@@ -16,12 +17,12 @@ from rljax.ops.ratios import sequence_geometric_mean, sequence_product
 from rljax.ops.weights import seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import PolicyOutput, TrainState, trajectory_of_tokens
+from rljax.types import Algorithm, PolicyOutput, TrainState, trajectory_of_tokens
 
 B, T, V = 16, 6, 5
 
 # Every algorithm and wrapper, with settings under which the tiny rollout meets both sides of each threshold.
-ALGORITHMS = {
+LISTED = {
     "reinforce": a.reinforce(no_baseline),
     "reinforce, batch mean": a.reinforce(batch_mean_baseline),
     "reinforce, group mean": a.reinforce(group_mean_baseline),
@@ -95,6 +96,23 @@ ALGORITHMS = {
     "dapo + only high entropy": a.high_entropy_mask(a.dapo(), 0.5),
     "all at once": a.with_kl(a.truncate_is(a.high_entropy_mask(a.clip_cov(share=0.1, bounds=(0.05, 5.0)))), 0.1),
 }
+
+
+def with_defaults(offered: dict, listed: dict) -> dict[str, Algorithm]:
+    """Of the functions offered those that give an Algorithm without being given anything, where they are not listed."""
+    found = {}
+    for name, make in offered.items():
+        if name in listed or not inspect.isfunction(make):
+            continue
+        signature = inspect.signature(make)
+        required = [x for x in signature.parameters.values() if x.default is inspect.Parameter.empty]
+        if signature.return_annotation is Algorithm and not required:
+            found[name] = make()
+    return found
+
+
+# A new algorithm is tested as soon as rljax.algorithms offers it; it is listed above where its defaults do not suit.
+ALGORITHMS = {**LISTED, **with_defaults(vars(a), LISTED)}
 
 
 def table_policy(params, frozen, traj):
