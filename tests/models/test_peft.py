@@ -158,7 +158,7 @@ def test_there_is_never_half_a_directory(tmp_path, monkeypatch):
 def test_an_adapter_that_the_config_does_not_describe_is_not_written(tmp_path):
     config, adapter, _ = saved(tmp_path)
     other = dataclasses.replace(config, adapter=LoraConfig(4, targets=("layers/[01]/", "layers/2/attention")))
-    message = r"the adapter is not that of Lora\(rank=4.*: layers/2/mlp/down/down, .* and 2 more differ"
+    message = r"the adapter is not that of LoraConfig\(rank=4.*: layers/2/mlp/down/down, .* and 2 more differ"
     with pytest.raises(ValueError, match=message):
         peft.save_adapter(tmp_path / "other", other, adapter, tmp_path / "base")
 
