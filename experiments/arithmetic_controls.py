@@ -15,7 +15,7 @@ from typing import Literal
 
 from experiments import arithmetic_grpo
 from experiments.common import command_line
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ def main(cfg: Config) -> list[dict]:
     rows = []
     for reward in cfg.rewards:
         for seed in cfg.seeds:
-            say(f"== reward {reward}, seed {seed}")
+            log_info(f"== reward {reward}, seed {seed}")
             directory = cfg.run.directory and f"{cfg.run.directory}/{reward}-seed{seed}"
             run = dataclasses.replace(cfg.run, seed=seed, reward=reward, directory=directory)
             reached = arithmetic_grpo.main(run)

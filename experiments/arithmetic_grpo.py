@@ -28,13 +28,13 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import control_rewards
 from experiments.common.settings import Batches, MeshShape, Optimizer, debug_batches
 from rljax import algorithms as a
-from rljax.algorithms.dynamic_sampling import keep_informative
+from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.models import policy
 from rljax.rewards.score import Score, make_score
 from rljax.rewards.text import exact_text
-from rljax.train.log import say
+from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, make_mesh
-from rljax.train.metrics import describe, require_on_policy
+from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.trust_region import make_trust_region_update
@@ -46,7 +46,7 @@ BY_NAME += (a.vpg, a.trpo)
 ALGORITHMS = {make.__name__: make for make in BY_NAME}
 ALGORITHMS["dr_grpo"] = partial(a.dr_grpo, 7.0)  # 7 tokens: the longest answer
 AlgorithmName = Literal[tuple(ALGORITHMS)]
-HEADLINES = ("reward", "eval_reward", "length", "kl_sequence", "tokens_per_second")
+PROGRESS_METRICS = ("reward", "eval_reward", "length", "kl_sequence", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     draw = make_draw(cfg, task, algorithm, score, batches, shardings)
     annotate = policy.make_annotate(task.policy, algorithm.needs)
-    keep = jax.jit(partial(keep_informative, rows=batches.prompts * batches.num_generations))
+    keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
     credit = jax.jit(algorithm.credit)
     objective = policy_objective(task.policy, algorithm)
     make = partial(make_update, objective, optimizer)
@@ -118,17 +118,17 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             traj = control_rewards(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
-            if run.first(step):
+            if run.is_first_step(step):
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            metrics = describe(traj, score.names) | metrics
+            metrics = rollout_metrics(traj, score.names) | metrics
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
                 metrics |= evaluate(state)
-            if run.shows(step):
-                run.show(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
+            if run.should_log_samples(step):
+                run.log_samples(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
             run.record(step, state, metrics)
         after = evaluate(state)["eval_reward"]
-    say(f"eval accuracy: {before:.3f} -> {after:.3f}")
+    log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
 
 
@@ -152,7 +152,7 @@ def make_run(cfg: Config, algorithm: Algorithm) -> Run:
         source=__file__,
         functions={"algorithm": algorithm},
         save_every=cfg.save_every,
-        headlines=HEADLINES,
+        progress_metrics=PROGRESS_METRICS,
     )
 
 

@@ -18,7 +18,7 @@ from experiments.common.settings import MeshShape, Optimizer
 from rljax.algorithms import sft
 from rljax.data.demonstrations import demonstrations
 from rljax.models import policy
-from rljax.train.log import say
+from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
@@ -49,7 +49,7 @@ def main(cfg: Config) -> None:
     """Train from random parameters, and print the accuracy on problems never trained on."""
     task, params = train_supervised(cfg)
     rows = task.eval_prompts.first(cfg.eval_prompts)
-    say(f"eval accuracy: {arithmetic.accuracy(task, params, rows, cfg.seed):.3f}")
+    log_info(f"eval accuracy: {arithmetic.accuracy(task, params, rows, cfg.seed):.3f}")
 
 
 def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
@@ -72,8 +72,8 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     update = make_update(policy_objective(task.policy, algorithm), optimizer, shardings=shardings)
 
     # -- the loop
-    say(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
-    with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, headlines=("loss", "accuracy")) as run:
+    log_info(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
+    with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "accuracy")) as run:
         arithmetic.save_model_files(task, run.directory / "model")
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
@@ -89,7 +89,7 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
             run.record(step, state, metrics | measured)
         run.save(state)
     reached = arithmetic.accuracy(task, state.params, checked, int(state.step))
-    say(
+    log_info(
         f"warm-up: right on {reached:.0%} of the training problems after {int(state.step)} steps of supervised learning"
     )
     return task, state.params

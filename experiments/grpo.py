@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from rljax.rollouts.sampler import sample
 
 from experiments.common import command_line, data, models, train
 from experiments.common.optimizer import make_optimizer
@@ -29,7 +30,7 @@ from experiments.common.sampling import initial_carry, make_draw, make_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
 from rljax import types
 from rljax.algorithms import grpo, with_kl
-from rljax.algorithms.dynamic_sampling import keep_informative
+from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf, policy
@@ -38,17 +39,16 @@ from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import Score, make_score
 from rljax.rewards.text import animals
-from rljax.rollouts.tokens import sample
-from rljax.train.log import say
+from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
-from rljax.train.metrics import describe, require_on_policy, reward_and_kl
+from rljax.train.metrics import require_on_policy, reward_and_kl, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
 from rljax.types import LM, Algorithm, TrainState
 
 VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
-HEADLINES = ("reward", "no_signal", "length", "kl_sequence", "tokens_per_second")
+PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "length", "kl_sequence", "tokens_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     if "values" in algorithm.needs:
         params = policy.with_value_head(params, config)
     model = policy.make_policy(config)
-    sampling = make_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocabulary)
+    sampling = make_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
 
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
@@ -105,7 +105,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
-    keep = jax.jit(partial(keep_informative, rows=batches.prompts * batches.num_generations))
+    keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
     credit = jax.jit(algorithm.credit)
     objective = policy_objective(model, algorithm)
     row_length = train_prompts.length + cfg.sampling.max_tokens - 1
@@ -114,8 +114,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     run = make_run(cfg, algorithm, verifiers)
 
     # -- the loop
-    with run, Pool(workers=cfg.reward_workers, seconds=cfg.reward_timeout_seconds) as pool:
-        hf.keep_about(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
+    with run, Pool(workers=cfg.reward_workers, timeout_seconds=cfg.reward_timeout_seconds) as pool:
+        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
         evaluate = make_evaluate(cfg, lm, annotate, score, eval_prompts, sampling)
         state = jax.device_put(state, shardings.state)
@@ -126,13 +126,13 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             traj = score(annotate(state, traj), prompts)
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
-            if run.first(step) and not (batches.carry_over and step):
+            if run.is_first_step(step) and not (batches.carry_over and step):
                 require_on_policy(metrics, train.ON_POLICY_TOLERANCE[cfg.weights.dtype])
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)
-            if run.shows(step):
-                run.show(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
-            metrics = describe(traj, score.names) | metrics
+            if run.should_log_samples(step):
+                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
+            metrics = rollout_metrics(traj, score.names) | metrics
             if step + 1 == cfg.steps:
                 metrics["eval_reward"] = evaluate(state)["reward"]
             run.record(step, state, metrics)
@@ -143,7 +143,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
 def read_data(cfg: Config) -> tuple[Tokenizer, Prompts, Prompts]:
     """The tokenizer, prompts to train on, and prompts to evaluate on."""
     config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocabulary)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
     prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
     return tokenizer, *prompts
@@ -174,8 +174,8 @@ def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) 
         source=__file__,
         functions={"algorithm": algorithm, "rewards": verifiers},
         save_every=cfg.save_every,
-        show_every=cfg.log_samples_every,
-        headlines=HEADLINES,
+        log_samples_every=cfg.log_samples_every,
+        progress_metrics=PROGRESS_METRICS,
     )
 
 
@@ -183,7 +183,7 @@ def summarize(cfg: Config, before: dict[str, float], after: dict[str, float]) ->
     """Print the reward before and after, and how far the policy went; what `main` returns."""
     rewards = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
     start = "its last update" if cfg.weights.ref_sync_steps else "the start"
-    say(f"eval reward: {rewards}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
+    log_info(f"eval reward: {rewards}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
     return {"before": before, "after": after}
 
 

@@ -4,11 +4,11 @@ import xml.etree.ElementTree as ET
 from typing import get_args, get_type_hints
 
 import numpy as np
+import options
 import pytest
 
 import control
 import maze
-import options
 from classical import on_policy
 
 

@@ -28,15 +28,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
+from rljax.rollouts.sampler import sample, sample_and_count
 
 from experiments.benchmarks.common import W1, W2, alternately, bandwidth, peak, prompts
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
-from rljax.ops.logprobs import logp_of, softmax
+from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.ops.sampling import invert_cdf
-from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.train import mesh as meshes
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import Rows, Sampling
 
 
@@ -74,9 +74,11 @@ class Config:
 def ceiling(workload: Workload, config: DecoderConfig, flops: float, bytes_per_second: float) -> float:
     """Seconds below which no rollout of this size comes: prefill and each decode step at the machine's limits."""
     weights = sum(x.size for x in jax.tree.leaves(decoder.abstract(config)))
-    without_table = weights - config.vocabulary * config.width
-    cached = 2 * config.layers * config.kv_heads * config.head_dim  # numbers in the cache for a token
-    attended = 2 * config.layers * config.heads * config.head_dim  # multiply-adds of a query with one key and its value
+    without_table = weights - config.vocab_size * config.hidden_size
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # numbers in the cache for a token
+    attended = (
+        2 * config.num_layers * config.num_heads * config.head_dim
+    )  # multiply-adds of a query with one key and its value
     size = jnp.dtype(config.dtype).itemsize
     prompt_tokens = workload.prompts * workload.prompt_tokens
 
@@ -96,13 +98,13 @@ def torch_generate(config: DecoderConfig, rows: Rows, n: int, completion_tokens:
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            intermediate_size=config.mlp_width,
+            intermediate_size=config.intermediate_size,
             tie_word_embeddings=True,
         )
     ).eval()
@@ -118,7 +120,7 @@ def torch_generate(config: DecoderConfig, rows: Rows, n: int, completion_tokens:
 
 def peer(python: str, name: str, workload: Workload, config: DecoderConfig):
     """The same work for peers/`name`.py, in a process of its own, which works when it is asked to."""
-    shape = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")
+    shape = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
     work = {field: getattr(config, field) for field in shape}
     work |= {"prompts": workload.prompts, "n": workload.n}
     work |= {"length": workload.prompt_tokens, "completion": workload.completion_tokens}
@@ -142,13 +144,13 @@ def over_devices(devices: int, lm, params, rows, sampling: Sampling):
     everywhere = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(params, everywhere)
-    rows = meshes.place_prompts(meshes.Shardings(None, split, everywhere), rows)
+    rows = meshes.shard_prompts(meshes.Shardings(None, split, everywhere), rows)
     return sampler(lm, params, rows, sampling)
 
 
 def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
     """Seconds of one draw without and with its log-prob: 64 of them in one compiled loop, each waiting for the last."""
-    logits = 3.0 * jax.random.normal(jax.random.key(0), (rows, config.vocabulary))
+    logits = 3.0 * jax.random.normal(jax.random.key(0), (rows, config.vocab_size))
     uniform = jnp.linspace(0.0, 1.0, rows, endpoint=False)
     ones = jnp.ones(rows)
 
@@ -159,7 +161,7 @@ def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
                 z, total = carry
                 dist = softmax(z, ones)
                 token = invert_cdf(dist.masses, uniform)
-                logp = logp_of(dist, token) if captured else jnp.zeros(rows)
+                logp = softmax_logp(dist, token) if captured else jnp.zeros(rows)
                 return z.at[:, 0].add(1e-6 * (token + logp)), total + logp
 
             return jax.lax.fori_loop(0, 64, draw, (logits, jnp.zeros(rows)))
@@ -194,7 +196,7 @@ def main(cfg: Config) -> dict[str, float]:
     figures = limits | rollout_figures(workload, median, min(times["rollout"]), fastest, parts)
     figures["slot utilisation"] = slot_utilization(workload, config, params)
     figures |= peer_figures(cfg, median)
-    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
+    log_info(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
     table("figures", [{"": name, "value": value} for name, value in figures.items()])
     if cfg.json:
@@ -214,7 +216,7 @@ def sampler(lm, params, rows, sampling: Sampling) -> Callable[[int], object]:
 def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) -> dict[str, Callable]:
     """The rollout, variants of it, and a queue of requests by static batches and by continuous batching."""
     lm = decoder.language_model(config)
-    exact_lm = decoder.language_model(dataclasses.replace(config, exact=True))
+    exact_lm = decoder.language_model(dataclasses.replace(config, batch_invariant=True))
     rows = prompts(config, workload.prompts, workload.prompt_tokens)
     plain = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
     queue, ending = queue_of(workload, config)
@@ -225,7 +227,7 @@ def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) ->
         "top-k 50, top-p 0.9": sampler(lm, params, rows, plain.replace(top_k=50, top_p=0.9)),
         "exact": sampler(exact_lm, params, rows, plain),
         "a queue, static": lambda i: [work(i) for work in quarters],
-        "a queue, slots": sampler(lm, params, queue, ending.replace(slots=workload.rows)),
+        "a queue, slots": sampler(lm, params, queue, ending.replace(max_concurrent=workload.rows)),
     }
     if cfg.devices > 1:
         works[f"on {cfg.devices} devices"] = over_devices(cfg.devices, lm, params, rows, plain)
@@ -235,7 +237,7 @@ def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) ->
 def queue_of(workload: Workload, config: DecoderConfig) -> tuple[Rows, Sampling]:
     """Four times the prompts, and stop tokens that end a completion after a quarter of the longest, on average."""
     queue = prompts(config, 4 * workload.prompts, workload.prompt_tokens)
-    stop = tuple(range(config.vocabulary * 4 // workload.completion_tokens))
+    stop = tuple(range(config.vocab_size * 4 // workload.completion_tokens))
     return queue, Sampling(n=workload.n, max_tokens=workload.completion_tokens, stop=stop)
 
 
@@ -279,7 +281,7 @@ def rollout_figures(workload: Workload, median: dict, best: float, fastest: floa
 def slot_utilization(workload: Workload, config: DecoderConfig, params) -> float:
     """Tokens drawn over rows x decode steps, with continuous batching."""
     queue, ending = queue_of(workload, config)
-    sampling = ending.replace(slots=workload.rows)
+    sampling = ending.replace(max_concurrent=workload.rows)
     _, stats = sample_and_count(decoder.language_model(config), params, {}, queue, sampling, 0, 0)
     return float(stats.tokens / stats.row_steps)
 

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from rljax.rollouts.sampler import sample
 
 from rljax.data.prompts import Prompts
-from rljax.data.tasks import additions, sortings, split
+from rljax.data.tasks import addition_problems, sorting_problems, train_eval_split_by_kind
 from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
 from rljax.train.log import write_atomically
 from rljax.train.metrics import reward_and_kl
 from rljax.types import LM, Params, Rows, Sampling, TrainState, Trajectory
 
 ALPHABET = "0123456789+="
-PROBLEMS = {"additions": additions, "sortings": sortings}
+PROBLEMS = {"additions": addition_problems, "sortings": sorting_problems}
 Problems = Literal[tuple(PROBLEMS)]
 
 
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, layers: int = 4) -> Task:
     """The problems of this name, `eval_prompts` of them held out, and a decoder of this width and depth."""
     problems = PROBLEMS[name]()
-    train_side, eval_side = split(problems, eval_prompts, seed)
+    train_side, eval_side = train_eval_split_by_kind(problems, eval_prompts, seed)
     tokenizer = character_tokenizer(ALPHABET)
     prompt_tokens = max(len(problem["prompt"]) for problem in problems)
     max_tokens = 1 + max(len(problem["answer"]) for problem in problems)
@@ -50,10 +50,10 @@ def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, la
         tokenizer.size,
         width,
         layers,
-        heads=4,
-        kv_heads=4,
+        num_heads=4,
+        num_kv_heads=4,
         head_dim=width // 4,
-        mlp_width=11 * width // 4,
+        intermediate_size=11 * width // 4,
         max_positions=prompt_tokens + max_tokens,
     )
     lm = decoder.language_model(config)
@@ -99,5 +99,5 @@ def make_evaluate(task: Task, count: int, seed: int) -> Callable[[TrainState], d
 def save_model_files(task: Task, directory: Path) -> None:
     """Tokenizer and config.json, which tools/export.py needs beside the checkpoints."""
     save_characters(ALPHABET, directory)
-    config = hf.describe(task.config, task.tokenizer.stop)
+    config = hf.to_hf_config(task.config, task.tokenizer.stop)
     write_atomically(directory / "config.json", json.dumps(config))

@@ -14,7 +14,7 @@ import jax
 import tyro
 
 from rljax.rewards.score import RewardError
-from rljax.train.log import say
+from rljax.train.log import log_info
 
 MORE = "Rarely needed settings that are not listed here: experiments/common/settings.py."
 
@@ -35,7 +35,7 @@ def run(config_type: type, main: Callable) -> None:
     except (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError) as error:
         if debug:
             traceback.print_exc()
-        say(f"error: {error}")
+        log_info(f"error: {error}")
         raise SystemExit(1) from None
 
 

@@ -1,9 +1,9 @@
 """Prompts and tokenizers, as a recipe's settings name them."""
 
-from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
+from rljax.data.prompts import Prompts, from_template, read_jsonl, train_eval_split
 from rljax.data.tokenizer import Tokenizer
 from rljax.data.tokenizer import load_tokenizer as load
-from rljax.train.log import say
+from rljax.train.log import log_info
 
 
 def unescape(text: str) -> str:
@@ -21,7 +21,7 @@ def load_tokenizer(directory: str, vocabulary: int) -> Tokenizer:
 
 def token_bytes(tokenizer: Tokenizer, vocabulary: int) -> list[bytes]:
     """The bytes of each of the model's ids; empty for ids that the tokenizer lacks."""
-    known = tokenizer.pieces()
+    known = tokenizer.token_bytes()
     return known + [b""] * (vocabulary - len(known))
 
 
@@ -46,11 +46,11 @@ def read_prompts(
     def encode(rows: list[dict]) -> Prompts:
         return Prompts(rows, tokenizer.encode, text, max_tokens, seed, tokenizer.pad)
 
-    train_rows, eval_rows = hold_out(read_jsonl(path), eval_prompts, seed)
+    train_rows, eval_rows = train_eval_split(read_jsonl(path), eval_prompts, seed)
     train = encode(train_rows)
     evaluation = encode(eval_rows)
     dropped = train.dropped + evaluation.dropped
-    say(
+    log_info(
         f"{len(train)} prompts to train on, {len(evaluation)} to evaluate on; "
         f"{dropped} dropped, longer than {max_tokens} tokens"
     )

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common.settings import Adapter, Weights
-from rljax.models import decoder, hf, parts, policy
+from rljax.models import decoder, hf, param_filters, policy
 from rljax.models.decoder import DecoderConfig
-from rljax.models.lora import Lora
+from rljax.models.lora import LoraConfig
 from rljax.train.mesh import param_shardings
 from rljax.types import Params, TrainState
 
@@ -37,27 +37,27 @@ def load_pretrained(
 
     frozen = {}
     if weights.freeze:
-        params, frozen["base"] = parts.freeze(params, *weights.freeze)
+        params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
     frozen["reference"] = jax.tree.map(jnp.copy, params)
     return config, params, frozen
 
 
 def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh, dtype: str) -> Params:
     """{"decoder": ...} of a model directory, read straight into its shardings."""
-    shardings = param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    shardings = param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
     return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
 
 
-def lora_of(adapter: Adapter) -> Lora | None:
+def lora_of(adapter: Adapter) -> LoraConfig | None:
     """The adapter of these settings; None where its rank is 0."""
     if not adapter.rank:
         return None
-    return Lora(
+    return LoraConfig(
         rank=adapter.rank,
         alpha=adapter.alpha,
         targets=adapter.targets,
-        rank_stabilised=adapter.use_rslora,
-        decomposed=adapter.use_dora,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
     )
 
 
@@ -73,5 +73,5 @@ def _with_adapter(params: Params, config: DecoderConfig, weights: Weights, seed:
 def sync_reference(state: TrainState, weights: Weights) -> TrainState:
     """After every `ref_sync_steps` steps: mix the policy into the reference."""
     if weights.ref_sync_steps and int(state.step) % weights.ref_sync_steps == 0:
-        return policy.refresh_reference(state, weights.ref_mixup_alpha)
+        return policy.sync_reference(state, weights.ref_mixup_alpha)
     return state

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import optax
 
 from experiments.common.settings import Optimizer
-from rljax.models import parts
+from rljax.models import param_filters
 
 
 def make_optimizer(settings: Optimizer, updates: int) -> optax.GradientTransformation:
     """The optax chain of these settings; its schedule ends after `updates`."""
-    decayed = parts.matrices if settings.weight_decay else None
+    decayed = param_filters.decay_mask if settings.weight_decay else None
     adam = optax.adamw(
         learning_rate(settings, updates), b2=settings.beta2, weight_decay=settings.weight_decay, mask=decayed
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
+from rljax.rollouts.sampler import sample
 
 from experiments.common import data, settings
 from experiments.common.settings import Batches
@@ -11,8 +12,7 @@ from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
 from rljax.rollouts import partial as rollouts
-from rljax.rollouts.tokens import sample
-from rljax.train.mesh import Shardings, place_prompts
+from rljax.train.mesh import Shardings, shard_prompts
 from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
 
 
@@ -33,7 +33,7 @@ def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, voca
         n=n,
         max_tokens=options.max_tokens,
         stop=tokenizer.stop,
-        slots=options.max_concurrent,
+        max_concurrent=options.max_concurrent,
     )
 
 
@@ -46,7 +46,7 @@ def initial_carry(batches: Batches, prompts: Prompts, sampling: Sampling) -> dic
     """`TrainState.extra` before the first step: nothing is carried over yet."""
     if not batches.carry_over:
         return None
-    return rollouts.blank(batches.carry_over, batches.num_generations, row_tokens(prompts, sampling))
+    return rollouts.empty_carry(batches.carry_over, batches.num_generations, row_tokens(prompts, sampling))
 
 
 def make_draw(
@@ -60,7 +60,7 @@ def make_draw(
     carry = batches.carry_over
 
     def sample_rows(state: TrainState, step: int, rows: Rows, sampling: Sampling) -> Trajectory:
-        placed = place_prompts(shardings, rows)
+        placed = shard_prompts(shardings, rows)
         return sample(lm, state.params, state.frozen, placed, sampling, seed, step)
 
     def draw(state: TrainState, step: int):
@@ -74,14 +74,14 @@ def make_draw(
             "prompts carried over do not keep the experts that their tokens took; legal for a mixture: carry_over = 0"
         )
     n = batches.num_generations
-    until_enough = sampling.replace(enough=(count + carry) * n - carry)
+    until_enough = sampling.replace(stop_after=(count + carry) * n - carry)
 
     def draw_and_carry(state: TrainState, step: int):
-        carried = rollouts.restore(state.extra, prompts.columns_of)
+        carried = rollouts.carry_from_arrays(state.extra, prompts.columns_of)
         fresh = prompts.draw(state.cursor, count + carry if carried is None else count)
         draw_rows = partial(sample_rows, state, step, sampling=until_enough)
         columns = row_tokens(prompts, sampling)
-        traj, rows, left = rollouts.turn(draw_rows, fresh, carried, n, carry, step, columns)
-        return traj, rows, state.replace(extra=rollouts.store(left))
+        traj, rows, left = rollouts.partial_step(draw_rows, fresh, carried, n, carry, step, columns)
+        return traj, rows, state.replace(extra=rollouts.carry_to_arrays(left))
 
     return draw_and_carry

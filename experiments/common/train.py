@@ -10,8 +10,8 @@ import optax
 from experiments.common.settings import Batches
 from rljax.models import policy
 from rljax.models.decoder import DecoderConfig
-from rljax.train.mesh import Shardings, row_ways, state_shardings
-from rljax.train.packing import packed
+from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
+from rljax.train.packing import make_packed_update
 from rljax.types import TrainState
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
@@ -42,7 +42,7 @@ def _too_small(batches: Batches) -> list[str]:
 
 def _carry_over(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool) -> list[str]:
     carry = batches.carry_over
-    ways = row_ways(mesh)
+    ways = data_parallel_size(mesh)
     if carry and not carries_over:
         return [f"carry_over = {carry}, but this experiment continues no completion in its next step; legal: 0"]
     if carry % ways:
@@ -51,7 +51,7 @@ def _carry_over(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool) -
 
 
 def _prompts(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
-    ways = row_ways(mesh)
+    ways = data_parallel_size(mesh)
     if batches.prompts % ways == 0:
         return []
     below = batches.prompts // ways * ways
@@ -60,7 +60,7 @@ def _prompts(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
 
 
 def _pieces(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
-    ways = row_ways(mesh)
+    ways = data_parallel_size(mesh)
     rows = batches.prompts * batches.num_generations
     micro_batches = 1 if batches.max_tokens_per_device else batches.micro_batches
     pieces = batches.minibatches * micro_batches
@@ -90,7 +90,7 @@ def micro_batched(make: Callable, batches: Batches, shardings: Shardings, row_le
             f"max_tokens_per_device = {tokens}, packed_length = {batches.packed_length} (0: as sampled), where rows as "
             f"sampled have {row_length} tokens; legal: {row_length} <= packed_length <= max_tokens_per_device"
         )
-    return packed(lambda micro_batches: make(micro_batches=micro_batches), tokens, length, shardings)
+    return make_packed_update(lambda micro_batches: make(micro_batches=micro_batches), tokens, length, shardings)
 
 
 def shardings_of(

@@ -29,7 +29,7 @@ from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.models.policy import make_policy
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import trajectory_of_tokens
 
 TEXTS = (
@@ -60,13 +60,13 @@ def main(cfg: Config) -> None:
     encode = load_tokenizer(cfg.model).encode
     texts = [encode(text) for text in TEXTS]
     if min(map(len, texts)) < 2:  # a tokenizer that knows none of these words
-        texts = [random_tokens(config.vocabulary, length) for length in (3, 20, 40)]
+        texts = [random_tokens(config.vocab_size, length) for length in (3, 20, 40)]
     found = compare(cfg.model, texts)
     table(cfg.model, [row(name, difference) for name, difference in found.items()])
     wrong = [name for name, difference in found.items() if not difference.relative <= cfg.tolerance]  # NaN is wrong too
     if wrong:
         raise ValueError(f"relative difference above the tolerance of {cfg.tolerance:g}: {'; '.join(wrong)}")
-    say(f"all within {cfg.tolerance:g}")
+    log_info(f"all within {cfg.tolerance:g}")
 
 
 def random_tokens(vocabulary: int, length: int) -> list[int]:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from experiments.common import command_line
 from rljax.models import decoder, hf, lora, peft
-from rljax.train.checkpoint import read_parts
-from rljax.train.log import say
+from rljax.train.checkpoint import restore_items
+from rljax.train.log import log_info
 from rljax.types import Params
 
 
@@ -51,7 +51,7 @@ def main(cfg: Config) -> None:
     # The checkpoint's copy of a base need not be read where the base is still in its own directory.
     base_is_there = base_directory != model_files
     needed = ("params",) if separate or base_is_there else ("params", "frozen")
-    step, parts = read_parts(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
+    step, parts = restore_items(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
     trained = dict(parts["params"])
     low_rank = trained.pop("lora", None)
     if separate:
@@ -60,18 +60,18 @@ def main(cfg: Config) -> None:
         if base_is_there:
             params = hf.load(base_directory, config)
         else:
-            params = decoder.whole(config, trained, parts["frozen"])["decoder"]
+            params = decoder.full_params(config, trained, parts["frozen"])["decoder"]
         if low_rank is not None:
             params = merge(adapter, params, low_rank, base_is_there)
         max_bytes = int(cfg.shard_gigabytes * 10**9)
         hf.save(cfg.out, config, params, model_files, cfg.dtype or None, max_bytes, trained.get("score_head"))
-    say(f"written: {cfg.out}, of step {step}")
+    log_info(f"written: {cfg.out}, of step {step}")
 
 
-def merge(adapter: lora.Lora, base: Params, low_rank: Params, base_is_there: bool) -> Params:
+def merge(adapter: lora.LoraConfig, base: Params, low_rank: Params, base_is_there: bool) -> Params:
     """The decoder's parameters with the adapter merged into them, in float32."""
     if not base_is_there:
-        say("the base is no longer in its directory: the checkpoint's copy of it is used")
+        log_info("the base is no longer in its directory: the checkpoint's copy of it is used")
         base = jax.tree.map(lambda x: x.astype(jnp.float32), base)
     return lora.merge(adapter, base, low_rank)
 

@@ -24,17 +24,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from rljax.rollouts.decode_state import Completions
+from rljax.rollouts.sample_token import check_sampling
+from rljax.rollouts.streaming import stream
+
 from experiments.common import command_line, data, models
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Sampling
 from rljax.data.prompts import Prompts, from_template, read_jsonl
-from rljax.data.stop_strings import text_so_far
+from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts.answers import Answers
-from rljax.rollouts.draw import check
-from rljax.rollouts.stream import stream
-from rljax.train.log import live, say, short
+from rljax.train.log import format_number, is_interactive, log_info
 from rljax.train.mesh import make_mesh
 
 REASONS = ("length", "stop")
@@ -65,11 +66,11 @@ def main(cfg: Config) -> list[dict]:
 
     # -- tokenizer and prompts
     config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocabulary)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     prompts, text_of = read_prompts(cfg, tokenizer, config.max_positions)
-    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
-    check(sampling)
-    read = make_reader(cfg, tokenizer, config.vocabulary)
+    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
+    check_sampling(sampling)
+    read = make_reader(cfg, tokenizer, config.vocab_size)
 
     # -- model
     config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
@@ -85,15 +86,15 @@ def main(cfg: Config) -> list[dict]:
         texts = [text_of(columns) for columns in rows.columns]
         labels = [f"[{i + 1}/{len(prompts)}] " if len(prompts) > 1 else "" for i in rows.number]
         gap = "\n" if cfg.chat or cfg.n > 1 else ""
-        stages = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if live() else 16)
+        stages = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if is_interactive() else 16)
         answers = show(stages, labels, [text + gap for text in texts], cfg.n, read, rates)
         new = [record(texts[p], rows.columns[p], answers, p, cfg.n, read) for p in range(len(texts))]
         if cfg.out:
             append(cfg.out, new)
         records += new
     tokens = sum(sum(line["tokens"]) for line in records)
-    rate = f", typically {short(statistics.median(rates))} a second" if rates else ""
-    say(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{rate}", "dim")
+    rate = f", typically {format_number(statistics.median(rates))} a second" if rates else ""
+    log_info(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{rate}", "dim")
     return records
 
 
@@ -120,27 +121,27 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     longest = data.max_prompt_length(0, cfg.sampling.max_tokens, context)
     prompts = Prompts(columns, encode, text_of, longest, pad=tokenizer.pad)
     if prompts.dropped:
-        say(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
+        log_info(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
     return prompts, text_of
 
 
-def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Answers, int], str]:
+def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Completions, int], str]:
     """read(answers, i) -> the text of completion i so far, without its stop token or string."""
     strings = [data.unescape(string).encode() for string in cfg.sampling.stop_strings]
     pieces = data.token_bytes(tokenizer, vocabulary)
     for token in tokenizer.stop:
         pieces[token] = b""
 
-    def read(answers: Answers, i: int) -> str:
-        tokens = answers.tokens[i, : answers.drawn[i]]
-        return text_so_far(tokens, pieces, strings, bool(answers.over[i]))
+    def read(answers: Completions, i: int) -> str:
+        tokens = answers.tokens[i, : answers.num_tokens[i]]
+        return streamed_text(tokens, pieces, strings, bool(answers.done[i]))
 
     return read
 
 
 def show(
-    stages: Iterable[Answers], labels: list[str], prompts: list[str], n: int, read: Callable, rates: list[float]
-) -> Answers:
+    stages: Iterable[Completions], labels: list[str], prompts: list[str], n: int, read: Callable, rates: list[float]
+) -> Completions:
     """Print completion after completion; on a terminal, the first unfinished one as it grows. Returns the last stage.
 
     Appends the tokens per second of each stage to `rates`, without the first, which also reads the prompts.
@@ -151,19 +152,19 @@ def show(
     print_header(labels, prompts, n, current)
     for answers in stages:
         now = time.perf_counter()
-        tokens = int(answers.drawn.sum())
+        tokens = int(answers.num_tokens.sum())
         if before is not None:
             rates.append((tokens - before[1]) / (now - before[0]))
-        while current < len(answers.over) and (live() or answers.over[current]):
+        while current < len(answers.done) and (is_interactive() or answers.done[current]):
             text = printable(read(answers, current))
-            say(text[printed:], end="")
+            log_info(text[printed:], end="")
             printed = len(text)
-            if not answers.over[current]:
+            if not answers.done[current]:
                 break
             print_footer(answers, current)
             current += 1
             printed = 0
-            if current < len(answers.over):
+            if current < len(answers.done):
                 print_header(labels, prompts, n, current)
         before = time.perf_counter(), tokens
     return answers
@@ -173,16 +174,16 @@ def print_header(labels: list[str], prompts: list[str], n: int, i: int) -> None:
     """What stands before completion i: its prompt, and its number where there are several."""
     prompt, completion = divmod(i, n)
     if completion == 0:
-        say(labels[prompt], "dim", end="")
-        say(printable(prompts[prompt]), "bold", end="")
+        log_info(labels[prompt], "dim", end="")
+        log_info(printable(prompts[prompt]), "bold", end="")
     if n > 1:
-        say(f"{completion + 1}/{n} ", "cyan", end="")
+        log_info(f"{completion + 1}/{n} ", "cyan", end="")
 
 
-def print_footer(answers: Answers, i: int) -> None:
+def print_footer(answers: Completions, i: int) -> None:
     """How completion i ended."""
-    reason = REASONS[bool(answers.ended[i])]
-    say(f"\n({answers.drawn[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
+    reason = REASONS[bool(answers.terminated[i])]
+    log_info(f"\n({answers.num_tokens[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
 
 
 def printable(text: str) -> str:
@@ -190,16 +191,16 @@ def printable(text: str) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def record(prompt: str, columns: dict, answers: Answers, p: int, n: int, read: Callable) -> dict:
+def record(prompt: str, columns: dict, answers: Completions, p: int, n: int, read: Callable) -> dict:
     """A line of --out: the n completions of the batch's prompt p."""
     rows = list(range(p * n, (p + 1) * n))
     return {
         "prompt": prompt,
         "columns": columns,
         "completion": [read(answers, i) for i in rows],
-        "tokens": answers.drawn[rows].tolist(),
+        "tokens": answers.num_tokens[rows].tolist(),
         "logp": answers.logp[rows].sum(axis=1).tolist(),
-        "ended": [REASONS[bool(stopped)] for stopped in answers.ended[rows]],
+        "ended": [REASONS[bool(stopped)] for stopped in answers.terminated[rows]],
     }
 
 
