@@ -73,16 +73,18 @@ def test_the_completions_are_those_of_sample(asked, tmp_path, capsys):
 def test_a_terminal_reads_along(asked, monkeypatch, capsys):
     generate.main(asked)
     *piped, _ = capsys.readouterr().out.splitlines()
-    said, log_info = [], generate.log_info
+    printed, log_info = [], generate.log_info
     monkeypatch.setattr(generate, "is_interactive", lambda: True)
-    monkeypatch.setattr(generate, "log_info", lambda *args, **kwargs: (said.append(args[0]), log_info(*args, **kwargs)))
+    monkeypatch.setattr(
+        generate, "log_info", lambda *args, **kwargs: (printed.append(args[0]), log_info(*args, **kwargs))
+    )
     generate.main(asked)
     *read, _ = capsys.readouterr().out.splitlines()
     assert read == piped
-    assert len(said) > 3 * len(piped)  # the first of a batch letter by letter
+    assert len(printed) > 3 * len(piped)  # the first of a batch token by token
 
 
-def test_what_a_terminal_obeys_is_not_printed(capsys):
+def test_control_characters_are_not_printed(capsys):
     answers = generate.Answers(*(np.array([x]) for x in ([7], [-1.0], 1, True, True)))
     generate.show([answers], [""], ["is"], 1, lambda *_: "\x1b[2J\ta\nb\x9b", [])
     assert capsys.readouterr().out.startswith("is�[2J")
@@ -147,7 +149,7 @@ def test_settings_of_the_command_line_become_those_of_the_sampler():
 
 
 def test_stories260k(shared):
-    """Greedy: the text that `sample` draws, up to a stop string that lies across tokens."""
+    """Greedy: the text that `sample` draws, up to a stop string that spans tokens."""
     model = str(shared / "models" / "stories260k")
     cfg = generate.Config(model, "Once upon a time", sampling=Sampling(0.0, max_tokens=40))
     ((tokens, *_),) = sampled(cfg, ["Once upon a time"])

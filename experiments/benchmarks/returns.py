@@ -7,8 +7,8 @@ A bound is bytes moved / bandwidth. GAE reads rewards, discounts and values and 
 ratios and writes targets; a mask is not counted. There are two: by jax's copy of 256 MiB, whose result is new memory
 each time (the bandwidth of the other benchmarks), and by numpy's into memory written before.
 
-Time-major arrays are [T, B], handed over as `gae(r.T, v.T, None, γ.T).T` inside one jit: the turns cancel. What [B, T]
-takes beyond that is the layout; the last column is what a kernel that reads it as it lies could gain.
+Time-major arrays are [T, B], handed over as `gae(r.T, v.T, None, γ.T).T` inside one jit: the transpositions cancel.
+What [B, T] takes beyond that is due to the layout; the last column is what a kernel for that layout could gain.
 """
 
 import dataclasses
