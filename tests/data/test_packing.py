@@ -16,6 +16,7 @@ from rljax.train.objective import policy_objective
 from rljax.types import Rows, check_shapes
 
 IDS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
+WIDTHS = st.sampled_from([12, 19, 30])  # each new shape compiles
 
 
 def test_two_rows_by_hand():
@@ -38,8 +39,8 @@ def test_first_token_after_a_segment_is_nobodys_target():
     assert traj.actions[0, 2] == 4
 
 
-@settings(max_examples=20)  # each new shape compiles
-@given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=12), st.integers(12, 30))
+@settings(max_examples=20)
+@given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=12), WIDTHS)
 def test_every_demonstration_is_there_once_and_whole(rows, width):
     traj = pack_demonstrations(rows, width)
     assert traj.inputs.shape[1] == width - 1
@@ -58,7 +59,7 @@ def test_every_demonstration_is_there_once_and_whole(rows, width):
 
 
 @settings(max_examples=20)
-@given(st.lists(st.tuples(IDS, IDS), min_size=2, max_size=12), st.integers(12, 30))
+@given(st.lists(st.tuples(IDS, IDS), min_size=2, max_size=12), WIDTHS)
 def test_at_most_one_row_is_less_than_half_full(rows, width):
     """First fit opens a row only where no other has room."""
     traj, (_, after) = pack_demonstrations(rows, width), padding_fractions(rows, width)

@@ -77,7 +77,7 @@ def test_the_maze_has_the_values_of_its_docstring():
 
 
 def test_values_are_means_of_returns():
-    """V^π of the start by 100,000 episodes of the uniform policy in a maze that slips: within 3 standard errors."""
+    """V^π of the start by 25,000 episodes of the uniform policy in a maze that slips: within 3 standard errors."""
     maze = make_maze(slip=0.3)
     mdp = maze_mdp(maze.params, GAMMA)
     uniform = jnp.full((6, 4), 0.25)
@@ -86,11 +86,11 @@ def test_values_are_means_of_returns():
         return (4 * uniforms[:, 0]).astype(jnp.int32), jnp.zeros(observations.shape[0])
 
     for env in (maze, tabular_env(mdp)):
-        traj = jax.jit(lambda key, env=env: episodes(env, act, {}, key, 100_000, 60))(jax.random.key(1))
+        traj = jax.jit(lambda key, env=env: episodes(env, act, {}, key, 25_000, 60))(jax.random.key(1))
         returns = (jnp.where(traj.mask, traj.rewards, 0.0) * GAMMA ** jnp.arange(60)[None]).sum(axis=1)
         error = returns.std() / jnp.sqrt(len(returns))
         assert abs(returns.mean() - state_values(mdp, uniform)[0]) < 3 * error
-        assert error < 0.02
+        assert error < 0.04
 
 
 def test_positions_that_cannot_be_are_refused():

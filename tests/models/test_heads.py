@@ -1,5 +1,7 @@
 """Heads against the hidden states of whole rows, computed token by token without a trajectory."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,7 @@ def params():
 @pytest.fixture(scope="module")
 def after(params):
     """[4 S]: what the head says when the text up to and with each token has been read, text by text."""
+    forward = jax.jit(partial(decoder.forward, CONFIG))
     out = np.full((4, S), np.nan)
     for b in range(4):
         for segment in (1, 2):
@@ -31,7 +34,7 @@ def after(params):
             if len(places):
                 text = jnp.asarray(TOKENS[b, places])[None]
                 at = jnp.arange(len(places))[None]
-                hidden, _ = decoder.forward(CONFIG, params["decoder"], text, at, jnp.ones_like(at))
+                hidden, _ = forward(params["decoder"], text, at, jnp.ones_like(at))
                 out[b, places] = hidden[0] @ params["score_head"]
     return out
 
@@ -42,12 +45,12 @@ def traj_of(rows):
 
 def test_a_step_is_judged_after_its_token(params, after):
     traj = traj_of([0, 1, 2, 3])
-    got = heads.make_process_reward_model(CONFIG)(params, {}, traj)
+    got = jax.jit(heads.make_process_reward_model(CONFIG))(params, {}, traj)
     np.testing.assert_allclose(np.where(traj.mask, got, 0), np.where(traj.mask, after[:, 1:], 0), rtol=1e-5, atol=1e-5)
 
 
 def test_an_answer_is_scored_at_the_last_token_that_the_mask_calls_its_own(params, after):
-    got = heads.make_reward_model(CONFIG)(params, {}, traj_of([0, 1, 2]))
+    got = jax.jit(heads.make_reward_model(CONFIG))(params, {}, traj_of([0, 1, 2]))
     np.testing.assert_allclose(got, [after[0, 8], after[1, 8], after[2, 5]], rtol=1e-5, atol=1e-5)
 
 
@@ -66,9 +69,9 @@ def test_a_critic_of_its_own_trunk_moves_without_the_policy(params):
     both = policy.with_critic({"decoder": params["decoder"]}, CONFIG)
     both["critic"]["value_head"] = params["score_head"]
     shared = {"decoder": params["decoder"], "value_head": params["score_head"]}
-    traj, model = traj_of([0, 1]), policy.make_policy(CONFIG)
+    traj, model = traj_of([0, 1]), jax.jit(policy.make_policy(CONFIG))
     np.testing.assert_allclose(model(both, {}, traj).values, model(shared, {}, traj).values, rtol=1e-6)
-    slopes = jax.grad(lambda p: (model(p, {}, traj).values ** 2).sum())(both)
+    slopes = jax.jit(jax.grad(lambda p: (model(p, {}, traj).values ** 2).sum()))(both)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(slopes["decoder"]))
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(slopes["critic"]["decoder"]["layers"]))
     axes = policy.logical_axes(CONFIG, both)
