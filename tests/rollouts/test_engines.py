@@ -213,8 +213,8 @@ def test_in_exact_mode_the_gap_is_rounding_and_is_told(changes, record_property)
     """Batches of 1, 3, 8 and 64 rows, with and without slots, scored alone, shuffled and under a gradient.
 
     Exact mode wants a gap of 0, and has it where XLA picks the kernels that `models.batch_invariant` knows. Which it
-    picks hangs on the CPU and on XLA's version (with heads of 48 the gap is 0 on some CPUs, and was 2e-6 on one with AVX-512). So
-    the bound is that of any mode, and the gap that was found is printed (pytest -rP) and recorded.
+    picks hangs on the CPU and on XLA's version (with heads of 48 the gap is 0 on some CPUs, and was 2e-6 on one with
+    AVX-512). So the bound is that of any mode, and the gap that was found is printed (pytest -rP) and recorded.
     """
     small = decoder.DecoderConfig(1000, 64, 2, 4, 2, 16, 104, batch_invariant=True)
     config = dataclasses.replace(small, **changes)
