@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant(
         "divided again by the accumulation steps",
         "rljax/train/update.py",
-        "summed.one",
+        "accumulate_gradients.add_micro_batch",
         "keep_sharding(jax.tree.map(jnp.add, grad_sum, grads))",
         "keep_sharding(jax.tree.map(lambda total, g: total + g / micro_batches, grad_sum, grads))",
         "ms-swift 10117: gradients of DAPO and CISPO off by the accumulation steps",
@@ -106,7 +106,7 @@ MUTANTS = [
     Mutant(
         "divided again by the number of devices",
         "rljax/train/update.py",
-        "summed",
+        "accumulate_gradients.keep_sharding",
         "else constrain_shardings(grads, shardings.state.params)",
         "else constrain_shardings(jax.tree.map(lambda g: g / shardings.rows.mesh.size, grads), shardings.state.params)",
         "verl PR 5798: seq-mean off by the data-parallel size squared",
@@ -115,7 +115,7 @@ MUTANTS = [
     Mutant(
         "last micro-batch for their sum",
         "rljax/train/update.py",
-        "summed.one",
+        "accumulate_gradients.add_micro_batch",
         "grad_sum = keep_sharding(jax.tree.map(jnp.add, grad_sum, grads))",
         "grad_sum = keep_sharding(grads)",
         "gradients zeroed inside the accumulation loop: torchtitan PR 3575, alpaca_farm 57, TRL 583",
@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant(
         "metrics as means of micro-batch means",
         "rljax/train/update.py",
-        "_over_micro_batches",
+        "_reduce_micro_batches",
         "values.sum() / jnp.maximum(counts.sum(), 1)",
         "(values / jnp.maximum(counts, 1)).mean()",
         "open-instruct PR 1161; mlx-lm PR 1413",
@@ -319,7 +319,7 @@ MUTANTS = [
     Mutant(
         "KL in the loss is maximised",
         "rljax/algorithms/common/wrappers.py",
-        "_add.loss",
+        "_with_term.loss",
         "terms + scale * extra",
         "terms - scale * extra",
         "verl until commit a65c9157, RAGEN 58, ToolRL 52",
@@ -355,7 +355,7 @@ MUTANTS = [
     Mutant(
         "ratio against the reference",
         "rljax/algorithms/common/credit.py",
-        "old_logp",
+        "old_policy_logp",
         "traj.logp if traj.old_logp is None else traj.old_logp",
         "traj.logp if traj.ref_logp is None else traj.ref_logp",
         "a tutorial's objective of GRPO; arXiv:2402.03300, eq. 3, has the old policy there",
@@ -364,7 +364,7 @@ MUTANTS = [
     Mutant(
         "the sampler's log-probs for the old policy's",
         "rljax/algorithms/common/credit.py",
-        "old_logp",
+        "old_policy_logp",
         "traj.logp if traj.old_logp is None else traj.old_logp",
         "traj.logp",
         "OpenRLHF takes them silently where it corrects for the sampler",
@@ -483,8 +483,8 @@ MUTANTS = [
         "CISPO's weight is differentiated",
         "rljax/algorithms/cispo.py",
         "cispo.loss",
-        "stop_gradient(ratio_to_old(output, batch))",
-        "ratio_to_old(output, batch)",
+        "stop_gradient(importance_ratio(output.logp, old_policy_logp(batch.traj)))",
+        "importance_ratio(output.logp, old_policy_logp(batch.traj))",
         "MiniMax-M1, arXiv:2506.13585, eq. 4: sg(...)",
         ("tests/algorithms/test_by_hand.py",),
     ),
@@ -492,8 +492,8 @@ MUTANTS = [
         "GSPO-token without its stop",
         "rljax/algorithms/gspo.py",
         "gspo_token.log_ratio",
-        "stop_gradient(_of_sequence(output, batch) - output.logp)",
-        "_of_sequence(output, batch) - stop_gradient(output.logp)",
+        "stop_gradient(_sequence_log_ratio(output, batch) - output.logp)",
+        "_sequence_log_ratio(output, batch) - stop_gradient(output.logp)",
         "arXiv:2507.18071, eq. 14: sg(s) π/sg(π)",
         ("tests/algorithms/test_by_hand.py",),
     ),
@@ -528,10 +528,9 @@ MUTANTS = [
     Mutant(
         "80/20 divided by the tokens that are left",
         "rljax/algorithms/common/corrections.py",
-        "high_entropy_mask.find",
+        "high_entropy_mask.kept",
         'return {"high_entropy_kept": output.entropy >= limit}',
-        "kept = batch.mask & (output.entropy >= limit)\n"
-        '        return {"high_entropy_kept": kept * batch.mask.sum() / jnp.maximum(kept.sum(), 1)}',
+        'kept = batch.mask & (output.entropy >= limit)\n        return {"high_entropy_kept": kept * batch.mask.sum() / jnp.maximum(kept.sum(), 1)}',
         "TRL: the divisor stays that of all tokens",
         ("tests/algorithms/test_by_hand.py",),
     ),
@@ -548,7 +547,7 @@ MUTANTS = [
     Mutant(
         "GAE stops at tool output",
         "rljax/ops/returns.py",
-        "_backward.one",
+        "_backward.scan_step",
         "jax.tree.map(keep, (new, value), (carry, following))",
         "jax.tree.map(lambda x: keep(x, 0.0), (new, value))",
         "OpenRLHF sets value and reward to 0 there; verl 7278 is the same in REINFORCE++",
@@ -557,7 +556,7 @@ MUTANTS = [
     Mutant(
         "returns start anew after tool output",
         "rljax/ops/returns.py",
-        "_backward.one",
+        "_backward.scan_step",
         "step(carry, value, following, *found)",
         "step(carry, value, following, *found)\n        carry = carry if values is not None else jnp.zeros_like(carry)",
         "verl 7278, fixed by PR 7300: tokens before a tool call got no outcome reward",
@@ -685,7 +684,7 @@ MUTANTS = [
     Mutant(
         "packed texts see each other",
         "rljax/models/attention.py",
-        "Sight._sees",
+        "AttentionMask._visible_part",
         "own_segments[:, :, None] == segments[:, None, :]",
         "segments[:, None, :] > 0",
         "nanoVLM PR 204, LlamaFactory PR 7318: positions reset, attention did not",
@@ -767,7 +766,7 @@ MUTANTS = [
     Mutant(
         "temperature 0 draws",
         "rljax/rollouts/sample_token.py",
-        "draw",
+        "sample_token",
         "ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))",
         "ops.invert_cdf(policy.masses, uniform)",
         "a greedy baseline that is not: ReMax, arXiv:2310.10505, needs one",
@@ -776,7 +775,7 @@ MUTANTS = [
     Mutant(
         "log-probs of the truncated distribution",
         "rljax/rollouts/sample_token.py",
-        "draw",
+        "sample_token",
         "logp = softmax_logp(policy, token)",
         "logp = softmax_logp(softmax(jnp.log(jnp.maximum(masses, 1e-30)), jnp.ones_like(temperature)), token)",
         "TRL 6789, vime PR 69: vLLM's processed log-probs",
@@ -785,7 +784,7 @@ MUTANTS = [
     Mutant(
         "sampler's log-probs without the temperature",
         "rljax/rollouts/sample_token.py",
-        "draw",
+        "sample_token",
         "logp = softmax_logp(policy, token)",
         "logp = softmax_logp(softmax(logits, jnp.ones_like(temperature)), token)",
         "TRL 4159, NeMo-RL 902, vime 64: vLLM's raw log-probs",
@@ -821,7 +820,7 @@ MUTANTS = [
     Mutant(
         "EOS outside the mask",
         "rljax/rollouts/sampler.py",
-        "advance.one",
+        "decode_step",
         "num_tokens=old.num_tokens + active,",
         "num_tokens=old.num_tokens + (active & ~new.terminated),",
         "TRL PR 6357, reasoning-from-scratch PR 185: the policy never learns to stop",
@@ -830,7 +829,7 @@ MUTANTS = [
     Mutant(
         "an answer cut by its length counts as ended",
         "rljax/rollouts/sampler.py",
-        "trajectory",
+        "_completion_facts",
         '"terminated": last & completions.terminated[:, None],',
         '"terminated": last,',
         "OpenRLHF 238: the last token of an unfinished answer becomes EOS",
@@ -838,8 +837,8 @@ MUTANTS = [
     ),
     Mutant(
         "a finished answer that waits is drawn on",
-        "rljax/rollouts/sampler.py",
         "rljax/rollouts/decode_state.py",
+        "Completions.empty",
         "done=terminated | (settings.resumed_length >= max_tokens),",
         "done=settings.resumed_length >= max_tokens,",
         "partial rollouts that resume what had ended: an answer with text after its EOS",
@@ -848,7 +847,7 @@ MUTANTS = [
     Mutant(
         "carried tokens take the version of the step that goes on",
         "rljax/rollouts/sampler.py",
-        "trajectory",
+        "_prompt_facts",
         '"version": per_completion(facts["version"]),',
         '"version": jnp.broadcast_to(prompts.version, chosen.shape),',
         "one version an answer: AReaL, arXiv:2505.24298, keeps one a token",
@@ -857,7 +856,7 @@ MUTANTS = [
     Mutant(
         "positions count the left padding",
         "rljax/rollouts/sampler.py",
-        "read",
+        "prefill",
         "jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)",
         "jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)",
         "OpenRLHF 217, TRL 6800: left-padded rows without position_ids",
@@ -866,7 +865,7 @@ MUTANTS = [
     Mutant(
         "one position for rows of every length while decoding",
         "rljax/rollouts/sampler.py",
-        "advance.one",
+        "decode_step",
         "positions = (settings.context_length + t)[:, None]",
         "positions = jnp.full_like(settings.context_length, settings.context_length.max() + t)[:, None]",
         "unsloth 3699, PR 4078: the cache's column for each row's own position",
@@ -966,7 +965,7 @@ MUTANTS = [
     Mutant(
         "every epoch of the data in one order",
         "rljax/data/prompts.py",
-        "_drawn",
+        "_indices_of_draws",
         "[0, seed, int(epoch)]",
         "[0, seed, 0]",
         "PyTorch's DistributedSampler without set_epoch",
@@ -984,8 +983,8 @@ MUTANTS = [
     # --------------------------------------------------------------------------------------------- metrics, preferences
     Mutant(
         "mean reward counts what was not judged as 0",
-        "rljax/train/diagnostics.py",
         "rljax/train/metrics.py",
+        "rollout_metrics",
         '"reward": masked_mean(total, valid),',
         '"reward": total.mean(),',
         "verl 4417",
@@ -993,8 +992,8 @@ MUTANTS = [
     ),
     Mutant(
         "KL of the wrong direction is logged",
-        "rljax/train/diagnostics.py",
         "rljax/train/metrics.py",
+        "policy_metrics",
         '"kl_behavior": k3(behavior_logp, output.logp),',
         '"kl_behavior": k3(output.logp, behavior_logp),',
         "the samples are the behaviour policy's: OpenRLHF 768 and slime PR 1004 on which KL is which",
@@ -1003,7 +1002,7 @@ MUTANTS = [
     Mutant(
         "the coefficient of the state is ignored",
         "rljax/algorithms/common/wrappers.py",
-        "_add.loss",
+        "_with_term.loss",
         "batch.coefficients.get(name, coefficient)",
         "coefficient",
         "flags that do nothing: verl 607; slime PR 399",
@@ -1030,7 +1029,7 @@ MUTANTS = [
     Mutant(
         "KTO's reference point below 0",
         "rljax/algorithms/kto.py",
-        "kto.before",
+        "kto.set_reference_point",
         "z = jnp.maximum(masked_mean(mismatched.log_ratio, has_tokens(batch.mismatched)), 0.0)",
         "z = masked_mean(mismatched.log_ratio, has_tokens(batch.mismatched))",
         "arXiv:2402.01306, eq. 8: a KL is not negative, its estimate may be",
@@ -1074,8 +1073,8 @@ MUTANTS = [
     ),
     Mutant(
         "pass@k with the share plugged in",
-        "rljax/train/diagnostics.py",
         "rljax/ops/pass_at_k.py",
+        "pass_at_k",
         "factor = jnp.maximum(n - c - j, 0) / jnp.maximum(n - j, 1)",
         "factor = (n - c) / n + 0.0 * j",
         "1 - (1 - c/n)^k is biased: arXiv:2107.03374, eq. 1",
@@ -1085,7 +1084,7 @@ MUTANTS = [
     Mutant(
         "a window of one position too many",
         "rljax/models/attention.py",
-        "Sight._sees",
+        "AttentionMask._visible_part",
         "causal & (distance < window)",
         "causal & (distance <= window)",
         "jax.nn.dot_product_attention's local_window_size counts otherwise than Hugging Face's sliding_window",
@@ -1094,7 +1093,7 @@ MUTANTS = [
     Mutant(
         "an adapter without its scale",
         "rljax/models/lora.py",
-        "Lora.scale",
+        "LoraConfig.scale",
         "self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)",
         "1.0",
         "arXiv:2106.09685 and 2312.03732; adapters merged without alpha/r",
@@ -1103,7 +1102,7 @@ MUTANTS = [
     Mutant(
         "gradient through DoRA's norm",
         "rljax/models/lora.py",
-        "attach.one",
+        "attach.attach_one",
         "jax.lax.stop_gradient",
         "",
         "arXiv:2402.09353, section 4.3: the norm is a constant",
@@ -1112,7 +1111,7 @@ MUTANTS = [
     Mutant(
         "a score read one token early",
         "rljax/models/heads.py",
-        "make_step_model.step_logits",
+        "make_process_reward_model.step_scores",
         'return apply_head(hidden[:, 1:], params["score_head"])',
         'return apply_head(hidden[:, :-1], params["score_head"])',
         "reward models that read before the last token: OpenRLHF and TRL search for EOS or pad",
@@ -1130,7 +1129,7 @@ MUTANTS = [
     Mutant(
         "transposed arrays handed to safetensors",
         "rljax/models/hf.py",
-        "_stored",
+        "_stored_tensor",
         "return np.ascontiguousarray(array.reshape(math.prod(array.shape[: num_input_axes(path)]), -1).T)",
         "return array.reshape(math.prod(array.shape[: num_input_axes(path)]), -1).T",
         "safetensors 0.8.0 writes arrays that are not contiguous wrongly",
@@ -1148,7 +1147,7 @@ MUTANTS = [
     Mutant(
         "the next episode's first observation for this one's last",
         "rljax/rollouts/unroll.py",
-        "unroll.one",
+        "unroll.one_step",
         '"next_inputs": out.observation,',
         '"next_inputs": reset_if_ended(noise.resets[0], out.observation),',
         "PureJaxRL dqn.py:163; mujoco_playground 305: the terminal observation is lost in the reset",
@@ -1175,7 +1174,7 @@ MUTANTS = [
     Mutant(
         "half an export",
         "rljax/models/layout.py",
-        "written_whole",
+        "atomic_directory",
         'directory.with_name(f".{directory.name}.unfinished")',
         "directory",
         "exports killed in the middle that load later (USERS, pain of checkpoints)",
@@ -1184,7 +1183,7 @@ MUTANTS = [
     Mutant(
         "the share of a refreshed reference is the reference's",
         "rljax/models/policy.py",
-        "_mix",
+        "_interpolate.interpolate_leaf",
         "(1.0 - alpha) * x + alpha * y",
         "alpha * x + (1.0 - alpha) * y",
         "TR-DPO, arXiv:2404.09656: the share is the policy's",
@@ -1193,7 +1192,7 @@ MUTANTS = [
     Mutant(
         "a line search that forgets its bound",
         "rljax/ops/trust_region.py",
-        "line_search.one",
+        "line_search.try_candidate",
         "(distance <= delta) & (after < before)",
         "after < before",
         "modular_rl accepts by improvement alone; TRPO, arXiv:1502.05477",
@@ -1211,7 +1210,7 @@ MUTANTS = [
     Mutant(
         "the mean KL of a micro-batch",
         "rljax/train/trust_region.py",
-        "make_trust_region_update.step.measured.of_rows",
+        "make_trust_region_update.step.loss_and_kl.of_rows",
         "batch.mask.sum",
         "rows.mask.sum",
         "weights are fixed over the whole batch (DESIGN)",
@@ -1220,7 +1219,7 @@ MUTANTS = [
     Mutant(
         "texts of a packed row that see each other",
         "rljax/train/packing.py",
-        "pack",
+        "_place_sequences",
         "segments[target, span] = segments[target, start - 1] + 1",
         "segments[target, span] = 1",
         "packing changes the loss: TRL PR 3526, OpenRLHF 377",
