@@ -40,11 +40,11 @@ EXCEPTIONS = {
     "absent rows": {"clip_cov": RANDOM, "all at once": RANDOM},
     "zero advantage": {
         **dict.fromkeys(
-            ("sft", "dft", "dro", "kl_cov", "ppo_penalty", "a_star_po", "vapo + likelihood", "all at once"), PULL
+            ("sft", "dft", "dro", "kl_cov", "ppo_penalty", "a_star_po", "vapo + positive nll", "all at once"), PULL
         ),
         **{name: PULL for name in ALGORITHMS if "+ kl" in name or "entropy" in name or "importance-weighted" in name},
         "rloo + kl in reward": None,
-        "dapo + only high entropy": None,
+        "dapo + high entropy mask": None,
     },
     "on-policy gradient": {
         "a_star_po": "is a regression, not a policy gradient",
@@ -52,9 +52,9 @@ EXCEPTIONS = {
         "real": "is a classification, not a policy gradient",
         "clip_cov": "holds some tokens back",
         "kl_cov": "|log π - log π_old| has no slope at 0: rounding decides its sign",
-        "dapo + only high entropy": "holds some tokens back",
+        "dapo + high entropy mask": "holds some tokens back",
         "all at once": "holds some tokens back",
-        "vapo + likelihood": PULL,
+        "vapo + positive nll": PULL,
     },
 }
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rljax.ops.shapes import PerToken, Segments, TokenMask
 
 
-def _require_bool(mask: TokenMask) -> None:
+def _require_bool(mask: jax.Array) -> None:
     """Raise TypeError for segments in the place of a mask: a call with the arguments of a function of `ops.weights`."""
     if mask.dtype != bool:
         raise TypeError(f"mask must be bool, not {mask.dtype}: the arguments are (x, mask, segments)")

@@ -4,7 +4,6 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -61,8 +60,9 @@ def count(name, packed):
 @pytest.mark.parametrize("name", OURS)
 def test_segments_in_the_place_of_a_mask_are_refused(name):
     """As a function of `ops.weights` is called: (mask, segments)."""
-    ours = inspect.unwrap(OURS["sum" if name == "mean" else name][0])  # without the tests' own check of types
-    with pytest.raises(TypeError, match="mask must be bool, not int32"):
-        ours(jnp.asarray(MASK), jnp.asarray(SEGMENTS, jnp.int32))
-    with pytest.raises((TypeError, jaxtyping.TypeCheckError)):
-        OURS[name][0](jnp.asarray(MASK), jnp.asarray(SEGMENTS, jnp.int32))
+    segments = jnp.asarray(SEGMENTS, jnp.int32)
+    with pytest.raises(TypeError):
+        OURS[name][0](jnp.asarray(MASK), segments)
+    if name != "mean":  # which calls the sum; and without the check of types that tests have
+        with pytest.raises(TypeError, match="mask must be bool, not int32"):
+            inspect.unwrap(OURS[name][0])(jnp.asarray(MASK), segments)
