@@ -82,7 +82,7 @@ def test_a_terminal_reads_along(asked, monkeypatch, capsys):
 
 
 def test_what_a_terminal_obeys_is_not_printed(capsys):
-    answers = generate.Answers(*(np.array([x]) for x in ([7], [-1.0], 1, True, True)))
+    answers = generate.Completions(*(np.array([x]) for x in ([7], [-1.0], 1, True, True)))
     generate.show([answers], [""], ["is"], 1, lambda *_: "\x1b[2J\ta\nb\x9b", [])
     assert capsys.readouterr().out.startswith("is�[2J")
 
