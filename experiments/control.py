@@ -31,7 +31,7 @@ from rljax.envs.gymnax import make_gymnax
 from rljax.envs.maze import make_maze
 from rljax.envs.pendulum import make_pendulum
 from rljax.train import pictures
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 ENVS: dict[str, Callable] = {
     "acrobot": make_acrobot,
@@ -185,7 +185,7 @@ def main(cfg: Config) -> dict[str, float]:
     pictures.write(directory, title, rows, shown, {**sizes._asdict(), **hyper._asdict()})
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}
-    say(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
+    log_info(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
     return reached
 
 

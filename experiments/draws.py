@@ -7,7 +7,7 @@ from options import Batches
 from rljax.data.prompts import Prompts
 from rljax.rollouts import partial as rollouts
 from rljax.rollouts.sampler import sample
-from rljax.train.mesh import Shardings, place_prompts
+from rljax.train.mesh import Shardings, shard_prompts
 from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
 
 
@@ -36,7 +36,7 @@ def make_draw(
     drawn = sampling.replace(stop_after=(count + wait) * n - wait) if wait else sampling
 
     def of_rows(state: TrainState, step: int, rows: Rows) -> Trajectory:
-        return sample(lm, state.params, state.frozen, place_prompts(shardings, rows), drawn, seed, step)
+        return sample(lm, state.params, state.frozen, shard_prompts(shardings, rows), drawn, seed, step)
 
     def draw(state: TrainState, step: int):
         if not wait:

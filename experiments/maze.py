@@ -20,7 +20,7 @@ from classical.tabular import Hyper, make_learn
 from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import optimal_action_values
 from rljax.train import pictures
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def main(cfg: Config) -> dict[str, float]:
     table("Q, mean over seeds (exact)", rows)
     pictures.write(cfg.directory, f"{title}: Q, mean over seeds (exact)", rows, shown, dataclasses.asdict(cfg))
     reached = {"distance": float(np.median(found.distance[:, -1])), "optimal": float(right.mean())}
-    say(
+    log_info(
         f"median of max |Q - Q*| after {cfg.steps} steps: {reached['distance']:.2g}; "
         f"optimal policy in {right.sum()} of {cfg.seeds} runs; report in {cfg.directory}"
     )

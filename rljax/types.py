@@ -88,7 +88,7 @@ class Pairs:
 
 
 @struct.dataclass
-class Judged:
+class Unpaired:
     """B answers, each judged good or bad alone: the batch of KTO and BCO."""
 
     traj: Trajectory  # [B T]
@@ -255,7 +255,7 @@ def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory
     )
 
 
-def check(x: Trajectory | Batch) -> None:
+def check_shapes(x: Trajectory | Batch) -> None:
     """Raise ValueError, naming the field, unless every [B T] field of `x` has the shape of its mask. Free under jit."""
     traj = x.traj if isinstance(x, Batch) else x
     B, T = traj.mask.shape

@@ -97,7 +97,7 @@ def test_the_divergence_of_two_actors_in_both_directions(continuous):
     blank = jnp.zeros((2, 4))
     traj = Trajectory(seen, blank, blank, blank == 0, dist=mlp.distribution(old, seen))
     for direction, (p, q) in {"old_new": (old, new), "new_old": (new, old)}.items():
-        got = mlp.make_divergence(direction)(new, old, {}, traj)
+        got = mlp.make_mlp_divergence(direction)(new, old, {}, traj)
         if continuous:
             draws, spread = 40_000, 0.1
             (m, s), (n, u) = mlp.distribution(p, seen), mlp.distribution(q, seen)

@@ -104,6 +104,6 @@ def test_dqn_finds_the_optimal_values(changes, share):
     train = jax.jit(dqn.make_train(env, sizes))
     hyper = jax.tree.map(jnp.float32, dqn.Hyper(1e-3, GAMMA, epsilon=1.0, share=share))
     params, _ = train(dqn.init(env, jax.random.key(0), (32, 32)), jax.random.key(1), hyper)
-    q = np.asarray(mlp.action_values(params, jnp.eye(6)))
+    q = np.asarray(mlp.q_values(params, jnp.eye(6)))
     assert np.abs(q - TRUTH)[INSIDE].max() < 0.3
     assert optimal(q[None]).all()

@@ -13,7 +13,7 @@ from rljax.models import mlp
 from rljax.rollouts import replay
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
-from rljax.train.compiled import follow
+from rljax.train.compiled import polyak_update
 from rljax.train.update import make_update
 from rljax.types import TrainState, Transition
 
@@ -66,7 +66,7 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
     def train(params, key, hyper: Hyper):
         optimizer = optax.flatten(optax.adam(hyper.learning_rate))
-        update = make_update(dqn(mlp.action_values, sizes.double, sizes.huber), optimizer)
+        update = make_update(dqn(mlp.q_values, sizes.double, sizes.huber), optimizer)
         starting, learning, key = jax.random.split(key, 3)
         carry = reset_envs(env, starting, sizes.rows)
         see = jax.ShapeDtypeStruct(carry[0].shape[1:], carry[0].dtype)
@@ -93,7 +93,9 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
             seen = (n + 1) * sizes.every
             learner = jax.lax.cond(seen > sizes.start, learn, lambda state: state, state.replace(extra=None))
-            target = follow(learner.frozen["target"], learner.params, hyper.share, seen % sizes.target_every == 0)
+            target = polyak_update(
+                learner.frozen["target"], learner.params, hyper.share, seen % sizes.target_every == 0
+            )
             state = learner.replace(frozen={"target": target}, extra=(carry, kept))
             total, count, running = episode_returns(traj, running)
             return (state, running), {"return": total / jnp.maximum(count, 1), "episodes": count}

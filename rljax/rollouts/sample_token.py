@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rljax.ops import sampling as ops
-from rljax.ops.logprobs import logp_of, softmax
+from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.types import Array, Sampling
 
 LEGAL_RANGES = {
@@ -110,7 +110,7 @@ def sample_token(
     token = ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))
 
     if sampling.logp == "policy":
-        logp = logp_of(policy, token)
+        logp = softmax_logp(policy, token)
     else:
         chosen_mass = jnp.take_along_axis(masses, token[:, None], axis=-1)[:, 0]
         logp = jnp.log(chosen_mass / masses.sum(axis=-1))

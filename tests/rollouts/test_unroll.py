@@ -101,7 +101,7 @@ def test_the_trainer_finds_the_samplers_log_probs(env):
     def play(params):
         _, traj = unroll(env, mlp.act, params, draw_noise(env, key, 8, 30), reset_envs(env, key, 8))
         traj = mlp.annotate(params, traj)
-        return traj, mlp.make_policy()(params, {}, traj)
+        return traj, mlp.make_mlp_policy()(params, {}, traj)
 
     traj, output = play(params)
     np.testing.assert_allclose(output.logp, traj.logp, atol=1e-5)

@@ -25,14 +25,14 @@ from typing import Literal
 
 import options
 from rljax.data.prompts import Prompts, from_template, read_jsonl
-from rljax.data.stop_strings import text_so_far
+from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts.decode_state import Completions
 from rljax.rollouts.sample_token import check_sampling
 from rljax.rollouts.streaming import stream
 from rljax.train import mesh as meshes
-from rljax.train.log import live, say, short
+from rljax.train.log import format_number, is_interactive, log_info
 
 ENDED = ("length", "stop")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write what a terminal obeys
@@ -66,20 +66,20 @@ def main(cfg: Config) -> list[dict]:
             "legal in a stream: max_concurrent=None"
         )
     config, mesh = hf.read_config(cfg.model), meshes.make_mesh(**dataclasses.asdict(cfg.mesh))
-    tokenizer = options.tokenizer(cfg.model, config.vocabulary)
+    tokenizer = options.tokenizer(cfg.model, config.vocab_size)
     prompts, text = read_prompts(cfg, tokenizer, config.max_positions)
-    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
+    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     strings = [options.new_lines(string).encode() for string in cfg.sampling.stop_strings]
-    pieces = options.pieces(tokenizer, config.vocabulary)
+    pieces = options.token_bytes(tokenizer, config.vocab_size)
     pieces = [b"" if i in tokenizer.stop else piece for i, piece in enumerate(pieces)]
     check_sampling(sampling)
 
     def read(answers: Completions, i: int) -> str:
-        return text_so_far(answers.tokens[i, : answers.num_tokens[i]], pieces, strings, bool(answers.done[i]))
+        return streamed_text(answers.tokens[i, : answers.num_tokens[i]], pieces, strings, bool(answers.done[i]))
 
     config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
     config = dataclasses.replace(config, dtype=cfg.dtype)
-    places = meshes.param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    places = meshes.param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
     params, lm = {"decoder": hf.load(cfg.model, config, places, cfg.dtype)}, decoder.language_model(config)
 
     records, rates, began = [], [], time.perf_counter()
@@ -87,7 +87,7 @@ def main(cfg: Config) -> list[dict]:
         asked = [text(row) for row in rows.columns]
         heads = [f"[{i + 1}/{len(prompts)}] " * (len(prompts) > 1) for i in rows.number]
         apart = "\n" * (cfg.chat or cfg.n > 1)
-        drawn = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if live() else 16)
+        drawn = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if is_interactive() else 16)
         answers = show(drawn, heads, [prompt + apart for prompt in asked], cfg.n, read, rates)
         for p, prompt in enumerate(asked):
             records.append(record(prompt, rows.columns[p], answers, range(p * cfg.n, (p + 1) * cfg.n), read))
@@ -95,8 +95,8 @@ def main(cfg: Config) -> list[dict]:
             with open(cfg.out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records[-len(asked) :])
     tokens = sum(sum(line["tokens"]) for line in records)
-    pace = f", typically {short(statistics.median(rates))} a second" if rates else ""
-    say(f"{tokens:,} tokens in {time.perf_counter() - began:.1f} s{pace}", "dim")
+    pace = f", typically {format_number(statistics.median(rates))} a second" if rates else ""
+    log_info(f"{tokens:,} tokens in {time.perf_counter() - began:.1f} s{pace}", "dim")
     return records
 
 
@@ -111,7 +111,7 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     longest = options.longest_prompt(0, cfg.sampling.max_tokens, context)
     prompts = Prompts(columns, encode, text, longest, pad=tokenizer.pad)
     if prompts.dropped:
-        say(f"{prompts.dropped} of {len(columns)} prompts dropped, over {longest} tokens")
+        log_info(f"{prompts.dropped} of {len(columns)} prompts dropped, over {longest} tokens")
     return prompts, text
 
 
@@ -128,14 +128,14 @@ def show(
         now, tokens = time.perf_counter(), int(answers.num_tokens.sum())
         if before is not None:
             rates.append((tokens - before[1]) / (now - before[0]))
-        while at < len(answers.done) and (live() or answers.done[at]):
+        while at < len(answers.done) and (is_interactive() or answers.done[at]):
             text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", read(answers, at))
-            say(text[shown:], end="")
+            log_info(text[shown:], end="")
             shown = len(text)
             if not answers.done[at]:
                 break
             why = ENDED[bool(answers.terminated[at])]
-            say(f"\n({answers.num_tokens[at]} tokens, {why}, log-prob {answers.logp[at].sum():.1f})", "dim")
+            log_info(f"\n({answers.num_tokens[at]} tokens, {why}, log-prob {answers.logp[at].sum():.1f})", "dim")
             at, shown = at + 1, 0
             if at < len(answers.done):
                 begin(heads, asked, n, at)
@@ -147,10 +147,10 @@ def begin(heads: list[str], asked: list[str], n: int, at: int) -> None:
     """What stands before answer `at`: its prompt, and its number where there are several."""
     prompt, answer = divmod(at, n)
     if answer == 0:
-        say(heads[prompt], "dim", end="")
-        say(CONTROL.sub("\N{REPLACEMENT CHARACTER}", asked[prompt]), "bold", end="")
+        log_info(heads[prompt], "dim", end="")
+        log_info(CONTROL.sub("\N{REPLACEMENT CHARACTER}", asked[prompt]), "bold", end="")
     if n > 1:
-        say(f"{answer + 1}/{n} ", "cyan", end="")
+        log_info(f"{answer + 1}/{n} ", "cyan", end="")
 
 
 def record(prompt: str, columns: dict, answers: Completions, which: range, read: Callable) -> dict:
