@@ -211,6 +211,7 @@ def compiled(algorithm, params, shardings=None, policy=table_policy, micro_batch
 
 # Of a sum over the decisions whose absolute values add up to at most four times its largest number; of a few numbers.
 SUMS, NUMBERS = bounds.of_sum(4 * B * T), bounds.of_sum(4)
+LOGP = bounds.of_sum(V, 4.0)  # of a log-prob of the table: a softmax over V logits, as large as 4
 
 
 def agree(got, want, rtol=SUMS, rounding=NUMBERS):
