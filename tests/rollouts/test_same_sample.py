@@ -9,6 +9,7 @@ from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.types import Sampling
 from rollouts.common import (
+    CLOSE,
     CONFIG,
     LM,
     STOP,
