@@ -16,7 +16,7 @@ from experiments.tables.exact.language import Tree, on_last_token, prefix_values
 from experiments.tables.exact.markdown import format_correlation, markdown_table
 from experiments.tables.exact.problems import Problem, make_trajectory
 from rljax.algorithms.grpo import grpo
-from rljax.algorithms.reinforce import leave_one_out, reinforce
+from rljax.algorithms.reinforce import leave_one_out_baseline, reinforce
 from rljax.ops.returns import discounted_returns, gae
 from rljax.types import Algorithm
 
@@ -174,7 +174,9 @@ def outcome_credit(tree: Tree, problem: Problem) -> dict[str, Correlations]:
     for size in (2, 3):
         without_std = group_agreement(decisions, grpo(std_epsilon=None), size)
         rows[f"reward - group mean, of {size}"] = without_std
-        rows[f"reward - mean of the others, of {size}"] = group_agreement(decisions, reinforce(leave_one_out), size)
+        rows[f"reward - mean of the others, of {size}"] = group_agreement(
+            decisions, reinforce(leave_one_out_baseline), size
+        )
         rows[f"GRPO (group's std too), of {size}"] = group_agreement(decisions, grpo(), size)
     step_returns = discounted_returns(problem.token_rewards, mask)
     rows["this and later step rewards, arbitrary"] = agreement(decisions, step_returns)
