@@ -80,7 +80,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "leave one out + NLL of positive completions": a.with_likelihood_of_good(RLOO),
     "DAPO, overlong punishment": a.penalise_overlong(a.dapo(), MAX_LENGTH, 1),
     "GRPO, off-policy sequence mask": a.drop_stale_failures(a.grpo()),
-    "GRPO, completions rejected": a.reject(a.grpo(), high=0.05),
+    "GRPO, rejected by sequence": a.reject(a.grpo(), high=0.05),
     "GRPO, truncated sampler ratio": a.truncate_is(a.grpo()),
     "GRPO, masked sampler ratio (IcePop)": a.mask_is(a.grpo()),
     "leave one out, sequence sampler ratio": a.truncate_is(RLOO, 1e6, sequence_product),
