@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experiments.common.command_line import run
 
 from experiments.common import pictures
-from experiments.common.command_line import run
 from experiments.control_methods import dqn, on_policy
 from rljax.envs.acrobot import make_acrobot
 from rljax.envs.cartpole import make_cartpole
@@ -32,7 +32,7 @@ from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.gymnax import make_gymnax
 from rljax.envs.maze import make_maze
 from rljax.envs.pendulum import make_pendulum
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 # ------------------------------------------------------------------------------------- names of the command line
 
@@ -221,7 +221,7 @@ def main(cfg: Config) -> dict[str, float]:
     pictures.write_report(directory, title, rows, figures, {**sizes._asdict(), **hyper._asdict()})
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}
-    say(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
+    log_info(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
     return reached
 
 
@@ -245,7 +245,7 @@ def settings(cfg: Config) -> Settings:
 
 def max_episode_steps(env: Env) -> int:
     """Steps after which an episode is truncated, by the environment's own parameters; 500 where they have none."""
-    for name in ("limit", "max_steps_in_episode"):
+    for name in ("max_steps", "max_steps_in_episode"):
         limit = getattr(env.params, name, None)
         if limit is not None:
             return int(limit)

@@ -14,13 +14,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from experiments.common.command_line import run
 
 from experiments.common import pictures
-from experiments.common.command_line import run
 from experiments.control_methods import tabular
-from rljax.envs.maze import make_maze, maze_mdp, number
+from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import optimal_action_values
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 METHODS: dict[str, tabular.Method] = {
     "q_learning": tabular.Q_LEARNING,
@@ -58,7 +58,7 @@ def main(cfg: Config) -> dict[str, float]:
     """Learn, write the report, and return how far from the exact values the runs ended."""
     if not 0 < cfg.gamma <= 1 or cfg.seeds < 1:
         raise ValueError(f"gamma = {cfg.gamma}, seeds = {cfg.seeds}; legal: 0 < gamma <= 1, seeds from 1")
-    env = make_maze(cfg.rows, cfg.columns, cfg.start, cfg.goal, cfg.trap, cfg.walls, slip=cfg.slip, observe=number)
+    env = make_maze(cfg.rows, cfg.columns, cfg.start, cfg.goal, cfg.trap, cfg.walls, slip=cfg.slip, observe=cell_index)
     truth = optimal_action_values(maze_mdp(env.params, cfg.gamma))
     train = tabular.make_train(env, METHODS[cfg.method], cfg.rows * cfg.columns, cfg.steps)
     train_all_seeds = jax.jit(jax.vmap(train, (0, None, None)))
@@ -86,7 +86,7 @@ def main(cfg: Config) -> dict[str, float]:
     settings = dataclasses.asdict(cfg)
     pictures.write_report(cfg.directory, f"{title}: Q, mean over seeds (exact)", rows, figures, settings)
     reached = {"distance": float(np.median(result.distance[:, -1])), "optimal": float(optimal.mean())}
-    say(
+    log_info(
         f"median of max |Q - Q*| after {cfg.steps} steps: {reached['distance']:.2g}; "
         f"optimal policy in {optimal.sum()} of {cfg.seeds} runs; report in {cfg.directory}"
     )

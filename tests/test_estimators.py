@@ -11,9 +11,9 @@ import pytest
 from experiments.tables import estimators
 from experiments.tables.exact import credit, divergences, gradients, language, problems
 from rljax.algorithms import dr_grpo, grpo, maxrl, off_policy_pg, ppo, reinforce, remax
-from rljax.algorithms.reinforce import group_mean
+from rljax.algorithms.reinforce import group_mean_baseline
 from rljax.ops.ratios import token_level
-from rljax.ops.weights import sequence_mean, sequence_sum
+from rljax.ops.weights import seq_mean_token_mean, seq_mean_token_sum
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "estimators.md"
 SMALL_EPSILON = 1e-13  # too small to change the standard deviations of these rewards
@@ -32,7 +32,7 @@ def random_problem(tree, binary=False):
 
 
 def measured(algorithms, tree, stack, group_size):
-    return gradients.measure_gradients(algorithms, [sequence_mean, sequence_sum], tree, stack, group_size)
+    return gradients.measure_gradients(algorithms, [seq_mean_token_mean, seq_mean_token_sum], tree, stack, group_size)
 
 
 def softmax(logits):
@@ -106,7 +106,7 @@ def in_pairs():
         stack = [random_problem(tree), random_problem(tree, binary=True)]
         stack += problems.random_problems(tree, 0, (NEAR, FAR))[1:]
         algorithms = {
-            "group mean": reinforce(group_mean),
+            "group mean": reinforce(group_mean_baseline),
             "RLOO": reinforce(),
             "Dr.GRPO": dr_grpo(3.0),
             "GRPO": grpo(std_epsilon=SMALL_EPSILON),
@@ -118,7 +118,7 @@ def in_pairs():
         return tree, stack, measured(algorithms, tree, stack, 2)
 
 
-OWN, MEAN, SUM = range(3)  # weightings: the algorithm's own, sequence_mean, sequence_sum
+OWN, MEAN, SUM = range(3)  # weightings: the algorithm's own, seq_mean_token_mean, seq_mean_token_sum
 
 
 def test_mean_and_variance_over_pairs_are_those_of_a_plain_loop(in_pairs):
@@ -164,7 +164,7 @@ def grpo_weight(p, G):
 
 
 def test_with_right_and_wrong_completions_grpo_weighs_a_prompt_by_its_odds(in_pairs):
-    """Under sequence_sum whatever the lengths; terms divided by the completion's length climb something else."""
+    """Under seq_mean_token_sum whatever the lengths; terms divided by the completion's length climb something else."""
     tree, (_, binary, *_), found = in_pairs
     _, score, probs, R = by_hand(tree, binary)
     J, mean = (probs * R) @ score, found["GRPO"][0][1]
@@ -392,9 +392,9 @@ def test_printed_numbers_are_those_of_a_plain_loop(weighting):
         p = by_hand(tree, problem._replace(policy=problem.behavior))[2][triples].prod(1)
         share = {
             "token_mean": 1 / np.repeat(length[triples].sum(1), 3).reshape(-1, 3),
-            "sequence_mean": 1 / length[triples] / 3,
-            "sequence_sum": np.ones(triples.shape) / 3,
-            "constant_length": np.ones(triples.shape) / 9,
+            "seq_mean_token_mean": 1 / length[triples] / 3,
+            "seq_mean_token_sum": np.ones(triples.shape) / 3,
+            "seq_mean_token_sum_norm": np.ones(triples.shape) / 9,
         }[weighting]
         advantages = 1.5 * (R[triples] - R[triples].mean(1)[:, None])
         g = np.einsum("ij,ijk->ik", share * advantages, score[triples])

@@ -7,12 +7,12 @@ import pytest
 
 from experiments.control_methods import dqn, tabular
 from experiments.control_methods.tabular import Hyperparams
-from rljax.envs.maze import make_maze, maze_mdp, number
+from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import action_values, optimal_action_values
 from rljax.models import mlp
 
 GAMMA, SEEDS = 0.9, 100
-MAZE = make_maze(start=None, observe=number)
+MAZE = make_maze(start=None, observe=cell_index)
 MDP = maze_mdp(MAZE.params, GAMMA)
 TRUTH = np.asarray(optimal_action_values(MDP))
 INSIDE = [0, 1, 3, 4]  # cells where an action is chosen
@@ -109,6 +109,6 @@ def test_dqn_finds_the_optimal_values(changes, tau):
     train = jax.jit(dqn.make_train(env, sizes))
     hyper = jax.tree.map(jnp.float32, dqn.Hyperparams(1e-3, GAMMA, final_epsilon=1.0, tau=tau))
     params, _ = train(dqn.init_params(env, jax.random.key(0), (32, 32)), jax.random.key(1), hyper)
-    q = np.asarray(mlp.action_values(params, jnp.eye(6)))
+    q = np.asarray(mlp.q_values(params, jnp.eye(6)))
     assert np.abs(q - TRUTH)[INSIDE].max() < 0.3
     assert optimal(q[None]).all()

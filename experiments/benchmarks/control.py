@@ -140,7 +140,7 @@ def dqn_networks_alone(sizes: dqn.Sizes) -> float:
     target = mlp.init_q(jax.random.key(0), 4, 2)
 
     def loss(params, observations):
-        error = mlp.action_values(params, observations) - mlp.action_values(target, observations)
+        error = mlp.q_values(params, observations) - mlp.q_values(target, observations)
         return (error**2).mean()
 
     updates = (sizes.total_steps - sizes.learning_starts) // sizes.train_frequency * sizes.gradient_steps

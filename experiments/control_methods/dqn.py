@@ -12,8 +12,8 @@ from rljax.envs.env import Box, Env
 from rljax.models import mlp
 from rljax.rollouts import replay
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, chance, finished, unroll
-from rljax.train.compiled import follow
+from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
+from rljax.train.compiled import polyak_update
 from rljax.train.update import make_update
 from rljax.types import Params, TrainState, Trajectory, Transition
 
@@ -59,16 +59,16 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
     def train(params: Params, key, hyper: Hyperparams):
         optimizer = optax.flatten(optax.adam(hyper.learning_rate))
-        update = make_update(dqn(mlp.action_values, sizes.double, sizes.huber), optimizer)
+        update = make_update(dqn(mlp.q_values, sizes.double, sizes.huber), optimizer)
         reset_key, learner_key, key = jax.random.split(key, 3)
-        envs = begin(env, reset_key, sizes.num_envs)
+        envs = reset_envs(env, reset_key, sizes.num_envs)
         buffer = empty_buffer(envs[0], sizes.buffer_size)
         target = {"target": params}
         state = TrainState(jnp.int32(0), params, optimizer.init(params), learner_key, target, extra=(envs, buffer))
 
         def train_on_replay(state: TrainState, buffer, bits):
             def gradient_step(state, bits):
-                state, _ = update(state, replay.draw(buffer, bits))
+                state, _ = update(state, replay.sample_from_buffer(buffer, bits))
                 return state, None
 
             return jax.lax.scan(gradient_step, state, bits)[0]
@@ -79,7 +79,7 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
             envs, buffer = state.extra
             epsilon = exploration_epsilon(hyper, n, iterations)
             envs, traj = unroll(env, mlp.act_epsilon_greedily, (state.params, epsilon), noise, envs)
-            buffer = replay.add(buffer, replay.transitions(traj, hyper.gamma, sizes.n_step))
+            buffer = replay.add_to_buffer(buffer, replay.transitions(traj, hyper.gamma, sizes.n_step))
 
             steps_done = (n + 1) * sizes.train_frequency
             state = jax.lax.cond(
@@ -89,9 +89,9 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
                 state.replace(extra=None),
             )
             due = steps_done % sizes.target_frequency == 0
-            target = follow(state.frozen["target"], state.params, hyper.tau, due)
+            target = polyak_update(state.frozen["target"], state.params, hyper.tau, due)
             state = state.replace(frozen={"target": target}, extra=(envs, buffer))
-            total, count, running_return = finished(traj, running_return)
+            total, count, running_return = episode_returns(traj, running_return)
             return (state, running_return), {"return": total / jnp.maximum(count, 1), "episodes": count}
 
         def iterations_of_a_chunk(carry, scanned):
@@ -139,7 +139,7 @@ def draw_chunk(env: Env, sizes: Sizes, chunk: int, key) -> tuple:
     """The random numbers of `chunk` iterations: of the steps, and of the transitions drawn from the buffer."""
     length = sizes.train_frequency // sizes.num_envs
     noise_key, replay_key = jax.random.split(key)
-    noise = chance(env, noise_key, sizes.num_envs, chunk * length)
+    noise = draw_noise(env, noise_key, sizes.num_envs, chunk * length)
     noise = jax.tree.map(lambda x: x.reshape(chunk, length, *x.shape[1:]), noise)
     bits = jax.random.bits(replay_key, (chunk, sizes.gradient_steps, sizes.batch_size))
     return noise, bits
@@ -150,7 +150,7 @@ def empty_buffer(observations, size: int) -> replay.Replay:
     observation = jax.ShapeDtypeStruct(observations.shape[1:], observations.dtype)
     action = jax.ShapeDtypeStruct((), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    return replay.empty(Transition(observation, action, number, observation, number), size)
+    return replay.init_buffer(Transition(observation, action, number, observation, number), size)
 
 
 def init_params(env: Env, key, widths: tuple[int, ...] = (120, 84)) -> Params:

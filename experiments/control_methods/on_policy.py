@@ -22,15 +22,15 @@ from rljax.algorithms import (
     vtrace,
     with_entropy,
 )
-from rljax.algorithms.controllers import ppo_penalty_coefficient
-from rljax.algorithms.reinforce import batch_mean, leave_one_out, no_baseline
+from rljax.algorithms.common.controllers import ppo_penalty_coefficient
+from rljax.algorithms.reinforce import batch_mean_baseline, leave_one_out_baseline, no_baseline
 from rljax.envs.env import Box, Env
 from rljax.models import mlp
 from rljax.ops import losses
 from rljax.ops.weights import token_mean
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, chance, finished, unroll
-from rljax.train.compiled import decisions, follow, of_part, scan_updates
+from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
+from rljax.train.compiled import flatten_time, polyak_update, scan_updates, update_subtree
 from rljax.train.objective import policy_objective
 from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import make_update
@@ -97,9 +97,9 @@ class Rollout(NamedTuple):
 
 def collect_steps(env: Env, sizes: Sizes, params: Params, collector: Collector, key) -> Rollout:
     """`num_steps` further steps of each environment, and values by `params`; episodes continue in the next rollout."""
-    noise = chance(env, key, sizes.num_envs, sizes.num_steps, num_draws(env))
+    noise = draw_noise(env, key, sizes.num_envs, sizes.num_steps, num_draws(env))
     envs, traj = unroll(env, mlp.act, collector.actor, noise, collector.envs)
-    total_return, num_episodes, running_return = finished(traj, collector.running_return)
+    total_return, num_episodes, running_return = episode_returns(traj, collector.running_return)
     collector = collector._replace(envs=envs, running_return=running_return)
     return Rollout(mlp.annotate(params, traj), collector, total_return, num_episodes)
 
@@ -127,7 +127,7 @@ def adam(learning_rate, max_grad_norm: float = 0.5) -> optax.GradientTransformat
 
 def adam_update(algorithm: Algorithm, optimizer: optax.GradientTransformation) -> Callable:
     """(state, batch) -> (state, metrics): one gradient step on the algorithm's loss."""
-    return make_update(policy_objective(mlp.make_policy(), algorithm), optimizer)
+    return make_update(policy_objective(mlp.make_mlp_policy(), algorithm), optimizer)
 
 
 def joint_learner(algorithm: Algorithm, sizes: Sizes, hyper: Hyperparams) -> Learner:
@@ -139,10 +139,10 @@ def joint_learner(algorithm: Algorithm, sizes: Sizes, hyper: Hyperparams) -> Lea
         learning_rate = optax.linear_schedule(hyper.learning_rate, 0.0, num_updates)
     optimizer = adam(learning_rate)
     update = adam_update(algorithm, optimizer)
-    keep = ("entropy", "kl_behaviour", "value_loss")
+    keep = ("entropy", "kl_behavior", "value_loss")
 
     def learn(state: TrainState, batch):
-        return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)
+        return scan_updates(update, state, flatten_time(batch), sizes.epochs, sizes.minibatches, keep)
 
     return Learner(algorithm, learn, optimizer.init)
 
@@ -167,13 +167,13 @@ def separate_critic_learner(
     """
     optimizers = {"actor": adam(hyper.learning_rate), "critic": adam(hyper.critic_learning_rate)}
     policy_update = policy_update or adam_update(algorithm, optimizers["actor"])
-    policy_step = of_part(policy_update, "actor")
-    critic_step = of_part(adam_update(CRITIC, optimizers["critic"]), "critic")
+    policy_step = update_subtree(policy_update, "actor")
+    critic_step = update_subtree(adam_update(CRITIC, optimizers["critic"]), "critic")
 
     def learn(state: TrainState, batch):
         state, metrics = policy_step(state, batch)
         if "values" in algorithm.needs:
-            state, _ = scan_updates(critic_step, state, decisions(batch), sizes.epochs, sizes.minibatches)
+            state, _ = scan_updates(critic_step, state, flatten_time(batch), sizes.epochs, sizes.minibatches)
         return state, {name: metrics[name] for name in keep}
 
     def init_opt_state(params: Params):
@@ -194,7 +194,7 @@ def ppo_penalty_learner(sizes: Sizes, hyper: Hyperparams, target_kl: float = 0.0
 
     def learn(state: TrainState, batch):
         state, metrics = learner.learn(state, batch)
-        kl = mlp.make_policy()(state.params, {}, batch.traj).kl.mean()
+        kl = mlp.make_mlp_policy()(state.params, {}, batch.traj).kl.mean()
         coefficient = ppo_penalty_coefficient(state.coefficients["kl_old"], kl, target_kl)
         state = state.replace(coefficients={"kl_old": coefficient})
         return state, {**metrics, "kl_old": kl, "kl_coefficient": coefficient}
@@ -205,8 +205,8 @@ def ppo_penalty_learner(sizes: Sizes, hyper: Hyperparams, target_kl: float = 0.0
 def trpo_learner(sizes: Sizes, hyper: Hyperparams) -> Learner:
     """A policy step within `delta` of the policy that acted, without entropy bonus or clipping; a separate critic."""
     algorithm = trpo_gae(hyper.gamma, hyper.lam)
-    objective = policy_objective(mlp.make_policy(), algorithm)
-    divergence = mlp.make_divergence(sizes.kl_direction)
+    objective = policy_objective(mlp.make_mlp_policy(), algorithm)
+    divergence = mlp.make_mlp_divergence(sizes.kl_direction)
     update = make_trust_region_update(objective, divergence, hyper.delta, hyper.damping)
     keep = ("entropy", "kl_step", "accepted", "line_search_trials")
     return separate_critic_learner(algorithm, sizes, hyper, update, keep)
@@ -226,7 +226,7 @@ def vtrace_learner(sizes: Sizes, hyper: Hyperparams) -> Learner:
 
 
 def off_policy_pg_learner(sizes: Sizes, hyper: Hyperparams) -> Learner:
-    return policy_gradient_learner(off_policy_pg(baseline=batch_mean), sizes, hyper)
+    return policy_gradient_learner(off_policy_pg(baseline=batch_mean_baseline), sizes, hyper)
 
 
 def reinforce_learner(sizes: Sizes, hyper: Hyperparams) -> Learner:
@@ -238,7 +238,7 @@ def reinforce_to_go_learner(sizes: Sizes, hyper: Hyperparams) -> Learner:
 
 
 def reinforce_baseline_learner(sizes: Sizes, hyper: Hyperparams) -> Learner:
-    return policy_gradient_learner(reinforce_to_go(leave_one_out, hyper.gamma), sizes, hyper)
+    return policy_gradient_learner(reinforce_to_go(leave_one_out_baseline, hyper.gamma), sizes, hyper)
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
@@ -280,7 +280,7 @@ def make_train(env: Env, method: Method, sizes: Sizes) -> Callable:
     def train(params: Params, key, hyper: Hyperparams):
         learner = method.make_learner(sizes, hyper)
         reset_key, learner_key, key = jax.random.split(key, 3)
-        collector = Collector(begin(env, reset_key, sizes.num_envs), jnp.zeros(sizes.num_envs), params)
+        collector = Collector(reset_envs(env, reset_key, sizes.num_envs), jnp.zeros(sizes.num_envs), params)
         opt_state = learner.init_opt_state(params)
         state = TrainState(
             jnp.int32(0), params, opt_state, learner_key, coefficients=learner.coefficients, extra=collector
@@ -292,7 +292,7 @@ def make_train(env: Env, method: Method, sizes: Sizes) -> Callable:
             rollout = method.collect(env, sizes, state.params, collector, key)
             traj = rollout.traj
             if "old_logp" in learner.algorithm.needs:
-                traj = traj.replace(old_logp=mlp.make_policy()(state.params, {}, traj).logp)
+                traj = traj.replace(old_logp=mlp.make_mlp_policy()(state.params, {}, traj).logp)
             batch = learner.algorithm.credit(traj, state.coefficients)
             state, metrics = learner.learn(state.replace(extra=rollout.collector), batch)
             mean_return = rollout.total_return / jnp.maximum(rollout.num_episodes, 1)
@@ -309,7 +309,7 @@ def acting_params(state: TrainState, n, lag: int) -> Params:
     """Parameters that act in rollout n: the newest ones, or with a lag those of a rollout before."""
     if lag == 1:
         return state.params
-    return follow(state.extra.actor, state.params, due=n % lag == 0)
+    return polyak_update(state.extra.actor, state.params, due=n % lag == 0)
 
 
 def init_params(env: Env, key, width: int = 64, activation: Callable = jnp.tanh) -> Params:

@@ -18,12 +18,13 @@ import statistics
 import time
 from pathlib import Path
 
-from experiments import arithmetic_grpo
-from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
 from experiments.common.command_line import run as run_command
 from experiments.common.settings import Batches, Optimizer
-from rljax.train.log import say, table
 from rljax.train.provenance import function_source
+
+from experiments import arithmetic_grpo
+from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
+from rljax.train.log import log_info, table
 
 BATCHES = Batches(prompts=32, num_generations=8, oversample=2, minibatches=2)
 OPTIMIZER = Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's rate: two updates per rollout
@@ -67,7 +68,7 @@ def main(cfg: Config) -> list[dict]:
     for task in tasks_of(results):
         rows = [{name: result[name] for name in columns} for result in results if result["task"] == task]
         table(f"eval accuracy, {task}", rows)
-    say(f"written: {cfg.out}")
+    log_info(f"written: {cfg.out}")
     return results
 
 
@@ -88,7 +89,7 @@ def inputs_of(run: arithmetic_grpo.Config) -> dict:
 
 def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
     """Run it, or what is left of it. `seconds` are those of the algorithm alone, compilation included."""
-    say(f"== {run.task}, {run.algorithm}, seed {run.seed}")
+    log_info(f"== {run.task}, {run.algorithm}, seed {run.seed}")
     run_directory = f"{directory}/{run.task}-{run.algorithm}-seed{run.seed}"
     sft_directory = f"{directory}/{run.task}-sft-seed{run.seed}"
     run = dataclasses.replace(run, directory=run_directory, sft_directory=sft_directory)

@@ -13,8 +13,8 @@ import dataclasses
 from pathlib import Path
 
 import jax
-
 from experiments.common.command_line import run
+
 from experiments.tables.exact import credit, divergences, gradient_tables, problems
 from experiments.tables.exact.algorithms import ALGORITHMS, MAX_LENGTH, WEIGHTINGS
 from experiments.tables.exact.gradients import BETA, ENTROPY_COEFFICIENT, measure_gradients

@@ -16,7 +16,7 @@ from experiments.tables.exact.language import Tree, on_last_token, prefix_values
 from experiments.tables.exact.markdown import format_correlation, markdown_table
 from experiments.tables.exact.problems import Problem, make_trajectory
 from rljax.algorithms.grpo import grpo
-from rljax.algorithms.reinforce import leave_one_out, reinforce
+from rljax.algorithms.reinforce import leave_one_out_baseline, reinforce
 from rljax.ops.returns import discounted_returns, gae
 from rljax.types import Algorithm
 
@@ -174,7 +174,7 @@ def outcome_credit(tree: Tree, problem: Problem) -> dict[str, Correlations]:
     for size in (2, 3):
         algorithms = {
             "reward - group mean": grpo(std_epsilon=None),
-            "reward - mean of the others": reinforce(leave_one_out),
+            "reward - mean of the others": reinforce(leave_one_out_baseline),
             "GRPO (group's std too)": grpo(),
         }
         for name, algorithm in algorithms.items():

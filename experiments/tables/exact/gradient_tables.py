@@ -16,7 +16,7 @@ ON_POLICY = 0  # number of the problem whose behavior policy is the policy, with
 BINARY = 1  # the same with rewards of 0 and 1
 OFF_POLICY = 2  # the first of those with another behavior policy
 OWN = 0  # number of the algorithm's own weighting; those of the list follow
-CONSTANT = "constant_length"  # but for its scale the same as sequence_sum
+CONSTANT = "seq_mean_token_sum_norm"  # but for its scale the same as seq_mean_token_sum
 FOOTNOTES = {"MaxRL": "MaxRL[^maxrl]"}  # the notes are in page.md
 
 

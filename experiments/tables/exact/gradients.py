@@ -22,7 +22,7 @@ from experiments.tables.exact.language import (
     visit_probs,
 )
 from experiments.tables.exact.problems import Problem, apply_policy, make_trajectory
-from rljax.train.log import say
+from rljax.train.log import log_info
 from rljax.train.objective import policy_objective
 from rljax.types import Algorithm
 
@@ -91,7 +91,7 @@ def measure_gradients(
         moments = {}
         for name, job in jobs.items():
             moments[name] = job.result()
-            say(f"groups of {group_size}: {name}")
+            log_info(f"groups of {group_size}: {name}")
         return moments
 
 
