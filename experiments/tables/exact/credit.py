@@ -172,12 +172,13 @@ def outcome_credit(tree: Tree, problem: Problem) -> dict[str, Correlations]:
         "reward spread evenly over the tokens": agreement(decisions, rewards / lengths),
     }
     for size in (2, 3):
-        without_std = group_agreement(decisions, grpo(std_epsilon=None), size)
-        rows[f"reward - group mean, of {size}"] = without_std
-        rows[f"reward - mean of the others, of {size}"] = group_agreement(
-            decisions, reinforce(leave_one_out_baseline), size
-        )
-        rows[f"GRPO (group's std too), of {size}"] = group_agreement(decisions, grpo(), size)
+        algorithms = {
+            "reward - group mean": grpo(std_epsilon=None),
+            "reward - mean of the others": reinforce(leave_one_out_baseline),
+            "GRPO (group's std too)": grpo(),
+        }
+        for name, algorithm in algorithms.items():
+            rows[f"{name}, of {size}"] = group_agreement(decisions, algorithm, size)
     step_returns = discounted_returns(problem.token_rewards, mask)
     rows["this and later step rewards, arbitrary"] = agreement(decisions, step_returns)
     to_go = rewards - np.asarray(reference_values)[tree.prefix]
