@@ -145,7 +145,7 @@ def draw_chunk(env: Env, sizes: Sizes, chunk: int, key) -> tuple:
     return noise, bits
 
 
-def empty_buffer(observations, size: int) -> replay.Replay:
+def empty_buffer(observations, size: int) -> replay.ReplayBuffer:
     """A replay buffer of transitions between observations like these [N ...]."""
     observation = jax.ShapeDtypeStruct(observations.shape[1:], observations.dtype)
     action = jax.ShapeDtypeStruct((), jnp.int32)

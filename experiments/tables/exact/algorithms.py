@@ -32,7 +32,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "REINFORCE++, baseline": a.reinforce_pp_baseline(),
     "GPG": a.gpg(),
     "MaxRL": a.maxrl(),
-    "Pass@k": a.pass_at_k(),
+    "Pass@k": a.grpo_pass_at_k(),
     "GRPO": a.grpo(),
     "GRPO, process": with_needs(a.grpo_process(), "step_ends"),
     "CAPO": with_needs(a.capo(), "step_ends"),
