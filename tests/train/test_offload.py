@@ -15,7 +15,7 @@ from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Rows, Sampling, TrainState
 
-CONFIG = decoder.DecoderConfig(32, 16, 2, 4, 2, 4, 24, adapter=lora.Lora(rank=2))
+CONFIG = decoder.DecoderConfig(32, 16, 1, 4, 2, 4, 24, adapter=lora.Lora(rank=2))
 OPTIMIZER = optax.adam(1e-2)
 
 
