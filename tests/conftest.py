@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -37,8 +38,10 @@ jaxtyping.install_import_hook(["rljax.ops", "rljax.algorithms"], "beartype.beart
 # The checkout itself: worker processes find a function that a test hands to them as tests.rewards.test_pool.
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tests"), str(ROOT)]
 
-# The first example compiles, which no deadline foresees; a run that can be repeated beats one more random example.
-hypothesis.settings.register_profile("rljax", deadline=None, derandomize=True)
+# The first example compiles, which no deadline foresees, and slow machines take long to draw them, too; a run that can
+# be repeated beats one more random example.
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("rljax", deadline=None, derandomize=True, suppress_health_check=slow)
 hypothesis.settings.load_profile("rljax")
 
 SHARED = Path(os.environ.get("RLJAX_SHARED") or ROOT.parent / "shared")
@@ -47,7 +50,7 @@ NO_SHARED = "the shared folder is absent (RLJAX_SHARED)"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of recorded outputs and real inputs: golden/, data/, models/."""
+    """The folder of what is too large for the repository: data/, models/, peers/."""
     if not SHARED.is_dir():
         pytest.skip(NO_SHARED)
     return SHARED
@@ -61,6 +64,15 @@ def pytest_runtest_teardown(item):
     """Compiled programs are given up before there are too many; what is needed again comes from the files' cache."""
     if next(finished) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --shuffle SEED: the files in a random order, and the tests of each."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        draw = random.Random(seed)
+        place = {item.path: draw.random() for item in items}
+        items.sort(key=lambda item: (place[item.path], draw.random()))
 
 
 left_out: list[str] = []  # a mark for each test that is not selected
@@ -95,5 +107,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden-dir", help="recorded outputs of the peers (tests/test_golden.py)")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption("--golden-dir", help="other recorded outputs of the peers (tests/test_golden.py)")
     parser.addoption("--replay-dir", help="recorded training runs of TRL (tests/test_replay.py)")

@@ -389,6 +389,5 @@ def test_printed_numbers_are_those_of_a_plain_loop(weighting):
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
 def test_the_page_is_what_the_command_writes(tmp_path):
     assert estimators.main(estimators.Config(file=str(tmp_path / "page.md"))) == PAGE.read_text()

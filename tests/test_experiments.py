@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,19 +87,35 @@ def test_a_run_leaves_what_one_looks_at(finished):
     assert list((directory / "tensorboard").iterdir())
 
 
+# Runs the script that its arguments name, and kills it, as kill -9 does, once it has written so many lines of metrics.
+KILLED = """
+import os, runpy, signal, sys
+from rljax.train.log import Log
+
+lines, really_write = int(sys.argv.pop(1)), Log.write
+
+def write(self, step, *rest):
+    really_write(self, step, *rest)
+    if step + 1 == lines:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Log.write = write
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
     """kill -9 between two checkpoints; metrics and samples are equal to the last bit."""
     uninterrupted, last = finished
     directory = tmp_path / "run"
     words = command(directory)
-    killed = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = directory / "metrics.jsonl"
-    while killed.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= STEPS // 4):
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    script = words.index(str(SCRIPTS / "arithmetic_grpo.py"))
+    dies = [*words[:script], "-c", KILLED, str(STEPS // 4), *words[script:]]
+    killed = subprocess.run(dies, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
-    assert STEPS // 4 <= log.read_bytes().count(b"\n") < STEPS
+    assert (directory / "metrics.jsonl").read_bytes().count(b"\n") == STEPS // 4
 
     lines = run(words)
     assert any("resumed after step" in line for line in lines)

@@ -1,6 +1,6 @@
 """Every recorded file and case of the peers' own code, values and gradients, in float64.
 
-    python -m pytest tests/test_golden.py --golden-dir DIR      # default: golden/ of the shared folder
+    python -m pytest tests/test_golden.py --golden-dir DIR      # default: tests/golden/data
 
 TABLE says which function of rljax each file pins. Hyperparameters come from the files, so that a directory recorded
 with other seeds, shapes and hyperparameters passes too. Cases with a mask are also fed with their rows in another order
@@ -16,23 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import NO_SHARED, SHARED
 from tests.golden import credit, estimation, losses, preferences
 from tests.golden.entry import Case, Entry, moved
 
+DATA = Path(__file__).parent / "golden" / "data"
 TABLE: dict[str, Entry] = {**estimation.TABLE, **credit.TABLE, **losses.TABLE, **preferences.TABLE}
 
 
 def pytest_generate_tests(metafunc):
     if {"file", "case"} <= set(metafunc.fixturenames):
-        given = metafunc.config.getoption("--golden-dir")
-        directory = Path(given or SHARED / "golden")
-        if given and not list(directory.glob("*.npz")):
-            raise pytest.UsageError(f"--golden-dir {given}: no .npz files there")
+        directory = Path(metafunc.config.getoption("--golden-dir") or DATA)
+        if not list(directory.glob("*.npz")):
+            raise pytest.UsageError(f"{directory}: no .npz files there")
         found = [(path, name) for path in sorted(directory.glob("*.npz")) for name in names_of(path)]
         ids = [f"{path.stem}-{name}" for path, name in found]
-        absent = [pytest.param(None, None, marks=pytest.mark.skip(reason=NO_SHARED))]
-        metafunc.parametrize(("file", "case"), found or absent, ids=ids or None)
+        metafunc.parametrize(("file", "case"), found, ids=ids)
 
 
 def names_of(path: Path) -> list[str]:
@@ -98,5 +96,5 @@ def test_every_recorded_case(file, case):
             compare(entry, recorded, answer(entry, other), order, mask)
 
 
-def test_the_table_has_a_row_for_every_file(shared):
-    assert {path.stem for path in (shared / "golden").glob("*.npz")} <= set(TABLE)
+def test_the_table_has_a_row_for_every_file_and_no_other():
+    assert {path.stem for path in DATA.glob("*.npz")} == set(TABLE)

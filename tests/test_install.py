@@ -84,7 +84,6 @@ def test_torch_is_the_pinned_one():
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
 def test_runtime_requirements_suffice(wheel, tmp_path):
     """A plain install, without extras, imports every module."""
     venv.create(tmp_path / "venv", with_pip=True)

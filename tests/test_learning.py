@@ -26,7 +26,7 @@ def test_grpo_learns_to_sort(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(36_000)
 def test_the_demo_learns_on_seeds_it_does_not_know(tmp_path):
     """Median at least 80 %, worst at least 65 %, from 20-50 % after the warm-up."""
     runs = [arithmetic_grpo.main(arithmetic_grpo.Config(seed=s, directory=f"{tmp_path}/{s}")) for s in range(101, 106)]
@@ -37,7 +37,7 @@ def test_the_demo_learns_on_seeds_it_does_not_know(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(18_000)
 @pytest.mark.parametrize("reward", ["random", "shuffled"])
 def test_rewards_that_know_nothing_teach_nothing(tmp_path, reward):
     from arithmetic_controls import gain

@@ -185,7 +185,6 @@ def largest(gaps: list[Gap]) -> str:
     return ", ".join(f"{what} {value:.1e}" for what, value in apart.items())
 
 
-@pytest.mark.timeout(600)  # two compilations, where a run is repeated
 def test_every_recorded_run(directory, name):
     case = read(directory, name)
     gaps = replay(case)

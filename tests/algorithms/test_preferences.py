@@ -222,8 +222,8 @@ def test_a_mesh_changes_neither_gradient_nor_metrics(name):
     agree(jax.device_get((state.opt_state[0].trace, metrics)), whole(name))
 
 
-def test_trl_dpo_to_the_last_digits_where_it_is_in_float64(shared):
-    entry, path = TABLE["trl_dpo_loss"]._replace(rtol=1e-9), shared / "golden" / "trl_dpo_loss.npz"
+def test_trl_dpo_to_the_last_digits_where_it_is_in_float64():
+    entry, path = TABLE["trl_dpo_loss"]._replace(rtol=1e-9), test_golden.DATA / "trl_dpo_loss.npz"
     with np.load(path) as z, jax.enable_x64(True):
         cases = json.loads(str(z["__meta__"]))["cases"]
         exact = [name for name, about in cases.items() if "float32" not in about["note"]]
@@ -330,9 +330,9 @@ def test_bco_carries_the_mean_of_all_rewards_from_batch_to_batch():
         state = {name: jnp.asarray(metrics[name]) for name in STATE}
 
 
-def test_bco_goes_on_as_trl_does(shared):
+def test_bco_goes_on_as_trl_does():
     """The second recorded step starts where the first ended."""
-    state, path = {}, shared / "golden" / "trl_bco_loss.npz"
+    state, path = {}, test_golden.DATA / "trl_bco_loss.npz"
     for name in ("step0", "step1"):
         case = test_golden.read(path, name)
         logp, ref_logp = (

@@ -17,6 +17,7 @@ from rljax.ops.weights import sequence_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import PolicyOutput, TrainState, trajectory_of_tokens
+from tests import bounds
 
 B, T, V = 16, 6, 5
 
@@ -208,7 +209,12 @@ def compiled(algorithm, params, shardings=None, policy=table_policy, micro_batch
     )
 
 
-def agree(got, want, rtol=1e-5, rounding=1e-7):
+# Of a sum over the decisions whose absolute values add up to at most four times its largest number; of a few numbers.
+SUMS, NUMBERS = bounds.of_sum(4 * B * T), bounds.of_sum(4)
+LOGP = bounds.of_sum(V, 4.0)  # of a log-prob of the table: a softmax over V logits, as large as 4
+
+
+def agree(got, want, rtol=SUMS, rounding=NUMBERS):
     """Every leaf equal to rtol of the largest number in it, or to the rounding of numbers of size 1."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(want)]
     for name, x, y in zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

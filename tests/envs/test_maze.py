@@ -14,6 +14,7 @@ from rljax.rollouts.episodes import episodes
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import TrainState, check
+from tests import bounds
 
 UP, DOWN, LEFT, RIGHT = range(4)
 
@@ -68,7 +69,8 @@ def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
         traj = annotate(state, play(state.params, jax.random.key(step)))
         check(traj)
         if "values" in algorithm.needs and step == 0:
-            np.testing.assert_array_equal(traj.final_values, mlp.annotate(state.params, traj).final_values)
+            alone = mlp.annotate(state.params, traj).final_values
+            np.testing.assert_allclose(traj.final_values, alone, atol=bounds.of_sum(6 + 16 + 16))
         state, _ = update(state, algorithm.credit(traj, {}))
     total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
     assert float(total.mean()) > 9.0

@@ -16,7 +16,7 @@ import pytest
 from models import tiny
 from rljax.models import decoder, hf
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(36_000)]
 TOLERANCE = 2e-5  # relative to the standard deviation of the logits at a position, at least 1
 ROUNDING = 1e-6  # relative to the logit: Gemma's own token has 41, a float32 sum of 3,840 squares
 TOKENS = 24

@@ -41,8 +41,38 @@ def test_names_are_told_apart():
     assert len(MUTANTS) > 50
 
 
-@pytest.mark.parametrize(("source", "count"), [("x = 1", 0), ("return a - b\nreturn a - b", 2)])
-def test_a_mutant_without_its_one_place_is_refused(source, count):
-    mutant = MUTANTS[0]._replace(old="return a - b", new="return b - a")
-    with pytest.raises(ValueError, match=f"its old text is {count} times in"):
-        mutated(source, mutant)
+SOURCE = """
+def minus(a, b):
+    return a - b
+
+class Sum:
+    @property
+    def of(a, b):
+        def inner(a, b):
+            return a - b
+        return a - b
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "wrong"),
+    [
+        ("minus", "a + b", "its old text is 0 times in .*, minus, not once"),
+        ("Sum.of", "a - b", "its old text is 2 times in .*, Sum.of, not once"),
+        ("", "a - b", "its old text is 3 times in .*, the module, not once"),
+        ("inner", "a - b", "defines 0 inner, not one"),
+    ],
+)
+def test_a_mutant_without_its_one_place_is_refused(function, old, wrong):
+    mutant = MUTANTS[0]._replace(function=function, old=old, new="b - a")
+    with pytest.raises(ValueError, match=wrong):
+        mutated(SOURCE, mutant)
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "line"), [("minus", "a - b", 3), ("Sum.of.inner", "a - b", 9), ("Sum.of", "@property", 6)]
+)
+def test_a_mutant_changes_the_function_that_it_names(function, old, line):
+    changed = mutated(SOURCE, MUTANTS[0]._replace(function=function, old=old, new="changed"))
+    differ = [n for n, (x, y) in enumerate(zip(SOURCE.split("\n"), changed.split("\n"), strict=True), 1) if x != y]
+    assert differ == [line]

@@ -7,6 +7,7 @@ import pytest
 
 from rljax.ops import sampling
 from rljax.ops.sampling import argmax
+from tests import bounds
 from tests.ops.golden import narrow
 
 # Jitted: op by op they take longer to compile than to test.
@@ -74,9 +75,10 @@ def test_top_p_of_any_probabilities_is_the_smallest_set_that_holds_the_share():
     probs = np.random.default_rng(1).dirichlet(np.full(100, 0.3), size=200).astype(np.float32)
     share = np.linspace(0.01, 0.99, 200, dtype=np.float32)
     kept = np.asarray(truncate(jnp.asarray(probs), top_p=jnp.asarray(share)), np.float64)
-    assert (kept.sum(1) >= share - 1e-6).all()
+    rounding = bounds.of_sum(probs.shape[1])
+    assert (kept.sum(1) >= share - rounding).all()
     least = np.where(kept > 0, kept, np.inf).min(1)
-    assert (kept.sum(1) - least < share + 1e-6).all()
+    assert (kept.sum(1) - least < share + rounding).all()
     assert np.array_equal(kept > 0, probs >= least[:, None])
 
 
@@ -105,10 +107,17 @@ def test_the_extreme_uniforms_draw_the_first_and_the_last_token_that_can_be_draw
 
 @pytest.mark.parametrize("block", [1, 32, 1000])
 def test_a_token_without_probability_is_never_drawn_even_where_rounding_moves_the_cdf(block):
-    """XLA's cumsum of 1000 numbers rises at some zeros: aim at exactly those places, an ulp to either side."""
+    """A cumsum of 1000 numbers that adds blocks may rise at zeros: aim at such places, an ulp to either side.
+
+    XLA's own where it has some, which hangs on the kernel; and those of a cumsum by blocks of 16.
+    """
     draw = np.random.default_rng(0)
     probs = (draw.random((300, 1000)) * (draw.random((300, 1000)) < 0.3)).astype(np.float32)
-    cdf = np.asarray(jnp.cumsum(jnp.asarray(probs), axis=1))
+    blocks = np.pad(probs, ((0, 0), (0, 8))).reshape(300, 63, 16)
+    before = np.cumsum(blocks.sum(axis=2), axis=1, dtype=np.float32) - blocks.sum(axis=2)
+    ours = (before[:, :, None] + np.cumsum(blocks, axis=2)).reshape(300, -1)[:, :1000]
+    cdf = np.concatenate([np.asarray(jnp.cumsum(jnp.asarray(probs), axis=1)), ours])
+    probs = np.concatenate([probs, probs])
     row, place = np.nonzero((probs[:, 1:] == 0) & (np.diff(cdf, axis=1) > 0))
     assert len(row) > 100
     aim = (cdf[row, place] / cdf[row, -1]).astype(np.float32)

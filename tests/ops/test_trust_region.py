@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 
 from rljax.ops.kl import categorical_kl
 from rljax.ops.trust_region import conjugate_gradient, directed_kl, hessian_product, line_search, natural_step
+from tests import bounds
 
 STATES, ACTIONS = 4, 3
 draw = np.random.default_rng(0)
@@ -30,6 +31,11 @@ def gradient():
     """Of -E Â under the policy, the advantages held fixed."""
     centred = ADVANTAGES - (POLICY * ADVANTAGES).sum(axis=1, keepdims=True)
     return -(VISITS[:, None] * POLICY * centred).ravel()
+
+
+def rounding(matrix, solution) -> float:
+    """Of conjugate gradients: as many iterations as rows, of sums of as many terms, times the matrix's condition."""
+    return bounds.of_sum(len(matrix) ** 2 * np.linalg.cond(matrix), np.abs(solution).max())
 
 
 def start():
@@ -63,8 +69,9 @@ def test_conjugate_gradients_solve():
     matrix = fisher() + DAMPING * np.eye(STATES * ACTIONS)
     solve = jax.jit(lambda A, b: conjugate_gradient(lambda v: A @ v, b, iterations=12))
     got, residual = solve(jnp.float32(matrix), jnp.float32(VECTOR))
-    np.testing.assert_allclose(residual, VECTOR - matrix @ got, atol=1e-4)
-    np.testing.assert_allclose(got, jnp.linalg.solve(jnp.float32(matrix), jnp.float32(VECTOR)), rtol=1e-4)
+    want = np.linalg.solve(matrix, VECTOR)
+    np.testing.assert_allclose(residual, VECTOR - matrix @ got, atol=rounding(matrix, VECTOR))
+    np.testing.assert_allclose(got, want, rtol=0, atol=rounding(matrix, want))
     np.testing.assert_array_equal(solve(jnp.float32(matrix), jnp.zeros(STATES * ACTIONS))[0], 0.0)
 
 
@@ -83,8 +90,8 @@ def test_the_step_is_the_natural_gradient_scaled_to_the_trust_region():
     x = np.linalg.solve(matrix, -g)
     want = np.sqrt(2 * DELTA / (x @ matrix @ x)) * x
     np.testing.assert_array_equal(found.change[:2], 0.0)  # the critic, first by name
-    np.testing.assert_allclose(found.change[2:], want, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.expected, -g @ want, rtol=1e-4)
+    np.testing.assert_allclose(found.change[2:], want, rtol=0, atol=rounding(matrix, want))
+    np.testing.assert_allclose(found.expected, -g @ want, rtol=0, atol=rounding(matrix, want) * np.abs(g).sum())
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])

@@ -9,6 +9,7 @@ from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.types import Sampling
 from rollouts.common import (
+    CLOSE,
     CONFIG,
     LM,
     STOP,
@@ -52,7 +53,7 @@ def test_float64_draws_the_same_tokens(reference, record_property):
     sampling, traj, (tokens, margins) = reference
     met, _ = close_rows(traj, margins)
     got, _, mask = answers(traj, sampling)
-    clear = mask & (margins >= 1e-5)
+    clear = mask & (margins >= CLOSE)
     np.testing.assert_array_equal(np.where(clear, got, 0), np.where(clear, tokens, 0))
     print(f"{met.sum()} of {len(met)} rows met a boundary, smallest margin {margins[mask].min():.1e}")
     record_property("rows_at_a_boundary", int(met.sum()))

@@ -14,9 +14,10 @@ from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Rows, Sampling, TrainState
+from tests import bounds
 
 CONFIG = decoder.DecoderConfig(32, 16, 1, 4, 2, 4, 24, adapter=lora.Lora(rank=2))
-OPTIMIZER = optax.adam(1e-2)
+OPTIMIZER = optax.adam(1.0, eps=1.0)  # linear in the gradient: rounding stays as small as it is
 
 
 def stepped(offload):
@@ -49,7 +50,9 @@ def test_a_state_that_waits_on_the_host_learns_the_same():
     assert kinds == {"params": {"device"}, "opt_state": {"device"}, "frozen": {"device"}}
     there, kinds = stepped(("opt_state", "frozen"))
     assert kinds == {"params": {"device"}, "opt_state": {"pinned_host"}, "frozen": {"pinned_host"}}
-    jax.tree.map(np.testing.assert_array_equal, here, there)
+    for mine, other in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
+        rounding = bounds.of_gradient(CONFIG, columns=7, tokens=32, size=np.abs(other).max())
+        np.testing.assert_allclose(mine, other, rtol=0, atol=rounding)
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(there))
 
 

@@ -276,7 +276,7 @@ def rendered(tmp_path):
             "--dump-dom",
             f"{path.as_uri()}#{fragment}",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"Chromium does not run here: {done.stderr[-200:]}")
         return done.stdout
