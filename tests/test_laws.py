@@ -168,24 +168,25 @@ def norms(found):
     return {"grad_norm": norm, "update_norm": norm}
 
 
-def spoil(x, mask, garbage):
-    """Every [B T] fact with garbage wherever the mask is False."""
+def spoil(x, mask):
+    """Every [B T] fact with garbage wherever the mask is False: NaN and 1e30 by turns, as a comparison skips NaN."""
     facts = {}
     for name, value in vars(x).items():
         if name in ("mask", "traj", "inputs", "actions", "positions", "segments", "scores") or np.ndim(value) != 2:
             continue
         keep = jnp.pad(mask, ((0, 0), (0, value.shape[1] - mask.shape[1])), constant_values=True)
+        garbage = np.where(np.indices(value.shape).sum(axis=0) % 2, np.float32(1e30), np.float32(np.nan))
         facts[name] = jnp.where(keep, value, True if value.dtype == bool else garbage)
     return x.replace(**facts)
 
 
 @EVERY
-@pytest.mark.parametrize("garbage", [np.nan, 1e30])
-def test_what_stands_at_masked_columns_changes_nothing(name, garbage):
+def test_what_stands_at_masked_columns_changes_nothing(name):
     algorithm, traj = ALGORITHMS[name], rollout()
-    batch = credited(algorithm, spoil(traj, traj.mask, garbage))
-    batch = spoil(batch.replace(traj=spoil(batch.traj, batch.mask, garbage)), batch.mask, garbage)
-    assert not np.isfinite(batch.advantages).all() or garbage == 1e30
+    batch = credited(algorithm, spoil(traj, traj.mask))
+    batch = spoil(batch.replace(traj=spoil(batch.traj, batch.mask)), batch.mask)
+    assert np.isnan(batch.advantages).any()
+    assert (batch.advantages == 1e30).any()
     chex.assert_trees_all_equal(learn(algorithm, batch, table_params()), undisturbed(name))
 
 

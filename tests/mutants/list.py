@@ -530,7 +530,8 @@ MUTANTS = [
         "rljax/algorithms/common/corrections.py",
         "high_entropy_mask.kept",
         'return {"high_entropy_kept": output.entropy >= limit}',
-        'kept = batch.mask & (output.entropy >= limit)\n        return {"high_entropy_kept": kept * batch.mask.sum() / jnp.maximum(kept.sum(), 1)}',
+        "kept = batch.mask & (output.entropy >= limit)\n"
+        '        return {"high_entropy_kept": kept * batch.mask.sum() / jnp.maximum(kept.sum(), 1)}',
         "TRL: the divisor stays that of all tokens",
         ("tests/algorithms/test_by_hand.py",),
     ),

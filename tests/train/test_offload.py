@@ -16,7 +16,7 @@ from rljax.train.update import make_update
 from rljax.types import Rows, Sampling, TrainState
 from tests import bounds
 
-CONFIG = decoder.DecoderConfig(32, 16, 2, 4, 2, 4, 24, adapter=lora.LoraConfig(rank=2))
+CONFIG = decoder.DecoderConfig(32, 16, 1, 4, 2, 4, 24, adapter=lora.LoraConfig(rank=2))
 OPTIMIZER = optax.adam(1.0, eps=1.0)  # linear in the gradient: rounding stays as small as it is
 
 
