@@ -141,6 +141,8 @@ class TrainState:
 PolicyFn = Callable[[Params, Params, Trajectory], PolicyOutput]
 # A number for each row, as a reward model gives it: (params, frozen, trajectory) -> [B].
 ScoreFn = Callable[[Params, Params, Trajectory], Array]
+# KL(old ‖ new) of each decision: (params, old_params, frozen, trajectory) -> [B T].
+DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]
 # A verifier: (completion, **dataset columns) -> number, or None where it does not apply.
 RewardFn = Callable[..., float | None]
 # Advantages of the whole rollout batch (groups, episodes): (trajectory, coefficients) -> Batch.

@@ -22,17 +22,6 @@ MAY_MENTION = {"docs/glossary.md"}
 # Functions that several modules have because they implement one interface.
 INTERFACES = {"init", "reset", "State", "step"}
 
-# What the rooms that are not merged yet define twice, and where old names are still found: to be deleted.
-PENDING_TWICE = {
-    *("Params", "Prompts", "action_values", "begin", "draw", "forward", "logical_axes"),
-    *("make_divergence", "make_policy", "observe", "read", "unfinished"),
-    "write",
-}
-PENDING_ROOMS = (
-    *("rljax/envs/", "rljax/models/", "rljax/rollouts/"),
-    *("experiments/", "notebooks/", "docs/", "README.md"),
-)
-
 
 # ----------------------------------------------------------------------------------------------- one word, one meaning
 
@@ -59,7 +48,7 @@ def defined_twice(sources: dict[str, str]) -> dict[str, list[str]]:
 def test_no_public_name_is_defined_in_two_modules():
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("rljax/**/*.py"))}
     twice = defined_twice(sources)
-    assert {name: paths for name, paths in twice.items() if name not in INTERFACES | PENDING_TWICE} == {}
+    assert {name: paths for name, paths in twice.items() if name not in INTERFACES} == {}
     assert twice.keys() >= INTERFACES, "not defined twice any more"
 
 
@@ -117,7 +106,6 @@ def test_no_old_name_returns():
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
     assert len(texts) > 100
     read = {path: text for path, text in texts.items() if path not in MAY_MENTION}
-    read = {path: text for path, text in read.items() if not path.startswith(PENDING_ROOMS)}
     assert [line for path, text in read.items() for line in found(path, text, old)] == []
 
 

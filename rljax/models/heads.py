@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
-from rljax.models.policy import ScoreFn, apply_head
-from rljax.types import Params, Trajectory
+from rljax.models.policy import apply_head
+from rljax.types import Params, ScoreFn, Trajectory
 
 
 def with_score_head(params: Params, config: DecoderConfig, key: Array) -> Params:

@@ -22,7 +22,7 @@ from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, Trajectory
 
 Activation = Callable[[Array], Array]
-Distribution = Array | tuple[Array, Array]  # logits [.. A], or (mean, std) [.. D] each
+PolicyDistribution = Array | tuple[Array, Array]  # logits [.. A], or (mean, std) [.. D] each
 
 
 def init_layers(
@@ -77,7 +77,7 @@ def init(
     return {"actor": actor, "critic": critic}
 
 
-def distribution(params: Params, observations: Float[Array, "*N O"]) -> Distribution:
+def distribution(params: Params, observations: Float[Array, "*N O"]) -> PolicyDistribution:
     """Logits [.. A]; or (mean, standard deviation) [.. D] each."""
     actor = params["actor"]
     out = apply_layers(actor["layers"], observations)
@@ -114,7 +114,7 @@ def act_greedily(
     return actions, jnp.zeros(observations.shape[0])
 
 
-def kl_of(old: Distribution, new: Distribution, kl_direction: str = "old_new") -> Float[Array, "*N"]:
+def kl_of(old: PolicyDistribution, new: PolicyDistribution, kl_direction: str = "old_new") -> Float[Array, "*N"]:
     """KL between two outputs of `distribution`, in either direction (`ops.trust_region.directed_kl`)."""
     if not isinstance(new, tuple):
         return directed_kl(old, new, kl_direction)

@@ -14,11 +14,8 @@ from rljax.models import decoder, lora
 from rljax.models.decoder import DecoderConfig
 from rljax.ops.logprobs import chunked_logprobs, in_chunks
 from rljax.ops.trust_region import directed_kl
-from rljax.types import Params, PolicyOutput, TrainState, Trajectory
+from rljax.types import DivergenceFn, Params, PolicyFn, PolicyOutput, TrainState, Trajectory
 
-PolicyFn = Callable[[Params, Params, Trajectory], PolicyOutput]  # of (params, frozen, trajectory)
-DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]  # of (params, old, frozen, trajectory): KL [B T]
-ScoreFn = Callable[[Params, Params, Trajectory], Array]  # of (params, frozen, trajectory): numbers
 AnnotateFn = Callable[[TrainState, Trajectory], Trajectory]
 
 

@@ -1,6 +1,5 @@
 """TRPO's update: one natural-gradient step on the whole batch, in place of an optimizer's."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +15,7 @@ from rljax.train.update import (
     jit_update,
     sum_over_micro_batches,
 )
-from rljax.types import Array, Objective, Params, TrainState, Trajectory
-
-# (params, old_params, frozen, trajectory) -> KL(old ‖ new) [B T] at each decision
-DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]
+from rljax.types import Array, DivergenceFn, Objective, Params, TrainState
 
 
 def make_trust_region_update(
