@@ -26,8 +26,9 @@ test: .venv/.dev  ## every test that needs neither torch nor the network, in two
 parity: .venv/.parity  ## compare with torch and transformers (installs torch)
 	$(python) -m pytest -m parity
 
-nightly: .venv/.dev  ## the long tests
+nightly: .venv/.dev  ## the long tests, and those of make test in programs that XLA optimizes
 	$(python) -m pytest -m nightly
+	XLA_FLAGS= $(python) -m pytest -n 2 --dist worksteal
 
 mutants: .venv/.dev  ## put known bugs into a copy of this code, one at a time, and see that a test notices each
 	$(python) -m tests.mutants.run
