@@ -28,7 +28,7 @@ def of_decoder(config, columns: int, size: float) -> float:
     """Between two programs' logits of that size, or log-probs, of rows of so many columns.
 
     Counted are all terms that an activation is a sum of. In each layer: two norms, the projections into attention and
-    into the MLP (`width` terms each), scores (`head_dim`), softmax and mix (a column each), and the projections out;
+    into the MLP (`hidden_size` terms each), scores (`head_dim`), softmax and mix (a column each), and the projections out;
     then the last norm and the logits.
     """
     return of_long_sum(_terms(config, columns), max(1.0, float(size)))
@@ -45,8 +45,8 @@ def of_gradient(config, columns: int, tokens: int, size: float) -> float:
 
 
 def _terms(config, columns: int) -> int:
-    inner = config.mlp_width
+    inner = config.intermediate_size
     if config.moe is not None:
-        inner = max(inner, config.moe.width + config.moe.chosen) + config.width  # the router
-    attention = 2 * config.width + config.head_dim + 2 * columns + config.heads * config.head_dim
-    return config.layers * (attention + 2 * config.width + inner) + 2 * config.width
+        inner = max(inner, config.moe.intermediate_size + config.moe.num_experts_per_tok) + config.hidden_size  # the router
+    attention = 2 * config.hidden_size + config.head_dim + 2 * columns + config.num_heads * config.head_dim
+    return config.num_layers * (attention + 2 * config.hidden_size + inner) + 2 * config.hidden_size
