@@ -47,6 +47,8 @@ def of_gradient(config, columns: int, tokens: int, size: float) -> float:
 def _terms(config, columns: int) -> int:
     inner = config.intermediate_size
     if config.moe is not None:
-        inner = max(inner, config.moe.intermediate_size + config.moe.num_experts_per_tok) + config.hidden_size  # the router
+        inner = (
+            max(inner, config.moe.intermediate_size + config.moe.num_experts_per_tok) + config.hidden_size
+        )  # the router
     attention = 2 * config.hidden_size + config.head_dim + 2 * columns + config.num_heads * config.head_dim
     return config.num_layers * (attention + 2 * config.hidden_size + inner) + 2 * config.hidden_size
