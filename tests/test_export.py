@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import export
 import jax
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 from safetensors.numpy import load_file
 
 import arithmetic_sft
-import export
 from models import tiny
 from rljax.models import heads, hf, lora, peft, policy
 from rljax.models.lora import LoraConfig

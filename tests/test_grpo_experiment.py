@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-import export
 import grpo
 import options
 from models import tiny
@@ -24,7 +24,7 @@ from rljax.algorithms import grpo as plain_grpo
 from rljax.algorithms import with_kl
 from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
-from rljax.train.checkpoint import read_parts
+from rljax.train.checkpoint import restore_items
 from rljax.train.mesh import make_mesh
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-:;"
@@ -324,7 +324,7 @@ def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run
     first, last = metrics(cfg.directory)
     assert first["kl_sequence"] == pytest.approx(0, abs=0.2)
     assert last["kl_sequence"] != 0
-    step, saved = read_parts(tmp_path / "run" / "checkpoints", "params", "frozen")
+    step, saved = restore_items(tmp_path / "run" / "checkpoints", "params", "frozen")
     assert (step, saved["params"].keys(), saved["frozen"].keys()) == (2, {"lora"}, {"base", "reference"})
 
     def half_way(now, reference):

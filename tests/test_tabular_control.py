@@ -7,12 +7,12 @@ import pytest
 
 from classical import dqn
 from classical.tabular import Hyper, make_learn
-from rljax.envs.maze import make_maze, maze_mdp, number
+from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import action_values, optimal_action_values
 from rljax.models import mlp
 
 GAMMA, SEEDS = 0.9, 100
-MAZE = make_maze(start=None, observe=number)
+MAZE = make_maze(start=None, observe=cell_index)
 MDP = maze_mdp(MAZE.params, GAMMA)
 TRUTH = np.asarray(optimal_action_values(MDP))
 INSIDE = [0, 1, 3, 4]  # where one chooses

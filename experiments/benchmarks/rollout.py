@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import tyro
 from common import W1, W2, alternately, bandwidth, peak, prompts
 from jax.sharding import NamedSharding, PartitionSpec
+from rljax.rollouts.sampler import sample, sample_and_count
 
 from rljax.models import decoder, policy
-from rljax.ops.logprobs import logp_of, softmax
+from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.ops.sampling import invert_cdf
-from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.train import mesh as meshes
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import Sampling
 
 WORKS = {"W1": (W1, 8, 8, 32, 64), "W2": (W2, 2, 8, 128, 128)}  # config, prompts, answers to each, their tokens
@@ -120,7 +120,7 @@ def spread(devices: int, lm, params, rows, sampling: Sampling):
     mesh = meshes.make_mesh(data=devices, fsdp=1)
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     params = jax.device_put(params, everywhere)
-    rows = meshes.place_prompts(meshes.Shardings(None, split, everywhere), rows)
+    rows = meshes.shard_prompts(meshes.Shardings(None, split, everywhere), rows)
     return lambda i: sample(lm, params, {}, rows, sampling, 0, i)
 
 
@@ -136,7 +136,7 @@ def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
                 z, total = carry
                 dist = softmax(z, ones)
                 token = invert_cdf(dist.masses, uniform)
-                logp = logp_of(dist, token) if captured else jnp.zeros(rows)
+                logp = softmax_logp(dist, token) if captured else jnp.zeros(rows)
                 return z.at[:, 0].add(1e-6 * (token + logp)), total + logp
 
             return jax.lax.fori_loop(0, 64, one, (logits, jnp.zeros(rows)))
@@ -168,7 +168,7 @@ def main(cfg: Config) -> dict[str, float]:
         "top-k 50, top-p 0.9": draw(rows, plain.replace(top_k=50, top_p=0.9)),
         "exact": draw(rows, plain, exact_lm),
         "a queue, static": lambda i: [draw(part, ending)(i) for part in quarters],
-        "a queue, slots": draw(queue, ending.replace(slots=B)),
+        "a queue, slots": draw(queue, ending.replace(max_concurrent=B)),
     }
     if cfg.devices > 1:
         works[f"on {cfg.devices} devices"] = spread(cfg.devices, lm, params, rows, plain)
@@ -184,7 +184,7 @@ def main(cfg: Config) -> dict[str, float]:
     bound = ceiling(config, B, count, length, answer, flops, bytes_)
     parts = sampling_parts(config, B, cfg.repeats)
     step = median["rollout"] / answer
-    _, work = sample_and_count(lm, params, {}, queue, ending.replace(slots=B), 0, 0)
+    _, work = sample_and_count(lm, params, {}, queue, ending.replace(max_concurrent=B), 0, 0)
     figures = {
         "peak, GFLOP/s": flops / 1e9,
         "bandwidth, GB/s": bytes_ / 1e9,
@@ -204,7 +204,7 @@ def main(cfg: Config) -> dict[str, float]:
         for ours in ("rollout", f"on {cfg.devices} devices")
         if other in median and ours in median
     }
-    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
+    log_info(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
     table("figures", [{"": name, "value": value} for name, value in figures.items()])
     if cfg.json:

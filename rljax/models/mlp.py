@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Shaped
 
 from rljax.ops.kl import gaussian_entropy, gaussian_kl
-from rljax.ops.logprobs import gaussian_logp, logp_of, softmax, token_statistics
+from rljax.ops.logprobs import gaussian_logp, softmax, softmax_logp, token_statistics
 from rljax.ops.sampling import argmax, invert_cdf
 from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, Trajectory
@@ -102,7 +102,7 @@ def act(
         return actions, gaussian_logp(mean, std, actions)
     probs = softmax(dist, jnp.ones(dist.shape[0]))
     actions = invert_cdf(probs.masses, uniforms[:, 0])
-    return actions, logp_of(probs, actions)
+    return actions, softmax_logp(probs, actions)
 
 
 def act_greedily(

@@ -28,7 +28,7 @@ SAMPLED_BYTES = 24_000_000  # of answers on the page
 
 # Where a metric stands, by the first word of its name that is in the list; within a theme, in the order of the words.
 THEMES = {
-    "Reward": ("held_out", "eval", "accuracy", "pass", "reward", "score", "return", "no_signal", "not_judged"),
+    "Reward": ("held_out", "eval", "accuracy", "pass", "reward", "score", "return", "no_signal", "frac_reward_failed"),
     "Policy": ("kl", "entropy", "clip", "ratio", "logp", "logprob", "gap", "advantage", "importance"),
     "Answers": ("length", "ended", "terminated", "truncated", "answer", "completion"),
     "Optimisation": (

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
 from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import caches, decoder, hf, rope
 from rljax.models.policy import make_policy
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.types import Rows, Sampling
 
@@ -170,13 +170,13 @@ def test_the_recording_tells_a_wrong_setting(name, wrong, tmp_path):
     assert np.abs(logits[0, : len(one)] - want).max() > 50 * TOLERANCE["atol"]
 
 
-@pytest.mark.parametrize(("name", "slots"), [("gemma2", None), ("moe_mixed", None), ("moe_mixed", 3)])
-def test_the_trainer_says_what_the_sampler_said(name, slots, tmp_path):
+@pytest.mark.parametrize(("name", "max_concurrent"), [("gemma2", None), ("moe_mixed", None), ("moe_mixed", 3)])
+def test_the_trainer_says_what_the_sampler_said(name, max_concurrent, tmp_path):
     """Windows, soft caps and a recorded routing, in texts that outgrow the window and end at different places."""
     config, params, texts, _ = read(tmp_path, name)
     tokens, mask = pad_left([ids[:size].tolist() for ids, size in zip(texts, (6, 3), strict=True)], 6, 0)
     prompts = Rows(tokens, mask, np.arange(2, dtype=np.int32), [{}, {}], 2)
-    sampling = Sampling(temperature=0.8, n=2, max_tokens=9, stop=(2, 3, 4), slots=slots)
+    sampling = Sampling(temperature=0.8, n=2, max_tokens=9, stop=(2, 3, 4), max_concurrent=max_concurrent)
     traj = sample(decoder.language_model(config), {"decoder": params}, {}, prompts, sampling, 0, 0)
     policy = jax.jit(make_policy(config))
 

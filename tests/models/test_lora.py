@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.algorithms import grpo, with_kl
 from rljax.models import decoder, layers, lora, policy
 from rljax.models.lora import LoraConfig
 from rljax.models.moe import MoEConfig
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.special import log_softmax
 
 from rljax.models import decoder, policy
-from rljax.ops.trust_region import hessian_product
+from rljax.ops.trust_region import hessian_vector_product
 from rljax.types import TrainState, trajectory_of_tokens
 
 CONFIG = decoder.DecoderConfig(13, 12, 2, 2, 1, 6, 16)
@@ -140,7 +140,7 @@ def test_products_with_the_fisher_matrix_go_through_the_decoder(params, traj):
     v = jax.random.normal(jax.random.key(3), flat.shape) / flat.size**0.5
     old = unflatten(flat)
     kl = lambda x: divergence(unflatten(x), old, {}, traj).mean()  # noqa: E731
-    got = v @ jax.jit(lambda x, v: hessian_product(kl, x)(v))(flat, v)
+    got = v @ jax.jit(lambda x, v: hessian_vector_product(kl, x)(v))(flat, v)
 
     def log_shares(x):
         hidden, _ = decoder.forward(CONFIG, unflatten(x)["decoder"], traj.inputs, traj.positions, traj.segments)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample, sample_and_count
 from scipy.stats import chisquare
 
 from rljax.models import decoder, policy
 from rljax.models.policy import make_policy
 from rljax.rollouts.partial import resume, unfinished
-from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.types import Rows, Sampling
 from rollouts.common import CONFIG, LM, STOP, answers, assert_same_sample, draws, make_rows, take
 
@@ -36,20 +36,20 @@ def gap(params, traj, config=CONFIG):
     return float(jnp.where(traj.mask, jnp.abs(logp - traj.logp), 0.0).max())
 
 
-@pytest.mark.parametrize("slots", [1, 5, 16, 31])
-def test_slots_draw_the_same_answers(static, params, rows, slots):
+@pytest.mark.parametrize("max_concurrent", [1, 5, 16, 31])
+def test_slots_draw_the_same_answers(static, params, rows, max_concurrent):
     traj, margins = static
-    got, work = sample_and_count(LM, params, {}, rows, SAMPLING.replace(slots=slots), SEED, 3)
+    got, work = sample_and_count(LM, params, {}, rows, SAMPLING.replace(max_concurrent=max_concurrent), SEED, 3)
     assert_same_sample(SAMPLING, traj, got, margins)
     np.testing.assert_array_equal(got.group, traj.group)
     assert gap(params, got) < 1e-5
-    assert int(work.tokens) == int(got.mask.sum()) <= int(work.row_steps) <= slots * int(work.steps)
+    assert int(work.tokens) == int(got.mask.sum()) <= int(work.row_steps) <= max_concurrent * int(work.steps)
 
 
 def test_slots_in_another_order(static, params, rows):
     traj, margins = static
     order = [6, 1, 7, 0, 3, 5, 2, 4]
-    got = sample(LM, params, {}, take(rows, order), SAMPLING.replace(slots=6), SEED, 3)
+    got = sample(LM, params, {}, take(rows, order), SAMPLING.replace(max_concurrent=6), SEED, 3)
     mine = np.concatenate([np.arange(4) + 4 * i for i in order])
     assert_same_sample(SAMPLING, jax.tree.map(lambda x: x[mine], traj), got, margins[mine])
 
@@ -68,16 +68,16 @@ def test_requests_that_do_not_exist(params, rows, requests):
         sample(LM, params, {}, rows._replace(requests=np.asarray(requests)), SAMPLING, SEED, 3)
 
 
-@pytest.mark.parametrize("slots", [None, 6])
-def test_an_interrupted_answer_goes_on(static, params, rows, slots):
+@pytest.mark.parametrize("max_concurrent", [None, 6])
+def test_an_interrupted_answer_goes_on(static, params, rows, max_concurrent):
     """With the same parameters it becomes the answer that was never interrupted, and says which policy drew what."""
     traj, margins = static
-    short = SAMPLING.replace(enough=8, slots=slots)
+    short = SAMPLING.replace(stop_after=8, max_concurrent=max_concurrent)
     first = sample(LM, params, {}, rows, short, SEED, 3)
     open_rows = unfinished(first)
     assert 0 < open_rows.sum() <= 24
     assert gap(params, first) < 1e-5
-    second = sample(LM, params, {}, resume(rows, first, 4, 3), SAMPLING.replace(slots=slots), SEED, 5)
+    second = sample(LM, params, {}, resume(rows, first, 4, 3), SAMPLING.replace(max_concurrent=max_concurrent), SEED, 5)
     assert not unfinished(second).any()
     assert gap(params, second) < 1e-5
     for row, old in enumerate(np.flatnonzero(open_rows)):
@@ -222,9 +222,9 @@ def test_exact_means_no_gap_at_all(changes):
         return jax.value_and_grad(total, has_aux=True)(params)[0][1]
 
     batches = ([5], 1, None), ([7, 70, 33], 1, None), ([9] * 8, 1, None), ([20] * 8, 8, None), ([20] * 8, 8, 24)
-    for lengths, n, slots in batches:
+    for lengths, n, max_concurrent in batches:
         rows = make_rows(lengths)
-        traj = sample(lm, params, {}, rows, Sampling(n=n, max_tokens=40, slots=slots), 0, 0)
+        traj = sample(lm, params, {}, rows, Sampling(n=n, max_tokens=40, max_concurrent=max_concurrent), 0, 0)
         order = np.random.default_rng(0).permutation(len(traj.mask))
         shuffled = model(params, {}, jax.tree.map(lambda x, order=order: x[order], traj)).logp
         for logp, want in (

@@ -11,7 +11,7 @@ from rljax.models import mlp
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import begin, chance, finished, unroll
 
-ENV = make_cartpole(limit=12)
+ENV = make_cartpole(max_steps=12)
 ROWS, LENGTH = 3, 40
 
 

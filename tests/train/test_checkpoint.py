@@ -146,7 +146,7 @@ def test_damage_to_the_newest_is_said_and_the_one_before_is_taken(tmp_path, smal
     saved(tmp_path, [small(1), small(2)])
     damage(tmp_path / "2")
     said = []
-    checkpoints = Checkpoints(tmp_path, say=said.append)
+    checkpoints = Checkpoints(tmp_path, log_info=said.append)
     assert checkpoints.restore(small(0)).params["w"][0] == 1
     assert len(said) == 1
     assert said[0].startswith("checkpoint 2 is damaged (")

@@ -11,7 +11,7 @@ from rljax.models import mlp
 from rljax.train.compiled import decisions, follow, of_part, permutations, scan_updates
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import TrainState, Trajectory, check
+from rljax.types import TrainState, Trajectory, check_shapes
 
 B, T = 4, 6
 
@@ -37,7 +37,7 @@ def batch_and_state():
 def test_every_decision_is_a_row_and_the_loss_is_the_same():
     batch, state, update = batch_and_state()
     alone = decisions(batch)
-    check(alone)
+    check_shapes(alone)
     for b, t in ((0, 0), (1, 5), (3, 2)):
         assert alone.advantages[b * T + t, 0] == batch.advantages[b, t]
         assert (alone.traj.values[b * T + t] == batch.traj.values[b, t : t + 2]).all()

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.algorithms import grpo, with_kl
 from rljax.models import decoder, lora, policy
-from rljax.rollouts.tokens import sample
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update

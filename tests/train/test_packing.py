@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from rljax.algorithms import real
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
-from rljax.train.mesh import make_mesh, place_rows, state_shardings
+from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import pack, packed, plan
 from rljax.train.update import learn as learn_rollout
 from rljax.train.update import make_update
-from rljax.types import Batch, check, trajectory_of_tokens
+from rljax.types import Batch, check_shapes, trajectory_of_tokens
 from tests.algorithms.tiny import (
     ALGORITHMS,
     GRADIENT,
@@ -53,7 +53,7 @@ def test_three_texts_by_hand():
     """Of 4, 2 and 3 decisions, in two rows of 5: the longest has its own, and the fuller row is dealt first."""
     batch = texts([4, 2, 3], width=6)
     got, micro_batches, shown = pack(batch, 5, rows=2)
-    check(got)
+    check_shapes(got)
     first = batch.traj.segments.argmax(axis=1)
     want = [[(1, c) for c in range(2)] + [(2, c) for c in range(3)], [(0, c) for c in range(4)]]
     for row, cells in enumerate(want):
@@ -187,7 +187,7 @@ def of_decoder(name, sizes, width=None, tokens=None):
     update = make(1) if width is None else packed(make, tokens, width, shardings)
     state, batch = state_of(params), credited(algorithm, rollout(vocabulary=16))
     if shardings is not None:
-        state, batch = jax.device_put(state, shardings.state), place_rows(shardings, batch)
+        state, batch = jax.device_put(state, shardings.state), shard_rows(shardings, batch)
     state, metrics = learn_rollout(update, state, batch)
     return jax.device_get((state.opt_state[0].trace, metrics))
 

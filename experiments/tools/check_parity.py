@@ -29,7 +29,7 @@ from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.models.policy import make_policy
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import trajectory_of_tokens
 
 TEXTS = (
@@ -67,7 +67,7 @@ def main(cfg: Config) -> None:
     wrong = [name for name, difference in found.items() if not difference.relative <= cfg.tolerance]
     if wrong:
         raise ValueError(f"relative difference above the tolerance of {cfg.tolerance:g}: {'; '.join(wrong)}")
-    say(f"all within {cfg.tolerance:g}")
+    log_info(f"all within {cfg.tolerance:g}")
 
 
 def compare(directory: str, texts: list[list[int]]) -> dict[str, Difference]:
