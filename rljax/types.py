@@ -88,7 +88,7 @@ class Pairs:
 
 
 @struct.dataclass
-class Judged:
+class Unpaired:
     """B answers, each judged good or bad alone: the batch of KTO and BCO."""
 
     traj: Trajectory  # [B T]
@@ -212,8 +212,10 @@ class Sampling:
     stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end an answer (EOS)
     logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # at the temperature: of
     # the policy's distribution, which the trainer computes too, or of what all these settings made of it
-    slots: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all at once
-    enough: int | None = struct.field(pytree_node=False, default=None)  # stop when so many answers have ended
+    max_concurrent: int | None = struct.field(
+        pytree_node=False, default=None
+    )  # rows at a time, refilled; None: all at once
+    stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when so many answers have ended
 
 
 # -------------------------------------------------------------------------------------------------------------- doors
@@ -249,7 +251,7 @@ def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory
     )
 
 
-def check(x: Trajectory | Batch) -> None:
+def check_shapes(x: Trajectory | Batch) -> None:
     """Raise ValueError, naming the field, unless every [B T] field of `x` has the shape of its mask. Free under jit."""
     traj = x.traj if isinstance(x, Batch) else x
     B, T = traj.mask.shape

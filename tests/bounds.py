@@ -46,7 +46,7 @@ def of_gradient(config, columns: int, tokens: int, size: float) -> float:
 
 def _terms(config, columns: int) -> int:
     inner = config.mlp_width
-    if config.experts is not None:
-        inner = max(inner, config.experts.width + config.experts.chosen) + config.width  # the router
+    if config.moe is not None:
+        inner = max(inner, config.moe.width + config.moe.chosen) + config.width  # the router
     attention = 2 * config.width + config.head_dim + 2 * columns + config.heads * config.head_dim
     return config.layers * (attention + 2 * config.width + inner) + 2 * config.width

@@ -65,7 +65,7 @@ SECTIONS: dict[str, dict[str, Place]] = {
         "dapo": Place("near", POLICY, OUTCOME, "clip, wider above"),
         "lite_ppo": Place("near", POLICY, OUTCOME, "clip, wider above"),
         "gdpo": Place("near", POLICY, "rewards, scores, groups", CLIP),
-        "pass_at_k": Place("near", POLICY, OUTCOME, CLIP),
+        "grpo_pass_at_k": Place("near", POLICY, OUTCOME, CLIP),
         "reinforce_ada": Place("near", POLICY, "rewards", "clip, wider above"),
         "gspo": Place("near", POLICY, OUTCOME, "clip, of the answer's mean ratio"),
         "gspo_token": Place("near", POLICY, OUTCOME, "clip, of the answer's mean ratio"),
@@ -104,26 +104,26 @@ SECTIONS: dict[str, dict[str, Place]] = {
         "with_kl": Place(*ANY, "", "KL to reference in loss"),
         "with_importance_weighted_kl": Place(*ANY, "", "KL to reference in loss"),
         "with_entropy": Place(*ANY, "", "entropy bonus"),
-        "with_likelihood_of_good": Place(*ANY, "rewards"),
+        "with_positive_nll": Place(*ANY, "rewards"),
     },
     "Wrappers: rewards, rows and advantages": {
         "kl_in_reward": Place(*ANY, "rewards", "KL to reference in reward"),
-        "penalise_overlong": Place(*ANY, "rewards"),
+        "overlong_penalty": Place(*ANY, "rewards"),
         "filter_overlong": Place(*ANY, "which answers were truncated"),
-        "distil": Place(*ANY, "", "KL to teacher in advantages"),
-        "dynamic_sampling.keep_informative": Place(*ANY, OUTCOME),
-        "reinforce_ada.balanced": Place(*ANY, OUTCOME),
+        "distill": Place(*ANY, "", "KL to teacher in advantages"),
+        "dynamic_sampling": Place(*ANY, OUTCOME),
+        "reinforce_ada.balanced_subsample": Place(*ANY, OUTCOME),
     },
     "Wrappers: another policy sampled": {
         "truncate_is": Place("off", "any", "", "truncated ratio"),
         "mask_is": Place("off", "any", "", "masked ratio"),
-        "normalised_is": Place("off", "any", "", "normalised ratio"),
+        "normalized_is": Place("off", "any", "", "normalised ratio"),
         "reject": Place("off", "any", "", "rejection by divergence"),
-        "drop_stale_failures": Place("off", "any", "", "rejection by divergence"),
-        "only_high_entropy": Place(*ANY, "", "tokens held back"),
+        "off_policy_sequence_mask": Place("off", "any", "", "rejection by divergence"),
+        "high_entropy_mask": Place(*ANY, "", "tokens held back"),
     },
     "Controllers of coefficients": {
-        "controllers.fixed": Place(*ANY, ""),
+        "controllers.fixed_coefficient": Place(*ANY, ""),
         "controllers.adaptive_kl": Place(*ANY, "measured KL", "KL near a target"),
         "controllers.ppo_penalty_coefficient": Place(*ANY, "measured KL", "KL near a target"),
         "controllers.adaptive_entropy": Place(*ANY, "measured entropy", "entropy above a target"),
@@ -155,12 +155,12 @@ SECTIONS["Control"] = CONTROL
 
 # Of these the others are built: their laws are those of what is built.
 BLOCKS = (
-    "wrap.needing",
-    "wrap.preparing",
+    "wrappers.with_needs",
+    "wrappers.with_prepare",
     "ppo.actor_critic",
     "pairs.preference_objective",
-    "pairs.judged_objective",
-    "pairs.logged",
+    "pairs.unpaired_objective",
+    "pairs.log_coefficients",
 )
 
 READING = """\

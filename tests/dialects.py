@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import old_logp
-from rljax.algorithms.wrap import preparing, with_entropy
+from rljax.algorithms.common.credit import old_logp
+from rljax.algorithms.common.wrappers import with_entropy, with_prepare
 from rljax.ops import groups, statistics
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import token_mean
@@ -256,8 +256,8 @@ def openrlhf_columns(mask):
 def openrlhf_whitened(advantages, mask):
     """OpenRLHF whitens by the population variance, without ε, over the tokens. Another whitening before is undone."""
     n = mask.sum()
-    centred = advantages - jnp.where(mask, advantages, 0.0).sum() / n
-    return centred / jnp.sqrt(jnp.where(mask, centred**2, 0.0).sum() / n)
+    centered = advantages - jnp.where(mask, advantages, 0.0).sum() / n
+    return centered / jnp.sqrt(jnp.where(mask, centered**2, 0.0).sum() / n)
 
 
 def swift_scaled(advantages, of, group, scale: str):
@@ -342,14 +342,14 @@ def trl_entropy_bonus(algorithm: Algorithm, coefficient: float) -> Algorithm:
     inner = with_entropy(algorithm, coefficient)
 
     def find(output, batch):
-        own = token_mean(batch.mask & batch.extra.get("uncertain", batch.mask))
+        own = token_mean(batch.mask & batch.extra.get("high_entropy_kept", batch.mask))
         return {"bonus": jnp.where(batch.weight > 0, own / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)}
 
     def loss(output, batch):
         terms, metrics = inner.loss(output.replace(entropy=batch.extra["bonus"] * output.entropy), batch)
         return terms, {**metrics, "entropy": output.entropy}
 
-    return preparing(inner._replace(loss=loss), find)
+    return with_prepare(inner._replace(loss=loss), find)
 
 
 def transformers_padding_row(policy: Callable, tied: bool, pad: int) -> Callable:

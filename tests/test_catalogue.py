@@ -130,5 +130,5 @@ def test_what_is_read_from_docstrings():
     assert catalogue.papers("cpo.simpo") == "[2405.14734](https://arxiv.org/abs/2405.14734)"
     assert catalogue.papers("reinforce.reinforce") == "Williams 1992"
     assert catalogue.settings("gspo.gspo") == "low=0.0003, high=0.0004"
-    assert catalogue.needs("wrap.with_likelihood_of_good") == []
-    assert catalogue.needs("shape.kl_in_reward") == ["ref_logp"]
+    assert catalogue.needs("wrappers.with_positive_nll") == []
+    assert catalogue.needs("reward_shaping.kl_in_reward") == ["ref_logp"]

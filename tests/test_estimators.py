@@ -1,4 +1,4 @@
-"""What experiments/estimators.py must find: values known from elsewhere, and sums done again here, in numpy."""
+"""What experiments/tables/estimators.py must find: values known from elsewhere, and sums done again here, in numpy."""
 
 import itertools
 import math
@@ -11,9 +11,9 @@ import pytest
 import estimators
 from exact import credit, divergences, gradients, language, worlds
 from rljax.algorithms import dr_grpo, grpo, maxrl, off_policy_pg, ppo, reinforce, remax
-from rljax.algorithms.reinforce import group_mean
+from rljax.algorithms.reinforce import group_mean_baseline
 from rljax.ops.ratios import token_level
-from rljax.ops.weights import sequence_mean, sequence_sum
+from rljax.ops.weights import seq_mean_token_mean, seq_mean_token_sum
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "estimators.md"
 SHARP = 1e-13  # an ε that the deviations of these rewards do not feel
@@ -31,7 +31,7 @@ def random_world(lm, binary=False):
 
 
 def measured(algorithms, lm, places, answers):
-    return gradients.measure(algorithms, [sequence_mean, sequence_sum], lm, places, answers)
+    return gradients.measure(algorithms, [seq_mean_token_mean, seq_mean_token_sum], lm, places, answers)
 
 
 def softmax(logits):
@@ -103,7 +103,7 @@ def in_pairs():
         lm = language.tree(3, 3)
         places = [random_world(lm), random_world(lm, binary=True), *worlds.moved(lm, 0, (NEAR, FAR))[1:]]
         algorithms = {
-            "group mean": reinforce(group_mean),
+            "group mean": reinforce(group_mean_baseline),
             "RLOO": reinforce(),
             "Dr.GRPO": dr_grpo(3.0),
             "GRPO": grpo(std_epsilon=SHARP),
@@ -158,7 +158,7 @@ def grpo_weight(p, G):
 
 
 def test_with_right_and_wrong_answers_grpo_weighs_a_prompt_by_its_odds(in_pairs):
-    """Under sequence_sum whatever the lengths; divided by their own lengths answers climb something else."""
+    """Under seq_mean_token_sum whatever the lengths; divided by their own lengths answers climb something else."""
     lm, (_, binary, *_), found = in_pairs
     _, score, chance, R = by_hand(lm, binary)
     J, mean = (chance * R) @ score, found["GRPO"][0][1]
@@ -369,9 +369,9 @@ def test_printed_numbers_are_those_of_a_plain_loop(weighting):
         p = by_hand(lm, world._replace(policy=world.behaviour))[2][triples].prod(1)
         share = {
             "token_mean": 1 / np.repeat(length[triples].sum(1), 3).reshape(-1, 3),
-            "sequence_mean": 1 / length[triples] / 3,
-            "sequence_sum": np.ones(triples.shape) / 3,
-            "constant_length": np.ones(triples.shape) / 9,
+            "seq_mean_token_mean": 1 / length[triples] / 3,
+            "seq_mean_token_sum": np.ones(triples.shape) / 3,
+            "seq_mean_token_sum_norm": np.ones(triples.shape) / 9,
         }[weighting]
         ahead = 1.5 * (R[triples] - R[triples].mean(1)[:, None])
         g = np.einsum("ij,ijk->ik", share * ahead, score[triples])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rljax import algorithms as a
-from rljax.algorithms.reinforce import batch_mean, leave_one_out, no_baseline
+from rljax.algorithms.reinforce import batch_mean_baseline, leave_one_out_baseline, no_baseline
 from rljax.envs.maze import make_maze, maze_mdp
 from rljax.envs.tabular import TabularMDP, state_values
 from rljax.train.objective import policy_objective
@@ -148,9 +148,9 @@ def psi(traj):
     column = (to_go * mask).sum(axis=0) / mask.sum(axis=0)
     return {
         "return": (a.reinforce(no_baseline), None, np.broadcast_to(to_go[:, :1], r.shape), False),
-        "return - mean": (a.reinforce(batch_mean), None, to_go[:, :1] - to_go[:, :1].mean() + 0 * r, False),
+        "return - mean": (a.reinforce(batch_mean_baseline), None, to_go[:, :1] - to_go[:, :1].mean() + 0 * r, False),
         "reward-to-go": (a.reinforce_to_go(no_baseline), None, to_go, False),
-        "reward-to-go - mean of the column": (a.reinforce_to_go(batch_mean), None, to_go - column, False),
+        "reward-to-go - mean of the column": (a.reinforce_to_go(batch_mean_baseline), None, to_go - column, False),
         "reward-to-go - V": (a.vpg(1.0, 1.0), None, gae(traj, 1.0), True),
         "GAE": (a.vpg(1.0, 0.5), None, gae(traj, 0.5), True),
         "TD residual": (a.vpg(1.0, 0.0), None, gae(traj, 0.0), True),
@@ -210,7 +210,7 @@ def test_a_discount_leaves_out_its_power_in_front_of_each_decision(drawn):
 
 def test_importance_weights_of_whole_episodes_are_unbiased_under_another_policy():
     traj = every_trajectory(MU)
-    for baseline in (no_baseline, batch_mean):
+    for baseline in (no_baseline, batch_mean_baseline):
         close(samples(a.off_policy_pg(baseline=baseline), traj).mean(axis=0), slope())
     apart(samples(a.reinforce(no_baseline), traj).mean(axis=0), slope())
     apart(samples(a.off_policy_pg(cap=1.0, baseline=no_baseline), traj).mean(axis=0), slope())
@@ -258,12 +258,12 @@ def over_pairs(algorithm, pairs):
 def test_in_a_batch_of_two_a_mean_that_contains_the_row_halves_the_gradient(pairs):
     """By column it halves where both rows decide and takes all where one does: that also turns the gradient."""
     want = slope(steps=2, start=1)
-    for baseline, share in ((no_baseline, 1.0), (leave_one_out, 1.0), (batch_mean, 0.5)):
+    for baseline, share in ((no_baseline, 1.0), (leave_one_out_baseline, 1.0), (batch_mean_baseline, 0.5)):
         close(over_pairs(a.reinforce(baseline), pairs), share * want)
-    for baseline in (no_baseline, leave_one_out):
+    for baseline in (no_baseline, leave_one_out_baseline):
         close(over_pairs(a.reinforce_to_go(baseline), pairs), want)
     np.testing.assert_allclose(
-        size_and_cosine(over_pairs(a.reinforce_to_go(batch_mean), pairs), want), (0.484, 0.9985), rtol=1e-3
+        size_and_cosine(over_pairs(a.reinforce_to_go(batch_mean_baseline), pairs), want), (0.484, 0.9985), rtol=1e-3
     )
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.types import Batch, Trajectory, check, trajectory_of_tokens
+from rljax.types import Batch, Trajectory, check_shapes, trajectory_of_tokens
 
 # Padding on the left; on the right; two packed segments and padding between them; no padding; nothing but padding.
 TOKENS = np.array([[0, 0, 5, 6, 7, 8], [5, 6, 7, 0, 0, 0], [1, 2, 0, 3, 4, 5], [1, 2, 3, 4, 5, 6], [0] * 6])
@@ -65,8 +65,8 @@ def test_check_accepts_every_field_in_its_own_shape():
         dist={"anything": np.zeros(1)},
         **cells,
     )
-    check(traj)
-    check(Batch(traj=traj, advantages=np.zeros((B, T)), mask=np.zeros((B, T), bool), coefficients={"kl": 0.1}))
+    check_shapes(traj)
+    check_shapes(Batch(traj=traj, advantages=np.zeros((B, T)), mask=np.zeros((B, T), bool), coefficients={"kl": 0.1}))
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_check_accepts_every_field_in_its_own_shape():
 )
 def test_check_names_a_field_of_another_shape(field, shape):
     with pytest.raises(ValueError, match=rf"Trajectory\.{field} has shape .*; with a mask of \(5, 5\)"):
-        check(trajectory().replace(**{field: np.zeros(shape)}))
+        check_shapes(trajectory().replace(**{field: np.zeros(shape)}))
 
 
 @pytest.mark.parametrize("field", ["advantages", "returns", "weight", "mask"])
 def test_check_names_a_field_of_the_batch(field):
     fine = Batch(traj=trajectory(), advantages=np.zeros((5, 5)), mask=np.zeros((5, 5), bool))
-    check(fine)
+    check_shapes(fine)
     with pytest.raises(ValueError, match=rf"Batch\.{field}"):
-        check(fine.replace(**{field: np.zeros((5, 4))}))
+        check_shapes(fine.replace(**{field: np.zeros((5, 4))}))

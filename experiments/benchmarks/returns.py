@@ -20,8 +20,8 @@ import numpy as np
 import tyro
 from common import alternately, bandwidth
 
-from rljax.ops.returns import gae, vtrace
-from rljax.train.log import say, table
+from rljax.ops.returns import gae, vtrace_returns
+from rljax.train.log import log_info, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ def main(cfg: Config) -> None:
     works = {
         "gae": lambda r, v, d, w, m: gae(r, v, None, d),
         "gae with a mask": lambda r, v, d, w, m: gae(r, v, m, d),
-        "vtrace": lambda r, v, d, w, m: vtrace(r, v, w, None, d),
-        "vtrace with a mask": lambda r, v, d, w, m: vtrace(r, v, w, m, d),
+        "vtrace": lambda r, v, d, w, m: vtrace_returns(r, v, w, None, d),
+        "vtrace with a mask": lambda r, v, d, w, m: vtrace_returns(r, v, w, m, d),
     }
     kernels = {(name, "[B, T]"): (jax.jit(work), flat) for name, work in works.items()}
     kernels |= {
@@ -70,7 +70,7 @@ def main(cfg: Config) -> None:
 
     bandwidths = {name: max(speeds) for name, speeds in copies.items()}
     shown = ", ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in bandwidths.items())
-    say(f"copy of 256 MiB: {shown}; [{B}, {T}] float32")
+    log_info(f"copy of 256 MiB: {shown}; [{B}, {T}] float32")
     rows = []
     for name in works:
         moved = 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0))

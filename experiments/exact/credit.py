@@ -14,7 +14,7 @@ import numpy as np
 from exact.language import Tree, at_the_end, log_prob, values
 from exact.worlds import World, facts
 from rljax.algorithms.grpo import grpo
-from rljax.algorithms.reinforce import leave_one_out, reinforce
+from rljax.algorithms.reinforce import leave_one_out_baseline, reinforce
 from rljax.ops.returns import discounted_returns, gae
 
 SEEDS = 50  # of noisy and of learned critics; figures are means over them
@@ -115,7 +115,7 @@ def by_outcome(lm: Tree, world: World) -> dict[str, dict[str, float]]:
     for answers in (2, 3):
         rows |= {
             f"reward - group mean, of {answers}": seen.of_groups(grpo(std_epsilon=None), answers),
-            f"reward - mean of the others, of {answers}": seen.of_groups(reinforce(leave_one_out), answers),
+            f"reward - mean of the others, of {answers}": seen.of_groups(reinforce(leave_one_out_baseline), answers),
             f"GRPO (group's std too), of {answers}": seen.of_groups(grpo(), answers),
         }
     rows["this and later step rewards, arbitrary"] = seen.agreement(discounted_returns(world.steps, mask))

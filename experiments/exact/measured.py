@@ -14,7 +14,7 @@ from rljax.types import Algorithm
 
 ON_POLICY, BINARY, OFF = 0, 1, 2  # places; OFF and after: behaviour policies further and further away
 OWN = 0  # the algorithm's own weighting; those of the list follow
-CONSTANT = "constant_length"  # but for its scale the same as sequence_sum
+CONSTANT = "seq_mean_token_sum_norm"  # but for its scale the same as seq_mean_token_sum
 FOOTNOTES = {"MaxRL": "MaxRL[^maxrl]"}  # page.md says what holds of these
 
 

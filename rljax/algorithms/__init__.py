@@ -8,13 +8,20 @@ from rljax.algorithms.aot import aot, aot_unpaired
 from rljax.algorithms.bco import bco
 from rljax.algorithms.capo import capo
 from rljax.algorithms.cispo import cispo
-from rljax.algorithms.correct import (
-    drop_stale_failures,
+from rljax.algorithms.common.corrections import (
+    high_entropy_mask,
     mask_is,
-    normalised_is,
-    only_high_entropy,
+    normalized_is,
+    off_policy_sequence_mask,
     reject,
     truncate_is,
+)
+from rljax.algorithms.common.reward_shaping import distill, filter_overlong, kl_in_reward, overlong_penalty
+from rljax.algorithms.common.wrappers import (
+    with_entropy,
+    with_importance_weighted_kl,
+    with_kl,
+    with_positive_nll,
 )
 from rljax.algorithms.covariance import clip_cov, kl_cov
 from rljax.algorithms.cpo import cpo, simpo
@@ -29,6 +36,7 @@ from rljax.algorithms.gdpo import gdpo
 from rljax.algorithms.gmpo import gmpo
 from rljax.algorithms.gpg import gpg
 from rljax.algorithms.grpo import grpo
+from rljax.algorithms.grpo_pass_at_k import grpo_pass_at_k
 from rljax.algorithms.grpo_process import grpo_process
 from rljax.algorithms.gspo import gspo, gspo_token
 from rljax.algorithms.kto import kto
@@ -39,7 +47,6 @@ from rljax.algorithms.online_dpo import online_pairs
 from rljax.algorithms.opo import opo
 from rljax.algorithms.orpo import orpo
 from rljax.algorithms.otb import otb
-from rljax.algorithms.pass_at_k import pass_at_k
 from rljax.algorithms.ppo import ppo, ppo_penalty
 from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.real import real
@@ -51,16 +58,9 @@ from rljax.algorithms.reward_model import ranked_reward_model, reward_model
 from rljax.algorithms.rloo import rloo
 from rljax.algorithms.sapo import sapo
 from rljax.algorithms.sft import dft, sft
-from rljax.algorithms.shape import distil, filter_overlong, kl_in_reward, penalise_overlong
 from rljax.algorithms.trpo import trpo, trpo_gae
 from rljax.algorithms.vapo import vapo
 from rljax.algorithms.vespo import vespo
 from rljax.algorithms.vine_ppo import vine_ppo
 from rljax.algorithms.vpg import vpg
 from rljax.algorithms.vtrace import off_policy_pg, vtrace
-from rljax.algorithms.wrap import (
-    with_entropy,
-    with_importance_weighted_kl,
-    with_kl,
-    with_likelihood_of_good,
-)

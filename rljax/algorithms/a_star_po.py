@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch, require
+from rljax.algorithms.common.credit import outcome_batch, outcome_rewards, require
 from rljax.ops.ratios import sequence_product
-from rljax.ops.weights import sequence_mean
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
@@ -26,12 +26,12 @@ def a_star_po(beta: float = 1e-3) -> Algorithm:
 
     def credit(traj, coefficients):
         require(traj, "baseline")
-        rewards, judged = episode_rewards(traj)
-        judged = judged & jnp.isfinite(traj.baseline)
-        return outcome_batch(traj, rewards - jnp.where(judged, traj.baseline, 0.0), judged, coefficients)
+        rewards, valid = outcome_rewards(traj)
+        valid = valid & jnp.isfinite(traj.baseline)
+        return outcome_batch(traj, rewards - jnp.where(valid, traj.baseline, 0.0), valid, coefficients)
 
     def loss(output, batch):
         log_ratio = sequence_product(output.logp - batch.traj.ref_logp, batch.mask, batch.traj.segments)
         return (beta * log_ratio - batch.advantages) ** 2, {}
 
-    return Algorithm(credit=credit, loss=loss, weights=sequence_mean, needs=("ref_logp", "baseline"))
+    return Algorithm(credit=credit, loss=loss, weights=seq_mean_token_mean, needs=("ref_logp", "baseline"))

@@ -9,7 +9,7 @@ the gradient does not depend on how the batch is cut.
 
 from collections.abc import Callable
 
-from rljax.algorithms.pairs import preference_objective
+from rljax.algorithms.common.pairs import preference_objective
 from rljax.ops import preferences
 from rljax.types import Objective
 
@@ -19,29 +19,31 @@ def aot(policy: Callable, beta: float = 0.1, label_smoothing: float = 0.0) -> Ob
 
     def margins(pair):
         policy_margin = pair.chosen.logp - pair.rejected.logp
-        return policy_margin, policy_margin - (pair.chosen.ratio - pair.rejected.ratio)
+        return policy_margin, policy_margin - (pair.chosen.log_ratio - pair.rejected.log_ratio)
 
     def match(pair, present):
-        return {"ref_margin": preferences.equal_rank(*margins(pair), present)}
+        return {"ref_margin": preferences.match_by_rank(*margins(pair), present)}
 
     def term(pair):
-        return preferences.aot(margins(pair)[0], pair.extra["ref_margin"], beta, label_smoothing)
+        return preferences.aot_loss(margins(pair)[0], pair.extra["ref_margin"], beta, label_smoothing)
 
-    return preference_objective(policy, term, lambda answer: beta * answer.ratio, match=match)
+    return preference_objective(policy, term, lambda answer: beta * answer.log_ratio, match=match)
 
 
 def aot_unpaired(policy: Callable, beta: float = 0.1, label_smoothing: float = 0.0) -> Objective:
     """Chosen answers against rejected ones."""
 
     def match(pair, present):
-        chosen, rejected = pair.chosen.ratio, pair.rejected.ratio
+        chosen, rejected = pair.chosen.log_ratio, pair.rejected.log_ratio
         return {
-            "rejected": preferences.equal_rank(chosen, rejected, present),
-            "chosen": preferences.equal_rank(rejected, chosen, present),
+            "rejected": preferences.match_by_rank(chosen, rejected, present),
+            "chosen": preferences.match_by_rank(rejected, chosen, present),
         }
 
     def term(pair):
         matched = pair.extra["rejected"], pair.extra["chosen"]
-        return preferences.aot_unpaired(pair.chosen.ratio, pair.rejected.ratio, *matched, beta, label_smoothing)
+        return preferences.aot_unpaired_loss(
+            pair.chosen.log_ratio, pair.rejected.log_ratio, *matched, beta, label_smoothing
+        )
 
-    return preference_objective(policy, term, lambda answer: beta * answer.ratio, match=match)
+    return preference_objective(policy, term, lambda answer: beta * answer.log_ratio, match=match)

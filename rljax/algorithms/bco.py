@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.pairs import judged_objective, logged
+from rljax.algorithms.common.pairs import log_coefficients, unpaired_objective
 from rljax.ops import preferences
 from rljax.types import Objective
 
@@ -19,16 +19,16 @@ STATE = ("reward_mean", "rewards_seen")
 
 
 def bco(policy: Callable, beta: float = 0.1) -> Objective:
-    """An objective over `Judged` whose `coefficients` hold the running mean; without, it starts here."""
+    """An objective over `Unpaired` whose `coefficients` hold the running mean; without, it starts here."""
 
     def before(look, batch, present):
         mean, seen = (batch.coefficients.get(name, jnp.zeros(())) for name in STATE)
-        rewards = jnp.where(present, beta * look(batch.traj).ratio, 0.0)
+        rewards = jnp.where(present, beta * look(batch.traj).log_ratio, 0.0)
         seen_now = seen + present.sum()
         moved = mean + (rewards - jnp.where(present, mean, 0.0)).sum() / jnp.maximum(seen_now, 1.0)
         return batch.replace(coefficients=batch.coefficients | dict(zip(STATE, (moved, seen_now), strict=True)))
 
     def term(ratio, batch):
-        return preferences.bco(ratio, batch.desirable, batch.coefficients["reward_mean"], beta)
+        return preferences.bco_loss(ratio, batch.desirable, batch.coefficients["reward_mean"], beta)
 
-    return logged(judged_objective(policy, term, before, beta), *STATE)
+    return log_coefficients(unpaired_objective(policy, term, before, beta), *STATE)

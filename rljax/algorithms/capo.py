@@ -9,7 +9,7 @@ penalty is not known here; a mark on the last step has no place beside the outco
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, require
+from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.sequences import last_decision, sequence_sum
@@ -22,13 +22,13 @@ def capo(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6) -> Algo
 
     def credit(traj, coefficients):
         require(traj, "group", "step_ends")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         last = last_decision(mask)
         outcome = jnp.where(last, rewards, 0.0).sum(axis=1, keepdims=True)
         marks = sequence_sum(jnp.where(last, 0.0, rewards), mask, step_numbers(traj.step_ends, mask))
         reward = outcome + marks
         ids = jnp.broadcast_to(traj.group[:, None], mask.shape)
-        advantages = groups.standardised(reward.ravel(), ids.ravel(), mask.ravel(), std_epsilon).reshape(mask.shape)
+        advantages = groups.standardize(reward.ravel(), ids.ravel(), mask.ravel(), std_epsilon).reshape(mask.shape)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
     return grpo(low, high)._replace(credit=credit)

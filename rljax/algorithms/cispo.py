@@ -10,7 +10,7 @@ the loss means nothing. Â is GRPO's.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, ratio_to_old
+from rljax.algorithms.common.credit import group_relative, ratio_to_old
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import group_relative, old_logp, ratio_to_old
+from rljax.algorithms.common.credit import group_relative, old_logp, ratio_to_old
 from rljax.algorithms.dapo import dapo
 from rljax.ops import losses
 from rljax.ops.kl import absolute
@@ -25,10 +25,10 @@ from rljax.types import Algorithm, Batch, PolicyOutput
 
 
 def _covariance(output: PolicyOutput, batch: Batch):
-    def centred(x):
+    def centered(x):
         return x - masked_mean(x, batch.mask)
 
-    return centred(batch.advantages) * centred(output.logp)
+    return centered(batch.advantages) * centered(output.logp)
 
 
 def _count(share: float, mask):
@@ -75,7 +75,7 @@ def kl_cov(share: float = 2e-4, coefficient: float = 1.0) -> Algorithm:
         return batch.replace(extra={**batch.extra, "held": held})
 
     def loss(output, batch):
-        pull = jnp.where(batch.extra["held"], absolute(output.logp, old_logp(batch.traj)), 0.0)
-        return -ratio_to_old(output, batch) * batch.advantages + coefficient * pull, {"pull": pull}
+        penalty = jnp.where(batch.extra["held"], absolute(output.logp, old_logp(batch.traj)), 0.0)
+        return -ratio_to_old(output, batch) * batch.advantages + coefficient * penalty, {"old_policy_penalty": penalty}
 
     return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, prepare=prepare)

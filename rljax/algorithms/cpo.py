@@ -9,7 +9,7 @@
 
 from collections.abc import Callable
 
-from rljax.algorithms.pairs import preference_objective
+from rljax.algorithms.common.pairs import preference_objective
 from rljax.ops import preferences
 from rljax.types import Objective
 
@@ -37,7 +37,7 @@ def simpo(
         return beta * preferences.alphapo_reward(answer.mean_logp, alpha)
 
     def term(pair):
-        compared = preferences.simpo(reward(pair.chosen), reward(pair.rejected), 1.0, gamma, label_smoothing)
+        compared = preferences.simpo_loss(reward(pair.chosen), reward(pair.rejected), 1.0, gamma, label_smoothing)
         return compared + nll * pair.nll
 
     return preference_objective(policy, term, reward)

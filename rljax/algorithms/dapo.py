@@ -3,7 +3,7 @@
     L = (1/Σ_i n_i) Σ_i Σ_t max(-ρÂ, -clip(ρ, 1 - 0.2, 1 + 0.28) Â)        Â as in GRPO, no KL term
 
 The wider upper clip lets unlikely tokens grow; the token mean gives long answers their full weight. The rest of the
-paper composes: `dynamic_sampling.keep_informative` (section 3.2), `filter_overlong` and `penalise_overlong` (section
+paper composes: `dynamic_sampling` (section 3.2), `filter_overlong` and `overlong_penalty` (section
 3.4, in `shape`).
 """
 

@@ -7,10 +7,10 @@
     dpo(policy, partial(preferences.robust, label_smoothing=0.1))       labels that may be wrong
     dpo(policy, preferences.ipo, measure=mean_ratio)                    IPO as its authors run it
     dpo(policy, beta=5.0, measure=mean_ratio)                           length-normalised (Tülu 3, arXiv:2411.15124)
-    dpo(policy, measure=diverging(preferences.forward_kl))              f-DPO (arXiv:2309.16240)
+    dpo(policy, measure=f_divergence(preferences.forward_kl))              f-DPO (arXiv:2309.16240)
     dpo(policy, nll=1.0)                                                RPO (arXiv:2404.19733)
     dpo(policy, pair_weight=wpo)                                        WPO (arXiv:2406.11827)
-    dpo(policy, token_weights=desensitised(0.3))                        LD-DPO (arXiv:2409.06411)
+    dpo(policy, token_weights=ld_dpo_weights(0.3))                        LD-DPO (arXiv:2409.06411)
     dpo(policy, preferences.mixture((0.5, preferences.sigmoid), (0.5, preferences.bco_pair)))
 
 Terms that measure answers differently are mixed with `preference_objective` and `of_ratios`. With `ref_logp` of zeros
@@ -19,49 +19,49 @@ it is reference-free. An answer cut by its length should not be a chosen one: fi
 
 from collections.abc import Callable
 
-from rljax.algorithms.pairs import Answers, Compared, every_token, preference_objective
+from rljax.algorithms.common.pairs import CompletionStats, PairStats, preference_objective, uniform_token_weights
 from rljax.ops import preferences
 from rljax.types import Objective
 
 
-def total_ratio(answer: Answers):
+def total_log_ratio(answer: CompletionStats):
     """Δ, summed over the tokens."""
-    return answer.ratio
+    return answer.log_ratio
 
 
-def mean_ratio(answer: Answers):
+def mean_log_ratio(answer: CompletionStats):
     """Δ/n: length-normalised."""
-    return answer.mean_ratio
+    return answer.mean_log_ratio
 
 
-def diverging(slope: Callable, measure: Callable = total_ratio) -> Callable:
+def f_divergence(slope: Callable, measure: Callable = total_log_ratio) -> Callable:
     """f'(π/π_ref) for one of the f' of `ops.preferences`."""
     return lambda answer: slope(measure(answer))
 
 
-def desensitised(alpha: float) -> Callable:
+def ld_dpo_weights(alpha: float) -> Callable:
     """LD-DPO's token weights: α on what exceeds the shorter answer of the pair."""
     return lambda mask, other: preferences.shared_length_weights(mask, other, alpha)
 
 
-def alike(pair: Compared):
+def uniform_pair_weight(pair: PairStats):
     """Every pair weighs 1."""
     return 1.0
 
 
-def wpo(pair: Compared):
+def wpo(pair: PairStats):
     """How likely the policy is to write both answers. Raises ValueError where the policy gives no Σ_v π(v)²."""
     if pair.chosen.alignment is None:
         raise ValueError("WPO needs PolicyOutput.sum_pi_squared: a policy that returns it")
     return preferences.wpo_weight(pair.chosen.alignment, pair.rejected.alignment)
 
 
-def of_ratios(loss: Callable, beta: float, measure: Callable = total_ratio) -> Callable:
+def preference_term(loss: Callable, beta: float, measure: Callable = total_log_ratio) -> Callable:
     """A loss of (Δ_w, Δ_l, β) as a term of `preference_objective`."""
     return lambda pair: loss(measure(pair.chosen), measure(pair.rejected), beta)
 
 
-def likelihood(pair: Compared):
+def chosen_nll(pair: PairStats):
     """-log π of the chosen answers: the token mean, as a term of `preference_objective`."""
     return pair.nll
 
@@ -71,10 +71,10 @@ def dpo(
     loss: Callable = preferences.sigmoid,
     beta: float = 0.1,
     *,
-    measure: Callable = total_ratio,
+    measure: Callable = total_log_ratio,
     nll: float = 0.0,
-    pair_weight: Callable = alike,
-    token_weights: Callable = every_token,
+    pair_weight: Callable = uniform_pair_weight,
+    token_weights: Callable = uniform_token_weights,
 ) -> Objective:
     """An objective over `Pairs` whose trajectories carry `ref_logp`.
 
@@ -86,9 +86,9 @@ def dpo(
       pair_weight: Compared -> [B], a constant factor of each pair's terms.
       token_weights: (mask [B T], mask of the other answer) -> [B T].
     """
-    compared = of_ratios(loss, beta, measure)
+    compared = preference_term(loss, beta, measure)
 
     def term(pair):
         return pair_weight(pair) * (compared(pair) + nll * pair.nll)
 
-    return preference_objective(policy, term, lambda answer: beta * answer.ratio, token_weights)
+    return preference_objective(policy, term, lambda answer: beta * answer.log_ratio, token_weights)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.common.credit import group_relative, old_logp
 from rljax.ops.ratios import importance_ratio
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
@@ -39,9 +39,9 @@ def _dppo(inside: Callable, cap: float) -> Algorithm:
 def dppo_tv(low: float = 0.1, high: float = 0.15, cap: float = 20.0) -> Algorithm:
     """DPPO with the binary total variation."""
 
-    def inside(logp, old, good):
+    def inside(logp, old, positive):
         change = jnp.exp(logp) - jnp.exp(old)
-        return jnp.where(good, change <= high, change >= -low)
+        return jnp.where(positive, change <= high, change >= -low)
 
     return _dppo(inside, cap)
 
@@ -49,9 +49,9 @@ def dppo_tv(low: float = 0.1, high: float = 0.15, cap: float = 20.0) -> Algorith
 def dppo_kl(low: float = 0.03, high: float = 0.05, cap: float = 20.0) -> Algorithm:
     """DPPO with the binary KL, in nats."""
 
-    def inside(logp, old, good):
+    def inside(logp, old, positive):
         p, q = jnp.exp(logp), jnp.exp(old)
         divergence = q * (old - logp) + (1.0 - q) * jnp.log((1.0 - q + 1e-8) / (1.0 - p + 1e-8))
-        return jnp.where(good, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q))
+        return jnp.where(positive, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q))
 
     return _dppo(inside, cap)

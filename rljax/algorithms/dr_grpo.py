@@ -8,10 +8,10 @@ have, not the width of a batch. The gradient is RLOO's times (G - 1)/(G C).
 """
 
 from rljax.algorithms.grpo import grpo
-from rljax.ops.weights import constant_length
+from rljax.ops.weights import seq_mean_token_sum_norm
 from rljax.types import Algorithm
 
 
 def dr_grpo(longest: float, low: float = 0.2, high: float = 0.2) -> Algorithm:
     """Dr.GRPO. `longest`: C, the most tokens an answer may have."""
-    return grpo(low, high, std_epsilon=None, weights=constant_length(longest))
+    return grpo(low, high, std_epsilon=None, weights=seq_mean_token_sum_norm(longest))

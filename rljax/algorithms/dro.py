@@ -5,7 +5,7 @@
 Left out: the paper's learnt value function, for which GRPO's group mean stands.
 """
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.common.credit import group_relative, old_logp
 from rljax.ops import losses
 from rljax.ops.kl import k2
 from rljax.ops.weights import token_mean
@@ -16,7 +16,7 @@ def dro(beta: float = 0.1) -> Algorithm:
     """DRO."""
 
     def loss(output, batch):
-        pull = k2(output.logp, old_logp(batch.traj))
-        return losses.policy_gradient(output.logp, batch.advantages) + beta * pull, {"pull": pull}
+        penalty = k2(output.logp, old_logp(batch.traj))
+        return losses.policy_gradient(output.logp, batch.advantages) + beta * penalty, {"old_policy_penalty": penalty}
 
     return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)

@@ -7,17 +7,17 @@ prompts are drawn than are kept, so that shapes stay fixed, and the groups that 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards
-from rljax.ops.groups import no_signal
+from rljax.algorithms.common.credit import outcome_rewards
+from rljax.ops.groups import zero_std
 from rljax.types import Trajectory
 
 
-def keep_informative(traj: Trajectory, rows: int) -> Trajectory:
+def dynamic_sampling(traj: Trajectory, rows: int) -> Trajectory:
     """The first `rows` rows of `traj` once whole groups are sorted: unequal rewards first, then by group id.
 
     Groups must be of one size that divides `rows`. Report rewards and lengths of the trajectory before: this one is a
     choice.
     """
-    reward, judged = episode_rewards(traj)
-    kept = jnp.lexsort((traj.group, no_signal(reward, traj.group, judged)))[:rows]
+    reward, valid = outcome_rewards(traj)
+    kept = jnp.lexsort((traj.group, zero_std(reward, traj.group, valid)))[:rows]
     return jax.tree.map(lambda x: x[kept], traj)

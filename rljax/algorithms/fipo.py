@@ -9,7 +9,7 @@ is kept within [0.8, 1]. Â is GRPO's. Gaps are skipped.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import old_logp, ratio_to_old
+from rljax.algorithms.common.credit import old_logp, ratio_to_old
 from rljax.algorithms.dapo import dapo
 from rljax.ops.ratios import bounded_exp
 from rljax.ops.returns import discounted_returns
@@ -25,10 +25,10 @@ def fipo(low: float = 0.2, high: float = 0.28, gamma=0.97, width: float = 0.2, s
         log_ratio = stop_gradient(output.logp) - old_logp(batch.traj)
         further = jnp.where(last_decision(batch.mask, batch.traj.segments), 0.0, gamma)
         future = discounted_returns(log_ratio, batch.mask, further)
-        influence = jnp.clip(bounded_exp(future), 1.0 - width, 1.0 + width)
+        weight = jnp.clip(bounded_exp(future), 1.0 - width, 1.0 + width)
         risky = (batch.advantages < 0) & (stop_gradient(ratio_to_old(output, batch)) > safe)
-        influence = jnp.where(risky, jnp.clip(influence, 0.8, 1.0), influence)
+        weight = jnp.where(risky, jnp.clip(weight, 0.8, 1.0), weight)
         terms, metrics = plain.loss(output, batch)
-        return influence * terms, {**metrics, "influence": influence}
+        return weight * terms, {**metrics, "future_kl_weight": weight}
 
     return plain._replace(loss=loss)

@@ -5,7 +5,7 @@
 with the last mean and deviation over the rows of the batch. Normalising the sum instead, as GRPO does, lets answers
 with different components share one advantage. With one reward it is GRPO up to the rescaling over the batch. A
 component that could not judge a row adds 0 to it. The loss is GRPO's. It reads
-`traj.scores`, not rewards: what `kl_in_reward` or `penalise_overlong` adds does not reach it. Left out: conditioning an
+`traj.scores`, not rewards: what `kl_in_reward` or `overlong_penalty` adds does not reach it. Left out: conditioning an
 easy reward on a hard one.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch, require
+from rljax.algorithms.common.credit import outcome_batch, outcome_rewards, require
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.statistics import masked_mean, masked_var
@@ -27,16 +27,16 @@ def gdpo(
 
     def credit(traj, coefficients):
         require(traj, "group", "scores")
-        _, judged = episode_rewards(traj)
+        _, valid = outcome_rewards(traj)
         scores, total = traj.scores, jnp.zeros_like(traj.scores[:, 0])
         factors = [1.0] * scores.shape[1] if reward_weights is None else reward_weights
         if len(factors) != scores.shape[1]:
             raise ValueError(f"{len(factors)} reward weights for {scores.shape[1]} rewards; give one for each")
         for k, factor in enumerate(factors):
-            valid = judged & jnp.isfinite(scores[:, k])
+            valid = valid & jnp.isfinite(scores[:, k])
             score = jnp.where(valid, scores[:, k], 0.0)
-            total = total + factor * groups.standardised(score, traj.group, valid, epsilon)
-        spread = jnp.sqrt(masked_var(total, judged)) + epsilon
-        return outcome_batch(traj, (total - masked_mean(total, judged)) / spread, judged, coefficients)
+            total = total + factor * groups.standardize(score, traj.group, valid, epsilon)
+        spread = jnp.sqrt(masked_var(total, valid)) + epsilon
+        return outcome_batch(traj, (total - masked_mean(total, valid)) / spread, valid, coefficients)
 
     return grpo(low, high)._replace(credit=credit)

@@ -9,7 +9,7 @@ GRPO's arithmetic one. Â is GRPO's, constant over an answer.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.common.credit import group_relative, old_logp
 from rljax.ops.ratios import bounded_exp
 from rljax.ops.sequences import sequence_mean as mean_over_sequence
 from rljax.ops.weights import sequence_mean
@@ -22,10 +22,10 @@ def gmpo(low: float = 0.4, high: float = 0.4) -> Algorithm:
     def loss(output, batch):
         mean = lambda x: mean_over_sequence(x, batch.mask, batch.traj.segments)  # noqa: E731
         log_ratio, advantages = output.logp - old_logp(batch.traj), stop_gradient(mean(batch.advantages))
-        good, bad = advantages > 0, advantages < 0
-        clipped = (good & (log_ratio > high)) | (bad & (log_ratio < -low))
-        bounded = jnp.where(good, jnp.minimum(log_ratio, high), log_ratio)
-        bounded = jnp.where(bad, jnp.maximum(log_ratio, -low), bounded)
+        positive, negative = advantages > 0, advantages < 0
+        clipped = (positive & (log_ratio > high)) | (negative & (log_ratio < -low))
+        bounded = jnp.where(positive, jnp.minimum(log_ratio, high), log_ratio)
+        bounded = jnp.where(negative, jnp.maximum(log_ratio, -low), bounded)
         terms = -advantages * bounded_exp(mean(bounded))
         return terms, {"clip_fraction": clipped.astype(terms.dtype)}
 

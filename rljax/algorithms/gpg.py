@@ -8,7 +8,7 @@ KL, no division by a deviation.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import from_rewards
+from rljax.algorithms.common.credit import from_rewards
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops import groups
 from rljax.ops.weights import token_mean
@@ -18,10 +18,10 @@ from rljax.types import Algorithm
 def gpg() -> Algorithm:
     """GPG."""
 
-    def advantage(rewards, group, judged):
-        share = jnp.where(judged, 1.0 / jnp.maximum(groups.group_count(group, judged), 1.0), 0.0)
-        informative = jnp.where(groups.no_signal(rewards, group, judged), 0.0, share)
+    def advantage(rewards, group, valid):
+        share = jnp.where(valid, 1.0 / jnp.maximum(groups.group_count(group, valid), 1.0), 0.0)
+        informative = jnp.where(groups.zero_std(rewards, group, valid), 0.0, share)
         alpha = share.sum() / jnp.maximum(informative.sum(), 1.0)
-        return alpha * groups.centred(rewards, group, judged)
+        return alpha * groups.center(rewards, group, valid)
 
     return reinforce()._replace(credit=from_rewards(advantage, "group"), weights=token_mean)

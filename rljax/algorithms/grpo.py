@@ -10,14 +10,14 @@ paper's other form, is `grpo_process`.
 
 from collections.abc import Callable
 
-from rljax.algorithms.credit import group_relative, ratio_to_old
+from rljax.algorithms.common.credit import group_relative, ratio_to_old
 from rljax.ops import losses
-from rljax.ops.weights import sequence_mean
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
 def grpo(
-    low: float = 0.2, high: float = 0.2, std_epsilon: float | None = 1e-6, weights: Callable = sequence_mean
+    low: float = 0.2, high: float = 0.2, std_epsilon: float | None = 1e-6, weights: Callable = seq_mean_token_mean
 ) -> Algorithm:
     """GRPO. `std_epsilon` None leaves out the division by the group's standard deviation."""
 

@@ -9,7 +9,7 @@ GRPO with outcome supervision. The loss is GRPO's.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, require
+from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.returns import discounted_returns
@@ -21,10 +21,10 @@ def grpo_process(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6)
 
     def credit(traj, coefficients):
         require(traj, "group", "step_ends")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         ends = traj.step_ends & mask
         of_steps = jnp.broadcast_to(traj.group[:, None], mask.shape).ravel()
-        normal = groups.standardised(rewards.ravel(), of_steps, ends.ravel(), std_epsilon).reshape(mask.shape)
+        normal = groups.standardize(rewards.ravel(), of_steps, ends.ravel(), std_epsilon).reshape(mask.shape)
         return Batch(traj, discounted_returns(normal, mask), mask, coefficients=coefficients)
 
     return grpo(low, high)._replace(credit=credit)

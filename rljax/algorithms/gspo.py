@@ -12,10 +12,10 @@ It allows advantages that differ from token to token. Â is GRPO's.
 
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.common.credit import group_relative, old_logp
 from rljax.ops import losses
 from rljax.ops.ratios import bounded_exp, sequence_geometric_mean
-from rljax.ops.weights import sequence_mean
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
@@ -25,7 +25,7 @@ def _gspo(log_ratio, low: float, high: float) -> Algorithm:
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean)
 
 
 def _of_sequence(output, batch):

@@ -13,23 +13,23 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.pairs import judged_objective, logged, said
+from rljax.algorithms.common.pairs import has_tokens, log_coefficients, unpaired_objective
 from rljax.ops import preferences
 from rljax.ops.statistics import masked_mean
 from rljax.types import Objective
 
 
-def alike(good, bad):
+def uniform_class_weights(good, bad):
     """λ_D = λ_U = 1."""
     return 1.0, 1.0
 
 
-def fixed(desirable: float, undesirable: float) -> Callable:
+def fixed_class_weights(desirable: float, undesirable: float) -> Callable:
     """λ_D and λ_U as given."""
     return lambda good, bad: (desirable, undesirable)
 
 
-def balanced(ratio: float = 1.0) -> Callable:
+def balanced_class_weights(ratio: float = 1.0) -> Callable:
     """λ_U = 1 and λ_D such that λ_D n_D = ratio · λ_U n_U. The paper advises ratios from 1 to 4/3."""
 
     def weights(good, bad):
@@ -38,18 +38,18 @@ def balanced(ratio: float = 1.0) -> Callable:
     return weights
 
 
-def kto(policy: Callable, beta: float = 0.1, class_weights: Callable = alike) -> Objective:
-    """An objective over `Judged`. `class_weights`: (good [B], bad [B]) -> (λ_D, λ_U)."""
+def kto(policy: Callable, beta: float = 0.1, class_weights: Callable = uniform_class_weights) -> Objective:
+    """An objective over `Unpaired`. `class_weights`: (good [B], bad [B]) -> (λ_D, λ_U)."""
 
     def before(look, batch, present):
         z = jnp.zeros(())
         if batch.mismatched is not None:
-            z = jnp.maximum(masked_mean(look(batch.mismatched).ratio, said(batch.mismatched)), 0.0)
+            z = jnp.maximum(masked_mean(look(batch.mismatched).log_ratio, has_tokens(batch.mismatched)), 0.0)
         good, bad = class_weights(present & batch.desirable, present & ~batch.desirable)
         weight = batch.weight * jnp.where(batch.desirable, good, bad)
         return batch.replace(weight=weight, coefficients=batch.coefficients | {"kl": z})
 
     def term(ratio, batch):
-        return preferences.kto(ratio, batch.desirable, batch.coefficients["kl"], beta)
+        return preferences.kto_loss(ratio, batch.desirable, batch.coefficients["kl"], beta)
 
-    return logged(judged_objective(policy, term, before, beta), "kl")
+    return log_coefficients(unpaired_objective(policy, term, before, beta), "kl")

@@ -8,7 +8,7 @@ is DAPO's.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import from_rewards
+from rljax.algorithms.common.credit import from_rewards
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.statistics import masked_var
@@ -19,7 +19,7 @@ from rljax.types import Algorithm
 def lite_ppo(low: float = 0.2, high: float = 0.28, std_epsilon: float = 1e-6) -> Algorithm:
     """GRPO with the batch's deviation and the token mean."""
 
-    def advantage(rewards, group, judged):
-        return groups.centred(rewards, group, judged) / (jnp.sqrt(masked_var(rewards, judged)) + std_epsilon)
+    def advantage(rewards, group, valid):
+        return groups.center(rewards, group, valid) / (jnp.sqrt(masked_var(rewards, valid)) + std_epsilon)
 
     return grpo(low, high, weights=token_mean)._replace(credit=from_rewards(advantage, "group"))

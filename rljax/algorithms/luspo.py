@@ -6,10 +6,10 @@ GSPO's geometric mean divides each answer's gradient by its length; the factor n
 """
 
 from rljax.algorithms.gspo import gspo
-from rljax.ops.weights import sequence_sum
+from rljax.ops.weights import seq_mean_token_sum
 from rljax.types import Algorithm
 
 
 def luspo(low: float = 2e-3, high: float = 2.5e-3) -> Algorithm:
     """GSPO summed over the tokens of each answer."""
-    return gspo(low, high)._replace(weights=sequence_sum)
+    return gspo(low, high)._replace(weights=seq_mean_token_sum)

@@ -8,7 +8,7 @@ log E[R]: hard prompts weigh more. For rewards of other signs the quotient has n
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import from_rewards
+from rljax.algorithms.common.credit import from_rewards
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops import groups
 from rljax.types import Algorithm
@@ -17,8 +17,8 @@ from rljax.types import Algorithm
 def maxrl() -> Algorithm:
     """MaxRL, for rewards of 0 and 1."""
 
-    def advantage(rewards, group, judged):
-        mean = groups.group_mean(rewards, group, judged)
-        return jnp.where(mean > 0, groups.centred(rewards, group, judged) / jnp.where(mean > 0, mean, 1.0), 0.0)
+    def advantage(rewards, group, valid):
+        mean = groups.group_mean(rewards, group, valid)
+        return jnp.where(mean > 0, groups.center(rewards, group, valid) / jnp.where(mean > 0, mean, 1.0), 0.0)
 
     return reinforce()._replace(credit=from_rewards(advantage, "group"))

@@ -6,7 +6,7 @@ online_pairs(traj, answers=2) -> Pairs -> dpo(policy)
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards
+from rljax.algorithms.common.credit import outcome_rewards
 from rljax.types import Pairs, Trajectory
 
 
@@ -22,16 +22,16 @@ def online_pairs(traj: Trajectory, answers: int = 2, eos_penalty: float = 0.0) -
 
     Raises ValueError where `answers` does not divide the rows.
     """
-    rewards, judged = episode_rewards(traj)
+    rewards, valid = outcome_rewards(traj)
     if rewards.shape[0] % answers:
         raise ValueError(f"{rewards.shape[0]} rows are not groups of {answers} answers")
     if eos_penalty:
         rewards = rewards - eos_penalty * ~(traj.terminated & traj.mask).any(axis=1)
     rows = jnp.argsort(traj.group, stable=True).reshape(-1, answers)
-    rewards, judged = rewards[rows], judged[rows]
-    best = jnp.where(judged, rewards, -jnp.inf).argmax(axis=1)
-    worst = answers - 1 - jnp.where(judged, rewards, jnp.inf)[:, ::-1].argmin(axis=1)
-    two = judged.sum(axis=1) >= 2
+    rewards, valid = rewards[rows], valid[rows]
+    best = jnp.where(valid, rewards, -jnp.inf).argmax(axis=1)
+    worst = answers - 1 - jnp.where(valid, rewards, jnp.inf)[:, ::-1].argmin(axis=1)
+    two = valid.sum(axis=1) >= 2
 
     def take(place):
         taken = jnp.take_along_axis(rows, place[:, None], axis=1)[:, 0]

@@ -8,7 +8,7 @@ clip, no KL, no entropy term: one update per rollout.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch, require
+from rljax.algorithms.common.credit import outcome_batch, outcome_rewards, require
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops import groups
 from rljax.types import Algorithm
@@ -19,10 +19,10 @@ def opo() -> Algorithm:
 
     def credit(traj, coefficients):
         require(traj, "group")
-        rewards, judged = episode_rewards(traj)
-        length = jnp.where(judged, traj.mask.sum(axis=1), 0).astype(rewards.dtype)
+        rewards, valid = outcome_rewards(traj)
+        length = jnp.where(valid, traj.mask.sum(axis=1), 0).astype(rewards.dtype)
         total = groups.group_sum(length, traj.group)
         baseline = groups.group_sum(length * rewards, traj.group) / jnp.maximum(total, 1.0)
-        return outcome_batch(traj, rewards - baseline, judged, coefficients)
+        return outcome_batch(traj, rewards - baseline, valid, coefficients)
 
     return reinforce()._replace(credit=credit)

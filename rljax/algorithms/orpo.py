@@ -7,7 +7,7 @@ The NLL is the token mean over the chosen answers. Left out: the paper's code ta
 
 from collections.abc import Callable
 
-from rljax.algorithms.pairs import preference_objective
+from rljax.algorithms.common.pairs import preference_objective
 from rljax.ops import preferences
 from rljax.types import Objective
 

@@ -10,7 +10,7 @@ reward-to-go. Rows of a group must start in the same column. A row alone in a co
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, require
+from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops import groups
 from rljax.ops.returns import discounted_returns
@@ -22,7 +22,7 @@ def otb() -> Algorithm:
 
     def credit(traj, coefficients):
         require(traj, "group", "old_logp", "sum_pi_squared")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         returns = discounted_returns(rewards, mask)
         norm = jnp.where(mask, 1.0 - 2.0 * jnp.exp(traj.old_logp) + traj.sum_pi_squared, 0.0)
         weight = jnp.where(mask, jnp.cumsum(norm, axis=1), 0.0)

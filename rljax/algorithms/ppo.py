@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, old_logp, ratio_to_old, require
+from rljax.algorithms.common.credit import decision_rewards, old_logp, ratio_to_old, require
 from rljax.ops import losses
 from rljax.ops.kl import k3
 from rljax.ops.returns import gae
@@ -29,7 +29,7 @@ def actor_critic(actor: Callable, gamma, lam, value_coefficient: float, value_cl
 
     def credit(traj, coefficients):
         require(traj, "values")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         cut = None if traj.final_values is None else traj.truncated
         advantages = gae(rewards, traj.values, mask, gamma, lam, traj.terminated, cut, traj.final_values)
         returns = jnp.where(mask, advantages + traj.values[:, :-1], 0.0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.pairs import neutral
+from rljax.algorithms.common.pairs import zero_masked
 from rljax.ops.ranking import step_cross_entropy
 from rljax.ops.weights import token_mean
 from rljax.types import Batch, Objective, Trajectory
@@ -22,7 +22,7 @@ def process_reward_model(step_logits: Callable) -> Objective:
     def prepare(params, frozen, traj: Trajectory, key) -> Batch:
         labelled = traj.mask & traj.step_ends & ~jnp.isnan(traj.rewards)
         label = jnp.where(labelled, traj.rewards, 0.0)
-        traj = neutral(traj).replace(rewards=label)
+        traj = zero_masked(traj).replace(rewards=label)
         return Batch(traj, advantages=label, mask=labelled, returns=label, weight=token_mean(labelled))
 
     def loss(params, frozen, batch: Batch):

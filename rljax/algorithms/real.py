@@ -11,10 +11,10 @@ slope · S_i, with L's own value and gradient. Â is GRPO's.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp, require
+from rljax.algorithms.common.credit import group_relative, old_logp, require
 from rljax.ops import groups
 from rljax.ops.ratios import sequence_geometric_mean
-from rljax.ops.weights import sequence_mean
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
@@ -28,11 +28,11 @@ def real(temperature: float = 0.5) -> Algorithm:
         require(batch.traj, "group")  # which packing takes away
         group, rows = batch.traj.group, batch.mask.any(axis=1)
         reach = jnp.clip(score(output, batch)[:, 0], -20.0, 20.0)
-        good = rows & ((batch.mask * batch.advantages).sum(axis=1) > 0)
-        bad = rows & ~good
-        both = (groups.group_count(group, good) > 0) & (groups.group_count(group, bad) > 0)
+        positive = rows & ((batch.mask * batch.advantages).sum(axis=1) > 0)
+        negative = rows & ~positive
+        both = (groups.group_count(group, positive) > 0) & (groups.group_count(group, negative) > 0)
         slope, loss = jnp.zeros_like(reach), jnp.zeros_like(reach)
-        for kind, sign in ((bad, 1.0), (good, -1.0)):
+        for kind, sign in ((negative, 1.0), (positive, -1.0)):
             mass = jnp.where(kind & both, jnp.exp(sign * reach), 0.0)
             total = 1.0 + groups.group_sum(mass, group)
             slope += sign * mass / total
@@ -47,4 +47,4 @@ def real(temperature: float = 0.5) -> Algorithm:
         reach = score(output, batch)
         return batch.extra["slope"] * (reach - stop_gradient(reach)) + batch.extra["value"], {}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean, prepare=prepare)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, prepare=prepare)

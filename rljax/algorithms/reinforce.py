@@ -16,54 +16,54 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.algorithms.credit import episode_rewards, judged_rewards, outcome_batch
+from rljax.algorithms.common.credit import decision_rewards, outcome_batch, outcome_rewards
 from rljax.ops import groups, losses, statistics, weights
 from rljax.ops.returns import discounted_returns
 from rljax.types import Algorithm, Batch, Scalar
 
 Rewards = Float[Array, " B"]
 Groups = Int[Array, " B"] | None
-Judged = Bool[Array, " B"]
+Valid = Bool[Array, " B"]
 
 
-def no_baseline(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
+def no_baseline(rewards: Rewards, group: Groups, valid: Valid) -> Rewards:
     """b = 0."""
     return jnp.zeros_like(rewards)
 
 
-def batch_mean(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
+def batch_mean_baseline(rewards: Rewards, group: Groups, valid: Valid) -> Rewards:
     """b = mean of all judged rows."""
-    return jnp.broadcast_to(statistics.masked_mean(rewards, judged), rewards.shape)
+    return jnp.broadcast_to(statistics.masked_mean(rewards, valid), rewards.shape)
 
 
-def group_mean(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
+def group_mean_baseline(rewards: Rewards, group: Groups, valid: Valid) -> Rewards:
     """b_i = mean of the judged rows of i's group."""
-    return groups.group_mean(rewards, group, judged)
+    return groups.group_mean(rewards, group, valid)
 
 
-def leave_one_out(rewards: Rewards, group: Groups, judged: Judged) -> Rewards:
+def leave_one_out_baseline(rewards: Rewards, group: Groups, valid: Valid) -> Rewards:
     """b_i = mean of the *other* judged rows of i's group."""
-    return groups.leave_one_out_mean(rewards, group, judged)
+    return groups.leave_one_out_mean(rewards, group, valid)
 
 
-def reinforce(baseline: Callable = leave_one_out) -> Algorithm:
+def reinforce(baseline: Callable = leave_one_out_baseline) -> Algorithm:
     """REINFORCE. `baseline`: (rewards [B], group [B], judged [B]) -> [B]."""
 
     def credit(traj, coefficients):
-        rewards, judged = episode_rewards(traj)
-        return outcome_batch(traj, rewards - baseline(rewards, traj.group, judged), judged, coefficients)
+        rewards, valid = outcome_rewards(traj)
+        return outcome_batch(traj, rewards - baseline(rewards, traj.group, valid), valid, coefficients)
 
     def loss(output, batch):
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
-    return Algorithm(credit=credit, loss=loss, weights=weights.sequence_sum)
+    return Algorithm(credit=credit, loss=loss, weights=weights.seq_mean_token_sum)
 
 
-def reinforce_to_go(baseline: Callable = leave_one_out, gamma: Scalar = 1.0) -> Algorithm:
+def reinforce_to_go(baseline: Callable = leave_one_out_baseline, gamma: Scalar = 1.0) -> Algorithm:
     """REINFORCE in which a decision is credited with what followed it. `baseline`: as of `reinforce`."""
 
     def credit(traj, coefficients):
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         returns = discounted_returns(rewards, mask, gamma)
         of_columns = jax.vmap(baseline, in_axes=(1, None, 1), out_axes=1)(returns, traj.group, mask)
         advantages = jnp.where(mask, returns - of_columns, 0.0)

@@ -11,13 +11,13 @@ The paper draws in rounds until enough are seen; here all are drawn at once, in 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, outcome_batch, require
+from rljax.algorithms.common.credit import outcome_batch, outcome_rewards, require
 from rljax.algorithms.dapo import dapo
 from rljax.ops import groups
 from rljax.types import Algorithm, Trajectory
 
 
-def balanced(traj: Trajectory, drawn: int, kept: int) -> Trajectory:
+def balanced_subsample(traj: Trajectory, drawn: int, kept: int) -> Trajectory:
     """`kept` rows of every group of `drawn`, with `baseline` = mean reward of all the group's rows.
 
     A row is right where its reward is above that mean. Rows that were not judged are taken last. All groups have
@@ -25,10 +25,10 @@ def balanced(traj: Trajectory, drawn: int, kept: int) -> Trajectory:
     """
     if traj.mask.shape[0] % drawn or kept > drawn:
         raise ValueError(f"{traj.mask.shape[0]} rows are not groups of {drawn}, or hold no {kept} to keep")
-    reward, judged = episode_rewards(traj)
-    mean = groups.group_mean(reward, traj.group, judged)
+    reward, valid = outcome_rewards(traj)
+    mean = groups.group_mean(reward, traj.group, valid)
     by_group = jnp.argsort(traj.group, stable=True)
-    right, valid = ((reward > mean) & judged)[by_group].reshape(-1, drawn), judged[by_group].reshape(-1, drawn)
+    right, valid = ((reward > mean) & valid)[by_group].reshape(-1, drawn), valid[by_group].reshape(-1, drawn)
     wrong = valid & ~right
     place = jnp.where(right, jnp.cumsum(right, axis=1), jnp.cumsum(wrong, axis=1))  # first, second ... of its kind
     order = jnp.argsort(jnp.where(valid, place, drawn + 1), axis=1, stable=True)[:, :kept]
@@ -41,7 +41,7 @@ def reinforce_ada(low: float = 0.2, high: float = 0.28) -> Algorithm:
 
     def credit(traj, coefficients):
         require(traj, "baseline")
-        rewards, judged = episode_rewards(traj)
-        return outcome_batch(traj, rewards - traj.baseline, judged, coefficients)
+        rewards, valid = outcome_rewards(traj)
+        return outcome_batch(traj, rewards - traj.baseline, valid, coefficients)
 
     return dapo(low, high)._replace(credit=credit, needs=("baseline",))

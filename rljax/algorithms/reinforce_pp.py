@@ -8,7 +8,7 @@ reward of the group before whitening (several answers per prompt); its KL is k2 
 `with_kl(reinforce_pp_baseline(), β, k2)`.
 """
 
-from rljax.algorithms.credit import from_rewards, judged_rewards
+from rljax.algorithms.common.credit import decision_rewards, from_rewards
 from rljax.algorithms.dapo import dapo
 from rljax.ops import groups
 from rljax.ops.returns import discounted_returns
@@ -20,7 +20,7 @@ def reinforce_pp(low: float = 0.2, high: float = 0.2, gamma: float = 1.0) -> Alg
     """REINFORCE++."""
 
     def credit(traj, coefficients):
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         returns = discounted_returns(rewards, mask, gamma)
         return Batch(traj, whiten(returns, mask), mask, returns=returns, coefficients=coefficients)
 
@@ -29,10 +29,10 @@ def reinforce_pp(low: float = 0.2, high: float = 0.2, gamma: float = 1.0) -> Alg
 
 def reinforce_pp_baseline(low: float = 0.2, high: float = 0.2) -> Algorithm:
     """REINFORCE++ with the group's mean reward as baseline."""
-    centred = from_rewards(groups.centred, "group")
+    centered = from_rewards(groups.center, "group")
 
     def credit(traj, coefficients):
-        batch = centred(traj, coefficients)
+        batch = centered(traj, coefficients)
         return batch.replace(advantages=whiten(batch.advantages, batch.mask))
 
     return dapo(low, high)._replace(credit=credit)

@@ -8,7 +8,7 @@ more decode per prompt; `traj.baseline` holds its reward.
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, require
+from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.reinforce import reinforce
 from rljax.ops.returns import discounted_returns
 from rljax.types import Algorithm, Batch
@@ -19,7 +19,7 @@ def remax() -> Algorithm:
 
     def credit(traj, coefficients):
         require(traj, "baseline")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         mask = mask & jnp.isfinite(traj.baseline)[:, None]
         advantages = jnp.where(mask, discounted_returns(rewards, mask) - traj.baseline[:, None], 0.0)
         return Batch(traj, advantages, mask, coefficients=coefficients)

@@ -14,31 +14,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.algorithms.pairs import mean_weight, neutral, said, total
+from rljax.algorithms.common.pairs import has_tokens, sum_and_count, uniform_row_weights, zero_masked
 from rljax.ops import ranking
 from rljax.types import Objective, Pairs, Trajectory
 
 
-def reward_model(score: Callable, centring: float = 0.0) -> Objective:
+def reward_model(score: Callable, center_rewards_coefficient: float = 0.0) -> Objective:
     """An objective over `Pairs`, with their `margin` where there is one. `centring` is η."""
 
     def prepare(params, frozen, batch: Pairs, key) -> Pairs:
-        chosen, rejected = neutral(batch.chosen), neutral(batch.rejected)
-        present = said(chosen) | said(rejected)
+        chosen, rejected = zero_masked(batch.chosen), zero_masked(batch.rejected)
+        present = has_tokens(chosen) | has_tokens(rejected)
         margin = None if batch.margin is None else jnp.where(present, batch.margin, 0.0)
-        return batch.replace(chosen=chosen, rejected=rejected, margin=margin, weight=mean_weight(present))
+        return batch.replace(chosen=chosen, rejected=rejected, margin=margin, weight=uniform_row_weights(present))
 
     def loss(params, frozen, batch: Pairs):
-        present = said(batch.chosen) | said(batch.rejected)
+        present = has_tokens(batch.chosen) | has_tokens(batch.rejected)
         better = jnp.where(present, score(params, frozen, batch.chosen), 0.0)
         worse = jnp.where(present, score(params, frozen, batch.rejected), 0.0)
         margin = 0.0 if batch.margin is None else batch.margin
-        terms = ranking.bradley_terry(better, worse, margin) + centring * ranking.centring(better, worse)
+        terms = ranking.bradley_terry(
+            better, worse, margin
+        ) + center_rewards_coefficient * ranking.center_rewards_coefficient(better, worse)
         one = jnp.ones(())
         metrics = {
-            "accuracy": total(better > worse, present),
-            "margin": total(better - worse, present),
-            "reward": total((better + worse) / 2, present),
+            "accuracy": sum_and_count(better > worse, present),
+            "margin": sum_and_count(better - worse, present),
+            "reward": sum_and_count((better + worse) / 2, present),
             "reward_max": (jnp.where(present, jnp.maximum(better, worse), -jnp.inf).max(), one),
             "reward_min": (jnp.where(present, jnp.minimum(better, worse), jnp.inf).min(), one),
         }
@@ -62,17 +64,17 @@ def ranked_reward_model(score: Callable, loss: Callable = ranking.plackett_luce)
 
     def prepare(params, frozen, traj: Trajectory, key) -> Rankings:
         P, K, _ = traj.mask.shape
-        rows = neutral(flat(traj))
-        comparable = said(rows).reshape(P, K).sum(axis=1) >= 2
+        rows = zero_masked(flat(traj))
+        comparable = has_tokens(rows).reshape(P, K).sum(axis=1) >= 2
         traj = jax.tree.map(lambda x: x.reshape(P, K, *x.shape[1:]), rows)
-        return Rankings(traj, mean_weight(comparable))
+        return Rankings(traj, uniform_row_weights(comparable))
 
     def total_loss(params, frozen, batch: Rankings):
         P, K, _ = batch.traj.mask.shape
         rows = flat(batch.traj)
-        scores, valid = score(params, frozen, rows).reshape(P, K), said(rows).reshape(P, K)
+        scores, valid = score(params, frozen, rows).reshape(P, K), has_tokens(rows).reshape(P, K)
         terms = loss(jnp.where(valid, scores, 0.0), valid)
-        metrics = {"reward": total(scores.reshape(-1), valid.reshape(-1))}
+        metrics = {"reward": sum_and_count(scores.reshape(-1), valid.reshape(-1))}
         return jnp.where(batch.weight > 0, batch.weight * terms, 0.0).sum(), metrics
 
     return Objective(prepare, total_loss)

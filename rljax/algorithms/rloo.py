@@ -7,19 +7,19 @@ and the gradient is REINFORCE's, unbiased. The paper has no clip; it matters onl
 than once. Its KL stands in the reward: `kl_in_reward(rloo(), 0.05)`. A row alone in its group keeps its reward.
 """
 
-from rljax.algorithms.credit import from_rewards, old_logp
-from rljax.algorithms.reinforce import leave_one_out
+from rljax.algorithms.common.credit import from_rewards, old_logp
+from rljax.algorithms.reinforce import leave_one_out_baseline
 from rljax.ops import losses
 from rljax.ops.ratios import bounded_exp, sequence_product
-from rljax.ops.weights import sequence_mean
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
 def rloo(low: float = 0.2, high: float = 0.2) -> Algorithm:
     """RLOO, with a clip of the answer's ratio."""
 
-    def advantage(rewards, group, judged):
-        return rewards - leave_one_out(rewards, group, judged)
+    def advantage(rewards, group, valid):
+        return rewards - leave_one_out_baseline(rewards, group, valid)
 
     def loss(output, batch):
         log_ratio = output.logp - old_logp(batch.traj)
@@ -27,4 +27,4 @@ def rloo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=from_rewards(advantage, "group"), loss=loss, weights=sequence_mean)
+    return Algorithm(credit=from_rewards(advantage, "group"), loss=loss, weights=seq_mean_token_mean)

@@ -9,8 +9,8 @@ higher temperature for bad tokens makes theirs fade faster. The value at ρ = 1 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import group_relative, ratio_to_old
-from rljax.ops.weights import sequence_mean
+from rljax.algorithms.common.credit import group_relative, ratio_to_old
+from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
 
 
@@ -22,4 +22,4 @@ def sapo(positive: float = 1.0, negative: float = 1.05) -> Algorithm:
         gate = 4.0 / tau * jax.nn.sigmoid(tau * (ratio_to_old(output, batch) - 1.0))
         return -gate * batch.advantages, {}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=sequence_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean)

@@ -4,7 +4,7 @@
     dft    L = -(1/Σm) Σ sg(π(a_t | s_t)) log π(a_t | s_t)
 
 An Algorithm like the others, whose rows are demonstrations: it passes the same laws (micro-batch, shard, mask).
-`weights` says what counts alike: tokens, or sequences (`ops.weights.sequence_mean`). Packed rows are fine: the first
+`weights` says what counts alike: tokens, or sequences (`ops.weights.seq_mean_token_mean`). Packed rows are fine: the first
 token of a segment is nobody's target (`trajectory_of_tokens`).
 """
 

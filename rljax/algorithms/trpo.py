@@ -8,9 +8,9 @@ critic; `trpo_gae` takes GAE, whose critic shares no parameter with the policy a
 
 from collections.abc import Callable
 
-from rljax.algorithms.credit import ratio_to_old
+from rljax.algorithms.common.credit import ratio_to_old
 from rljax.algorithms.ppo import actor_critic
-from rljax.algorithms.reinforce import leave_one_out, reinforce
+from rljax.algorithms.reinforce import leave_one_out_baseline, reinforce
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Scalar
 
@@ -19,7 +19,7 @@ def _surrogate(output, batch):
     return -ratio_to_old(output, batch) * batch.advantages, {}
 
 
-def trpo(baseline: Callable = leave_one_out) -> Algorithm:
+def trpo(baseline: Callable = leave_one_out_baseline) -> Algorithm:
     """TRPO with the baselines of `reinforce`."""
     return reinforce(baseline)._replace(loss=_surrogate, weights=token_mean)
 

@@ -4,12 +4,12 @@
     L = token-mean of  PPO's clip-higher terms of whitened Â + c_v ½ (V - R̂)²
 
 The longer the answer, the further the actor looks; the critic always learns full returns. The paper adds 0.1 times the
-likelihood of right answers: `with_likelihood_of_good(vapo(), 0.1)`. Left out: pretraining the critic on returns.
+likelihood of right answers: `with_positive_nll(vapo(), 0.1)`. Left out: pretraining the critic on returns.
 """
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, require
+from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.ppo import ppo
 from rljax.ops.returns import fold_ends, gae, lambda_returns
 from rljax.ops.statistics import whiten
@@ -21,7 +21,7 @@ def vapo(low: float = 0.2, high: float = 0.28, alpha: float = 0.05, value_coeffi
 
     def credit(traj, coefficients):
         require(traj, "values")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         length = jnp.maximum(mask.sum(axis=1, keepdims=True), 1).astype(rewards.dtype)
         lam = jnp.broadcast_to(jnp.maximum(0.0, 1.0 - 1.0 / (alpha * length)), mask.shape)
         cut = None if traj.final_values is None else traj.truncated

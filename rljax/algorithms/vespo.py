@@ -11,20 +11,20 @@ import math
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import group_relative, old_logp
+from rljax.algorithms.common.credit import group_relative, old_logp
 from rljax.ops.ratios import sequence_product
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
 
 
-def vespo(good: tuple[float, float] = (2.0, 3.0), bad: tuple[float, float] = (3.0, 2.0)) -> Algorithm:
+def vespo(positive: tuple[float, float] = (2.0, 3.0), negative: tuple[float, float] = (3.0, 2.0)) -> Algorithm:
     """VESPO. `good`, `bad`: (k, λ) by the sign of the advantage."""
 
     def loss(output, batch):
         log_ratio = jnp.clip(output.logp - old_logp(batch.traj), -20.0, 20.0)
         log_w = sequence_product(log_ratio, batch.mask, batch.traj.segments)
         log_w = jnp.clip(log_w, math.log(1e-8), 20.0)
-        k, lam = (jnp.where(batch.advantages >= 0, g, b) for g, b in zip(good, bad, strict=True))
+        k, lam = (jnp.where(batch.advantages >= 0, g, b) for g, b in zip(positive, negative, strict=True))
         phi = stop_gradient(jnp.exp(lam + k * log_w - lam * jnp.exp(log_w)))
         return -phi * batch.advantages * output.logp, {"phi": phi}
 

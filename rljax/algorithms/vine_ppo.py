@@ -10,7 +10,7 @@ step too. A step's reward may stand on any of its tokens. The loss is PPO's with
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import judged_rewards, require
+from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.dapo import dapo
 from rljax.ops.returns import td_errors
 from rljax.ops.sequences import sequence_sum
@@ -23,7 +23,7 @@ def vine_ppo(low: float = 0.2, high: float = 0.2) -> Algorithm:
 
     def credit(traj, coefficients):
         require(traj, "step_ends", "values")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         steps = step_numbers(traj.step_ends, mask)
         count = jnp.cumsum(mask, axis=1)
         done = jax.lax.cummax(jnp.where(traj.step_ends & mask, count, 0), axis=1)  # decisions of finished steps

@@ -5,7 +5,7 @@
 
 μ is the policy that sampled (`traj.logp`). off_policy_pg weighs by the policy being trained, at every update; the
 product over the answer makes it unbiased. V-trace takes π from `traj.old_logp`, the trainer's own recomputation;
-v and Ψ are those of `ops.returns.vtrace`.
+v and Ψ are those of `ops.returns.vtrace_returns`.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.credit import judged_rewards, require
-from rljax.algorithms.reinforce import leave_one_out, reinforce
+from rljax.algorithms.common.credit import decision_rewards, require
+from rljax.algorithms.reinforce import leave_one_out_baseline, reinforce
 from rljax.ops import losses, returns
-from rljax.ops.ratios import bounded_exp, importance_ratio, sequence_product, truncated
+from rljax.ops.ratios import bounded_exp, importance_ratio, sequence_product, truncate_weights
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Batch, Scalar
 
 
 def off_policy_pg(
-    level: Callable = sequence_product, cap: float = float("inf"), baseline: Callable = leave_one_out
+    level: Callable = sequence_product, cap: float = float("inf"), baseline: Callable = leave_one_out_baseline
 ) -> Algorithm:
     """REINFORCE from another policy's answers."""
 
     def loss(output, batch):
         log_ratio = stop_gradient(output.logp) - batch.traj.logp
-        weight = truncated(bounded_exp(level(log_ratio, batch.mask, batch.traj.segments)), cap)
+        weight = truncate_weights(bounded_exp(level(log_ratio, batch.mask, batch.traj.segments)), cap)
         return losses.policy_gradient(output.logp, weight * batch.advantages), {"importance": weight}
 
     return reinforce(baseline)._replace(loss=loss)
@@ -46,11 +46,11 @@ def vtrace(
 
     def credit(traj, coefficients):
         require(traj, "values", "old_logp")
-        rewards, mask = judged_rewards(traj)
+        rewards, mask = decision_rewards(traj)
         ratio = importance_ratio(jnp.where(mask, traj.old_logp, 0.0), jnp.where(mask, traj.logp, 0.0))
         cut = None if traj.final_values is None else traj.truncated
         rewards, discount = returns.fold_ends(rewards, mask, gamma, traj.terminated, cut, traj.final_values)
-        found = returns.vtrace(rewards, traj.values, ratio, mask, discount, lam, rho_bar, c_bar, policy_rho_bar)
+        found = returns.vtrace_returns(rewards, traj.values, ratio, mask, discount, lam, rho_bar, c_bar, policy_rho_bar)
         return Batch(traj, found.advantages, mask, returns=found.targets, coefficients=coefficients)
 
     def loss(output, batch):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rljax.ops.kl import gaussian_entropy, gaussian_kl
-from rljax.ops.logprobs import gaussian_logp, logp_of, softmax, token_statistics
+from rljax.ops.logprobs import gaussian_logp, softmax, softmax_logp, token_statistics
 from rljax.ops.sampling import argmax, invert_cdf
 from rljax.ops.trust_region import directed_kl
 from rljax.types import Params, PolicyOutput, Trajectory
@@ -79,7 +79,7 @@ def act(params: Params, uniforms, observations) -> tuple:
         return actions, gaussian_logp(mean, std, actions)
     dist = softmax(dist, jnp.ones(dist.shape[0]))
     actions = invert_cdf(dist.masses, uniforms[:, 0])
-    return actions, logp_of(dist, actions)
+    return actions, softmax_logp(dist, actions)
 
 
 def act_greedily(params: Params, uniforms, observations) -> tuple:

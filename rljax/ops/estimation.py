@@ -106,7 +106,7 @@ def _scaled(weights: Samples, mask: Mask) -> Samples:
     return w / jnp.where(largest > 0, largest, 1.0)
 
 
-def self_normalised(x: Samples, weights: Samples, mask: Mask = None) -> Estimate:
+def self_normalized(x: Samples, weights: Samples, mask: Mask = None) -> Estimate:
     """Σ w x / Σ w: p and q may lack their constants; a bias of order 1/N, never beyond the samples' own range.
 
     Error by the delta method: √(Σ w² (x - mean)²) / Σ w. 0 where all weights are 0.
@@ -148,6 +148,6 @@ def effective_sample_size(weights: Samples, mask: Mask = None) -> Means:
     return jnp.where(squares > 0, w.sum(axis=-1) ** 2 / jnp.where(squares > 0, squares, 1.0), 0.0)
 
 
-def effective_share(weights: Samples, mask: Mask = None) -> Means:
+def ess_fraction(weights: Samples, mask: Mask = None) -> Means:
     """Effective sample size over N = 1 / mean((w / mean w)²), in (0, 1]; 0 without a weight."""
     return effective_sample_size(weights, mask) / jnp.maximum(_count(weights, mask), 1.0)

@@ -40,7 +40,7 @@ def group_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array
 
 def group_std(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Unbiased standard deviation (ddof 1) over the valid rows of each row's group; 0 for fewer than two."""
-    variance = group_sum(centred(x, group, valid) ** 2, group) / jnp.maximum(group_count(group, valid) - 1.0, 1.0)
+    variance = group_sum(center(x, group, valid) ** 2, group) / jnp.maximum(group_count(group, valid) - 1.0, 1.0)
     return jnp.sqrt(variance)
 
 
@@ -58,18 +58,18 @@ def leave_one_out_max(x: Float[Array, " B"], group: Int[Array, " B"], valid: Boo
     return jnp.where(others, x[None, :], -jnp.inf).max(axis=1)
 
 
-def centred(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+def center(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """x - mean over the valid rows of the group; 0 for rows not valid."""
     return jnp.where(valid, x - group_mean(x, group, valid), 0.0)
 
 
-def standardised(
+def standardize(
     x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"], epsilon: float = 1e-6
 ) -> Float[Array, " B"]:
     """(x - mean)/(std + ε) over the valid rows of the group, std unbiased; 0 for rows not valid."""
-    return centred(x, group, valid) / (group_std(x, group, valid) + epsilon)
+    return center(x, group, valid) / (group_std(x, group, valid) + epsilon)
 
 
-def no_signal(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Bool[Array, " B"]:
+def zero_std(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Bool[Array, " B"]:
     """Rows whose group gave every valid row the same x: comparison teaches nothing there."""
     return group_std(x, group, valid) < 1e-6

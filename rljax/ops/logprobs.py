@@ -33,10 +33,10 @@ def chosen_logp(
     logits: Float[Array, "*N V"], actions: Int[Array, "*N"], temperature: Float[Array, "*N"]
 ) -> Float[Array, "*N"]:
     """log softmax(z/τ)[a], in float32 or better: a gather minus a log-sum-exp, so no [V] array of log-probs is made."""
-    return logp_of(softmax(logits, temperature), actions)
+    return softmax_logp(softmax(logits, temperature), actions)
 
 
-def logp_of(dist: Softmax, actions: Int[Array, "*N"]) -> Float[Array, "*N"]:
+def softmax_logp(dist: Softmax, actions: Int[Array, "*N"]) -> Float[Array, "*N"]:
     """`chosen_logp` where the softmax is at hand."""
     return jnp.take_along_axis(dist.scaled, actions[..., None], axis=-1)[..., 0] - _log_sum(dist)
 

@@ -33,14 +33,14 @@ def _expm1(x):
 # ------------------------------------------------------------------------------------------------ of the difference D
 
 
-def smoothed(x: Ratios, label_smoothing: Scalar = 0.0) -> Ratios:
+def label_smoothed(x: Ratios, label_smoothing: Scalar = 0.0) -> Ratios:
     """-(1 - ε) log σ(x) - ε log σ(-x): logistic loss where a share ε of the labels is wrong (cDPO, Mitchell 2023)."""
     return -(1.0 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
 
 
 def sigmoid(chosen: Ratios, rejected: Ratios, beta: Scalar = 0.1, label_smoothing: Scalar = 0.0) -> Ratios:
     """-log σ(β D) (DPO, arXiv:2305.18290, eq. 7); cDPO with `label_smoothing`."""
-    return smoothed(beta * (chosen - rejected), label_smoothing)
+    return label_smoothed(beta * (chosen - rejected), label_smoothing)
 
 
 def robust(chosen: Ratios, rejected: Ratios, beta: Scalar = 0.1, label_smoothing: Scalar = 0.1) -> Ratios:
@@ -120,7 +120,7 @@ def mixture(*parts):
 # --------------------------------------------------------------------------------------------------- one answer, judged
 
 
-def kto(
+def kto_loss(
     ratio: Ratios, desirable: Bool[Array, " B"], reference_point: Ratios | Scalar = 0.0, beta: Scalar = 0.1
 ) -> Ratios:
     """1 - σ(β(Δ - z)) where desirable, else 1 - σ(β(z - Δ)) (KTO, arXiv:2402.01306, eq. 8, λ = 1).
@@ -131,7 +131,7 @@ def kto(
     return logistic(jnp.where(desirable, -x, x))
 
 
-def bco(ratio: Ratios, desirable: Bool[Array, " B"], shift: Ratios | Scalar = 0.0, beta: Scalar = 0.1) -> Ratios:
+def bco_loss(ratio: Ratios, desirable: Bool[Array, " B"], shift: Ratios | Scalar = 0.0, beta: Scalar = 0.1) -> Ratios:
     """-log σ(β Δ - δ) where desirable, else -log σ(δ - β Δ) (BCO, arXiv:2404.04656). The shift δ is a constant."""
     x = beta * ratio - stop_gradient(shift)
     return -log_sigmoid(jnp.where(desirable, x, -x))
@@ -140,11 +140,11 @@ def bco(ratio: Ratios, desirable: Bool[Array, " B"], shift: Ratios | Scalar = 0.
 # ------------------------------------------------------------------------------------------------------- no reference
 
 
-def simpo(
+def simpo_loss(
     chosen: Ratios, rejected: Ratios, beta: Scalar = 2.0, gamma: Scalar = 1.0, label_smoothing: Scalar = 0.0
 ) -> Ratios:
     """-log σ(β(ℓ̄_w - ℓ̄_l) - γ) of mean log-probs ℓ̄ (SimPO, arXiv:2405.14734, eq. 6)."""
-    return smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
+    return label_smoothed(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
 def alphapo_reward(mean_logp: Ratios, alpha: float = 0.25) -> Ratios:
@@ -213,7 +213,7 @@ def wpo_weight(chosen: Ratios, rejected: Ratios) -> Ratios:
 # ------------------------------------------------------------------------------------------- optimal transport (AOT)
 
 
-def equal_rank(x: Ratios, y: Ratios, valid: Bool[Array, " B"]) -> Ratios:
+def match_by_rank(x: Ratios, y: Ratios, valid: Bool[Array, " B"]) -> Ratios:
     """The y that has among the valid y the rank of each x among the valid x; 0 where not valid.
 
     Sorting both and comparing term by term is the transport of least cost between two samples of numbers. Matched by
@@ -223,13 +223,13 @@ def equal_rank(x: Ratios, y: Ratios, valid: Bool[Array, " B"]) -> Ratios:
     return jnp.where(valid, jnp.sort(jnp.where(valid, y, jnp.inf))[rank], 0.0)
 
 
-def aot(margin: Ratios, matched_ref_margin: Ratios, beta: Scalar = 0.1, label_smoothing: Scalar = 0.0) -> Ratios:
+def aot_loss(margin: Ratios, matched_ref_margin: Ratios, beta: Scalar = 0.1, label_smoothing: Scalar = 0.0) -> Ratios:
     """Smoothed -log σ(β(m - m_ref)) of the policy's margin log π(y_w)/π(y_l) and the reference's margin of equal rank
     (AOT, arXiv:2406.05882)."""
-    return smoothed(beta * (margin - stop_gradient(matched_ref_margin)), label_smoothing)
+    return label_smoothed(beta * (margin - stop_gradient(matched_ref_margin)), label_smoothing)
 
 
-def aot_unpaired(
+def aot_unpaired_loss(
     chosen: Ratios,
     rejected: Ratios,
     matched_rejected: Ratios,
@@ -243,7 +243,7 @@ def aot_unpaired(
     row's chosen one. Each term moves its own answer only; over the batch the two sum to the same value, so half of the
     value is taken and the whole gradient.
     """
-    up = smoothed(beta * (chosen - stop_gradient(matched_rejected)), label_smoothing)
-    down = smoothed(beta * (stop_gradient(matched_chosen) - rejected), label_smoothing)
+    up = label_smoothed(beta * (chosen - stop_gradient(matched_rejected)), label_smoothing)
+    down = label_smoothed(beta * (stop_gradient(matched_chosen) - rejected), label_smoothing)
     both = up + down
     return both - stop_gradient(0.5 * both)

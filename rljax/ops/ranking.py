@@ -19,7 +19,7 @@ def bradley_terry(chosen: Scores, rejected: Scores, margin: Scores | float = 0.0
     return -log_sigmoid(chosen - rejected - margin)
 
 
-def centring(chosen: Scores, rejected: Scores) -> Scores:
+def center_rewards_penalty(chosen: Scores, rejected: Scores) -> Scores:
     """(r_w + r_l)²: keeps scores, known up to a constant, around zero (arXiv:2312.09244)."""
     return (chosen + rejected) ** 2
 
@@ -46,12 +46,12 @@ def step_cross_entropy(log_odds: Steps, label: Steps) -> Steps:
     return -label * log_sigmoid(log_odds) - (1.0 - label) * log_sigmoid(-log_odds)
 
 
-def least_step(p: Ranked, valid: Valid) -> Float[Array, "*P"]:
+def min_over_steps(p: Ranked, valid: Valid) -> Float[Array, "*P"]:
     """min over the steps of the probability that each is right; 1 for an answer without steps."""
     return jnp.where(valid, p, 1.0).min(axis=-1)
 
 
-def product_of_steps(p: Ranked, valid: Valid) -> Float[Array, "*P"]:
+def product_over_steps(p: Ranked, valid: Valid) -> Float[Array, "*P"]:
     """Π over the steps: the probability that all are right (arXiv:2305.20050); 1 without steps."""
     return jnp.where(valid, p, 1.0).prod(axis=-1)
 

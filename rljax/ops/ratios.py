@@ -40,16 +40,16 @@ def sequence_geometric_mean(log_ratio: Terms, mask: Mask, segments: Segments = N
     return sequence_mean(log_ratio, mask, segments)
 
 
-def truncated(weights: Terms, cap: float = 2.0) -> Terms:
+def truncate_weights(weights: Terms, cap: float = 2.0) -> Terms:
     """min(w, cap): biased towards the sampling policy, bounded (truncated importance sampling)."""
     return jnp.minimum(weights, cap)
 
 
-def banded(weights: Terms, low: float = 0.5, high: float = 5.0) -> Terms:
+def mask_weights(weights: Terms, low: float = 0.5, high: float = 5.0) -> Terms:
     """w inside [low, high], 0 outside (masked importance sampling; IcePop on single tokens)."""
     return jnp.where((weights >= low) & (weights <= high), weights, 0.0)
 
 
-def normalised(weights: Terms, mean_weight: Terms) -> Terms:
+def normalize_weights(weights: Terms, mean_weight: Terms) -> Terms:
     """w over its own mean Σ mean_weight · w (self-normalised); `mean_weight` sums to one, as `ops.weights` make it."""
     return weights / jnp.maximum((mean_weight * weights).sum(), 1e-8)

@@ -83,8 +83,8 @@ def episode_rewards(
     A row is not judged if a reward on one of its decisions is NaN, or if it has no decision; its R is 0.
     """
     total = jnp.where(mask, rewards, 0.0).sum(axis=1)
-    judged = jnp.isfinite(total) & mask.any(axis=1)
-    return jnp.where(judged, total, 0.0), judged
+    valid = jnp.isfinite(total) & mask.any(axis=1)
+    return jnp.where(valid, total, 0.0), valid
 
 
 def fold_ends(
@@ -197,14 +197,14 @@ def n_step_returns(rewards: Terms, values: Values, mask: Mask | None, n: int, ga
     return jax.lax.fori_loop(0, n, extend, values[..., :-1])
 
 
-class VTrace(NamedTuple):
+class VTraceReturns(NamedTuple):
     """Of a policy π, estimated from what another one, μ, did."""
 
     targets: Terms  # v_t of the critic
     advantages: Terms  # Ψ_t of the policy gradient, the ratio ρ_t in it
 
 
-def vtrace(
+def vtrace_returns(
     rewards: Terms,
     values: Values,
     ratios: Terms,
@@ -214,7 +214,7 @@ def vtrace(
     rho_bar: Scalar = 1.0,
     c_bar: Scalar = 1.0,
     policy_rho_bar: Scalar = 1.0,
-) -> VTrace:
+) -> VTraceReturns:
     """V-trace (IMPALA, arXiv:1802.01561, eq. 1), ρ_t = π(a_t | s_t) / μ(a_t | s_t).
 
         δ_t = min(ρ̄, ρ_t) (r_t + γ_t V_{t+1} - V_t)        v_t - V_t = δ_t + γ_t λ_t min(c̄, ρ_t) (v_{t+1} - V_{t+1})
@@ -230,7 +230,7 @@ def vtrace(
         error = error + discount * further * jnp.minimum(c_bar, ratio) * next_error
         estimate = reward + discount * (next_value + further * next_error)
         advantage = jnp.minimum(policy_rho_bar, ratio) * (estimate - value)
-        return error, VTrace(value + error, advantage)
+        return error, VTraceReturns(value + error, advantage)
 
     return _backward(step, jnp.zeros_like(values[..., -1]), mask, values, rewards, ratios, gamma, lam)[1]
 
@@ -242,4 +242,4 @@ def importance_corrected_td_errors(
     Mahmood, Precup, van Hasselt 2014, "A new Q(λ)"). V-trace without any clip: unbiased, its variance not bounded.
     """
     never = float("inf")
-    return vtrace(rewards, values, ratios, mask, gamma, lam, never, never, never).advantages
+    return vtrace_returns(rewards, values, ratios, mask, gamma, lam, never, never, never).advantages

@@ -35,7 +35,9 @@ def spread_over_steps(rewards: Terms, step_ends: Bool[Array, "B T"], mask: Mask)
     return jnp.where(mask, sequence_mean(rewards, mask, step_numbers(step_ends, mask)), 0.0)
 
 
-def soft_overlong(lengths: Int[Array, "*N"] | Float[Array, "*N"], longest: int, cache: int) -> Float[Array, "*N"]:
+def soft_overlong_punishment(
+    lengths: Int[Array, "*N"] | Float[Array, "*N"], longest: int, cache: int
+) -> Float[Array, "*N"]:
     """Soft overlong punishment (DAPO, arXiv:2503.14476, eq. 13), to be added to the reward.
 
         0 up to L_max - L_cache        ((L_max - L_cache) - n) / L_cache up to L_max        -1 beyond
@@ -62,7 +64,7 @@ def clip_rewards(rewards: Float[Array, "*N"], low: float = -1.0, high: float = 1
     return jnp.clip(rewards, low, high)
 
 
-def kl_penalised(
+def apply_kl_penalty(
     rewards: Terms, logp: Terms, ref_logp: Terms, mask: Mask, beta: float | Float[Array, ""], estimator: Callable = k1
 ) -> Terms:
     """r_t - β KL_t at every decision, KL_t by one of `ops.kl` and without gradient (arXiv:1909.08593, 2203.02155).

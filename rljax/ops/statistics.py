@@ -15,8 +15,8 @@ def masked_mean(x: Values, mask: Mask) -> Scalar:
 
 def masked_var(x: Values, mask: Mask) -> Scalar:
     """Unbiased variance (ddof 1) of the unmasked entries; 0 for fewer than two."""
-    centred = jnp.where(mask, x - masked_mean(x, mask), 0.0)
-    return (centred**2).sum() / jnp.maximum(mask.sum() - 1, 1)
+    centered = jnp.where(mask, x - masked_mean(x, mask), 0.0)
+    return (centered**2).sum() / jnp.maximum(mask.sum() - 1, 1)
 
 
 def masked_std(x: Values, mask: Mask) -> Scalar:

@@ -33,7 +33,7 @@ def directed_kl(old: Any, new: Any, kl_direction: str = "old_new", kl: Callable 
     return kl(old, new) if kl_direction == "old_new" else kl(new, old)
 
 
-def hessian_product(f: Callable, x: Vector) -> Callable:
+def hessian_vector_product(f: Callable, x: Vector) -> Callable:
     """v -> H v, H the Hessian of f at x."""
     return lambda v: jax.jvp(jax.grad(f), (x,), (v,))[1]
 
@@ -61,16 +61,16 @@ def conjugate_gradient(
     return jax.lax.while_loop(unfinished, one, (0, jnp.zeros_like(b), b, b, b @ b))[1:3]
 
 
-class Step(NamedTuple):
+class NaturalGradientStep(NamedTuple):
     """A step from the parameters, flat, and by how much the surrogate should fall along it, to first order."""
 
     change: Vector
     expected: Float[Array, ""]
 
 
-def natural_step(
+def natural_gradient_step(
     kl: Callable, params: Any, gradient: Any, delta: Scalar = 0.01, damping: Scalar = 0.1, iterations: int = 10
-) -> Step:
+) -> NaturalGradientStep:
     """√(2δ / xᵀHx) x with H x = -g, H = F + damping · 1: as far as a KL of δ goes where the KL is its second order.
 
     Args: kl: params -> mean KL to the policy at `params`. gradient: of the surrogate there, which is to fall.
@@ -78,14 +78,14 @@ def natural_step(
     """
     theta, unflatten = ravel_pytree(params)
     g = ravel_pytree(gradient)[0]
-    fisher = hessian_product(lambda flat: kl(unflatten(flat)), theta)
+    fisher = hessian_vector_product(lambda flat: kl(unflatten(flat)), theta)
     damped = lambda v: fisher(v) + damping * v  # noqa: E731
     x, residual = conjugate_gradient(damped, -g, iterations)
     change = jnp.sqrt(2.0 * delta / (x @ (-g - residual) + 1e-8)) * x  # H x without another product
-    return Step(change, -(g @ change))
+    return NaturalGradientStep(change, -(g @ change))
 
 
-class Search(NamedTuple):
+class LineSearchResult(NamedTuple):
     """Where a line search ended. Not accepted: `params` are those it began with, to the bit; kl and improvement 0."""
 
     params: Any
@@ -103,7 +103,7 @@ def line_search(
     delta: Scalar = 0.01,
     shrink: float = 0.8,
     trials: int = 10,
-) -> Search:
+) -> LineSearchResult:
     """The first of θ + shrink^j · change, j = 0 .. trials - 1, with a KL <= delta and a surrogate below `before`.
 
     Args: measure: params -> (surrogate, KL). before: the surrogate at θ. What is not a number is not accepted.
@@ -124,4 +124,4 @@ def line_search(
     n, accepted, distance, fell = jax.lax.while_loop(searching, one, start)
     new = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), candidate(n - 1), params)
     distance, fell = (jnp.where(accepted, x, 0.0) for x in (distance, fell))
-    return Search(new, accepted.astype(before.dtype), n.astype(before.dtype), distance, fell)
+    return LineSearchResult(new, accepted.astype(before.dtype), n.astype(before.dtype), distance, fell)

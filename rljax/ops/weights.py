@@ -25,22 +25,22 @@ def token_mean(mask: Mask, segments: Segments = None) -> Weight:
     return mask / jnp.maximum(mask.sum(), 1).astype(float)
 
 
-def sequence_mean(mask: Mask, segments: Segments = None) -> Weight:
+def seq_mean_token_mean(mask: Mask, segments: Segments = None) -> Weight:
     """1/(N⁺ n_i): every sequence alike, its tokens averaged (GRPO, GSPO, SAPO)."""
     share = _per_token(mask, segments)
     return share / jnp.maximum(share.sum(), 1.0)
 
 
-def sequence_sum(mask: Mask, segments: Segments = None) -> Weight:
+def seq_mean_token_sum(mask: Mask, segments: Segments = None) -> Weight:
     """1/N⁺: tokens summed, sequences averaged: the log-prob of a sequence (REINFORCE, RLOO)."""
     return mask / jnp.maximum(_per_token(mask, segments).sum(), 1.0)
 
 
-def constant_length(length: float):
+def seq_mean_token_sum_norm(length: float):
     """1/(N⁺ C) with a constant C, the most tokens an answer may have (Dr.GRPO, arXiv:2503.20783)."""
 
     def weights(mask: Mask, segments: Segments = None) -> Weight:
-        return sequence_sum(mask, segments) / length
+        return seq_mean_token_sum(mask, segments) / length
 
     return weights
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import struct
 
 from rljax.ops import sampling as ops
-from rljax.rollouts.draw import Memory, Settings, follow
+from rljax.rollouts.sample_token import Memory, Settings, follow
 from rljax.types import LM, Array, Params, Rows, Sampling, Trajectory, trajectory_of_tokens
 
 PAST = ("chosen", "logp", "temperature", "version", "terminated", "truncated")
@@ -146,7 +146,7 @@ def remember(prompts: Prompts, sampling: Sampling, vocabulary: int) -> Memory:
 
 def unfinished(answers: Answers, count: int, sampling: Sampling) -> Array:
     """Whether there is anything left to draw of `count` answers."""
-    return answers.over[:count].sum() < min(sampling.enough or count, count)
+    return answers.over[:count].sum() < min(sampling.stop_after or count, count)
 
 
 def trajectory(
@@ -165,7 +165,7 @@ def trajectory(
     temperature = jnp.broadcast_to(used, (R, N))
     join = lambda before, new: jnp.concatenate([before, new], axis=1)  # noqa: E731
     fields = {}
-    if prompts.past is not None or sampling.enough is not None:
+    if prompts.past is not None or sampling.stop_after is not None:
         fields["version"] = join(of(past["version"]), jnp.broadcast_to(prompts.version, (R, N)))
     traj = trajectory_of_tokens(
         tokens=join(of(prompts.tokens), answers.tokens),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rljax.ops import sampling as ops
-from rljax.ops.logprobs import logp_of, softmax
+from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.types import Array, Sampling
 
 LIMITS = {
@@ -56,7 +56,7 @@ def check(sampling: Sampling) -> None:
     """Raise ValueError, saying what would be legal, for parameters out of range."""
     if sampling.n < 1 or sampling.max_tokens < 1:
         raise ValueError(f"n and max_tokens must be at least 1, not {sampling.n} and {sampling.max_tokens}")
-    for name in ("slots", "enough"):
+    for name in ("max_concurrent", "stop_after"):
         value = getattr(sampling, name)
         if value is not None and value < 1:
             raise ValueError(f"sampling.{name} is {value}; legal: at least 1, or None")
@@ -91,7 +91,7 @@ def draw(logits, t, settings: Settings, memory: Memory, sampling: Sampling):
     masses = jnp.where(greedy[:, None], masses == most, masses)
     token = ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))
     if sampling.logp == "policy":
-        logp = logp_of(policy, token)
+        logp = softmax_logp(policy, token)
     else:
         logp = jnp.log(jnp.take_along_axis(masses, token[:, None], axis=-1)[:, 0] / masses.sum(axis=-1))
     ended = (token[:, None] == stop[None]).any(axis=1)

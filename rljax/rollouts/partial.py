@@ -1,4 +1,4 @@
-"""Partial rollouts: answers that `sampling.enough` cut short go on in a later step, with the policy of that step.
+"""Partial rollouts: answers that `sampling.stop_after` cut short go on in a later step, with the policy of that step.
 
 What was drawn keeps the log-probs, temperatures and version of the policy that drew it; what follows gets the new
 one's, and is drawn by the same key: with the same parameters the answer is the one that was never interrupted.
@@ -25,7 +25,7 @@ def turn(
     """A trajectory of finished groups; the rows they were drawn from; `wait` other groups, for the next turn.
 
     Args:
-      draw: rows -> trajectory, with a sampling whose `enough` leaves `wait` answers out at most.
+      draw: rows -> trajectory, with a sampling whose `stop_after` leaves `wait` answers out at most.
       fresh, carried: new prompts, and what the last turn left: None in the first. n: answers a prompt.
       width: columns of prompt and answer together.
     """
@@ -74,7 +74,7 @@ def unfinished(traj: Trajectory) -> np.ndarray:
 def divide(traj: Trajectory, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of `count` finished groups, the earliest prompts first, and those of all others. Groups stay together.
 
-    Raises ValueError where fewer are finished: `enough` must leave at most as many answers as groups may wait.
+    Raises ValueError where fewer are finished: `stop_after` must leave at most as many answers as groups may wait.
     """
     group = np.asarray(traj.group)
     late = set(group[unfinished(traj)].tolist())

@@ -11,7 +11,7 @@ from flax import struct
 from rljax.ops import sampling as ops
 from rljax.rollouts import draw as drawing
 from rljax.rollouts.answers import Answers, Prompts, Work, read, unfinished
-from rljax.rollouts.draw import Memory, Settings
+from rljax.rollouts.sample_token import Memory, Settings
 from rljax.types import LM, Array, Sampling
 
 FEWEST = 8  # slots: fewer rows take no less time
@@ -51,8 +51,8 @@ class Slots:
 
 
 def draw_in_slots(lm: LM, prompts: Prompts, settings: Settings, sampling: Sampling):
-    """All answers, sampling.slots at a time; the experts that prompts and answers took [R S M k] or None; the work."""
-    R, W = len(settings.before), sampling.slots
+    """All answers, sampling.max_concurrent at a time; the experts that prompts and answers took [R S M k] or None; the work."""
+    R, W = len(settings.before), sampling.max_concurrent
     none = Answers.none(settings, sampling.max_tokens)
     queue = Queue.of(read(lm, prompts, sampling), prompts.answers(sampling.n)[0], none.over)
     first = queue.order[:W]

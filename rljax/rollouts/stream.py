@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from rljax.rollouts import draw as drawing
 from rljax.rollouts import tokens
 from rljax.rollouts.answers import Answers, Prompts, bind, place, settle, unfinished
-from rljax.rollouts.draw import Settings
-from rljax.rollouts.tokens import Decoding
+from rljax.rollouts.sample_token import Settings
+from rljax.rollouts.sampler import Decoding
 from rljax.types import LM, Params, Rows, Sampling
 
 ROOM = 128  # columns of the cache at first; when they are full there are twice as many. Each number is compiled apart
@@ -22,11 +22,13 @@ def stream(
     """The answers that `sample` draws, each time that `every` columns (at most) are new, on the host.
 
     The last ones are whole. A stretch of columns is one call of a program compiled once for each size of the cache,
-    whatever `every` is. Raises ValueError for parameters out of range, and for slots: all rows are drawn at once.
+    whatever `every` is. Raises ValueError for parameters out of range, and for max_concurrent: all rows are drawn at once.
     """
     drawing.check(sampling)
-    if sampling.slots is not None or every < 1:
-        raise ValueError(f"slots = {sampling.slots}, every = {every}; legal in a stream: slots=None, every at least 1")
+    if sampling.max_concurrent is not None or every < 1:
+        raise ValueError(
+            f"max_concurrent = {sampling.max_concurrent}, every = {every}; legal in a stream: max_concurrent=None, every at least 1"
+        )
     params, frozen = _prepare(lm, params, frozen)
     lm = lm._replace(prepare=None)
     end, room = 0, min(ROOM, sampling.max_tokens)

@@ -4,7 +4,7 @@ Log-probs are captured as tokens are drawn, by the same function that the traine
 of the untruncated distribution. The loop ends when every row has met a stop token. Columns are added to the cache a
 stretch at a time, so that attention reads what is filled and little more.
 
-`sampling.slots` draws the same answers a few rows at a time (`rollouts.slots`).
+`sampling.max_concurrent` draws the same answers a few rows at a time (`rollouts.slots`).
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from flax import struct
 
 from rljax.rollouts import draw as drawing
 from rljax.rollouts.answers import Answers, Prompts, Work, bind, place, read, settle, trajectory, unfinished
-from rljax.rollouts.draw import Memory, Settings
+from rljax.rollouts.sample_token import Memory, Settings
 from rljax.rollouts.slots import draw_in_slots
 from rljax.types import LM, Array, Params, Rows, Sampling, Trajectory
 
@@ -27,7 +27,7 @@ def sample(lm: LM, params: Params, frozen: Params, rows: Rows, sampling: Samplin
 
     With `rows.requests` the answers named there. T = L + max_tokens - 1. `group` is the prompt's number; `terminated`
     marks the decision that ended an answer, `truncated` the last one of an answer that reached max_tokens; an answer
-    that `enough` cut short has neither. The same (seed, step, rows.number, g) gives the same answer whatever else is
+    that `stop_after` cut short has neither. The same (seed, step, rows.number, g) gives the same answer whatever else is
     in the batch. Raises ValueError for parameters out of range.
     """
     return sample_and_count(lm, params, frozen, rows, sampling, seed, step)[0]
@@ -46,7 +46,7 @@ def _sample(lm, params, frozen, prompts: Prompts, sampling: Sampling, seed):
     lm = bind(lm, params, frozen)
     source, _ = prompts.answers(sampling.n)
     settings = settle(prompts, sampling, seed)
-    if sampling.slots is not None and sampling.slots < len(source):
+    if sampling.max_concurrent is not None and sampling.max_concurrent < len(source):
         answers, routing, work = draw_in_slots(lm, prompts, settings, sampling)
         return trajectory(prompts, settings, sampling, answers, routing), work
     first, *more = stretches(sampling.max_tokens)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.train import diagnostics
-from rljax.types import Algorithm, Batch, Objective, PolicyOutput, check
+from rljax.types import Algorithm, Batch, Objective, PolicyOutput, check_shapes
 
 
 def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
@@ -17,7 +17,7 @@ def policy_objective(policy: Callable, algorithm: Algorithm) -> Objective:
     """
 
     def prepare(params, frozen, batch: Batch, key) -> Batch:
-        check(batch)
+        check_shapes(batch)
         batch = _neutral_batch(batch)
         segments = batch.traj.segments
         batch = batch.replace(weight=algorithm.weights(batch.mask, segments))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rljax.ops.trust_region import line_search, natural_step
+from rljax.ops.trust_region import line_search, natural_gradient_step
 from rljax.train.mesh import Shardings
 from rljax.train.update import compiled, constrain, in_micro_batches, summed
 from rljax.types import Objective, TrainState
@@ -61,7 +61,7 @@ def make_trust_region_update(
 
         loss, metrics, grads = summed(objective, old, frozen, batch, micro_batches, shardings)
         some = _every(batch, fisher_every, micro_batches)
-        change, expected = natural_step(lambda p: measured(p, some)[1], old, grads, delta, damping, iterations)
+        change, expected = natural_gradient_step(lambda p: measured(p, some)[1], old, grads, delta, damping, iterations)
         found = line_search(lambda p: measured(p, batch), old, loss, change, delta, shrink, trials)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "kl_step": found.kl, "accepted": found.accepted}
         metrics |= {"improvement": found.improvement, "improvement_expected": expected}

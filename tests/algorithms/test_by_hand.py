@@ -141,8 +141,8 @@ CASES = {
         a.mask_is(a.grpo(), 0.9, 1.2, ratios.sequence_geometric_mean),
         over_rows(mis_of_row_term),
     ),
-    "only high entropy": (a.only_high_entropy(a.dapo(0.2, 0.2), 0.4), over_tokens(uncertain_term)),
-    "no stale failures": (a.drop_stale_failures(a.grpo(), 0.05), over_rows(fresh_term)),
+    "only high entropy": (a.high_entropy_mask(a.dapo(0.2, 0.2), 0.4), over_tokens(uncertain_term)),
+    "no stale failures": (a.off_policy_sequence_mask(a.grpo(), 0.05), over_rows(fresh_term)),
 }
 
 
@@ -223,7 +223,7 @@ def test_vapo_looks_further_in_longer_answers():
 def test_distillation_wants_more_of_what_the_teacher_finds_likelier():
     teacher = OLD + draw.normal(size=(B, T))
     traj = text(teacher_logp=teacher, old_logp=OLD)
-    plain, taught = (algorithm.credit(traj, {}).advantages for algorithm in (a.grpo(), a.distil(a.grpo(), 0.3)))
+    plain, taught = (algorithm.credit(traj, {}).advantages for algorithm in (a.grpo(), a.distill(a.grpo(), 0.3)))
     np.testing.assert_allclose((taught - plain)[MASK], 0.3 * (teacher - OLD)[MASK], rtol=1e-4, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rljax.algorithms import controllers
-from rljax.algorithms.controllers import adaptive_entropy, adaptive_kl, applied_entropy_coefficient
+from rljax.algorithms.common.controllers import adaptive_entropy, adaptive_kl, applied_entropy_coefficient
 
 
 @pytest.mark.parametrize(("kl", "change"), [(6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (-9.0, -0.2)])
@@ -32,7 +32,7 @@ def test_the_entropy_coefficient_rises_below_the_target_and_falls_above_it_withi
 
 
 def test_a_fixed_coefficient_stays():
-    assert controllers.fixed(0.3, 99.0) == 0.3
+    assert controllers.fixed_coefficient(0.3, 99.0) == 0.3
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from rljax.algorithms import (
     with_entropy,
     with_kl,
 )
-from rljax.algorithms.credit import episode_rewards
-from rljax.algorithms.dynamic_sampling import keep_informative
-from rljax.algorithms.reinforce import group_mean, leave_one_out, no_baseline
-from rljax.algorithms.reinforce_ada import balanced
+from rljax.algorithms.common.credit import outcome_rewards
+from rljax.algorithms.dynamic_sampling import dynamic_sampling
+from rljax.algorithms.reinforce import group_mean_baseline, leave_one_out_baseline, no_baseline
+from rljax.algorithms.reinforce_ada import balanced_subsample
 from rljax.ops import kl
 from rljax.types import Batch, PolicyOutput, Trajectory
 from tests.algorithms.tiny import ALGORITHMS, agree, learn, rollout, table_params
@@ -41,7 +41,9 @@ def bandit(actions, rewards, group):
     )
 
 
-@pytest.mark.parametrize(("baseline", "shrunk"), [(no_baseline, 1.0), (leave_one_out, 1.0), (group_mean, 2 / 3)])
+@pytest.mark.parametrize(
+    ("baseline", "shrunk"), [(no_baseline, 1.0), (leave_one_out_baseline, 1.0), (group_mean_baseline, 2 / 3)]
+)
 def test_the_expected_gradient_over_all_groups_of_three_is_that_of_the_expected_reward(baseline, shrunk):
     """27 groups of three answers out of three, each weighted by its probability: no sampling error."""
     p, reward = np.array([0.5, 0.3, 0.2]), np.array([1.0, -2.0, 4.0])
@@ -60,7 +62,7 @@ def test_a_row_is_judged_if_it_has_decisions_and_each_has_a_number():
     mask = jnp.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1]], bool)
     rewards = jnp.array([[1.0, 2.0, jnp.nan], [jnp.nan, 5.0, 5.0], [7.0, 7.0, 7.0], [9.0, 0.5, -1.0]])
     traj = bandit(np.zeros((4, 3), int), rewards, np.zeros(4, int)).replace(mask=mask)
-    total, judged = episode_rewards(traj)
+    total, judged = outcome_rewards(traj)
     np.testing.assert_array_equal(total, [3.0, 0.0, 0.0, -0.5])
     np.testing.assert_array_equal(judged, [True, False, False, True])
     batch = grpo().credit(traj, {})
@@ -79,7 +81,7 @@ def test_groups_whose_answers_differ_are_kept_first_and_whole():
     reward = np.array([1.0, 0.0, 0.1, 0.0, 0.7, 0.0, 0.1, np.nan, 0.7, 0.5])
     traj = bandit(np.arange(10).reshape(10, 1), reward[:, None], group)
     for rows, want in {4: [3, 9, 0, 5], 6: [3, 9, 0, 5, 2, 6]}.items():
-        kept = keep_informative(traj, rows)
+        kept = dynamic_sampling(traj, rows)
         np.testing.assert_array_equal(kept.actions[:, 0], want)
         np.testing.assert_array_equal(kept.group, group[want])
         np.testing.assert_array_equal(kept.rewards[:, 0], np.float32(reward[want]))
@@ -149,7 +151,7 @@ def test_reinforce_ada_keeps_right_and_wrong_answers_in_equal_parts():
     group = np.array([7, 3, 7, 3, 7, 3, 7, 3, 7, 3])
     reward = np.array([1.0, 0, 0, 0, 0, 1, 1, 0, np.nan, 0])
     traj = bandit(np.zeros((10, 1), int), reward[:, None], group)
-    kept = balanced(traj, drawn=5, kept=3)
+    kept = balanced_subsample(traj, drawn=5, kept=3)
     found = {g: sorted(np.asarray(kept.rewards[kept.group == g, 0])) for g in (3, 7)}
     assert found[3] == [0, 0, 1]  # one right answer is all there is
     assert found[7] in ([0, 0, 1], [0, 1, 1])
@@ -157,10 +159,10 @@ def test_reinforce_ada_keeps_right_and_wrong_answers_in_equal_parts():
     np.testing.assert_allclose(
         reinforce_ada().credit(kept, {}).advantages[:, 0], kept.rewards[:, 0] - kept.baseline, rtol=1e-6
     )
-    everything = balanced(traj, drawn=5, kept=5)
+    everything = balanced_subsample(traj, drawn=5, kept=5)
     assert np.isnan(everything.rewards[everything.group == 7, 0][-1])  # not judged: taken last
     with pytest.raises(ValueError, match="not groups of 4"):
-        balanced(traj, drawn=4, kept=2)
+        balanced_subsample(traj, drawn=4, kept=2)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import pytest
 
 from rljax.algorithms.aot import aot, aot_unpaired
 from rljax.algorithms.bco import STATE, bco
+from rljax.algorithms.common.pairs import CompletionStats, preference_objective
 from rljax.algorithms.cpo import cpo, simpo
-from rljax.algorithms.dpo import desensitised, diverging, dpo, likelihood, mean_ratio, of_ratios, wpo
-from rljax.algorithms.kto import balanced, fixed, kto
+from rljax.algorithms.dpo import chosen_nll, dpo, f_divergence, ld_dpo_weights, mean_log_ratio, preference_term, wpo
+from rljax.algorithms.kto import balanced_class_weights, fixed_class_weights, kto
 from rljax.algorithms.online_dpo import online_pairs
 from rljax.algorithms.orpo import orpo
-from rljax.algorithms.pairs import Answers, preference_objective
 from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.reward_model import ranked_reward_model, reward_model
 from rljax.algorithms.sft import dft, sft
@@ -24,7 +24,7 @@ from rljax.ops import preferences, ranking
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import Judged, Pairs, Trajectory, trajectory_of_tokens
+from rljax.types import Pairs, Trajectory, Unpaired, trajectory_of_tokens
 from tests import test_golden
 from tests.algorithms.tiny import GRADIENT, V, agree, rollout, state_of, table_params, table_policy
 from tests.golden.preferences import TABLE, one_token, reads_logp
@@ -56,7 +56,7 @@ def pairs():
 @lru_cache
 def judged():
     state = {"reward_mean": jnp.float32(0.3), "rewards_seen": jnp.float32(5.0)}
-    return Judged(rollout(0), jnp.arange(16) % 3 == 0, mismatched=rollout(1), coefficients=state)
+    return Unpaired(rollout(0), jnp.arange(16) % 3 == 0, mismatched=rollout(1), coefficients=state)
 
 
 @lru_cache
@@ -77,11 +77,11 @@ def rankings():
 
 def mixed(policy):
     terms = (
-        (1.0, of_ratios(preferences.sigmoid, 0.5)),
-        (0.3, of_ratios(preferences.ipo, 0.5, mean_ratio)),
-        (0.2, likelihood),
+        (1.0, preference_term(preferences.sigmoid, 0.5)),
+        (0.3, preference_term(preferences.ipo, 0.5, mean_log_ratio)),
+        (0.2, chosen_nll),
     )
-    return preference_objective(policy, preferences.mixture(*terms), lambda answer: 0.5 * answer.ratio)
+    return preference_objective(policy, preferences.mixture(*terms), lambda answer: 0.5 * answer.log_ratio)
 
 
 PAIRED = {
@@ -89,7 +89,7 @@ PAIRED = {
     "cdpo": dpo(policy, partial(preferences.sigmoid, label_smoothing=0.1), 0.5),
     "robust": dpo(policy, preferences.robust, 0.5),
     "hinge": dpo(policy, preferences.hinge, 0.5),
-    "ipo": dpo(policy, preferences.ipo, measure=mean_ratio),
+    "ipo": dpo(policy, preferences.ipo, measure=mean_log_ratio),
     "exo": dpo(policy, preferences.exo_pair),
     "nca": dpo(policy, preferences.nca_pair),
     "bco pair": dpo(policy, preferences.bco_pair),
@@ -97,10 +97,10 @@ PAIRED = {
     "apo zero": dpo(policy, preferences.apo_zero),
     "apo down": dpo(policy, preferences.apo_down),
     "discopop": dpo(policy, preferences.discopop),
-    "f-dpo": dpo(policy, measure=diverging(preferences.jensen_shannon)),
+    "f-dpo": dpo(policy, measure=f_divergence(preferences.jensen_shannon)),
     "rpo": dpo(policy, nll=1.0),
     "wpo": dpo(policy, pair_weight=wpo),
-    "ld-dpo": dpo(policy, token_weights=desensitised(0.3)),
+    "ld-dpo": dpo(policy, token_weights=ld_dpo_weights(0.3)),
     "mixed": mixed(policy),
     "aot": aot(policy, 0.5, 0.1),
     "aot unpaired": aot_unpaired(policy, 0.5, 0.1),
@@ -108,12 +108,12 @@ PAIRED = {
     "simpo": simpo(policy),
     "alphapo": simpo(policy, alpha=0.25, nll=0.1),
     "orpo": orpo(policy),
-    "reward model": reward_model(score, centring=0.01),
+    "reward model": reward_model(score, center_rewards_coefficient=0.01),
 }
 CASES = {
     **{name: (objective, pairs) for name, objective in PAIRED.items()},
-    "kto": (kto(policy, 0.5, fixed(1.0, 1.3)), judged),
-    "kto balanced": (kto(policy, 0.5, balanced()), judged),
+    "kto": (kto(policy, 0.5, fixed_class_weights(1.0, 1.3)), judged),
+    "kto balanced": (kto(policy, 0.5, balanced_class_weights()), judged),
     "bco": (bco(policy, 0.5), judged),
     "plackett-luce": (ranked_reward_model(score), rankings),
     "kwise": (ranked_reward_model(score, ranking.kwise), rankings),
@@ -177,7 +177,7 @@ def test_what_stands_at_masked_columns_changes_nothing(name, garbage):
 
 
 @EVERY
-def test_rows_where_nobody_speaks_are_as_if_they_were_not_there(name):
+def test_rows_without_tokens_are_as_if_they_were_not_there(name):
     objective, batch = CASES[name]
     row = 6 if batch is rankings else 3
     kept = jax.tree.map(lambda x: np.delete(x, row, axis=0) if jnp.ndim(x) else x, batch())
@@ -264,9 +264,11 @@ def test_dpo_loss_and_metrics_by_hand():
 
 
 def test_a_mean_ratio_is_one_of_tokens():
-    answer = Answers(logp=jnp.float32([-3.0, -8.0]), ref_logp=jnp.float32([-5.0, -6.0]), length=jnp.float32([4.0, 1.0]))
-    np.testing.assert_allclose(answer.ratio, [2.0, -2.0])
-    np.testing.assert_allclose(mean_ratio(answer), [0.5, -2.0])
+    answer = CompletionStats(
+        logp=jnp.float32([-3.0, -8.0]), ref_logp=jnp.float32([-5.0, -6.0]), length=jnp.float32([4.0, 1.0])
+    )
+    np.testing.assert_allclose(answer.log_ratio, [2.0, -2.0])
+    np.testing.assert_allclose(mean_log_ratio(answer), [0.5, -2.0])
     np.testing.assert_allclose(answer.mean_logp, [-0.75, -8.0])
 
 
@@ -287,7 +289,7 @@ def test_zeros_for_a_reference_make_cpo_of_dpo():
 
 
 def test_ld_dpo_with_whole_weights_is_dpo():
-    agree(learn(dpo(policy, beta=0.5, token_weights=desensitised(1.0)), pairs()), whole("dpo"))
+    agree(learn(dpo(policy, beta=0.5, token_weights=ld_dpo_weights(1.0)), pairs()), whole("dpo"))
 
 
 @pytest.mark.parametrize("higher", [0.0, 4.0])
@@ -307,7 +309,7 @@ def test_kto_by_hand(higher):
 
 
 def test_balanced_classes_have_the_same_weight():
-    objective, batch = kto(policy, 0.5, balanced(4 / 3)), judged()
+    objective, batch = kto(policy, 0.5, balanced_class_weights(4 / 3)), judged()
     weight = objective.prepare(table_params(), {}, batch, jax.random.key(0)).weight
     assert weight[batch.desirable].sum() == pytest.approx(4 / 3 * weight[~batch.desirable].sum())
 
@@ -341,7 +343,7 @@ def test_bco_goes_on_as_trl_does():
             for who in ("policy", "reference")
         )
         good = jnp.ones(len(logp), bool)
-        batch = Judged(one_token(len(logp), ref_logp=ref_logp), good, coefficients=state)
+        batch = Unpaired(one_token(len(logp), ref_logp=ref_logp), good, coefficients=state)
         objective = bco(reads_logp, case.hyper["beta"])
         state = objective.prepare({"logp": logp}, {}, batch, jax.random.key(0)).coefficients
         assert float(state["reward_mean"]) == pytest.approx(float(case.outs["delta"]), rel=1e-4)
@@ -398,16 +400,16 @@ def named(found, side):
 
 def test_the_best_answer_is_paired_with_the_worst():
     traj = answered([1, 5, 2, 7, 3, 0], [4, 9, 4, 9, 4, 9])
-    found = jax.jit(partial(online_pairs, answers=3))(traj)
+    found = jax.jit(partial(online_pairs, num_generations=3))(traj)
     assert (named(found, "chosen"), named(found, "rejected")) == ([4, 3], [0, 5])
     order = np.random.default_rng(0).permutation(6)
     other = jax.tree.map(lambda x: x[order], traj)
-    moved = online_pairs(other.replace(group=1000 - 3 * other.group), answers=3)
+    moved = online_pairs(other.replace(group=1000 - 3 * other.group), num_generations=3)
     assert (named(moved, "chosen"), named(moved, "rejected")) == ([3, 4], [5, 0])  # groups in the order of their ids
 
 
 def test_of_equal_answers_the_first_is_chosen_and_the_last_rejected():
-    found = online_pairs(answered([2, 2, 2, 1, 1, 2], [0, 0, 0, 1, 1, 1]), answers=3)
+    found = online_pairs(answered([2, 2, 2, 1, 1, 2], [0, 0, 0, 1, 1, 1]), num_generations=3)
     assert (named(found, "chosen"), named(found, "rejected")) == ([0, 5], [2, 4])
 
 
@@ -419,7 +421,7 @@ def test_answers_without_end_lose_the_penalty_before_ranking():
 
 def test_unjudged_answers_are_in_no_pair():
     nan = np.nan
-    found = online_pairs(answered([nan, 1, 2, nan, nan, 5], [0, 0, 0, 1, 1, 1]), answers=3)
+    found = online_pairs(answered([nan, 1, 2, nan, nan, 5], [0, 0, 0, 1, 1, 1]), num_generations=3)
     assert named(found, "chosen")[0] == 2
     assert named(found, "rejected")[0] == 1
     np.testing.assert_array_equal(found.chosen.mask, [[True], [False]])
@@ -428,7 +430,7 @@ def test_unjudged_answers_are_in_no_pair():
 
 def test_rows_that_are_no_groups_are_refused():
     with pytest.raises(ValueError, match="groups of 4"):
-        online_pairs(answered([1, 2], [0, 0]), answers=4)
+        online_pairs(answered([1, 2], [0, 0]), num_generations=4)
 
 
 # ----------------------------------------------------------------------------------------------------------- packing

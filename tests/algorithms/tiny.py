@@ -8,12 +8,12 @@ import numpy as np
 import optax
 
 from rljax import algorithms as a
-from rljax.algorithms.reinforce import batch_mean, group_mean, leave_one_out, no_baseline
-from rljax.algorithms.wrap import needing
+from rljax.algorithms.common.wrappers import with_needs
+from rljax.algorithms.reinforce import batch_mean_baseline, group_mean_baseline, leave_one_out_baseline, no_baseline
 from rljax.ops import sequences
 from rljax.ops.kl import k2, k3_with_k2_gradient
 from rljax.ops.ratios import sequence_geometric_mean, sequence_product
-from rljax.ops.weights import sequence_mean, token_mean
+from rljax.ops.weights import seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import PolicyOutput, TrainState, trajectory_of_tokens
@@ -24,11 +24,11 @@ B, T, V = 16, 6, 5
 # Every algorithm and wrapper, with settings under which the tiny rollout meets both sides of each threshold.
 ALGORITHMS = {
     "reinforce": a.reinforce(no_baseline),
-    "reinforce, batch mean": a.reinforce(batch_mean),
-    "reinforce, group mean": a.reinforce(group_mean),
-    "reinforce, leave one out": a.reinforce(leave_one_out),
+    "reinforce, batch mean": a.reinforce(batch_mean_baseline),
+    "reinforce, group mean": a.reinforce(group_mean_baseline),
+    "reinforce, leave one out": a.reinforce(leave_one_out_baseline),
     "reinforce_to_go": a.reinforce_to_go(gamma=0.9),
-    "reinforce_to_go, batch mean": a.reinforce_to_go(batch_mean),
+    "reinforce_to_go, batch mean": a.reinforce_to_go(batch_mean_baseline),
     "rloo": a.rloo(),
     "remax": a.remax(),
     "reinforce_pp": a.reinforce_pp(gamma=0.9),
@@ -37,7 +37,7 @@ ALGORITHMS = {
     "otb": a.otb(),
     "gpg": a.gpg(),
     "maxrl": a.maxrl(),
-    "pass_at_k": a.pass_at_k(),
+    "grpo_pass_at_k": a.grpo_pass_at_k(),
     "grpo": a.grpo(),
     "grpo_process": a.grpo_process(),
     "dr_grpo": a.dr_grpo(float(T)),
@@ -56,7 +56,7 @@ ALGORITHMS = {
     "dro": a.dro(),
     "clip_cov": a.clip_cov(share=0.1, bounds=(0.05, 5.0)),
     "kl_cov": a.kl_cov(share=0.1),
-    "fipo": a.fipo(safe=1.5),
+    "fipo": a.fipo(safe_ratio=1.5),
     "real": a.real(),
     "a_star_po": a.a_star_po(0.1),
     "capo": a.capo(),
@@ -71,7 +71,7 @@ ALGORITHMS = {
     "ppo, dual clip": a.ppo(dual=1.5, value_clip=None),
     "ppo_penalty": a.ppo_penalty(),
     "vapo": a.vapo(alpha=0.4),
-    "vine_ppo": needing(a.vine_ppo(), "values"),
+    "vine_ppo": with_needs(a.vine_ppo(), "values"),
     "sft": a.sft(),
     "dft": a.dft(),
     "grpo + kl": a.with_kl(a.grpo(), 0.3),
@@ -80,21 +80,21 @@ ALGORITHMS = {
     "grpo + importance-weighted kl": a.with_importance_weighted_kl(a.grpo(), 0.3),
     "grpo + entropy": a.with_entropy(a.grpo(), 0.2),
     "ppo + kl + entropy": a.with_entropy(a.with_kl(a.ppo(), 0.3), 0.2),
-    "vapo + likelihood": a.with_likelihood_of_good(a.vapo(), 0.3),
+    "vapo + likelihood": a.with_positive_nll(a.vapo(), 0.3),
     "rloo + kl in reward": a.kl_in_reward(a.rloo(), 0.1),
-    "dapo + overlong": a.penalise_overlong(a.filter_overlong(a.dapo()), 4, 2),
-    "grpo + teacher": a.distil(a.grpo(), 0.3),
+    "dapo + overlong": a.overlong_penalty(a.filter_overlong(a.dapo()), 4, 2),
+    "grpo + teacher": a.distill(a.grpo(), 0.3),
     "grpo + tis": a.truncate_is(a.grpo(), 1.2),
     "grpo + tis by sequence": a.truncate_is(a.grpo(), 1.2, sequence_product),
     "ppo + tis": a.truncate_is(a.ppo(), 1.2),
     "grpo + icepop": a.mask_is(a.grpo(), 0.5, 2.0),
     "grpo + mis by sequence": a.mask_is(a.grpo(), 0.7, 1.5, sequence_geometric_mean),
-    "grpo + normalised is": a.normalised_is(a.grpo(), token_mean),
-    "grpo + normalised is by sequence": a.normalised_is(a.grpo(), sequence_mean, level=sequence_product),
+    "grpo + normalised is": a.normalized_is(a.grpo(), token_mean),
+    "grpo + normalised is by sequence": a.normalized_is(a.grpo(), seq_mean_token_mean, level=sequence_product),
     "grpo + reject": a.reject(a.grpo(), high=0.6, level=sequences.sequence_max),
-    "grpo + drop stale failures": a.drop_stale_failures(a.grpo(), 0.0),
-    "dapo + only high entropy": a.only_high_entropy(a.dapo(), 0.5),
-    "all at once": a.with_kl(a.truncate_is(a.only_high_entropy(a.clip_cov(share=0.1, bounds=(0.05, 5.0)))), 0.1),
+    "grpo + drop stale failures": a.off_policy_sequence_mask(a.grpo(), 0.0),
+    "dapo + only high entropy": a.high_entropy_mask(a.dapo(), 0.5),
+    "all at once": a.with_kl(a.truncate_is(a.high_entropy_mask(a.clip_cov(share=0.1, bounds=(0.05, 5.0)))), 0.1),
 }
 
 

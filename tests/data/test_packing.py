@@ -11,9 +11,9 @@ from rljax.data.demonstrations import demonstrations
 from rljax.data.packing import pack, padding
 from rljax.data.prompts import pad_left
 from rljax.models import decoder, policy
-from rljax.ops.weights import sequence_mean, token_mean
+from rljax.ops.weights import seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
-from rljax.types import Rows, check
+from rljax.types import Rows, check_shapes
 
 IDS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
@@ -21,7 +21,7 @@ IDS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 def test_two_rows_by_hand():
     """Lengths 3, 4, 5 in rows of 8: 5 and 3, then 4."""
     traj = pack([([1], [2, 3]), ([4, 5, 6], [7]), ([8, 9], [10, 11, 12])], 8, pad=99)
-    check(traj)
+    check_shapes(traj)
     assert traj.inputs.tolist() == [[8, 9, 10, 11, 12, 1, 2], [4, 5, 6, 7, 99, 99, 99]]
     assert traj.actions.tolist() == [[9, 10, 11, 12, 1, 2, 3], [5, 6, 7, 99, 99, 99, 99]]
     assert traj.mask.astype(int).tolist() == [[0, 1, 1, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0, 0]]
@@ -91,7 +91,7 @@ def test_demonstrations_that_cannot_be_packed(rows, message):
             function(rows, 4)
 
 
-@pytest.mark.parametrize("weights", [token_mean, sequence_mean])
+@pytest.mark.parametrize("weights", [token_mean, seq_mean_token_mean])
 def test_sft_learns_the_same_from_packed_and_unpacked_demonstrations(weights):
     config = decoder.DecoderConfig(13, 12, 2, 2, 1, 6, 32)
     random = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from rljax.algorithms import ppo, reinforce
-from rljax.algorithms.reinforce import batch_mean
+from rljax.algorithms.reinforce import batch_mean_baseline
 from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.maze import State, make_maze
 from rljax.models import mlp
@@ -13,7 +13,7 @@ from rljax.models.policy import make_annotate
 from rljax.rollouts.episodes import episodes
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import TrainState, check
+from rljax.types import TrainState, check_shapes
 from tests import bounds
 
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -49,17 +49,17 @@ def test_a_step_goes_where_the_map_says(at, action, lands, reward, ended):
 
 
 def test_walls_block_and_time_runs_out():
-    walled = make_maze(walls=[(0, 1)], limit=2)
+    walled = make_maze(walls=[(0, 1)], max_steps=2)
     out = walk(walled, [RIGHT, RIGHT])
     assert tuple(out.state.position.tolist()) == (0, 0)
     assert bool(out.truncated)
     assert not bool(out.terminated)
 
 
-@pytest.mark.parametrize("algorithm", [reinforce(batch_mean), ppo(gamma=0.9)], ids=["reinforce", "ppo"])
+@pytest.mark.parametrize("algorithm", [reinforce(batch_mean_baseline), ppo(gamma=0.9)], ids=["reinforce", "ppo"])
 def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
     """One set of functions: the same credit, objective and update, on observations in place of tokens."""
-    env, policy, optimizer = make_maze(limit=16), mlp.make_policy(), optax.adam(3e-2)
+    env, policy, optimizer = make_maze(max_steps=16), mlp.make_mlp_policy(), optax.adam(3e-2)
     params = mlp.init(jax.random.key(0), 6, 4, 16)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
     update = make_update(policy_objective(policy, algorithm), optimizer)
@@ -67,7 +67,7 @@ def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
     play = jax.jit(lambda params, key: episodes(env, mlp.act, params, key, 64, 16))
     for step in range(40):
         traj = annotate(state, play(state.params, jax.random.key(step)))
-        check(traj)
+        check_shapes(traj)
         if "values" in algorithm.needs and step == 0:
             alone = mlp.annotate(state.params, traj).final_values
             np.testing.assert_allclose(traj.final_values, alone, atol=bounds.of_sum(6 + 16 + 16))

@@ -6,11 +6,11 @@ from rljax.algorithms import (
     gdpo,
     gpg,
     grpo,
+    grpo_pass_at_k,
     kl_in_reward,
     lite_ppo,
     opo,
     otb,
-    pass_at_k,
     ppo,
     reinforce,
     reinforce_pp,
@@ -18,7 +18,7 @@ from rljax.algorithms import (
     remax,
     rloo,
 )
-from rljax.algorithms.reinforce import group_mean
+from rljax.algorithms.reinforce import group_mean_baseline
 from rljax.ops import groups, sequences, shaping, statistics
 from rljax.types import Algorithm, Batch, Trajectory
 from tests import dialects
@@ -75,7 +75,7 @@ def verl_grpo_vectorized(case: Case) -> dict:
 
 def verl_passk(case: Case) -> dict:
     epsilon = case.hyper["epsilon"]
-    out = verl_outcome(case, pass_at_k(std_epsilon=epsilon))
+    out = verl_outcome(case, grpo_pass_at_k(std_epsilon=epsilon))
     if case.hyper["norm_adv_by_std_in_grpo"]:
         return out
     traj, rewards = verl_rows(case)
@@ -149,13 +149,13 @@ def verl_reinforce_pp_baseline(case: Case) -> dict:
     """Where a row has no tokens or is alone in its group, the baseline is taken first, as verl takes it; then the rows
     are one group, whose mean the whitening takes out again."""
     mask, group = mask_of(case), case.ins["index"]
-    centred = verl_outcome(case, reinforce(group_mean), 0.0)["advantages"]
+    centered = verl_outcome(case, reinforce(group_mean_baseline), 0.0)["advantages"]
     if mask.any(axis=1).all() and not dialects.lone(group).any():
         traj = trajectory(mask, rewards=case.ins["token_level_rewards"], group=group)
     else:
-        rewards = jnp.where(shaping.last_decision(mask), centred, 0.0)
+        rewards = jnp.where(shaping.last_decision(mask), centered, 0.0)
         traj = trajectory(mask, rewards=rewards, group=jnp.zeros_like(group))
-    advantages = dialects.verl_whitened(reinforce_pp_baseline().credit(traj, {}).advantages, centred, mask)
+    advantages = dialects.verl_whitened(reinforce_pp_baseline().credit(traj, {}).advantages, centered, mask)
     return {"advantages": jnp.where(mask, advantages, 0.0)}
 
 
@@ -217,8 +217,8 @@ def trl_rloo(case: Case) -> dict:
     batch = kl_in_reward(rloo(), hyper["beta"]).credit(traj, {})
     advantages, judged = dialects.trl_alone(of_rows(batch), jnp.isfinite(rewards), x["index"])
     if hyper["normalize_advantages"]:  # TRL's name for it is REINFORCE++
-        centred = advantages - statistics.masked_mean(advantages, judged)
-        advantages = jnp.where(judged, centred / (statistics.masked_std(advantages, judged) + 1e-4), 0.0)
+        centered = advantages - statistics.masked_mean(advantages, judged)
+        advantages = jnp.where(judged, centered / (statistics.masked_std(advantages, judged) + 1e-4), 0.0)
     return {"advantages": advantages}
 
 
@@ -237,7 +237,7 @@ def swift_advantages(case: Case) -> dict:
         ("grpo", "none"): grpo(std_epsilon=None),
         ("grpo", "gdpo"): gdpo(tuple(map(float, x["reward_weights"])), epsilon=1e-8),
         ("rloo", scale): rloo(),
-        ("reinforce_plus_plus", scale): reinforce(group_mean),
+        ("reinforce_plus_plus", scale): reinforce(group_mean_baseline),
     }[estimator, scale]
     batch = kl_in_reward(algorithm, beta).credit(traj, {})
     advantages, rewards = batch.advantages[:, 0], batch.traj.rewards[:, 0]
@@ -274,7 +274,7 @@ def openrlhf_advantages(case: Case) -> dict:
     else:
         algorithm = {
             "rloo": rloo(),
-            "reinforce_baseline": reinforce(group_mean),
+            "reinforce_baseline": reinforce(group_mean_baseline),
             "dr_grpo": grpo(std_epsilon=None),
             "group_norm": grpo(std_epsilon=1e-9),
         }[estimator]
@@ -301,7 +301,7 @@ def verl(pins: str, run, **changes) -> Entry:
 TABLE: dict[str, Entry] = {
     "verl_grpo_advantage": verl("grpo", verl_grpo),
     "verl_grpo_vectorized_advantage": verl("grpo", verl_grpo_vectorized, rtol=1e-4),  # by the order of its float32 sums
-    "verl_grpo_passk_advantage": verl("pass_at_k", verl_passk),
+    "verl_grpo_passk_advantage": verl("grpo_pass_at_k", verl_passk),
     "verl_rloo_advantage": verl("rloo", verl_rloo),
     "verl_rloo_vectorized_advantage": verl("rloo", verl_rloo_vectorized),
     "verl_gpg_advantage": verl("gpg", verl_gpg),

@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 
-from rljax.algorithms.controllers import adaptive_kl
+from rljax.algorithms.common.controllers import adaptive_kl
 from rljax.ops import kl, logprobs, losses, q_learning, returns, sequences, shaping, statistics, weights
 from rljax.train import diagnostics
 from rljax.types import Batch, Trajectory
@@ -66,10 +66,10 @@ def verl_weights(mode: str, mask, width: float):
     if mode == "token-sum":
         return weights.token_sum(mask)
     if mode == "seq-mean-token-mean":
-        return dialects.verl_row_mean(weights.sequence_mean(mask), mask)
+        return dialects.verl_row_mean(weights.seq_mean_token_mean(mask), mask)
     if mode == "seq-mean-token-sum":
-        return weights.sequence_sum(mask)
-    return weights.constant_length(float(width))(mask)
+        return weights.seq_mean_token_sum(mask)
+    return weights.seq_mean_token_sum_norm(float(width))(mask)
 
 
 def verl_agg_loss(case: Case, january: bool) -> dict:
@@ -97,10 +97,10 @@ def tunix_aggregate_loss(case: Case) -> dict:
     mask, terms = mask_of(case, "completion_mask"), case.ins["per_token_loss"]
     by_mode = {
         "token-mean": weights.token_mean(mask),
-        "sequence-mean-token-mean": weights.sequence_mean(mask),
-        "sequence-mean-token-scale": weights.constant_length(float(case.width))(mask),
-        "seq-mean-token-sum": weights.sequence_sum(mask),
-        "sequence-mean-token-sum-norm": weights.over_all_rows(weights.sequence_sum)(mask),
+        "sequence-mean-token-mean": weights.seq_mean_token_mean(mask),
+        "sequence-mean-token-scale": weights.seq_mean_token_sum_norm(float(case.width))(mask),
+        "seq-mean-token-sum": weights.seq_mean_token_sum(mask),
+        "sequence-mean-token-sum-norm": weights.over_all_rows(weights.seq_mean_token_sum)(mask),
     }
     return {mode: (weight * terms).sum() for mode, weight in by_mode.items()}
 
@@ -168,10 +168,10 @@ def rlax_vtrace_facts(case: Case, mask):
     return dialects.next_column_rewards(rewards, gamma, following, ours), values
 
 
-def rlax_vtrace_of(case: Case, mask, **clips) -> returns.VTrace:
+def rlax_vtrace_of(case: Case, mask, **clips) -> returns.VTraceReturns:
     rewards, values = rlax_vtrace_facts(case, mask)
     hyper = case.hyper
-    return returns.vtrace(
+    return returns.vtrace_returns(
         rewards,
         values,
         case.ins["rho_tm1"],
@@ -270,7 +270,7 @@ def trl_ppo_rewards_gae(case: Case) -> dict:
         return dialects.unbounded_exponent(kl.k3(logp, ref_logp), logp, ref_logp)
 
     estimator = {"k1": kl.k1, "k3": unbounded_k3}[hyper["kl_estimator"]]
-    penalty = shaping.kl_penalised(
+    penalty = shaping.apply_kl_penalty(
         jnp.zeros_like(x["logprobs"]), x["logprobs"], x["ref_logprobs"], mask, hyper["kl_coef"], estimator
     )
     rewards = penalty + shaping.at_last_decision(x["scores"], valued)
@@ -330,7 +330,7 @@ def openrlhf_compute_reward(case: Case) -> dict:
     score = shaping.clip_rewards(case.ins["r"], *map(float, clip)) if clip else case.ins["r"]
     rewards = shaping.at_last_decision(score, mask)
     beta = max(case.hyper["kl_coef"], 0.0)
-    return {"reward": shaping.kl_penalised(rewards, divergence, jnp.zeros_like(divergence), mask, beta)}
+    return {"reward": shaping.apply_kl_penalty(rewards, divergence, jnp.zeros_like(divergence), mask, beta)}
 
 
 def openrlhf_length_penalty(case: Case) -> dict:
@@ -338,25 +338,25 @@ def openrlhf_length_penalty(case: Case) -> dict:
     if "coef" in hyper:
         how = dialects.openrlhf_stop_properly(hyper["coef"])
         return {"rewards": shaping.truncation_penalty(x["rewards"], x["truncated"], **how)}
-    punishment = shaping.soft_overlong(x["length"], hyper["max_new_tokens"], hyper["overlong_buffer_len"])
+    punishment = shaping.soft_overlong_punishment(x["length"], hyper["max_new_tokens"], hyper["overlong_buffer_len"])
     return {"penalty": hyper["overlong_penalty_factor"] * punishment}
 
 
 def trl_soft_overlong(case: Case) -> dict:
     limits = case.hyper["max_completion_len"], case.hyper["soft_punish_cache"]
-    return {"reward": shaping.soft_overlong(case.ins["length"], *limits)}
+    return {"reward": shaping.soft_overlong_punishment(case.ins["length"], *limits)}
 
 
 def swift_soft_overlong(case: Case) -> dict:
     limits = case.hyper["soft_max_length"], case.hyper["soft_cache_length"]
-    punishment = shaping.soft_overlong(case.ins["length"], *limits)
+    punishment = shaping.soft_overlong_punishment(case.ins["length"], *limits)
     return {"reward": dialects.uncapped_overlong(punishment, case.ins["length"], *limits)}
 
 
 def verl_overlong(case: Case) -> dict:
     """On the last token of a row of so many; the score itself is 0."""
     lengths, limits = case.ins["length"], (case.hyper["max_resp_len"], case.hyper["len"])
-    punishment = dialects.uncapped_overlong(shaping.soft_overlong(lengths, *limits), lengths, *limits)
+    punishment = dialects.uncapped_overlong(shaping.soft_overlong_punishment(lengths, *limits), lengths, *limits)
     penalty = case.hyper["penalty_factor"] * punishment
     columns = jnp.arange(case.outs["reward_tensor"].shape[1])
     return {
@@ -411,7 +411,7 @@ def verl_data_metrics(case: Case) -> dict:
         "response_length/max": shown["length_max"],
         "response_length/min": shown["length_min"],
         "response_length/clip_ratio": shown["truncated"],
-        "response/aborted_ratio": shown["aborted"],
+        "response/aborted_ratio": shown["frac_empty"],
         "response_length_non_aborted/clip_ratio": statistics.masked_mean(
             (lengths == case.width).astype(float), answered
         ),
@@ -462,8 +462,8 @@ TABLE = {
     "rlax_importance_corrected_td": Entry("ops.returns", rlax_importance_corrected_td),
     "rlax_lambda_returns": Entry("ops.returns.lambda_returns", rlax_lambda_returns),
     "rlax_n_step_returns": Entry("ops.returns.n_step_returns", rlax_n_step_returns),
-    "rlax_vtrace": Entry("ops.returns.vtrace", rlax_vtrace),
-    "rlax_vtrace_advantage": Entry("ops.returns.vtrace", rlax_vtrace_advantage),
+    "rlax_vtrace": Entry("ops.returns.vtrace_returns", rlax_vtrace),
+    "rlax_vtrace_advantage": Entry("ops.returns.vtrace_returns", rlax_vtrace_advantage),
     "rlax_td_errors": Entry("ops.q_learning", rlax_td_errors),
     "rlax_policy_gradient": Entry("ops.losses", rlax_policy_gradient),
     "verl_gae": Entry("ops.returns.gae", verl_gae, mask="response_mask", at_mask=True),
@@ -475,9 +475,9 @@ TABLE = {
         "ops.shaping", openrlhf_compute_reward, rtol=1e-5, mask="action_mask", at_mask=True
     ),
     "openrlhf_length_penalty": Entry("ops.shaping", openrlhf_length_penalty),
-    "trl_soft_overlong": Entry("ops.shaping.soft_overlong", trl_soft_overlong),
-    "swift_soft_overlong": Entry("ops.shaping.soft_overlong", swift_soft_overlong),
-    "verl_overlong": Entry("ops.shaping.soft_overlong", verl_overlong, rtol=1e-5),
+    "trl_soft_overlong": Entry("ops.shaping.soft_overlong_punishment", trl_soft_overlong),
+    "swift_soft_overlong": Entry("ops.shaping.soft_overlong_punishment", swift_soft_overlong),
+    "verl_overlong": Entry("ops.shaping.soft_overlong_punishment", verl_overlong, rtol=1e-5),
     "verl_adaptive_kl_controller": Entry("adaptive_kl", verl_adaptive_kl_controller),
     "verl_data_metrics": Entry(
         "train.diagnostics",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax import algorithms as a
-from rljax.algorithms.correct import sampler_ratio
+from rljax.algorithms.common.corrections import sampler_ratio
 from rljax.ops import kl, losses, ratios, sequences, shaping, statistics, weights
 from rljax.train import diagnostics
 from rljax.train.objective import policy_objective
@@ -145,7 +145,7 @@ def verl_geo_mean(case: Case) -> dict:
         mean = sequences.sequence_mean(batch.advantages, batch.mask)
         return dialects.verl_geometric_mean(terms, mean, batch.mask), metrics
 
-    reduction = dialects.divided_by_all_rows(weights.sequence_mean)
+    reduction = dialects.divided_by_all_rows(weights.seq_mean_token_mean)
     return verl_loss(case, algorithm._replace(loss=loss), reduction, bound=None)
 
 
@@ -182,10 +182,10 @@ def verl_dppo(case: Case) -> dict:
 def trl_reduction(case: Case, prefix: str = ""):
     """grpo, dr_grpo, sapo and luspo divide by all rows, the others by tokens."""
     over_rows = {
-        "grpo": weights.sequence_mean,
-        "sapo": weights.sequence_mean,
-        "luspo": weights.sequence_sum,
-        "dr_grpo": weights.constant_length(number(case, "max_completion_length")),
+        "grpo": weights.seq_mean_token_mean,
+        "sapo": weights.seq_mean_token_mean,
+        "luspo": weights.seq_mean_token_sum,
+        "dr_grpo": weights.seq_mean_token_sum_norm(number(case, "max_completion_length")),
     }
     kind = case.hyper.get("loss_type", "grpo")
     return dialects.divided_by_all_rows(over_rows[kind]) if kind in over_rows else weights.token_mean
@@ -234,10 +234,10 @@ def trl_algorithm(case: Case) -> Algorithm:
     algorithm = trl_two_sided(case) if "args.delta" in hyper else trl_policy(case)
     algorithm = algorithm._replace(weights=trl_reduction(case))
     if "off_policy_mask_threshold" in hyper:
-        algorithm = a.drop_stale_failures(algorithm, number(case, "off_policy_mask_threshold"))
+        algorithm = a.off_policy_sequence_mask(algorithm, number(case, "off_policy_mask_threshold"))
     if "top_entropy_quantile" in hyper:
         share, mask = number(case, "top_entropy_quantile"), mask_of(case, "completion_mask")
-        algorithm = a.only_high_entropy(algorithm, dialects.trl_float32_share(share, x["entropies"], mask))
+        algorithm = a.high_entropy_mask(algorithm, dialects.trl_float32_share(share, x["entropies"], mask))
     if "importance_sampling_ratio" in x:
         algorithm = a.truncate_is(algorithm, NEVER)
     if "beta" in hyper:
@@ -322,7 +322,7 @@ def trl_rloo(case: Case) -> dict:
     x, mask = case.ins, mask_of(case, "completion_mask")
     old = shaping.at_last_decision(x["old_logps"], mask)
     clip = clip_range(case, "epsilon_")
-    algorithm = a.rloo(*clip)._replace(weights=dialects.divided_by_all_rows(weights.sequence_mean))
+    algorithm = a.rloo(*clip)._replace(weights=dialects.divided_by_all_rows(weights.seq_mean_token_mean))
     learnt = learn(algorithm, batch_of(mask, old, x["advantages"]), logp=x["per_token_logps"])
     of_empty = dialects.trl_empty_rows(
         x["old_logps"], x["advantages"], mask, lambda ratio, gain: losses.clipped_surrogate(ratio, gain, *clip)
@@ -388,7 +388,7 @@ def swift_family(case: Case) -> dict:
         estimator = lambda logp, ref_logp: dialects.bounded_value(kl.k3(logp, ref_logp), 10.0)  # noqa: E731
         algorithm = a.with_kl(algorithm, number(case, "beta"), estimator)
     if "off_policy_sequence_mask_delta" in hyper:
-        algorithm = a.drop_stale_failures(algorithm, number(case, "off_policy_sequence_mask_delta"))
+        algorithm = a.off_policy_sequence_mask(algorithm, number(case, "off_policy_sequence_mask_delta"))
     algorithm = algorithm._replace(credit=lambda traj, coefficients: given)
     if hyper.get("overlong_filter"):
         algorithm = a.filter_overlong(algorithm)
@@ -408,8 +408,8 @@ def openrlhf_correction(case: Case, algorithm: Algorithm) -> Algorithm:
 
     def weight(batch):
         if kind == "tis":
-            return dialects.at_least(ratios.truncated(sampler_ratio(batch), high), low)
-        of_answer = ratios.banded(sampler_ratio(batch, ratios.sequence_geometric_mean), low, high)
+            return dialects.at_least(ratios.truncate_weights(sampler_ratio(batch), high), low)
+        of_answer = ratios.mask_weights(sampler_ratio(batch, ratios.sequence_geometric_mean), low, high)
         return jnp.where(of_answer > 0, sampler_ratio(batch), 0.0)  # a filter: the token's own weight is not bounded
 
     def loss(output, batch):
@@ -423,7 +423,7 @@ def openrlhf_policy(case: Case) -> dict:
     x, hyper, mask = case.ins, case.hyper, mask_of(case, "action_mask")
     clip = clip_range(case, "clip_eps_")
     algorithm = a.gspo(*clip) if hyper.get("policy_loss_type") == "gspo" else a.grpo(*clip)
-    of_rows = dialects.openrlhf_sequence_mean(weights.sequence_mean)
+    of_rows = dialects.openrlhf_sequence_mean(weights.seq_mean_token_mean)
     by_rows = hyper.get("policy_loss_type") == "gspo" or not hyper.get("token_level_loss", True)
     algorithm = algorithm._replace(weights=of_rows if by_rows else weights.token_mean)
     if hyper.get("dual_clip") is not None:
@@ -464,12 +464,12 @@ def verl_rollout_is(case: Case) -> dict:
     def mean(mask, segments=None):
         if by_token:
             return dialects.verl_mean(weights.token_mean(mask), mask)
-        return dialects.verl_row_mean(weights.sequence_mean(mask), mask)
+        return dialects.verl_row_mean(weights.seq_mean_token_mean(mask), mask)
 
     raw, capped = weight(a.truncate_is(a.sft(), NEVER, level)), weight(a.truncate_is(a.sft(), cap, level))
     out = {"weights": capped, "metric rollout_is_mean": verl_share(case, raw)}
     if hyper["rollout_is_batch_normalize"]:
-        out["weights"] = weight(a.normalised_is(a.sft(), mean, cap, level))
+        out["weights"] = weight(a.normalized_is(a.sft(), mean, cap, level))
         out["metric rollout_is_batch_norm_factor"] = capped.sum() / out["weights"].sum()
     rows, largest, least = mask.any(axis=1), statistics.masked_max(raw, mask), statistics.masked_min(raw, mask)
     if not by_token:
@@ -571,7 +571,7 @@ TABLE: dict[str, Entry] = {
     "verl_new_dppo_loss": verl("dppo_tv, dppo_kl", verl_dppo),
     "trl_grpo_family_loss": trl(
         "grpo, cispo, sapo, gspo, luspo, vespo, with_kl, with_importance_weighted_kl, with_entropy, truncate_is, "
-        "drop_stale_failures, only_high_entropy",
+        "off_policy_sequence_mask, high_entropy_mask",
         trl_family,
         not_compared={"metric entropy_coef": "a hyperparameter"},
     ),
@@ -580,11 +580,12 @@ TABLE: dict[str, Entry] = {
     "trl_rloo_loss": trl("rloo", trl_rloo),
     "trl_ppo_loss": Entry("ppo", trl_ppo, mask="padding_mask"),
     "swift_grpo_family_loss": trl(
-        "grpo, cispo, sapo, gspo, gspo_token, fipo, real, with_kl, drop_stale_failures, filter_overlong", swift_family
+        "grpo, cispo, sapo, gspo, gspo_token, fipo, real, with_kl, off_policy_sequence_mask, filter_overlong",
+        swift_family,
     ),
     "openrlhf_policy_loss": Entry("grpo, gspo, mask_is", openrlhf_policy, mask="action_mask"),
     "verl_rollout_is_weights": verl(
-        "truncate_is, normalised_is",
+        "truncate_is, normalized_is",
         verl_rollout_is,
         not_compared={
             "metric rollout_is_seq_*": "of means of weights over rows, which nobody logs here",

@@ -9,29 +9,29 @@ import jax.numpy as jnp
 
 from rljax.algorithms.aot import aot, aot_unpaired
 from rljax.algorithms.bco import bco
+from rljax.algorithms.common.pairs import preference_objective, uniform_token_weights
 from rljax.algorithms.cpo import cpo, simpo
 from rljax.algorithms.dpo import (
-    alike,
-    desensitised,
-    diverging,
+    chosen_nll,
     dpo,
-    likelihood,
-    mean_ratio,
-    of_ratios,
-    total_ratio,
+    f_divergence,
+    ld_dpo_weights,
+    mean_log_ratio,
+    preference_term,
+    total_log_ratio,
+    uniform_pair_weight,
     wpo,
 )
-from rljax.algorithms.kto import fixed, kto
+from rljax.algorithms.kto import fixed_class_weights, kto
 from rljax.algorithms.online_dpo import online_pairs
 from rljax.algorithms.orpo import orpo
-from rljax.algorithms.pairs import every_token, preference_objective
 from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.reward_model import reward_model
 from rljax.algorithms.sft import dft, sft
 from rljax.ops import logprobs, preferences
-from rljax.ops.weights import sequence_mean, token_mean
+from rljax.ops.weights import seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
-from rljax.types import Judged, Pairs, PolicyOutput, Trajectory, trajectory_of_tokens
+from rljax.types import Pairs, PolicyOutput, Trajectory, Unpaired, trajectory_of_tokens
 from tests.dialects import openrlhf_sequence_mean, trl_float32_mean, trl_weight_by_log_probs
 from tests.golden.entry import Case, Entry, gradient
 
@@ -105,18 +105,18 @@ def trl_term(loss_type: str, hyper: dict):
     """TRL's loss_type as (loss, what it compares). TRL's sigmoid ignores label_smoothing."""
     smoothing = {"label_smoothing": hyper.get("label_smoothing", 0.0)}
     losses = {
-        "sigmoid": (preferences.sigmoid, total_ratio),
-        "hinge": (preferences.hinge, total_ratio),
-        "ipo": (preferences.ipo, mean_ratio),
-        "exo_pair": (partial(preferences.exo_pair, **smoothing), total_ratio),
-        "nca_pair": (preferences.nca_pair, total_ratio),
-        "robust": (partial(preferences.robust, **smoothing), total_ratio),
-        "bco_pair": (preferences.bco_pair, total_ratio),
-        "sppo_hard": (preferences.sppo_hard, total_ratio),
-        "apo_zero": (preferences.apo_zero, total_ratio),
-        "apo_down": (preferences.apo_down, total_ratio),
-        "discopop": (partial(preferences.discopop, tau=hyper.get("discopop_tau")), total_ratio),
-        "sigmoid_norm": (preferences.sigmoid, mean_ratio),
+        "sigmoid": (preferences.sigmoid, total_log_ratio),
+        "hinge": (preferences.hinge, total_log_ratio),
+        "ipo": (preferences.ipo, mean_log_ratio),
+        "exo_pair": (partial(preferences.exo_pair, **smoothing), total_log_ratio),
+        "nca_pair": (preferences.nca_pair, total_log_ratio),
+        "robust": (partial(preferences.robust, **smoothing), total_log_ratio),
+        "bco_pair": (preferences.bco_pair, total_log_ratio),
+        "sppo_hard": (preferences.sppo_hard, total_log_ratio),
+        "apo_zero": (preferences.apo_zero, total_log_ratio),
+        "apo_down": (preferences.apo_down, total_log_ratio),
+        "discopop": (partial(preferences.discopop, tau=hyper.get("discopop_tau")), total_log_ratio),
+        "sigmoid_norm": (preferences.sigmoid, mean_log_ratio),
     }
     return losses[loss_type]
 
@@ -127,12 +127,12 @@ def trl_mixture(policy, hyper: dict):
 
     def term(loss_type):
         if loss_type == "sft":
-            return likelihood
+            return chosen_nll
         loss, measure = trl_term(loss_type, hyper)
-        return of_ratios(loss, beta, measure)
+        return preference_term(loss, beta, measure)
 
     mixed = preferences.mixture(*zip(hyper["loss_weights"], map(term, hyper["loss_types"]), strict=True))
-    return preference_objective(policy, mixed, lambda answer: beta * answer.ratio)
+    return preference_objective(policy, mixed, lambda answer: beta * answer.log_ratio)
 
 
 def trl_objective(policy, hyper: dict):
@@ -152,9 +152,9 @@ def trl_objective(policy, hyper: dict):
         policy,
         loss,
         beta,
-        measure=diverging(slope, measure),
-        pair_weight=wpo if hyper.get("use_weighting") else alike,
-        token_weights=desensitised(hyper["ld_alpha"]) if "ld_alpha" in hyper else every_token,
+        measure=f_divergence(slope, measure),
+        pair_weight=wpo if hyper.get("use_weighting") else uniform_pair_weight,
+        token_weights=ld_dpo_weights(hyper["ld_alpha"]) if "ld_alpha" in hyper else uniform_token_weights,
     )
 
 
@@ -229,7 +229,7 @@ def trl_cpo(case: Case) -> dict:
     smoothing = {"label_smoothing": hyper["label_smoothing"]}
     if hyper["loss_type"] == "simpo":
         objective = simpo(reads_logp, beta, hyper["simpo_gamma"], hyper["alpha"], **smoothing)
-        losses = preferences.simpo(better, worse, beta, hyper["simpo_gamma"], **smoothing)
+        losses = preferences.simpo_loss(better, worse, beta, hyper["simpo_gamma"], **smoothing)
     else:
         sigmoid = partial(preferences.sigmoid, **smoothing)
         loss = {"sigmoid": sigmoid, "hinge": preferences.hinge, "ipo": preferences.ipo}[hyper["loss_type"]]
@@ -292,8 +292,8 @@ def trl_kto(case: Case) -> dict:
     other = other.replace(inputs=other.inputs + ins["input_ids"].size)
     params_of = lambda x: {"logits": jnp.concatenate([table(x["logits"]), table(x["KL_logits"])])}  # noqa: E731
     mismatched = other if hyper["loss_type"] == "kto" else None  # apo_zero_unpaired
-    batch = Judged(traj, desirable=ins["label"] > 0, mismatched=mismatched)
-    weights = fixed(hyper["desirable_weight"], hyper["undesirable_weight"])
+    batch = Unpaired(traj, desirable=ins["label"] > 0, mismatched=mismatched)
+    weights = fixed_class_weights(hyper["desirable_weight"], hyper["undesirable_weight"])
     loss, metrics, grad = learn(kto(reads_logits, hyper["beta"], weights), batch, params_of, case, "logits")
     return {"loss": loss, "kl": metrics["kl"], "grad_logits": grad}
 
@@ -307,11 +307,11 @@ def trl_bco(case: Case) -> dict:
     before = (case.outs["delta"] * (seen + len(logp)) - rewards.sum()) / max(seen, 1)
     state = {"reward_mean": jnp.where(seen > 0, before, 0.0), "rewards_seen": jnp.asarray(float(seen))}
     good = jnp.arange(len(logp)) < n
-    batch = Judged(one_token(len(logp), ref_logp=ref_logp), desirable=good, coefficients=state)
+    batch = Unpaired(one_token(len(logp), ref_logp=ref_logp), desirable=good, coefficients=state)
     loss, metrics, *grads = learn(bco(reads_logp, beta), batch, stacked(*POLICY), case, *POLICY)
     return {
         "loss": loss,
-        "losses": preferences.bco(logp - ref_logp, good, metrics["reward_mean"], beta),
+        "losses": preferences.bco_loss(logp - ref_logp, good, metrics["reward_mean"], beta),
         "delta": metrics["reward_mean"],
         "grad_chosen": grads[0],
         "grad_rejected": grads[1],
@@ -369,7 +369,7 @@ def imitate(policy, algorithm, traj, params_of, case: Case, name: str):
 
 
 def openrlhf_sft(case: Case) -> dict:
-    by_row = openrlhf_sequence_mean(sequence_mean)
+    by_row = openrlhf_sequence_mean(seq_mean_token_mean)
     algorithm = sft(token_mean if case.hyper["token_level_loss"] else by_row)
     params_of = lambda x: {"logp": table(x["per_token_logps"])}  # noqa: E731
     traj = rows_of(case.ins["loss_mask"])

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.special import log_softmax
 
 from rljax.models import decoder, policy
-from rljax.ops.trust_region import hessian_product
+from rljax.ops.trust_region import hessian_vector_product
 from rljax.types import TrainState, trajectory_of_tokens
 
 CONFIG = decoder.DecoderConfig(13, 12, 2, 2, 1, 6, 16)
@@ -18,7 +18,7 @@ B, S = 3, 9
 @pytest.fixture(scope="module")
 def params():
     made = policy.with_value_head(policy.init(CONFIG, jax.random.key(0)), CONFIG)
-    return made | {"value_head": jax.random.normal(jax.random.key(1), (CONFIG.width,))}
+    return made | {"value_head": jax.random.normal(jax.random.key(1), (CONFIG.hidden_size,))}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_reference_follows_the_policy_as_far_as_it_is_told():
     now = policy.with_value_head(jax.tree.map(lambda x: x + 1, start), CONFIG)
     state = TrainState(0, now, None, jax.random.key(0), frozen={"reference": start, "other": 1})
     for share in (1.0, 0.25):
-        found = policy.refresh_reference(state, share).frozen
+        found = policy.sync_reference(state, share).frozen
         assert found["other"] == 1
         want = {"decoder": jax.tree.map(lambda x, s=share: x + s, start["decoder"])}
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found["reference"], want)
@@ -114,7 +114,7 @@ def test_a_reference_follows_the_policy_as_far_as_it_is_told():
     ("vocabulary", "backend", "tokens"), [(4096, "cpu", 1024), (151936, "gpu", 2**27 * 8 // 151936), (2**23, "cpu", 1)]
 )
 def test_a_chunk_is_counted_in_logits(vocabulary, backend, tokens):
-    assert policy.chunk_of(vocabulary, backend) == tokens
+    assert policy.default_chunk_tokens(vocabulary, backend) == tokens
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 4096])
@@ -140,7 +140,7 @@ def test_products_with_the_fisher_matrix_go_through_the_decoder(params, traj):
     v = jax.random.normal(jax.random.key(3), flat.shape) / flat.size**0.5
     old = unflatten(flat)
     kl = lambda x: divergence(unflatten(x), old, {}, traj).mean()  # noqa: E731
-    got = v @ jax.jit(lambda x, v: hessian_product(kl, x)(v))(flat, v)
+    got = v @ jax.jit(lambda x, v: hessian_vector_product(kl, x)(v))(flat, v)
 
     def log_shares(x):
         hidden, _ = decoder.forward(CONFIG, unflatten(x)["decoder"], traj.inputs, traj.positions, traj.segments)

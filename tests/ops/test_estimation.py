@@ -103,20 +103,20 @@ def test_importance_sampling_is_unbiased_with_the_variance_of_the_weighted_sampl
 
 
 def test_self_normalised_weights_need_no_constant_stay_in_range_and_are_nearly_unbiased():
-    got = estimation.self_normalised(f32(F[DRAWS]), f32(7.0 * WEIGHTS[DRAWS]))
-    plain = estimation.self_normalised(f32(F[DRAWS]), f32(WEIGHTS[DRAWS]))
+    got = estimation.self_normalized(f32(F[DRAWS]), f32(7.0 * WEIGHTS[DRAWS]))
+    plain = estimation.self_normalized(f32(F[DRAWS]), f32(WEIGHTS[DRAWS]))
     np.testing.assert_allclose(got.mean, plain.mean, rtol=1e-5)
     np.testing.assert_allclose(got.error, plain.error, rtol=1e-4, atol=1e-6)
     assert (got.mean <= F[DRAWS].max(axis=1) + 1e-5).all()
     assert (got.mean >= F[DRAWS].min(axis=1) - 1e-5).all()
     many = np.repeat(np.arange(4), np.round(Q * 20_000).astype(int))
-    limit = estimation.self_normalised(f32(F[many]), f32(WEIGHTS[many]))
+    limit = estimation.self_normalized(f32(F[many]), f32(WEIGHTS[many]))
     np.testing.assert_allclose(limit.mean, (P * F).sum(), rtol=1e-3)
     asymptotic = (Q * WEIGHTS**2 * (F - (P * F).sum()) ** 2).sum()
     np.testing.assert_allclose(limit.error, np.sqrt(asymptotic / len(many)), rtol=1e-3)
-    constant = estimation.self_normalised(jnp.full(N, 2.5), f32(WEIGHTS[:N]))
+    constant = estimation.self_normalized(jnp.full(N, 2.5), f32(WEIGHTS[:N]))
     np.testing.assert_allclose(constant.mean, 2.5, rtol=1e-6)
-    assert estimation.self_normalised(jnp.ones(3), jnp.zeros(3)).mean == 0
+    assert estimation.self_normalized(jnp.ones(3), jnp.zeros(3)).mean == 0
 
 
 @pytest.mark.parametrize("bound", [0.5, 1.5, 100.0])
@@ -149,7 +149,7 @@ def test_weights_of_trajectories_and_of_decisions_give_the_return_under_the_othe
 
 
 def test_effective_sample_size_counts_equal_weights_and_one_heavy_one():
-    size, share = estimation.effective_sample_size, estimation.effective_share
+    size, share = estimation.effective_sample_size, estimation.ess_fraction
     np.testing.assert_allclose(size(jnp.full(7, 0.3)), 7.0, rtol=1e-6)
     np.testing.assert_allclose(size(f32([0, 5.0, 0, 0])), 1.0)
     np.testing.assert_allclose(size(f32([1, 1, 0, 0])), 2.0)
@@ -164,12 +164,12 @@ MASKED = {
     "control variate": lambda x, w, m: estimation.monte_carlo(estimation.control_variate(x, w, 0.5, mask=m), m),
     "baseline": lambda x, w, m: estimation.optimal_baseline(w, x, m),
     "importance sampling": lambda x, w, m: estimation.importance_sampling(x, w, m),
-    "self-normalised": lambda x, w, m: estimation.self_normalised(x, w, m),
+    "self-normalised": lambda x, w, m: estimation.self_normalized(x, w, m),
     "truncated": lambda x, w, m: estimation.truncated_importance_sampling(x, w, 1.2, m),
     "trajectory weights": lambda x, w, m: estimation.trajectory_weights(w, m),
     "per decision": lambda x, w, m: estimation.per_decision(x, w, m, 0.9),
     "effective size": lambda x, w, m: estimation.effective_sample_size(w, m),
-    "effective share": lambda x, w, m: estimation.effective_share(w, m),
+    "effective share": lambda x, w, m: estimation.ess_fraction(w, m),
 }
 
 

@@ -21,7 +21,7 @@ OF_THE_DIFFERENCE = [
     p.exo_pair,
     p.discopop,
 ]
-PAIRED = [*OF_THE_DIFFERENCE, p.nca_pair, p.bco_pair, p.sppo_hard, p.apo_zero, p.apo_down, p.simpo]
+PAIRED = [*OF_THE_DIFFERENCE, p.nca_pair, p.bco_pair, p.sppo_hard, p.apo_zero, p.apo_down, p.simpo_loss]
 
 
 @pytest.fixture(autouse=True)
@@ -129,11 +129,11 @@ def test_log_odds_over_the_whole_range_and_finite_at_certainty():
 
 def test_judged_answers_are_the_halves_of_a_pair():
     good, bad = jnp.ones(7, bool), jnp.zeros(7, bool)
-    close(p.kto(CHOSEN, good, 0.0, 0.3) + p.kto(REJECTED, bad, 0.0, 0.3), p.apo_zero(CHOSEN, REJECTED, 0.3))
-    close(p.bco(CHOSEN, good, 0.0, 0.3) + p.bco(REJECTED, bad, 0.0, 0.3), p.bco_pair(CHOSEN, REJECTED, 0.3))
+    close(p.kto_loss(CHOSEN, good, 0.0, 0.3) + p.kto_loss(REJECTED, bad, 0.0, 0.3), p.apo_zero(CHOSEN, REJECTED, 0.3))
+    close(p.bco_loss(CHOSEN, good, 0.0, 0.3) + p.bco_loss(REJECTED, bad, 0.0, 0.3), p.bco_pair(CHOSEN, REJECTED, 0.3))
 
 
-@pytest.mark.parametrize("loss", [p.kto, p.bco])
+@pytest.mark.parametrize("loss", [p.kto_loss, p.bco_loss])
 def test_the_reference_point_is_a_constant(loss):
     slope = jax.grad(lambda z: loss(jnp.asarray(CHOSEN), jnp.asarray(REJECTED) > 0, z).sum())
     assert slope(0.3) == 0
@@ -160,13 +160,13 @@ def test_an_answer_as_likely_as_the_policys_own_weighs_one():
 def test_aot_has_the_gradient_of_the_sorted_difference(ties):
     x, y = (np.round(z) if ties else z for z in (CHOSEN, REJECTED))
     valid = np.ones(7, bool)
-    f = partial(p.smoothed, label_smoothing=0.1)
+    f = partial(p.label_smoothed, label_smoothing=0.1)
 
     def by_sorting(x):
         return f(0.5 * (jnp.sort(x) - np.sort(y))).sum()
 
     def by_rank(x):
-        return p.aot(x, p.equal_rank(x, y, valid), 0.5, 0.1).sum()
+        return p.aot_loss(x, p.match_by_rank(x, y, valid), 0.5, 0.1).sum()
 
     for ours, want in zip(jax.value_and_grad(by_rank)(x), jax.value_and_grad(by_sorting)(x), strict=True):
         close(ours, want)
@@ -176,11 +176,11 @@ def test_unpaired_aot_has_the_gradient_of_the_sorted_difference_and_leaves_out_a
     valid = np.array([1, 1, 0, 1, 1, 0, 1], bool)
 
     def by_sorting(x, y):
-        return p.smoothed(0.5 * (jnp.sort(x[valid]) - jnp.sort(y[valid]))).sum()
+        return p.label_smoothed(0.5 * (jnp.sort(x[valid]) - jnp.sort(y[valid]))).sum()
 
     def by_rank(x, y):
-        matched = p.equal_rank(x, y, valid), p.equal_rank(y, x, valid)
-        return jnp.where(valid, p.aot_unpaired(x, y, *matched, 0.5), 0.0).sum()
+        matched = p.match_by_rank(x, y, valid), p.match_by_rank(y, x, valid)
+        return jnp.where(valid, p.aot_unpaired_loss(x, y, *matched, 0.5), 0.0).sum()
 
     ours, want = (jax.value_and_grad(g, argnums=(0, 1))(CHOSEN, REJECTED) for g in (by_rank, by_sorting))
     jax.tree.map(close, ours, want)
@@ -208,7 +208,7 @@ BY_HAND = {
     "sppo_hard": (0.7 - 1.0) ** 2 + (-1.1 + 1.0) ** 2,
     "apo_zero": 1 - sigma(0.35) + sigma(-0.55),
     "apo_down": sigma(0.35) + 1 - sigma(0.9),
-    "simpo": -log_sigma(0.9 - 1.0),
+    "simpo_loss": -log_sigma(0.9 - 1.0),
 }
 
 
@@ -219,9 +219,9 @@ def test_losses_of_one_pair_by_hand(name):
 
 def test_judged_and_reference_free_losses_by_hand():
     ratio, desirable = np.array([0.7, 0.7]), np.array([True, False])
-    close(p.kto(ratio, desirable, 0.3, 0.5), [1 - sigma(0.2), 1 - sigma(-0.2)])
-    close(p.bco(ratio, desirable, 0.3, 0.5), [-log_sigma(0.05), -log_sigma(-0.05)])
+    close(p.kto_loss(ratio, desirable, 0.3, 0.5), [1 - sigma(0.2), 1 - sigma(-0.2)])
+    close(p.bco_loss(ratio, desirable, 0.3, 0.5), [-log_sigma(0.05), -log_sigma(-0.05)])
     odds = [np.exp(x) / (1 - np.exp(x)) for x in (-0.2, -1.5)]
     close(p.odds_ratio(np.array([-0.2]), np.array([-1.5])), [-log_sigma(np.log(odds[0] / odds[1]))])
     close(p.sigmoid(np.array([W]), np.array([L]), BETA, 0.2), [-0.8 * log_sigma(0.9) - 0.2 * log_sigma(-0.9)])
-    close(p.simpo(np.array([W]), np.array([L]), BETA, 0.4), [-log_sigma(0.5)])
+    close(p.simpo_loss(np.array([W]), np.array([L]), BETA, 0.4), [-log_sigma(0.5)])

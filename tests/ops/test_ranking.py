@@ -73,7 +73,7 @@ def test_scores_are_known_up_to_a_constant(loss):
 
 
 def test_centring_alone_pins_the_constant():
-    close(ranking.centring(np.array([1.0, 2.0]), np.array([-1.0, 1.0])), [0.0, 9.0])
+    close(ranking.center_rewards_penalty(np.array([1.0, 2.0]), np.array([-1.0, 1.0])), [0.0, 9.0])
 
 
 def test_step_cross_entropy_with_soft_labels():
@@ -85,6 +85,6 @@ def test_step_cross_entropy_with_soft_labels():
 def test_an_answers_score_from_its_steps():
     p = np.array([[0.9, 0.5, 0.8, np.nan], [np.nan, 0.7, np.nan, 0.2], [np.nan] * 4])
     valid = np.array([[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]], bool)
-    close(ranking.least_step(p, valid), [0.5, 0.2, 1.0])
-    close(ranking.product_of_steps(p, valid), [0.36, 0.14, 1.0])
+    close(ranking.min_over_steps(p, valid), [0.5, 0.2, 1.0])
+    close(ranking.product_over_steps(p, valid), [0.36, 0.14, 1.0])
     close(ranking.last_step(p, valid), [0.8, 0.2, 1.0])

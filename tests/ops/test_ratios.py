@@ -38,7 +38,7 @@ def test_levels_are_of_the_decision_of_the_answer_and_per_decision_of_the_answer
 
 def test_weights_are_cut_left_out_or_made_to_average_one():
     weights = jnp.array([[0.2, 0.5, 1.0], [2.0, 5.0, 9.0]])
-    np.testing.assert_array_equal(ratios.truncated(weights, 2.0), jnp.array([[0.2, 0.5, 1.0], [2.0, 2.0, 2.0]]))
-    np.testing.assert_array_equal(ratios.banded(weights, 0.5, 5.0), jnp.array([[0.0, 0.5, 1.0], [2.0, 5.0, 0.0]]))
+    np.testing.assert_array_equal(ratios.truncate_weights(weights, 2.0), jnp.array([[0.2, 0.5, 1.0], [2.0, 2.0, 2.0]]))
+    np.testing.assert_array_equal(ratios.mask_weights(weights, 0.5, 5.0), jnp.array([[0.0, 0.5, 1.0], [2.0, 5.0, 0.0]]))
     share = jnp.array([[0.5, 0.0, 0.25], [0.25, 0.0, 0.0]])
-    np.testing.assert_allclose(ratios.normalised(weights, share), np.asarray(weights) / 0.85, rtol=1e-6)
+    np.testing.assert_allclose(ratios.normalize_weights(weights, share), np.asarray(weights) / 0.85, rtol=1e-6)

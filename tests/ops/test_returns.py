@@ -9,7 +9,7 @@ import pytest
 
 from rljax.ops import returns
 
-discounted_returns, total_return, gae, td_errors, lambda_returns, vtrace, corrected = (
+discounted_returns, total_return, gae, td_errors, lambda_returns, vtrace_returns, corrected = (
     jax.jit(f)
     for f in (
         returns.discounted_returns,
@@ -17,7 +17,7 @@ discounted_returns, total_return, gae, td_errors, lambda_returns, vtrace, correc
         returns.gae,
         returns.td_errors,
         returns.lambda_returns,
-        returns.vtrace,
+        returns.vtrace_returns,
         returns.importance_corrected_td_errors,
     )
 )
@@ -167,7 +167,7 @@ def test_vtrace_is_the_sum_of_the_paper(lam, rho_bar, c_bar, policy_rho_bar):
     rewards, values, mask, *_ = episodes(7)
     ratios = np.random.default_rng(7).lognormal(size=(B, T))
     facts = [narrow(x) for x in (rewards, values, ratios, mask)]
-    got = vtrace(*facts, 0.9, *(float(x) for x in (lam, rho_bar, c_bar, policy_rho_bar)))
+    got = vtrace_returns(*facts, 0.9, *(float(x) for x in (lam, rho_bar, c_bar, policy_rho_bar)))
     want = vtrace_by_sums(rewards, values, ratios, mask, 0.9, lam, rho_bar, c_bar)
     close(got.targets, want)
     for b, t, own in decisions(mask):
@@ -180,7 +180,7 @@ def test_vtrace_is_the_sum_of_the_paper(lam, rho_bar, c_bar, policy_rho_bar):
 @pytest.mark.parametrize("lam", [1.0, 0.7])
 def test_on_policy_vtrace_is_gae_and_the_lambda_return(lam):
     rewards, values, mask, *_ = (narrow(x) for x in episodes(8))
-    got = vtrace(rewards, values, jnp.ones_like(rewards), mask, 0.9, lam)
+    got = vtrace_returns(rewards, values, jnp.ones_like(rewards), mask, 0.9, lam)
     close(got.targets, lambda_returns(rewards, values, mask, 0.9, lam))
     close(got.advantages, gae(rewards, values, mask, 0.9, lam))
 
@@ -234,7 +234,7 @@ def psi():
         "gae": gae(PAID, exact, ALL, 1.0, 0.6),
         "gae, wrong values": gae(PAID, wrong, ALL, 1.0, 1.0),
         "two steps": n_step_returns(PAID, exact, ALL, 2),
-        "v-trace on-policy": vtrace(PAID, exact, jnp.ones_like(PAID), ALL, 1.0, 0.6).advantages,
+        "v-trace on-policy": vtrace_returns(PAID, exact, jnp.ones_like(PAID), ALL, 1.0, 0.6).advantages,
     }
 
 
@@ -269,7 +269,7 @@ def test_unclipped_and_with_any_values_the_targets_average_to_the_value_of_the_o
     error = corrected(PAID, guess, ratios, ALL, 0.9)
     close((probability * (error + guess[:, :-1])[:, 0]).sum(), value_of(pi, 0.9)[0])
     never = float("inf")
-    target = vtrace(PAID, guess, ratios, ALL, 0.9, 1.0, never, never).targets
+    target = vtrace_returns(PAID, guess, ratios, ALL, 0.9, 1.0, never, never).targets
     close((probability * target[:, 0]).sum(), value_of(pi, 0.9)[0])
     exact = along_paths(value_of(pi, 0.9))
     for lam in (0.0, 0.5, 1.0):
@@ -284,10 +284,14 @@ def test_clipped_ratios_estimate_the_policy_between_the_two(rho_bar):
     between /= between.sum(axis=1, keepdims=True)
     probability, each = chance(mu)
     fixed = along_paths(value_of(between, 0.9))
-    target = vtrace(PAID, fixed, narrow(chance(pi)[1] / each), ALL, 0.9, 1.0, rho_bar, min(rho_bar, 1.0)).targets
+    target = vtrace_returns(
+        PAID, fixed, narrow(chance(pi)[1] / each), ALL, 0.9, 1.0, rho_bar, min(rho_bar, 1.0)
+    ).targets
     close((probability * target[:, 0]).sum(), fixed[0, 0])
     other = along_paths(value_of(pi, 0.9))
-    target = vtrace(PAID, other, narrow(chance(pi)[1] / each), ALL, 0.9, 1.0, rho_bar, min(rho_bar, 1.0)).targets
+    target = vtrace_returns(
+        PAID, other, narrow(chance(pi)[1] / each), ALL, 0.9, 1.0, rho_bar, min(rho_bar, 1.0)
+    ).targets
     assert abs((probability * target[:, 0]).sum() - other[0, 0]) > 1e-3
 
 
@@ -299,7 +303,7 @@ EVERY = {
     "gae": lambda r, v, w, m, g, e: returns.gae(r, v, m, g, g, *e),
     "lambda returns": lambda r, v, w, m, g, e: returns.lambda_returns(r, v, m, g, g),
     "n steps": lambda r, v, w, m, g, e: returns.n_step_returns(r, v, m, 3, g),
-    "v-trace": lambda r, v, w, m, g, e: returns.vtrace(r, v, w, m, g, g),
+    "v-trace": lambda r, v, w, m, g, e: returns.vtrace_returns(r, v, w, m, g, g),
     "corrected": lambda r, v, w, m, g, e: returns.importance_corrected_td_errors(r, v, w, m, g, g),
 }
 

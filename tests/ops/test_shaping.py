@@ -48,8 +48,8 @@ def test_spreading_keeps_the_reward_of_every_row_and_reward_to_go_of_every_step(
 
 def test_soft_overlong_is_0_then_a_slope_then_minus_1():
     lengths = jnp.array([0, 80, 81, 90, 100, 101, 500])
-    np.testing.assert_allclose(shaping.soft_overlong(lengths, 100, 20), [0, 0, -0.05, -0.5, -1, -1, -1])
-    np.testing.assert_array_equal(shaping.soft_overlong(lengths, 100, 0), [0, 0, 0, 0, 0, -1, -1])
+    np.testing.assert_allclose(shaping.soft_overlong_punishment(lengths, 100, 20), [0, 0, -0.05, -0.5, -1, -1, -1])
+    np.testing.assert_array_equal(shaping.soft_overlong_punishment(lengths, 100, 0), [0, 0, 0, 0, 0, -1, -1])
 
 
 def test_truncated_answers_are_scaled_and_shifted():
@@ -73,7 +73,7 @@ def test_the_return_of_penalised_rewards_is_reward_less_beta_kl_of_whole_answers
     want = (probability * (outcome - 0.3 * (np.log(probability) - ref_logp.sum(axis=1)))).sum()
     everywhere = jnp.ones((9, 2), bool)
     rewards = shaping.at_last_decision(f32(outcome), everywhere)
-    penalised = shaping.kl_penalised(rewards, f32(logp), f32(ref_logp), everywhere, 0.3)
+    penalised = shaping.apply_kl_penalty(rewards, f32(logp), f32(ref_logp), everywhere, 0.3)
     np.testing.assert_allclose((probability * total_return(penalised, everywhere)).sum(), want, rtol=1e-5)
 
 
@@ -81,12 +81,12 @@ def test_the_kl_penalty_is_a_fact_and_keeps_what_was_not_judged():
     draw = np.random.default_rng(1)
     rewards = shaping.at_last_decision(f32([1.0, nan, 3.0, 4.0]), MASK)
     logp, ref_logp = (f32(np.where(MASK, x, nan)) for x in draw.normal(size=(2, 4, 5)))
-    got = shaping.kl_penalised(rewards, logp, ref_logp, MASK, jnp.float32(0.1), kl.k3)
+    got = shaping.apply_kl_penalty(rewards, logp, ref_logp, MASK, jnp.float32(0.1), kl.k3)
     d = np.asarray(logp - ref_logp)
     want = np.where(MASK, np.asarray(rewards) - 0.1 * (np.exp(-d) - 1 + d), 0.0)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert np.isnan(got[1, 4])
-    slope = jax.grad(lambda x: jnp.nansum(shaping.kl_penalised(rewards, x, ref_logp, MASK, 0.1)))(logp)
+    slope = jax.grad(lambda x: jnp.nansum(shaping.apply_kl_penalty(rewards, x, ref_logp, MASK, 0.1)))(logp)
     np.testing.assert_array_equal(slope, 0.0)
 
 

@@ -7,7 +7,13 @@ import pytest
 from scipy.special import log_softmax
 
 from rljax.ops.kl import categorical_kl
-from rljax.ops.trust_region import conjugate_gradient, directed_kl, hessian_product, line_search, natural_step
+from rljax.ops.trust_region import (
+    conjugate_gradient,
+    directed_kl,
+    hessian_vector_product,
+    line_search,
+    natural_gradient_step,
+)
 from tests import bounds
 
 STATES, ACTIONS = 4, 3
@@ -29,8 +35,8 @@ def fisher():
 
 def gradient():
     """Of -E Â under the policy, the advantages held fixed."""
-    centred = ADVANTAGES - (POLICY * ADVANTAGES).sum(axis=1, keepdims=True)
-    return -(VISITS[:, None] * POLICY * centred).ravel()
+    centered = ADVANTAGES - (POLICY * ADVANTAGES).sum(axis=1, keepdims=True)
+    return -(VISITS[:, None] * POLICY * centered).ravel()
 
 
 def rounding(matrix, solution) -> float:
@@ -60,7 +66,7 @@ def test_products_are_those_of_the_hessian_and_of_the_fisher_matrix(direction):
         return mean_kl({"logits": flat.reshape(STATES, ACTIONS)}, direction)
 
     flat, vector = jnp.float32(LOGITS).ravel(), jnp.float32(VECTOR)
-    got = jax.jit(lambda x, v: hessian_product(f, x)(v))(flat, vector)
+    got = jax.jit(lambda x, v: hessian_vector_product(f, x)(v))(flat, vector)
     np.testing.assert_allclose(got, jax.jit(jax.hessian(f))(flat) @ vector, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(got, fisher() @ VECTOR, rtol=1e-4, atol=1e-6)
 
@@ -85,7 +91,7 @@ def test_fewer_iterations_are_fewer():
 
 
 def test_the_step_is_the_natural_gradient_scaled_to_the_trust_region():
-    found = jax.jit(lambda p: natural_step(mean_kl, p, jax.grad(surrogate)(p), DELTA, DAMPING, 12))(start())
+    found = jax.jit(lambda p: natural_gradient_step(mean_kl, p, jax.grad(surrogate)(p), DELTA, DAMPING, 12))(start())
     g, matrix = gradient(), fisher() + DAMPING * np.eye(STATES * ACTIONS)
     x = np.linalg.solve(matrix, -g)
     want = np.sqrt(2 * DELTA / (x @ matrix @ x)) * x
@@ -96,7 +102,7 @@ def test_the_step_is_the_natural_gradient_scaled_to_the_trust_region():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
 def test_what_is_accepted_is_the_first_candidate_within_delta_that_improves(scale):
-    found = natural_step(mean_kl, start(), jax.grad(surrogate)(start()), DELTA, 1e-3)
+    found = natural_gradient_step(mean_kl, start(), jax.grad(surrogate)(start()), DELTA, 1e-3)
     change = scale * found.change
     search = jax.jit(lambda p, c: line_search(measure, p, surrogate(p), c, DELTA, shrink=0.7))(start(), change)
     assert search.accepted == 1
@@ -116,7 +122,7 @@ def test_what_is_accepted_is_the_first_candidate_within_delta_that_improves(scal
 
 @pytest.mark.parametrize("bad", ["uphill", "too far", "not a number"])
 def test_a_search_that_fails_leaves_every_bit(bad):
-    found = natural_step(mean_kl, start(), jax.grad(surrogate)(start()), DELTA, DAMPING)
+    found = natural_gradient_step(mean_kl, start(), jax.grad(surrogate)(start()), DELTA, DAMPING)
     change = {"uphill": -1.0, "too far": 1e6, "not a number": jnp.nan}[bad] * found.change
     search = jax.jit(lambda p, c: line_search(measure, p, surrogate(p), c, DELTA, trials=4))(start(), change)
     assert (search.accepted, search.trials, search.kl, search.improvement) == (0, 4, 0, 0)

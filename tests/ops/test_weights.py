@@ -10,9 +10,9 @@ from rljax.ops import weights
 T = 9
 MODES = {
     "token-mean": jax.jit(weights.token_mean),
-    "seq-mean-token-mean": jax.jit(weights.sequence_mean),
-    "seq-mean-token-sum": jax.jit(weights.sequence_sum),
-    "seq-mean-token-sum-norm": jax.jit(weights.constant_length(float(T))),
+    "seq-mean-token-mean": jax.jit(weights.seq_mean_token_mean),
+    "seq-mean-token-sum": jax.jit(weights.seq_mean_token_sum),
+    "seq-mean-token-sum-norm": jax.jit(weights.seq_mean_token_sum_norm(float(T))),
 }
 
 
@@ -74,7 +74,7 @@ def test_weights_of_three_answers_by_hand():
     first, second = np.zeros((3, T)), np.zeros((3, T))
     first[0, 2:5], second[1, 4] = 1.0, 1.0
     close(weights.token_mean(mask), first / 4 + second / 4)
-    close(weights.sequence_mean(mask), first / 6 + second / 2)
-    close(weights.sequence_sum(mask), first / 2 + second / 2)
-    close(weights.constant_length(5.0)(mask), first / 10 + second / 10)
-    close(weights.over_all_rows(weights.sequence_mean)(mask), first / 9 + second / 3)
+    close(weights.seq_mean_token_mean(mask), first / 6 + second / 2)
+    close(weights.seq_mean_token_sum(mask), first / 2 + second / 2)
+    close(weights.seq_mean_token_sum_norm(5.0)(mask), first / 10 + second / 10)
+    close(weights.over_all_rows(weights.seq_mean_token_mean)(mask), first / 9 + second / 3)

@@ -18,11 +18,11 @@ import optax
 from rljax import algorithms as a
 from rljax.algorithms import controllers
 from rljax.algorithms.aot import aot, aot_unpaired
-from rljax.algorithms.dpo import alike, desensitised, diverging, dpo, likelihood, mean_ratio, wpo
-from rljax.algorithms.pairs import every_token, preference_objective
+from rljax.algorithms.common.pairs import preference_objective, uniform_token_weights
+from rljax.algorithms.dpo import chosen_nll, dpo, f_divergence, ld_dpo_weights, mean_log_ratio, uniform_pair_weight, wpo
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_raw
-from rljax.models.parts import matrices
+from rljax.models.param_filters import decay_mask
 from rljax.models.policy import make_annotate, make_policy
 from rljax.ops import preferences
 from rljax.train.objective import policy_objective
@@ -58,7 +58,9 @@ def policy_of(directory: Path, config: DecoderConfig) -> Callable:
     pad = read_raw(directory).get("pad_token_id")
     if pad is None:
         return make_policy(config)
-    return dialects.transformers_padding_row(make_policy(replace(config, tied=False)), config.tied, pad)
+    return dialects.transformers_padding_row(
+        make_policy(replace(config, tie_word_embeddings=False)), config.tie_word_embeddings, pad
+    )
 
 
 def unchanged(state: TrainState, metrics: dict) -> TrainState:
@@ -105,22 +107,22 @@ def dpo_objective(policy: Callable, args: SimpleNamespace, loss_type: str) -> Ob
     """One of TRL's losses. Only some of TRL's take an f-divergence; it refuses the others itself."""
     choose(dict.fromkeys((*OF_RATIOS, *MATCHED, "sft")), "loss_type", loss_type)
     if loss_type == "sft":
-        return preference_objective(policy, likelihood, lambda answer: args.beta * answer.ratio)
+        return preference_objective(policy, chosen_nll, lambda answer: args.beta * answer.log_ratio)
     if loss_type in MATCHED:
         return MATCHED[loss_type](policy, args.beta, args.label_smoothing)
     slope = choose(SLOPES, "f_divergence_type", args.f_divergence_type)
     if slope is preferences.alpha_divergence:
         slope = partial(slope, alpha=args.f_alpha_divergence_coef)
     loss, measure = trl_term(loss_type, vars(args))
-    of_whole = diverging(slope)
+    of_whole = f_divergence(slope)
     per_token = lambda answer: of_whole(answer) / answer.length  # noqa: E731
     return dpo(
         policy,
         loss,
         args.beta,
-        measure=per_token if measure is mean_ratio else of_whole,
-        pair_weight=wpo if args.use_weighting else alike,
-        token_weights=every_token if args.ld_alpha is None else desensitised(args.ld_alpha),
+        measure=per_token if measure is mean_log_ratio else of_whole,
+        pair_weight=wpo if args.use_weighting else uniform_pair_weight,
+        token_weights=uniform_token_weights if args.ld_alpha is None else ld_dpo_weights(args.ld_alpha),
     )
 
 
@@ -185,9 +187,9 @@ def grpo_algorithm(args: SimpleNamespace) -> Algorithm:
         with_kl = a.with_importance_weighted_kl if args.use_bias_correction_kl else a.with_kl
         algorithm = with_kl(algorithm, args.beta)
     if args.off_policy_mask_threshold is not None:
-        algorithm = a.drop_stale_failures(algorithm, args.off_policy_mask_threshold)
+        algorithm = a.off_policy_sequence_mask(algorithm, args.off_policy_mask_threshold)
     if args.top_entropy_quantile < 1:
-        algorithm = a.only_high_entropy(algorithm, args.top_entropy_quantile)
+        algorithm = a.high_entropy_mask(algorithm, args.top_entropy_quantile)
     if args.importance_sampling_level == "sequence":
         algorithm = dialects.trl_one_ratio_a_row(algorithm)
     algorithm = dialects.trl_token_count(algorithm._replace(weights=trl_reduction(grpo_case(args))))
@@ -234,7 +236,7 @@ def grpo_method(policy: Callable, args: SimpleNamespace) -> Method:
 
 def adamw(rate, args: SimpleNamespace) -> optax.GradientTransformation:
     moments = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
-    return optax.adamw(rate, **moments, weight_decay=args.weight_decay, mask=matrices)
+    return optax.adamw(rate, **moments, weight_decay=args.weight_decay, mask=decay_mask)
 
 
 def decayed_first(scaling: optax.GradientTransformation) -> Callable:
@@ -242,7 +244,7 @@ def decayed_first(scaling: optax.GradientTransformation) -> Callable:
 
     def make(rate, args):
         return optax.chain(
-            optax.add_decayed_weights(args.weight_decay, matrices), scaling, optax.scale_by_learning_rate(rate)
+            optax.add_decayed_weights(args.weight_decay, decay_mask), scaling, optax.scale_by_learning_rate(rate)
         )
 
     return make

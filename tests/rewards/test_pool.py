@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rljax.rewards.function_path import refer
 
 from rewards import hostile
 from rljax.rewards import pool as pool_module
 from rljax.rewards.pool import Pool
-from rljax.rewards.reference import refer
 from rljax.rewards.worker import judge
 
 SECONDS = 2.0  # within it any machine lets a worker answer; an endless loop takes all of it

@@ -11,7 +11,7 @@ from rljax.rewards.format import matches
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import RewardError, make_score
-from rljax.types import Rows, Trajectory, check
+from rljax.types import Rows, Trajectory, check_shapes
 
 EOS = 0
 COLUMNS = [{"answer": "12", "pattern": "x"}, {"answer": "3", "pattern": "x"}]
@@ -49,7 +49,7 @@ def sees(completion, **columns):
 def test_scores_and_rewards():
     score = make_score({"right": exact_number, "long": hostile.length}, decode, weights={"long": 0.25})
     traj = score(TRAJ, rows_of(COLUMNS))
-    check(traj)
+    check_shapes(traj)
     assert score.names == ("right", "long")
     np.testing.assert_array_equal(traj.scores, [[1, 2], [1, 1], [1, 1], [0, 0]])
     np.testing.assert_array_equal(

@@ -13,7 +13,7 @@ from rljax.ops import sampling as ops
 from rljax.types import Rows, Sampling, Trajectory
 from tests import bounds
 
-CONFIG = decoder.DecoderConfig(53, 32, 2, 4, 2, 8, 48, tied=False)
+CONFIG = decoder.DecoderConfig(53, 32, 2, 4, 2, 8, 48, tie_word_embeddings=False)
 LM = decoder.language_model(CONFIG)
 STOP = (3, 7)
 # Between a uniform number and a boundary of the cumulative distribution: closer than this, either token is right. The

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample, sample_and_count
 from scipy.stats import chisquare
 
 from rljax.models import decoder, policy
 from rljax.models.policy import make_policy
 from rljax.rollouts.partial import resume, unfinished
-from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.types import Rows, Sampling
 from rollouts.common import CLOSE, CONFIG, LM, STOP, answers, assert_same_sample, draws, make_rows, take
 from tests import bounds
@@ -42,20 +42,20 @@ def gap(logp, traj) -> float:
     return float(jnp.where(traj.mask, jnp.abs(logp - traj.logp), 0.0).max())
 
 
-@pytest.mark.parametrize("slots", [1, 5, 16, 31])
-def test_slots_draw_the_same_answers(static, params, rows, slots):
+@pytest.mark.parametrize("max_concurrent", [1, 5, 16, 31])
+def test_slots_draw_the_same_answers(static, params, rows, max_concurrent):
     traj, margins = static
-    got, work = sample_and_count(LM, params, {}, rows, SAMPLING.replace(slots=slots), SEED, 3)
+    got, work = sample_and_count(LM, params, {}, rows, SAMPLING.replace(max_concurrent=max_concurrent), SEED, 3)
     assert_same_sample(SAMPLING, traj, got, margins)
     np.testing.assert_array_equal(got.group, traj.group)
     assert_no_gap(params, got)
-    assert int(work.tokens) == int(got.mask.sum()) <= int(work.row_steps) <= slots * int(work.steps)
+    assert int(work.tokens) == int(got.mask.sum()) <= int(work.row_steps) <= max_concurrent * int(work.steps)
 
 
 def test_slots_in_another_order(static, params, rows):
     traj, margins = static
     order = [6, 1, 7, 0, 3, 5, 2, 4]
-    got = sample(LM, params, {}, take(rows, order), SAMPLING.replace(slots=6), SEED, 3)
+    got = sample(LM, params, {}, take(rows, order), SAMPLING.replace(max_concurrent=6), SEED, 3)
     mine = np.concatenate([np.arange(4) + 4 * i for i in order])
     assert_same_sample(SAMPLING, jax.tree.map(lambda x: x[mine], traj), got, margins[mine])
 
@@ -74,16 +74,16 @@ def test_requests_that_do_not_exist(params, rows, requests):
         sample(LM, params, {}, rows._replace(requests=np.asarray(requests)), SAMPLING, SEED, 3)
 
 
-@pytest.mark.parametrize("slots", [None, 6])
-def test_an_interrupted_answer_goes_on(static, params, rows, slots):
+@pytest.mark.parametrize("max_concurrent", [None, 6])
+def test_an_interrupted_answer_goes_on(static, params, rows, max_concurrent):
     """With the same parameters it becomes the answer that was never interrupted, and says which policy drew what."""
     traj, margins = static
-    short = SAMPLING.replace(enough=8, slots=slots)
+    short = SAMPLING.replace(stop_after=8, max_concurrent=max_concurrent)
     first = sample(LM, params, {}, rows, short, SEED, 3)
     open_rows = unfinished(first)
     assert 0 < open_rows.sum() <= 24
     assert_no_gap(params, first)
-    second = sample(LM, params, {}, resume(rows, first, 4, 3), SAMPLING.replace(slots=slots), SEED, 5)
+    second = sample(LM, params, {}, resume(rows, first, 4, 3), SAMPLING.replace(max_concurrent=max_concurrent), SEED, 5)
     assert not unfinished(second).any()
     assert_no_gap(params, second)
     for row, old in enumerate(np.flatnonzero(open_rows)):
@@ -132,7 +132,7 @@ def without_stop(z):
     return z
 
 
-BIAS = np.linspace(-1.0, 1.0, CONFIG.vocabulary, dtype=np.float32)
+BIAS = np.linspace(-1.0, 1.0, CONFIG.vocab_size, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +162,9 @@ def test_the_distribution_of_a_draw(params, settings, change):
 
 def test_a_stop_string_ends_an_answer(params):
     """An automaton that has met its string at the second token 20 in a row."""
-    automaton = np.zeros((2, CONFIG.vocabulary), np.int32)
+    automaton = np.zeros((2, CONFIG.vocab_size), np.int32)
     automaton[:, 20] = [1, -1]
-    bias = np.zeros(CONFIG.vocabulary, np.float32)
+    bias = np.zeros(CONFIG.vocab_size, np.float32)
     bias[20] = 4.0
     traj = first_tokens(params, 8, stop_strings=jnp.asarray(automaton), logit_bias=bias)
     tokens, _, mask = answers(traj, Sampling(max_tokens=8))
@@ -187,8 +187,23 @@ def test_the_penalty_reaches_what_was_drawn(params):
 
 SHAPES = [
     {},
-    {"heads": 4, "kv_heads": 1, "head_dim": 128, "norms": "both", "attention_softcap": 20.0, "windows": (16, None)},
-    {"heads": 6, "kv_heads": 2, "head_dim": 48, "qk_norm": "head", "qkv_bias": True, "mlp_width": 72, "tied": False},
+    {
+        "num_heads": 4,
+        "num_kv_heads": 1,
+        "head_dim": 128,
+        "norms": "both",
+        "attention_softcap": 20.0,
+        "windows": (16, None),
+    },
+    {
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 48,
+        "qk_norm": "head",
+        "qkv_bias": True,
+        "intermediate_size": 72,
+        "tie_word_embeddings": False,
+    },
 ]
 
 
@@ -196,11 +211,11 @@ SHAPES = [
 def test_in_exact_mode_the_gap_is_rounding_and_is_told(changes, record_property):
     """Batches of 1, 3, 8 and 64 rows, with and without slots, scored alone, shuffled and under a gradient.
 
-    Exact mode wants a gap of 0, and has it where XLA picks the kernels that `models.exact` knows. Which it picks hangs
+    Exact mode wants a gap of 0, and has it where XLA picks the kernels that `models.batch_invariant` knows. Which it picks hangs
     on the CPU and on XLA's version (with heads of 48 the gap is 0 on some CPUs, and was 2e-6 on one with AVX-512). So
     the bound is that of any mode, and the gap that was found is printed (pytest -rP) and recorded.
     """
-    small = decoder.DecoderConfig(1000, 64, 2, 4, 2, 16, 104, exact=True)
+    small = decoder.DecoderConfig(1000, 64, 2, 4, 2, 16, 104, batch_invariant=True)
     config = dataclasses.replace(small, **changes)
     params = policy.init(config, jax.random.key(0))
     params["decoder"]["norm"]["scale"] *= 2.5
@@ -216,9 +231,9 @@ def test_in_exact_mode_the_gap_is_rounding_and_is_told(changes, record_property)
 
     found = []
     batches = ([5], 1, None), ([7, 70, 33], 1, None), ([9] * 8, 1, None), ([20] * 8, 8, None), ([20] * 8, 8, 24)
-    for lengths, n, slots in batches:
+    for lengths, n, max_concurrent in batches:
         rows = make_rows(lengths)
-        traj = sample(lm, params, {}, rows, Sampling(n=n, max_tokens=40, slots=slots), 0, 0)
+        traj = sample(lm, params, {}, rows, Sampling(n=n, max_tokens=40, max_concurrent=max_concurrent), 0, 0)
         order = np.random.default_rng(0).permutation(len(traj.mask))
         shuffled = model(params, {}, jax.tree.map(lambda x, order=order: x[order], traj)).logp
         for logp, want in (
@@ -236,16 +251,16 @@ def test_exact_is_no_other_model(rows):
     config = dataclasses.replace(CONFIG, head_dim=16)
     params = policy.init(config, jax.random.key(0))
     traj = sample(decoder.language_model(config), params, {}, rows, SAMPLING, SEED, 3)
-    assert_no_gap(params, traj, dataclasses.replace(config, exact=True))
+    assert_no_gap(params, traj, dataclasses.replace(config, batch_invariant=True))
 
 
 def test_exact_refuses_heads_that_its_kernels_cut():
     with pytest.raises(ValueError, match="legal: multiples of 16"):
-        dataclasses.replace(CONFIG, exact=True, head_dim=24)
+        dataclasses.replace(CONFIG, batch_invariant=True, head_dim=24)
 
 
 def test_exact_refuses_mixtures():
-    from rljax.models.experts import Experts
+    from rljax.models.moe import MoEConfig
 
     with pytest.raises(ValueError, match="legal: no experts"):
-        dataclasses.replace(CONFIG, head_dim=16, exact=True, experts=Experts(4, 2, 8, (0,), True))
+        dataclasses.replace(CONFIG, head_dim=16, batch_invariant=True, moe=MoEConfig(4, 2, 8, (0,), True))

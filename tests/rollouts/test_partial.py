@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.models.policy import make_policy
 from rljax.rollouts.partial import blank, divide, fit, restore, resume, store, turn, unfinished
-from rljax.rollouts.tokens import sample
 from rljax.types import Sampling
 from rollouts.common import CLOSE, CONFIG, LM, draws, make_rows, take
 from tests import bounds
@@ -24,9 +24,9 @@ def rows():
     return make_rows(LENGTHS, start=40)
 
 
-def run(policies, rows, slots=None):
+def run(policies, rows, max_concurrent=None):
     """What is learnt from at each step."""
-    sampling = SAMPLING.replace(enough=(LEARNT + WAIT) * N - WAIT, slots=slots)
+    sampling = SAMPLING.replace(stop_after=(LEARNT + WAIT) * N - WAIT, max_concurrent=max_concurrent)
     first, carried, learnt = 0, None, []
     for step, params in enumerate(policies):
         count = LEARNT if step else LEARNT + WAIT
@@ -43,9 +43,9 @@ def run(policies, rows, slots=None):
     return learnt, carried
 
 
-@pytest.mark.parametrize("slots", [None, 6])
-def test_every_group_leaves_once_with_the_answers_it_would_have_had(params, rows, slots):
-    learnt, carried = run([params] * STEPS, rows, slots)
+@pytest.mark.parametrize("max_concurrent", [None, 6])
+def test_every_group_leaves_once_with_the_answers_it_would_have_had(params, rows, max_concurrent):
+    learnt, carried = run([params] * STEPS, rows, max_concurrent)
     left = np.concatenate([traj.group for traj in learnt])
     numbers, times = np.unique(np.concatenate([left, carried.number]), return_counts=True)
     np.testing.assert_array_equal(numbers, rows.number)
@@ -90,7 +90,7 @@ def test_after_updates_each_token_has_the_log_prob_of_the_policy_that_drew_it(pa
 
 def test_what_does_not_fit_is_refused(params, rows):
     drawn = take(rows, slice(0, 4))
-    traj = sample(LM, params, {}, drawn, SAMPLING.replace(enough=4), SEED, 0)
+    traj = sample(LM, params, {}, drawn, SAMPLING.replace(stop_after=4), SEED, 0)
     with pytest.raises(ValueError, match="groups are finished, 4 are to leave"):
         divide(traj, 4)
     with pytest.raises(ValueError, match="width is 5; legal: at least"):

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.models import policy
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.types import Sampling
 from rollouts.common import (
@@ -85,16 +85,16 @@ def test_with_other_prompts_in_the_batch(reference, params, rows):
 MESHES = [((8, 1, 1), None), ((1, 8, 1), None), ((2, 4, 1), None), ((1, 2, 4), None), ((2, 2, 2), 16)]
 
 
-@pytest.mark.parametrize(("shape", "slots"), MESHES)
+@pytest.mark.parametrize(("shape", "max_concurrent"), MESHES)
 @pytest.mark.parametrize("reference", [SAMPLING], ids=["plain"], indirect=True)
-def test_on_any_mesh(reference, params, rows, shape, slots):
+def test_on_any_mesh(reference, params, rows, shape, max_concurrent):
     sampling, traj, (_, margins) = reference
     mesh = meshes.make_mesh(*shape)
     places = meshes.param_shardings(mesh, policy.logical_axes(CONFIG, params), params)
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(meshes.RULES["rows"]))
     tokens, mask, number = (jax.device_put(x, by_row) for x in (rows.tokens, rows.mask, rows.number))
     placed = rows._replace(tokens=tokens, mask=mask, number=number)
-    got = drawn(jax.device_put(params, places), placed, sampling.replace(slots=slots))
+    got = drawn(jax.device_put(params, places), placed, sampling.replace(max_concurrent=max_concurrent))
     assert_same_sample(sampling, traj, got, margins)
 
 

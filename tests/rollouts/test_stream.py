@@ -5,11 +5,11 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.decode_state import place, settle, trajectory
+from rljax.rollouts.sampler import sample
+from rljax.rollouts.streaming import stream
 
 from rljax.rollouts import stream as module
-from rljax.rollouts.answers import place, settle, trajectory
-from rljax.rollouts.stream import stream
-from rljax.rollouts.tokens import sample
 from rljax.types import Sampling
 from rollouts.common import LM, STOP, assert_same_sample, close_rows, draws, make_rows
 
@@ -50,7 +50,7 @@ def test_the_answers_of_sample_in_pieces(params, rows, small_room, every):
 
 
 def test_it_ends_with_enough_answers(params, rows):
-    *_, last = stream(LM, params, {}, rows, SAMPLING.replace(enough=3), 4, 3, every=1)
+    *_, last = stream(LM, params, {}, rows, SAMPLING.replace(stop_after=3), 4, 3, every=1)
     assert 3 <= last.over.sum() < 8
 
 
@@ -72,7 +72,7 @@ def test_a_program_for_each_size_of_the_cache(params, rows, small_room):
     assert len(traced) == programs
 
 
-@pytest.mark.parametrize("wrong", [{"slots": 3}, {"every": 0}, {"temperature": -1.0}])
+@pytest.mark.parametrize("wrong", [{"max_concurrent": 3}, {"every": 0}, {"temperature": -1.0}])
 def test_what_a_stream_cannot_do(params, rows, wrong):
     every = wrong.pop("every", 1)
     with pytest.raises(ValueError, match="legal"):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 from scipy.special import softmax
 from scipy.stats import chisquare
 
 from rljax.models.policy import make_policy
-from rljax.rollouts.tokens import sample
-from rljax.types import Sampling, check
+from rljax.types import Sampling, check_shapes
 from rollouts.common import CONFIG, LM, STOP, answers, kept, logits_of, make_rows, rows_of, take
 from tests import bounds
 
@@ -32,7 +32,7 @@ def traj(params, rows):
 
 def test_a_row_is_prompt_and_answer(traj, rows):
     n, N, L = SAMPLING.n, SAMPLING.max_tokens, rows.tokens.shape[1]
-    check(traj)
+    check_shapes(traj)
     assert traj.mask.shape == (len(LENGTHS) * n, L + N - 1)
     np.testing.assert_array_equal(traj.group, np.repeat(np.arange(len(LENGTHS)), n))
     tokens, _, mask = answers(traj, SAMPLING)
@@ -129,7 +129,7 @@ SETTINGS = [
     {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
     {"temperature": 0.0},
 ]
-NEUTRAL = {"temperature": 1.0, "top_k": CONFIG.vocabulary, "top_p": 1.0, "min_p": 0.0}
+NEUTRAL = {"temperature": 1.0, "top_k": CONFIG.vocab_size, "top_p": 1.0, "min_p": 0.0}
 
 
 def assert_drawn_from(tokens, probs):
@@ -166,10 +166,10 @@ def test_first_tokens_follow_each_prompts_own_settings(params):
         probs = distribution(logits, setting)
         sizes.append((probs > 0).sum())
         assert_drawn_from(drawn, probs)
-    assert sizes[0] == sizes[1] == CONFIG.vocabulary
+    assert sizes[0] == sizes[1] == CONFIG.vocab_size
     assert sizes[3] == 5
     assert sizes[-1] == 1
-    assert all(1 < size < CONFIG.vocabulary for size in sizes[3:-1])
+    assert all(1 < size < CONFIG.vocab_size for size in sizes[3:-1])
 
 
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[6]], ids=["plain", "filtered"])
@@ -200,23 +200,23 @@ def counting(lm):
 
 def test_the_loop_ends_with_the_last_answer(params, rows):
     lm, seen = counting(LM)
-    sampling = Sampling(max_tokens=12, stop=tuple(range(CONFIG.vocabulary)))
+    sampling = Sampling(max_tokens=12, stop=tuple(range(CONFIG.vocab_size)))
     traj = sample(lm, params, {}, rows, sampling, 0, 0)
     jax.effects_barrier()
     assert traj.mask.sum() == len(LENGTHS)
     assert seen["run"] <= 2  # the prompts, and at most one turn
 
 
-@pytest.mark.parametrize(("slots", "programs"), [(None, 1), (4, 1), (20, 2)])
-def test_nothing_compiles_twice(params, rows, slots, programs):
+@pytest.mark.parametrize(("max_concurrent", "programs"), [(None, 1), (4, 1), (20, 2)])
+def test_nothing_compiles_twice(params, rows, max_concurrent, programs):
     """The model is traced for the prompts and for each stretch of columns; with slots, for each size of the batch."""
     lm, seen = counting(LM)
-    sampling = SAMPLING.replace(slots=slots)
+    sampling = SAMPLING.replace(max_concurrent=max_concurrent)
     sample(lm, params, {}, rows, sampling, 0, 0)
     jax.effects_barrier()
     traced, turns = seen["traced"], seen["run"]
     assert traced == 1 + programs
-    assert turns <= 1 + sampling.max_tokens * -(-len(LENGTHS) * sampling.n // (slots or 10**6))
+    assert turns <= 1 + sampling.max_tokens * -(-len(LENGTHS) * sampling.n // (max_concurrent or 10**6))
     other = make_rows([9, 1, 1, 1, 1, 1, 1, 1], start=50)
     for rows_, temperature, seed, step in [(rows, 1.0, 0, 0), (rows, 0.7, 0, 0), (other, 0.0, 4, 0), (rows, 1.0, 0, 9)]:
         sample(lm, params, {}, rows_, sampling.replace(temperature=temperature), seed, step)

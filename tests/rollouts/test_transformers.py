@@ -8,14 +8,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.decode_state import place, remember, settle
+from rljax.rollouts.sampler import sample
 from scipy.special import log_softmax
 
 from rljax.data.prompts import read_jsonl
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts import draw as drawing
-from rljax.rollouts.answers import place, remember, settle
-from rljax.rollouts.tokens import sample
 from rljax.types import Sampling
 from rollouts.common import rows_of
 
@@ -96,8 +96,8 @@ def test_greedy_answers_are_the_same_tokens(torch, model, stories, ids, stop, ou
     expected = [upto_stop(row, stop) for row in out[:, LONGEST:]]
     assert PERIOD not in stop or len({len(answer) for answer in expected}) > 8  # else stopping has not been tested
     sampling = Sampling(temperature=0.0, max_tokens=NEW, stop=stop, **ours)
-    for slots in (None, 16):
-        traj = sample(lm, params, {}, rows, sampling.replace(slots=slots), 0, 0)
+    for max_concurrent in (None, 16):
+        traj = sample(lm, params, {}, rows, sampling.replace(max_concurrent=max_concurrent), 0, 0)
         answers = [np.asarray(a)[m].tolist() for a, m in zip(traj.actions, traj.mask, strict=True)]
         assert answers == expected
         ended = [answer[-1] in stop for answer in expected]

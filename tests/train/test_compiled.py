@@ -11,7 +11,7 @@ from rljax.models import mlp
 from rljax.train.compiled import decisions, follow, of_part, permutations, scan_updates
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import TrainState, Trajectory, check
+from rljax.types import TrainState, Trajectory, check_shapes
 
 B, T = 4, 6
 
@@ -29,7 +29,7 @@ def batch_and_state():
         values=draw(B, T + 1),
     )
     algorithm, optimizer = ppo(), optax.adam(1e-2)
-    update = make_update(policy_objective(mlp.make_policy(), algorithm), optimizer)
+    update = make_update(policy_objective(mlp.make_mlp_policy(), algorithm), optimizer)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
     return algorithm.credit(traj, {}), state, update
 
@@ -37,7 +37,7 @@ def batch_and_state():
 def test_every_decision_is_a_row_and_the_loss_is_the_same():
     batch, state, update = batch_and_state()
     alone = decisions(batch)
-    check(alone)
+    check_shapes(alone)
     for b, t in ((0, 0), (1, 5), (3, 2)):
         assert alone.advantages[b * T + t, 0] == batch.advantages[b, t]
         assert (alone.traj.values[b * T + t] == batch.traj.values[b, t : t + 2]).all()
@@ -88,7 +88,7 @@ def test_permutations_are_uniform():
 def test_a_part_is_trained_alone():
     batch, state, _ = batch_and_state()
     optimizer = optax.adam(1e-2)
-    update = make_update(policy_objective(mlp.make_policy(), ppo()), optimizer)
+    update = make_update(policy_objective(mlp.make_mlp_policy(), ppo()), optimizer)
     opt_state = {name: optimizer.init({name: part}) for name, part in state.params.items()}
     before = jax.tree.map(jnp.copy, state.params)
     after, _ = of_part(update, "critic")(state.replace(opt_state=opt_state), batch)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.ops import groups, returns
 from rljax.ops.ratios import importance_ratio
-from rljax.types import Batch, PolicyOutput, Trajectory, check
+from rljax.types import Batch, PolicyOutput, Trajectory, check_shapes
 
 
 def require(traj: Trajectory, *fields: str) -> None:
@@ -17,16 +17,16 @@ def require(traj: Trajectory, *fields: str) -> None:
             raise ValueError(f"this algorithm needs Trajectory.{name}, which nobody has filled")
 
 
-def episode_rewards(traj: Trajectory) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+def outcome_rewards(traj: Trajectory) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """`ops.returns.episode_rewards` of a trajectory, whose shapes it checks."""
     require(traj, "rewards")
-    check(traj)
+    check_shapes(traj)
     return returns.episode_rewards(traj.rewards, traj.mask)
 
 
-def outcome_batch(traj: Trajectory, advantages: Float[Array, " B"], judged: Bool[Array, " B"], coefficients) -> Batch:
+def outcome_batch(traj: Trajectory, advantages: Float[Array, " B"], valid: Bool[Array, " B"], coefficients) -> Batch:
     """A batch in which every decision of a row is credited with the row's advantage. Rows not judged leave the mask."""
-    mask = traj.mask & judged[:, None]
+    mask = traj.mask & valid[:, None]
     spread = jnp.where(mask, advantages[:, None], 0.0)
     return Batch(traj=traj, advantages=spread, mask=mask, coefficients=coefficients)
 
@@ -36,8 +36,8 @@ def from_rewards(advantage: Callable, *needed: str) -> Callable:
 
     def credit(traj, coefficients):
         require(traj, *needed)
-        rewards, judged = episode_rewards(traj)
-        return outcome_batch(traj, advantage(rewards, traj.group, judged), judged, coefficients)
+        rewards, valid = outcome_rewards(traj)
+        return outcome_batch(traj, advantage(rewards, traj.group, valid), valid, coefficients)
 
     return credit
 
@@ -45,18 +45,18 @@ def from_rewards(advantage: Callable, *needed: str) -> Callable:
 def group_relative(std_epsilon: float | None = 1e-6) -> Callable:
     """credit of GRPO: (R_i - mean)/(std + ε) over the judged rows of the group. None: no division (Dr.GRPO)."""
     if std_epsilon is None:
-        return from_rewards(groups.centred, "group")
+        return from_rewards(groups.center, "group")
 
-    def advantage(rewards, group, judged):
-        return groups.standardised(rewards, group, judged, std_epsilon)
+    def advantage(rewards, group, valid):
+        return groups.standardize(rewards, group, valid, std_epsilon)
 
     return from_rewards(advantage, "group")
 
 
-def judged_rewards(traj: Trajectory) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+def decision_rewards(traj: Trajectory) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Rewards of single decisions, 0 elsewhere, and the mask without rows that were not judged."""
-    _, judged = episode_rewards(traj)
-    mask = traj.mask & judged[:, None]
+    _, valid = outcome_rewards(traj)
+    mask = traj.mask & valid[:, None]
     return jnp.where(mask, traj.rewards, 0.0), mask
 
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rljax.ops import preferences
-from rljax.types import Judged, Objective, Pairs, Trajectory, check
+from rljax.types import Objective, Pairs, Trajectory, Unpaired, check_shapes
 
 PerRow = Float[Array, " B"]
 
 
-class Answers(NamedTuple):
+class CompletionStats(NamedTuple):
     """B answers as the policy sees them. Sums are over the answer's own tokens."""
 
     logp: PerRow  # Σ_t w_t log π (w = 1, unless the method weighs tokens)
@@ -33,27 +33,27 @@ class Answers(NamedTuple):
         return self.logp - self.ref_logp
 
     @property
-    def mean_ratio(self) -> PerRow:
-        return self.ratio / self.length
+    def mean_log_ratio(self) -> PerRow:
+        return self.log_ratio / self.length
 
     @property
     def mean_logp(self) -> PerRow:
         return self.logp / self.length
 
 
-class Compared(NamedTuple):
+class PairStats(NamedTuple):
     """B pairs of answers, and what `prepare` found out about the whole batch."""
 
-    chosen: Answers
-    rejected: Answers
+    chosen: CompletionStats
+    rejected: CompletionStats
     nll: PerRow  # -Σ_t log π(chosen), scaled: its mean over the pairs is the mean over all chosen tokens
     margin: PerRow | None
     extra: dict
 
 
-def neutral(traj: Trajectory) -> Trajectory:
+def zero_masked(traj: Trajectory) -> Trajectory:
     """The trajectory with zeros (temperature: ones) at masked columns of what a policy or a loss may read."""
-    check(traj)
+    check_shapes(traj)
     facts = {"logp": jnp.where(traj.mask, traj.logp, 0.0)}
     if traj.ref_logp is not None:
         facts["ref_logp"] = jnp.where(traj.mask, traj.ref_logp, 0.0)
@@ -62,16 +62,16 @@ def neutral(traj: Trajectory) -> Trajectory:
     return traj.replace(**facts)
 
 
-def said(traj: Trajectory) -> Bool[Array, " B"]:
+def has_tokens(traj: Trajectory) -> Bool[Array, " B"]:
     """Rows with a token of their own."""
     return traj.mask.any(axis=1)
 
 
-def answers(output, traj: Trajectory, token_weight=1.0) -> Answers:
+def answers(output, traj: Trajectory, token_weight=1.0) -> CompletionStats:
     """What the policy says of the trajectory's rows. Masked columns take no part."""
     mask = traj.mask
     logp, squares = jnp.where(mask, output.logp, 0.0), output.sum_pi_squared
-    return Answers(
+    return CompletionStats(
         logp=(token_weight * logp).sum(axis=1),
         ref_logp=None if traj.ref_logp is None else (token_weight * traj.ref_logp).sum(axis=1),
         length=jnp.maximum(mask.sum(axis=1), 1).astype(float),
@@ -79,12 +79,12 @@ def answers(output, traj: Trajectory, token_weight=1.0) -> Answers:
     )
 
 
-def mean_weight(present: Bool[Array, " B"]) -> PerRow:
+def uniform_row_weights(present: Bool[Array, " B"]) -> PerRow:
     """1/N for each of the N rows present."""
     return present / jnp.maximum(present.sum(), 1).astype(float)
 
 
-def total(values, rows) -> tuple:
+def sum_and_count(values, rows) -> tuple:
     """(sum, count) of a metric [B] over the rows named."""
     return jnp.where(rows, values, 0.0).sum(), rows.sum().astype(float)
 
@@ -97,7 +97,7 @@ def entropy_metric(*seen) -> dict:
     return {"entropy": (nats, sum(traj.mask.sum() for _, traj in seen).astype(float))}
 
 
-def every_token(mask, other):
+def uniform_token_weights(mask, other):
     """1 on each token of an answer. See `preferences.shared_length_weights` for another weighting."""
     return mask.astype(float)
 
@@ -106,7 +106,7 @@ def preference_objective(
     policy: Callable,
     term: Callable,
     reward: Callable,
-    token_weights: Callable = every_token,
+    token_weights: Callable = uniform_token_weights,
     match: Callable | None = None,
 ) -> Objective:
     """Σ weight · term over a batch of `Pairs`.
@@ -127,14 +127,14 @@ def preference_objective(
         nll = -jnp.where(chosen.mask, outputs[0].logp, 0.0).sum(axis=1) * batch.extra["nll_scale"]
         sides = answers(outputs[0], chosen, own), answers(outputs[1], rejected, other)
         entropy = entropy_metric((outputs[0], chosen), (outputs[1], rejected))
-        return Compared(*sides, nll=nll, margin=batch.margin, extra=batch.extra), entropy
+        return PairStats(*sides, nll=nll, margin=batch.margin, extra=batch.extra), entropy
 
     def prepare(params, frozen, batch: Pairs, key) -> Pairs:
-        batch = batch.replace(chosen=neutral(batch.chosen), rejected=neutral(batch.rejected))
-        present = said(batch.chosen) | said(batch.rejected)
+        batch = batch.replace(chosen=zero_masked(batch.chosen), rejected=zero_masked(batch.rejected))
+        present = has_tokens(batch.chosen) | has_tokens(batch.rejected)
         scale = jnp.maximum(present.sum(), 1) / jnp.maximum(batch.chosen.mask.sum(), 1).astype(float)
         extra = batch.extra | {"nll_scale": jnp.broadcast_to(scale, present.shape)}
-        batch = batch.replace(weight=mean_weight(present), extra=extra)
+        batch = batch.replace(weight=uniform_row_weights(present), extra=extra)
         if match is None:
             return batch
         pair, _ = look(params, frozen, batch)
@@ -142,57 +142,57 @@ def preference_objective(
 
     def loss(params, frozen, batch: Pairs):
         pair, entropy = look(params, frozen, batch)
-        present, terms = said(batch.chosen) | said(batch.rejected), term(pair)
+        present, terms = has_tokens(batch.chosen) | has_tokens(batch.rejected), term(pair)
         better, worse = reward(pair.chosen), reward(pair.rejected)
         metrics = {
-            "accuracy": total(better > worse, present),
-            "margin": total(better - worse, present),
-            "rewards/chosen": total(better, present),
-            "rewards/rejected": total(worse, present),
-            "logps/chosen": total(pair.chosen.logp, present),
-            "logps/rejected": total(pair.rejected.logp, present),
+            "accuracy": sum_and_count(better > worse, present),
+            "margin": sum_and_count(better - worse, present),
+            "rewards/chosen": sum_and_count(better, present),
+            "rewards/rejected": sum_and_count(worse, present),
+            "logps/chosen": sum_and_count(pair.chosen.logp, present),
+            "logps/rejected": sum_and_count(pair.rejected.logp, present),
         }
         return jnp.where(present, batch.weight * terms, 0.0).sum(), metrics | entropy
 
     return Objective(prepare, loss)
 
 
-def judged_objective(policy: Callable, term: Callable, before: Callable, beta: float) -> Objective:
-    """Σ weight · term over a batch of `Judged`.
+def unpaired_objective(policy: Callable, term: Callable, before: Callable, beta: float) -> Objective:
+    """Σ weight · term over a batch of `Unpaired`.
 
     Args:
       policy: (params, frozen, trajectory) -> PolicyOutput.
-      term: (Δ [B], Judged) -> [B], the loss of each answer.
-      before: (look, Judged, present [B]) -> Judged: sets coefficients and weights (1/N so far) from the whole optimizer
+      term: (Δ [B], Unpaired) -> [B], the loss of each answer.
+      before: (look, Unpaired, present [B]) -> Unpaired: sets coefficients and weights (1/N so far) from the whole optimizer
         batch. `look` gives the `Answers` of a trajectory.
     """
 
-    def prepare(params, frozen, batch: Judged, key) -> Judged:
+    def prepare(params, frozen, batch: Unpaired, key) -> Unpaired:
         def look(traj):
             return answers(policy(params, frozen, traj), traj)
 
-        mismatched = None if batch.mismatched is None else neutral(batch.mismatched)
-        batch = batch.replace(traj=neutral(batch.traj), mismatched=mismatched)
-        present = said(batch.traj)
-        return before(look, batch.replace(weight=mean_weight(present)), present)
+        mismatched = None if batch.mismatched is None else zero_masked(batch.mismatched)
+        batch = batch.replace(traj=zero_masked(batch.traj), mismatched=mismatched)
+        present = has_tokens(batch.traj)
+        return before(look, batch.replace(weight=uniform_row_weights(present)), present)
 
-    def loss(params, frozen, batch: Judged):
+    def loss(params, frozen, batch: Unpaired):
         output = policy(params, frozen, batch.traj)
-        seen, present = answers(output, batch.traj), said(batch.traj)
+        seen, present = answers(output, batch.traj), has_tokens(batch.traj)
         good, bad = present & batch.desirable, present & ~batch.desirable
         metrics = {
-            "rewards/chosen": total(beta * seen.ratio, good),
-            "rewards/rejected": total(beta * seen.ratio, bad),
-            "logps/chosen": total(seen.logp, good),
-            "logps/rejected": total(seen.logp, bad),
+            "rewards/chosen": sum_and_count(beta * seen.log_ratio, good),
+            "rewards/rejected": sum_and_count(beta * seen.log_ratio, bad),
+            "logps/chosen": sum_and_count(seen.logp, good),
+            "logps/rejected": sum_and_count(seen.logp, bad),
         }
-        terms = jnp.where(present, batch.weight * term(seen.ratio, batch), 0.0)
+        terms = jnp.where(present, batch.weight * term(seen.log_ratio, batch), 0.0)
         return terms.sum(), metrics | entropy_metric((output, batch.traj))
 
     return Objective(prepare, loss)
 
 
-def logged(objective: Objective, *names: str) -> Objective:
+def log_coefficients(objective: Objective, *names: str) -> Objective:
     """The objective, showing those of the batch's coefficients too."""
 
     def loss(params, frozen, batch):

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import episode_rewards, old_logp, require
+from rljax.algorithms.common.credit import old_logp, outcome_rewards, require
 from rljax.ops.kl import importance_weighted_k3, k1, k3
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Scalar
 
 
-def needing(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:
+def with_needs(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:
     """The algorithm with further needs, which its credit then checks, and other changes."""
     algorithm = algorithm._replace(needs=tuple(dict.fromkeys((*algorithm.needs, *fields))), **changes)
 
@@ -25,7 +25,7 @@ def needing(algorithm: Algorithm, *fields: str, **changes) -> Algorithm:
     return algorithm._replace(credit=credit) if fields else algorithm
 
 
-def preparing(algorithm: Algorithm, find: Callable) -> Algorithm:
+def with_prepare(algorithm: Algorithm, find: Callable) -> Algorithm:
     """The algorithm whose `prepare` goes on to put find(output, batch), a dict of [B T], into `batch.extra`."""
 
     def prepare(output, batch, key):
@@ -45,7 +45,7 @@ def _add(algorithm: Algorithm, name: str, coefficient: Scalar, term: Callable, *
         scale = batch.coefficients.get(name, coefficient)
         return terms + scale * extra, {**metrics, name: shown}
 
-    return needing(algorithm, *needs, loss=loss)
+    return with_needs(algorithm, *needs, loss=loss)
 
 
 def with_kl(
@@ -88,23 +88,25 @@ def with_entropy(algorithm: Algorithm, coefficient: Scalar = 0.01) -> Algorithm:
     return _add(algorithm, "entropy", coefficient, term)
 
 
-def with_likelihood_of_good(algorithm: Algorithm, coefficient: float = 0.1, above: float = 0.0) -> Algorithm:
+def with_positive_nll(algorithm: Algorithm, coefficient: float = 0.1, above: float = 0.0) -> Algorithm:
     """Adds -c (1/Σ_good n) Σ_good log π over the answers whose reward is above `above` (VAPO, arXiv:2504.05118).
 
-    Put it outside of `kl_in_reward` and `penalise_overlong`: it judges by the rewards it is given.
+    Put it outside of `kl_in_reward` and `overlong_penalty`: it judges by the rewards it is given.
     """
 
     def credit(traj, coefficients):
-        batch, (rewards, _) = algorithm.credit(traj, coefficients), episode_rewards(traj)
+        batch, (rewards, _) = algorithm.credit(traj, coefficients), outcome_rewards(traj)
         good = jnp.broadcast_to((rewards > above)[:, None], batch.mask.shape)
         return batch.replace(extra={**batch.extra, "good": good})
 
     def find(_, batch):
         share = token_mean(batch.mask & batch.extra["good"])
-        return {"likelihood": jnp.where(batch.weight > 0, share / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)}
+        return {
+            "positive_nll": jnp.where(batch.weight > 0, share / jnp.where(batch.weight > 0, batch.weight, 1.0), 0.0)
+        }
 
     def term(output, batch):
-        value = -batch.extra["likelihood"] * output.logp
+        value = -batch.extra["positive_nll"] * output.logp
         return value, value
 
-    return _add(preparing(algorithm._replace(credit=credit), find), "likelihood", coefficient, term)
+    return _add(with_prepare(algorithm._replace(credit=credit), find), "positive_nll", coefficient, term)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rljax.algorithms.credit import old_logp, require
-from rljax.algorithms.wrap import needing
+from rljax.algorithms.common.credit import old_logp, require
+from rljax.algorithms.common.wrappers import with_needs
 from rljax.ops import shaping
 from rljax.ops.kl import k1
 from rljax.types import Algorithm
@@ -19,17 +19,17 @@ def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: Cal
 
     def credit(traj, coefficients):
         beta = coefficients.get("kl", coefficient)
-        rewards = shaping.kl_penalised(traj.rewards, old_logp(traj), traj.ref_logp, traj.mask, beta, estimator)
+        rewards = shaping.apply_kl_penalty(traj.rewards, old_logp(traj), traj.ref_logp, traj.mask, beta, estimator)
         return algorithm.credit(traj.replace(rewards=rewards), coefficients)
 
-    return needing(algorithm, "ref_logp", credit=credit)
+    return with_needs(algorithm, "ref_logp", credit=credit)
 
 
-def penalise_overlong(algorithm: Algorithm, longest: int, cache: int) -> Algorithm:
-    """Adds DAPO's soft overlong punishment to the reward (arXiv:2503.14476, eq. 13; `shaping.soft_overlong`)."""
+def overlong_penalty(algorithm: Algorithm, longest: int, cache: int) -> Algorithm:
+    """Adds DAPO's soft overlong punishment to the reward (arXiv:2503.14476, eq. 13; `shaping.soft_overlong_punishment`)."""
 
     def credit(traj, coefficients):
-        penalty = shaping.soft_overlong(traj.mask.sum(axis=1), longest, cache)
+        penalty = shaping.soft_overlong_punishment(traj.mask.sum(axis=1), longest, cache)
         rewards = traj.rewards + shaping.at_last_decision(penalty.astype(traj.rewards.dtype), traj.mask)
         return algorithm.credit(traj.replace(rewards=rewards), coefficients)
 
@@ -50,12 +50,12 @@ def filter_overlong(algorithm: Algorithm) -> Algorithm:
     return algorithm._replace(credit=credit)
 
 
-def distil(algorithm: Algorithm, coefficient: float = 1.0) -> Algorithm:
+def distill(algorithm: Algorithm, coefficient: float = 1.0) -> Algorithm:
     """Â_t + c (log π_teacher - log π_old): on-policy distillation, the reverse KL to a teacher token by token."""
 
     def credit(traj, coefficients):
         batch = algorithm.credit(traj, coefficients)
         gap = jnp.where(batch.mask, traj.teacher_logp - old_logp(traj), 0.0)
-        return batch.replace(advantages=batch.advantages + coefficients.get("distil", coefficient) * gap)
+        return batch.replace(advantages=batch.advantages + coefficients.get("distill", coefficient) * gap)
 
-    return needing(algorithm, "teacher_logp", credit=credit)
+    return with_needs(algorithm, "teacher_logp", credit=credit)

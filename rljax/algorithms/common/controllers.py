@@ -12,7 +12,7 @@ from rljax.types import Scalar
 Count = int | float | Int[Array, ""] | Float[Array, ""]
 
 
-def fixed(coefficient: Scalar, measured: Scalar) -> Scalar:
+def fixed_coefficient(coefficient: Scalar, measured: Scalar) -> Scalar:
     """The coefficient as it is."""
     return coefficient
 

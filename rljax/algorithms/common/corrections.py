@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.wrap import needing, preparing
+from rljax.algorithms.common.wrappers import with_needs, with_prepare
 from rljax.ops import ratios
 from rljax.ops.kl import k3
 from rljax.ops.sequences import sequence_mean
@@ -38,7 +38,7 @@ def _weigh(algorithm: Algorithm, weight: Callable, name: str, *needs: str) -> Al
         terms, _ = algorithm.loss(output, batch.replace(advantages=factor * batch.advantages))
         return terms, {**metrics, name: factor}
 
-    return needing(algorithm, *needs, loss=loss)
+    return with_needs(algorithm, *needs, loss=loss)
 
 
 def sampler_ratio(batch: Batch, level: Callable = ratios.token_level):
@@ -49,7 +49,9 @@ def sampler_ratio(batch: Batch, level: Callable = ratios.token_level):
 
 def truncate_is(algorithm: Algorithm, cap: float = 2.0, level: Callable = ratios.token_level) -> Algorithm:
     """TIS: Â times min(π_old/π_sampler, cap)."""
-    return _weigh(algorithm, lambda _, b: ratios.truncated(sampler_ratio(b, level), cap), "sampler_weight", "old_logp")
+    return _weigh(
+        algorithm, lambda _, b: ratios.truncate_weights(sampler_ratio(b, level), cap), "sampler_weight", "old_logp"
+    )
 
 
 def mask_is(
@@ -57,21 +59,21 @@ def mask_is(
 ) -> Algorithm:
     """MIS: Â times π_old/π_sampler where that is inside [low, high], 0 outside. By token it is IcePop."""
     return _weigh(
-        algorithm, lambda _, b: ratios.banded(sampler_ratio(b, level), low, high), "sampler_weight", "old_logp"
+        algorithm, lambda _, b: ratios.mask_weights(sampler_ratio(b, level), low, high), "sampler_weight", "old_logp"
     )
 
 
-def normalised_is(
+def normalized_is(
     algorithm: Algorithm, mean: Callable, cap: float = 2.0, level: Callable = ratios.token_level
 ) -> Algorithm:
     """TIS divided by its mean over the optimizer batch, itself taken by one of `ops.weights`."""
 
     def find(_, batch):
-        weight = ratios.truncated(sampler_ratio(batch, level), cap)
-        return {"sampler_weight": ratios.normalised(weight, mean(batch.mask, batch.traj.segments))}
+        weight = ratios.truncate_weights(sampler_ratio(batch, level), cap)
+        return {"sampler_weight": ratios.normalize_weights(weight, mean(batch.mask, batch.traj.segments))}
 
     weighed = _weigh(algorithm, lambda _, b: b.extra["sampler_weight"], "sampler_weight", "old_logp")
-    return preparing(weighed, find)
+    return with_prepare(weighed, find)
 
 
 def reject(
@@ -91,7 +93,7 @@ def reject(
         batch = algorithm.credit(traj, coefficients)
         return batch.replace(mask=batch.mask & kept(batch, low, high, divergence, level))
 
-    return needing(algorithm, "old_logp", credit=credit)
+    return with_needs(algorithm, "old_logp", credit=credit)
 
 
 def kept(batch: Batch, low: float, high: float, divergence: Callable, level: Callable):
@@ -101,7 +103,7 @@ def kept(batch: Batch, low: float, high: float, divergence: Callable, level: Cal
     return (measured >= low) & (measured <= high)
 
 
-def drop_stale_failures(algorithm: Algorithm, limit: float = 0.1) -> Algorithm:
+def off_policy_sequence_mask(algorithm: Algorithm, limit: float = 0.1) -> Algorithm:
     """No gradient from answers with Â < 0 that the policy has moved away from: mean_t(log π_sampler - log π) > limit
     (off-policy sequence mask, DeepSeek-V3.2, arXiv:2512.02556).
     """
@@ -111,17 +113,17 @@ def drop_stale_failures(algorithm: Algorithm, limit: float = 0.1) -> Algorithm:
         stale = mean(batch.traj.logp - output.logp) > limit
         return 1.0 - (stale & (mean(batch.advantages) < 0)).astype(output.logp.dtype)
 
-    return _weigh(algorithm, weight, "fresh")
+    return _weigh(algorithm, weight, "off_policy_kept")
 
 
-def only_high_entropy(algorithm: Algorithm, share: float = 0.2) -> Algorithm:
+def high_entropy_mask(algorithm: Algorithm, share: float = 0.2) -> Algorithm:
     """Only the `share` of decisions with the highest entropy, over the optimizer batch, keep their gradient (80/20,
     arXiv:2506.01939).
     """
 
     def find(output, batch):
         limit = jnp.nanquantile(jnp.where(batch.mask, output.entropy, jnp.nan), 1.0 - share)
-        return {"uncertain": output.entropy >= limit}
+        return {"high_entropy_kept": output.entropy >= limit}
 
-    weighed = _weigh(algorithm, lambda o, b: b.extra["uncertain"].astype(o.logp.dtype), "uncertain")
-    return preparing(weighed, find)
+    weighed = _weigh(algorithm, lambda o, b: b.extra["high_entropy_kept"].astype(o.logp.dtype), "high_entropy_kept")
+    return with_prepare(weighed, find)
