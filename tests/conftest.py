@@ -36,7 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook(["rljax.ops", "rljax.algorithms"], "beartype.beartype")
 
 # The checkout itself: worker processes find a function that a test hands to them as tests.rewards.test_pool.
-sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 # The first example compiles, which no deadline foresees, and slow machines take long to draw them, too; a run that can
 # be repeated beats one more random example.
