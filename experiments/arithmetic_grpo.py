@@ -101,8 +101,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     make = partial(make_update, objective, optimizer)
     if cfg.algorithm == "trpo":
         make = partial(make_trust_region_update, objective, policy.make_divergence(task.config), fisher_every=4)
-    row_length = task.train_prompts.length + task.max_tokens - 1
-    update = train.micro_batched(make, batches, shardings, row_length)
+    make = partial(make, shardings=shardings)
+    update = make(micro_batches=batches.micro_batches)
+    if batches.max_tokens_per_device:
+        update = train.packed_update(make, batches, shardings, task.train_prompts.length + task.max_tokens - 1)
     log_ratio = train.make_log_ratio(task.policy)
     evaluate = arithmetic.make_evaluate(task, 8 if cfg.debug else cfg.eval_prompts, cfg.seed)
 

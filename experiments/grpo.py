@@ -108,8 +108,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
     credit = jax.jit(algorithm.credit)
     objective = policy_objective(model, algorithm)
-    row_length = train_prompts.length + cfg.sampling.max_tokens - 1
-    update = train.micro_batched(partial(make_update, objective, optimizer), batches, shardings, row_length)
+    make = partial(make_update, objective, optimizer, shardings=shardings)
+    update = make(micro_batches=batches.micro_batches)
+    if batches.max_tokens_per_device:
+        update = train.packed_update(make, batches, shardings, train_prompts.length + cfg.sampling.max_tokens - 1)
     log_ratio = train.make_log_ratio(model)
     run = make_run(cfg, algorithm, verifiers)
 

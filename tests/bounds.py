@@ -28,8 +28,8 @@ def of_decoder(config, columns: int, size: float) -> float:
     """Between two programs' logits of that size, or log-probs, of rows of so many columns.
 
     Counted are all terms that an activation is a sum of. In each layer: two norms, the projections into attention and
-    into the MLP (`hidden_size` terms each), scores (`head_dim`), softmax and mix (a column each), and the projections out;
-    then the last norm and the logits.
+    into the MLP (`hidden_size` terms each), scores (`head_dim`), softmax and mix (a column each), and the projections
+    out; then the last norm and the logits.
     """
     return of_long_sum(_terms(config, columns), max(1.0, float(size)))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import optax
@@ -75,15 +74,12 @@ def _pieces(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
     ]
 
 
-def micro_batched(make: Callable, batches: Batches, shardings: Shardings, row_length: int) -> Callable:
-    """The update in `batches.micro_batches` pieces, or packed where `batches.max_tokens_per_device` says so.
+def packed_update(make: Callable, batches: Batches, shardings: Shardings, row_length: int) -> Callable:
+    """The update of completions packed side by side, at most `batches.max_tokens_per_device` tokens at a time.
 
-    Args: make: (micro_batches=, shardings=) -> update. row_length: decisions of a sampled row; a packed one holds it.
+    Args: make: (micro_batches=) -> update. row_length: decisions of a sampled row; a packed one holds it.
     """
-    make = partial(make, shardings=shardings)
     tokens = batches.max_tokens_per_device
-    if not tokens:
-        return make(micro_batches=batches.micro_batches)
     length = batches.packed_length or row_length
     if not row_length <= length <= tokens:
         raise ValueError(

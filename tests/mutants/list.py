@@ -85,7 +85,7 @@ MUTANTS = [
         ("tests/ops/test_weights.py",),
     ),
     Mutant(
-        "weights made anew in each micro-batch",
+        "weights recomputed in each micro-batch",
         "rljax/train/objective.py",
         "policy_objective.loss",
         "return jnp.where(batch.mask, batch.weight * terms, 0.0).sum(), metrics",
@@ -555,7 +555,7 @@ MUTANTS = [
         ("tests/ops/test_returns.py::test_gae_is_the_discounted_sum_of_td_errors_over_the_rows_own_decisions",),
     ),
     Mutant(
-        "returns start anew after tool output",
+        "returns restart after tool output",
         "rljax/ops/returns.py",
         "_backward.scan_step",
         "step(carry, value, following, *found)",
@@ -901,7 +901,7 @@ MUTANTS = [
         (f"{UPDATE}::test_learn_stops_after_the_update_that_found_the_policy_too_far",),
     ),
     Mutant(
-        "optimizer starts anew each step",
+        "optimizer restarted each step",
         "rljax/train/update.py",
         "make_update.step",
         "state.replace(params=params, opt_state=opt_state, key=key)",
@@ -1025,7 +1025,7 @@ MUTANTS = [
         "jnp.maximum(present.sum(), 1).astype(float)",
         "float(present.shape[0])",
         "as for rows without tokens, in preference losses",
-        (f"{PREFERENCES}::test_rows_where_nobody_speaks_are_as_if_they_were_not_there[dpo]",),
+        (f"{PREFERENCES}::test_rows_without_tokens_are_as_if_they_were_not_there[dpo]",),
     ),
     Mutant(
         "KTO's reference point below 0",

@@ -154,20 +154,24 @@ def preference_objective(
     def loss(params, frozen, batch: Pairs):
         pair, entropy = evaluate_pair(params, frozen, batch)
         present = has_tokens(batch.chosen) | has_tokens(batch.rejected)
-        terms = term(pair)
-        chosen_reward = reward(pair.chosen)
-        rejected_reward = reward(pair.rejected)
-        metrics = {
-            "accuracy": sum_and_count(chosen_reward > rejected_reward, present),
-            "margin": sum_and_count(chosen_reward - rejected_reward, present),
-            "rewards/chosen": sum_and_count(chosen_reward, present),
-            "rewards/rejected": sum_and_count(rejected_reward, present),
-            "logps/chosen": sum_and_count(pair.chosen.logp, present),
-            "logps/rejected": sum_and_count(pair.rejected.logp, present),
-        }
-        return jnp.where(present, batch.weight * terms, 0.0).sum(), metrics | entropy
+        total = jnp.where(present, batch.weight * term(pair), 0.0).sum()
+        return total, preference_metrics(pair, reward, present) | entropy
 
     return Objective(prepare, loss)
+
+
+def preference_metrics(pair: PairStats, reward: CompletionFn, present: Bool[Array, " B"]) -> dict[str, tuple]:
+    """(sum, count) over the pairs present: implicit rewards, log-probs, and how often the chosen one is preferred."""
+    chosen_reward = reward(pair.chosen)
+    rejected_reward = reward(pair.rejected)
+    return {
+        "accuracy": sum_and_count(chosen_reward > rejected_reward, present),
+        "margin": sum_and_count(chosen_reward - rejected_reward, present),
+        "rewards/chosen": sum_and_count(chosen_reward, present),
+        "rewards/rejected": sum_and_count(rejected_reward, present),
+        "logps/chosen": sum_and_count(pair.chosen.logp, present),
+        "logps/rejected": sum_and_count(pair.rejected.logp, present),
+    }
 
 
 def unpaired_objective(
