@@ -20,6 +20,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from rljax.rollouts.sampler import sample
 
 import arithmetic_sft
 import options
@@ -30,7 +31,6 @@ from rljax.models import policy
 from rljax.ops.shaping import at_last_decision
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import log_info
 from rljax.train.metrics import require_on_policy, reward_and_kl, rollout_metrics
@@ -109,7 +109,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         return {"held_out": found["reward"], "kl_sequence": found["kl"]}
 
     with run:
-        task.keep_about(run.directory / "model")
+        task.copy_sidecar_files(run.directory / "model")
         state = jax.device_put(state, shardings.state)
         before, state = evaluate(state)["held_out"], run.restore(state)
         for step in run.steps(state.step):

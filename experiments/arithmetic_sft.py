@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from rljax.rollouts.sampler import sample
 
 import options
 from options import MeshShape, Optimizer
@@ -27,7 +28,6 @@ from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.train.log import log_info, write_atomically
 from rljax.train.objective import policy_objective
@@ -80,10 +80,10 @@ class Task(NamedTuple):
         drawn = sample(self.lm, params, {}, rows, self.sampling(), seed, -1)
         return make_score({"exact": exact_text}, self.tokenizer.decode)(drawn, rows)
 
-    def keep_about(self, directory: Path) -> None:
+    def copy_sidecar_files(self, directory: Path) -> None:
         """What export.py needs to know of the model."""
         save_characters(ALPHABET, directory)
-        write_atomically(directory / "config.json", json.dumps(hf.describe(self.config, self.tokenizer.stop)))
+        write_atomically(directory / "config.json", json.dumps(hf.to_hf_config(self.config, self.tokenizer.stop)))
 
     def accuracy(self, params: Params, rows: Rows, seed: int) -> float:
         """Share of the prompts answered rightly."""
@@ -114,7 +114,7 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
     seen, steps = task.train.first(8 if cfg.debug else 512), 1 if cfg.debug else cfg.steps
     log_info(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "accuracy")) as run:
-        task.keep_about(run.directory / "model")
+        task.copy_sidecar_files(run.directory / "model")
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
             if step % cfg.check_every == 0:

@@ -191,7 +191,7 @@ def main(cfg: Config) -> dict[str, float]:
 
 def limit_of(env: Env) -> int:
     """Steps after which an episode is cut, by the environment's own parameters; 500 where they name none."""
-    named = (getattr(env.params, name, None) for name in ("limit", "max_steps_in_episode"))
+    named = (getattr(env.params, name, None) for name in ("max_steps", "max_steps_in_episode"))
     return int(next((limit for limit in named if limit is not None), 500))
 
 

@@ -22,9 +22,9 @@ from rljax import types
 from rljax.data.prompts import Prompts, from_template, read_jsonl, train_eval_split
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer, load_tokenizer
-from rljax.models import decoder, hf, parts, policy
+from rljax.models import decoder, hf, policy
 from rljax.models.decoder import DecoderConfig
-from rljax.models.lora import Lora
+from rljax.models.lora import LoraConfig
 from rljax.rewards.score import RewardError
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, param_shardings, state_shardings
@@ -92,8 +92,8 @@ class Adapter:
     rank: int = 0  # of the products that are added to matrices; 0: no adapter, all is trained
     alpha: float = 32.0  # the adapter weighs alpha/rank, with rank_stabilised alpha/√rank
     targets: tuple[str, ...] = ("attention/", "mlp/")  # patterns of the matrices' paths (layers/3/attention/query)
-    rank_stabilised: bool = False  # rsLoRA
-    decomposed: bool = False  # DoRA
+    use_rslora: bool = False  # rsLoRA
+    use_dora: bool = False  # DoRA
 
 
 # Nats by which log-probs of sampler and trainer may differ with the same parameters: rounding, for the largest logits.
@@ -128,7 +128,7 @@ def optimizer(options: Optimizer, updates: int) -> optax.GradientTransformation:
     }[options.schedule]
     ramp = optax.linear_schedule(options.learning_rate / (options.warm_up + 1), options.learning_rate, options.warm_up)
     rate = optax.join_schedules([ramp, after], [options.warm_up])
-    decayed = parts.matrices if options.weight_decay else None
+    decayed = param_filters.decay_mask if options.weight_decay else None
     adam = optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay, mask=decayed)
     return optax.chain(clip_global_norm(options.clip_norm), adam)
 
@@ -276,13 +276,13 @@ def pretrained(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
     config = hf.read_config(directory, context)
-    adapter = Lora(**dataclasses.asdict(weights.adapter)) if weights.adapter.rank else None
+    adapter = LoraConfig(**dataclasses.asdict(weights.adapter)) if weights.adapter.rank else None
     config = dataclasses.replace(config, dtype=weights.dtype, remat=weights.remat, adapter=adapter)
-    places = param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    places = param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
     dtype = weights.dtype if adapter else "float32"
     params = {"decoder": hf.load(directory, config, places, jnp.dtype(dtype))}
     if adapter is None:
-        params, base = parts.freeze(params, *weights.freeze) if weights.freeze else (params, None)
+        params, base = param_filters.split_frozen(params, *weights.freeze) if weights.freeze else (params, None)
         frozen = {"reference": jax.tree.map(jnp.copy, params)} | ({} if base is None else {"base": base})
         return config, params, frozen
     trained, frozen = policy.with_adapter(params, config, jax.random.fold_in(jax.random.key(seed), 3))

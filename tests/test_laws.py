@@ -71,7 +71,9 @@ def test_micro_batches_change_neither_gradient_nor_metrics(name):
         agree(learn(algorithm, batch, table_params(), micro_batches=count), whole)
 
 
-DECODER = DecoderConfig(vocabulary=16, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, mlp_width=16)
+DECODER = DecoderConfig(
+    vocab_size=16, hidden_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=16
+)
 
 
 def on_a_mesh(algorithm, traj, params, shardings, policy, micro_batches):
@@ -87,7 +89,7 @@ def on_a_mesh(algorithm, traj, params, shardings, policy, micro_batches):
 def decoder(mesh_sizes):
     """A decoder with a value head and its shardings on a mesh of 8 devices; None: one device."""
     params = models.with_value_head(models.init(DECODER, jax.random.key(1)), DECODER)
-    params["value_head"] = jnp.linspace(-1, 1, DECODER.width)
+    params["value_head"] = jnp.linspace(-1, 1, DECODER.hidden_size)
     if mesh_sizes is None:
         return params, None
     axes = models.logical_axes(DECODER, params)

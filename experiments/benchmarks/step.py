@@ -15,10 +15,10 @@ import numpy as np
 import optax
 import tyro
 from common import W1, peak, prompts, seconds
+from rljax.rollouts.sampler import sample
 
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
-from rljax.rollouts.tokens import sample
 from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update

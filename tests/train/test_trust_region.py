@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 from scipy.special import log_softmax
 
 from rljax.algorithms import trpo, trpo_gae
@@ -13,7 +14,6 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig, forward, language_model, logits
 from rljax.ops.shaping import at_last_decision
 from rljax.ops.trust_region import directed_kl
-from rljax.rollouts.tokens import sample
 from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import make_packed_update
@@ -133,7 +133,9 @@ def test_rows_of_the_fisher_matrix_need_not_divide():
 
 # ---------------------------------------------------------------------------------------------------- a language model
 
-DECODER = DecoderConfig(vocabulary=16, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, mlp_width=16)
+DECODER = DecoderConfig(
+    vocab_size=16, hidden_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=16
+)
 POLICY = models.make_policy(DECODER)
 STOP = 3
 

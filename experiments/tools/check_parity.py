@@ -60,7 +60,7 @@ def main(cfg: Config) -> None:
     encode = load_tokenizer(cfg.model).encode
     texts = [encode(text) for text in TEXTS]
     if min(map(len, texts)) < 2:  # a tokenizer that knows none of these words
-        texts = [np.random.default_rng(n).integers(config.vocabulary, size=n).tolist() for n in (3, 20, 40)]
+        texts = [np.random.default_rng(n).integers(config.vocab_size, size=n).tolist() for n in (3, 20, 40)]
     found = compare(cfg.model, texts)
     cells = {name: {field: f"{x:.1e}" for field, x in d._asdict().items()} for name, d in found.items()}
     table(cfg.model, [{"rljax - transformers": name} | numbers for name, numbers in cells.items()])

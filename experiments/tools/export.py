@@ -52,14 +52,14 @@ def main(cfg: Config) -> None:
     if cfg.adapter == "separate":
         peft.save_adapter(cfg.out, dataclasses.replace(config, adapter=adapter), low_rank, base)
     else:
-        params = hf.load(base, config) if here else decoder.whole(config, trained, parts["frozen"])["decoder"]
+        params = hf.load(base, config) if here else decoder.full_params(config, trained, parts["frozen"])["decoder"]
         if low_rank is not None:
             params = merged(adapter, params, low_rank, here)
         hf.save(cfg.out, config, params, about, cfg.dtype or None, int(cfg.shard_gigabytes * 10**9), head)
     log_info(f"written: {cfg.out}, of step {step}")
 
 
-def merged(adapter: lora.Lora, base: Params, low_rank: Params, here: bool) -> Params:
+def merged(adapter: lora.LoraConfig, base: Params, low_rank: Params, here: bool) -> Params:
     """The decoder's parameters with the adapter in them, in float32."""
     if not here:
         log_info("the base is no longer where it was: the checkpoint's copy of it is taken")
