@@ -65,7 +65,7 @@ class Checkpoints:
             self.log_info(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
             damaged.append(step)
         if damaged:
-            raise RuntimeError(f"{self.directory}: all checkpoints are damaged; move the run directory to start over")
+            raise RuntimeError(f"{self.directory}: all checkpoints are damaged; move the run away to start over")
         return None
 
     def wait(self) -> None:

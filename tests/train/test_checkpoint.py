@@ -161,7 +161,7 @@ def test_if_all_are_damaged_nothing_is_started_over_and_nothing_deleted(tmp_path
     for step in ("1", "2"):
         flip_a_byte(tmp_path / step)
     before = files(tmp_path)
-    with pytest.raises(RuntimeError, match="no checkpoint is good; move the run directory away to start over"):
+    with pytest.raises(RuntimeError, match="all checkpoints are damaged; move the run away to start over"):
         restored(tmp_path, small(0))
     assert files(tmp_path) == before
 
