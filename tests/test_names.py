@@ -126,8 +126,8 @@ def test_no_old_name_returns():
     [
         ("rljax/a.py", "def neutral(x): return x", ["neutral"]),
         ("rljax/a.py", 'metrics = {"pull": 1}', ["pull"]),
-        ("rljax/a.py", '"""See `keep_informative`."""', ["keep_informative"]),
-        ("rljax/a.py", "# as keep_informative does", ["keep_informative"]),
+        ("rljax/a.py", '"""See `dynamic_sampling`."""', ["dynamic_sampling"]),
+        ("rljax/a.py", "# as dynamic_sampling does", ["dynamic_sampling"]),
         ("rljax/a.py", "# a neutral remark, said in passing", []),
         ("rljax/a.py", "# nobody reads this", ["nobody"]),
         ("rljax/ops/a.py", "judged = 1", ["judged"]),
@@ -137,6 +137,6 @@ def test_no_old_name_returns():
     ],
 )
 def test_what_is_refused(path, text, names):
-    old = [OldName(x, "new", ("*",)) for x in ("neutral", "said", "pull", "keep_informative")]
+    old = [OldName(x, "new", ("*",)) for x in ("neutral", "said", "pull", "dynamic_sampling")]
     old += [OldName("nobody", "-", ("*",)), OldName("judged", "valid", ("rljax/ops/*",))]
     assert [line.split()[1] for line in found(path, text, old)] == names
