@@ -177,7 +177,7 @@ def test_what_stands_at_masked_columns_changes_nothing(name, garbage):
 
 
 @EVERY
-def test_rows_where_nobody_speaks_are_as_if_they_were_not_there(name):
+def test_rows_without_tokens_are_as_if_they_were_not_there(name):
     objective, batch = CASES[name]
     row = 6 if batch is rankings else 3
     kept = jax.tree.map(lambda x: np.delete(x, row, axis=0) if jnp.ndim(x) else x, batch())

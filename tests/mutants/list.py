@@ -916,7 +916,7 @@ MUTANTS = [
         "return present / jnp.maximum(present.sum(), 1).astype(float)",
         "return present / float(present.shape[0])",
         "as for rows without tokens, in preference losses",
-        (f"{PREFERENCES}::test_rows_where_nobody_speaks_are_as_if_they_were_not_there[dpo]",),
+        (f"{PREFERENCES}::test_rows_without_tokens_are_as_if_they_were_not_there[dpo]",),
     ),
     Mutant(
         "KTO's reference point below 0",
