@@ -15,7 +15,7 @@ from typing import Literal
 
 import arithmetic_grpo
 import options
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def main(cfg: Config) -> list[dict]:
     rows = []
     for arm in cfg.arms:
         for seed in cfg.seeds:
-            say(f"== reward {arm}, seed {seed}")
+            log_info(f"== reward {arm}, seed {seed}")
             place = cfg.run.directory and f"{cfg.run.directory}/{arm}-seed{seed}"
             run = dataclasses.replace(cfg.run, seed=seed, reward=arm, directory=place)
             reached = arithmetic_grpo.main(run)

@@ -20,6 +20,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from rljax.rollouts.sampler import sample
 
 import arithmetic_sft
 import options
@@ -30,10 +31,9 @@ from rljax.models import policy
 from rljax.ops.shaping import at_last_decision
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
-from rljax.train.log import say
-from rljax.train.metrics import describe, require_on_policy, reward_and_kl
+from rljax.train.log import log_info
+from rljax.train.metrics import require_on_policy, reward_and_kl, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.trust_region import make_trust_region_update
@@ -44,7 +44,7 @@ BY_NAME = (a.grpo, a.dapo, a.gspo, a.cispo, a.sapo, a.gdpo, a.reinforce, a.rloo,
 BY_NAME += (a.vpg, a.trpo)
 ALGORITHMS = {make.__name__: make for make in BY_NAME} | {"dr_grpo": partial(a.dr_grpo, 7.0)}  # 7: the longest answer
 Named = Literal[tuple(ALGORITHMS)]
-HEADLINES = ("reward", "held_out", "length", "kl_sequence", "tokens_per_second")
+PROGRESS_METRICS = ("reward", "held_out", "length", "kl_sequence", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     name = f"{cfg.task}-{cfg.algorithm}-{cfg.reward}-seed{cfg.seed}" + "-debug" * cfg.debug
     place, settings = cfg.directory or f"runs/arithmetic_grpo/{name}", asdict(cfg)
     settings["code"], steps = options.fingerprint(algorithm), 1 if cfg.debug else cfg.steps
-    run = Run(place, settings, steps=steps, source=__file__, save_every=cfg.save_every, headlines=HEADLINES)
+    run = Run(
+        place, settings, steps=steps, source=__file__, save_every=cfg.save_every, progress_metrics=PROGRESS_METRICS
+    )
     task, start = warm_up(cfg)
     reference = {"reference": jax.tree.map(jnp.copy, start)}
     start = policy.with_value_head(start, task.config) if "values" in algorithm.needs else start
@@ -107,12 +109,12 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         return {"held_out": found["reward"], "kl_sequence": found["kl"]}
 
     with run:
-        task.keep_about(run.directory / "model")
+        task.copy_sidecar_files(run.directory / "model")
         state = jax.device_put(state, shardings.state)
         before, state = evaluate(state)["held_out"], run.restore(state)
         for step in run.steps(state.step):
             rows = task.train.draw(state.cursor, b.prompts * b.oversample)
-            placed = meshes.place_prompts(shardings, rows)
+            placed = meshes.shard_prompts(shardings, rows)
             draw = partial(sample, task.lm, state.params, state.frozen, placed, seed=cfg.seed, step=step)
             traj = annotate(state, draw(task.sampling(b.group)))
             if "baseline" in algorithm.needs:  # the reward of the likeliest answer to each prompt
@@ -121,16 +123,16 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             traj = disturb(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))  # updates split off 0 and 1
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
-            if run.first(step):
+            if run.is_first_step(step):
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
-            seen = describe(traj, score.names) | metrics
+            seen = rollout_metrics(traj, score.names) | metrics
             seen |= evaluate(state) if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps else {}
-            if run.shows(step):
-                run.show(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
+            if run.should_log_samples(step):
+                run.log_samples(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
             run.record(step, state, seen)
         after = evaluate(state)["held_out"]
-    say(f"held-out accuracy: {before:.3f} -> {after:.3f}")
+    log_info(f"held-out accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
 
 

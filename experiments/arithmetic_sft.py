@@ -16,20 +16,20 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from rljax.rollouts.sampler import sample
 
 import options
 from options import MeshShape, Optimizer
 from rljax.algorithms import sft
 from rljax.data.demonstrations import demonstrations
 from rljax.data.prompts import Prompts
-from rljax.data.tasks import additions, sortings, split
+from rljax.data.tasks import addition_problems, sorting_problems, train_eval_split_by_kind
 from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
-from rljax.train.log import say, write_atomically
+from rljax.train.log import log_info, write_atomically
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -80,10 +80,10 @@ class Task(NamedTuple):
         drawn = sample(self.lm, params, {}, rows, self.sampling(), seed, -1)
         return make_score({"exact": exact_text}, self.tokenizer.decode)(drawn, rows)
 
-    def keep_about(self, directory: Path) -> None:
+    def copy_sidecar_files(self, directory: Path) -> None:
         """What export.py needs to know of the model."""
         save_characters(ALPHABET, directory)
-        write_atomically(directory / "config.json", json.dumps(hf.describe(self.config, self.tokenizer.stop)))
+        write_atomically(directory / "config.json", json.dumps(hf.to_hf_config(self.config, self.tokenizer.stop)))
 
     def accuracy(self, params: Params, rows: Rows, seed: int) -> float:
         """Share of the prompts answered rightly."""
@@ -91,8 +91,8 @@ class Task(NamedTuple):
 
 
 def make_task(cfg: Config) -> Task:
-    problems = {"additions": additions, "sortings": sortings}[cfg.task]()
-    sides = split(problems, cfg.held_out, cfg.seed)
+    problems = {"additions": addition_problems, "sortings": sorting_problems}[cfg.task]()
+    sides = train_eval_split_by_kind(problems, cfg.held_out, cfg.seed)
     tokenizer = character_tokenizer(ALPHABET)
     width = max(len(problem["prompt"]) for problem in problems)
     train, held_out = (Prompts(side, tokenizer.encode, lambda row: row["prompt"], width, cfg.seed) for side in sides)
@@ -112,9 +112,9 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
     shardings = options.shardings_of(mesh, state, optimizer, task.config)
     update = make_update(policy_objective(task.policy, algorithm), optimizer, shardings=shardings)
     seen, steps = task.train.first(8 if cfg.debug else 512), 1 if cfg.debug else cfg.steps
-    say(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
-    with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, headlines=("loss", "accuracy")) as run:
-        task.keep_about(run.directory / "model")
+    log_info(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
+    with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "accuracy")) as run:
+        task.copy_sidecar_files(run.directory / "model")
         state = run.restore(jax.device_put(state, shardings.state))
         for step in run.steps(state.step):
             if step % cfg.check_every == 0:
@@ -128,14 +128,16 @@ def warm_up(cfg: Config, task: Task, params: Params) -> Params:
             run.record(step, state, metrics | ({"accuracy": right} if step % cfg.check_every == 0 else {}))
         run.save(state)
     right = task.accuracy(state.params, seen, int(state.step))
-    say(f"warm-up: right on {right:.0%} of the training problems after {int(state.step)} steps of supervised learning")
+    log_info(
+        f"warm-up: right on {right:.0%} of the training problems after {int(state.step)} steps of supervised learning"
+    )
     return state.params
 
 
 def main(cfg: Config) -> None:
     task = make_task(cfg)
     params = warm_up(cfg, task, policy.init(task.config, jax.random.fold_in(jax.random.key(cfg.seed), 0)))
-    say(f"held-out accuracy: {task.accuracy(params, task.held_out.first(cfg.held_out), cfg.seed):.3f}")
+    log_info(f"held-out accuracy: {task.accuracy(params, task.held_out.first(cfg.held_out), cfg.seed):.3f}")
 
 
 if __name__ == "__main__":

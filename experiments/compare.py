@@ -1,7 +1,7 @@
 r"""Every algorithm on the same task from the same warm-up: docs/results.md.
 
-    python experiments/compare.py                        # resumes: what is done is read back, what was cut off goes on
-    python experiments/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
+    python experiments/tables/compare.py                        # resumes: what is done is read back, what was cut off goes on
+    python experiments/tables/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
 
 Per seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
 optimizer and number of steps. Nothing is tuned for any of them. All learn from the answers that DAPO's filter keeps,
@@ -20,13 +20,13 @@ from pathlib import Path
 
 import arithmetic_grpo
 import options
-from arithmetic_grpo import ALGORITHMS, Named
-from rljax.train.log import say, table
+from arithmetic_grpo import ALGORITHMS, AlgorithmName
+from rljax.train.log import log_info, table
 
-BATCHES = options.Batches(prompts=32, group=8, oversample=2, minibatches=2)
+BATCHES = options.Batches(prompts=32, num_generations=8, oversample=2, minibatches=2)
 RATE = options.Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's: two updates per rollout
 SORTING = arithmetic_grpo.Config(
-    task="sortings", steps=40, batches=BATCHES, optimizer=RATE, warm_up_target=0.25, warm_up_check=1
+    task="sortings", steps=40, batches=BATCHES, optimizer=RATE, sft_target=0.25, sft_check_every=1
 )
 ADDITION = arithmetic_grpo.Config(steps=100, batches=BATCHES, optimizer=RATE)
 
@@ -35,8 +35,8 @@ ADDITION = arithmetic_grpo.Config(steps=100, batches=BATCHES, optimizer=RATE)
 class Config:
     """Algorithms x seeds on sorting; a few on addition."""
 
-    algorithms: tuple[Named, ...] = tuple(ALGORITHMS)  # on sorting
-    additions: tuple[Named, ...] = ("dapo", "gspo", "rloo")  # on addition
+    algorithms: tuple[AlgorithmName, ...] = tuple(ALGORITHMS)  # on sorting
+    additions: tuple[AlgorithmName, ...] = ("dapo", "gspo", "rloo")  # on addition
     seeds: tuple[int, ...] = (0, 1, 2)  # of the runs
     sorting: arithmetic_grpo.Config = SORTING  # what its runs share
     addition: arithmetic_grpo.Config = ADDITION  # what its runs share
@@ -60,11 +60,11 @@ def settings(run: arithmetic_grpo.Config) -> str:
 
 def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
     """Runs it, or what is left of it. `seconds` are those of the algorithm alone, compilation included."""
-    say(f"== {run.task}, {run.algorithm}, seed {run.seed}")
+    log_info(f"== {run.task}, {run.algorithm}, seed {run.seed}")
     code = settings(run)
     place, taught = (f"{directory}/{run.task}-{name}-seed{run.seed}" for name in (run.algorithm, "warm_up"))
-    run = dataclasses.replace(run, directory=place, warm_up_directory=taught)
-    arithmetic_grpo.warm_up(run)
+    run = dataclasses.replace(run, directory=place, sft_directory=taught)
+    arithmetic_grpo.warmed_up(run)
     began = time.monotonic()
     reached = arithmetic_grpo.main(run)
     about = json.loads(Path(place, "config.json").read_text())
@@ -74,7 +74,7 @@ def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
 
 def page(results: list[dict]) -> str:
     """Markdown: a table a task, algorithms by the median of what they reached."""
-    lines = ["# Results", "", "Written by `python experiments/compare.py`; do not edit.", ""]
+    lines = ["# Results", "", "Written by `python experiments/tables/compare.py`; do not edit.", ""]
     lines += ["\n\n".join(__doc__.split("\n\n")[2:-1]), ""]
     for task in dict.fromkeys(result["task"] for result in results):
         rows = [result for result in results if result["task"] == task]
@@ -111,7 +111,7 @@ def main(cfg: Config) -> list[dict]:
     for task in dict.fromkeys(result["task"] for result in results):
         shown = ("algorithm", "seed", "steps", "before", "after", "seconds", "git")
         table(f"held-out accuracy, {task}", [{k: r[k] for k in shown} for r in results if r["task"] == task])
-    say(f"written: {cfg.out}")
+    log_info(f"written: {cfg.out}")
     return results
 
 

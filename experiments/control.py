@@ -31,7 +31,7 @@ from rljax.envs.gymnax import make_gymnax
 from rljax.envs.maze import make_maze
 from rljax.envs.pendulum import make_pendulum
 from rljax.train import pictures
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 ENVS: dict[str, Callable] = {
     "acrobot": make_acrobot,
@@ -185,13 +185,13 @@ def main(cfg: Config) -> dict[str, float]:
     pictures.write(directory, title, rows, shown, {**sizes._asdict(), **hyper._asdict()})
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}
-    say(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
+    log_info(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
     return reached
 
 
 def limit_of(env: Env) -> int:
     """Steps after which an episode is cut, by the environment's own parameters; 500 where they name none."""
-    named = (getattr(env.params, name, None) for name in ("limit", "max_steps_in_episode"))
+    named = (getattr(env.params, name, None) for name in ("max_steps", "max_steps_in_episode"))
     return int(next((limit for limit in named if limit is not None), 500))
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
+from rljax.rollouts.sampler import sample
+
 from options import Batches
 from rljax.data.prompts import Prompts
 from rljax.rollouts import partial as rollouts
-from rljax.rollouts.tokens import sample
-from rljax.train.mesh import Shardings, place_prompts
+from rljax.train.mesh import Shardings, shard_prompts
 from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
 
 
@@ -20,7 +21,7 @@ def nobody(batches: Batches, prompts: Prompts, sampling: Sampling) -> dict | Non
     """`TrainState.extra` at the start: nobody waits."""
     if not batches.wait:
         return None
-    return rollouts.blank(batches.wait, batches.group, width(prompts, sampling))
+    return rollouts.empty_carry(batches.wait, batches.group, width(prompts, sampling))
 
 
 def make_draw(
@@ -36,15 +37,17 @@ def make_draw(
     drawn = sampling.replace(stop_after=(count + wait) * n - wait) if wait else sampling
 
     def of_rows(state: TrainState, step: int, rows: Rows) -> Trajectory:
-        return sample(lm, state.params, state.frozen, place_prompts(shardings, rows), drawn, seed, step)
+        return sample(lm, state.params, state.frozen, shard_prompts(shardings, rows), drawn, seed, step)
 
     def draw(state: TrainState, step: int):
         if not wait:
             rows = prompts.draw(state.cursor, count)
             return of_rows(state, step, rows), rows, state
-        carried = rollouts.restore(state.extra, prompts.columns_of)
+        carried = rollouts.carry_from_arrays(state.extra, prompts.columns_of)
         fresh = prompts.draw(state.cursor, count + wait if carried is None else count)
-        traj, rows, waiting = rollouts.turn(partial(of_rows, state, step), fresh, carried, n, wait, step, columns)
-        return traj, rows, state.replace(extra=rollouts.store(waiting))
+        traj, rows, waiting = rollouts.partial_step(
+            partial(of_rows, state, step), fresh, carried, n, wait, step, columns
+        )
+        return traj, rows, state.replace(extra=rollouts.carry_to_arrays(waiting))
 
     return draw

@@ -1,6 +1,6 @@
 """What does each estimator estimate? By enumeration, not by sampling: writes docs/estimators.md.
 
-    python experiments/estimators.py            # two to five minutes on two CPU cores; the same file each time
+    python experiments/tables/estimators.py            # two to five minutes on two CPU cores; the same file each time
 
 A language model small enough to list every group of 2 and of 3 answers gives the exact mean and variance of each
 algorithm's gradient, through the library's own code: `exact/` does the sums. A new algorithm is a line in

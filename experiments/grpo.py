@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from rljax.rollouts.sampler import sample
 
 import options
 from draws import make_draw, nobody
@@ -31,10 +32,9 @@ from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import make_score
 from rljax.rewards.text import animals
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
-from rljax.train.log import say
-from rljax.train.metrics import describe, require_on_policy, reward_and_kl
+from rljax.train.log import log_info
+from rljax.train.metrics import require_on_policy, reward_and_kl, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
@@ -63,7 +63,7 @@ class Config:
     verifier_seconds: float = 5.0  # deadline of one verdict
     verifier_workers: int = 1  # processes that judge
     save_every: int = 20  # steps between checkpoints
-    show_every: int = 10  # steps between samples in the report
+    log_samples_every: int = 10  # steps between samples in the report
     weights: Weights = Weights()
     directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
     mesh: MeshShape = MeshShape()
@@ -76,7 +76,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     mesh = meshes.make_mesh(**asdict(cfg.mesh))
     options.check_batches(b, mesh, waits=True)
     shares, config = options.read_rewards(cfg.rewards, verifiers), hf.read_config(cfg.model)
-    tokenizer = options.tokenizer(cfg.model, config.vocabulary)
+    tokenizer = options.tokenizer(cfg.model, config.vocab_size)
     longest = options.longest_prompt(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
     train, held_out = options.read_prompts(cfg.prompts, cfg.template, tokenizer, longest, cfg.held_out, cfg.seed)
 
@@ -86,7 +86,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     optimizer = options.optimizer(cfg.optimizer, cfg.steps * b.epochs * b.minibatches)
     if "values" in algorithm.needs:
         params = policy.with_value_head(params, config)
-    sampling = options.sampling(cfg.sampling, b.group, tokenizer, config.vocabulary)
+    sampling = options.sampling(cfg.sampling, b.group, tokenizer, config.vocab_size)
     waiting = nobody(b, train, sampling)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=waiting)
     shardings = options.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
@@ -113,12 +113,12 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         steps=1 if cfg.debug else cfg.steps,
         source=__file__,
         save_every=cfg.save_every,
-        show_every=cfg.show_every,
-        headlines=("reward", "no_signal", "length", "kl_sequence", "tokens_per_second"),
+        log_samples_every=cfg.log_samples_every,
+        progress_metrics=("reward", "frac_reward_zero_std", "length", "kl_sequence", "tokens_per_second"),
     )
-    with run, Pool(workers=cfg.verifier_workers, seconds=cfg.verifier_seconds) as pool:
+    with run, Pool(workers=cfg.verifier_workers, timeout_seconds=cfg.verifier_seconds) as pool:
         score = make_score({name: verifiers[name] for name in shares}, tokenizer.decode, shares, pool)
-        hf.keep_about(cfg.model, run.directory / "model", config.adapter)  # for export.py
+        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for export.py
         before = evaluate(state := jax.device_put(state, shardings.state), score)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -126,21 +126,21 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             traj = score(annotate(state, traj), rows)
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, b.epochs, b.minibatches)
-            if run.first(step) and not (b.wait and step):
+            if run.is_first_step(step) and not (b.wait and step):
                 require_on_policy(metrics, options.SAMPLER_GAP[cfg.weights.dtype])
             state = state.replace(step=step + 1, cursor=rows.cursor)
             if cfg.weights.reference_every and (step + 1) % cfg.weights.reference_every == 0:
-                state = policy.refresh_reference(state, cfg.weights.reference_share)
-            if run.shows(step):
-                run.show(step, batch, tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
-            seen = describe(traj, score.names) | metrics
+                state = policy.sync_reference(state, cfg.weights.reference_share)
+            if run.should_log_samples(step):
+                run.log_samples(step, batch, tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
+            seen = rollout_metrics(traj, score.names) | metrics
             if step + 1 == cfg.steps:
                 seen["held_out"] = evaluate(state, score)["reward"]
             run.record(step, state, seen)
         after = evaluate(state, score)
     shown = " -> ".join(f"{r['reward']:.3f} ± {r['error']:.3f}" for r in (before, after))
     start = "its last refreshment" if cfg.weights.reference_every else "the start"
-    say(f"held-out reward: {shown}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
+    log_info(f"held-out reward: {shown}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
     return {"before": before, "after": after}
 
 

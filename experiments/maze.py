@@ -17,10 +17,10 @@ import numpy as np
 
 import options
 from classical.tabular import Hyper, make_learn
-from rljax.envs.maze import make_maze, maze_mdp, number
+from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import optimal_action_values
 from rljax.train import pictures
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(cfg: Config) -> dict[str, float]:
     """Learn, draw, and return how far from the exact values the runs ended."""
     if not 0 < cfg.gamma <= 1 or cfg.seeds < 1:
         raise ValueError(f"gamma = {cfg.gamma}, seeds = {cfg.seeds}; legal: 0 < gamma <= 1, seeds from 1")
-    env = make_maze(cfg.rows, cfg.columns, cfg.start, cfg.goal, cfg.trap, cfg.walls, slip=cfg.slip, observe=number)
+    env = make_maze(cfg.rows, cfg.columns, cfg.start, cfg.goal, cfg.trap, cfg.walls, slip=cfg.slip, observe=cell_index)
     truth = optimal_action_values(maze_mdp(env.params, cfg.gamma))
     learn = jax.jit(jax.vmap(make_learn(cfg.rule, env, cfg.rows * cfg.columns, cfg.steps), (0, None, None)))
     hyper = jax.tree.map(jnp.float32, Hyper(cfg.alpha, cfg.power, cfg.epsilon, cfg.gamma))
@@ -78,7 +78,7 @@ def main(cfg: Config) -> dict[str, float]:
     table("Q, mean over seeds (exact)", rows)
     pictures.write(cfg.directory, f"{title}: Q, mean over seeds (exact)", rows, shown, dataclasses.asdict(cfg))
     reached = {"distance": float(np.median(found.distance[:, -1])), "optimal": float(right.mean())}
-    say(
+    log_info(
         f"median of max |Q - Q*| after {cfg.steps} steps: {reached['distance']:.2g}; "
         f"optimal policy in {right.sum()} of {cfg.seeds} runs; report in {cfg.directory}"
     )

@@ -19,16 +19,16 @@ import optax
 import tyro
 
 from rljax import types
-from rljax.data.prompts import Prompts, from_template, hold_out, read_jsonl
+from rljax.data.prompts import Prompts, from_template, read_jsonl, train_eval_split
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer, load_tokenizer
-from rljax.models import decoder, hf, parts, policy
+from rljax.models import decoder, hf, policy
 from rljax.models.decoder import DecoderConfig
-from rljax.models.lora import Lora
+from rljax.models.lora import LoraConfig
 from rljax.rewards.score import RewardError
-from rljax.train.log import say
-from rljax.train.mesh import Shardings, param_shardings, row_ways, state_shardings
-from rljax.train.packing import packed
+from rljax.train.log import log_info
+from rljax.train.mesh import Shardings, data_parallel_size, param_shardings, state_shardings
+from rljax.train.packing import make_packed_update
 from rljax.types import Params, TrainState
 
 
@@ -92,8 +92,8 @@ class Adapter:
     rank: int = 0  # of the products that are added to matrices; 0: no adapter, all is trained
     alpha: float = 32.0  # the adapter weighs alpha/rank, with rank_stabilised alpha/√rank
     targets: tuple[str, ...] = ("attention/", "mlp/")  # patterns of the matrices' paths (layers/3/attention/query)
-    rank_stabilised: bool = False  # rsLoRA
-    decomposed: bool = False  # DoRA
+    use_rslora: bool = False  # rsLoRA
+    use_dora: bool = False  # DoRA
 
 
 # Nats by which log-probs of sampler and trainer may differ with the same parameters: rounding, for the largest logits.
@@ -128,7 +128,7 @@ def optimizer(options: Optimizer, updates: int) -> optax.GradientTransformation:
     }[options.schedule]
     ramp = optax.linear_schedule(options.learning_rate / (options.warm_up + 1), options.learning_rate, options.warm_up)
     rate = optax.join_schedules([ramp, after], [options.warm_up])
-    decayed = parts.matrices if options.weight_decay else None
+    decayed = param_filters.decay_mask if options.weight_decay else None
     adam = optax.adamw(rate, b2=options.beta2, weight_decay=options.weight_decay, mask=decayed)
     return optax.chain(clip_global_norm(options.clip_norm), adam)
 
@@ -150,7 +150,7 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, waits: bool = False
 
     waits: whether the experiment carries prompts over (`draws.make_draw`).
     """
-    ways = row_ways(mesh)
+    ways = data_parallel_size(mesh)
     rows = batches.prompts * batches.group
     wrong = [
         f"{f.name} = {getattr(batches, f.name)}; at least {min(f.default, 1)}"
@@ -191,9 +191,9 @@ def tokenizer(directory: str, vocabulary: int) -> Tokenizer:
     return found
 
 
-def pieces(tokenizer: Tokenizer, vocabulary: int) -> list[bytes]:
+def token_bytes(tokenizer: Tokenizer, vocabulary: int) -> list[bytes]:
     """What each of a model's ids stands for; nothing for those that the tokenizer lacks."""
-    known = tokenizer.pieces()
+    known = tokenizer.token_bytes()
     return known + [b""] * (vocabulary - len(known))
 
 
@@ -201,7 +201,7 @@ def sampling(options: Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -
     """The sampler's settings for n answers a prompt of a model with so many ids, stop strings as an automaton."""
     fields = dataclasses.asdict(options)
     strings = [new_lines(text) for text in fields.pop("stop_strings")]
-    automaton = jnp.asarray(stop_strings(strings, pieces(tokenizer, vocabulary))) if strings else None
+    automaton = jnp.asarray(stop_strings(strings, token_bytes(tokenizer, vocabulary))) if strings else None
     return types.Sampling(n=n, stop=tokenizer.stop, stop_strings=automaton, **fields)
 
 
@@ -222,7 +222,7 @@ def updater(make: Callable, batches: Batches, shardings: Shardings, columns: int
             f"pack = {batches.pack}, pack_width = {batches.pack_width} (0: as sampled), where rows as sampled have "
             f"{columns} tokens; legal: {columns} <= pack_width <= pack"
         )
-    return packed(make_of, batches.pack, width, shardings)
+    return make_packed_update(make_of, batches.pack, width, shardings)
 
 
 def read_rewards(names: tuple[str, ...], legal: dict[str, Callable]) -> dict[str, float]:
@@ -256,8 +256,10 @@ def read_prompts(
     """Training and held-out prompts of a jsonl file; those of more than `longest` tokens are dropped and counted."""
     text = from_template(new_lines(template))
     make = partial(Prompts, encode=tokenizer.encode, text=text, max_tokens=longest, pad=tokenizer.pad, seed=seed)
-    train, exam = map(make, hold_out(read_jsonl(path), held_out, seed))
-    say(f"{len(train)} prompts and {len(exam)} held out; {train.dropped + exam.dropped} dropped, over {longest} tokens")
+    train, exam = map(make, train_eval_split(read_jsonl(path), held_out, seed))
+    log_info(
+        f"{len(train)} prompts and {len(exam)} held out; {train.dropped + exam.dropped} dropped, over {longest} tokens"
+    )
     return train, exam
 
 
@@ -274,13 +276,13 @@ def pretrained(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
     config = hf.read_config(directory, context)
-    adapter = Lora(**dataclasses.asdict(weights.adapter)) if weights.adapter.rank else None
+    adapter = LoraConfig(**dataclasses.asdict(weights.adapter)) if weights.adapter.rank else None
     config = dataclasses.replace(config, dtype=weights.dtype, remat=weights.remat, adapter=adapter)
-    places = param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    places = param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
     dtype = weights.dtype if adapter else "float32"
     params = {"decoder": hf.load(directory, config, places, jnp.dtype(dtype))}
     if adapter is None:
-        params, base = parts.freeze(params, *weights.freeze) if weights.freeze else (params, None)
+        params, base = param_filters.split_frozen(params, *weights.freeze) if weights.freeze else (params, None)
         frozen = {"reference": jax.tree.map(jnp.copy, params)} | ({} if base is None else {"base": base})
         return config, params, frozen
     trained, frozen = policy.with_adapter(params, config, jax.random.fold_in(jax.random.key(seed), 3))
@@ -375,7 +377,7 @@ def run(config_type: type, main: Callable) -> None:
     except (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError) as error:
         if getattr(config, "debug", False):
             traceback.print_exc()
-        say(f"error: {error}")
+        log_info(f"error: {error}")
         raise SystemExit(1) from None
 
 

@@ -14,7 +14,7 @@ from rljax.envs.cartpole import make_cartpole
 from rljax.envs.pendulum import make_pendulum
 from rljax.envs.tabular import TabularMDP, tabular_env
 from rljax.models import mlp
-from rljax.rollouts.unroll import begin, chance, unroll
+from rljax.rollouts.unroll import draw_noise, reset_envs, unroll
 from rljax.types import TrainState, Trajectory
 
 SEEDS = range(5)
@@ -97,7 +97,7 @@ def test_the_divergence_of_two_actors_in_both_directions(continuous):
     blank = jnp.zeros((2, 4))
     traj = Trajectory(seen, blank, blank, blank == 0, dist=mlp.distribution(old, seen))
     for direction, (p, q) in {"old_new": (old, new), "new_old": (new, old)}.items():
-        got = mlp.make_divergence(direction)(new, old, {}, traj)
+        got = mlp.make_mlp_divergence(direction)(new, old, {}, traj)
         if continuous:
             draws, spread = 40_000, 0.1
             (m, s), (n, u) = mlp.distribution(p, seen), mlp.distribution(q, seen)
@@ -128,7 +128,7 @@ def test_the_kl_of_a_step_is_that_of_the_policies_before_and_after():
 
     @jax.jit
     def learn(params):
-        _, traj = unroll(env, mlp.act, params, chance(env, key, 8, 32), begin(env, key, 8))
+        _, traj = unroll(env, mlp.act, params, draw_noise(env, key, 8, 32), reset_envs(env, key, 8))
         traj = mlp.annotate(params, traj)
         state = TrainState(jnp.int32(0), params, method.opt_state(params), key, {}, 0)
         state, metrics = method.learn(state, method.algorithm.credit(traj, {}))
@@ -169,7 +169,7 @@ def test_trpo_swings_the_pendulum_within_either_bound(direction):
 def test_a_time_limit_is_no_end(as_terminal, value):
     """One state that pays 1 for ever, cut every 10 steps: V = 1/(1 - γ) = 10; TD(0), the cut an end, finds 5.26."""
     forever = TabularMDP(jnp.ones((1, 1, 1)), jnp.ones((1, 1)), 0.9)
-    env = tabular_env(forever, limit=10)
+    env = tabular_env(forever, max_steps=10)
     if as_terminal:
 
         def step(key, state, action, params, whole=env.step):

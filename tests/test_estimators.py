@@ -1,4 +1,4 @@
-"""What experiments/estimators.py must find: values known from elsewhere, and sums done again here, in numpy."""
+"""What experiments/tables/estimators.py must find: values known from elsewhere, and sums done again here, in numpy."""
 
 import itertools
 import math

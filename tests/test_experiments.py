@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import check_parity
 import pytest
 
 import arithmetic_grpo
-import check_parity
 import options
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "experiments"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import export
 import jax
 import ml_dtypes
 import numpy as np
@@ -12,10 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import arithmetic_sft
-import export
 from models import tiny
 from rljax.models import heads, hf, lora, peft, policy
-from rljax.models.lora import Lora
+from rljax.models.lora import LoraConfig
 from rljax.train.checkpoint import Checkpoints
 from rljax.types import TrainState, trajectory_of_tokens
 
@@ -27,7 +27,7 @@ def saved_run(place: Path, params, frozen=None, adapter=None, about=None, steps=
         now = jax.tree.map(lambda x, s=step: x + s, params)
         checkpoints.save(step, TrainState(step, now, optax.EmptyState(), jax.random.key(0), frozen=frozen or {}))
     checkpoints.close()
-    hf.keep_about(about, place / "model", adapter)
+    hf.copy_sidecar_files(about, place / "model", adapter)
     return place
 
 
@@ -52,7 +52,7 @@ def written(directory: Path) -> dict[str, np.ndarray]:
 
 
 def same(found: dict, config, decoder_params, dtype=np.float32) -> None:
-    wanted = {name: x.astype(dtype) for name, x in hf.tensors(config, jax.device_get(decoder_params))}
+    wanted = {name: x.astype(dtype) for name, x in hf.named_tensors(config, jax.device_get(decoder_params))}
     assert found.keys() == wanted.keys()
     for name, x in wanted.items():
         assert found[name].dtype == x.dtype
@@ -89,7 +89,7 @@ def test_large_models_are_written_in_parts_with_an_index(model, run, tmp_path):
 def test_adapters_are_merged_into_their_base(model, tmp_path):
     directory, config, _ = model
     params = {"decoder": hf.load(directory, config)}
-    adapter = Lora(rank=3, targets=("query", "layers/1/mlp"))
+    adapter = LoraConfig(rank=3, targets=("query", "layers/1/mlp"))
     trained, frozen = policy.with_adapter(params, dataclasses.replace(config, adapter=adapter), jax.random.key(1))
     place = saved_run(tmp_path / "run", trained, frozen, adapter, directory)
     export.main(export.Config(str(place), str(tmp_path / "out")))
@@ -172,7 +172,7 @@ def test_a_model_made_by_a_script_brings_its_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
     task = arithmetic_sft.make_task(arithmetic_sft.Config(width=16, layers=1))
-    task.keep_about(tmp_path / "model")
+    task.copy_sidecar_files(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("12+34=046")["input_ids"] == task.tokenizer.encode("12+34=046")
     assert tokenizer.decode(task.tokenizer.encode("12+34=046")) == "12+34=046"
@@ -189,7 +189,7 @@ def test_transformers_scores_as_the_reward_model_did(model, tmp_path):
 
     directory, config, params = model
     params = heads.with_score_head(params, config, jax.random.key(5))
-    hf.copy_about(directory, tmp_path / "about")
+    hf.copy_config_and_tokenizer(directory, tmp_path / "about")
     about = with_pad(tmp_path / "about")
     hf.save(tmp_path / "out", config, params["decoder"], about, score_head=params["score_head"])
     tokens = np.arange(12).reshape(2, 6)
@@ -197,4 +197,4 @@ def test_transformers_scores_as_the_reward_model_did(model, tmp_path):
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
     with torch.no_grad():
         want = theirs(torch.tensor(tokens)).logits[:, 0].numpy()
-    np.testing.assert_allclose(heads.make_score_model(config)(params, {}, traj), want, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(heads.make_reward_model(config)(params, {}, traj), want, rtol=0, atol=2e-5)

@@ -93,7 +93,7 @@ def test_imports_point_down():
         ("rljax/models/hf.py", "import torch.nn as nn"),
         ("rljax/models/hf.py", "import orbax.checkpoint as ocp"),
         ("rljax/train/log.py", "import orbax.checkpoint as ocp"),
-        ("rljax/train/update.py", "import experiments.options"),
+        ("rljax/train/update.py", "import experiments.grpo"),
         ("rljax/train/update.py", "from jax.experimental.pjit import pjit"),
         ("rljax/train/update.py", "from jax.experimental import shard_map"),
         ("rljax/train/update.py", "import jax\nf = jax.pmap(g)"),

@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
-import generate
 import options
 from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts.tokens import sample
 from rljax.types import Rows
 from test_experiments import ENVIRONMENT, SCRIPTS, flags
 from test_grpo_experiment import RAW, write_prompts, write_tokenizer
@@ -42,7 +42,7 @@ def sampled(cfg: generate.Config, prompts: list[str]):
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     tokens, mask = pad_left(ids, max(map(len, ids)), 0)
     rows = Rows(tokens, mask, np.arange(len(ids), dtype=np.int32), [{} for _ in ids], 0)
-    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
+    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     params = {"decoder": hf.load(cfg.model, config)}
     traj = sample(decoder.language_model(config), params, {}, rows, sampling, cfg.seed, 0)
     for row in range(len(ids) * cfg.n):
@@ -72,9 +72,9 @@ def test_the_answers_are_those_of_sample(asked, tmp_path, capsys):
 def test_a_terminal_reads_along(asked, monkeypatch, capsys):
     generate.main(asked)
     *piped, _ = capsys.readouterr().out.splitlines()
-    said, say = [], generate.say
-    monkeypatch.setattr(generate, "live", lambda: True)
-    monkeypatch.setattr(generate, "say", lambda *args, **kwargs: (said.append(args[0]), say(*args, **kwargs)))
+    said, log_info = [], generate.log_info
+    monkeypatch.setattr(generate, "is_interactive", lambda: True)
+    monkeypatch.setattr(generate, "log_info", lambda *args, **kwargs: (said.append(args[0]), log_info(*args, **kwargs)))
     generate.main(asked)
     *read, _ = capsys.readouterr().out.splitlines()
     assert read == piped
@@ -82,7 +82,7 @@ def test_a_terminal_reads_along(asked, monkeypatch, capsys):
 
 
 def test_what_a_terminal_obeys_is_not_printed(capsys):
-    answers = generate.Answers(*(np.array([x]) for x in ([7], [-1.0], 1, True, True)))
+    answers = generate.Completions(*(np.array([x]) for x in ([7], [-1.0], 1, True, True)))
     generate.show([answers], [""], ["is"], 1, lambda *_: "\x1b[2J\ta\nb\x9b", [])
     assert capsys.readouterr().out.startswith("is�[2J")
 
@@ -150,7 +150,7 @@ def test_stories260k(shared):
     model = str(shared / "models" / "stories260k")
     cfg = generate.Config(model, "Once upon a time", sampling=options.Sampling(0.0, max_tokens=40))
     ((tokens, *_),) = sampled(cfg, ["Once upon a time"])
-    text = b"".join(load_tokenizer(model).pieces()[token] for token in tokens).decode()
+    text = b"".join(load_tokenizer(model).token_bytes()[token] for token in tokens).decode()
     sampling = options.Sampling(0.0, stop_strings=("to play o", "zebra"), max_tokens=40)
     (line,) = generate.main(change(cfg, sampling=sampling))
     before, stop, after = text.partition("to play o")

@@ -9,22 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-import export
 import grpo
 import options
 from models import tiny
 from rewards import hostile
 from rljax.algorithms import grpo as plain_grpo
 from rljax.algorithms import with_kl
-from rljax.models import decoder, hf, lora, parts, peft
+from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
-from rljax.train.checkpoint import read_parts
+from rljax.train.checkpoint import restore_items
 from rljax.train.mesh import make_mesh
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-:;"
@@ -324,7 +324,7 @@ def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run
     first, last = metrics(cfg.directory)
     assert first["kl_sequence"] == pytest.approx(0, abs=0.2)
     assert last["kl_sequence"] != 0
-    step, saved = read_parts(tmp_path / "run" / "checkpoints", "params", "frozen")
+    step, saved = restore_items(tmp_path / "run" / "checkpoints", "params", "frozen")
     assert (step, saved["params"].keys(), saved["frozen"].keys()) == (2, {"lora"}, {"base", "reference"})
 
     def half_way(now, reference):
@@ -344,15 +344,15 @@ def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run
 def test_frozen_parts_stand_below_what_is_trained(tiny_run):
     mesh = make_mesh(fsdp=1, tensor=-1)
     config, trained, frozen = options.pretrained(tiny_run.model, options.Weights(freeze=("embedding", "norm")), mesh)
-    assert parts.names(frozen["base"]) == [
+    assert param_filters.param_paths(frozen["base"]) == [
         "decoder/embedding",
         "decoder/layers/0/attention_norm/scale",
         "decoder/layers/0/mlp_norm/scale",
         "decoder/norm/scale",
     ]
-    assert len(parts.names(trained)) == 7
+    assert len(param_filters.param_paths(trained)) == 7
     jax.tree.map(np.testing.assert_array_equal, trained, frozen["reference"])
-    whole = decoder.whole(config, trained, frozen)
+    whole = decoder.full_params(config, trained, frozen)
     jax.tree.map(np.testing.assert_array_equal, whole["decoder"], hf.load(tiny_run.model, config))
     with pytest.raises(ValueError, match=r"leave out --weights\.freeze or --weights\.adapter\.rank"):
         options.pretrained(tiny_run.model, options.Weights(adapter=options.Adapter(rank=2), freeze=("norm",)), mesh)

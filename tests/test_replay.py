@@ -133,7 +133,7 @@ def replay(case: Case, dtype=jnp.float32) -> list[Gap]:
     trainer = trainer_of(set.union(*map(set, case.micro)))
     args = arguments_of(trainer, case.given)
     config = replace(read_config(case.model), dtype=dtype)
-    if config.experts is not None and case.given.get("router_aux_loss_coef") != 0:
+    if config.moe is not None and case.given.get("router_aux_loss_coef") != 0:
         raise Unsupported(f"{case.model}: a mixture, whose balancing loss rljax has not; router_aux_loss_coef 0 only")
     load = lambda: {"decoder": hf.load(case.model, config, dtype=dtype)}  # noqa: E731  anew: an update donates what it is given
     sizes = [batches.size(trainer, micro) for micro in case.micro]
@@ -156,7 +156,7 @@ def replay(case: Case, dtype=jnp.float32) -> list[Gap]:
         state = method.follow(state, metrics)
         gaps.append(Gap("loss", f"step {s}", float(metrics["loss"]), float(case.loss[s])))
         gaps.append(Gap("gradient norm", f"step {s}", float(metrics["grad_norm"]), float(case.grad_norm[s])))
-    stored = lambda tree: dict(hf.tensors(config, tree["decoder"], hf.is_fused(case.model)))  # noqa: E731
+    stored = lambda tree: dict(hf.named_tensors(config, tree["decoder"], hf.has_fused_projections(case.model)))  # noqa: E731
     return gaps + weight_gaps(case, stored(state.params), stored(state.opt_state[0]))
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from classical import dqn
 from classical.tabular import Hyper, make_learn
-from rljax.envs.maze import make_maze, maze_mdp, number
+from rljax.envs.maze import cell_index, make_maze, maze_mdp
 from rljax.envs.tabular import action_values, optimal_action_values
 from rljax.models import mlp
 
 GAMMA, SEEDS = 0.9, 100
-MAZE = make_maze(start=None, observe=number)
+MAZE = make_maze(start=None, observe=cell_index)
 MDP = maze_mdp(MAZE.params, GAMMA)
 TRUTH = np.asarray(optimal_action_values(MDP))
 INSIDE = [0, 1, 3, 4]  # where one chooses
@@ -104,6 +104,6 @@ def test_dqn_finds_the_optimal_values(changes, share):
     train = jax.jit(dqn.make_train(env, sizes))
     hyper = jax.tree.map(jnp.float32, dqn.Hyper(1e-3, GAMMA, epsilon=1.0, share=share))
     params, _ = train(dqn.init(env, jax.random.key(0), (32, 32)), jax.random.key(1), hyper)
-    q = np.asarray(mlp.action_values(params, jnp.eye(6)))
+    q = np.asarray(mlp.q_values(params, jnp.eye(6)))
     assert np.abs(q - TRUTH)[INSIDE].max() < 0.3
     assert optimal(q[None]).all()

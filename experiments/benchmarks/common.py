@@ -11,13 +11,15 @@ import numpy as np
 from rljax.models.decoder import DecoderConfig
 from rljax.types import Rows
 
-W1 = DecoderConfig(4096, width=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_width=688)
-W2 = DecoderConfig(32768, width=512, layers=8, heads=8, kv_heads=4, head_dim=64, mlp_width=1376)
+W1 = DecoderConfig(4096, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, intermediate_size=688)
+W2 = DecoderConfig(
+    32768, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, intermediate_size=1376
+)
 
 
 def prompts(config: DecoderConfig, count: int, length: int) -> Rows:
     """Random prompts of one length."""
-    tokens = np.random.default_rng(0).integers(1, config.vocabulary, (count, length), np.int32)
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, (count, length), np.int32)
     return Rows(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), [], 0)
 
 

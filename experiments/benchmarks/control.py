@@ -72,7 +72,7 @@ def ppo_alone(sizes: on_policy.Sizes) -> float:
 def dqn_alone(sizes: dqn.Sizes) -> float:
     target = mlp.init_q(jax.random.key(0), 4, 2)
     return networks_alone(
-        lambda p, x: ((mlp.action_values(p, x) - mlp.action_values(target, x)) ** 2).mean(),
+        lambda p, x: ((mlp.q_values(p, x) - mlp.q_values(target, x)) ** 2).mean(),
         target,
         sizes.batch,
         (sizes.steps - sizes.start) // sizes.every * sizes.updates,

@@ -33,9 +33,9 @@ class Config:
     micro_batches: tuple[int, ...] = (1, 4, 8)  # pieces of the update
 
 
-def temporary_bytes(vocabulary: int, micro_batches: int) -> int:
+def temporary_bytes(vocab_size: int, micro_batches: int) -> int:
     """Of the compiled update, beside its arguments and results."""
-    config = dataclasses.replace(W1, vocabulary=vocabulary)
+    config = dataclasses.replace(W1, vocab_size=vocab_size)
     optimizer = optax.adamw(1e-3)
 
     def arguments():

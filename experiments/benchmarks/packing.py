@@ -14,13 +14,13 @@ import numpy as np
 import optax
 import tyro
 from common import W1, alternately, prompts
+from rljax.rollouts.sampler import sample
 
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
-from rljax.rollouts.tokens import sample
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
-from rljax.train.packing import packed
+from rljax.train.packing import make_packed_update
 from rljax.train.update import make_update
 from rljax.types import Batch, Sampling, TrainState
 
@@ -53,7 +53,7 @@ def main(cfg: Config) -> None:
     width = round(columns * cfg.rows_as_wide)
     updates = {
         "as sampled": make_update(objective, optimizer, cfg.micro_batches),
-        "packed": packed(lambda m: make_update(objective, optimizer, m), tokens, width),
+        "packed": make_packed_update(lambda m: make_update(objective, optimizer, m), tokens, width),
     }
     states = {
         n: TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1)) for n in updates
@@ -72,7 +72,7 @@ def main(cfg: Config) -> None:
     text = batch.mask.size * (1 - first["packed"]["padding_before"])
     padding = {"as sampled": first["packed"]["padding_before"], "packed": first["packed"]["padding_after"]}
     pieces = {"as sampled": cfg.micro_batches, "packed": first["packed"]["micro_batches"]}
-    say(f"{text:.0f} tokens of text in {columns} columns, packed in {width}; {tokens} tokens at a time")
+    log_info(f"{text:.0f} tokens of text in {columns} columns, packed in {width}; {tokens} tokens at a time")
     table(
         "W1",
         [

@@ -21,7 +21,7 @@ import tyro
 from common import alternately, bandwidth
 
 from rljax.ops.returns import gae, vtrace_returns
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def main(cfg: Config) -> None:
 
     bandwidths = {name: max(speeds) for name, speeds in copies.items()}
     shown = ", ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in bandwidths.items())
-    say(f"copy of 256 MiB: {shown}; [{B}, {T}] float32")
+    log_info(f"copy of 256 MiB: {shown}; [{B}, {T}] float32")
     rows = []
     for name in works:
         moved = 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0))

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import tyro
 from common import W1, W2, alternately, bandwidth, peak, prompts
 from jax.sharding import NamedSharding, PartitionSpec
+from rljax.rollouts.sampler import sample, sample_and_count
 
 from rljax.models import decoder, policy
 from rljax.ops.logprobs import softmax, softmax_logp
 from rljax.ops.sampling import invert_cdf
-from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.train import mesh as meshes
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import Sampling
 
 WORKS = {"W1": (W1, 8, 8, 32, 64), "W2": (W2, 2, 8, 128, 128)}  # config, prompts, answers to each, their tokens
@@ -57,9 +57,11 @@ class Config:
 def ceiling(config, rows: int, prompts: int, length: int, answer: int, flops: float, bytes_: float) -> float:
     """Seconds below which no rollout of these sizes comes."""
     weights = sum(x.size for x in jax.tree.leaves(decoder.abstract(config)))
-    column = 2 * config.layers * config.kv_heads * config.head_dim  # numbers cached for a token
-    width = 2 * config.layers * config.heads * config.head_dim  # multiply-adds of a query with one key and its value
-    body = weights - config.vocabulary * config.width
+    column = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # numbers cached for a token
+    width = (
+        2 * config.num_layers * config.num_heads * config.head_dim
+    )  # multiply-adds of a query with one key and its value
+    body = weights - config.vocab_size * config.hidden_size
     size = jnp.dtype(config.dtype).itemsize
     seconds = max(size * weights / bytes_, 2 * prompts * length * (body + width * length / 2) / flops)
     for t in range(answer):
@@ -75,13 +77,13 @@ def torch_generate(config, rows, n: int, answer: int):
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            intermediate_size=config.mlp_width,
+            intermediate_size=config.intermediate_size,
             tie_word_embeddings=True,
         )
     ).eval()
@@ -97,7 +99,7 @@ def torch_generate(config, rows, n: int, answer: int):
 
 def peer(python: str, name: str, config, *sizes: int):
     """The same work for peers/`name`.py, in a process of its own, which works when it is asked to."""
-    shape = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width")
+    shape = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
     work = {x: getattr(config, x) for x in shape} | dict(zip(("prompts", "n", "length", "answer"), sizes, strict=True))
     script = str(Path(__file__).with_name("peers") / f"{name}.py")
     child = subprocess.Popen(
@@ -118,13 +120,13 @@ def spread(devices: int, lm, params, rows, sampling: Sampling):
     mesh = meshes.make_mesh(data=devices, fsdp=1)
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     params = jax.device_put(params, everywhere)
-    rows = meshes.place_prompts(meshes.Shardings(None, split, everywhere), rows)
+    rows = meshes.shard_prompts(meshes.Shardings(None, split, everywhere), rows)
     return lambda i: sample(lm, params, {}, rows, sampling, 0, i)
 
 
 def sampling_parts(config, rows: int, repeats: int) -> dict[str, float]:
     """Seconds of one draw without and with its log-prob: 64 of them in one compiled loop, each waiting for the last."""
-    logits = 3.0 * jax.random.normal(jax.random.key(0), (rows, config.vocabulary))
+    logits = 3.0 * jax.random.normal(jax.random.key(0), (rows, config.vocab_size))
     uniform, ones = jnp.linspace(0.0, 1.0, rows, endpoint=False), jnp.ones(rows)
 
     def loop(captured: bool):
@@ -152,8 +154,8 @@ def main(cfg: Config) -> dict[str, float]:
     config = dataclasses.replace(config, dtype=cfg.dtype)
     B, rows, params = count * n, prompts(config, count, length), policy.init(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
-    exact = dataclasses.replace(config, exact=True)
-    lm, exact_lm, stop = *map(decoder.language_model, (config, exact)), tuple(range(config.vocabulary * 4 // answer))
+    exact = dataclasses.replace(config, batch_invariant=True)
+    lm, exact_lm, stop = *map(decoder.language_model, (config, exact)), tuple(range(config.vocab_size * 4 // answer))
     plain = Sampling(n=n, max_tokens=answer)
     queue = prompts(config, 4 * count, length)
     cut = [slice(i * count, (i + 1) * count) for i in range(4)]
@@ -202,7 +204,7 @@ def main(cfg: Config) -> dict[str, float]:
         for ours in ("rollout", f"on {cfg.devices} devices")
         if other in median and ours in median
     }
-    say(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
+    log_info(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
     table("figures", [{"": name, "value": value} for name, value in figures.items()])
     if cfg.json:

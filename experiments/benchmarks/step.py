@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import tyro
 from common import W1, peak, prompts, seconds
+from rljax.rollouts.sampler import sample
 
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
-from rljax.rollouts.tokens import sample
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Sampling, TrainState
@@ -53,7 +53,7 @@ def main(cfg: Config) -> None:
     learning = seconds(learn, cfg.repeats)
     weights = sum(x.size for x in jax.tree.leaves(params))
     tokens = traj.mask.size
-    say(
+    log_info(
         f"float32 peak: {ceiling / 1e9:.0f} GFLOP/s on {jax.devices()[0].device_kind}, {weights / 1e6:.2f} M parameters"
     )
     flops = {"rollout": 2 * weights * (8 * 32 + 64 * 64), "update": 6 * weights * tokens}

@@ -12,8 +12,8 @@ from rljax.envs.env import Box, Env
 from rljax.models import mlp
 from rljax.rollouts import replay
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, chance, finished, unroll
-from rljax.train.compiled import follow
+from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
+from rljax.train.compiled import polyak_update
 from rljax.train.update import make_update
 from rljax.types import TrainState, Transition
 
@@ -66,12 +66,14 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
     def train(params, key, hyper: Hyper):
         optimizer = optax.flatten(optax.adam(hyper.learning_rate))
-        update = make_update(dqn(mlp.action_values, sizes.double, sizes.huber), optimizer)
+        update = make_update(dqn(mlp.q_values, sizes.double, sizes.huber), optimizer)
         starting, learning, key = jax.random.split(key, 3)
-        carry = begin(env, starting, sizes.rows)
+        carry = reset_envs(env, starting, sizes.rows)
         see = jax.ShapeDtypeStruct(carry[0].shape[1:], carry[0].dtype)
         number = jax.ShapeDtypeStruct((), jnp.float32)
-        kept = replay.empty(Transition(see, jax.ShapeDtypeStruct((), jnp.int32), number, see, number), sizes.capacity)
+        kept = replay.init_buffer(
+            Transition(see, jax.ShapeDtypeStruct((), jnp.int32), number, see, number), sizes.capacity
+        )
         state = TrainState(
             jnp.int32(0), params, optimizer.init(params), learning, {"target": params}, extra=(carry, kept)
         )
@@ -81,25 +83,27 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
             carry, kept = state.extra
             epsilon = jnp.maximum(1.0 - (1.0 - hyper.epsilon) * n / (hyper.falling * iterations), hyper.epsilon)
             carry, traj = unroll(env, mlp.act_epsilon_greedily, (state.params, epsilon), playing, carry)
-            kept = replay.add(kept, replay.transitions(traj, hyper.gamma, sizes.n))
+            kept = replay.add_to_buffer(kept, replay.transitions(traj, hyper.gamma, sizes.n))
 
             def learn(state):
                 def one(state, bits):
-                    return update(state, replay.draw(kept, bits))[0], None
+                    return update(state, replay.sample_from_buffer(kept, bits))[0], None
 
                 return jax.lax.scan(one, state, drawing)[0]
 
             seen = (n + 1) * sizes.every
             learner = jax.lax.cond(seen > sizes.start, learn, lambda state: state, state.replace(extra=None))
-            target = follow(learner.frozen["target"], learner.params, hyper.share, seen % sizes.target_every == 0)
+            target = polyak_update(
+                learner.frozen["target"], learner.params, hyper.share, seen % sizes.target_every == 0
+            )
             state = learner.replace(frozen={"target": target}, extra=(carry, kept))
-            total, count, running = finished(traj, running)
+            total, count, running = episode_returns(traj, running)
             return (state, running), {"return": total / jnp.maximum(count, 1), "episodes": count}
 
         def several(carried, now):
             n, key = now
             playing, drawing = jax.random.split(key)
-            playing = chance(env, playing, sizes.rows, together * length)
+            playing = draw_noise(env, playing, sizes.rows, together * length)
             playing = jax.tree.map(lambda x: x.reshape(together, length, *x.shape[1:]), playing)
             drawing = jax.random.bits(drawing, (together, sizes.updates, sizes.batch))
             return jax.lax.scan(iteration, carried, (n, playing, drawing))

@@ -25,8 +25,8 @@ from rljax.models import mlp
 from rljax.ops import losses
 from rljax.ops.weights import token_mean
 from rljax.rollouts.episodes import episodes
-from rljax.rollouts.unroll import begin, chance, finished, unroll
-from rljax.train.compiled import decisions, follow, of_part, scan_updates
+from rljax.rollouts.unroll import draw_noise, episode_returns, reset_envs, unroll
+from rljax.train.compiled import flatten_time, polyak_update, scan_updates, update_subtree
 from rljax.train.objective import policy_objective
 from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import make_update
@@ -78,7 +78,7 @@ def adam(rate, clip_norm: float = 0.5) -> optax.GradientTransformation:
 
 
 def updating(algorithm: Algorithm, optimizer) -> Callable:
-    return make_update(policy_objective(mlp.make_policy(), algorithm), optimizer)
+    return make_update(policy_objective(mlp.make_mlp_policy(), algorithm), optimizer)
 
 
 def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int) -> Method:
@@ -86,10 +86,10 @@ def in_minibatches(algorithm: Algorithm, sizes: Sizes, h: Hyper, iterations: int
     algorithm = with_entropy(algorithm, h.entropy)
     updates = iterations * sizes.epochs * sizes.minibatches
     optimizer = adam(optax.linear_schedule(h.learning_rate, 0.0, updates) if sizes.anneal else h.learning_rate)
-    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behaviour", "value_loss")
+    update, keep = updating(algorithm, optimizer), ("entropy", "kl_behavior", "value_loss")
 
     def learn(state, batch):
-        return scan_updates(update, state, decisions(batch), sizes.epochs, sizes.minibatches, keep)
+        return scan_updates(update, state, flatten_time(batch), sizes.epochs, sizes.minibatches, keep)
 
     return Method(algorithm, learn, optimizer.init)
 
@@ -101,7 +101,7 @@ def penalised(sizes: Sizes, h: Hyper, iterations: int, target: float = 0.003) ->
 
     def learn(state, batch):
         state, metrics = method.learn(state, batch)
-        kl = mlp.make_policy()(state.params, {}, batch.traj).kl.mean()
+        kl = mlp.make_mlp_policy()(state.params, {}, batch.traj).kl.mean()
         beta = ppo_penalty_coefficient(state.coefficients["kl_old"], kl, target)
         return state.replace(coefficients={"kl_old": beta}), {**metrics, "kl_old": kl, "kl_coefficient": beta}
 
@@ -113,13 +113,13 @@ def apart(
 ) -> Method:
     """A policy step on the whole batch, Adam's or `policy_update`, then the critic's own epochs."""
     actor, critic = adam(h.learning_rate), adam(h.critic_rate)
-    policy_step = of_part(policy_update or updating(algorithm, actor), "actor")
-    critic_step = of_part(updating(CRITIC, critic), "critic")
+    policy_step = update_subtree(policy_update or updating(algorithm, actor), "actor")
+    critic_step = update_subtree(updating(CRITIC, critic), "critic")
 
     def learn(state, batch):
         state, metrics = policy_step(state, batch)
         if "values" in algorithm.needs:
-            state, _ = scan_updates(critic_step, state, decisions(batch), sizes.epochs, sizes.minibatches)
+            state, _ = scan_updates(critic_step, state, flatten_time(batch), sizes.epochs, sizes.minibatches)
         return state, {name: metrics[name] for name in keep}
 
     def opt_state(params):
@@ -132,8 +132,8 @@ def apart(
 def trust_region(sizes: Sizes, h: Hyper) -> Method:
     """TRPO: the actor within `delta` of the one that acted, no bonus and no clip; the critic apart."""
     algorithm = trpo_gae(h.gamma, h.lam)
-    objective = policy_objective(mlp.make_policy(), algorithm)
-    update = make_trust_region_update(objective, mlp.make_divergence(sizes.kl_direction), h.delta, h.damping)
+    objective = policy_objective(mlp.make_mlp_policy(), algorithm)
+    update = make_trust_region_update(objective, mlp.make_mlp_divergence(sizes.kl_direction), h.delta, h.damping)
     return apart(algorithm, sizes, h, update, ("entropy", "kl_step", "accepted", "line_search_trials"))
 
 
@@ -179,7 +179,7 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
     def train(params, key, hyper: Hyper):
         method = METHODS[algo](sizes, hyper, iterations)
         starting, learning, key = jax.random.split(key, 3)
-        extra = (begin(env, starting, sizes.rows), jnp.zeros(sizes.rows), params)
+        extra = (reset_envs(env, starting, sizes.rows), jnp.zeros(sizes.rows), params)
         state = TrainState(jnp.int32(0), params, method.opt_state(params), learning, {}, 0, method.coefficients, extra)
 
         def rollout(state, key):
@@ -187,17 +187,19 @@ def make_train(algo: str, env: Env, sizes: Sizes) -> Callable:
             if algo in EPISODIC:
                 traj = episodes(env, mlp.act, acting, key, sizes.rows, sizes.length, draws)
                 return traj, state.extra, (traj.rewards.sum(), sizes.rows)
-            carry, traj = unroll(env, mlp.act, acting, chance(env, key, sizes.rows, sizes.length, draws), carry)
-            total, count, running = finished(traj, running)
+            carry, traj = unroll(env, mlp.act, acting, draw_noise(env, key, sizes.rows, sizes.length, draws), carry)
+            total, count, running = episode_returns(traj, running)
             return mlp.annotate(state.params, traj), (carry, running, acting), (total, count)
 
         def iteration(state, now):
             n, key = now
-            acting = follow(state.extra[-1], state.params, due=n % sizes.lag == 0) if sizes.lag > 1 else state.params
+            acting = (
+                polyak_update(state.extra[-1], state.params, due=n % sizes.lag == 0) if sizes.lag > 1 else state.params
+            )
             state = state.replace(extra=(*state.extra[:-1], acting))
             traj, extra, (total, count) = rollout(state, key)
             if "old_logp" in method.algorithm.needs:
-                traj = traj.replace(old_logp=mlp.make_policy()(state.params, {}, traj).logp)
+                traj = traj.replace(old_logp=mlp.make_mlp_policy()(state.params, {}, traj).logp)
             batch = method.algorithm.credit(traj, state.coefficients)
             state, metrics = method.learn(state.replace(extra=extra), batch)
             return state, {"return": total / jnp.maximum(count, 1), "episodes": count, **metrics}

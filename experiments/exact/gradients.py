@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from exact.language import Tree, at_the_end, log_prob, sequence_kl, values, visits
 from exact.worlds import World, facts, policy
-from rljax.train.log import say
+from rljax.train.log import log_info
 from rljax.train.objective import policy_objective
 from rljax.types import Algorithm
 
@@ -66,7 +66,7 @@ def measure(algorithms: Mapping, weightings: Iterable[Callable], lm: Tree, place
         found = {}
         for name, job in jobs.items():
             found[name] = job.result()
-            say(f"groups of {answers}: {name}")
+            log_info(f"groups of {answers}: {name}")
         return found
 
 

@@ -44,7 +44,7 @@ def from_template(template: str) -> Callable[[dict], str]:
     return text
 
 
-def hold_out(columns: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
+def train_eval_split(columns: list[dict], count: int, seed: int) -> tuple[list[dict], list[dict]]:
     """A random split into (training, held-out): `count` rows held out, at most half; of a single row, both sides."""
     if count < 1:
         raise ValueError(f"{count} prompts to hold out; at least 1 is needed to evaluate on")

@@ -58,7 +58,7 @@ def cut(text: Text, strings: Sequence[Text]) -> Text:
     return text[: min(met)[1]] if met else text
 
 
-def text_so_far(tokens: Iterable[int], pieces: Sequence[bytes], strings: Sequence[bytes], over: bool) -> str:
+def streamed_text(tokens: Iterable[int], pieces: Sequence[bytes], strings: Sequence[bytes], over: bool) -> str:
     """The text of an answer, without the stop string that ended it.
 
     Until it is over, without what may yet become a stop string or a character: what is there stays.

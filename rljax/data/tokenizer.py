@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rljax.data.pieces import pieces_of
+from rljax.data.token_bytes import pieces_of
 
 
 class Tokenizer(NamedTuple):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rljax.models.exact import BLOCK, LANE
+from rljax.models.batch_invariant import BLOCK, LANE
 from rljax.ops.logprobs import tree_sum
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]

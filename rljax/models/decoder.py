@@ -20,9 +20,9 @@ from flax import nnx
 
 from rljax.models import caches, rope
 from rljax.models.attention import Implementation, Sight, attend, look_up
-from rljax.models.exact import LANE, ROWS, at_least
-from rljax.models.experts import Experts, mix, route
+from rljax.models.batch_invariant import LANE, ROWS, at_least
 from rljax.models.lora import Adapted, Lora, attach
+from rljax.models.moe import Experts, mix, route
 from rljax.models.rope import Rope
 from rljax.ops.logprobs import tree_sum
 from rljax.types import LM, Params

@@ -12,7 +12,7 @@ from typing import Any
 
 from rljax.models import rope
 from rljax.models.decoder import DecoderConfig
-from rljax.models.experts import Experts
+from rljax.models.moe import Experts
 
 NUMBERS = (
     "vocab_size",

@@ -30,12 +30,12 @@ class Lora:
     rank: int = 16
     alpha: float = 32.0  # the adapter's weight is alpha/rank
     targets: tuple[str, ...] = ("attention/", "mlp/")  # patterns, searched in paths such as layers/3/attention/query
-    rank_stabilised: bool = False  # alpha/√rank
+    use_rslora: bool = False  # alpha/√rank
     decomposed: bool = False  # DoRA
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @struct.dataclass

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 
-from rljax.rewards.reference import name_of, refer
+from rljax.rewards.function_path import name_of, refer
 from rljax.rewards.worker import Result
 
 LOADING = -1  # the task of a worker that is starting, or importing its function

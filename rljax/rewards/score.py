@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rljax.rewards.function_path import name_of
 from rljax.rewards.pool import Pool
-from rljax.rewards.reference import name_of
 from rljax.rewards.worker import Result, judge
 from rljax.types import Rows, Trajectory
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from numbers import Real
 from typing import Literal, NamedTuple
 
-from rljax.rewards.reference import resolve
+from rljax.rewards.function_path import resolve
 
 LARGEST = 3.4028234663852886e38  # scores are float32
 REFUSED = {

@@ -8,7 +8,7 @@ import numpy as np
 from flax import struct
 
 from rljax.ops import sampling as ops
-from rljax.rollouts.draw import Memory, Settings, follow
+from rljax.rollouts.sample_token import Memory, Settings, follow
 from rljax.types import LM, Array, Params, Rows, Sampling, Trajectory, trajectory_of_tokens
 
 PAST = ("chosen", "logp", "temperature", "version", "terminated", "truncated")

@@ -11,7 +11,7 @@ from flax import struct
 from rljax.ops import sampling as ops
 from rljax.rollouts import draw as drawing
 from rljax.rollouts.answers import Answers, Prompts, Work, read, unfinished
-from rljax.rollouts.draw import Memory, Settings
+from rljax.rollouts.sample_token import Memory, Settings
 from rljax.types import LM, Array, Sampling
 
 FEWEST = 8  # slots: fewer rows take no less time

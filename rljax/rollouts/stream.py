@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from rljax.rollouts import draw as drawing
 from rljax.rollouts import tokens
 from rljax.rollouts.answers import Answers, Prompts, bind, place, settle, unfinished
-from rljax.rollouts.draw import Settings
-from rljax.rollouts.tokens import Decoding
+from rljax.rollouts.sample_token import Settings
+from rljax.rollouts.sampler import Decoding
 from rljax.types import LM, Params, Rows, Sampling
 
 ROOM = 128  # columns of the cache at first; when they are full there are twice as many. Each number is compiled apart

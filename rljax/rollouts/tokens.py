@@ -15,7 +15,7 @@ from flax import struct
 
 from rljax.rollouts import draw as drawing
 from rljax.rollouts.answers import Answers, Prompts, Work, bind, place, read, settle, trajectory, unfinished
-from rljax.rollouts.draw import Memory, Settings
+from rljax.rollouts.sample_token import Memory, Settings
 from rljax.rollouts.slots import draw_in_slots
 from rljax.types import LM, Array, Params, Rows, Sampling, Trajectory
 

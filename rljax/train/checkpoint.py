@@ -24,14 +24,14 @@ from rljax.types import TrainState
 class Checkpoints:
     """The checkpoints under one directory: the newest `keep` good ones stay."""
 
-    def __init__(self, directory: str | Path, keep: int = 2, say: Callable[[str], None] = lambda text: None):
+    def __init__(self, directory: str | Path, keep: int = 2, log_info: Callable[[str], None] = lambda text: None):
         self.directory = Path(directory).absolute()  # Orbax fails on a relative path, and only in its thread
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.say = say
+        self.log_info = log_info
         for leftover in self.directory.iterdir():
             ours = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
             if ours and not _manifest(self.directory, leftover.name).is_file():
-                say(f"removing {leftover}: its saving was interrupted")
+                log_info(f"removing {leftover}: its saving was interrupted")
                 shutil.rmtree(leftover)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -62,7 +62,7 @@ class Checkpoints:
                     ).unlink()  # first: without one, what is left of the step is removed at start
                     self._manager.delete(bad)
                 return self._read(step, state)
-            self.say(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
+            self.log_info(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
             damaged.append(step)
         if damaged:
             raise RuntimeError(f"{self.directory}: no checkpoint is good; move the run directory away to start over")
@@ -100,7 +100,7 @@ class Checkpoints:
                 manifest.unlink()
 
 
-def read_parts(directory: str | Path, *names: str, step: int | None = None) -> tuple[int, dict]:
+def restore_items(directory: str | Path, *names: str, step: int | None = None) -> tuple[int, dict]:
     """Parts of a saved state ("params", "frozen") by name, on the CPU, whatever mesh they were saved from.
 
     step: None is the newest good one. Nothing is changed, so a run may go on meanwhile. Raises FileNotFoundError where

@@ -32,9 +32,9 @@ def policy(output: PolicyOutput, batch: Batch) -> dict[str, Array]:
         "ratio_max": ratio,
         "ratio_min": ratio,
         "ratio_squared": ratio**2,
-        "logp_change_max": jnp.abs(output.logp - behaviour),  # at a rollout's first update: sampler against trainer
-        "kl_behaviour": k3(behaviour, output.logp),
-        "kl_behaviour_k1": k1(behaviour, output.logp),
+        "logp_diff_max": jnp.abs(output.logp - behaviour),  # at a rollout's first update: sampler against trainer
+        "kl_behavior": k3(behaviour, output.logp),
+        "kl_behavior_k1": k1(behaviour, output.logp),
     }
     if old is not None:
         shown["kl_old"] = k3(old, output.logp)
@@ -42,7 +42,7 @@ def policy(output: PolicyOutput, batch: Batch) -> dict[str, Array]:
 
 
 def derived(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics with `ratio_squared` turned into what it is for: `ratio_std` and `ratio_effective_share`.
+    """The metrics with `ratio_squared` turned into what it is for: `ratio_std` and `ess_fraction`.
 
     E ρ² - (E ρ)² is taken of float32 means: a spread below some 3e-4 is rounding.
     """
@@ -51,7 +51,7 @@ def derived(metrics: dict[str, float]) -> dict[str, float]:
     out = {name: value for name, value in metrics.items() if name != "ratio_squared"}
     mean, square = metrics["ratio"], metrics["ratio_squared"]
     out["ratio_std"] = math.sqrt(square - mean**2) if square > mean**2 else 0.0
-    out["ratio_effective_share"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
+    out["ess_fraction"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
     return out
 
 
@@ -72,7 +72,7 @@ def rollout(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> di
         "reward_std": _std(total, judged),
         "reward_max": masked_max(total, judged),
         "reward_min": masked_min(total, judged),
-        "not_judged": _share(~judged),
+        "frac_reward_failed": _share(~judged),
         "no_signal": _share(groups.zero_std(total, traj.group, judged)),
         "solved_all": _share((count > 0) & (right == count)),
         "solved_none": _share((count > 0) & (right == 0)),

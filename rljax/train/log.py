@@ -34,7 +34,7 @@ console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout
 # -------------------------------------------------------------------------------------------------- words for people
 
 
-def say(text: str = "", style: str | None = None, end: str = "\n") -> None:
+def log_info(text: str = "", style: str | None = None, end: str = "\n") -> None:
     """Print a line as it is; above the progress bar while there is one."""
     console.print(text, style=style, end=end, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
@@ -257,7 +257,7 @@ class _Lines:
 
     def close(self) -> None:
         if self.pending:
-            say(self.pending)
+            log_info(self.pending)
             self.shown, self.pending = time.monotonic(), None
 
 

@@ -121,14 +121,14 @@ def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, tree, shardings)
 
 
-def row_ways(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh) -> int:
     """Devices that rows are spread over (data x fsdp)."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def place_rows(shardings: Shardings, tree: Any) -> Any:
+def shard_rows(shardings: Shardings, tree: Any) -> Any:
     """Put arrays of rows in their place, scalars everywhere. Raises ValueError where rows do not divide."""
-    ways = row_ways(shardings.rows.mesh)
+    ways = data_parallel_size(shardings.rows.mesh)
 
     def put(x):
         if np.ndim(x) and x.shape[0] % ways:
@@ -140,7 +140,7 @@ def place_rows(shardings: Shardings, tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def place_prompts(shardings: Shardings, rows: Rows) -> Rows:
+def shard_prompts(shardings: Shardings, rows: Rows) -> Rows:
     """The prompts with their arrays spread over the devices as rows are."""
-    tokens, mask, number = place_rows(shardings, (rows.tokens, rows.mask, rows.number))
+    tokens, mask, number = shard_rows(shardings, (rows.tokens, rows.mask, rows.number))
     return rows._replace(tokens=tokens, mask=mask, number=number)

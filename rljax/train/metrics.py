@@ -21,7 +21,7 @@ def describe(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> d
 _describe = jax.jit(diagnostics.rollout, static_argnums=1)
 
 
-def describe_credit(batch: Batch) -> dict:
+def credit_metrics(batch: Batch) -> dict:
     """Scalars of a credited rollout: advantages, values and their targets, explained variance."""
     return _describe_credit(batch)
 

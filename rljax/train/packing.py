@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.train.mesh import Shardings, row_ways
+from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.types import Array, Batch, check_shapes
 
 OF_ROWS = ("group", "scores", "baseline")
@@ -41,7 +41,7 @@ def packed(make: Callable[[int], Callable], tokens: int, width: int, shardings: 
     if not 0 < width <= tokens:
         raise ValueError(f"{tokens} tokens at a time hold no row of {width}; legal: rows of 1 to {tokens}")
     make = lru_cache(maxsize=None)(make)
-    devices = 1 if shardings is None else row_ways(shardings.rows.mesh)
+    devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
     measure = _texts if shardings is None else jax.jit(_texts, out_shardings=shardings.replicated)
 
     def update(state, batch):

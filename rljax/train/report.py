@@ -28,7 +28,7 @@ SAMPLED_BYTES = 24_000_000  # of answers on the page
 
 # Where a metric stands, by the first word of its name that is in the list; within a theme, in the order of the words.
 THEMES = {
-    "Reward": ("held_out", "eval", "accuracy", "pass", "reward", "score", "return", "no_signal", "not_judged"),
+    "Reward": ("held_out", "eval", "accuracy", "pass", "reward", "score", "return", "no_signal", "frac_reward_failed"),
     "Policy": ("kl", "entropy", "clip", "ratio", "logp", "logprob", "gap", "advantage", "importance"),
     "Answers": ("length", "ended", "terminated", "truncated", "answer", "completion"),
     "Optimisation": (
@@ -62,7 +62,7 @@ def collect(directory: Path) -> dict:
     columns, steps = read_metrics(directory / "metrics.jsonl")
     series = [curve(name, *columns[name]) for name in columns]
     themes = group(series)
-    facts, config = read_config(directory / "config.json")
+    facts, config = read_run_config(directory / "config.json")
     return {
         "title": _title(directory, facts, config, steps),
         "headline": headline([each for theme in themes for each in theme["series"]], columns),
@@ -118,7 +118,7 @@ def _title(directory: Path, facts: dict, config: list, steps: Sequence[int]) -> 
 # ----------------------------------------------------------------------------------------------------- configuration
 
 
-def read_config(path: Path) -> tuple[dict[str, str], list[list[str]]]:
+def read_run_config(path: Path) -> tuple[dict[str, str], list[list[str]]]:
     """The facts for the title, and (dotted name, value) of every setting.
 
     config.json is {"config": {settings}, fact: value ..} (experiment, git, jax ..), or the settings alone.

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from rljax.train.checkpoint import Checkpoints
-from rljax.train.log import HEADLINES, Log, say, write_atomically
+from rljax.train.log import HEADLINES, Log, log_info, write_atomically
 from rljax.train.report import write_report
 from rljax.train.samples import sample_records
 from rljax.types import Batch, Rows, TrainState
@@ -41,7 +41,7 @@ class Run:
     Args:
       config: settings, as JSON. A directory that holds a run with other settings is refused, untouched.
       steps: turns of the loop. save_every: steps between checkpoints (the last step is always saved).
-      show_every: steps between samples of what the policy wrote. headlines: metrics on the progress line.
+      log_samples_every: steps between samples of what the policy wrote. headlines: metrics on the progress line.
     """
 
     def __init__(
@@ -52,13 +52,15 @@ class Run:
         steps: int,
         source: str | None = None,
         save_every: int = 50,
-        show_every: int = 20,
+        log_samples_every: int = 20,
         headlines: Sequence[str] = HEADLINES,
     ):
-        if steps < 1 or save_every < 1 or show_every < 1:
-            raise ValueError(f"steps {steps}, save_every {save_every}, show_every {show_every}; legal: at least 1")
+        if steps < 1 or save_every < 1 or log_samples_every < 1:
+            raise ValueError(
+                f"steps {steps}, save_every {save_every}, log_samples_every {log_samples_every}; legal: at least 1"
+            )
         self.directory = Path(directory)
-        self.total, self.save_every, self.show_every = steps, save_every, show_every
+        self.total, self.save_every, self.log_samples_every = steps, save_every, log_samples_every
         self._config, self._source, self._headlines = json.loads(json.dumps(config)), source, headlines
         self._start, self._saved, self._stop = 0, None, None
         self._log = self._checkpoints = None
@@ -74,7 +76,7 @@ class Run:
             self._lock.close()
             raise RuntimeError(f"{self.directory}: another process is running in this directory") from None
         self._describe()
-        self._checkpoints = Checkpoints(self.directory / "checkpoints", say=say)
+        self._checkpoints = Checkpoints(self.directory / "checkpoints", log_info=log_info)
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -84,7 +86,7 @@ class Run:
         self._checkpoints.close()
         if self._log is not None:
             self._log.close()
-            say(f"report: {write_report(self.directory)}")
+            log_info(f"report: {write_report(self.directory)}")
         self._lock.close()
 
     def restore(self, state: TrainState) -> TrainState:
@@ -92,7 +94,7 @@ class Run:
         found = self._checkpoints.restore(state)
         if found is not None:
             state, self._saved = found, int(found.step)
-            say(f"{self.directory}: resumed after step {self._saved} of {self.total}")
+            log_info(f"{self.directory}: resumed after step {self._saved} of {self.total}")
         self._start = int(state.step)
         self._log = Log(self.directory, total_steps=self.total, names=self._headlines, start=self._start)
         return state
@@ -129,7 +131,7 @@ class Run:
         if done % self.save_every == 0 or done == self.total or self._stop is not None:
             self.save(state)
         if self._stop is not None:
-            say(
+            log_info(
                 f"stopped by signal {self._stop} after step {done} of {self.total}; run the same command again to go on"
             )
             raise SystemExit(128 + self._stop)
@@ -142,7 +144,7 @@ class Run:
 
     def shows(self, step: int) -> bool:
         """Whether samples of this step are due."""
-        return step % self.show_every == 0 or step + 1 == self.total
+        return step % self.log_samples_every == 0 or step + 1 == self.total
 
     def show(self, step: int, batch: Batch, decode: Callable, names: Sequence[str], rows: Rows, log_ratio=None) -> None:
         """Keep what the policy wrote to the first prompts of the batch, token by token, and renew the report.
@@ -190,7 +192,7 @@ class Run:
         if self._stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = number
-        say("finishing this step, then saving; once more to stop at once")
+        log_info("finishing this step, then saving; once more to stop at once")
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rljax.train.mesh import Shardings, place_rows
+from rljax.train.mesh import Shardings, shard_rows
 from rljax.train.metrics import average
 from rljax.types import Objective, TrainState
 
@@ -60,7 +60,7 @@ def compiled(step: Callable, shardings: Shardings | None) -> Callable:
         )
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
-        batch = batch if shardings is None else place_rows(shardings, batch)
+        batch = batch if shardings is None else shard_rows(shardings, batch)
         new, metrics = jitted(state.replace(**LEFT_OUT), state.frozen, batch)
         return new.replace(**{name: getattr(state, name) for name in LEFT_OUT}), metrics
 
@@ -143,18 +143,18 @@ def learn(
 ) -> tuple[TrainState, dict]:
     """All updates of one rollout: `epochs` passes in `count` minibatches; metrics averaged over them.
 
-    `stop_kl`: leave the loop once an update has found the policy that far from the one that sampled (`kl_behaviour`,
+    `stop_kl`: leave the loop once an update has found the policy that far from the one that sampled (`kl_behavior`,
     nats a decision; PPO implementations take 1.5 times their target KL). Adds `updates`, how many there were, and
-    `sampler_gap`: `logp_change_max` at the first of them, where trainer and sampler have the same parameters.
+    `sampler_gap`: `logp_diff_max` at the first of them, where trainer and sampler have the same parameters.
     """
     key, used = jax.random.split(state.key)
     state, learnt = state.replace(key=key), []
     for mini in minibatches(used, batch, epochs, count):
         state, metrics = update(state, mini)
         learnt.append(metrics)
-        if stop_kl is not None and metrics["kl_behaviour"] > stop_kl:
+        if stop_kl is not None and metrics["kl_behavior"] > stop_kl:
             break
-    gap = {"sampler_gap": learnt[0]["logp_change_max"]} if "logp_change_max" in learnt[0] else {}
+    gap = {"sampler_gap": learnt[0]["logp_diff_max"]} if "logp_diff_max" in learnt[0] else {}
     count = {} if stop_kl is None else {"updates": len(learnt)}
     return state, average(learnt) | gap | count
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rljax.data.demonstrations import demonstrations
-from rljax.data.prompts import Prompts, draw_order, from_template, hold_out, pad_left, read_jsonl
+from rljax.data.prompts import Prompts, draw_order, from_template, pad_left, read_jsonl, train_eval_split
 from rljax.types import check_shapes
 
 LETTERS = [{"text": text} for text in ("abc", "a", "abcdefg", "ab", "abcd", "zzzzzzzzz", "q")]
@@ -108,16 +108,16 @@ def test_pad_left():
 
 @pytest.mark.parametrize(("size", "count", "held"), [(10, 3, 3), (10, 9, 5), (3, 8, 1), (2, 1, 1)])
 def test_held_out_rows_are_not_trained_on(size, count, held):
-    train, exam = hold_out([{"n": i} for i in range(size)], count, 0)
+    train, exam = train_eval_split([{"n": i} for i in range(size)], count, 0)
     assert (len(train), len(exam)) == (size - held, held)
     assert {row["n"] for row in train} | {row["n"] for row in exam} == set(range(size))
-    assert hold_out([{"n": i} for i in range(size)], count, 0) == (train, exam)
+    assert train_eval_split([{"n": i} for i in range(size)], count, 0) == (train, exam)
 
 
 def test_a_single_row_serves_both_sides():
-    assert hold_out([{"n": 1}], 4, 0) == ([{"n": 1}], [{"n": 1}])
+    assert train_eval_split([{"n": 1}], 4, 0) == ([{"n": 1}], [{"n": 1}])
     with pytest.raises(ValueError, match="0 prompts to hold out; at least 1"):
-        hold_out([{"n": 1}, {"n": 2}], 0, 0)
+        train_eval_split([{"n": 1}, {"n": 2}], 0, 0)
 
 
 def test_template_names_columns():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rljax.data.stop_strings import cut, stop_strings, text_so_far
+from rljax.data.stop_strings import cut, stop_strings, streamed_text
 
 LETTERS = "aab€"  # three bytes of the last: tokens may end inside of it
 TEXT = st.text(LETTERS, min_size=1, max_size=6)
@@ -48,9 +48,9 @@ def test_what_is_shown_of_an_answer_stays(strings, pieces, data):
     texts = [b"".join(pieces[t] for t in tokens[:i]) for i in range(len(tokens) + 1)]
     ends = [s.encode() for s in strings]
     last = next((i for i, text in enumerate(texts) if any(end in text for end in ends)), len(tokens))
-    whole = text_so_far(tokens[:last], pieces, ends, over=True)
+    whole = streamed_text(tokens[:last], pieces, ends, over=True)
     assert whole == cut(texts[last], ends).decode("utf-8", "replace")
-    shown = [text_so_far(tokens[:i], pieces, ends, over=False) for i in range(last)]
+    shown = [streamed_text(tokens[:i], pieces, ends, over=False) for i in range(last)]
     for before, after in itertools.pairwise([*shown, whole]):
         assert after.startswith(before)
     if not strings and last and texts[last - 1].isascii():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rljax.data.token_bytes import pieces_of
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
-from rljax.data.pieces import pieces_of
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer, save_characters
 
 ALPHABET = "0123456789+="

@@ -68,7 +68,7 @@ def test_physics_is_as_recorded(env, start, actions, total, observation):
 
 
 def test_cartpole_fails_by_leaning_and_is_truncated_by_time():
-    env = cartpole.make_cartpole(limit=9)
+    env = cartpole.make_cartpole(max_steps=9)
     _, last = play(env, CART, [1] * 9)
     assert (bool(last.terminated), bool(last.truncated)) == (False, True)
     _, last = play(env, CART, [1] * 10)  # the pole falls at the very step that would be too many
@@ -125,7 +125,7 @@ STOP = 3
 def test_an_episode_of_the_token_mdp_is_a_rollout_of_a_language_model():
     """Its trajectory is what `trajectory_of_tokens` makes of the same texts."""
     prompts = jnp.array([[0, 1], [2, 2]])
-    env = make_token_mdp(prompts, 4, limit=5, reward=lambda tokens, length: 1.0 * (tokens == 1).sum(), stop=STOP)
+    env = make_token_mdp(prompts, 4, max_steps=5, reward=lambda tokens, length: 1.0 * (tokens == 1).sum(), stop=STOP)
 
     def act(params, uniforms, observations):
         return (4 * uniforms[:, 0]).astype(jnp.int32), jnp.full(observations.shape[0], -jnp.log(4.0))

@@ -17,7 +17,7 @@ from rljax.envs.env import Box, auto_reset
 from rljax.envs.four_rooms import make_four_rooms
 from rljax.envs.gymnax import actions_of, make_gymnax
 from rljax.envs.maze import State as MazeState
-from rljax.envs.maze import number
+from rljax.envs.maze import cell_index
 from rljax.envs.pendulum import State as PendulumState
 from rljax.envs.pendulum import make_pendulum
 
@@ -58,7 +58,7 @@ PAIRS = {
     "Pendulum-v1": (make_pendulum(), lambda s: PendulumState(s.theta, s.theta_dot, jnp.int32(s.time))),
     "Catch-bsuite": (make_catch(), lambda s: CatchState(jnp.stack([s.ball_y, s.ball_x]), jnp.int32(s.paddle_x))),
     "FourRooms-misc": (
-        make_four_rooms(slip=0.0, observe=number),
+        make_four_rooms(slip=0.0, observe=cell_index),
         lambda s: MazeState(s.pos.astype(jnp.int32), jnp.int32(s.time)),
     ),
 }
@@ -105,7 +105,7 @@ def test_every_step_is_gymnaxs_step(name):
 def test_four_rooms_goes_astray_a_third_of_the_time():
     """Shares of 20,000 steps up from the middle of a room, against gymnax's."""
     pytest.importorskip("gymnax")
-    theirs, ours = make_gymnax("FourRooms-misc"), make_four_rooms(start=(2, 2), observe=number)
+    theirs, ours = make_gymnax("FourRooms-misc"), make_four_rooms(start=(2, 2), observe=cell_index)
     keys = jax.random.split(jax.random.key(0), 20_000)
     _, state = theirs.reset(keys[0], theirs.params)
     state = state.replace(pos=jnp.array([2, 2]))

@@ -48,7 +48,7 @@ def test_a_step_goes_where_the_map_says(at, action, lands, reward, ended):
 
 
 def test_walls_block_and_time_runs_out():
-    walled = make_maze(walls=[(0, 1)], limit=2)
+    walled = make_maze(walls=[(0, 1)], max_steps=2)
     out = walk(walled, [RIGHT, RIGHT])
     assert tuple(out.state.position.tolist()) == (0, 0)
     assert bool(out.truncated)
@@ -58,7 +58,7 @@ def test_walls_block_and_time_runs_out():
 @pytest.mark.parametrize("algorithm", [reinforce(batch_mean_baseline), ppo(gamma=0.9)], ids=["reinforce", "ppo"])
 def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
     """One set of functions: the same credit, objective and update, on observations in place of tokens."""
-    env, policy, optimizer = make_maze(limit=16), mlp.make_policy(), optax.adam(3e-2)
+    env, policy, optimizer = make_maze(max_steps=16), mlp.make_mlp_policy(), optax.adam(3e-2)
     params = mlp.init(jax.random.key(0), 6, 4, 16)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
     update = make_update(policy_objective(policy, algorithm), optimizer)

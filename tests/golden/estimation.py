@@ -411,7 +411,7 @@ def verl_data_metrics(case: Case) -> dict:
         "response_length/max": shown["length_max"],
         "response_length/min": shown["length_min"],
         "response_length/clip_ratio": shown["truncated"],
-        "response/aborted_ratio": shown["aborted"],
+        "response/aborted_ratio": shown["frac_empty"],
         "response_length_non_aborted/clip_ratio": statistics.masked_mean(
             (lengths == case.width).astype(float), answered
         ),

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
 from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import caches, decoder, hf, rope
 from rljax.models.policy import make_policy
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.types import Rows, Sampling
 
@@ -157,11 +157,11 @@ def test_forked_and_refilled_caches_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("grouped", lambda c: {"norm_epsilon": 1.1 * c.norm_epsilon}),
-        ("grouped", lambda c: {"ropes": (rope.default(550.0, c.head_dim),) * c.layers}),
+        ("grouped", lambda c: {"rms_norm_eps": 1.1 * c.rms_norm_eps}),
+        ("grouped", lambda c: {"ropes": (rope.default(550.0, c.head_dim),) * c.num_layers}),
         ("mistral", lambda c: {"windows": tuple(w + 1 for w in c.windows)}),
         ("gemma2", lambda c: {"attention_softcap": 1.1 * c.attention_softcap}),
-        ("moe", lambda c: {"experts": dataclasses.replace(c.experts, normalised=False)}),
+        ("moe", lambda c: {"moe": dataclasses.replace(c.moe, norm_topk_prob=False)}),
     ],
 )
 def test_the_recording_tells_a_wrong_setting(name, wrong, tmp_path):
@@ -185,12 +185,12 @@ def test_the_trainer_says_what_the_sampler_said(name, max_concurrent, tmp_path):
         return np.abs(np.where(traj.mask, logp - traj.logp, 0)).max()
 
     assert difference(traj) <= 1e-5
-    if config.experts is None:
+    if config.moe is None:
         assert traj.routing is None
         return
-    assert traj.routing.shape == (*traj.inputs.shape, len(config.experts.layers), config.experts.chosen)
+    assert traj.routing.shape == (*traj.inputs.shape, len(config.moe.layers), config.moe.num_experts_per_tok)
     assert difference(traj.replace(routing=None)) <= 1e-5
-    assert difference(traj.replace(routing=(traj.routing + 1) % config.experts.count)) > 0.1
+    assert difference(traj.replace(routing=(traj.routing + 1) % config.moe.num_experts)) > 0.1
 
 
 def test_layers_are_keyed_by_number():
@@ -226,7 +226,7 @@ def test_parameters_are_made_and_read_in_their_place(shape, tied, tmp_path):
     raw = tiny.BASE | fields | {"head_dim": 4, "num_hidden_layers": 1}
     directory = tiny.write(tmp_path, raw, tiny.tensors_of(raw))
     config = hf.read_config(directory)
-    places = meshes.param_shardings(meshes.make_mesh(*shape), decoder.logical_axes(config), decoder.abstract(config))
+    places = meshes.param_shardings(meshes.make_mesh(*shape), decoder.param_axes(config), decoder.abstract(config))
     assert not any(place.is_fully_replicated for place in jax.tree.leaves(places["layers"][0]["attention"]))
 
     read = hf.load(directory, config, places)

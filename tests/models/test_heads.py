@@ -42,18 +42,18 @@ def traj_of(rows):
 
 def test_a_step_is_judged_after_its_token(params, after):
     traj = traj_of([0, 1, 2, 3])
-    got = heads.make_step_model(CONFIG)(params, {}, traj)
+    got = heads.make_process_reward_model(CONFIG)(params, {}, traj)
     np.testing.assert_allclose(np.where(traj.mask, got, 0), np.where(traj.mask, after[:, 1:], 0), rtol=1e-5, atol=1e-5)
 
 
 def test_an_answer_is_scored_at_the_last_token_that_the_mask_calls_its_own(params, after):
-    got = heads.make_score_model(CONFIG)(params, {}, traj_of([0, 1, 2]))
+    got = heads.make_reward_model(CONFIG)(params, {}, traj_of([0, 1, 2]))
     np.testing.assert_allclose(got, [after[0, 8], after[1, 8], after[2, 5]], rtol=1e-5, atol=1e-5)
 
 
 def test_rows_are_put_together_as_they_were():
     traj = traj_of([0, 1, 2, 3])
-    tokens, positions, segments = heads.whole_rows(traj)
+    tokens, positions, segments = heads.full_sequences(traj)
     np.testing.assert_array_equal(segments, SEGMENTS)
     real = SEGMENTS > 0
     np.testing.assert_array_equal(np.where(real, tokens, 0), np.where(real, TOKENS, 0))

@@ -15,7 +15,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.train import mesh as meshes
 
 RAW = tiny.case("llama", tiny.heads(4), num_hidden_layers=2)
-WITHOUT_ROPE = DecoderConfig(37, 24, 2, 4, 4, 6, 20, max_positions=64, norm_epsilon=1e-2, tied=False)
+WITHOUT_ROPE = DecoderConfig(37, 24, 2, 4, 4, 6, 20, max_positions=64, rms_norm_eps=1e-2, tie_word_embeddings=False)
 
 
 def make(directory, changes=None, tensors=None, raw=RAW, **options):
@@ -38,9 +38,9 @@ def read(directory):
         ({"rope_scaling": {"type": "default"}, "rope_theta": 500.0}, 500.0, {}),
         ({"rope_theta": ...}, 10_000.0, {}),
         ({"num_key_value_heads": None, "head_dim": None}, 500.0, {}),
-        ({"num_key_value_heads": 2, "head_dim": 8}, 500.0, {"kv_heads": 2, "head_dim": 8}),
+        ({"num_key_value_heads": 2, "head_dim": 8}, 500.0, {"num_kv_heads": 2, "head_dim": 8}),
         ({"tie_word_embeddings": ...}, 500.0, {}),
-        ({"tie_word_embeddings": True}, 500.0, {"tied": True}),
+        ({"tie_word_embeddings": True}, 500.0, {"tie_word_embeddings": True}),
         ({"attention_bias": True, "mlp_bias": True}, 500.0, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}),
     ],
 )
@@ -144,7 +144,7 @@ def test_half_precision_is_read_exactly(dtype, tmp_path):
 def test_each_device_reads_its_own_part(name, shape, tmp_path):
     directory = tiny.make(tmp_path, name)
     config, whole = read(directory)
-    places = meshes.param_shardings(meshes.make_mesh(*shape), decoder.logical_axes(config), decoder.abstract(config))
+    places = meshes.param_shardings(meshes.make_mesh(*shape), decoder.param_axes(config), decoder.abstract(config))
     assert not any(place.is_fully_replicated for place in jax.tree.leaves(places["layers"][1]["mlp"]))
     parts = hf.load(directory, config, places)
     assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), parts, places))
@@ -154,7 +154,7 @@ def test_each_device_reads_its_own_part(name, shape, tmp_path):
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_what_is_written_is_what_was_read(name, tmp_path):
     directory, tensors = tiny.make(tmp_path / "made", name), tiny.tensors_of(tiny.config_of(name), tiny.shapes_of(name))
-    hf.save(tmp_path / "written", *read(directory), about=directory, shard_bytes=9000)
+    hf.save(tmp_path / "written", *read(directory), source=directory, shard_bytes=9000)
     files = hf.stored_files(tmp_path / "written")
     assert len(set(files.values())) > 1
     assert files.keys() == tensors.keys()

@@ -57,7 +57,7 @@ def test_half_a_billion_parameters_come_in_once(tmp_path):
         pytest.skip("a checkpoint of 1 GB wants room on the disk")
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     noise = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(ml_dtypes.bfloat16)
-    pieces = [piece for (piece,) in layout.pieces(hf.read_config(tmp_path)).values()]
+    pieces = [piece for (piece,) in layout.tensor_slices(hf.read_config(tmp_path)).values()]
     shapes = {p.name: (p.rows,) if p.columns is None else (p.rows, p.columns) for p in pieces}
     save_file({name: np.resize(noise, shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     size = (tmp_path / "model.safetensors").stat().st_size

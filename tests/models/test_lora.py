@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.algorithms import grpo, with_kl
 from rljax.models import decoder, lora, policy
-from rljax.models.experts import Experts
-from rljax.models.lora import Lora
-from rljax.rollouts.tokens import sample
+from rljax.models.lora import LoraConfig
+from rljax.models.moe import MoEConfig
 from rljax.train import mesh as meshes
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
@@ -24,9 +24,9 @@ from rljax.types import Rows, Sampling, TrainState, trajectory_of_tokens
 RANK, ALPHA = 3, 7.0
 VARIANTS = {
     "lora": ({}, ALPHA / RANK),
-    "rslora": ({"rank_stabilised": True}, ALPHA / math.sqrt(RANK)),
-    "dora": ({"decomposed": True}, ALPHA / RANK),
-    "rsdora": ({"decomposed": True, "rank_stabilised": True}, ALPHA / math.sqrt(RANK)),
+    "rslora": ({"use_rslora": True}, ALPHA / math.sqrt(RANK)),
+    "dora": ({"use_dora": True}, ALPHA / RANK),
+    "rsdora": ({"use_dora": True, "use_rslora": True}, ALPHA / math.sqrt(RANK)),
 }
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 CONFIG = decoder.DecoderConfig(13, 12, 2, 2, 1, 8, 20, qkv_bias=True, mlp_bias=True)
@@ -36,7 +36,7 @@ IDS = jnp.array([[1, 5, 2, 2, 9, 12, 0, 3]])
 
 
 def config_of(variant, **changes):
-    return dataclasses.replace(CONFIG, adapter=Lora(RANK, ALPHA, **VARIANTS[variant][0]), **changes)
+    return dataclasses.replace(CONFIG, adapter=LoraConfig(RANK, ALPHA, **VARIANTS[variant][0]), **changes)
 
 
 def stirred(tree, seed):
@@ -53,7 +53,7 @@ def made(variant):
 
 
 def forward(config, params, frozen):
-    whole = decoder.whole(config, params, frozen)["decoder"]
+    whole = decoder.full_params(config, params, frozen)["decoder"]
     return decoder.forward(config, whole, IDS, jnp.arange(8)[None], jnp.ones_like(IDS))[0]
 
 
@@ -144,13 +144,13 @@ def test_merging_keeps_the_dtype():
 
 
 def adapted(*patterns, config=CONFIG):
-    return ["/".join(map(str, path)) for path in lora.targets(Lora(targets=patterns), decoder.abstract(config))]
+    return ["/".join(map(str, path)) for path in lora.targets(LoraConfig(targets=patterns), decoder.abstract(config))]
 
 
 def test_patterns_say_what_is_adapted():
     attention, mlp = ["key", "out", "query", "value"], ["down", "gate", "up"]
     every = [f"layers/{i}/{b}/{n}" for i in range(2) for b, ns in (("attention", attention), ("mlp", mlp)) for n in ns]
-    assert adapted(*Lora().targets) == every
+    assert adapted(*LoraConfig().targets) == every
     assert adapted("query", "value$") == [f"layers/{i}/attention/{n}" for i in range(2) for n in ("query", "value")]
     assert adapted("layers/1/.*(out|up)") == ["layers/1/attention/out", "layers/1/mlp/up"]
 
@@ -162,7 +162,7 @@ def test_a_pattern_that_finds_nothing_is_an_error(barren):
         adapted("attention/", barren)
 
 
-MIXTURE = dataclasses.replace(CONFIG, experts=Experts(4, 2, 9, (1,), True))
+MIXTURE = dataclasses.replace(CONFIG, moe=MoEConfig(4, 2, 9, (1,), True))
 
 
 def test_routers_and_experts_are_not_adapted():
@@ -174,12 +174,12 @@ def test_routers_and_experts_are_not_adapted():
 
 
 def test_adapters_lie_as_their_weights_do():
-    config = config_of("dora", layers=1, heads=4, kv_heads=2)
-    shapes, axes = decoder.abstract(config), decoder.logical_axes(config)
+    config = config_of("dora", num_layers=1, num_heads=4, num_kv_heads=2)
+    shapes, axes = decoder.abstract(config), decoder.param_axes(config)
     mesh, make = meshes.make_mesh(2, 2, 2), partial(lora.init, config.adapter)
     of_weights = meshes.param_shardings(mesh, axes, shapes)["layers"][0]
     like = jax.eval_shape(make, shapes, jax.random.key(1))
-    places = meshes.param_shardings(mesh, lora.logical_axes(config.adapter, axes, shapes), like)
+    places = meshes.param_shardings(mesh, lora.adapter_axes(config.adapter, axes, shapes), like)
     for block, name, inputs in (("attention", "key", 1), ("attention", "out", 2), ("mlp", "up", 1), ("mlp", "down", 1)):
         spec = tuple(of_weights[block][name].spec)
         assert any(spec)
@@ -229,8 +229,8 @@ def test_an_adapter_of_which_the_config_knows_nothing_is_an_error():
 
 def test_only_the_adapter_learns():
     """A mixture's attention: what the sampler said, the trainer says; then two updates."""
-    attention = Lora(RANK, ALPHA, ("attention/",), rank_stabilised=True)
-    config = dataclasses.replace(CONFIG, layers=1, experts=Experts(4, 2, 9, (0,), True), adapter=attention)
+    attention = LoraConfig(RANK, ALPHA, ("attention/",), use_rslora=True)
+    config = dataclasses.replace(CONFIG, num_layers=1, moe=MoEConfig(4, 2, 9, (0,), True), adapter=attention)
     base = policy.init(config, jax.random.key(0))
     params, frozen = policy.with_adapter(base, config, jax.random.key(1))
     params, before = stirred(params, 1), jax.device_get(base)

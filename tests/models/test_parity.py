@@ -43,7 +43,7 @@ def test_transformers_reads_what_rljax_writes(check_parity, name, tmp_path):
 
     made, written = tiny.make(tmp_path / "made", name), tmp_path / "written"
     config = hf.read_config(made)
-    hf.save(written, config, hf.load(made, config), about=made, shard_bytes=9000)
+    hf.save(written, config, hf.load(made, config), source=made, shard_bytes=9000)
     _, told = AutoModelForCausalLM.from_pretrained(written, output_loading_info=True)
     assert not any(told.values()), told
     said, of_made = (check_parity.transformers_says(str(directory), texts_of(name))[0] for directory in (written, made))

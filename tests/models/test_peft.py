@@ -12,15 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rljax.models import decoder, hf, layout, lora, peft
-from rljax.models.experts import Experts
-from rljax.models.lora import Lora
+from rljax.models.lora import LoraConfig
+from rljax.models.moe import MoEConfig
 
 CONFIG = decoder.DecoderConfig(13, 12, 3, 2, 1, 8, 20)
-MIXTURE = dataclasses.replace(CONFIG, experts=Experts(4, 2, 9, (0, 2), True))
+MIXTURE = dataclasses.replace(CONFIG, moe=MoEConfig(4, 2, 9, (0, 2), True))
 VARIANTS = {
-    "lora": Lora(4, 6.5),
-    "rslora": Lora(4, 8.0, rank_stabilised=True),
-    "dora": Lora(4, 8.0, decomposed=True),
+    "lora": LoraConfig(4, 6.5),
+    "rslora": LoraConfig(4, 8.0, use_rslora=True),
+    "dora": LoraConfig(4, 8.0, use_dora=True),
 }
 SOME = ("layers/0/attention/(query|out)", "layers/2/mlp/down")
 
@@ -74,7 +74,7 @@ def same(got, want):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("config", "targets"),
-    [(CONFIG, Lora().targets), (CONFIG, SOME), (CONFIG, ("mlp/up",)), (MIXTURE, ("attention/",))],
+    [(CONFIG, LoraConfig().targets), (CONFIG, SOME), (CONFIG, ("mlp/up",)), (MIXTURE, ("attention/",))],
 )
 def test_what_was_written_is_read(variant, config, targets, tmp_path):
     made = dataclasses.replace(VARIANTS[variant], targets=targets)
@@ -157,7 +157,7 @@ def test_there_is_never_half_a_directory(tmp_path, monkeypatch):
 
 def test_an_adapter_that_the_config_does_not_describe_is_not_written(tmp_path):
     config, adapter, _ = saved(tmp_path)
-    other = dataclasses.replace(config, adapter=Lora(4, targets=("layers/[01]/", "layers/2/attention")))
+    other = dataclasses.replace(config, adapter=LoraConfig(4, targets=("layers/[01]/", "layers/2/attention")))
     message = r"the adapter is not that of Lora\(rank=4.*: layers/2/mlp/down/down, .* and 2 more differ"
     with pytest.raises(ValueError, match=message):
         peft.save_adapter(tmp_path / "other", other, adapter, tmp_path / "base")
@@ -171,7 +171,7 @@ def test_a_base_without_a_config_is_an_error(tmp_path):
 
 def test_fused_projections_are_merged_instead(tmp_path):
     """Phi-3's qkv_proj has one A where we have three."""
-    _, adapter, directory = saved(tmp_path / "apart", Lora(4, targets=("out", "mlp/down")), family="phi3")
+    _, adapter, directory = saved(tmp_path / "apart", LoraConfig(4, targets=("out", "mlp/down")), family="phi3")
     same(peft.load_adapter(directory, CONFIG)[1], adapter)
     message = r"mlp.gate_up_proj, .*self_attn.qkv_proj and 2 more: Phi-3 stores these .* merge the adapter .*lora.merge"
     with pytest.raises(ValueError, match=message):
@@ -187,7 +187,7 @@ def test_mlps_of_a_mixture_are_merged_instead(tmp_path):
     """peft 0.21 with transformers 5: "layers.1.mlp.down_proj" turns into the experts' parameters, of all layers."""
     message = r"model.layers.1.mlp.down_proj, .* peft takes any MLP of a mixture for its experts; merge the adapter"
     with pytest.raises(ValueError, match=message):
-        saved(tmp_path, Lora(4, targets=("layers/1/",)), MIXTURE)
+        saved(tmp_path, LoraConfig(4, targets=("layers/1/",)), MIXTURE)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -358,7 +358,7 @@ def theirs(torch, peft_model):
 
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def ours(config, params, base):
-    whole = decoder.whole(config, params, {"base": {"decoder": base}})["decoder"]
+    whole = decoder.full_params(config, params, {"base": {"decoder": base}})["decoder"]
     places = jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)
     hidden, _ = decoder.forward(config, whole, jnp.asarray(IDS), places, jnp.ones_like(places))
     return decoder.logits(config, whole, hidden)
@@ -380,20 +380,20 @@ def test_what_we_write_peft_computes(torch, model, variant, targets, tmp_path):
     from peft import PeftModel
 
     directory, config, base = model
-    if config.experts:  # no MLP
+    if config.moe:  # no MLP
         targets = ("layers/[01]/attention/",) if targets else ("attention/",)
-    made = dataclasses.replace(VARIANTS[variant], targets=targets or Lora().targets)
+    made = dataclasses.replace(VARIANTS[variant], targets=targets or LoraConfig().targets)
     config = dataclasses.replace(config, adapter=made)
     adapter = stirred(lora.init(made, base, jax.random.key(0)))
     peft.save_adapter(tmp_path / "adapter", config, adapter, directory)
     read = PeftModel.from_pretrained(fresh(directory), tmp_path / "adapter")
     agree(config, base, adapter, theirs(torch, read))
     with_lora = {n.removeprefix("base_model.model.") for n, m in read.named_modules() if hasattr(m, "lora_A")}
-    modules = [layout.pieces(config)[path][0].name.removesuffix(".weight") for path in lora.targets(made, base)]
+    modules = [layout.tensor_slices(config)[path][0].name.removesuffix(".weight") for path in lora.targets(made, base)]
     assert with_lora == set(modules)
 
     want = {name: tensor.numpy() for name, tensor in read.merge_and_unload().state_dict().items()}
-    for name, tensor in hf.tensors(config, lora.merge(made, base, adapter)):
+    for name, tensor in hf.named_tensors(config, lora.merge(made, base, adapter)):
         if ".experts." not in name:  # which transformers holds as one, and no adapter changes
             np.testing.assert_allclose(tensor, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -423,7 +423,7 @@ def test_what_peft_writes_we_compute(torch, model, fields, tmp_path):
             if "lora_" in name:
                 p.add_(0.15 * torch.randn(p.shape, generator=random))
     made.save_pretrained(tmp_path / "theirs")
-    if config.experts and fields["target_modules"] == "all-linear":
+    if config.moe and fields["target_modules"] == "all-linear":
         with pytest.raises(ValueError, match=r"alpha_pattern is .*; rank_pattern is .*; target_parameters is "):
             peft.load_adapter(tmp_path / "theirs", config)
         return

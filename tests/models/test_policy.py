@@ -18,7 +18,7 @@ B, S = 3, 9
 @pytest.fixture(scope="module")
 def params():
     made = policy.with_value_head(policy.init(CONFIG, jax.random.key(0)), CONFIG)
-    return made | {"value_head": jax.random.normal(jax.random.key(1), (CONFIG.width,))}
+    return made | {"value_head": jax.random.normal(jax.random.key(1), (CONFIG.hidden_size,))}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_reference_follows_the_policy_as_far_as_it_is_told():
     now = policy.with_value_head(jax.tree.map(lambda x: x + 1, start), CONFIG)
     state = TrainState(0, now, None, jax.random.key(0), frozen={"reference": start, "other": 1})
     for share in (1.0, 0.25):
-        found = policy.refresh_reference(state, share).frozen
+        found = policy.sync_reference(state, share).frozen
         assert found["other"] == 1
         want = {"decoder": jax.tree.map(lambda x, s=share: x + s, start["decoder"])}
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found["reference"], want)
@@ -114,7 +114,7 @@ def test_a_reference_follows_the_policy_as_far_as_it_is_told():
     ("vocabulary", "backend", "tokens"), [(4096, "cpu", 1024), (151936, "gpu", 2**27 * 8 // 151936), (2**23, "cpu", 1)]
 )
 def test_a_chunk_is_counted_in_logits(vocabulary, backend, tokens):
-    assert policy.chunk_of(vocabulary, backend) == tokens
+    assert policy.default_chunk_tokens(vocabulary, backend) == tokens
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 4096])

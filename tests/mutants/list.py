@@ -686,7 +686,7 @@ MUTANTS = [
     ),
     Mutant(
         "temperature 0 draws",
-        "rljax/rollouts/draw.py",
+        "rljax/rollouts/sample_token.py",
         "token = ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))",
         "token = ops.invert_cdf(policy.masses, uniform)",
         "a greedy baseline that is not: ReMax, arXiv:2310.10505, needs one",
@@ -694,7 +694,7 @@ MUTANTS = [
     ),
     Mutant(
         "log-probs of the truncated distribution",
-        "rljax/rollouts/draw.py",
+        "rljax/rollouts/sample_token.py",
         "logp = softmax_logp(policy, token)",
         "logp = softmax_logp(softmax(jnp.log(jnp.maximum(masses, 1e-30)), jnp.ones_like(used)), token)",
         "TRL 6789, vime PR 69: vLLM's processed log-probs",
@@ -702,7 +702,7 @@ MUTANTS = [
     ),
     Mutant(
         "sampler's log-probs without the temperature",
-        "rljax/rollouts/draw.py",
+        "rljax/rollouts/sample_token.py",
         "logp = softmax_logp(policy, token)",
         "logp = softmax_logp(softmax(logits, jnp.ones_like(used)), token)",
         "TRL 4159, NeMo-RL 902, vime 64: vLLM's raw log-probs",
@@ -734,23 +734,23 @@ MUTANTS = [
     ),
     Mutant(
         "EOS outside the mask",
-        "rljax/rollouts/tokens.py",
+        "rljax/rollouts/sampler.py",
         "drawn=a.drawn + going,",
         "drawn=a.drawn + (going & ~ended),",
         "TRL PR 6357, reasoning-from-scratch PR 185: the policy never learns to stop",
-        ("tests/rollouts/test_tokens.py::test_answers_end_at_a_stop_token_or_at_the_limit",),
+        ("tests/rollouts/test_tokens.py::test_completions_end_at_a_stop_token_or_at_the_limit",),
     ),
     Mutant(
         "an answer cut by its length counts as ended",
-        "rljax/rollouts/answers.py",
+        "rljax/rollouts/sampler.py",
         "terminated=join(ends[0], last & answers.ended[:, None]),",
         "terminated=join(ends[0], last),",
         "OpenRLHF 238: the last token of an unfinished answer becomes EOS",
-        ("tests/rollouts/test_tokens.py::test_answers_end_at_a_stop_token_or_at_the_limit",),
+        ("tests/rollouts/test_tokens.py::test_completions_end_at_a_stop_token_or_at_the_limit",),
     ),
     Mutant(
         "a finished answer that waits is drawn on",
-        "rljax/rollouts/answers.py",
+        "rljax/rollouts/sampler.py",
         "over=ended | (settings.before >= columns)",
         "over=settings.before >= columns",
         "partial rollouts that resume what had ended: an answer with text after its EOS",
@@ -758,7 +758,7 @@ MUTANTS = [
     ),
     Mutant(
         "carried tokens take the version of the step that goes on",
-        "rljax/rollouts/answers.py",
+        "rljax/rollouts/sampler.py",
         'join(of(past["version"]), jnp.broadcast_to(prompts.version, (R, N)))',
         'jnp.broadcast_to(prompts.version, (R, N + of(past["version"]).shape[1]))',
         "one version an answer: AReaL, arXiv:2505.24298, keeps one a token",
@@ -766,7 +766,7 @@ MUTANTS = [
     ),
     Mutant(
         "positions count the left padding",
-        "rljax/rollouts/answers.py",
+        "rljax/rollouts/sampler.py",
         "positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)",
         "positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)",
         "OpenRLHF 217, TRL 6800: left-padded rows without position_ids",
@@ -774,7 +774,7 @@ MUTANTS = [
     ),
     Mutant(
         "one position for rows of every length while decoding",
-        "rljax/rollouts/tokens.py",
+        "rljax/rollouts/sampler.py",
         "(settings.length + t)[:, None], new, state.cache)",
         "jnp.full_like(settings.length, settings.length.max() + t)[:, None], new, state.cache)",
         "unsloth 3699, PR 4078: the cache's column for each row's own position",
@@ -800,8 +800,8 @@ MUTANTS = [
     Mutant(
         "leaves the epochs while the policy is near",
         "rljax/train/update.py",
-        'metrics["kl_behaviour"] > stop_kl',
-        'metrics["kl_behaviour"] < stop_kl',
+        'metrics["kl_behavior"] > stop_kl',
+        'metrics["kl_behavior"] < stop_kl',
         "PPO implementations stop above 1.5 times the target KL, as Spinning Up's does",
         (f"{UPDATE}::test_learn_stops_after_the_update_that_found_the_policy_too_far",),
     ),
@@ -889,8 +889,8 @@ MUTANTS = [
     Mutant(
         "KL of the wrong direction is logged",
         "rljax/train/diagnostics.py",
-        '"kl_behaviour": k3(behaviour, output.logp),',
-        '"kl_behaviour": k3(output.logp, behaviour),',
+        '"kl_behavior": k3(behaviour, output.logp),',
+        '"kl_behavior": k3(output.logp, behaviour),',
         "the samples are the behaviour policy's: OpenRLHF 768 and slime PR 1004 on which KL is which",
         ("tests/train/test_diagnostics.py",),
     ),
@@ -978,7 +978,7 @@ MUTANTS = [
     Mutant(
         "an adapter without its scale",
         "rljax/models/lora.py",
-        "return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)",
+        "return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)",
         "return 1.0",
         "arXiv:2106.09685 and 2312.03732; adapters merged without alpha/r",
         ("tests/models/test_lora.py",),
@@ -1017,7 +1017,7 @@ MUTANTS = [
     ),
     Mutant(
         "experts that were sampled are not replayed",
-        "rljax/models/experts.py",
+        "rljax/models/moe.py",
         "jax.lax.top_k(shares, experts.chosen)[1] if replayed is None else replayed.astype(jnp.int32)",
         "jax.lax.top_k(shares, experts.chosen)[1]",
         "routing replay: mixtures whose trainer routes otherwise than the sampler (verl, slime)",

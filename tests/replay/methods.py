@@ -22,7 +22,7 @@ from rljax.algorithms.common.pairs import preference_objective, uniform_token_we
 from rljax.algorithms.dpo import chosen_nll, dpo, f_divergence, ld_dpo_weights, mean_log_ratio, uniform_pair_weight, wpo
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import read_raw
-from rljax.models.parts import matrices
+from rljax.models.param_filters import decay_mask
 from rljax.models.policy import make_annotate, make_policy
 from rljax.ops import preferences
 from rljax.train.objective import policy_objective
@@ -58,7 +58,9 @@ def policy_of(directory: Path, config: DecoderConfig) -> Callable:
     pad = read_raw(directory).get("pad_token_id")
     if pad is None:
         return make_policy(config)
-    return dialects.transformers_padding_row(make_policy(replace(config, tied=False)), config.tied, pad)
+    return dialects.transformers_padding_row(
+        make_policy(replace(config, tie_word_embeddings=False)), config.tie_word_embeddings, pad
+    )
 
 
 def unchanged(state: TrainState, metrics: dict) -> TrainState:
@@ -234,7 +236,7 @@ def grpo_method(policy: Callable, args: SimpleNamespace) -> Method:
 
 def adamw(rate, args: SimpleNamespace) -> optax.GradientTransformation:
     moments = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
-    return optax.adamw(rate, **moments, weight_decay=args.weight_decay, mask=matrices)
+    return optax.adamw(rate, **moments, weight_decay=args.weight_decay, mask=decay_mask)
 
 
 def decayed_first(scaling: optax.GradientTransformation) -> Callable:
@@ -242,7 +244,7 @@ def decayed_first(scaling: optax.GradientTransformation) -> Callable:
 
     def make(rate, args):
         return optax.chain(
-            optax.add_decayed_weights(args.weight_decay, matrices), scaling, optax.scale_by_learning_rate(rate)
+            optax.add_decayed_weights(args.weight_decay, decay_mask), scaling, optax.scale_by_learning_rate(rate)
         )
 
     return make

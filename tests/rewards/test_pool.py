@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rljax.rewards.function_path import refer
 
 from rewards import hostile
 from rljax.rewards.pool import Pool
-from rljax.rewards.reference import refer
 from rljax.rewards.worker import judge
 
 SECONDS = 1.0

@@ -12,7 +12,7 @@ from rljax.models import decoder, policy
 from rljax.ops import sampling as ops
 from rljax.types import Rows, Sampling, Trajectory
 
-CONFIG = decoder.DecoderConfig(53, 32, 2, 4, 2, 8, 48, tied=False)
+CONFIG = decoder.DecoderConfig(53, 32, 2, 4, 2, 8, 48, tie_word_embeddings=False)
 LM = decoder.language_model(CONFIG)
 STOP = (3, 7)
 CLOSE = 1e-5  # between a uniform number and a boundary of the cumulative distribution

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample, sample_and_count
 from scipy.stats import chisquare
 
 from rljax.models import decoder, policy
 from rljax.models.policy import make_policy
 from rljax.rollouts.partial import resume, unfinished
-from rljax.rollouts.tokens import sample, sample_and_count
 from rljax.types import Rows, Sampling
 from rollouts.common import CONFIG, LM, STOP, answers, assert_same_sample, draws, make_rows, take
 
@@ -126,7 +126,7 @@ def without_stop(z):
     return z
 
 
-BIAS = np.linspace(-1.0, 1.0, CONFIG.vocabulary, dtype=np.float32)
+BIAS = np.linspace(-1.0, 1.0, CONFIG.vocab_size, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_the_distribution_of_a_draw(params, settings, change):
 
 def test_a_stop_string_ends_an_answer(params):
     """An automaton that has met its string at the second token 20 in a row."""
-    automaton = np.zeros((2, CONFIG.vocabulary), np.int32)
+    automaton = np.zeros((2, CONFIG.vocab_size), np.int32)
     automaton[:, 20] = [1, -1]
-    bias = np.zeros(CONFIG.vocabulary, np.float32)
+    bias = np.zeros(CONFIG.vocab_size, np.float32)
     bias[20] = 4.0
     traj = first_tokens(params, 8, stop_strings=jnp.asarray(automaton), logit_bias=bias)
     tokens, _, mask = answers(traj, Sampling(max_tokens=8))
@@ -181,16 +181,33 @@ def test_the_penalty_reaches_what_was_drawn(params):
 
 SHAPES = [
     {},
-    {"heads": 4, "kv_heads": 1, "head_dim": 128, "norms": "both", "attention_softcap": 20.0, "windows": (16, None)},
-    {"heads": 6, "kv_heads": 2, "head_dim": 48, "qk_norm": "head", "qkv_bias": True, "mlp_width": 72, "tied": False},
+    {
+        "num_heads": 4,
+        "num_kv_heads": 1,
+        "head_dim": 128,
+        "norms": "both",
+        "attention_softcap": 20.0,
+        "windows": (16, None),
+    },
+    {
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 48,
+        "qk_norm": "head",
+        "qkv_bias": True,
+        "intermediate_size": 72,
+        "tie_word_embeddings": False,
+    },
 ]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels that `models.exact` knows are the CPU's")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the kernels that `models.batch_invariant` knows are the CPU's"
+)
 @pytest.mark.parametrize("changes", SHAPES)
 def test_exact_means_no_gap_at_all(changes):
     """Batches of 1, 3, 8 and 64 rows, with and without slots, scored alone, shuffled and under a gradient."""
-    small = decoder.DecoderConfig(1000, 64, 2, 4, 2, 16, 104, exact=True)
+    small = decoder.DecoderConfig(1000, 64, 2, 4, 2, 16, 104, batch_invariant=True)
     config = dataclasses.replace(small, **changes)
     params = policy.init(config, jax.random.key(0))
     params["decoder"]["norm"]["scale"] *= 2.5
@@ -222,16 +239,16 @@ def test_exact_is_no_other_model(rows):
     config = dataclasses.replace(CONFIG, head_dim=16)
     params = policy.init(config, jax.random.key(0))
     traj = sample(decoder.language_model(config), params, {}, rows, SAMPLING, SEED, 3)
-    assert gap(params, traj, dataclasses.replace(config, exact=True)) < 1e-5
+    assert gap(params, traj, dataclasses.replace(config, batch_invariant=True)) < 1e-5
 
 
 def test_exact_refuses_heads_that_its_kernels_cut():
     with pytest.raises(ValueError, match="legal: multiples of 16"):
-        dataclasses.replace(CONFIG, exact=True, head_dim=24)
+        dataclasses.replace(CONFIG, batch_invariant=True, head_dim=24)
 
 
 def test_exact_refuses_mixtures():
-    from rljax.models.experts import Experts
+    from rljax.models.moe import MoEConfig
 
     with pytest.raises(ValueError, match="legal: no experts"):
-        dataclasses.replace(CONFIG, head_dim=16, exact=True, experts=Experts(4, 2, 8, (0,), True))
+        dataclasses.replace(CONFIG, head_dim=16, batch_invariant=True, moe=MoEConfig(4, 2, 8, (0,), True))

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.models.policy import make_policy
 from rljax.rollouts.partial import blank, divide, fit, restore, resume, store, turn, unfinished
-from rljax.rollouts.tokens import sample
 from rljax.types import Sampling
 from rollouts.common import CONFIG, LM, draws, make_rows, take
 

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.models import policy
-from rljax.rollouts.tokens import sample
 from rljax.train import mesh as meshes
 from rljax.types import Sampling
 from rollouts.common import (

@@ -5,11 +5,11 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.decode_state import place, settle, trajectory
+from rljax.rollouts.sampler import sample
+from rljax.rollouts.streaming import stream
 
 from rljax.rollouts import stream as module
-from rljax.rollouts.answers import place, settle, trajectory
-from rljax.rollouts.stream import stream
-from rljax.rollouts.tokens import sample
 from rljax.types import Sampling
 from rollouts.common import LM, STOP, assert_same_sample, draws, make_rows
 

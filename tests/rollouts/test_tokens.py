@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 from scipy.special import softmax
 from scipy.stats import chisquare
 
 from rljax.models.policy import make_policy
-from rljax.rollouts.tokens import sample
 from rljax.types import Sampling, check_shapes
 from rollouts.common import CONFIG, LM, STOP, answers, kept, logits_of, make_rows, rows_of, take
 
@@ -127,7 +127,7 @@ SETTINGS = [
     {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
     {"temperature": 0.0},
 ]
-NEUTRAL = {"temperature": 1.0, "top_k": CONFIG.vocabulary, "top_p": 1.0, "min_p": 0.0}
+NEUTRAL = {"temperature": 1.0, "top_k": CONFIG.vocab_size, "top_p": 1.0, "min_p": 0.0}
 
 
 def assert_drawn_from(tokens, probs):
@@ -164,10 +164,10 @@ def test_first_tokens_follow_each_prompts_own_settings(params):
         probs = distribution(logits, setting)
         sizes.append((probs > 0).sum())
         assert_drawn_from(drawn, probs)
-    assert sizes[0] == sizes[1] == CONFIG.vocabulary
+    assert sizes[0] == sizes[1] == CONFIG.vocab_size
     assert sizes[3] == 5
     assert sizes[-1] == 1
-    assert all(1 < size < CONFIG.vocabulary for size in sizes[3:-1])
+    assert all(1 < size < CONFIG.vocab_size for size in sizes[3:-1])
 
 
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[6]], ids=["plain", "filtered"])
@@ -198,7 +198,7 @@ def counting(lm):
 
 def test_the_loop_ends_with_the_last_answer(params, rows):
     lm, seen = counting(LM)
-    sampling = Sampling(max_tokens=12, stop=tuple(range(CONFIG.vocabulary)))
+    sampling = Sampling(max_tokens=12, stop=tuple(range(CONFIG.vocab_size)))
     traj = sample(lm, params, {}, rows, sampling, 0, 0)
     jax.effects_barrier()
     assert traj.mask.sum() == len(LENGTHS)

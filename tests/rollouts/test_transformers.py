@@ -8,14 +8,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.decode_state import place, remember, settle
+from rljax.rollouts.sampler import sample
 from scipy.special import log_softmax
 
 from rljax.data.prompts import read_jsonl
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts import draw as drawing
-from rljax.rollouts.answers import place, remember, settle
-from rljax.rollouts.tokens import sample
 from rljax.types import Sampling
 from rollouts.common import rows_of
 

@@ -11,7 +11,7 @@ from rljax.models import mlp
 from rljax.rollouts.episodes import episodes
 from rljax.rollouts.unroll import begin, chance, finished, unroll
 
-ENV = make_cartpole(limit=12)
+ENV = make_cartpole(max_steps=12)
 ROWS, LENGTH = 3, 40
 
 
@@ -101,7 +101,7 @@ def test_the_trainer_finds_the_samplers_log_probs(env):
     def play(params):
         _, traj = unroll(env, mlp.act, params, chance(env, key, 8, 30), begin(env, key, 8))
         traj = mlp.annotate(params, traj)
-        return traj, mlp.make_policy()(params, {}, traj)
+        return traj, mlp.make_mlp_policy()(params, {}, traj)
 
     traj, output = play(params)
     np.testing.assert_allclose(output.logp, traj.logp, atol=1e-5)

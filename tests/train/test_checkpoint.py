@@ -14,7 +14,9 @@ from rljax.train.checkpoint import Checkpoints
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.types import TrainState
 
-CONFIG = decoder.DecoderConfig(vocabulary=16, width=8, layers=2, heads=2, kv_heads=2, head_dim=4, mlp_width=16)
+CONFIG = decoder.DecoderConfig(
+    vocab_size=16, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, intermediate_size=16
+)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0, 10)))
 EMPTY = {}
 FULL = {
@@ -84,7 +86,7 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path, fields):
 
 def test_a_state_comes_back_onto_another_mesh(tmp_path):
     state = whole_state(2)
-    axes = {"decoder": decoder.logical_axes(CONFIG), "odd": (None,)}
+    axes = {"decoder": decoder.param_axes(CONFIG), "odd": (None,)}
     first, second = (state_shardings(make_mesh(*s), state, OPTIMIZER, axes).state for s in [(1, 8, 1), (2, 2, 2)])
     state = jax.device_put(state, first)
     back = restored(saved(tmp_path, [state]), jax.device_put(whole_state(0), second))
@@ -144,7 +146,7 @@ def test_damage_to_the_newest_is_said_and_the_one_before_is_taken(tmp_path, smal
     saved(tmp_path, [small(1), small(2)])
     damage(tmp_path / "2")
     said = []
-    checkpoints = Checkpoints(tmp_path, say=said.append)
+    checkpoints = Checkpoints(tmp_path, log_info=said.append)
     assert checkpoints.restore(small(0)).params["w"][0] == 1
     assert len(said) == 1
     assert said[0].startswith("checkpoint 2 is damaged (")

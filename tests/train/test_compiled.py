@@ -29,7 +29,7 @@ def batch_and_state():
         values=draw(B, T + 1),
     )
     algorithm, optimizer = ppo(), optax.adam(1e-2)
-    update = make_update(policy_objective(mlp.make_policy(), algorithm), optimizer)
+    update = make_update(policy_objective(mlp.make_mlp_policy(), algorithm), optimizer)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(1))
     return algorithm.credit(traj, {}), state, update
 
@@ -88,7 +88,7 @@ def test_permutations_are_uniform():
 def test_a_part_is_trained_alone():
     batch, state, _ = batch_and_state()
     optimizer = optax.adam(1e-2)
-    update = make_update(policy_objective(mlp.make_policy(), ppo()), optimizer)
+    update = make_update(policy_objective(mlp.make_mlp_policy(), ppo()), optimizer)
     opt_state = {name: optimizer.init({name: part}) for name, part in state.params.items()}
     before = jax.tree.map(jnp.copy, state.params)
     after, _ = of_part(update, "critic")(state.replace(opt_state=opt_state), batch)

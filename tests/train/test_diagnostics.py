@@ -118,8 +118,8 @@ def test_the_policys_diagnostics_are_those_of_its_ratios():
     d = np.float64(logp) - np.float64(behaviour)
     np.testing.assert_allclose(got["ratio_min"], np.exp(d), rtol=1e-5)
     np.testing.assert_allclose(got["ratio_squared"], np.exp(2 * d), rtol=1e-5)
-    np.testing.assert_allclose(got["kl_behaviour"], np.exp(d) - 1 - d, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(got["kl_behaviour_k1"], -d, rtol=1e-5)
+    np.testing.assert_allclose(got["kl_behavior"], np.exp(d) - 1 - d, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got["kl_behavior_k1"], -d, rtol=1e-5)
     assert "kl_old" not in got
     assert "entropy" not in got
     got = diagnostics.policy(PolicyOutput(logp=logp, entropy=zeros), batch.replace(traj=traj.replace(old_logp=old)))

@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from rljax.train import log as module
-from rljax.train.log import Log, clock, drop_from, read_records, say, short, table, write_atomically
+from rljax.train.log import Log, clock, drop_from, log_info, read_records, short, table, write_atomically
 
 NAN, INF = float("nan"), float("inf")
 
@@ -228,7 +228,7 @@ def test_a_terminal_gets_one_line_that_words_do_not_break(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "console", Console(file=out, force_terminal=True, width=100, _environ={}))
     with Log(tmp_path, total_steps=2) as log:
         log.write(0, {"reward": 0.5})
-        say("saved [bold]step[/bold] :smile:")
+        log_info("saved [bold]step[/bold] :smile:")
         log.write(1, {"reward": 0.75})
     assert "saved [bold]step[/bold] :smile:\n" in out.getvalue()
     assert "reward 0.75" in out.getvalue()
@@ -246,5 +246,5 @@ def test_tables_keep_brackets_and_align_numbers(capsys):
 
 
 def test_say_does_not_wrap(capsys):
-    say("x" * 500)
+    log_info("x" * 500)
     assert capsys.readouterr().out == "x" * 500 + "\n"

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from rljax.train.mesh import make_mesh, param_shardings, place_prompts, place_rows, sharding_of, state_shardings
+from rljax.train.mesh import make_mesh, param_shardings, shard_prompts, shard_rows, sharding_of, state_shardings
 from rljax.types import Rows, TrainState
 
 P = PartitionSpec
@@ -88,18 +88,18 @@ def test_statistics_of_another_shape_than_their_parameter_are_copied():
 
 def test_rows_go_over_data_and_fsdp_and_scalars_everywhere():
     shardings = state_shardings(make_mesh(2, 2, 2), whole_state(optax.sgd(1)), optax.sgd(1), AXES)
-    out = place_rows(shardings, {"x": np.arange(24).reshape(8, 3), "absent": None, "scalar": np.float32(1)})
+    out = shard_rows(shardings, {"x": np.arange(24).reshape(8, 3), "absent": None, "scalar": np.float32(1)})
     assert [shard.data.shape for shard in out["x"].addressable_shards] == [(2, 3)] * 8
     assert out["scalar"].sharding.is_fully_replicated
     with pytest.raises(ValueError, match=r"6 rows do not divide over 4 devices \(data x fsdp\); take a multiple of 4"):
-        place_rows(shardings, np.zeros((6, 2)))
+        shard_rows(shardings, np.zeros((6, 2)))
 
 
 def test_prompts_are_spread_and_their_columns_stay_on_the_host():
     shardings = state_shardings(make_mesh(8, 1, 1), whole_state(optax.sgd(1)), optax.sgd(1), AXES)
     columns = [{"answer": i} for i in range(8)]
     rows = Rows(np.zeros((8, 3), np.int32), np.ones((8, 3), bool), np.arange(8, dtype=np.int32), columns, 8)
-    placed = place_prompts(shardings, rows)
+    placed = shard_prompts(shardings, rows)
     assert placed.tokens.addressable_shards[0].data.shape == (1, 3)
     assert placed.columns is columns
     assert placed.cursor == 8

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.train.metrics import average, describe, describe_credit, require_on_policy, reward_and_kl
+from rljax.train.metrics import average, credit_metrics, describe, require_on_policy, reward_and_kl
 from rljax.types import Batch, Trajectory
 
 nan = np.nan
@@ -42,7 +42,7 @@ def test_rewards_lengths_and_signal():
         "length_min": 1,
         "aborted": 0,
         "tokens": 12,
-        "not_judged": 3 / 8,
+        "frac_reward_failed": 3 / 8,
         "no_signal": 6 / 8,
         "reward/right": 3 / 5,
         "reward/right_std": np.std([1, 0, 1, 1, 0]),
@@ -72,7 +72,7 @@ def test_truncation_and_distance_to_the_reference_are_shown_where_they_are_known
 def test_a_row_without_a_decision_is_not_judged():
     traj = trajectory().replace(mask=jnp.asarray(MASK & (np.arange(8) != 0)[:, None]))
     got = describe(traj, ())
-    assert got["not_judged"] == pytest.approx(4 / 8)
+    assert got["frac_reward_failed"] == pytest.approx(4 / 8)
     assert got["reward"] == pytest.approx(1.3 / 4)
     assert (got["aborted"], got["length_min"]) == (pytest.approx(1 / 8), 0)
     assert reward_and_kl(traj.replace(ref_logp=traj.logp))["reward"] == pytest.approx(1.3 / 4)
@@ -102,9 +102,9 @@ def test_credit_is_described_over_the_batchs_own_mask():
     for name, x in {"advantage": advantages, "return": returns, "value": values}.items():
         x = x[mask]
         want |= {name: x.mean(), f"{name}_std": x.std(ddof=1), f"{name}_max": x.max(), f"{name}_min": x.min()}
-    got = {name: float(value) for name, value in describe_credit(batch).items()}
+    got = {name: float(value) for name, value in credit_metrics(batch).items()}
     assert got == pytest.approx(want, rel=1e-4)
-    assert set(describe_credit(batch.replace(returns=None, traj=trajectory()))) == {
+    assert set(credit_metrics(batch.replace(returns=None, traj=trajectory()))) == {
         "advantage",
         "advantage_std",
         "advantage_max",
@@ -118,11 +118,11 @@ def test_ratios_have_their_spread_and_their_effective_share():
     want = {
         "ratio": ratios.mean(),
         "ratio_std": ratios.std(),
-        "ratio_effective_share": 1 / ((ratios / ratios.mean()) ** 2).mean(),
+        "ess_fraction": 1 / ((ratios / ratios.mean()) ** 2).mean(),
     }
     assert average(steps) == pytest.approx(want)
     same = average([{"ratio": 1.0, "ratio_squared": 1.0 - 1e-7}])  # rounding
-    assert same == {"ratio": 1.0, "ratio_std": 0.0, "ratio_effective_share": 1.0}
+    assert same == {"ratio": 1.0, "ratio_std": 0.0, "ess_fraction": 1.0}
 
 
 def test_average_takes_means_and_extremes():

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import optax
 import pytest
+from rljax.rollouts.sampler import sample
 
 from rljax.algorithms import grpo, with_kl
 from rljax.models import decoder, lora, policy
-from rljax.rollouts.tokens import sample
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Rows, Sampling, TrainState
 
-CONFIG = decoder.DecoderConfig(32, 16, 2, 4, 2, 4, 24, adapter=lora.Lora(rank=2))
+CONFIG = decoder.DecoderConfig(32, 16, 2, 4, 2, 4, 24, adapter=lora.LoraConfig(rank=2))
 OPTIMIZER = optax.adam(1e-2)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rljax.algorithms import real
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
-from rljax.train.mesh import make_mesh, place_rows, state_shardings
+from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import pack, packed, plan
 from rljax.train.update import learn as learn_rollout
@@ -166,7 +166,9 @@ def test_an_update_of_packed_rows_is_that_of_unpacked_ones(name):
     agree(learn(algorithm, together, table_params(), micro_batches=micro_batches), want)
 
 
-DECODER = DecoderConfig(vocabulary=16, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, mlp_width=16)
+DECODER = DecoderConfig(
+    vocab_size=16, hidden_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=16
+)
 POLICY = models.make_policy(DECODER)
 
 
@@ -174,7 +176,7 @@ def of_decoder(name, sizes, width=None, tokens=None):
     """Gradient and metrics of a real update on a mesh: packed where there is a width."""
     algorithm, params, shardings = ALGORITHMS[name], models.init(DECODER, jax.random.key(1)), None
     params = models.with_value_head(params, DECODER)
-    params["value_head"] = jnp.linspace(-1, 1, DECODER.width)
+    params["value_head"] = jnp.linspace(-1, 1, DECODER.hidden_size)
     if sizes is not None:
         axes = models.logical_axes(DECODER, params)
         shardings = state_shardings(make_mesh(*sizes), state_of(params), GRADIENT, axes)
@@ -185,7 +187,7 @@ def of_decoder(name, sizes, width=None, tokens=None):
     update = make(1) if width is None else packed(make, tokens, width, shardings)
     state, batch = state_of(params), credited(algorithm, rollout(vocabulary=16))
     if shardings is not None:
-        state, batch = jax.device_put(state, shardings.state), place_rows(shardings, batch)
+        state, batch = jax.device_put(state, shardings.state), shard_rows(shardings, batch)
     state, metrics = learn_rollout(update, state, batch)
     return jax.device_get((state.opt_state[0].trace, metrics))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rljax.rollouts.sampler import sample
 from scipy.special import log_softmax
 
 from rljax.algorithms import trpo, trpo_gae
@@ -13,8 +14,7 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig, forward, language_model, logits
 from rljax.ops.shaping import at_last_decision
 from rljax.ops.trust_region import directed_kl
-from rljax.rollouts.tokens import sample
-from rljax.train.mesh import make_mesh, place_rows, state_shardings
+from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import packed
 from rljax.train.trust_region import make_trust_region_update
@@ -133,7 +133,9 @@ def test_rows_of_the_fisher_matrix_need_not_divide():
 
 # ---------------------------------------------------------------------------------------------------- a language model
 
-DECODER = DecoderConfig(vocabulary=16, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, mlp_width=16)
+DECODER = DecoderConfig(
+    vocab_size=16, hidden_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=16
+)
 POLICY = models.make_policy(DECODER)
 STOP = 3
 
@@ -187,7 +189,7 @@ def test_a_language_models_step_is_the_same_however_its_rows_are_cut(lm_update):
     shardings = state_shardings(make_mesh(2, 2, 2), state_of(params), GRADIENT, models.logical_axes(DECODER, params))
     elsewhere = packed(lambda n: make(micro_batches=n, shardings=shardings), 7, 7, shardings)
     want, metrics = update(state_of(params), batch)
-    got, cut = elsewhere(jax.device_put(state_of(start), shardings.state), place_rows(shardings, batch))
+    got, cut = elsewhere(jax.device_put(state_of(start), shardings.state), shard_rows(shardings, batch))
     assert cut["micro_batches"] > 1
     for name in ("kl_step", "improvement", "improvement_expected", "loss", "line_search_trials"):
         np.testing.assert_allclose(cut[name], metrics[name], rtol=1e-3, atol=1e-6)

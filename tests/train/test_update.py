@@ -8,7 +8,7 @@ import pytest
 
 from rljax.models.decoder import DecoderConfig
 from rljax.models.policy import init, make_policy
-from rljax.train.mesh import make_mesh, place_rows, state_shardings
+from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update, minibatches
 from rljax.types import Objective, TrainState
@@ -153,7 +153,7 @@ def test_on_a_mesh_one_program_serves_every_step(caplog):
     at = jax.device_put(state_of(table_params()), shardings.state)
     with jax.log_compiles():
         for step in range(3):
-            at, _ = update(at, place_rows(shardings, credited(algorithm, rollout(step))))
+            at, _ = update(at, shard_rows(shardings, credited(algorithm, rollout(step))))
             assert at.step == step
             at = at.replace(step=step + 1, cursor=5 * step)
     assert sum("Compiling jit(step)" in record.message for record in caplog.records) == 1
@@ -204,11 +204,11 @@ def test_learn_makes_all_updates_of_a_rollout_and_averages_what_they_say():
 
     def update(state, mini):
         seen.append(np.asarray(mini["row"]))
-        return state.replace(extra=state.extra + 1), {"loss": next(losses), "logp_change_max": next(gaps)}
+        return state.replace(extra=state.extra + 1), {"loss": next(losses), "logp_diff_max": next(gaps)}
 
     at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=2, count=2)
     assert at.extra == 4
-    assert metrics == {"loss": 2.5, "logp_change_max": 2.0, "sampler_gap": 0.5}
+    assert metrics == {"loss": 2.5, "logp_diff_max": 2.0, "sampler_gap": 0.5}
     np.testing.assert_array_equal(np.sort(np.concatenate(seen[:2])), np.arange(ROWS))
 
 
@@ -217,9 +217,9 @@ def test_learn_stops_after_the_update_that_found_the_policy_too_far(limit, updat
     found = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
     def update(state, mini):
-        return state.replace(extra=state.extra + 1), {"kl_behaviour": next(found)}
+        return state.replace(extra=state.extra + 1), {"kl_behavior": next(found)}
 
     at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=3, count=2, stop_kl=limit)
     assert at.extra == updates
-    assert metrics["kl_behaviour"] == pytest.approx(np.arange(1, updates + 1).mean() / 10)
+    assert metrics["kl_behavior"] == pytest.approx(np.arange(1, updates + 1).mean() / 10)
     assert metrics.get("updates") == (None if limit is None else updates)

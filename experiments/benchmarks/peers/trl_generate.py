@@ -22,20 +22,31 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-W1 = dict(vocabulary=4096, width=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_width=688)
+W1 = dict(
+    vocab_size=4096, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, intermediate_size=688
+)
 W1 |= dict(prompts=8, n=8, length=32, answer=64)
 
 
-def make_model(vocabulary, width, layers, heads, kv_heads, head_dim, mlp_width) -> LlamaForCausalLM:
+def make_model(
+    vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size
+) -> LlamaForCausalLM:
     """Random weights, float32, tied."""
-    shape = dict(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
-    rest = dict(num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp_width, tie_word_embeddings=True)
-    return LlamaForCausalLM(LlamaConfig(**shape, **rest, eos_token_id=vocabulary))
+    shape = dict(
+        vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=num_heads
+    )
+    rest = dict(
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(LlamaConfig(**shape, **rest, eos_token_id=vocab_size))
 
 
-def numbers(vocabulary: int) -> PreTrainedTokenizerFast:
+def numbers(vocab_size: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose words are the numbers below `vocabulary`; the end token comes after them."""
-    words = {str(i): i for i in range(vocabulary)} | {"end": vocabulary}
+    words = {str(i): i for i in range(vocab_size)} | {"end": vocab_size}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="end", pad_token="0")
@@ -43,7 +54,7 @@ def numbers(vocabulary: int) -> PreTrainedTokenizerFast:
 
 def main(prompts: int, n: int, length: int, answer: int, **shape) -> None:
     torch.manual_seed(0)
-    rows = np.random.default_rng(0).integers(1, shape["vocabulary"], (prompts, length))
+    rows = np.random.default_rng(0).integers(1, shape["vocab_size"], (prompts, length))
     texts = [" ".join(map(str, row)) for row in rows]
     settings = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", beta=0.0)
     sizes = dict(per_device_train_batch_size=prompts * n, num_generations=n, max_completion_length=answer)
@@ -53,7 +64,7 @@ def main(prompts: int, n: int, length: int, answer: int, **shape) -> None:
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=GRPOConfig(folder, **settings, **sizes),
             train_dataset=Dataset.from_dict({"prompt": texts}),
-            processing_class=numbers(shape["vocabulary"]),
+            processing_class=numbers(shape["vocab_size"]),
         )
         trainer.model.train()  # as in a training step
         asked = [text for text in texts for _ in range(n)]

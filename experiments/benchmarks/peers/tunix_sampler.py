@@ -20,13 +20,13 @@ from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.llama3.model import Llama3, ModelConfig
 
 SIZES = (
-    "vocabulary",
-    "width",
-    "layers",
-    "heads",
-    "kv_heads",
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
     "head_dim",
-    "mlp_width",
+    "intermediate_size",
     "prompts",
     "n",
     "length",
@@ -57,10 +57,16 @@ class Lookup:
         return 0
 
 
-def make_model(vocabulary, width, layers, heads, kv_heads, head_dim, mlp_width) -> Llama3:
+def make_model(vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size) -> Llama3:
     """Random weights, float32, tied; Tunix's zeros in the MLP made random too."""
-    shape = dict(vocab_size=vocabulary, embed_dim=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads)
-    rest = dict(head_dim=head_dim, hidden_dim=mlp_width, rope_theta=10_000, norm_eps=1e-5, weight_tying=True)
+    shape = dict(
+        vocab_size=vocab_size,
+        embed_dim=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+    )
+    rest = dict(head_dim=head_dim, hidden_dim=intermediate_size, rope_theta=10_000, norm_eps=1e-5, weight_tying=True)
     model = Llama3(ModelConfig(**shape, **rest), rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
     fill = lambda x: x if x.any() else jax.numpy.asarray(0.02 * random.normal(size=x.shape), x.dtype)  # noqa: E731
@@ -69,9 +75,9 @@ def make_model(vocabulary, width, layers, heads, kv_heads, head_dim, mlp_width) 
 
 
 def main(prompts: int, n: int, length: int, answer: int, **shape) -> None:
-    model, vocabulary = make_model(**shape), shape["vocabulary"]
-    tokens = np.random.default_rng(0).integers(1, vocabulary, (prompts, length))
-    cache = CacheConfig(length + answer, shape["layers"], shape["kv_heads"], shape["head_dim"])
+    model, vocab_size = make_model(**shape), shape["vocab_size"]
+    tokens = np.random.default_rng(0).integers(1, vocab_size, (prompts, length))
+    cache = CacheConfig(length + answer, shape["num_layers"], shape["num_kv_heads"], shape["head_dim"])
     sampler = Sampler(model, Lookup(tokens), cache)
     names = [str(i) for i in range(prompts) for _ in range(n)]
     settings = dict(max_prompt_length=length, eos_tokens=[-1], temperature=1.0, top_p=1.0)

@@ -29,7 +29,7 @@ from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.models.policy import make_policy
-from rljax.train.log import say, table
+from rljax.train.log import log_info, table
 from rljax.types import trajectory_of_tokens
 
 TEXTS = (
@@ -60,14 +60,14 @@ def main(cfg: Config) -> None:
     encode = load_tokenizer(cfg.model).encode
     texts = [encode(text) for text in TEXTS]
     if min(map(len, texts)) < 2:  # a tokenizer that knows none of these words
-        texts = [np.random.default_rng(n).integers(config.vocabulary, size=n).tolist() for n in (3, 20, 40)]
+        texts = [np.random.default_rng(n).integers(config.vocab_size, size=n).tolist() for n in (3, 20, 40)]
     found = compare(cfg.model, texts)
     cells = {name: {field: f"{x:.1e}" for field, x in d._asdict().items()} for name, d in found.items()}
     table(cfg.model, [{"rljax - transformers": name} | numbers for name, numbers in cells.items()])
     wrong = [name for name, difference in found.items() if not difference.relative <= cfg.tolerance]
     if wrong:
         raise ValueError(f"relative difference above the tolerance of {cfg.tolerance:g}: {'; '.join(wrong)}")
-    say(f"all within {cfg.tolerance:g}")
+    log_info(f"all within {cfg.tolerance:g}")
 
 
 def compare(directory: str, texts: list[list[int]]) -> dict[str, Difference]:

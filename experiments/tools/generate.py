@@ -23,16 +23,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from rljax.rollouts.decode_state import Completions
+from rljax.rollouts.sample_token import check_sampling
+from rljax.rollouts.streaming import stream
+
 import options
 from rljax.data.prompts import Prompts, from_template, read_jsonl
-from rljax.data.stop_strings import text_so_far
+from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts.answers import Answers
-from rljax.rollouts.draw import check
-from rljax.rollouts.stream import stream
 from rljax.train import mesh as meshes
-from rljax.train.log import live, say, short
+from rljax.train.log import format_number, is_interactive, log_info
 
 ENDED = ("length", "stop")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write what a terminal obeys
@@ -65,20 +66,20 @@ def main(cfg: Config) -> list[dict]:
             f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are drawn; legal in a stream: max_concurrent=None"
         )
     config, mesh = hf.read_config(cfg.model), meshes.make_mesh(**dataclasses.asdict(cfg.mesh))
-    tokenizer = options.tokenizer(cfg.model, config.vocabulary)
+    tokenizer = options.tokenizer(cfg.model, config.vocab_size)
     prompts, text = read_prompts(cfg, tokenizer, config.max_positions)
-    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocabulary)
+    sampling = options.sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     strings = [options.new_lines(string).encode() for string in cfg.sampling.stop_strings]
-    pieces = options.pieces(tokenizer, config.vocabulary)
+    pieces = options.token_bytes(tokenizer, config.vocab_size)
     pieces = [b"" if i in tokenizer.stop else piece for i, piece in enumerate(pieces)]
-    check(sampling)
+    check_sampling(sampling)
 
-    def read(answers: Answers, i: int) -> str:
-        return text_so_far(answers.tokens[i, : answers.drawn[i]], pieces, strings, bool(answers.over[i]))
+    def read(answers: Completions, i: int) -> str:
+        return streamed_text(answers.tokens[i, : answers.num_tokens[i]], pieces, strings, bool(answers.done[i]))
 
     config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
     config = dataclasses.replace(config, dtype=cfg.dtype)
-    places = meshes.param_shardings(mesh, decoder.logical_axes(config), decoder.abstract(config))
+    places = meshes.param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
     params, lm = {"decoder": hf.load(cfg.model, config, places, cfg.dtype)}, decoder.language_model(config)
 
     records, rates, began = [], [], time.perf_counter()
@@ -86,7 +87,7 @@ def main(cfg: Config) -> list[dict]:
         asked = [text(row) for row in rows.columns]
         heads = [f"[{i + 1}/{len(prompts)}] " * (len(prompts) > 1) for i in rows.number]
         apart = "\n" * (cfg.chat or cfg.n > 1)
-        drawn = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if live() else 16)
+        drawn = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if is_interactive() else 16)
         answers = show(drawn, heads, [prompt + apart for prompt in asked], cfg.n, read, rates)
         for p, prompt in enumerate(asked):
             records.append(record(prompt, rows.columns[p], answers, range(p * cfg.n, (p + 1) * cfg.n), read))
@@ -94,8 +95,8 @@ def main(cfg: Config) -> list[dict]:
             with open(cfg.out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in records[-len(asked) :])
     tokens = sum(sum(line["tokens"]) for line in records)
-    pace = f", typically {short(statistics.median(rates))} a second" if rates else ""
-    say(f"{tokens:,} tokens in {time.perf_counter() - began:.1f} s{pace}", "dim")
+    pace = f", typically {format_number(statistics.median(rates))} a second" if rates else ""
+    log_info(f"{tokens:,} tokens in {time.perf_counter() - began:.1f} s{pace}", "dim")
     return records
 
 
@@ -110,11 +111,13 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     longest = options.longest_prompt(0, cfg.sampling.max_tokens, context)
     prompts = Prompts(columns, encode, text, longest, pad=tokenizer.pad)
     if prompts.dropped:
-        say(f"{prompts.dropped} of {len(columns)} prompts dropped, over {longest} tokens")
+        log_info(f"{prompts.dropped} of {len(columns)} prompts dropped, over {longest} tokens")
     return prompts, text
 
 
-def show(drawn: Iterable[Answers], heads: list[str], asked: list[str], n: int, read: Callable, rates: list) -> Answers:
+def show(
+    drawn: Iterable[Completions], heads: list[str], asked: list[str], n: int, read: Callable, rates: list
+) -> Completions:
     """Print answer after answer: on a terminal, the first that is not over as it grows. Returns the last of `drawn`.
 
     Appends to `rates` the tokens a second of each stretch but the first, for which the prompts are read.
@@ -122,19 +125,19 @@ def show(drawn: Iterable[Answers], heads: list[str], asked: list[str], n: int, r
     at, shown, before = 0, 0, None  # shown: how much of answer `at`
     begin(heads, asked, n, at)
     for answers in drawn:
-        now, tokens = time.perf_counter(), int(answers.drawn.sum())
+        now, tokens = time.perf_counter(), int(answers.num_tokens.sum())
         if before is not None:
             rates.append((tokens - before[1]) / (now - before[0]))
-        while at < len(answers.over) and (live() or answers.over[at]):
+        while at < len(answers.done) and (is_interactive() or answers.done[at]):
             text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", read(answers, at))
-            say(text[shown:], end="")
+            log_info(text[shown:], end="")
             shown = len(text)
-            if not answers.over[at]:
+            if not answers.done[at]:
                 break
-            why = ENDED[bool(answers.ended[at])]
-            say(f"\n({answers.drawn[at]} tokens, {why}, log-prob {answers.logp[at].sum():.1f})", "dim")
+            why = ENDED[bool(answers.terminated[at])]
+            log_info(f"\n({answers.num_tokens[at]} tokens, {why}, log-prob {answers.logp[at].sum():.1f})", "dim")
             at, shown = at + 1, 0
-            if at < len(answers.over):
+            if at < len(answers.done):
                 begin(heads, asked, n, at)
         before = time.perf_counter(), tokens
     return answers
@@ -144,22 +147,22 @@ def begin(heads: list[str], asked: list[str], n: int, at: int) -> None:
     """What stands before answer `at`: its prompt, and its number where there are several."""
     prompt, answer = divmod(at, n)
     if answer == 0:
-        say(heads[prompt], "dim", end="")
-        say(CONTROL.sub("\N{REPLACEMENT CHARACTER}", asked[prompt]), "bold", end="")
+        log_info(heads[prompt], "dim", end="")
+        log_info(CONTROL.sub("\N{REPLACEMENT CHARACTER}", asked[prompt]), "bold", end="")
     if n > 1:
-        say(f"{answer + 1}/{n} ", "cyan", end="")
+        log_info(f"{answer + 1}/{n} ", "cyan", end="")
 
 
-def record(prompt: str, columns: dict, answers: Answers, which: range, read: Callable) -> dict:
+def record(prompt: str, columns: dict, answers: Completions, which: range, read: Callable) -> dict:
     """A line of --out."""
     of = list(which)
     return {
         "prompt": prompt,
         "columns": columns,
         "answer": [read(answers, i) for i in of],
-        "tokens": answers.drawn[of].tolist(),
+        "tokens": answers.num_tokens[of].tolist(),
         "logp": answers.logp[of].sum(axis=1).tolist(),
-        "ended": [ENDED[bool(stopped)] for stopped in answers.ended[of]],
+        "ended": [ENDED[bool(stopped)] for stopped in answers.terminated[of]],
     }
 
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 import options
 from rljax.models import decoder, hf, lora, peft
-from rljax.train.checkpoint import read_parts
-from rljax.train.log import say
+from rljax.train.checkpoint import restore_items
+from rljax.train.log import log_info
 from rljax.types import Params
 
 
@@ -46,23 +46,23 @@ def main(cfg: Config) -> None:
         raise ValueError(f"{cfg.run} trained no adapter; legal: --adapter merged")
     here = base != about  # the model that an adapter is of, where it was: the checkpoint's copy need not be read
     needed = ("params",) if cfg.adapter == "separate" or here else ("params", "frozen")
-    step, parts = read_parts(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
+    step, parts = restore_items(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
     trained = dict(parts["params"])
     low_rank, head = trained.pop("lora", None), trained.get("score_head")
     if cfg.adapter == "separate":
         peft.save_adapter(cfg.out, dataclasses.replace(config, adapter=adapter), low_rank, base)
     else:
-        params = hf.load(base, config) if here else decoder.whole(config, trained, parts["frozen"])["decoder"]
+        params = hf.load(base, config) if here else decoder.full_params(config, trained, parts["frozen"])["decoder"]
         if low_rank is not None:
             params = merged(adapter, params, low_rank, here)
         hf.save(cfg.out, config, params, about, cfg.dtype or None, int(cfg.shard_gigabytes * 10**9), head)
-    say(f"written: {cfg.out}, of step {step}")
+    log_info(f"written: {cfg.out}, of step {step}")
 
 
-def merged(adapter: lora.Lora, base: Params, low_rank: Params, here: bool) -> Params:
+def merged(adapter: lora.LoraConfig, base: Params, low_rank: Params, here: bool) -> Params:
     """The decoder's parameters with the adapter in them, in float32."""
     if not here:
-        say("the base is no longer where it was: the checkpoint's copy of it is taken")
+        log_info("the base is no longer where it was: the checkpoint's copy of it is taken")
         base = jax.tree.map(lambda x: x.astype(jnp.float32), base)
     return lora.merge(adapter, base, low_rank)
 
