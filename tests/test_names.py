@@ -112,19 +112,19 @@ def test_no_old_name_returns():
 @pytest.mark.parametrize(
     ("path", "text", "names"),
     [
-        ("rljax/a.py", "def neutral(x): return x", ["neutral"]),
-        ("rljax/a.py", 'metrics = {"pull": 1}', ["pull"]),
-        ("rljax/a.py", '"""See `dynamic_sampling`."""', ["dynamic_sampling"]),
-        ("rljax/a.py", "# as dynamic_sampling does", ["dynamic_sampling"]),
-        ("rljax/a.py", "# a neutral remark, said in passing", []),
-        ("rljax/a.py", "# nobody reads this", ["nobody"]),
-        ("rljax/ops/a.py", "judged = 1", ["judged"]),
-        ("rljax/rewards/a.py", "judged = 1", []),
-        ("docs/a.md", "| `pull` | how hard they pull |", ["pull"]),
-        ("docs/a.md", "they pull", []),
+        ("rljax/a.py", "def gone(x): return x", ["gone"]),
+        ("rljax/a.py", 'metrics = {"gone": 1}', ["gone"]),
+        ("rljax/a.py", '"""See `old_name`."""', ["old_name"]),
+        ("rljax/a.py", "# as old_name does", ["old_name"]),
+        ("rljax/a.py", "# what is gone is an English word", []),
+        ("rljax/a.py", "# thou art", ["thou"]),
+        ("rljax/ops/a.py", "here = 1", ["here"]),
+        ("rljax/rewards/a.py", "here = 1", []),
+        ("docs/a.md", "| `gone` | how many are gone |", ["gone"]),
+        ("docs/a.md", "they are gone", []),
     ],
 )
 def test_what_is_refused(path, text, names):
-    old = [OldName(x, "new", ("*",)) for x in ("neutral", "said", "pull", "dynamic_sampling")]
-    old += [OldName("nobody", "-", ("*",)), OldName("judged", "valid", ("rljax/ops/*",))]
+    old = [OldName("gone", "new", ("*",)), OldName("old_name", "new", ("*",)), OldName("thou", "-", ("*",))]
+    old.append(OldName("here", "new", ("rljax/ops/*",)))
     assert [line.split()[1] for line in found(path, text, old)] == names
