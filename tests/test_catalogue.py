@@ -81,6 +81,7 @@ def called(run) -> set[str]:
     todo = [run]
     while todo:
         x = todo.pop()
+        x = getattr(x, "__wrapped__", x)  # of a jitted function
         if any(x is y for y in seen):
             continue
         seen.append(x)
