@@ -158,8 +158,8 @@ def filtered(batch):
 # algorithms are packed by hand in tests/test_laws.py.
 KINDS = {
     *("remax", "reinforce_pp", "otb", "grpo_process", "dr_grpo", "gspo_token", "gmpo", "kl_cov", "fipo", "capo"),
-    *("off_policy_pg", "vtrace", "trpo_gae", "ppo, dual clip", "vapo + likelihood", "dft", "ppo + kl + entropy"),
-    *("grpo + teacher", "grpo + normalised is by sequence", "dapo + only high entropy"),
+    *("off_policy_pg", "vtrace", "trpo_gae", "ppo, dual clip", "vapo + positive nll", "dft", "ppo + kl + entropy"),
+    *("grpo + teacher", "grpo + normalized is by sequence", "dapo + high entropy mask"),
 }
 assert set(ALGORITHMS) >= KINDS
 
