@@ -37,7 +37,7 @@ def stories(shared):
 
 @pytest.fixture(scope="module")
 def model(torch, stories):
-    from check_parity import torch_model
+    from experiments.tools.check_parity import torch_model
 
     return torch_model(stories)
 
