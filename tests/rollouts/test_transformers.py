@@ -37,9 +37,9 @@ def stories(shared):
 
 @pytest.fixture(scope="module")
 def model(torch, stories):
-    from experiments.tools.check_parity import torch_model
+    from experiments.tools.check_parity import load_torch_model
 
-    return torch_model(stories)
+    return load_torch_model(stories)
 
 
 @pytest.fixture(scope="module")
