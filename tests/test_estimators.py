@@ -242,14 +242,16 @@ def test_mirror_descent_and_tapered_weights_are_biased_off_policy_as_their_equat
 
 
 def test_process_rewards_of_a_model_are_climbed_with_the_outcome(of_outcomes):
-    """What PRIME climbs is E R + β E log π_φ/π_ref of whole completions: its baselines add nothing on average."""
+    """PRIME climbs E R + β E log π_φ/π_ref of whole completions, less the baseline's value times E n: it is subtracted
+    at each token, so that it also pays for short completions, or for long ones.
+    """
     tree, (problem, *_), found = of_outcomes
     _, score, probs, R = by_hand(tree, problem)
     teacher, reference = (by_hand(tree, problem._replace(policy=x))[2] for x in (problem.teacher, problem.reference))
     want = (probs * (R + 0.2 * np.log(teacher / reference))) @ score
     lengths = tree.mask.sum(1)
     process = 0.2 * np.log(teacher / reference) / lengths
-    want -= (probs * (probs @ process) * lengths) @ score  # the baseline is taken at each of the tokens
+    want -= (probs * (probs @ process) * lengths) @ score
     np.testing.assert_allclose(found["PRIME"][0][0, SUM], want, rtol=1e-9, atol=1e-12)
     want = (probs * (R - 0.2 * np.abs(lengths - 2))) @ score
     np.testing.assert_allclose(found["exact length"][0][0, OWN], want, rtol=1e-9, atol=1e-12)

@@ -5,9 +5,10 @@
 
 r_φ(y_t) = β log π_φ(y_t | y_<t)/π_ref(y_t | y_<t), and r̄_φ is its mean over a completion's tokens. π_φ is a language
 model too, trained on the policy's own completions and their outcomes o before it rates them. Its log-probs are in
-`traj.teacher_logp`, as a teacher's would be. The policy's loss is PPO's clip. The paper's code scales the process
-rewards by K/(K - 1) before it subtracts the mean over all K completions, and whitens Â; the paper's equation 5 does
-not. Left out: only prompts with an accuracy between 0.2 and 0.8 are kept.
+`traj.teacher_logp`, as a teacher's would be. The baseline b is subtracted at every token, so that by its sign it favors
+short completions or long ones. The policy's loss is PPO's clip. The paper's code scales the process rewards by K/(K -
+1) before it subtracts the mean over all K completions, and whitens Â; the paper's equation 5 does not. Left out: only
+prompts with an accuracy between 0.2 and 0.8 are kept.
 """
 
 import jax.numpy as jnp
