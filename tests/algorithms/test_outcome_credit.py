@@ -13,7 +13,7 @@ from rljax.types import PolicyOutput, Trajectory, Unpaired
 B = 9
 T = 5
 draw = np.random.default_rng(8)
-LENGTHS = np.array([3, 5, 1, 2, 4, 0, 5, 3, 4])
+LENGTHS = np.array([3, 5, 1, 2, 4, 0, 5, 2, 4])
 GROUP = np.array([2, 2, 7, 2, 7, 7, 2, 7, 7])
 REWARD = np.array([1.0, 0.0, 1.0, np.nan, 0.0, 5.0, 1.0, -0.5, 1.0])  # row 3 has no verdict, row 5 no decision
 VALID = np.array([True, True, True, False, True, False, True, True, True])
