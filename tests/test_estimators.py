@@ -10,7 +10,25 @@ import pytest
 
 from experiments.tables import estimators
 from experiments.tables.exact import credit, divergences, gradients, language, problems
-from rljax.algorithms import dr_grpo, grpo, maxrl, off_policy_pg, ppo, reinforce, remax
+from rljax.algorithms import (
+    dr_grpo,
+    grpo,
+    lcpo_exact,
+    maxrl,
+    nsr,
+    off_policy_pg,
+    opmd,
+    pass_at_k_training,
+    ppo,
+    prime,
+    psr,
+    raft,
+    reinforce,
+    remax,
+    rft,
+    topr,
+    w_reinforce,
+)
 from rljax.algorithms.reinforce import group_mean_baseline
 from rljax.ops.ratios import token_level
 from rljax.ops.weights import seq_mean_token_mean, seq_mean_token_sum
@@ -172,6 +190,87 @@ def test_with_right_and_wrong_completions_grpo_weighs_a_prompt_by_its_odds(in_pa
     assert gradients.compare_gradients(mean[MEAN], J)["cosine"] < 0.999
 
 
+@pytest.fixture(scope="module")
+def of_outcomes():
+    """Methods that weight or select whole completions, in pairs: with rewards of any size, of 0 and 1, and far off."""
+    with jax.enable_x64(True):
+        tree = language.make_tree(3, 3)
+        stack = [random_problem(tree), random_problem(tree, binary=True), problems.random_problems(tree, 0, (FAR,))[1]]
+        algorithms = {
+            "PSR": psr(),
+            "NSR": nsr(),
+            "W-REINFORCE": w_reinforce(),
+            "RAFT": raft(),
+            "RFT": rft(),
+            "OPMD": opmd(0.3),
+            "TOPR": topr(),
+            "PRIME": prime(0.2),
+            "exact length": lcpo_exact(reinforce(), 2, 0.2),
+        }
+        return tree, stack, measured(algorithms, tree, stack, 2)
+
+
+def test_positive_and_negative_samples_have_one_mean_gradient_and_different_variances(of_outcomes):
+    tree, (_, binary, _), found = of_outcomes
+    _, score, probs, R = by_hand(tree, binary)
+    for name, scale in {"PSR": 1, "NSR": 1, "W-REINFORCE": 1.1}.items():
+        np.testing.assert_allclose(found[name][0][1, OWN], scale * (probs * R) @ score, rtol=1e-9, atol=1e-12)
+    assert abs(found["PSR"][1][1, OWN] / found["NSR"][1][1, OWN] - 1) > 0.1
+
+
+def test_the_best_of_two_climbs_wins_and_accepted_samples_imitate_themselves(of_outcomes):
+    """RFT: the score of a right completion, if there is one in the pair."""
+    tree, (problem, binary, _), found = of_outcomes
+    truths = gradients.objective_gradients(tree, problem, 2)
+    assert gradients.name_objective(found["RAFT"][0][0, SUM], truths) == "wins"
+    _, score, probs, R = by_hand(tree, binary)
+    right = probs @ R
+    want = (2 * right - right**2) / right * (probs * R) @ score
+    np.testing.assert_allclose(found["RFT"][0][1, SUM], want, rtol=1e-9, atol=1e-12)
+
+
+def test_mirror_descent_and_tapered_weights_are_biased_off_policy_as_their_equations_say(of_outcomes):
+    tree, (problem, _, moved), found = of_outcomes
+    _, score, pi, R = by_hand(tree, problem)
+    mu = by_hand(tree, moved._replace(policy=moved.behavior))[2]
+    np.testing.assert_allclose(found["TOPR"][0][0, OWN], (pi * R) @ score, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found["OPMD"][0][0, OWN], 0.5 * (pi * R) @ score, rtol=1e-9, atol=1e-12)
+    tapered = np.where(R < 0, np.minimum(pi / mu, 1), 1) * R
+    np.testing.assert_allclose(found["TOPR"][0][2, OWN], (mu * tapered) @ score, rtol=1e-9, atol=1e-12)
+    pulled = 0.5 * (R - mu @ R) - 0.3 * np.log(pi / mu)
+    np.testing.assert_allclose(found["OPMD"][0][2, OWN], (mu * pulled) @ score, rtol=1e-9, atol=1e-12)
+
+
+def test_process_rewards_of_a_model_are_climbed_with_the_outcome(of_outcomes):
+    """PRIME climbs E R + β E log π_φ/π_ref of whole completions, less the baseline's value times E n: it is subtracted
+    at each token, so that it also pays for short completions, or for long ones.
+    """
+    tree, (problem, *_), found = of_outcomes
+    _, score, probs, R = by_hand(tree, problem)
+    teacher, reference = (by_hand(tree, problem._replace(policy=x))[2] for x in (problem.teacher, problem.reference))
+    want = (probs * (R + 0.2 * np.log(teacher / reference))) @ score
+    lengths = tree.mask.sum(1)
+    process = 0.2 * np.log(teacher / reference) / lengths
+    want -= (probs * (probs @ process) * lengths) @ score
+    np.testing.assert_allclose(found["PRIME"][0][0, SUM], want, rtol=1e-9, atol=1e-12)
+    want = (probs * (R - 0.2 * np.abs(lengths - 2))) @ score
+    np.testing.assert_allclose(found["exact length"][0][0, OWN], want, rtol=1e-9, atol=1e-12)
+
+
+def pass_at_k_weight(p, G, k):
+    """The mean over c correct of G of (c Â_pos (1 - p) - (G - c) Â_neg p)/G, over p (1 - p)."""
+    total = 0.0
+    for c in range(G + 1):
+        mean = 1 - math.comb(G - c, k) / math.comb(G, k)
+        if 0 < mean < 1:
+            std = math.sqrt(mean * (1 - mean))
+            positive = (1 - mean) / std
+            negative = (1 - mean - math.comb(G - c - 1, k - 1) / math.comb(G - 1, k - 1)) / std
+            chance = math.comb(G, c) * p**c * (1 - p) ** (G - c)
+            total += chance * (c * positive * (1 - p) - (G - c) * negative * p) / G
+    return total / (p * (1 - p))
+
+
 @pytest.mark.parametrize("group_size", [2, 3, 8])
 def test_weights_of_prompts_are_those_of_the_binomial(group_size):
     tree = language.make_tree(2, 1)
@@ -181,6 +280,8 @@ def test_weights_of_prompts_are_those_of_the_binomial(group_size):
         "MaxRL": maxrl(),
         "Dr.GRPO": dr_grpo(1.0),
         "RLOO": reinforce(),
+        "RFT": rft(),
+        "pass@2": pass_at_k_training(2),
     }
     found = gradients.measure_gradients(algorithms, (), tree, [problems.coin_flip(p) for p in probs], group_size)
     for i, p in enumerate(probs):
@@ -190,6 +291,8 @@ def test_weights_of_prompts_are_those_of_the_binomial(group_size):
             "MaxRL": sum((1 - p) ** (k - 1) for k in range(1, group_size)),  # of Σ_{k<G} pass@k / k
             "Dr.GRPO": (group_size - 1) / group_size,
             "RLOO": 1.0,
+            "RFT": sum((1 - p) ** (k - 1) for k in range(1, group_size + 1)),  # MaxRL's, one term more
+            "pass@2": pass_at_k_weight(p, group_size, 2),
         }
         for name, weight in want.items():
             np.testing.assert_allclose(found[name][0][i, OWN], weight * slope, rtol=1e-9, err_msg=name)

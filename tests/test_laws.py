@@ -40,7 +40,19 @@ EXCEPTIONS = {
     "absent rows": {"clip_cov": RANDOM, "all at once": RANDOM},
     "zero advantage": {
         **dict.fromkeys(
-            ("sft", "dft", "dro", "kl_cov", "ppo_penalty", "a_star_po", "vapo + positive nll", "all at once"), PULL
+            (
+                "sft",
+                "dft",
+                "dro",
+                "opmd",
+                "opmd + group length",
+                "kl_cov",
+                "ppo_penalty",
+                "a_star_po",
+                "vapo + positive nll",
+                "all at once",
+            ),
+            PULL,
         ),
         **{name: PULL for name in ALGORITHMS if "+ kl" in name or "entropy" in name or "importance-weighted" in name},
         "rloo + kl in reward": None,
@@ -263,6 +275,8 @@ COMPARES = [  # answers of one prompt with one another, and nothing else
         "gpg",
         "maxrl",
         "grpo_pass_at_k",
+        "pass_at_k_training",
+        "opmd",
         "opo",
         "otb",
         "capo",

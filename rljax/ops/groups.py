@@ -20,7 +20,7 @@ def group_count(group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Arra
     return group_sum(valid.astype(float), group)
 
 
-def _smallest(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+def group_min(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """The smallest valid x of each row's group, 0 for a group without one.
 
     Means are taken of x minus it: the mean of equal values is then exact to the last bit, and a group of equal rewards
@@ -33,7 +33,7 @@ def _smallest(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array,
 
 def group_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Mean over the valid rows of each row's group; 0 for a group without one."""
-    smallest = _smallest(x, group, valid)
+    smallest = group_min(x, group, valid)
     total = group_sum(jnp.where(valid, x - smallest, 0.0), group)
     return smallest + total / jnp.maximum(group_count(group, valid), 1.0)
 
@@ -46,7 +46,7 @@ def group_std(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array,
 
 def leave_one_out_mean(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """Mean over the *other* valid rows of each row's group; 0 where there is no other."""
-    smallest = _smallest(x, group, valid)
+    smallest = group_min(x, group, valid)
     own = jnp.where(valid, x - smallest, 0.0)
     others = group_count(group, valid) - valid
     return jnp.where(others > 0, smallest + (group_sum(own, group) - own) / jnp.maximum(others, 1.0), 0.0)
@@ -56,6 +56,20 @@ def leave_one_out_max(x: Float[Array, " B"], group: Int[Array, " B"], valid: Boo
     """Largest x among the *other* valid rows of each row's group; -inf where there is no other."""
     others = (group[:, None] == group[None, :]) & valid[None, :] & ~jnp.eye(len(x), dtype=bool)
     return jnp.where(others, x[None, :], -jnp.inf).max(axis=1)
+
+
+def group_max(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
+    """The largest valid x of each row's group, 0 for a group without one."""
+    return -group_min(-x, group, valid)
+
+
+def first_best(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Bool[Array, " B"]:
+    """True on one row of each group that has a valid one: that of the largest valid x, the first of several."""
+    row = jnp.arange(len(x))
+    rivals = (group[:, None] == group[None, :]) & valid[None, :]
+    earlier = (x[None, :] == x[:, None]) & (row[None, :] < row[:, None])
+    better = (x[None, :] > x[:, None]) | earlier
+    return valid & ~(rivals & better).any(axis=1)
 
 
 def center(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:

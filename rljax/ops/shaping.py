@@ -7,10 +7,13 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
+from rljax.ops import groups
 from rljax.ops.kl import KLEstimator, k1
 from rljax.ops.returns import DiscountFactors, td_errors
 from rljax.ops.sequences import last_decision, sequence_mean
 from rljax.ops.shapes import PerRow, PerToken, Scalar, TokenMask
+
+Lengths = int | Int[Array, "*N"] | Float[Array, "*N"]
 
 
 def at_last_decision(outcome: PerRow, mask: TokenMask) -> PerToken:
@@ -44,6 +47,64 @@ def soft_overlong_punishment(
     """
     room = (max_completion_length - cache - lengths).astype(float)
     return jnp.clip(room / max(cache, 1), -1.0, 0.0)
+
+
+def exact_length_reward(
+    rewards: Float[Array, "*N"], lengths: Lengths, target: Lengths, alpha: Scalar = 3e-4
+) -> Float[Array, "*N"]:
+    """R - α |n_target - n|: as long as the prompt asks for (LCPO-Exact of L1, arXiv:2503.04697, eq. 1)."""
+    return rewards - alpha * jnp.abs(target - lengths)
+
+
+def max_length_reward(
+    rewards: Float[Array, "*N"], lengths: Lengths, target: Lengths, alpha: Scalar = 3e-4, delta: Scalar = 0.5
+) -> Float[Array, "*N"]:
+    """R · clip(α (n_target - n) + δ, 0, 1): at most as long as the prompt asks for, δ of the reward at the target
+    itself (LCPO-Max of L1, arXiv:2503.04697, eq. 2). R is 0 for an incorrect completion.
+    """
+    return rewards * jnp.clip(alpha * (target - lengths) + delta, 0.0, 1.0)
+
+
+def relative_length_reward(
+    correct: Bool[Array, " B"], lengths: Lengths, group: Int[Array, " B"], valid: Bool[Array, " B"]
+) -> PerRow:
+    """The length reward of Kimi k1.5 (arXiv:2501.12599, section 2.3.3), to be added with a weight to the reward.
+
+        λ_i = 1/2 - (n_i - n_min)/(n_max - n_min) where correct,  min(0, λ_i) where not        0 where n_max = n_min
+
+    over the valid rows of the group. It favors short correct completions and penalizes long incorrect ones.
+    """
+    lengths = lengths.astype(float)
+    shortest = groups.group_min(lengths, group, valid)
+    spread = groups.group_max(lengths, group, valid) - shortest
+    reward = 0.5 - (lengths - shortest) / jnp.where(spread > 0, spread, 1.0)
+    reward = jnp.where(correct, reward, jnp.minimum(reward, 0.0))
+    return jnp.where(valid & (spread > 0), reward, 0.0)
+
+
+def cosine_reward(
+    correct: Bool[Array, "*N"],
+    lengths: Lengths,
+    max_completion_length: int,
+    correct_range: tuple[float, float] = (2.0, 1.0),
+    incorrect_range: tuple[float, float] = (-10.0, 0.0),
+    exceeded: float = -10.0,
+) -> Float[Array, "*N"]:
+    """The cosine reward of "Demystifying Long Chain-of-Thought Reasoning in LLMs" (arXiv:2502.03373), for the reward.
+
+        r_L + ½ (r_0 - r_L)(1 + cos(π n/L)) up to L, `exceeded` at n >= L        L: max_completion_length
+
+    Each range is (r_0, r_L), the reward of length 0 and that of length L. With the paper's, the defaults, a correct
+    completion should be short and an incorrect one long. The paper also penalizes repeated n-grams of incorrect ones.
+    """
+    of_correct = _half_cosine(lengths, max_completion_length, *correct_range)
+    of_incorrect = _half_cosine(lengths, max_completion_length, *incorrect_range)
+    return jnp.where(lengths >= max_completion_length, exceeded, jnp.where(correct, of_correct, of_incorrect))
+
+
+def _half_cosine(lengths: Lengths, end: int, first: float, last: float) -> Float[Array, "*N"]:
+    """From `first` at length 0 to `last` at `end`."""
+    return last + 0.5 * (first - last) * (1.0 + jnp.cos(jnp.pi * lengths / end))
 
 
 def truncation_penalty(

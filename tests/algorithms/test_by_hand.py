@@ -90,6 +90,16 @@ def rloo_term(x, fixed, b, own, adv):
     return ppo_term(np.prod(np.exp(x[b, own] - OLD[b, own])), adv, 0.3, 0.4)
 
 
+def opmd_term(x, fixed, b, own, adv):
+    total = (x[b, own] - OLD[b, own]).sum()
+    return -adv * total + 0.5 * 0.3 * total**2
+
+
+def topr_term(x, fixed, b, own, adv):
+    ratio = np.prod(np.exp(fixed[b, own] - SAMPLER[b, own]))
+    return -(1.0 if adv > 0 else min(ratio, 1.0)) * adv * x[b, own].sum()
+
+
 def sampler_weight(b, t):
     return np.exp(OLD[b, t] - SAMPLER[b, t])
 
@@ -134,6 +144,8 @@ CASES = {
     "luspo": (a.luspo(0.05, 0.1), of_rows(luspo_term)),
     "gmpo": (a.gmpo(0.2, 0.3), of_rows(gmpo_term)),
     "rloo": (a.rloo(0.3, 0.4), of_rows(rloo_term)),
+    "opmd": (a.opmd(0.3), of_rows(opmd_term)),
+    "topr": (a.topr(), of_rows(topr_term)),
     "truncated importance weights": (a.truncate_is(a.grpo(), 1.3), over_rows(tis_term)),
     "truncated weights of answers": (a.truncate_is(a.grpo(), 1.3, ratios.sequence_product), over_rows(tis_of_row_term)),
     "masked importance weights": (a.mask_is(a.grpo(), 0.7, 1.4), over_rows(icepop_term)),

@@ -17,6 +17,7 @@ from rljax.algorithms.dpo import chosen_nll, dpo, f_divergence, ld_dpo_weights, 
 from rljax.algorithms.kto import balanced_class_weights, fixed_class_weights, kto
 from rljax.algorithms.online_dpo import online_pairs
 from rljax.algorithms.orpo import orpo
+from rljax.algorithms.prime import implicit_prm
 from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.reward_model import ranked_reward_model, reward_model
 from rljax.algorithms.sft import dft, sft
@@ -115,6 +116,7 @@ CASES = {
     "kto": (kto(policy, 0.5, fixed_class_weights(1.0, 1.3)), judged),
     "kto balanced": (kto(policy, 0.5, balanced_class_weights()), judged),
     "bco": (bco(policy, 0.5), judged),
+    "implicit prm": (implicit_prm(policy, 0.5), judged),
     "plackett-luce": (ranked_reward_model(score), rankings),
     "kwise": (ranked_reward_model(score, ranking.kwise), rankings),
     "process": (process_reward_model(state_values), steps),

@@ -30,6 +30,8 @@ def by_hand(statistic):
         (group_mean, lambda others, own: own.mean() if len(own) else 0.0),
         (group_std, lambda others, own: own.std(ddof=1) if len(own) > 1 else 0.0),
         (leave_one_out_mean, lambda others, own: others.mean() if len(others) else 0.0),
+        (jax.jit(groups.group_min), lambda others, own: own.min() if len(own) else 0.0),
+        (jax.jit(groups.group_max), lambda others, own: own.max() if len(own) else 0.0),
         (lambda x, group, valid: group_count(group, valid), lambda others, own: len(own)),
     ],
 )

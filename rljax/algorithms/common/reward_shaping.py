@@ -1,12 +1,19 @@
 """Algorithm -> Algorithm: changes to rewards, rows and advantages, before or after `credit`."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import old_policy_logp, require
+from rljax.algorithms.common.credit import ValidRows, old_policy_logp, outcome_rewards, require
 from rljax.algorithms.common.wrappers import with_needs
 from rljax.ops import shaping
 from rljax.ops.kl import KLEstimator, k1
-from rljax.types import Algorithm
+from rljax.ops.shapes import PerRow
+from rljax.types import Algorithm, Trajectory
+
+# (trajectory, outcome of each row, rows that are valid, coefficients) -> new outcome
+OutcomeFn = Callable[[Trajectory, PerRow, ValidRows, dict[str, Any]], PerRow]
 
 
 def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: KLEstimator = k1) -> Algorithm:
@@ -36,6 +43,79 @@ def overlong_penalty(algorithm: Algorithm, max_completion_length: int, cache: in
         return algorithm.credit(traj.replace(rewards=rewards), coefficients)
 
     return algorithm._replace(credit=credit)
+
+
+def _reshape_outcome(algorithm: Algorithm, shaped: OutcomeFn) -> Algorithm:
+    """The algorithm on rewards whose sum over each row i is shaped(...)[i]: what changes is added on
+    the last decision. For methods that read the outcome: not `grpo_process`, `capo` or `gdpo`.
+    """
+
+    def credit(traj, coefficients):
+        rewards, valid = outcome_rewards(traj)
+        change = (shaped(traj, rewards, valid, coefficients) - rewards).astype(traj.rewards.dtype)
+        return algorithm.credit(
+            traj.replace(rewards=traj.rewards + shaping.at_last_decision(change, traj.mask)), coefficients
+        )
+
+    return algorithm._replace(credit=credit)
+
+
+def lcpo_exact(algorithm: Algorithm, target_length: int, alpha: float = 3e-4) -> Algorithm:
+    """Completions of `target_length` tokens (L1, arXiv:2503.04697; `shaping.exact_length_reward`, which also takes a
+    target for each prompt, where rewards are made).
+    """
+
+    def shaped(traj, rewards, valid, coefficients):
+        return shaping.exact_length_reward(rewards, traj.mask.sum(axis=1), target_length, alpha)
+
+    return _reshape_outcome(algorithm, shaped)
+
+
+def lcpo_max(algorithm: Algorithm, target_length: int, alpha: float = 3e-4, delta: float = 0.5) -> Algorithm:
+    """Completions of at most `target_length` tokens (L1, arXiv:2503.04697; `shaping.max_length_reward`, which also
+    takes a target for each prompt, where rewards are made).
+    """
+
+    def shaped(traj, rewards, valid, coefficients):
+        return shaping.max_length_reward(rewards, traj.mask.sum(axis=1), target_length, alpha, delta)
+
+    return _reshape_outcome(algorithm, shaped)
+
+
+def group_length_reward(algorithm: Algorithm, coefficient: float = 1.0, above: float = 0.0) -> Algorithm:
+    """Adds Kimi k1.5's length reward (arXiv:2501.12599; `shaping.relative_length_reward`) times a weight, which is
+    `coefficients["length"]` if the training state has one: the paper starts without it. A completion is correct if its
+    reward is above `above`. The paper does not give the weight.
+    """
+
+    def shaped(traj, rewards, valid, coefficients):
+        require(traj, "group")
+        lengths = traj.mask.sum(axis=1)
+        added = shaping.relative_length_reward(rewards > above, lengths, traj.group, valid)
+        return rewards + coefficients.get("length", coefficient) * added
+
+    return _reshape_outcome(algorithm, shaped)
+
+
+def cosine_length_reward(
+    algorithm: Algorithm,
+    max_completion_length: int,
+    correct_range: tuple[float, float] = (2.0, 1.0),
+    incorrect_range: tuple[float, float] = (-10.0, 0.0),
+    exceeded: float = -10.0,
+    above: float = 0.0,
+) -> Algorithm:
+    """The reward becomes a cosine of the length, one for completions whose reward is above `above` and another for the
+    rest (arXiv:2502.03373; `shaping.cosine_reward`).
+    """
+
+    def shaped(traj, rewards, valid, coefficients):
+        lengths = traj.mask.sum(axis=1)
+        return shaping.cosine_reward(
+            rewards > above, lengths, max_completion_length, correct_range, incorrect_range, exceeded
+        )
+
+    return _reshape_outcome(algorithm, shaped)
 
 
 def filter_overlong(algorithm: Algorithm) -> Algorithm:
