@@ -42,6 +42,7 @@ EXCEPTIONS = {
         **dict.fromkeys(
             ("sft", "dft", "dro", "kl_cov", "ppo_penalty", "a_star_po", "vapo + positive nll", "all at once"), PULL
         ),
+        "nash_md": PULL,
         **{name: PULL for name in ALGORITHMS if "+ kl" in name or "entropy" in name or "importance-weighted" in name},
         "rloo + kl in reward": None,
         "dapo + high entropy mask": None,

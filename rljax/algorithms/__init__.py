@@ -31,6 +31,7 @@ from rljax.algorithms.cpo import cpo as cpo
 from rljax.algorithms.cpo import simpo as simpo
 from rljax.algorithms.dapo import dapo as dapo
 from rljax.algorithms.dpo import dpo as dpo
+from rljax.algorithms.dpop import dpop as dpop
 from rljax.algorithms.dppo import dppo_kl as dppo_kl
 from rljax.algorithms.dppo import dppo_tv as dppo_tv
 from rljax.algorithms.dqn import dqn as dqn
@@ -39,6 +40,7 @@ from rljax.algorithms.dro import dro as dro
 from rljax.algorithms.dynamic_sampling import dynamic_sampling as dynamic_sampling
 from rljax.algorithms.fipo import fipo as fipo
 from rljax.algorithms.gdpo import gdpo as gdpo
+from rljax.algorithms.gkd import gkd as gkd
 from rljax.algorithms.gmpo import gmpo as gmpo
 from rljax.algorithms.gpg import gpg as gpg
 from rljax.algorithms.grpo import grpo as grpo
@@ -50,6 +52,9 @@ from rljax.algorithms.kto import kto as kto
 from rljax.algorithms.lite_ppo import lite_ppo as lite_ppo
 from rljax.algorithms.luspo import luspo as luspo
 from rljax.algorithms.maxrl import maxrl as maxrl
+from rljax.algorithms.minillm import minillm as minillm
+from rljax.algorithms.nash_md import nash_md as nash_md
+from rljax.algorithms.odpo import odpo as odpo
 from rljax.algorithms.online_dpo import online_pairs as online_pairs
 from rljax.algorithms.opo import opo as opo
 from rljax.algorithms.orpo import orpo as orpo
@@ -68,8 +73,13 @@ from rljax.algorithms.reward_model import ranked_reward_model as ranked_reward_m
 from rljax.algorithms.reward_model import reward_model as reward_model
 from rljax.algorithms.rloo import rloo as rloo
 from rljax.algorithms.sapo import sapo as sapo
+from rljax.algorithms.sdft import sdft as sdft
+from rljax.algorithms.sdpo import sdpo as sdpo
 from rljax.algorithms.sft import dft as dft
 from rljax.algorithms.sft import sft as sft
+from rljax.algorithms.step_dpo import step_dpo as step_dpo
+from rljax.algorithms.tpo import tpo as tpo
+from rljax.algorithms.tpo import tpo_l as tpo_l
 from rljax.algorithms.trpo import trpo as trpo
 from rljax.algorithms.trpo import trpo_gae as trpo_gae
 from rljax.algorithms.vapo import vapo as vapo
@@ -78,3 +88,5 @@ from rljax.algorithms.vine_ppo import vine_ppo as vine_ppo
 from rljax.algorithms.vpg import vpg as vpg
 from rljax.algorithms.vtrace import off_policy_pg as off_policy_pg
 from rljax.algorithms.vtrace import vtrace as vtrace
+from rljax.algorithms.xpo import xpo as xpo
+from rljax.algorithms.xpo import xpo_pairs as xpo_pairs

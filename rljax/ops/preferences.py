@@ -85,6 +85,13 @@ def discopop(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.1, tau: Scalar =
 # -------------------------------------------------------------------------------------- of each completion's own ratio
 
 
+def dpop_loss(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.3, lam: Scalar = 50.0) -> PerRow:
+    """-log σ(β(D - λ max(0, -Δ_w))): a penalty on a chosen completion less likely than under the reference (DPOP,
+    arXiv:2402.13228, eq. 3)."""
+    penalty = jax.nn.relu(-chosen)
+    return -log_sigmoid(beta * (chosen - rejected - lam * penalty))
+
+
 def nca_pair(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.01) -> PerRow:
     """-log σ(β Δ_w) - ½ log σ(-β Δ_w) - ½ log σ(-β Δ_l) (NCA, arXiv:2402.05369)."""
     x = beta * chosen
