@@ -26,8 +26,8 @@ def odpo(policy: PolicyFn, beta: float = 0.1, alpha: float = 1.0) -> Objective:
     def term(pair):
         if pair.margin is None:
             raise ValueError("ODPO needs Pairs.margin: by how much the chosen completion is better")
-        difference = pair.chosen.log_ratio - pair.rejected.log_ratio
-        return preferences.label_smoothed(beta * difference - log_offset(pair.margin, alpha))
+        offset = log_offset(pair.margin, alpha)
+        return preferences.odpo_loss(pair.chosen.log_ratio, pair.rejected.log_ratio, offset, beta)
 
     def reward(completion):
         return beta * completion.log_ratio

@@ -10,7 +10,7 @@ computed in chunks. β lies between 0, KL(p ‖ q), and 1, KL(q ‖ p). The teac
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +67,9 @@ def full_vocabulary(beta: float) -> DivergenceOfLogits:
     return divergence
 
 
-def top_k(
-    beta: float, k: int = 100, support: Literal["student", "teacher"] = "student", tail: bool = True
-) -> DivergenceOfLogits:
-    """`generalized_jsd` over the k tokens that the student (or the teacher) finds likeliest.
+def top_k(beta: float, k: int = 100, support: str = "student", tail: bool = True) -> DivergenceOfLogits:
+    """`generalized_jsd` over the k tokens that the student (or the teacher) finds likeliest: `support` is "student" or
+    "teacher".
 
     The probability of all other tokens is one further token, which makes this a lower bound of the divergence over the
     vocabulary; without `tail` the k are rescaled to sum to 1. Raises ValueError for another support.

@@ -54,6 +54,11 @@ def robust(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.1, label_smoothing
     return (flipped - clean) / (1.0 - 2.0 * label_smoothing)
 
 
+def odpo_loss(chosen: PerRow, rejected: PerRow, offset: PerRow, beta: Scalar = 0.1) -> PerRow:
+    """-log σ(β D - offset), 0 for an offset of -∞ (ODPO, arXiv:2402.10571)."""
+    return -log_sigmoid(beta * (chosen - rejected) - offset)
+
+
 def hinge(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.1) -> PerRow:
     """max(0, 1 - β D) (SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657)."""
     return jax.nn.relu(1.0 - beta * (chosen - rejected))
