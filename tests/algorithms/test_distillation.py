@@ -52,7 +52,7 @@ def test_trl_averages_it_over_all_tokens():
     assert metrics["loss"] == pytest.approx(divergence[traj.mask].mean(), rel=1e-5)
 
 
-def test_gkd_without_a_view_of_its_own_takes_the_estimator_given():
+def test_gkd_takes_the_estimator_given():
     traj = rollout(0)
     student, teacher = logits_of(traj)
     order = np.argsort(-student.reshape(-1, V), axis=1)

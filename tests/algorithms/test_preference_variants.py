@@ -186,7 +186,7 @@ def lengths(traj):
 
 
 def test_tpo_by_hand():
-    """arXiv:2405.16681: sums for TPO, token means and a margin for TPO-L; the NLL is the token mean of the gold ones."""
+    """arXiv:2405.16681: sums, or for TPO-L token means and a margin; the NLL is the gold ones' token mean."""
     batch = triples()
     _, chosen, _, rejected = sides(batch)
     gold = log_ratios(batch.gold)[1]

@@ -221,6 +221,7 @@ def on_trajectories(change, batch):
 def test_micro_batches_change_neither_gradient_nor_metrics(name):
     objective, batch = CASES[name]
     assert max(np.abs(x).max() for x in whole(name)[0].values()) > 1e-3
+    assert np.isfinite(whole(name)[1]["loss"])
     agree(learn(objective, batch(), micro_batches=4), whole(name))
 
 
