@@ -1195,8 +1195,8 @@ MUTANTS = [
         "the sampled token's gradient is that of its value",
         "rljax/ops/distillation.py",
         "sampled_token.divergence",
-        "return k1_with_k2_gradient(chosen_logp(student_logits, tokens, one), chosen_logp(teacher_logits, tokens, one))",
-        "return chosen_logp(student_logits, tokens, one) - chosen_logp(teacher_logits, tokens, one)",
+        "k1_with_k2_gradient(",
+        "jnp.subtract(",
         "k1 in a loss has no gradient on average (arXiv:2510.01555)",
         (
             "tests/ops/test_distillation.py::test_a_sampled_token_has_the_value_and_the_gradient_of_the_reverse_kl_on_average",
