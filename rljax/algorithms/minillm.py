@@ -3,10 +3,10 @@
     ∇L = Σ_t w_t (∇ KL(q(· | s_t) ‖ p(· | s_t)) - R_{t+1} ∇ log q(a_t | s_t)),   averaged over the completions
     R_{t+1} = Σ_{t' > t} log p(a_t')/q(a_t')        w_t = q(a_t)/p̃(a_t)
 
-p is the teacher, q the student, p̃ the policy that sampled: the student's own, or its mixture with the teacher (paper:
-α p + (1 - α) q, α = 0.2), whose log-probs are `traj.logp`. The first term is exact over the vocabulary (single-step
-decomposition); the second is what a token changes for later ones. Length normalization divides R_{t+1} by the number of
-later decisions. Left out: sampling from the mixture, the clipping of ratios and the pretraining loss of the paper.
+p is the teacher, q the student, p̃ the policy that sampled: the student, or the mixture (1 - α) q + α p of the paper,
+α = 0.2 (`models.mixtures.arithmetic_mixture`); `traj.logp` holds its log-probs. The first term is exact over the
+vocabulary (single-step decomposition); the second is what a token changes for later ones. Length normalization divides
+R_{t+1} by the number of later decisions. Left out: the paper's clipping of ratios and its pretraining loss.
 """
 
 import jax.numpy as jnp

@@ -3,8 +3,8 @@
     L = -(1/N⁺) Σ_i sg(P(y_i ≻ y'_i) - ½ - τ log π(y_i)/π_ref(y_i)) log π(y_i)        y ~ π,  y' ~ π^{1-β} π_ref^β
 
 The reward on a completion's last token is P(y ≻ y'), the probability with which it is preferred to one completion y' of
-the mixture: of a preference model, or σ(r(y) - r(y')). β = 0 is self-play; β = 1 plays against the reference. Left out:
-sampling y' from the geometric mixture, whose next-token distribution is softmax((1-β) log π + β log π_ref).
+the mixture: of a preference model, or σ(r(y) - r(y')). `models.mixtures.geometric_mixture` samples y', token by token.
+β = 0 is self-play; β = 1 plays against the reference.
 """
 
 import jax.numpy as jnp

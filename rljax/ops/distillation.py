@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.ops.kl import categorical_kl, k1_with_k2_gradient
+from rljax.ops.kl import Logits, categorical_kl, k1_with_k2_gradient
 from rljax.ops.logprobs import chosen_logp, log_sum_exp
 
-Logits = Float[Array, "*N V"]
 DivergenceOfLogits = Callable[[Logits, Logits, Int[Array, "*N"]], Float[Array, "*N"]]  # (student, teacher, tokens)
 EstimatorFn = Callable[[float], DivergenceOfLogits]  # β -> the divergence
 

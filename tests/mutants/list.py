@@ -1239,6 +1239,15 @@ MUTANTS = [
         (f"{DISTILLATION}::test_a_successful_peer_is_another_row_of_the_group",),
     ),
     Mutant(
+        "the mixture of Nash-MD with its shares exchanged",
+        "rljax/models/mixtures.py",
+        "geometric_mixture.combine",
+        "(1.0 - beta) * logits + beta * other_logits",
+        "beta * logits + (1.0 - beta) * other_logits",
+        "arXiv:2312.00886: π^{1-β} μ^β, μ the reference",
+        ("tests/models/test_mixtures.py::test_the_opponent_of_nash_md_is_the_geometric_mixture",),
+    ),
+    Mutant(
         "the teacher is asked about the columns of the student",
         "rljax/models/distillation.py",
         "_teacher_hidden",
