@@ -101,10 +101,10 @@ class Unpaired:
 
 @struct.dataclass
 class Distillation:
-    """B rows of completions of which a student learns to say what a teacher says: the batch of distillation.
+    """B rows of completions on which a student learns the predictions of a teacher: the batch of distillation.
 
-    The teacher may have read more before the same completions (feedback, a demonstration): then the k-th decision of a
-    row of `teacher_view` is the k-th decision of that row of `traj`, at another column.
+    The teacher may read more before the same completions (feedback, a demonstration). Then `teacher_view` holds them as
+    the teacher sees them: the k-th decision of a row is the k-th decision of that row of `traj`, at another column.
     """
 
     traj: Trajectory  # [B T] as the student sees them

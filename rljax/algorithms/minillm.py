@@ -28,8 +28,10 @@ def minillm(
     estimator: EstimatorFn = full_vocabulary,
     weights: WeightsFn = seq_mean_token_sum,
 ) -> Objective:
-    """MiniLLM over `Distillation`. Without `length_normalized` the gradient on the student's own completions is that of
-    KL(q ‖ p) of whole completions, without bias. `estimator` computes the first term.
+    """MiniLLM over `Distillation`. `estimator` computes the first term.
+
+    Without `length_normalized` the gradient on the student's own completions is that of KL(q ‖ p) of whole completions,
+    without bias. That is a sum over tokens, so it also pays to end early, which the normalization is against.
     """
 
     def term(found: TokenComparison, batch: Distillation):

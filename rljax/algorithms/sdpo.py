@@ -6,7 +6,7 @@
 q is the student, p the same model with f in its prompt (`Distillation.teacher_view`), with the parameters
 frozen["teacher"], a moving average of the student's (`models.policy.sync_reference(state, 0.05, "teacher")`). f may be
 the environment's words, or a successful attempt of the same group (`successful_peers`). The defaults are those of the
-authors' code. To learn from rewards too: the wrapper `distill`, with `teacher_logp` of the teacher's view.
+authors' code. To learn from rewards too: the wrapper `distill`, with compare(...).teacher_logp.
 """
 
 import jax.numpy as jnp
