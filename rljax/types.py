@@ -81,6 +81,7 @@ class Pairs:
     chosen: Trajectory  # [B T]
     rejected: Trajectory  # [B T']
     margin: Array | None = None  # [B] by how much the chosen one is better, if it was rated
+    gold: Trajectory | None = None  # [B T''] a third completion, to be imitated (TPO)
     weight: Array | None = None  # [B] coefficient of each pair in the sum; set once per optimizer step
     coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
     extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` computed for `loss`
@@ -96,6 +97,21 @@ class Unpaired:
     weight: Array | None = None  # [B] coefficient of each completion in the sum; set once per optimizer step
     coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
     extra: dict[str, Array] = struct.field(default_factory=dict)  # [B] each: what `prepare` computed for `loss`
+
+
+@struct.dataclass
+class Distillation:
+    """B rows of completions on which a student learns the predictions of a teacher: the batch of distillation.
+
+    The teacher may read more before the same completions (feedback, a demonstration). Then `teacher_view` holds them as
+    the teacher sees them: the k-th decision of a row is the k-th decision of that row of `traj`, at another column.
+    """
+
+    traj: Trajectory  # [B T] as the student sees them
+    teacher_view: Trajectory | None = None  # [B T'] the same completions as the teacher sees them; None: `traj`
+    weight: Array | None = None  # [B T] coefficient of each decision in the sum; set once per optimizer step
+    coefficients: dict[str, Array] = struct.field(default_factory=dict)  # traced scalars
+    extra: dict[str, Array] = struct.field(default_factory=dict)  # [B T] each: what `prepare` computed for `loss`
 
 
 @struct.dataclass
@@ -141,6 +157,8 @@ class TrainState:
 PolicyFn = Callable[[Params, Params, Trajectory], PolicyOutput]
 # A number for each row, as a reward model gives it: (params, frozen, trajectory) -> [B].
 ScoreFn = Callable[[Params, Params, Trajectory], Array]
+# What a student and its teacher say of each decision: (params, frozen, batch, divergence) -> TokenComparison [B T].
+CompareFn = Callable[[Params, Params, Distillation, Callable], Any]
 # KL(old ‖ new) of each decision: (params, old_params, frozen, trajectory) -> [B T].
 DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]
 # A verifier: (completion, **dataset columns) -> number, or None where it does not apply.

@@ -157,9 +157,23 @@ SECTIONS: dict[str, dict[str, Classification]] = {
         "cpo": Classification(OFFLINE, "preference", "pairs", "NLL of the chosen"),
         "simpo": Classification(OFFLINE, "preference", "pairs"),
         "orpo": Classification(OFFLINE, "preference", "pairs", "NLL of the chosen"),
+        "dpop": Classification(OFFLINE, "preference", "pairs, `ref_logp`", IMPLICIT_KL),
+        "odpo": Classification(OFFLINE, "preference", "pairs with margins, `ref_logp`", IMPLICIT_KL),
+        "step_dpo": Classification(OFFLINE, "preference", "pairs, steps, `ref_logp`", IMPLICIT_KL),
+        "tpo": Classification(OFFLINE, "preference", "pairs, gold completions", "NLL of the gold ones"),
+        "tpo_l": Classification(OFFLINE, "preference", "pairs, gold completions", "NLL of the gold ones"),
+        "xpo": Classification(ON, "preference", "pairs with the reference's completions, `ref_logp`", IMPLICIT_KL),
+        "nash_md": Classification(ON, POLICY, "rewards", "KL to reference in loss"),
         "kto": Classification(OFFLINE, "preference", "desirable and undesirable completions, `ref_logp`", IMPLICIT_KL),
         "bco": Classification(OFFLINE, "preference", "desirable and undesirable completions, `ref_logp`", IMPLICIT_KL),
         "online_pairs": Classification(ON, "preference", OUTCOME, "that of its objective"),
+        "xpo_pairs": Classification(ON, "preference", "rewards", "that of its objective"),
+    },
+    "Distillation": {
+        "gkd": Classification("any", "supervised", "a teacher"),
+        "minillm": Classification(NEAR, POLICY, "a teacher", "KL to teacher in loss"),
+        "sdft": Classification(ON, "supervised", "demonstrations, for the teacher only"),
+        "sdpo": Classification(NEAR, "supervised", "feedback, for the teacher only", "truncated ratio"),
     },
     "Reward models and supervised learning": {
         "reward_model": Classification(OFFLINE, "reward", "pairs"),
@@ -185,6 +199,9 @@ BLOCKS = (
     "pairs.preference_objective",
     "pairs.unpaired_objective",
     "pairs.log_coefficients",
+    "tpo.with_gold_nll",
+    "sdft.with_required_view",
+    "distillation.distillation_objective",
 )
 
 INTRODUCTION = """\

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rljax.algorithms.common.credit import old_policy_logp
 from rljax.algorithms.common.wrappers import with_entropy, with_prepare
+from rljax.algorithms.nash_md import nash_md
 from rljax.ops import groups, statistics
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import token_mean
@@ -27,6 +28,19 @@ def trl_weight_by_log_probs(loss_type: str, weight: float) -> float:
     """TRL's sft term is a cross-entropy of the logits, apart from the log-probs that the other terms of DPO share: the
     gradient by those does not see it."""
     return 0.0 if loss_type == "sft" else weight
+
+
+def trl_nash_md_of_single_tokens(beta: float) -> Algorithm:
+    """TRL's Nash-MD multiplies the log ratio of each token with the log-prob of that token alone; the paper's payoff
+    holds the log ratio of the completion, which is what its KL differentiates to."""
+    algorithm = nash_md(0.0)
+
+    def loss(output, batch):
+        terms, metrics = algorithm.loss(output, batch)
+        log_ratio = jax.lax.stop_gradient(output.logp - batch.traj.ref_logp)
+        return terms + beta * log_ratio * output.logp, metrics
+
+    return algorithm._replace(loss=loss)
 
 
 def openrlhf_sequence_mean(weights):

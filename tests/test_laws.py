@@ -54,6 +54,7 @@ EXCEPTIONS = {
             ),
             PULL,
         ),
+        "nash_md": PULL,
         **{name: PULL for name in ALGORITHMS if "+ kl" in name or "entropy" in name or "importance-weighted" in name},
         "rloo + kl in reward": None,
         "dapo + high entropy mask": None,

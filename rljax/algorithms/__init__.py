@@ -35,6 +35,7 @@ from rljax.algorithms.cpo import cpo as cpo
 from rljax.algorithms.cpo import simpo as simpo
 from rljax.algorithms.dapo import dapo as dapo
 from rljax.algorithms.dpo import dpo as dpo
+from rljax.algorithms.dpop import dpop as dpop
 from rljax.algorithms.dppo import dppo_kl as dppo_kl
 from rljax.algorithms.dppo import dppo_tv as dppo_tv
 from rljax.algorithms.dqn import dqn as dqn
@@ -43,6 +44,7 @@ from rljax.algorithms.dro import dro as dro
 from rljax.algorithms.dynamic_sampling import dynamic_sampling as dynamic_sampling
 from rljax.algorithms.fipo import fipo as fipo
 from rljax.algorithms.gdpo import gdpo as gdpo
+from rljax.algorithms.gkd import gkd as gkd
 from rljax.algorithms.gmpo import gmpo as gmpo
 from rljax.algorithms.gpg import gpg as gpg
 from rljax.algorithms.grpo import grpo as grpo
@@ -54,6 +56,9 @@ from rljax.algorithms.kto import kto as kto
 from rljax.algorithms.lite_ppo import lite_ppo as lite_ppo
 from rljax.algorithms.luspo import luspo as luspo
 from rljax.algorithms.maxrl import maxrl as maxrl
+from rljax.algorithms.minillm import minillm as minillm
+from rljax.algorithms.nash_md import nash_md as nash_md
+from rljax.algorithms.odpo import odpo as odpo
 from rljax.algorithms.online_dpo import online_pairs as online_pairs
 from rljax.algorithms.opmd import opmd as opmd
 from rljax.algorithms.opo import opo as opo
@@ -78,9 +83,14 @@ from rljax.algorithms.reward_model import reward_model as reward_model
 from rljax.algorithms.rft import rft as rft
 from rljax.algorithms.rloo import rloo as rloo
 from rljax.algorithms.sapo import sapo as sapo
+from rljax.algorithms.sdft import sdft as sdft
+from rljax.algorithms.sdpo import sdpo as sdpo
 from rljax.algorithms.sft import dft as dft
 from rljax.algorithms.sft import sft as sft
+from rljax.algorithms.step_dpo import step_dpo as step_dpo
 from rljax.algorithms.topr import topr as topr
+from rljax.algorithms.tpo import tpo as tpo
+from rljax.algorithms.tpo import tpo_l as tpo_l
 from rljax.algorithms.trpo import trpo as trpo
 from rljax.algorithms.trpo import trpo_gae as trpo_gae
 from rljax.algorithms.vapo import vapo as vapo
@@ -92,3 +102,5 @@ from rljax.algorithms.vtrace import vtrace as vtrace
 from rljax.algorithms.w_reinforce import nsr as nsr
 from rljax.algorithms.w_reinforce import psr as psr
 from rljax.algorithms.w_reinforce import w_reinforce as w_reinforce
+from rljax.algorithms.xpo import xpo as xpo
+from rljax.algorithms.xpo import xpo_pairs as xpo_pairs

@@ -222,21 +222,23 @@ def _own_fields(policy: PolicyFn, params: Params, frozen: Params, traj: Trajecto
 # ----------------------------------------------------------------------------------------------------------- reference
 
 
-def sync_reference(state: TrainState, alpha: float = 1.0) -> TrainState:
+def sync_reference(state: TrainState, alpha: float = 1.0, entry: str = "reference") -> TrainState:
     """reference ← (1 - α) reference + α policy (TR-DPO, arXiv:2404.09656; TRL's `ref_model_mixup_alpha`).
+
+    The reference is `frozen[entry]`: with "teacher" the moving average that teaches in self-distillation.
 
     α = 1 copies the policy. The reference of an adapter must then be an adapter too, which begins as a copy of the
     policy's. Raises ValueError if the reference has no parameters, or some that are not trained.
     """
-    reference = state.frozen["reference"]
+    reference = state.frozen[entry]
     if not reference or reference.keys() - state.params.keys():
         raise ValueError(
-            f"the reference has {sorted(reference)}, the policy trains {sorted(state.params)}; "
+            f"the {entry} has {sorted(reference)}, the policy trains {sorted(state.params)}; "
             "begin with a copy of the trained parameters"
         )
     mixed = {name: _interpolate(part, state.params[name], alpha) for name, part in reference.items()}
     mixed = jax.device_put(mixed, jax.tree.map(lambda x: x.sharding, reference))
-    return state.replace(frozen={**state.frozen, "reference": mixed})
+    return state.replace(frozen={**state.frozen, entry: mixed})
 
 
 @partial(jax.jit, static_argnames="alpha")

@@ -54,6 +54,11 @@ def robust(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.1, label_smoothing
     return (flipped - clean) / (1.0 - 2.0 * label_smoothing)
 
 
+def odpo_loss(chosen: PerRow, rejected: PerRow, offset: PerRow, beta: Scalar = 0.1) -> PerRow:
+    """-log σ(β D - offset), 0 for an offset of -∞ (ODPO, arXiv:2402.10571)."""
+    return -log_sigmoid(beta * (chosen - rejected) - offset)
+
+
 def hinge(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.1) -> PerRow:
     """max(0, 1 - β D) (SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657)."""
     return jax.nn.relu(1.0 - beta * (chosen - rejected))
@@ -83,6 +88,13 @@ def discopop(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.1, tau: Scalar =
 
 
 # -------------------------------------------------------------------------------------- of each completion's own ratio
+
+
+def dpop_loss(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.3, lam: Scalar = 50.0) -> PerRow:
+    """-log σ(β(D - λ max(0, -Δ_w))): a penalty on a chosen completion less likely than under the reference (DPOP,
+    arXiv:2402.13228, eq. 3)."""
+    penalty = jax.nn.relu(-chosen)
+    return -log_sigmoid(beta * (chosen - rejected - lam * penalty))
 
 
 def nca_pair(chosen: PerRow, rejected: PerRow, beta: Scalar = 0.01) -> PerRow:

@@ -14,20 +14,31 @@ from rljax.algorithms.bco import STATE, bco
 from rljax.algorithms.common.pairs import CompletionStats, preference_objective
 from rljax.algorithms.cpo import cpo, simpo
 from rljax.algorithms.dpo import chosen_nll, dpo, f_divergence, ld_dpo_weights, mean_log_ratio, preference_term, wpo
+from rljax.algorithms.dpop import dpop
+from rljax.algorithms.gkd import gkd
 from rljax.algorithms.kto import balanced_class_weights, fixed_class_weights, kto
+from rljax.algorithms.minillm import minillm
+from rljax.algorithms.odpo import odpo
 from rljax.algorithms.online_dpo import online_pairs
 from rljax.algorithms.orpo import orpo
 from rljax.algorithms.prime import implicit_prm
 from rljax.algorithms.process_reward_model import process_reward_model
 from rljax.algorithms.reward_model import ranked_reward_model, reward_model
+from rljax.algorithms.sdft import sdft
+from rljax.algorithms.sdpo import sdpo
 from rljax.algorithms.sft import dft, sft
+from rljax.algorithms.step_dpo import step_dpo
+from rljax.algorithms.tpo import tpo, tpo_l
+from rljax.algorithms.xpo import xpo, xpo_pairs
 from rljax.ops import preferences, ranking
+from rljax.ops.distillation import TokenComparison, columns_of_same_decisions, sampled_token, top_k
+from rljax.ops.logprobs import chosen_logp
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import Pairs, Trajectory, Unpaired, trajectory_of_tokens
+from rljax.types import Distillation, Pairs, Trajectory, Unpaired, trajectory_of_tokens
 from tests import test_golden
-from tests.algorithms.tiny import GRADIENT, V, agree, rollout, state_of, table_params, table_policy
+from tests.algorithms.tiny import GRADIENT, T, V, agree, rollout, state_of, table_params, table_policy
 from tests.golden.preferences import TABLE, one_token, reads_logp
 
 
@@ -52,6 +63,54 @@ def pairs():
     mask = rejected.mask.at[5].set(False)
     margin = jnp.linspace(0.0, 1.0, 16).at[3].set(jnp.nan)
     return Pairs(rollout(0), rejected.replace(mask=mask), margin=margin)
+
+
+@lru_cache
+def triples():
+    return pairs().replace(gold=rollout(2))
+
+
+@lru_cache
+def explored():
+    """The first rollout the policy's, the second the reference's; in row 7 neither could be judged."""
+    return xpo_pairs(rollout(0), rollout(1))
+
+
+TEACHER = np.float32(np.random.default_rng(9).normal(size=(V, V)))  # a table of logits, as the policy's
+
+
+def compare(params, frozen, batch, divergence):
+    """As `models.distillation.make_compare`, of tables."""
+    traj = batch.traj
+    view = traj if batch.teacher_view is None else batch.teacher_view
+    columns = columns_of_same_decisions(traj.mask, view.mask)
+    seen = jnp.take_along_axis(view.inputs, columns, axis=1)
+    student = params["table"][traj.inputs] / traj.temperature[..., None]
+    teacher = jnp.asarray(TEACHER)[seen] / traj.temperature[..., None]
+    one = jnp.ones_like(traj.temperature)
+    return TokenComparison(
+        divergence=divergence(student, teacher, traj.actions),
+        logp=chosen_logp(student, traj.actions, one),
+        teacher_logp=chosen_logp(teacher, traj.actions, one),
+    )
+
+
+@lru_cache
+def taught():
+    return Distillation(rollout(0))
+
+
+@lru_cache
+def shown():
+    """The teacher reads two columns more and another token before each decision; of row 5 it sees nothing."""
+
+    def behind(x):
+        of_columns = x.ndim == 2 and x.shape[1] >= T
+        return jnp.pad(x, ((0, 0), (2, 0))) if of_columns else x
+
+    view = jax.tree.map(behind, rollout(0))
+    view = view.replace(inputs=(view.inputs + 1) % V, mask=view.mask.at[5].set(False))
+    return Distillation(rollout(0), teacher_view=view)
 
 
 @lru_cache
@@ -109,6 +168,9 @@ PAIRED = {
     "simpo": simpo(policy),
     "alphapo": simpo(policy, alpha=0.25, nll=0.1),
     "orpo": orpo(policy),
+    "dpop": dpop(policy, 0.5, 2.0),
+    "odpo": odpo(policy, 0.5, 0.7),
+    "step-dpo": step_dpo(policy),
     "reward model": reward_model(score, center_rewards_coefficient=0.01),
 }
 CASES = {
@@ -120,6 +182,16 @@ CASES = {
     "plackett-luce": (ranked_reward_model(score), rankings),
     "kwise": (ranked_reward_model(score, ranking.kwise), rankings),
     "process": (process_reward_model(state_values), steps),
+    "xpo": (xpo(policy, beta=0.5, alpha=0.1), explored),
+    "tpo": (tpo(policy, 0.5, 0.3), triples),
+    "tpo-l": (tpo_l(policy), triples),
+    "gkd": (gkd(compare, 0.3), taught),
+    "gkd, forward": (gkd(compare, 0.0), taught),
+    "gkd, sampled token": (gkd(compare, 1.0, sampled_token), taught),
+    "minillm": (minillm(compare), taught),
+    "minillm, sums": (minillm(compare, length_normalized=False), taught),
+    "sdft": (sdft(compare), shown),
+    "sdpo": (sdpo(compare, 0.3, 1.2, partial(top_k, k=3)), shown),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -151,6 +223,7 @@ def on_trajectories(change, batch):
 def test_micro_batches_change_neither_gradient_nor_metrics(name):
     objective, batch = CASES[name]
     assert max(np.abs(x).max() for x in whole(name)[0].values()) > 1e-3
+    assert np.isfinite(whole(name)[1]["loss"])
     agree(learn(objective, batch(), micro_batches=4), whole(name))
 
 
@@ -214,7 +287,9 @@ def test_jit_changes_nothing_but_rounding_and_the_width_is_the_callers(name):
     agree(whole(name)[0], jax.device_get(gradient), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rpo", "aot", "aot unpaired", "kto balanced", "bco", "plackett-luce", "process"])
+@pytest.mark.parametrize(
+    "name", ["rpo", "aot", "aot unpaired", "kto balanced", "bco", "plackett-luce", "process", "tpo", "sdpo"]
+)
 def test_a_mesh_changes_neither_gradient_nor_metrics(name):
     objective, batch = CASES[name]
     axes = {"table": ("embed", "mlp"), "values": (None,)}

@@ -65,6 +65,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "FIPO": a.fipo(),
     "REAL": a.real(),
     "A*-PO": a.a_star_po(BETA),
+    "Nash-MD": a.nash_md(BETA),
     "Reinforce-Ada": a.reinforce_ada(),
     "off-policy PG, sequence ratio": a.off_policy_pg(),
     "off-policy PG, sequence ratio, at most 2": a.off_policy_pg(cap=2.0),

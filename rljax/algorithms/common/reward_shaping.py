@@ -133,7 +133,9 @@ def filter_overlong(algorithm: Algorithm) -> Algorithm:
 
 
 def distill(algorithm: Algorithm, coefficient: float = 1.0) -> Algorithm:
-    """Â_t + c (log π_teacher - log π_old): on-policy distillation, the reverse KL to a teacher token by token."""
+    """Â_t + c (log π_teacher - log π_old): on-policy distillation, the reverse KL to a teacher token by token, from the
+    sampled tokens. Over the whole vocabulary, without rewards: `gkd` with β = 1.
+    """
 
     def credit(traj, coefficients):
         batch = algorithm.credit(traj, coefficients)
