@@ -60,6 +60,4 @@ def vtrace(
         metrics = {"policy_loss": policy_terms, "value_loss": value_terms}
         return policy_terms + value_coefficient * value_terms, metrics
 
-    return Algorithm(
-        credit=credit, loss=loss, weights=token_mean, needs=("values", "old_logp"), one_update=True
-    )
+    return Algorithm(credit=credit, loss=loss, weights=token_mean, needs=("values", "old_logp"), one_update=True)

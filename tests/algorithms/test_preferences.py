@@ -220,9 +220,11 @@ def test_jit_changes_nothing_but_rounding_and_the_width_is_the_callers(name):
 def test_a_mesh_changes_neither_gradient_nor_metrics(name):
     objective, batch = CASES[name]
     axes = {"table": ("embed", "mlp"), "values": (None,)}
-    shardings = state_shardings(make_mesh(2, 2, 2), state_of(table_params()), GRADIENT, axes)
+    carried = {name: jnp.copy(batch().coefficients[name]) for name in objective.state}
+    begin = state_of(table_params()).replace(coefficients=carried)
+    shardings = state_shardings(make_mesh(2, 2, 2), begin, GRADIENT, axes)
     update = make_update(objective, GRADIENT, 2, shardings)
-    state, metrics = update(jax.device_put(state_of(table_params()), shardings.state), batch())
+    state, metrics = update(jax.device_put(begin, shardings.state), batch())
     agree(jax.device_get((state.opt_state[0].trace, metrics)), whole(name))
 
 
