@@ -78,7 +78,7 @@ def test_one_update_is_for_those_whose_loss_knows_no_policy_that_sampled(name):
     has_ratio = bool(jnp.abs(slope(0.0) - slope(0.05)).max() > 0)
     if name == "real":
         has_ratio = True  # found in `prepare`
-    assert algorithm.one_update == (name in STEPS or not has_ratio and name not in REGRESSIONS)
+    assert algorithm.one_update == (name in STEPS or (not has_ratio and name not in REGRESSIONS))
 
 
 # -------------------------------------------------------------------------------------------------- the first update
@@ -87,7 +87,7 @@ DEFAULTS = ALGORITHMS | with_defaults(vars(a), {}) | {"vine_ppo": ALGORITHMS["vi
 DECODER = DecoderConfig(
     vocab_size=16, hidden_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=16
 )
-# What programs of one policy were seen to differ by in bfloat16: 0.02 in the mean; the sampler's float32 need not be moved.
+# How far another program's bfloat16 log-probs are put from the policy's own; in float32 the sampler's are as they are.
 NOISE = {"float32": 0.0, "bfloat16": 0.02}
 
 
