@@ -90,12 +90,13 @@ class Config:
 
 def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Train; return reward and KL on the eval prompts before and after. `algorithm` replaces with_kl(grpo())."""
-    algorithm = controllers.with_controlled_terms(algorithm or with_kl(grpo(), cfg.kl_coef), cfg.controllers)
+    algorithm = algorithm or with_kl(grpo(), cfg.kl_coef)
     verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
     batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
     train.check_updates(algorithm, batches)
+    algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
 
     # -- model and data
     tokenizer, train_prompts, eval_prompts = read_data(cfg)

@@ -34,7 +34,8 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool 
 def check_updates(algorithm: Algorithm, batches: Batches, name: str = "") -> None:
     """Raise ValueError for several updates of one rollout by a method that is right for one only."""
     if algorithm.one_update and (batches.epochs, batches.minibatches) != (1, 1):
-        name = name or algorithm.loss.__qualname__.split(".")[0]
+        found = algorithm.loss.__qualname__.split(".")[0]
+        name = name or ("this algorithm" if found.startswith("_") else found)
         sizes = f"epochs x minibatches = {batches.epochs} x {batches.minibatches}"
         raise ValueError(f"{name} is right for one update of a rollout, on all rows: {sizes}; legal: 1 x 1")
 

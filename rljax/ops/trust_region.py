@@ -84,7 +84,8 @@ def natural_gradient_step(
     """√(2δ / xᵀHx) x with H x = -g, H = F + damping · 1: the length at which the KL, to second order, is δ.
 
     Args: kl: params -> mean KL to the policy at `params`. gradient: of the surrogate there, to be minimized.
-    The gradient's scale cancels; without a gradient the step is 0. Damping shortens the step. Parameters on which neither depends (those of a separate critic) do not move.
+    The gradient's scale cancels; without a gradient the step is 0. Damping shortens the step. Parameters on which
+    neither depends (those of a separate critic) do not move.
     """
     theta, unflatten = ravel_pytree(at_least_float32(params))
     g = ravel_pytree(at_least_float32(gradient))[0]

@@ -24,8 +24,8 @@ def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
     Values at masked columns are replaced by zeros *before* the loss (an exp of garbage would poison the gradient even
     where its value is dropped), and the terms are masked again afterwards.
 
-    Where `coefficients["at_old_policy"]` is 1 (`train.update.learn`) the policy still is the old one: `old_logp` is then
-    what this very pass computes, so that ratios to it are exactly 1.
+    Where `coefficients["at_old_policy"]` is 1 (`train.update.learn`) the policy still is the old one: `old_logp` is
+    then what this very pass computes, so that ratios to it are exactly 1.
     """
 
     def prepare(params: Params, frozen: Params, batch: Batch, key: Array) -> Batch:

@@ -206,9 +206,9 @@ def learn(
     update, where trainer and sampler have the same parameters; and with `stop_kl` `updates`, the number of them.
 
     Args:
-      at_old_policy: the batch's `old_logp`, if it has one, was computed with the parameters of `state`: the first update
-        takes it from its own pass instead. Two programs of one policy round differently, in bfloat16 by more than the
-        clip range of some methods; against its own log-probs no ratio leaves it.
+      at_old_policy: the batch's `old_logp`, if it has one, was computed with the parameters of `state`: the first
+        update takes it from its own pass instead. Two programs of one policy round differently, in bfloat16 by more
+        than the clip range of some methods; against its own log-probs no ratio leaves it.
       stop_kl: stop after an update that found the policy that far from the behavior policy (`kl_behavior`, nats a
         decision). PPO implementations take 1.5 times their target KL.
     """
