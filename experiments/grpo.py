@@ -23,19 +23,11 @@ from pathlib import Path
 import jax
 
 from experiments.common import command_line, controllers, data, models, train
+from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_sampling
-from experiments.common.settings import (
-    Batches,
-    Controllers,
-    MeshShape,
-    Optimizer,
-    Rare,
-    Sampling,
-    Weights,
-    debug_batches,
-)
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
 from rljax import types
 from rljax.algorithms import grpo, with_kl
 from rljax.algorithms.dynamic_sampling import dynamic_sampling

@@ -117,7 +117,7 @@ def verl_ppo_clip(case: Case) -> dict:
 def verl_cispo(case: Case) -> dict:
     """verl takes distances from 1, ours are ratios."""
     low, high = clip_range(case, "clip_ratio_")
-    return verl_loss(case, a.cispo(1.0 - low, 1.0 + high))
+    return verl_loss(case, a.cispo(1.0 - low, 1.0 + high), clipped="weight_clip_fraction")
 
 
 def verl_clip_cov(case: Case) -> dict:
