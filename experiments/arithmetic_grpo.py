@@ -76,7 +76,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     check(cfg, algorithm, batches, mesh)
+    own = algorithm
     algorithm = algorithm or ALGORITHMS[cfg.algorithm]()
+    train.check_updates(algorithm, batches, "" if own else cfg.algorithm)
     run = make_run(cfg, algorithm)
 
     # -- model and data
@@ -119,7 +121,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             traj = annotate(state, traj)
             traj = control_rewards(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))
             batch = credit(keep(traj), state.coefficients)
-            state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
+            state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
             if run.is_first_step(step):
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=rows.cursor)
@@ -139,9 +141,6 @@ def check(cfg: Config, own: Algorithm | None, batches: Batches, mesh: jax.shardi
     if own is not None and not cfg.directory:
         raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
     train.check_batches(batches, mesh)
-    if cfg.algorithm == "trpo" and (batches.epochs, batches.minibatches) != (1, 1):
-        sizes = f"epochs x minibatches = {batches.epochs} x {batches.minibatches}"
-        raise ValueError(f"trpo steps once, on all rows: {sizes}; legal: 1 x 1")
 
 
 def make_run(cfg: Config, algorithm: Algorithm) -> Run:

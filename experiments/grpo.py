@@ -22,7 +22,8 @@ from pathlib import Path
 
 import jax
 
-from experiments.common import command_line, data, models, train
+from experiments.common import command_line, controllers, data, models, train
+from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_sampling
@@ -65,6 +66,7 @@ class Config:
     seed: int = 0  # of the order of prompts and of sampling
     steps: int = 20  # steps: sample, score, update
     kl_coef: float = 0.04  # coefficient of the KL to the reference
+    controllers: Controllers = Controllers()
     batches: Batches = Batches(prompts=16, num_generations=8, micro_batches=4)
     sampling: Sampling = Sampling(max_tokens=128)
     optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="cosine")
@@ -85,11 +87,14 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
+    train.check_updates(algorithm, batches)
+    algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
 
     # -- model and data
     tokenizer, train_prompts, eval_prompts = read_data(cfg)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
+    algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
     if "values" in algorithm.needs:
         params = policy.with_value_head(params, config)
     model = policy.make_policy(config)
@@ -99,6 +104,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
     carry = initial_carry(batches, train_prompts, sampling)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=carry)
+    state = state.replace(coefficients=controllers.initial_coefficients(cfg.controllers, cfg.kl_coef))
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
 
     # -- the functions of a step
@@ -126,8 +132,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)
             traj = score(annotate(state, traj), prompts)
-            batch = credit(keep(traj), state.coefficients)
-            state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
+            batch = credit(keep(traj), controllers.applied_coefficients(cfg.controllers, state.coefficients))
+            state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
             if run.is_first_step(step) and not (batches.carry_over and step):
                 require_on_policy(metrics, train.ON_POLICY_TOLERANCE[cfg.weights.dtype])
             state = state.replace(step=step + 1, cursor=prompts.cursor)
@@ -135,6 +141,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             if run.should_log_samples(step):
                 run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | metrics
+            state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             if step + 1 == cfg.steps:
                 metrics["eval_reward"] = evaluate(state)["reward"]
             run.record(step, state, metrics)

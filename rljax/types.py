@@ -186,6 +186,7 @@ class Algorithm(NamedTuple):
     weights: WeightsFn
     needs: tuple[str, ...] = ()  # Trajectory fields that must be annotated; wrappers add theirs
     prepare: PrepareFn | None = None  # called before the optimizer batch is cut into micro-batches; None: identity
+    one_update: bool = False  # no ratio corrects for policies after the one that sampled: one update of a rollout
 
 
 class Objective(NamedTuple):
@@ -193,6 +194,7 @@ class Objective(NamedTuple):
 
     prepare: ObjectivePrepareFn
     loss: ObjectiveLossFn
+    state: tuple[str, ...] = ()  # coefficients that `prepare` updates: TrainState carries them from update to update
 
 
 class LM(NamedTuple):

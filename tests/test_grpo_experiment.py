@@ -17,11 +17,12 @@ from experiments import grpo
 from experiments.common import command_line
 from experiments.common import models as common_models
 from experiments.common.optimizer import make_optimizer
-from experiments.common.settings import Adapter, Batches, MeshShape, Optimizer, Sampling, Weights
+from experiments.common.settings import Adapter, Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
 from experiments.tools import export
 from models import tiny
 from rewards import hostile
 from rljax.algorithms import grpo as plain_grpo
+from rljax.algorithms import gspo, remax, with_kl
 from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
 from rljax.train.checkpoint import restore_items
@@ -362,6 +363,23 @@ def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run
     adapter, low_rank = peft.load_adapter(tmp_path / "alone", config)
     merged = lora.merge(adapter, hf.load(cfg.model, config), low_rank)  # in full precision, into the base itself
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "merged", config), jax.device_get(merged))
+
+
+def test_in_half_precision_gspo_clips_nothing_at_first_and_controllers_move_their_coefficients(tiny_run, tmp_path):
+    fields = {"weights__dtype": "bfloat16", "directory": str(tmp_path / "run"), "batches__minibatches": 2}
+    followed = Controllers(kl_target=0.01, kl_horizon=10, entropy_target=100.0, entropy_delta=0.25)
+    cfg = change(tiny_run, controllers=followed, optimizer__learning_rate=0.1, optimizer__warmup_steps=0, **fields)
+    grpo.main(cfg, with_kl(gspo(), 0.04), VERIFIERS)
+    first, last = metrics(cfg.directory)
+    assert first["clip_fraction_first"] == last["clip_fraction_first"] == 0
+    assert {"sampler_kl", "kl_old"} <= set(first)  # the trainer's own old_logp
+    assert (first["kl_coef"], first["entropy_coef"], last["entropy_coef"]) == (pytest.approx(0.04), 0, 0.25)
+    assert abs(last["kl_coef"] - 0.04) > 1e-3
+    with pytest.raises(ValueError, match="kl_target changes the coefficient of with_kl"):
+        grpo.main(change(cfg, directory=str(tmp_path / "other")), gspo(), VERIFIERS)
+    several = change(cfg, directory=str(tmp_path / "several"))
+    with pytest.raises(ValueError, match=r"reinforce is right for one update .* = 1 x 2; legal: 1 x 1"):
+        grpo.main(several, remax(), VERIFIERS)
 
 
 def test_frozen_parts_stand_below_what_is_trained(tiny_run):

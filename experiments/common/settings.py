@@ -80,6 +80,16 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
+class Controllers:
+    """Coefficients that follow a measurement, step by step. Without a target a coefficient stays as it is."""
+
+    kl_target: Rare[float | None] = None  # KL to the reference, nats a sequence, that kl_coef is changed towards
+    kl_horizon: Rare[int] = 10_000  # completions in which kl_coef follows; smaller is faster
+    entropy_target: Rare[float | None] = None  # nats a token; below it an entropy bonus grows, above it there is none
+    entropy_delta: Rare[float] = 5e-3  # by which the bonus's coefficient changes in a step
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Devices as data x fsdp x tensor; one of them may be -1: all that are left."""
 

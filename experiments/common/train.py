@@ -7,11 +7,13 @@ import jax
 import optax
 
 from experiments.common.settings import Batches
+from rljax.algorithms import truncate_is
+from rljax.algorithms.common.wrappers import with_needs
 from rljax.models import policy
 from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
 from rljax.train.packing import make_packed_update
-from rljax.types import TrainState
+from rljax.types import Algorithm, TrainState
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
 ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -27,6 +29,28 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool 
         wrong = _carry_over(batches, mesh, carries_over) + _prompts(batches, mesh) + _pieces(batches, mesh)
     if wrong:
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
+
+
+def check_updates(algorithm: Algorithm, batches: Batches, name: str = "") -> None:
+    """Raise ValueError for several updates of one rollout by a method that is right for one only."""
+    if algorithm.one_update and (batches.epochs, batches.minibatches) != (1, 1):
+        found = algorithm.loss.__qualname__.split(".")[0]
+        name = name or ("this algorithm" if found.startswith("_") else found)
+        sizes = f"epochs x minibatches = {batches.epochs} x {batches.minibatches}"
+        raise ValueError(f"{name} is right for one update of a rollout, on all rows: {sizes}; legal: 1 x 1")
+
+
+def with_own_old_logp(algorithm: Algorithm, config: DecoderConfig, carry_over: int = 0) -> Algorithm:
+    """The algorithm whose ratios are to the trainer's own log-probs, where those of the sampler are not near enough.
+
+    In half precision two programs of one model differ by more than some clip ranges. Costs a forward pass a step.
+    Completions that go on in the next step were sampled by older policies: there the trainer's log-probs come with the
+    weight π_old/π_sampler (`truncate_is`).
+    """
+    is_near = config.dtype == "float32" or config.batch_invariant
+    if is_near or algorithm.one_update or "old_logp" in algorithm.needs:
+        return algorithm
+    return truncate_is(algorithm) if carry_over else with_needs(algorithm, "old_logp")
 
 
 def _too_small(batches: Batches) -> list[str]:

@@ -4,7 +4,8 @@
 
 PPO's clip drops the gradient of clipped tokens; here the weight is clipped and the token stays. Bounds are ratios, not
 distances from 1: the paper has no lower one, ScaleRL (arXiv:2510.13786) recommends an upper one of 4 to 8. The value of
-the loss has no meaning. Â is GRPO's.
+the loss has no meaning. Â is GRPO's. The clip removes no gradient: the share of clipped weights is
+`weight_clip_fraction`.
 """
 
 import jax.numpy as jnp
@@ -22,6 +23,6 @@ def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Algorithm:
     def loss(output, batch):
         ratio = stop_gradient(importance_ratio(output.logp, old_policy_logp(batch.traj)))
         weight = jnp.clip(ratio, ratio_min, ratio_max)
-        return -weight * batch.advantages * output.logp, {"clip_fraction": (weight != ratio).astype(ratio.dtype)}
+        return -weight * batch.advantages * output.logp, {"weight_clip_fraction": (weight != ratio).astype(ratio.dtype)}
 
     return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)

@@ -65,8 +65,9 @@ def clip_cov(
 
     def loss(output, batch):
         terms, metrics = clipped_surrogate.loss(output, batch)
-        dropped = batch.extra["dropped"]
-        return jnp.where(dropped, 0.0, terms), {**metrics, "dropped": dropped.astype(terms.dtype)}
+        dropped = batch.extra["dropped"].astype(terms.dtype)
+        removed = jnp.where(batch.advantages != 0, jnp.maximum(metrics["clip_fraction"], dropped), 0.0)
+        return (1.0 - dropped) * terms, {**metrics, "clip_fraction": removed, "dropped": dropped}
 
     return clipped_surrogate._replace(prepare=prepare, loss=loss)
 

@@ -33,7 +33,8 @@ def _dppo(inside: TrustRegionFn, cap: float) -> Algorithm:
         old_logp = old_policy_logp(batch.traj)
         kept = inside(logp, old_logp, batch.advantages > 0)
         weight = jnp.where(kept, jnp.minimum(importance_ratio(logp, old_logp), cap), 0.0)
-        return -weight * batch.advantages * output.logp, {"clip_fraction": 1.0 - kept.astype(weight.dtype)}
+        removed = ~kept & (batch.advantages != 0)
+        return -weight * batch.advantages * output.logp, {"clip_fraction": removed.astype(weight.dtype)}
 
     return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)
 

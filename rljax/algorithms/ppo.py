@@ -64,7 +64,7 @@ def ppo(
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         if dual is not None:
             terms = losses.dual_clip(terms, batch.advantages, dual)
-        return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
+        return terms, losses.clip_metrics(ratio, batch.advantages, low, high, dual)
 
     return actor_critic(actor, gamma, lam, value_coefficient, value_clip)
 

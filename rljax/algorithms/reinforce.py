@@ -59,7 +59,7 @@ def reinforce(baseline: BaselineFn = leave_one_out_baseline) -> Algorithm:
     def loss(output, batch):
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
-    return Algorithm(credit=credit, loss=loss, weights=weights.seq_mean_token_sum)
+    return Algorithm(credit=credit, loss=loss, weights=weights.seq_mean_token_sum, one_update=True)
 
 
 def reinforce_to_go(baseline: BaselineFn = leave_one_out_baseline, gamma: Scalar = 1.0) -> Algorithm:

@@ -26,4 +26,5 @@ def trpo(baseline: BaselineFn = leave_one_out_baseline) -> Algorithm:
 
 def trpo_gae(gamma: Scalar = 0.99, lam: Scalar = 0.95) -> Algorithm:
     """TRPO with GAE."""
-    return actor_critic(_surrogate, gamma, lam, value_coefficient=0.0, value_clip=None)
+    surrogate = actor_critic(_surrogate, gamma, lam, value_coefficient=0.0, value_clip=None)
+    return surrogate._replace(one_update=True)

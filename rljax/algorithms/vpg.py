@@ -17,4 +17,4 @@ def vpg(gamma: Scalar = 1.0, lam: Scalar = 0.95, value_coefficient: float = 0.5)
     def actor(output, batch):
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
-    return actor_critic(actor, gamma, lam, value_coefficient, value_clip=None)
+    return actor_critic(actor, gamma, lam, value_coefficient, value_clip=None)._replace(one_update=True)

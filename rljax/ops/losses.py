@@ -1,5 +1,7 @@
 """Losses of one decision, to be minimized, unreduced. Advantages, returns and old quantities are constants."""
 
+from functools import reduce
+
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
@@ -30,24 +32,37 @@ def dual_clip(terms: Elementwise, advantages: Elementwise, bound: float = 3.0) -
     return jnp.where(advantages < 0, jnp.minimum(terms, -bound * stop_gradient(advantages)), terms)
 
 
-def clipped_fraction(ratio: Elementwise, advantages: Elementwise, low: Scalar = 0.2, high: Scalar = 0.2) -> Elementwise:
-    """1 where `clipped_surrogate` passes no gradient: the ratio left the range in the direction that lowers the loss.
-    Else 0.
+def clipped_fraction(
+    ratio: Elementwise,
+    advantages: Elementwise,
+    low: Scalar = 0.2,
+    high: Scalar = 0.2,
+    dual: float | None = None,
+) -> Elementwise:
+    """1 where the clips remove the gradient of a decision, else 0: `clipped_surrogate`'s where the ratio left the range
+    in the direction that lowers the loss, and with `dual` `dual_clip`'s, whose bound it is.
     """
-    outside = ((ratio > 1.0 + high) & (advantages > 0)) | ((ratio < 1.0 - low) & (advantages < 0))
-    return outside.astype(ratio.dtype)
+    return clip_metrics(ratio, advantages, low, high, dual)["clip_fraction"]
 
 
 def clip_metrics(
-    ratio: Elementwise, advantages: Elementwise, low: Scalar = 0.2, high: Scalar = 0.2
+    ratio: Elementwise,
+    advantages: Elementwise,
+    low: Scalar = 0.2,
+    high: Scalar = 0.2,
+    dual: float | None = None,
 ) -> dict[str, Elementwise]:
-    """`clipped_fraction` as metrics: of both bounds, and of each (low where Â < 0, high where Â > 0)."""
-    clipped = clipped_fraction(ratio, advantages, low, high)
-    return {
-        "clip_fraction": clipped,
-        "clip_fraction_low": jnp.where(advantages < 0, clipped, 0.0),
-        "clip_fraction_high": jnp.where(advantages > 0, clipped, 0.0),
+    """`clip_fraction`, 1 where the clips remove the gradient of a decision, and its parts: below the range with Â < 0,
+    above it with Â > 0, and with `dual` above that bound with Â < 0. The clamp of a ratio's exponent is not counted.
+    """
+    outside = {
+        "clip_fraction_low": (ratio < 1.0 - low) & (advantages < 0),
+        "clip_fraction_high": (ratio > 1.0 + high) & (advantages > 0),
     }
+    if dual is not None:
+        outside["clip_fraction_dual"] = (ratio > dual) & (advantages < 0)
+    parts = {name: part.astype(ratio.dtype) for name, part in outside.items()}
+    return {"clip_fraction": reduce(jnp.maximum, parts.values()), **parts}
 
 
 def value_loss(values: Elementwise, returns: Elementwise) -> Elementwise:

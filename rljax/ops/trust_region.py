@@ -4,7 +4,8 @@
 
 g is the gradient of the surrogate, F the Fisher matrix: the Hessian of the mean KL at the old policy, which
 is the same for KL(old ‖ new) and KL(new ‖ old). F is never formed: F v is the derivative of the KL's gradient along
-v, forward over reverse. Parameters are one flat vector inside.
+v, forward over reverse. Parameters are one flat vector inside, float32 or wider; a candidate has their own dtype again.
+The step does not depend on the scale of the surrogate.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from rljax.ops.dtypes import at_least_float32, cast_like
 from rljax.ops.kl import categorical_kl
 from rljax.ops.shapes import Scalar
 
@@ -82,17 +84,23 @@ def natural_gradient_step(
     """√(2δ / xᵀHx) x with H x = -g, H = F + damping · 1: the length at which the KL, to second order, is δ.
 
     Args: kl: params -> mean KL to the policy at `params`. gradient: of the surrogate there, to be minimized.
-    Damping shortens the step. Parameters on which neither depends (those of a separate critic) do not move.
+    The gradient's scale cancels; without a gradient the step is 0. Damping shortens the step. Parameters on which
+    neither depends (those of a separate critic) do not move.
     """
-    theta, unflatten = ravel_pytree(params)
-    g = ravel_pytree(gradient)[0]
+    theta, unflatten = ravel_pytree(at_least_float32(params))
+    g = ravel_pytree(at_least_float32(gradient))[0]
+    largest = jnp.abs(g).max()
+    size = jnp.where(largest > 0, largest, 1.0)
+    downhill = -g / size  # so that its square neither vanishes nor overflows
     fisher = hessian_vector_product(lambda flat: kl(unflatten(flat)), theta)
 
     def damped(v):
         return fisher(v) + damping * v
 
-    x, residual = conjugate_gradient(damped, -g, iterations)
-    change = jnp.sqrt(2.0 * delta / (x @ (-g - residual) + 1e-8)) * x  # H x = -g - residual, without another product
+    x, residual = conjugate_gradient(damped, downhill, iterations)
+    curvature = x @ (downhill - residual)  # xᵀHx: H x = downhill - residual, without another product
+    length = jnp.where(curvature > 0, jnp.sqrt(2.0 * delta / jnp.where(curvature > 0, curvature, 1.0)), 0.0)
+    change = length * x
     return NaturalGradientStep(change, -(g @ change))
 
 
@@ -119,14 +127,14 @@ def line_search(
 
     Args: evaluate: params -> (surrogate, KL). before: the surrogate at θ. NaN is not accepted.
     """
-    theta, unflatten = ravel_pytree(params)
+    theta, unflatten = ravel_pytree(at_least_float32(params))
 
     def searching(state):
         n, accepted, *_ = state
         return ~accepted & (n < trials)
 
     def candidate(n):
-        return unflatten(theta + shrink ** n.astype(theta.dtype) * change)
+        return cast_like(unflatten(theta + shrink ** n.astype(theta.dtype) * change), params)
 
     def try_candidate(state):
         n, *_ = state

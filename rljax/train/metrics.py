@@ -168,13 +168,20 @@ def _with_ratio_spread(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def require_on_policy(metrics: dict, limit: float = 1e-3) -> None:
-    """Check that the trainer's log-probs are the sampler's at the first update of a run.
+    """Check that the trainer's log-probs are the sampler's at the first update of a run, and that it clips nothing.
 
     Raises RuntimeError where they differ by more than `limit` nats: sampler and trainer then disagree on the model, the
-    temperature or the tokens, and every importance ratio would be wrong.
+    temperature or the tokens, and every importance ratio would be wrong. Raises it too where any decision was clipped:
+    a difference within the limit was more than the method's clip range.
     """
     gap = float(metrics["sampler_gap"])
     if not gap <= limit:
         raise RuntimeError(
             f"sampler and trainer log-probs differ by up to {gap:.2g} nats at the first update (limit {limit:g})"
+        )
+    clipped = float(metrics.get("clip_fraction_first", 0.0))
+    if clipped > 0:
+        raise RuntimeError(
+            f"the first update clipped {clipped:.2%} of the decisions of its own policy: sampler and trainer log-probs "
+            f"differ by up to {gap:.2g} nats, more than the clip range of this method. Annotate old_logp"
         )

@@ -1,6 +1,7 @@
 """The objective of a policy and an algorithm: the only place where the two meet."""
 
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 
 from rljax.train.metrics import policy_metrics
 from rljax.types import (
@@ -22,6 +23,9 @@ def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
 
     Values at masked columns are replaced by zeros *before* the loss (an exp of garbage would poison the gradient even
     where its value is dropped), and the terms are masked again afterwards.
+
+    Where `coefficients["at_old_policy"]` is 1 (`train.update.learn`) the policy still is the old one: `old_logp` is
+    then what this very pass computes, so that ratios to it are exactly 1.
     """
 
     def prepare(params: Params, frozen: Params, batch: Batch, key: Array) -> Batch:
@@ -32,10 +36,11 @@ def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
         if algorithm.prepare is None:
             return batch
         output = _zero_masked_output(policy(params, frozen, batch.traj), batch.mask)
-        return algorithm.prepare(output, batch, key)
+        return algorithm.prepare(output, _at_old_policy(output, batch), key)
 
     def loss(params: Params, frozen: Params, batch: Batch):
         output = _zero_masked_output(policy(params, frozen, batch.traj), batch.mask)
+        batch = _at_old_policy(output, batch)
         terms, own_metrics = _check_loss(algorithm.loss(output, batch), batch)
         values = {**policy_metrics(output, batch), **own_metrics}
         count = batch.mask.sum().astype(float)
@@ -43,6 +48,15 @@ def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
         return jnp.where(batch.mask, batch.weight * terms, 0.0).sum(), metrics
 
     return Objective(prepare, loss)
+
+
+def _at_old_policy(output: PolicyOutput, batch: Batch) -> Batch:
+    """The batch whose `old_logp`, if it has one, is the policy's own where the policy is the old one."""
+    same = batch.coefficients.get("at_old_policy")
+    if same is None or batch.traj.old_logp is None:
+        return batch
+    old_logp = jnp.where(same > 0, stop_gradient(output.logp), batch.traj.old_logp)
+    return batch.replace(traj=batch.traj.replace(old_logp=old_logp))
 
 
 def _check_loss(result: tuple, batch: Batch) -> tuple[Array, Metrics]:

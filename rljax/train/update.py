@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rljax.ops.dtypes import at_least_float32, cast_like
 from rljax.train.mesh import Shardings, shard_rows
 from rljax.train.metrics import average_metrics
 from rljax.types import Array, Objective, Params, TrainState
@@ -28,6 +29,12 @@ def make_update(
     Weights are fixed over the whole batch before it is cut, so gradients are plain sums and do not depend on
     `micro_batches` or on the mesh. Metrics are means over the whole batch, with `loss`, `grad_norm` (before any
     clipping in the optimizer's chain) and `update_norm`. With `shardings` the state enters and leaves in them.
+
+    Gradients are float32 or wider whatever the parameters are, and so is what the optimizer is given; its state keeps
+    the dtypes that `optimizer.init` gave it.
+
+    Coefficients that the objective updates (`Objective.state`) are taken from `state.coefficients` and come back in
+    the new state. Raises ValueError where the state lacks one.
     """
     if not isinstance(objective, Objective):
         raise TypeError(
@@ -36,17 +43,33 @@ def make_update(
 
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key, prepare_key = jax.random.split(state.key)
-        batch = objective.prepare(state.params, frozen, batch, prepare_key)
+        batch = objective.prepare(state.params, frozen, _with_objective_state(objective, state, batch), prepare_key)
         loss, metrics, grads = accumulate_gradients(objective, state.params, frozen, batch, micro_batches, shardings)
         opt_state = state.opt_state
         if shardings is not None:  # without, this would commit the new state to its device: another compilation
             opt_state = jax.device_put(opt_state, jax.memory.Space.Device)  # it may be offloaded to the host
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
+        opt_state = cast_like(new_opt_state, opt_state)
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
-        return state.replace(params=params, opt_state=opt_state, key=key), metrics
+        coefficients = state.coefficients | {name: batch.coefficients[name] for name in objective.state}
+        return state.replace(params=params, opt_state=opt_state, key=key, coefficients=coefficients), metrics
 
     return jit_update(step, shardings)
+
+
+def _with_objective_state(objective: Objective, state: TrainState, batch: Any) -> Any:
+    """The batch with the coefficients that the objective carries from update to update."""
+    missing = [name for name in objective.state if name not in state.coefficients]
+    if missing:
+        raise ValueError(
+            f"this objective carries {', '.join(objective.state)} from one update to the next: "
+            f"put first values of {', '.join(missing)} in TrainState.coefficients"
+        )
+    if not objective.state:
+        return batch
+    carried = {name: state.coefficients[name] for name in objective.state}
+    return batch.replace(coefficients=batch.coefficients | carried)
 
 
 def jit_update(step: Callable, shardings: Shardings | None) -> UpdateFn:
@@ -65,7 +88,8 @@ def jit_update(step: Callable, shardings: Shardings | None) -> UpdateFn:
     def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         if shardings is not None:
             batch = shard_rows(shardings, batch)
-        new, metrics = jitted(state.replace(**NOT_UPDATED), state.frozen, batch)
+        kept = jax.tree.map(jnp.copy, state.coefficients)  # a batch may hold the same arrays: they are not donated
+        new, metrics = jitted(state.replace(**NOT_UPDATED, coefficients=kept), state.frozen, batch)
         return new.replace(**{name: getattr(state, name) for name in NOT_UPDATED}), metrics
 
     update.jitted = jitted
@@ -78,14 +102,22 @@ def jit_update(step: Callable, shardings: Shardings | None) -> UpdateFn:
 def accumulate_gradients(
     objective: Objective, params: Params, frozen: Params, batch: Any, micro_batches: int, shardings: Shardings | None
 ) -> tuple[Array, dict[str, Array], Params]:
-    """Loss, metrics and gradients of the whole batch, computed one micro-batch at a time."""
-    value_and_grad = jax.value_and_grad(objective.loss, has_aux=True)
+    """Loss, metrics and gradients of the whole batch, computed one micro-batch at a time.
+
+    Half-precision parameters are differentiated as float32 copies: a gradient by the parameters themselves would be
+    rounded to their dtype in each micro-batch. The loss sees the same numbers; policies compute in the dtype that they
+    cast to (`DecoderConfig.dtype`). It costs 4 bytes a parameter for the sum of gradients instead of 2, and, where the
+    compiler does not cast at each use, 4 more for the copies.
+    """
+
+    def value_and_grad(rows):
+        return jax.value_and_grad(objective.loss, has_aux=True)(at_least_float32(params), frozen, rows)
 
     def keep_sharding(grads):
         return grads if shardings is None else constrain_shardings(grads, shardings.state.params)
 
     if micro_batches == 1:
-        (loss, metrics), grads = value_and_grad(params, frozen, batch)
+        (loss, metrics), grads = value_and_grad(batch)
         metrics = {name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()}
         return loss, metrics, keep_sharding(grads)
 
@@ -93,11 +125,11 @@ def accumulate_gradients(
 
     def add_micro_batch(sums, micro_rows):
         loss_sum, grad_sum = sums
-        (loss, metrics), grads = value_and_grad(params, frozen, _join(micro_rows, shared))
+        (loss, metrics), grads = value_and_grad(_join(micro_rows, shared))
         grad_sum = keep_sharding(jax.tree.map(jnp.add, grad_sum, grads))
         return (loss_sum + loss, grad_sum), metrics
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, at_least_float32(params)))
     (loss, grads), metrics = jax.lax.scan(add_micro_batch, zeros, rows)
     metrics = {name: _reduce_micro_batches(name, sums, counts) for name, (sums, counts) in metrics.items()}
     return loss, metrics, grads
@@ -166,13 +198,17 @@ def learn(
     epochs: int = 1,
     num_minibatches: int = 1,
     stop_kl: float | None = None,
+    at_old_policy: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
     """All updates of one rollout: `epochs` passes in `num_minibatches` minibatches; metrics averaged over them.
 
-    Adds the metrics `sampler_gap`, which is `logp_diff_max` of the first update, where trainer and sampler have the
-    same parameters; and with `stop_kl` `updates`, the number of them.
+    Adds the metrics `sampler_gap` and `clip_fraction_first`, which are `logp_diff_max` and `clip_fraction` of the first
+    update, where trainer and sampler have the same parameters; and with `stop_kl` `updates`, the number of them.
 
     Args:
+      at_old_policy: the batch's `old_logp`, if it has one, was computed with the parameters of `state`: the first
+        update takes it from its own pass instead. Two programs of one policy round differently, in bfloat16 by more
+        than the clip range of some methods; against its own log-probs no ratio leaves it.
       stop_kl: stop after an update that found the policy that far from the behavior policy (`kl_behavior`, nats a
         decision). PPO implementations take 1.5 times their target KL.
     """
@@ -180,6 +216,9 @@ def learn(
     state = state.replace(key=key)
     logged = []
     for minibatch in minibatches(shuffle_key, batch, epochs, num_minibatches):
+        if at_old_policy:
+            is_first = jnp.float32(not logged)
+            minibatch = minibatch.replace(coefficients=minibatch.coefficients | {"at_old_policy": is_first})
         state, metrics = update(state, minibatch)
         logged.append(metrics)
         if stop_kl is not None and metrics["kl_behavior"] > stop_kl:
@@ -187,6 +226,8 @@ def learn(
     averaged = average_metrics(logged)
     if "logp_diff_max" in logged[0]:
         averaged["sampler_gap"] = logged[0]["logp_diff_max"]
+    if "clip_fraction" in logged[0]:
+        averaged["clip_fraction_first"] = logged[0]["clip_fraction"]
     if stop_kl is not None:
         averaged["updates"] = len(logged)
     return state, averaged

@@ -134,6 +134,18 @@ def test_the_training_states_coefficient_holds_over_the_given_one():
     assert np.abs(gradient(7.0, {})["table"] - gradient(0.3, {})["table"]).max() > 0.01
 
 
+def test_kl_in_loss_and_kl_in_reward_have_coefficients_of_their_own():
+    traj = rollout()
+    algorithm = kl_in_reward(with_kl(grpo(), 0.1), 0.2)
+
+    def credited_with(coefficients):
+        return np.asarray(algorithm.credit(traj, coefficients).advantages)
+
+    plain = credited_with({})
+    np.testing.assert_array_equal(credited_with({"kl": jnp.float32(5.0)}), plain)
+    assert np.nanmax(np.abs(credited_with({"kl_reward": jnp.float32(5.0)}) - plain)) > 0.1
+
+
 def test_wrappers_add_what_they_need_once_and_keep_the_rest():
     assert with_kl(with_kl(ppo())).needs == ("values", "ref_logp")
     assert with_entropy(grpo()).needs == ()

@@ -7,10 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rljax.algorithms.aot import aot, aot_unpaired
-from rljax.algorithms.bco import STATE, bco
+from rljax.algorithms.bco import bco, initial_state
 from rljax.algorithms.common.pairs import CompletionStats, preference_objective
 from rljax.algorithms.cpo import cpo, simpo
 from rljax.algorithms.dpo import chosen_nll, dpo, f_divergence, ld_dpo_weights, mean_log_ratio, preference_term, wpo
@@ -35,6 +36,7 @@ from rljax.ops.distillation import TokenComparison, columns_of_same_decisions, s
 from rljax.ops.logprobs import chosen_logp
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
+from rljax.train.update import learn as learn_in_minibatches
 from rljax.train.update import make_update
 from rljax.types import Distillation, Pairs, Trajectory, Unpaired, trajectory_of_tokens
 from tests import test_golden
@@ -203,7 +205,9 @@ def updater(objective, micro_batches):
 
 def learn(objective, batch, micro_batches=1, params=None):
     """The gradient and the metrics (with the loss) of one update."""
-    state, metrics = updater(objective, micro_batches)(state_of(table_params() if params is None else params), batch)
+    start = state_of(table_params() if params is None else params)
+    start = start.replace(coefficients={name: batch.coefficients[name] for name in objective.state})
+    state, metrics = updater(objective, micro_batches)(start, batch)
     return jax.device_get((state.opt_state[0].trace, metrics))
 
 
@@ -293,9 +297,11 @@ def test_jit_changes_nothing_but_rounding_and_the_width_is_the_callers(name):
 def test_a_mesh_changes_neither_gradient_nor_metrics(name):
     objective, batch = CASES[name]
     axes = {"table": ("embed", "mlp"), "values": (None,)}
-    shardings = state_shardings(make_mesh(2, 2, 2), state_of(table_params()), GRADIENT, axes)
+    carried = {name: jnp.copy(batch().coefficients[name]) for name in objective.state}
+    begin = state_of(table_params()).replace(coefficients=carried)
+    shardings = state_shardings(make_mesh(2, 2, 2), begin, GRADIENT, axes)
     update = make_update(objective, GRADIENT, 2, shardings)
-    state, metrics = update(jax.device_put(state_of(table_params()), shardings.state), batch())
+    state, metrics = update(jax.device_put(begin, shardings.state), batch())
     agree(jax.device_get((state.opt_state[0].trace, metrics)), whole(name))
 
 
@@ -399,19 +405,44 @@ def test_kto_without_mismatched_answers_is_unpaired_apo_zero():
     assert metrics["kl"] == 0
 
 
+STILL = optax.sgd(0.0)  # the parameters stay where they are
+
+
 def test_bco_carries_the_mean_of_all_rewards_from_batch_to_batch():
-    objective, seen, state = bco(policy, 0.5), [], {}
+    update, seen = make_update(bco(policy, 0.5), STILL), []
+    state = state_of(table_params(), STILL).replace(coefficients=initial_state())
     for traj in (rollout(0), rollout(1), rollout(2)):
-        metrics = learn(objective, judged().replace(traj=traj, coefficients=state))[1]
         seen.extend(0.5 * np.delete(log_ratios(traj)[0], 3))
+        state, metrics = update(state, judged().replace(traj=traj, coefficients={}))
         assert metrics["reward_mean"] == pytest.approx(np.mean(seen), rel=1e-4)
-        assert metrics["rewards_seen"] == len(seen)
-        state = {name: jnp.asarray(metrics[name]) for name in STATE}
+        assert state.coefficients["reward_mean"] == pytest.approx(np.mean(seen), rel=1e-4)
+        assert state.coefficients["rewards_seen"] == len(seen)
+
+
+CARRIED = [name for name, (objective, _) in CASES.items() if objective.state]
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("cuts", [1, 2, 4, 16])
+def test_the_state_of_an_objective_is_the_same_for_any_cut_into_minibatches(name, cuts):
+    """Of an update that leaves the parameters where they are, so that only the cut differs."""
+    objective, make = CASES[name]
+    start = state_of(table_params(), STILL).replace(coefficients=jax.tree.map(jnp.copy, make().coefficients))
+    state, _ = learn_in_minibatches(make_update(objective, STILL), start, make(), num_minibatches=cuts)
+    rewards = 0.5 * np.delete(log_ratios(rollout(0))[0], 3)
+    assert state.coefficients["rewards_seen"] == 5 + len(rewards)
+    want = (5 * 0.3 + rewards.sum()) / (5 + len(rewards))
+    assert state.coefficients["reward_mean"] == pytest.approx(want, rel=1e-5)
+
+
+def test_a_state_that_nobody_started_is_one_error():
+    with pytest.raises(ValueError, match=r"reward_mean, rewards_seen from one update to the next: put first values"):
+        updater(bco(policy, 0.5), 1)(state_of(table_params()), judged())
 
 
 def test_bco_goes_on_as_trl_does():
     """The second recorded step starts where the first ended."""
-    state, path = {}, test_golden.DATA / "trl_bco_loss.npz"
+    state, path = initial_state(), test_golden.DATA / "trl_bco_loss.npz"
     for name in ("step0", "step1"):
         case = test_golden.read(path, name)
         logp, ref_logp = (

@@ -109,13 +109,15 @@ def verl_ppo_clip(case: Case) -> dict:
 
     with_dual, without = learnt(number(case, "clip_ratio_c")), learnt(None)
     lowered = with_dual.shown["policy_loss"] < without.shown["policy_loss"]
-    return verl_out(case, with_dual) | {"metric actor/pg_clipfrac_lower": verl_share(case, lowered)}
+    out = verl_out(case, with_dual) | {"metric actor/pg_clipfrac_lower": verl_share(case, lowered)}
+    # verl counts the dual clip only there
+    return out | {"metric actor/pg_clipfrac": dialects.verl_mean(without.metrics["clip_fraction"], mask_of(case))}
 
 
 def verl_cispo(case: Case) -> dict:
     """verl takes distances from 1, ours are ratios."""
     low, high = clip_range(case, "clip_ratio_")
-    return verl_loss(case, a.cispo(1.0 - low, 1.0 + high))
+    return verl_loss(case, a.cispo(1.0 - low, 1.0 + high), clipped="weight_clip_fraction")
 
 
 def verl_clip_cov(case: Case) -> dict:
@@ -258,9 +260,10 @@ def trl_batch(case: Case) -> Batch:
 def trl_out(case: Case, batch: Batch, learnt: Learnt) -> dict:
     out = {"loss": learnt.loss, "grad_per_token_logps": learnt.gradient["logp"]}
     out |= {f"metric {name}": learnt.metrics[name] for name in ("entropy", "kl") if name in learnt.metrics}
-    if "clip_fraction" in learnt.shown:
+    clipped = learnt.shown.get("clip_fraction", learnt.shown.get("weight_clip_fraction"))
+    if clipped is not None:
         one_a_row = case.hyper.get("importance_sampling_level") == "sequence"
-        out |= trl_clip_metrics(learnt.shown["clip_fraction"], batch, one_a_row)
+        out |= trl_clip_metrics(clipped, batch, one_a_row)
     if "phi" in learnt.shown:
         phi = sequences.sequence_mean(learnt.shown["phi"], batch.mask)[:, 0]
         out["metric vespo/phi_seq_mean"] = dialects.trl_row_mean(phi, batch.mask, 1.0)

@@ -102,6 +102,23 @@ def test_the_step_is_the_natural_gradient_scaled_to_the_trust_region():
     )
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-4, 1e12, 1e30])
+def test_the_scale_of_the_surrogate_does_not_change_the_step(scale):
+    step = jax.jit(lambda p, g: natural_gradient_step(mean_kl, p, g, DELTA, DAMPING, 12))
+    slope = jax.grad(surrogate)(start())
+    want = step(start(), slope)
+    got = step(start(), jax.tree.map(lambda x: jnp.float32(scale) * x, slope))
+    assert jnp.abs(want.change).max() > 0.01
+    limit = rounding(fisher() + DAMPING * np.eye(STATES * ACTIONS), want.change)
+    np.testing.assert_allclose(got.change, want.change, rtol=0, atol=limit)
+    np.testing.assert_allclose(got.expected_improvement, scale * want.expected_improvement, rtol=1e-3)
+
+
+def test_without_a_gradient_the_step_is_0():
+    found = natural_gradient_step(mean_kl, start(), jax.tree.map(jnp.zeros_like, start()), DELTA, DAMPING)
+    np.testing.assert_array_equal(found.change, 0.0)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
 def test_what_is_accepted_is_the_first_candidate_within_delta_that_improves(scale):
     found = natural_gradient_step(mean_kl, start(), jax.grad(surrogate)(start()), DELTA, 1e-3)

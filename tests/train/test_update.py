@@ -175,6 +175,20 @@ def test_without_a_mesh_too():
     assert compiled["step"] == 1
 
 
+def test_only_the_first_update_of_a_rollout_is_at_the_old_policy():
+    """And its share of clipped decisions is a metric of its own."""
+    seen = []
+
+    def update(state, batch):
+        seen.append(float(batch.coefficients["at_old_policy"]))
+        return state, {"clip_fraction": jnp.float32(len(seen))}
+
+    batch = credited(ALGORITHMS["grpo"], rollout())
+    _, metrics = learn(update, state_of(table_params()), batch, epochs=2, num_minibatches=2, at_old_policy=True)
+    assert seen == [1, 0, 0, 0]
+    assert (metrics["clip_fraction_first"], metrics["clip_fraction"]) == (1, 2.5)
+
+
 def test_minibatches_hold_every_row_once_an_epoch_in_another_order_each():
     key = jax.random.key(3)
     minis = list(minibatches(key, numbered(), epochs=3, num_minibatches=4))

@@ -17,13 +17,14 @@ OutcomeFn = Callable[[Trajectory, PerRow, ValidRows, dict[str, Any]], PerRow]
 
 
 def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: KLEstimator = k1) -> Algorithm:
-    """r_t - β KL_t before credit, β = `coefficients["kl"]` if the training state has one: the KL of PPO-RLHF, RLOO,
-    ReMax and REINFORCE++ (arXiv:1909.08593). Unlike a KL term in the loss it also credits a token with the KL of later
-    tokens. Not for methods that read rewards at the ends of steps only (`grpo_process`, `capo`) or not at all (`gdpo`).
+    """r_t - β KL_t before credit, β = `coefficients["kl_reward"]` if the training state has one: the KL of PPO-RLHF,
+    RLOO, ReMax and REINFORCE++ (arXiv:1909.08593). Unlike a KL term in the loss it also credits a token with the KL of
+    later tokens. Not for methods that read rewards at the ends of steps only (`grpo_process`, `capo`) or not at all
+    (`gdpo`).
     """
 
     def credit(traj, coefficients):
-        beta = coefficients.get("kl", coefficient)
+        beta = coefficients.get("kl_reward", coefficient)
         rewards = shaping.apply_kl_penalty(
             traj.rewards, old_policy_logp(traj), traj.ref_logp, traj.mask, beta, estimator
         )
