@@ -32,9 +32,9 @@ def trl_weight_by_log_probs(loss_type: str, weight: float) -> float:
 def openrlhf_sequence_mean(weights):
     """OpenRLHF adds 1e-8 to the tokens of a row, and its mean over the rows counts those without tokens."""
 
-    def dialect(mask, segments=None):
+    def dialect(mask, segments=None, group=None):
         n, said = mask.sum(axis=1, keepdims=True), mask.any(axis=1).astype(float).mean()
-        return weights(mask, segments) * n / (n + 1e-8) * said
+        return weights(mask, segments, group) * n / (n + 1e-8) * said
 
     return dialect
 
@@ -197,8 +197,8 @@ def verl_geometric_mean(terms, advantages, mask):
 def divided_by_all_rows(weights):
     """TRL and ms-swift, and verl's GMPO, count rows without tokens in the mean over the rows."""
 
-    def dialect(mask, segments=None):
-        return weights(mask, segments) * mask.any(axis=1).astype(float).mean()
+    def dialect(mask, segments=None, group=None):
+        return weights(mask, segments, group) * mask.any(axis=1).astype(float).mean()
 
     return dialect
 
@@ -206,7 +206,7 @@ def divided_by_all_rows(weights):
 def divided_by_tokens_before(mask):
     """ms-swift divides by the tokens before it filters overlong answers."""
 
-    def dialect(kept, segments=None):
+    def dialect(kept, segments=None, group=None):
         return kept / jnp.maximum(mask.sum(), 1)
 
     return dialect

@@ -56,7 +56,7 @@ def clip_range(case: Case, prefix: str) -> tuple[float, float]:
 def verl_reduction(case: Case, otherwise: str = "token-mean"):
     mode = case.hyper.get("loss_agg_mode", otherwise)
 
-    def reduction(mask, segments=None):
+    def reduction(mask, segments=None, group=None):
         weight = verl_weights(mode, mask, float(case.width))
         return dialects.verl_january_sum_norm(weight, mask) if mode == "seq-mean-token-sum-norm" else weight
 
@@ -461,7 +461,7 @@ def verl_rollout_is(case: Case) -> dict:
     def weight(algorithm):
         return sampler_weight(algorithm, mask, case.ins["log_ratio"])
 
-    def mean(mask, segments=None):
+    def mean(mask, segments=None, group=None):
         if by_token:
             return dialects.verl_mean(weights.token_mean(mask), mask)
         return dialects.verl_row_mean(weights.seq_mean_token_mean(mask), mask)
