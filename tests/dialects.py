@@ -4,13 +4,14 @@ Used by the tables of tests/golden and tests/replay only. Nothing here is a reco
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from rljax.algorithms.common.credit import old_policy_logp
 from rljax.algorithms.common.wrappers import with_entropy, with_prepare
-from rljax.ops import groups, statistics
+from rljax.ops import groups, preferences, statistics
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Objective
@@ -21,6 +22,11 @@ from rljax.types import Algorithm, Objective
 def trl_float32_mean(share):
     """TRL averages booleans (accuracies) in float32 whatever the model's width."""
     return jnp.float32(share)
+
+
+def trl_alpha_divergence(coefficient: float) -> Callable:
+    """TRL's f_alpha_divergence_coef is 1 - α of f-DPO (arXiv:2309.16240): its slope is (u^{c-1} - 1)/(c - 1)."""
+    return partial(preferences.alpha_divergence, alpha=1.0 - coefficient)
 
 
 def trl_weight_by_log_probs(loss_type: str, weight: float) -> float:

@@ -146,7 +146,7 @@ def trl_objective(policy, hyper: dict):
         "reverse_kl": preferences.reverse_kl,
         "forward_kl": preferences.forward_kl,
         "js_divergence": preferences.jensen_shannon,
-        "alpha_divergence": partial(preferences.alpha_divergence, alpha=hyper.get("f_alpha_divergence_coef")),
+        "alpha_divergence": dialects.trl_alpha_divergence(hyper.get("f_alpha_divergence_coef", 0.5)),
     }[hyper.get("f_divergence_type", "reverse_kl")]
     return dpo(
         policy,
