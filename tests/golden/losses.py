@@ -469,7 +469,8 @@ def verl_rollout_is(case: Case) -> dict:
     raw, capped = weight(a.truncate_is(a.sft(), NEVER, level)), weight(a.truncate_is(a.sft(), cap, level))
     out = {"weights": capped, "metric rollout_is_mean": verl_share(case, raw)}
     if hyper["rollout_is_batch_normalize"]:
-        out["weights"] = weight(a.normalized_is(a.sft(), mean, cap, level))
+        normalized = weight(a.normalized_is(a.sft(), mean, cap, level))
+        out["weights"] = normalized / mean(mask).sum()  # verl's mean does not quite sum to one
         out["metric rollout_is_batch_norm_factor"] = capped.sum() / out["weights"].sum()
     rows, largest, least = mask.any(axis=1), statistics.masked_max(raw, mask), statistics.masked_min(raw, mask)
     if not by_token:
