@@ -37,9 +37,9 @@ class Trajectory:
     logp: Array  # [B T] log-prob of that choice under the behavior policy, which made it
     mask: Array  # [B T] True where the policy itself chose: not prompt, tool output or padding
     positions: Array | None = None  # [B T] position of the input in its segment, from 0
-    segments: Array | None = None  # [B T] 0 = padding; several per row only after packing
+    segments: Array | None = None  # [B T] 0 = padding; several per row only after packing (any ids)
     temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
-    group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order)
+    group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order); [B T] after packing
     scores: Array | None = None  # [B K] each verifier's raw result; NaN = it failed or does not apply
     next_inputs: Array | None = None  # [B T ...] the environment's next observation, before any reset
     rewards: Array | None = None  # [B T] per decision; an outcome reward stands on the last chosen token
@@ -167,9 +167,9 @@ RewardFn = Callable[..., float | None]
 CreditFn = Callable[[Trajectory, dict[str, Array]], Batch]
 # The loss of each decision, unreduced: (output, batch) -> (terms [B T], metrics).
 LossFn = Callable[[PolicyOutput, Batch], tuple[Array, Metrics]]
-# The coefficient of each decision in the sum over the whole optimizer batch: (mask, segments) -> [B T]. One of
-# `ops.weights`, whose names are those of verl's `loss_agg_mode`.
-WeightsFn = Callable[[Array, Array | None], Array]
+# The coefficient of each decision in the sum over the whole optimizer batch: (mask, segments, group) -> [B T]; group is
+# [B], or [B T] where rows are packed. One of `ops.weights`, whose names are those of verl's `loss_agg_mode`.
+WeightsFn = Callable[[Array, Array | None, Array | None], Array]
 # What needs the current policy over the whole optimizer batch, without gradient: (output, batch, key) -> Batch.
 PrepareFn = Callable[[PolicyOutput, Batch, Array], Batch]
 # The same for any kind of batch: (params, frozen, batch, key) -> batch, with the weights set.
@@ -305,6 +305,8 @@ def check_shapes(x: Trajectory | Batch) -> None:
     for owner in {id(traj): traj, id(x): x}.values():
         for name, value in vars(owner).items():
             if value is None or name in ("traj", "coefficients", "dist", "extra"):
+                continue
+            if name == "group" and jnp.shape(value) == (B, T):  # of packed rows
                 continue
             want = expected.get(name, (B, T))
             if jnp.shape(value)[: len(want)] != want:

@@ -4,6 +4,7 @@ Used by the tables of tests/golden and tests/replay only. Nothing here is a reco
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from rljax.algorithms.common.credit import old_policy_logp
 from rljax.algorithms.common.wrappers import with_entropy, with_prepare
 from rljax.algorithms.nash_md import nash_md
-from rljax.ops import groups, statistics
+from rljax.ops import groups, preferences, statistics
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm, Objective
@@ -22,6 +23,11 @@ from rljax.types import Algorithm, Objective
 def trl_float32_mean(share):
     """TRL averages booleans (accuracies) in float32 whatever the model's width."""
     return jnp.float32(share)
+
+
+def trl_alpha_divergence(coefficient: float) -> Callable:
+    """TRL's f_alpha_divergence_coef is 1 - α of f-DPO (arXiv:2309.16240): its slope is (u^{c-1} - 1)/(c - 1)."""
+    return partial(preferences.alpha_divergence, alpha=1.0 - coefficient)
 
 
 def trl_weight_by_log_probs(loss_type: str, weight: float) -> float:
@@ -46,9 +52,9 @@ def trl_nash_md_of_single_tokens(beta: float) -> Algorithm:
 def openrlhf_sequence_mean(weights):
     """OpenRLHF adds 1e-8 to the tokens of a row, and its mean over the rows counts those without tokens."""
 
-    def dialect(mask, segments=None):
+    def dialect(mask, segments=None, group=None):
         n, said = mask.sum(axis=1, keepdims=True), mask.any(axis=1).astype(float).mean()
-        return weights(mask, segments) * n / (n + 1e-8) * said
+        return weights(mask, segments, group) * n / (n + 1e-8) * said
 
     return dialect
 
@@ -211,8 +217,8 @@ def verl_geometric_mean(terms, advantages, mask):
 def divided_by_all_rows(weights):
     """TRL and ms-swift, and verl's GMPO, count rows without tokens in the mean over the rows."""
 
-    def dialect(mask, segments=None):
-        return weights(mask, segments) * mask.any(axis=1).astype(float).mean()
+    def dialect(mask, segments=None, group=None):
+        return weights(mask, segments, group) * mask.any(axis=1).astype(float).mean()
 
     return dialect
 
@@ -220,7 +226,7 @@ def divided_by_all_rows(weights):
 def divided_by_tokens_before(mask):
     """ms-swift divides by the tokens before it filters overlong answers."""
 
-    def dialect(kept, segments=None):
+    def dialect(kept, segments=None, group=None):
         return kept / jnp.maximum(mask.sum(), 1)
 
     return dialect

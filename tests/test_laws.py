@@ -228,7 +228,7 @@ def test_row_order_and_the_names_of_groups_do_not_matter(name):
 
 def own_gradient(weight, batch, table, entropy_coefficient):
     """Σ w Â (p - onehot)/τ, in float64, less c times the gradient of the entropy."""
-    weight = np.float64(weight(batch.mask, batch.traj.segments))
+    weight = np.float64(weight(batch.mask, batch.traj.segments, batch.traj.group))
     state, action, tau = (np.asarray(x) for x in (batch.traj.inputs, batch.traj.actions, batch.traj.temperature))
     want = np.zeros_like(table)
     for b, t in zip(*np.nonzero(batch.mask), strict=True):
@@ -325,7 +325,8 @@ def packed(batch):
     facts["segments"] = join(jnp.where(traj.segments > 0, traj.segments + jnp.arange(2).repeat(half)[:, None], 0))
     if traj.values is not None:
         facts["values"] = jnp.pad(join(traj.values[:, :-1]), ((0, 0), (0, 1)))
-    facts |= dict.fromkeys(("group", "scores", "baseline"))
+    facts["group"] = join(jnp.broadcast_to(traj.group[:, None], traj.mask.shape))
+    facts |= dict.fromkeys(("scores", "baseline"))
     own = {name: getattr(batch, name) for name in ("advantages", "mask", "returns")}
     own = {name: join(x) for name, x in own.items() if x is not None}
     return batch.replace(traj=traj.replace(**facts), extra=jax.tree.map(join, batch.extra), **own)

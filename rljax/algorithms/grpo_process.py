@@ -3,8 +3,8 @@
     r̃_j = (r_j - mean) / (std + ε)    over all step rewards of all completions of the group
     Â_it = Σ_{j: step j ends at or after t} r̃_ij
 
-Step rewards are on the decisions that `step_ends` marks. With one step per completion, ending at its last token, it is
-GRPO with outcome supervision. The loss is GRPO's.
+r_j is the sum of the rewards on the decisions of step j; steps end where `step_ends` says so and at the last decision.
+With one step per completion it is GRPO with outcome supervision. The loss is GRPO's.
 """
 
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.grpo import grpo
 from rljax.ops import groups
 from rljax.ops.returns import discounted_returns
+from rljax.ops.sequences import last_decision, sequence_sum
+from rljax.ops.shaping import step_numbers
 from rljax.types import Algorithm, Batch
 
 
@@ -22,9 +24,10 @@ def grpo_process(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6)
     def credit(traj, coefficients):
         require(traj, "group", "step_ends")
         rewards, mask = decision_rewards(traj)
-        ends = traj.step_ends & mask
+        ends = mask & (traj.step_ends | last_decision(mask))
+        step_rewards = sequence_sum(rewards, mask, step_numbers(ends, mask))
         group = jnp.broadcast_to(traj.group[:, None], mask.shape)
-        normalized = groups.standardize(rewards.ravel(), group.ravel(), ends.ravel(), std_epsilon)
+        normalized = groups.standardize(step_rewards.ravel(), group.ravel(), ends.ravel(), std_epsilon)
         advantages = discounted_returns(normalized.reshape(mask.shape), mask)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 

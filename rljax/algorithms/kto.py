@@ -54,6 +54,11 @@ def kto(policy: PolicyFn, beta: float = 0.1, class_weights: ClassWeightsFn = uni
     def set_reference_point(evaluate, batch, present):
         z = jnp.zeros(())
         if batch.mismatched is not None:
+            rows = batch.traj.mask.shape[0]
+            if batch.mismatched.mask.shape[0] != rows:
+                raise ValueError(
+                    f"{batch.mismatched.mask.shape[0]} mismatched rows for {rows}; give one for each prompt"
+                )
             mismatched = evaluate(batch.mismatched)
             z = jnp.maximum(masked_mean(mismatched.log_ratio, has_tokens(batch.mismatched)), 0.0)
         lambda_desirable, lambda_undesirable = class_weights(present & batch.desirable, present & ~batch.desirable)

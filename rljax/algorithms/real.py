@@ -25,8 +25,10 @@ def real(temperature: float = 0.5) -> Algorithm:
         return sequence_geometric_mean(output.logp - old_policy_logp(batch.traj), batch.mask) / temperature
 
     def prepare(output, batch, key):
-        require(batch.traj, "group")  # None after packing
+        require(batch.traj, "group")
         group = batch.traj.group
+        if group.ndim > 1:
+            raise ValueError("REAL compares the rows of a group: Trajectory.group must be [B], not [B T] (packed rows)")
         rows = batch.mask.any(axis=1)
         row_score = jnp.clip(score(output, batch)[:, 0], -20.0, 20.0)
         positive = rows & ((batch.mask * batch.advantages).sum(axis=1) > 0)

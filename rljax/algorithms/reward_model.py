@@ -3,7 +3,8 @@
     pairs     (1/N) Σ -log σ(r_w - r_l - m) + η (r_w + r_l)²       Bradley-Terry; margin m, centering η (0.01)
     rankings  (1/P) Σ -log P(best first)                           Plackett-Luce, or all pairs of a prompt
 
-`score`: (params, frozen, trajectory) -> [B], usually read at the last token. The margin is Llama 2's
+`score`: (params, frozen, trajectory) -> [B], usually read at the last token: a pair one of whose completions has no
+token is no comparison, and weighs nothing. The margin is Llama 2's
 (arXiv:2307.09288), the centering that of arXiv:2312.09244; all pairs of a prompt: `ops.ranking.kwise`.
 """
 
@@ -28,12 +29,12 @@ def reward_model(score: ScoreFn, center_rewards_coefficient: float = 0.0) -> Obj
     def prepare(params, frozen, batch: Pairs, key) -> Pairs:
         chosen = checked_zero_masked(batch.chosen)
         rejected = checked_zero_masked(batch.rejected)
-        present = has_tokens(chosen) | has_tokens(rejected)
+        present = has_tokens(chosen) & has_tokens(rejected)
         margin = None if batch.margin is None else jnp.where(present, batch.margin, 0.0)
         return batch.replace(chosen=chosen, rejected=rejected, margin=margin, weight=uniform_row_weights(present))
 
     def loss(params, frozen, batch: Pairs):
-        present = has_tokens(batch.chosen) | has_tokens(batch.rejected)
+        present = has_tokens(batch.chosen) & has_tokens(batch.rejected)
         chosen = jnp.where(present, score(params, frozen, batch.chosen), 0.0)
         rejected = jnp.where(present, score(params, frozen, batch.rejected), 0.0)
         margin = 0.0 if batch.margin is None else batch.margin

@@ -200,8 +200,8 @@ def jensen_shannon(ratio: PerRow) -> PerRow:
 
 
 def alpha_divergence(ratio: PerRow, alpha: float = 0.5) -> PerRow:
-    """f'(u) = (u^{α-1} - 1)/(α - 1), whose limits are `reverse_kl` at α = 1 and `forward_kl` at 0."""
-    return ratio if alpha == 1 else _expm1((alpha - 1.0) * ratio) / (alpha - 1.0)
+    """f'(u) = (1 - u^{-α})/α (f-DPO, arXiv:2309.16240): `reverse_kl` in the limit α = 0 and `forward_kl` at 1."""
+    return ratio if alpha == 0 else -_expm1(-alpha * ratio) / alpha
 
 
 # -------------------------------------------------------------------------------------- weights of tokens and of pairs
@@ -222,7 +222,10 @@ def alignment(logp: PerToken, sum_pi_squared: PerToken, mask: TokenMask) -> PerR
 
 
 def wpo_weight(chosen: PerRow, rejected: PerRow) -> PerRow:
-    """w_w w_l, w = exp(alignment), constant: off-policy pairs weigh less (WPO, arXiv:2406.11827, eq. 2)."""
+    """w_w w_l, w = exp(alignment), constant: off-policy pairs weigh less (WPO, arXiv:2406.11827, eq. 2).
+
+    Equation 2 has no upper bound, so there is none here; the authors' code and TRL clamp the product at 1.
+    """
     return stop_gradient(_exp(chosen + rejected))
 
 

@@ -50,5 +50,6 @@ def mask_weights(weights: PerToken, low: float = 0.5, high: float = 5.0) -> PerT
 
 
 def normalize_weights(weights: PerToken, mean_weight: PerToken) -> PerToken:
-    """w / Σ mean_weight · w: divided by its mean (self-normalized). `mean_weight` sums to 1: one of `ops.weights`."""
-    return weights / jnp.maximum((mean_weight * weights).sum(), 1e-8)
+    """w divided by its mean Σ m w / Σ m (self-normalized), m = `mean_weight`: any of `ops.weights`."""
+    mean = (mean_weight * weights).sum() / jnp.maximum(mean_weight.sum(), 1e-8)
+    return weights / jnp.maximum(mean, 1e-8)

@@ -1,11 +1,12 @@
 """Sums, means and maxima over a sequence, broadcast to its columns.
 
-A sequence is one segment of one row: a packed row holds several. Without segments the row is the sequence. Masked
-columns are ignored and may hold NaN. For the weights of a loss see `ops.weights`.
+A sequence is one segment of one row: a packed row holds several, told apart by any integers. Without segments the row
+is the sequence. Masked columns are ignored and may hold NaN. For the weights of a loss see `ops.weights`.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from rljax.ops.shapes import PerToken, Segments, TokenMask
 
@@ -16,6 +17,11 @@ def _require_bool(mask: jax.Array) -> None:
         raise TypeError(f"mask must be bool, not {mask.dtype}: the arguments are (x, mask, segments)")
 
 
+def _segment_numbers(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The segments renamed to numbers below T: the number of columns of the row whose id is smaller."""
+    return jax.vmap(jnp.searchsorted)(jnp.sort(segments, axis=1), segments)
+
+
 def sequence_sum(x: PerToken, mask: TokenMask, segments: Segments = None) -> PerToken:
     """Σ_t x over the decisions of the sequence that each column belongs to."""
     _require_bool(mask)
@@ -24,9 +30,9 @@ def sequence_sum(x: PerToken, mask: TokenMask, segments: Segments = None) -> Per
         return jnp.broadcast_to(x.sum(axis=1, keepdims=True), x.shape)
 
     def row_sum(terms, ids):
-        return jax.ops.segment_sum(terms, ids, num_segments=ids.shape[0] + 1)[ids]
+        return jax.ops.segment_sum(terms, ids, num_segments=ids.shape[0])[ids]
 
-    return jax.vmap(row_sum)(x, segments)
+    return jax.vmap(row_sum)(x, _segment_numbers(segments))
 
 
 def sequence_lengths(mask: TokenMask, segments: Segments = None) -> PerToken:
@@ -48,9 +54,9 @@ def sequence_max(x: PerToken, mask: TokenMask, segments: Segments = None) -> Per
     else:
 
         def row_max(terms, ids):
-            return jax.ops.segment_max(terms, ids, num_segments=ids.shape[0] + 1)[ids]
+            return jax.ops.segment_max(terms, ids, num_segments=ids.shape[0])[ids]
 
-        largest = jax.vmap(row_max)(x, segments)
+        largest = jax.vmap(row_max)(x, _segment_numbers(segments))
     return jnp.where(jnp.isneginf(largest), 0.0, largest)
 
 

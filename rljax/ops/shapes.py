@@ -7,4 +7,5 @@ PerRow = Float[Array, " B"]
 PerToken = Float[Array, "B T"]
 TokenMask = Bool[Array, "B T"]
 Segments = Int[Array, "B T"] | None  # None: each row is one sequence
+PromptIds = Int[Array, " B"] | Int[Array, "B T"] | None  # of each row, or of each column of packed rows
 Elementwise = Float[Array, "*shape"]

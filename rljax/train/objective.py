@@ -31,8 +31,8 @@ def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
     def prepare(params: Params, frozen: Params, batch: Batch, key: Array) -> Batch:
         check_shapes(batch)
         batch = _zero_masked_batch(batch)
-        segments = batch.traj.segments
-        batch = batch.replace(weight=algorithm.weights(batch.mask, segments))
+        weight = algorithm.weights(batch.mask, batch.traj.segments, batch.traj.group)
+        batch = batch.replace(weight=weight)
         if algorithm.prepare is None:
             return batch
         output = _zero_masked_output(policy(params, frozen, batch.traj), batch.mask)

@@ -12,9 +12,9 @@ Shapes: at most `rows` rows for each device and micro-batch, and as many micro-b
 of a device are 1 to 16, then steps of a sixteenth of the power of two below, so that few shapes compile, rounded up to
 whole micro-batches.
 
-After packing a row is not a sequence: fields of rows (`group`, `scores`, `baseline`) are None, and a weight or a loss
-must go by segments (`ops.sequences`). `credit` comes before packing. A method that draws random numbers for each column
-of the batch draws others. Left out: splitting a sequence.
+After packing a row is not a sequence: `group` holds an id for each column, the other fields of rows (`scores`,
+`baseline`) are None, and a weight or a loss must go by segments (`ops.sequences`). `credit` comes before packing. A
+method that draws random numbers for each column of the batch draws others. Left out: splitting a sequence.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.train.update import UpdateFn
 from rljax.types import Array, Batch, TrainState, check_shapes
 
-ROW_FIELDS = ("group", "scores", "baseline")
+ROW_FIELDS = ("scores", "baseline")
 
 MeasureFn = Callable[[Array, Array], Array]  # (segments, mask) -> [3 B], see _measure_sequences
 
@@ -221,6 +221,9 @@ def _gather(batch: Batch, source: Array, segments: Array) -> Batch:
         return x.reshape(B * T, *x.shape[2:])[jnp.maximum(source, 0)]
 
     traj = batch.traj.replace(**dict.fromkeys(ROW_FIELDS))
+    if traj.group is not None:
+        of_columns = traj.group if traj.group.ndim == 2 else traj.group[:, None]
+        traj = traj.replace(group=jnp.broadcast_to(of_columns, (B, T)))
     if traj.values is not None:
         traj = traj.replace(values=traj.values[:, :-1])
     moved = jax.tree.map(take, batch.replace(traj=traj, coefficients={}))

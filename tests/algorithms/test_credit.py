@@ -9,6 +9,7 @@ import pytest
 from rljax.algorithms import (
     filter_overlong,
     grpo,
+    grpo_process,
     kl_in_reward,
     ppo,
     reinforce,
@@ -193,3 +194,17 @@ def test_what_nobody_filled_is_named(algorithm, field):
     traj = rollout().replace(**{field: None})
     with pytest.raises(ValueError, match=rf"needs Trajectory.{field}"):
         algorithm.credit(traj, {})
+
+
+def test_process_grpo_loses_no_reward_on_a_token_that_ends_no_step():
+    """An outcome on an unmarked last token is the reward of the last step; one inside a step is part of the step's."""
+    mask = jnp.ones((2, 4), bool)
+    rewards = jnp.array([[0.0, 1.0, 0.0, 3.0], [0.5, 1.5, 0.0, 0.0]])
+    step_ends = jnp.zeros((2, 4), bool).at[:, 1].set(True)
+    zeros = jnp.zeros((2, 4))
+    traj = Trajectory(zeros, zeros, zeros, mask, group=jnp.zeros(2, int), rewards=rewards, step_ends=step_ends)
+    got = grpo_process().credit(traj, {}).advantages
+    steps = np.array([[1.0, 3.0], [2.0, 0.0]])
+    z = (steps - steps.mean()) / (steps.std(ddof=1) + 1e-6)
+    want = np.repeat(z[:, ::-1].cumsum(axis=1)[:, ::-1], 2, axis=1)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

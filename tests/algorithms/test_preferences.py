@@ -561,3 +561,26 @@ def test_packed_demonstrations_teach_what_single_ones_do(algorithm):
         return learn(objective, algorithm.credit(traj, {}))[0]
 
     agree(*(gradient(*rows[name]) for name in rows))
+
+
+def test_a_pair_with_an_empty_completion_teaches_a_reward_model_nothing():
+    """A score read at the last token is NaN where there is none."""
+
+    def at_last_token(params, frozen, traj):
+        return jnp.where(traj.mask.any(axis=1), score(params, frozen, traj), jnp.nan)
+
+    batch = pairs()
+    mute = batch.chosen.mask.at[1].set(False)
+    batch = batch.replace(chosen=batch.chosen.replace(mask=mute))
+    kept = jax.tree.map(lambda x: jnp.delete(x, jnp.array([1, 3, 5]), axis=0), batch)
+    gradient, metrics = learn(reward_model(at_last_token), batch)
+    want, wanted = learn(reward_model(at_last_token), kept)
+    assert np.isfinite(metrics["loss"])
+    agree((gradient, metrics["loss"]), (want, wanted["loss"]))
+
+
+def test_kto_needs_one_mismatched_completion_for_each_prompt():
+    batch = judged()
+    half = jax.tree.map(lambda x: x[:8], batch.mismatched)
+    with pytest.raises(ValueError, match="8 mismatched rows for 16"):
+        learn(kto(policy, 0.5), batch.replace(mismatched=half))

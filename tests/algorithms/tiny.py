@@ -14,7 +14,7 @@ from rljax.algorithms.reinforce import batch_mean_baseline, group_mean_baseline,
 from rljax.ops import sequences
 from rljax.ops.kl import k2, k3_with_k2_gradient
 from rljax.ops.ratios import sequence_geometric_mean, sequence_product
-from rljax.ops.weights import seq_mean_token_mean, token_mean
+from rljax.ops.weights import prompt_mean, seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Algorithm, PolicyOutput, TrainState, trajectory_of_tokens
@@ -45,6 +45,7 @@ LISTED = {
     "prime": a.prime(0.5, 0.9),
     "grpo": a.grpo(),
     "grpo_process": a.grpo_process(),
+    "grpo, prompt mean": a.grpo(weights=prompt_mean),
     "dr_grpo": a.dr_grpo(float(T)),
     "dapo": a.dapo(),
     "lite_ppo": a.lite_ppo(),

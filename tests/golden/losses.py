@@ -56,7 +56,7 @@ def clip_range(case: Case, prefix: str) -> tuple[float, float]:
 def verl_reduction(case: Case, otherwise: str = "token-mean"):
     mode = case.hyper.get("loss_agg_mode", otherwise)
 
-    def reduction(mask, segments=None):
+    def reduction(mask, segments=None, group=None):
         weight = verl_weights(mode, mask, float(case.width))
         return dialects.verl_january_sum_norm(weight, mask) if mode == "seq-mean-token-sum-norm" else weight
 
@@ -464,7 +464,7 @@ def verl_rollout_is(case: Case) -> dict:
     def weight(algorithm):
         return sampler_weight(algorithm, mask, case.ins["log_ratio"])
 
-    def mean(mask, segments=None):
+    def mean(mask, segments=None, group=None):
         if by_token:
             return dialects.verl_mean(weights.token_mean(mask), mask)
         return dialects.verl_row_mean(weights.seq_mean_token_mean(mask), mask)
@@ -472,7 +472,8 @@ def verl_rollout_is(case: Case) -> dict:
     raw, capped = weight(a.truncate_is(a.sft(), NEVER, level)), weight(a.truncate_is(a.sft(), cap, level))
     out = {"weights": capped, "metric rollout_is_mean": verl_share(case, raw)}
     if hyper["rollout_is_batch_normalize"]:
-        out["weights"] = weight(a.normalized_is(a.sft(), mean, cap, level))
+        normalized = weight(a.normalized_is(a.sft(), mean, cap, level))
+        out["weights"] = normalized / mean(mask).sum()  # verl's mean does not quite sum to one
         out["metric rollout_is_batch_norm_factor"] = capped.sum() / out["weights"].sum()
     rows, largest, least = mask.any(axis=1), statistics.masked_max(raw, mask), statistics.masked_min(raw, mask)
     if not by_token:

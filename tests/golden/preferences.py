@@ -32,7 +32,7 @@ from rljax.ops import logprobs, preferences
 from rljax.ops.weights import seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.types import Pairs, PolicyOutput, Trajectory, Unpaired, trajectory_of_tokens
-from tests.dialects import openrlhf_sequence_mean, trl_float32_mean, trl_weight_by_log_probs
+from tests.dialects import openrlhf_sequence_mean, trl_alpha_divergence, trl_float32_mean, trl_weight_by_log_probs
 from tests.golden.entry import Case, Entry, gradient
 
 
@@ -146,7 +146,7 @@ def trl_objective(policy, hyper: dict):
         "reverse_kl": preferences.reverse_kl,
         "forward_kl": preferences.forward_kl,
         "js_divergence": preferences.jensen_shannon,
-        "alpha_divergence": partial(preferences.alpha_divergence, alpha=hyper.get("f_alpha_divergence_coef")),
+        "alpha_divergence": trl_alpha_divergence(hyper.get("f_alpha_divergence_coef", 0.5)),
     }[hyper.get("f_divergence_type", "reverse_kl")]
     return dpo(
         policy,

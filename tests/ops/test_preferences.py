@@ -96,7 +96,7 @@ def test_exo_refuses_certain_labels():
         (p.reverse_kl, lambda u: u * jnp.log(u) - (u - 1)),
         (p.forward_kl, lambda u: -jnp.log(u) + u - 1),
         (p.jensen_shannon, lambda u: u * jnp.log(u) - (u + 1) * jnp.log((u + 1) / 2)),
-        (partial(p.alpha_divergence, alpha=0.3), lambda u: (u**0.3 - 0.3 * u - 0.7) / (0.3 * (0.3 - 1.0))),
+        (partial(p.alpha_divergence, alpha=0.3), lambda u: (u**0.7 - 0.7 * u - 0.3) / (0.3 * (0.3 - 1.0))),
     ],
 )
 def test_f_dpo_takes_the_slope_of_the_generator(slope, f):
@@ -105,9 +105,10 @@ def test_f_dpo_takes_the_slope_of_the_generator(slope, f):
 
 
 def test_alpha_divergence_goes_over_into_both_kl():
-    close(p.alpha_divergence(CHOSEN, 1.0 - 1e-7), p.reverse_kl(CHOSEN), rtol=1e-5)
-    close(p.alpha_divergence(CHOSEN, 1.0), CHOSEN)
-    close(p.alpha_divergence(CHOSEN, 0.0), p.forward_kl(CHOSEN))
+    close(p.alpha_divergence(CHOSEN, 1e-7), p.reverse_kl(CHOSEN), rtol=1e-5)
+    close(p.alpha_divergence(CHOSEN, 0.0), CHOSEN)
+    close(p.alpha_divergence(CHOSEN, 1.0), p.forward_kl(CHOSEN))
+    close(p.alpha_divergence(np.ones(1), 0.1), (1 - np.exp(-0.1)) / 0.1)
 
 
 def test_alphapo_goes_over_into_simpo():

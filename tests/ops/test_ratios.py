@@ -42,3 +42,4 @@ def test_weights_are_cut_left_out_or_made_to_average_one():
     np.testing.assert_array_equal(ratios.mask_weights(weights, 0.5, 5.0), jnp.array([[0.0, 0.5, 1.0], [2.0, 5.0, 0.0]]))
     share = jnp.array([[0.5, 0.0, 0.25], [0.25, 0.0, 0.0]])
     np.testing.assert_allclose(ratios.normalize_weights(weights, share), np.asarray(weights) / 0.85, rtol=1e-6)
+    np.testing.assert_allclose(ratios.normalize_weights(weights, 12.0 * share), np.asarray(weights) / 0.85, rtol=1e-6)

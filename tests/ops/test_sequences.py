@@ -30,12 +30,15 @@ def by_loops(statistic, segments):
     return out
 
 
-@pytest.mark.parametrize("packed", [True, False])
+LARGE = np.array([0, 2**31 - 1, -5, 1001])[SEGMENTS]  # wider than the row, negative, in no order
+
+
+@pytest.mark.parametrize("packed", [SEGMENTS, LARGE, None], ids=["small ids", "any ids", "rows"])
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("garbage", [0.0, 1e30, np.nan])
 def test_every_column_is_given_what_its_sequence_says_whatever_stands_at_masked_ones(name, packed, garbage):
     ours, statistic = OURS[name]
-    segments = jnp.asarray(SEGMENTS) if packed else None
+    segments = None if packed is None else jnp.asarray(packed)
     x = jnp.asarray(np.where(MASK, X, garbage), jnp.float32)
 
     def total(x):
@@ -43,11 +46,11 @@ def test_every_column_is_given_what_its_sequence_says_whatever_stands_at_masked_
         return (out * jnp.asarray(MASK)).sum(), out
 
     gradient, got = jax.grad(total, has_aux=True)(x)
-    want = by_loops(statistic, SEGMENTS if packed else np.ones((B, T), int))
+    want = by_loops(statistic, np.ones((B, T), int) if packed is None else packed)
     np.testing.assert_allclose(np.where(MASK, got, want), want, rtol=1e-5, atol=1e-6)
     assert np.isfinite(got).all()
     np.testing.assert_array_equal(np.where(MASK, 0.0, gradient), 0.0)
-    assert np.asarray(gradient)[MASK].sum() == pytest.approx(count(name, packed), rel=1e-5)
+    assert np.asarray(gradient)[MASK].sum() == pytest.approx(count(name, packed is not None), rel=1e-5)
 
 
 def count(name, packed):

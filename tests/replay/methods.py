@@ -6,7 +6,6 @@ computes otherwise stands in tests/dialects.py.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -112,7 +111,7 @@ def dpo_objective(policy: Callable, args: SimpleNamespace, loss_type: str) -> Ob
         return MATCHED[loss_type](policy, args.beta, args.label_smoothing)
     slope = choose(SLOPES, "f_divergence_type", args.f_divergence_type)
     if slope is preferences.alpha_divergence:
-        slope = partial(slope, alpha=args.f_alpha_divergence_coef)
+        slope = dialects.trl_alpha_divergence(args.f_alpha_divergence_coef)
     loss, measure = trl_term(loss_type, vars(args))
     of_whole = f_divergence(slope)
     per_token = lambda answer: of_whole(answer) / answer.length  # noqa: E731

@@ -69,7 +69,8 @@ def test_three_texts_by_hand():
         np.testing.assert_array_equal(got.extra["x"][row, :n], batch.extra["x"].ravel()[source])
     assert got.traj.segments.tolist() == [[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]]
     assert got.mask.astype(int).tolist() == [[0, 1, 0, 1, 1], [0, 1, 1, 1, 0]]
-    assert (got.traj.group, got.traj.scores, got.coefficients) == (None, None, {"kl": 0.5})
+    assert (got.traj.scores, got.coefficients) == (None, {"kl": 0.5})
+    assert jnp.where(got.traj.segments > 0, got.traj.group, 9).tolist() == [[1, 1, 2, 2, 2], [0, 0, 0, 0, 9]]
     assert micro_batches == 1
     assert shown == pytest.approx({"padding_before": 1 - 9 / 18, "padding_after": 1 - 9 / 10})
 
@@ -159,7 +160,7 @@ def filtered(batch):
 KINDS = {
     *("remax", "reinforce_pp", "otb", "grpo_process", "dr_grpo", "gspo_token", "gmpo", "kl_cov", "fipo", "capo"),
     *("off_policy_pg", "vtrace", "trpo_gae", "ppo, dual clip", "vapo + positive nll", "dft", "ppo + kl + entropy"),
-    *("grpo + teacher", "grpo + normalized is by sequence", "dapo + high entropy mask"),
+    *("grpo, prompt mean", "grpo + teacher", "grpo + normalized is by sequence", "dapo + high entropy mask"),
 }
 assert set(ALGORITHMS) >= KINDS
 

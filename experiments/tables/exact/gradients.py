@@ -47,8 +47,8 @@ def gradient_moments(
         probability = jnp.exp(sequence_logps(tree, problem.behavior)[groups].sum(1))
 
         def gradient(rows, group_number, weighting):
-            def weights(mask, segments):
-                return jnp.stack([w(mask, segments) for w in weightings])[weighting]
+            def weights(mask, segments, group):
+                return jnp.stack([w(mask, segments, group) for w in weightings])[weighting]
 
             objective = policy_objective(apply_policy, algorithm._replace(weights=weights))
             batch = algorithm.credit(jax.tree.map(lambda x: x[rows], traj), {})

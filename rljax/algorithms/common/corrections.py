@@ -81,7 +81,7 @@ def normalized_is(
 
     def normalized(_, batch):
         truncated = ratios.truncate_weights(sampler_ratio(batch, level), cap)
-        uniform_row_weights = weights(batch.mask, batch.traj.segments)
+        uniform_row_weights = weights(batch.mask, batch.traj.segments, batch.traj.group)
         return {"sampler_weight": ratios.normalize_weights(truncated, uniform_row_weights)}
 
     def weight(_, batch):

@@ -40,7 +40,7 @@ def distillation_objective(
             view = checked_zero_masked(batch.teacher_view)
             traj = traj.replace(mask=traj.mask & rows_alike(batch.replace(traj=traj, teacher_view=view))[:, None])
             batch = batch.replace(teacher_view=view)
-        return batch.replace(traj=traj, weight=weights(traj.mask, traj.segments))
+        return batch.replace(traj=traj, weight=weights(traj.mask, traj.segments, traj.group))
 
     def loss(params, frozen, batch: Distillation):
         mask = batch.traj.mask
