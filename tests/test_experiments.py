@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "experiments"
 LAST = re.compile(r"eval accuracy: [01]\.\d{3} -> [01]\.\d{3}")
 # One device, as a laptop has; the tests themselves run on eight virtual ones.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
 ENVIRONMENT["PYTHONPATH"] = str(ROOT)  # this checkout, whichever one is installed
 STEPS = 60
 TINY = {
@@ -123,7 +123,7 @@ from experiments.common.settings import Batches
 configure_jax()
 batches = Batches(prompts=4, num_generations=2, epochs=2, minibatches=2)
 tiny = experiment.Config(sft_target=0.0, steps=2, eval_prompts=16, batches=batches)
-for words in ("remax exact sortings", "dr_grpo shuffled additions", "gdpo exact sortings"):
+for words in ("remax shuffled additions", "gdpo exact sortings"):
     fields = dict(zip(("algorithm", "reward", "task"), words.split()))
     experiment.main(dataclasses.replace(tiny, directory=f"{root}/{words}", **fields))
 bounded = Batches(prompts=4, num_generations=2)
@@ -134,10 +134,10 @@ arithmetic_sft.main(arithmetic_sft.Config(steps=2, batch_size=8, eval_prompts=16
 
 def test_algorithms_with_needs_of_their_own_and_every_reward_and_task(tmp_path):
     lines = run([sys.executable, "-W", "error", "-c", PROGRAM, tmp_path])
-    assert len([line for line in lines if LAST.fullmatch(line)]) == 4
+    assert len([line for line in lines if LAST.fullmatch(line)]) == 3
     assert "after 2 steps of supervised learning" in lines[-2]
     assert re.fullmatch(r"eval accuracy: [01]\.\d{3}", lines[-1])
-    for name in ("remax exact sortings", "dr_grpo shuffled additions", "gdpo exact sortings", "trpo"):
+    for name in ("remax shuffled additions", "gdpo exact sortings", "trpo"):
         assert [record["step"] for record in metrics(tmp_path / name)] == [0, 1]
 
 
