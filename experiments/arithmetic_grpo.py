@@ -75,7 +75,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     """Warm up, then improve; returns eval accuracy before and after. `algorithm` replaces the one cfg names."""
     batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
-    check(cfg, algorithm, batches, mesh)
+    train.check_directory(cfg.directory, algorithm)
+    train.check_batches(batches, mesh)
     own = algorithm
     algorithm = algorithm or ALGORITHMS[cfg.algorithm]()
     train.check_updates(algorithm, batches, "" if own else cfg.algorithm)
@@ -104,9 +105,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     if cfg.algorithm == "trpo":
         make = partial(make_trust_region_update, objective, policy.make_divergence(task.config), fisher_every=4)
     make = partial(make, shardings=shardings)
-    update = make(micro_batches=batches.micro_batches)
-    if batches.max_tokens_per_device:
-        update = train.packed_update(make, batches, shardings, task.train_prompts.length + task.max_tokens - 1)
+    update = train.cut_update(make, batches, shardings, task.train_prompts.length + task.max_tokens - 1)
     log_ratio = train.make_log_ratio(task.policy)
     evaluate = arithmetic.make_evaluate(task, 8 if cfg.debug else cfg.eval_prompts, cfg.seed)
 
@@ -134,13 +133,6 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         after = evaluate(state)["eval_reward"]
     log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
-
-
-def check(cfg: Config, own: Algorithm | None, batches: Batches, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError for settings that do not fit together. `own`: an algorithm that is not one of ALGORITHMS."""
-    if own is not None and not cfg.directory:
-        raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
-    train.check_batches(batches, mesh)
 
 
 def make_run(cfg: Config, algorithm: Algorithm) -> Run:

@@ -5,8 +5,11 @@ r"""GRPO on any Hugging Face model directory and any jsonl of prompts.
     python experiments/grpo.py --model DIR --prompts gsm8k_train.jsonl --template "{question}\n" \
         --rewards number think=0.1
 
-The reward is a weighted sum of verifiers (rljax/rewards/, or your own in VERIFIERS), run in worker processes under a
-deadline. The reference of the KL term is the model as it was at the start.
+The reward is a weighted sum of verifiers, which are functions (completion, columns of the prompt) -> number: those of
+rljax/rewards/, or your own in VERIFIERS. They run in worker processes under a deadline. The reference of the KL term is
+the model as it was at the start, unless --weights.ref_sync_steps says otherwise. For another algorithm change the line
+of `main` that makes it, or call main(cfg, algorithm=with_kl(dapo())). A run writes its report and checkpoints into
+--directory, and the same command goes on where it stopped.
 
 Reached: stories260k, animals, seeds 0 1 2: eval reward 0.173 0.206 0.211 -> 0.457 0.409 0.483 (256 completions each,
 standard errors below 0.022) at a KL to the start of 3.6 2.2 3.4 nats a sequence, in 143 115 124 s on 2 shared Xeon
@@ -14,7 +17,6 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +30,6 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
-from rljax import types
 from rljax.algorithms import grpo, with_kl
 from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.data.prompts import Prompts
@@ -37,16 +38,15 @@ from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import Score, make_score
+from rljax.rewards.score import make_score
 from rljax.rewards.text import animals
-from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
-from rljax.train.metrics import require_on_policy, reward_and_kl, rollout_metrics
+from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
-from rljax.types import LM, Algorithm, TrainState
+from rljax.types import Algorithm, TrainState
 
 VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
 PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "length", "kl_sequence", "tokens_per_second")
@@ -57,7 +57,7 @@ class Config:
     """GRPO with a KL term on a pretrained model."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl file; each line an object, its fields are the columns
+    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # verifiers, each NAME or NAME=WEIGHT
@@ -73,7 +73,8 @@ class Config:
     weights: Weights = Weights()
     mesh: MeshShape = MeshShape()
     eval_prompts: int = 32  # prompts held out for evaluation
-    eval_samples: int = 256  # completions to these, before and after training
+    eval_samples: int = 256  # completions to these in each evaluation
+    eval_every: Rare[int] = 0  # steps between evaluations; 0: before and after training only
     save_every: int = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report
     directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
@@ -81,10 +82,16 @@ class Config:
 
 
 def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
-    """Train; return reward and KL on the eval prompts before and after. `algorithm` replaces with_kl(grpo())."""
+    """Train; return reward and KL on the eval prompts before and after.
+
+    `algorithm` replaces with_kl(grpo(), cfg.kl_coef), its KL term included.
+    """
+    train.check_directory(cfg.directory, algorithm)
     algorithm = algorithm or with_kl(grpo(), cfg.kl_coef)
     verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
-    batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
+    if cfg.debug:
+        cfg = dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches))
+    batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
     train.check_updates(algorithm, batches)
@@ -93,6 +100,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- model and data
     tokenizer, train_prompts, eval_prompts = read_data(cfg)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
+    # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
     if "values" in algorithm.needs:
@@ -111,13 +119,12 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
+    # keeps all rows unless batches.oversample > 1
     keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
-    credit = jax.jit(algorithm.credit)
+    credit = jax.jit(algorithm.credit)  # advantages
     objective = policy_objective(model, algorithm)
     make = partial(make_update, objective, optimizer, shardings=shardings)
-    update = make(micro_batches=batches.micro_batches)
-    if batches.max_tokens_per_device:
-        update = train.packed_update(make, batches, shardings, train_prompts.length + cfg.sampling.max_tokens - 1)
+    update = train.cut_update(make, batches, shardings, train_prompts.length + cfg.sampling.max_tokens - 1)
     log_ratio = train.make_log_ratio(model)
     run = make_run(cfg, algorithm, verifiers)
 
@@ -125,7 +132,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     with run, Pool(workers=cfg.reward_workers, timeout_seconds=cfg.reward_timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
-        evaluate = make_evaluate(cfg, lm, annotate, score, eval_prompts, sampling)
+        evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
@@ -134,7 +141,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             traj = score(annotate(state, traj), prompts)
             batch = credit(keep(traj), controllers.applied_coefficients(cfg.controllers, state.coefficients))
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
-            if run.is_first_step(step) and not (batches.carry_over and step):
+            carried_over = batches.carry_over and step > 0  # then some tokens were sampled by an older policy
+            if run.is_first_step(step) and not carried_over:
                 require_on_policy(metrics, train.ON_POLICY_TOLERANCE[cfg.weights.dtype])
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)
@@ -142,7 +150,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
                 run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | metrics
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
-            if step + 1 == cfg.steps:
+            if step + 1 == cfg.steps or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
                 metrics["eval_reward"] = evaluate(state)["reward"]
             run.record(step, state, metrics)
         after = evaluate(state)
@@ -158,28 +166,13 @@ def read_data(cfg: Config) -> tuple[Tokenizer, Prompts, Prompts]:
     return tokenizer, *prompts
 
 
-def make_evaluate(
-    cfg: Config, lm: LM, annotate: Callable, score: Score, prompts: Prompts, sampling: types.Sampling
-) -> Callable[[TrainState], dict[str, float]]:
-    """evaluate(state) -> reward, its standard error, and KL to the reference on the eval prompts."""
-    rows = prompts.first(len(prompts))
-    sampling = sampling.replace(n=math.ceil(cfg.eval_samples / len(prompts)))
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        traj = sample(lm, state.params, state.frozen, rows, sampling, cfg.seed, step=-1)
-        traj = score(annotate(state, traj), rows)
-        return reward_and_kl(traj)
-
-    return evaluate
-
-
 def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) -> Run:
     """The run directory. It keeps the source of the algorithm and of the verifiers."""
     name = f"{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}" + "-debug" * cfg.debug
     return Run(
         cfg.directory or f"runs/grpo/{name}",
         asdict(cfg),
-        steps=1 if cfg.debug else cfg.steps,
+        steps=cfg.steps,
         source=__file__,
         functions={"algorithm": algorithm, "rewards": verifiers},
         save_every=cfg.save_every,

@@ -18,12 +18,12 @@ class Batches:
     """One step: prompts x num_generations rows, learnt from in epochs x minibatches optimizer updates."""
 
     prompts: int = 32  # prompts per step
-    num_generations: int = 8  # completions per prompt, the group
+    num_generations: int = 8  # completions per prompt: the group, G
     oversample: int = 1  # prompts sampled for each one kept; groups whose rewards differ are kept first
     carry_over: Rare[int] = 0  # prompts whose unfinished completions continue in the next step; 0: none
     epochs: int = 1  # passes over the rows of a step
-    minibatches: int = 1  # optimizer updates per pass
-    micro_batches: int = 1  # pieces of an update, to save memory; the gradient does not depend on it
+    minibatches: int = 1  # number of optimizer updates in a pass, each on its share of the rows
+    micro_batches: int = 1  # number of pieces of an update, to save memory; the gradient does not depend on it
     max_tokens_per_device: int = 0  # pack rows: tokens on a device at a time, instead of micro_batches; 0: no packing
     packed_length: Rare[int] = 0  # tokens of a packed row; 0: as long as a sampled row
 
@@ -32,7 +32,7 @@ class Batches:
 class Sampling:
     """How completions are sampled."""
 
-    temperature: float = 1.0  # of the softmax; 0: greedy. The trainer rescales its logits by it too
+    temperature: float = 1.0  # of the softmax, in sampling and in the trainer's log-probs; 0: greedy
     top_k: int | None = None  # sample from the k most likely tokens
     top_p: float | None = None  # sample from the most likely tokens that hold this probability together
     min_p: Rare[float | None] = None  # sample from tokens at least this likely, relative to the most likely one
@@ -48,7 +48,7 @@ class Optimizer:
     """AdamW after clipping by global norm."""
 
     learning_rate: float = 3e-4  # its maximum
-    warmup_steps: int = 5  # updates of linear increase to the maximum
+    warmup_steps: int = 5  # optimizer updates of linear increase to the maximum
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the increase; cosine and linear end at 0
     max_grad_norm: float = 1.0  # largest global norm of the gradient
     weight_decay: Rare[float] = 0.0  # AdamW's, of matrices only: neither norms nor biases
@@ -93,8 +93,8 @@ class Controllers:
 class MeshShape:
     """Devices as data x fsdp x tensor; one of them may be -1: all that are left."""
 
-    data: Rare[int] = 1  # devices that hold replicas of the parameters
-    fsdp: int = -1  # devices over which rows and parameters are split
+    data: Rare[int] = 1  # copies of the parameters, each with its share of the rows
+    fsdp: int = -1  # devices over which the rows and the parameters of a copy are split
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
 
 

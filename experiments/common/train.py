@@ -1,6 +1,7 @@
-"""The update of a recipe's batches: what divides, how it is cut, and where its state lives."""
+"""What the main functions of recipes share: checks of sizes, the update, shardings, evaluation."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,11 +10,15 @@ import optax
 from experiments.common.settings import Batches
 from rljax.algorithms import truncate_is
 from rljax.algorithms.common.wrappers import with_needs
+from rljax.data.prompts import Prompts
 from rljax.models import policy
 from rljax.models.decoder import DecoderConfig
+from rljax.rewards.score import Score
+from rljax.rollouts.sampler import sample
 from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
+from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
-from rljax.types import Algorithm, TrainState
+from rljax.types import LM, Algorithm, Sampling, TrainState
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
 ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -29,6 +34,12 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool 
         wrong = _carry_over(batches, mesh, carries_over) + _prompts(batches, mesh) + _pieces(batches, mesh)
     if wrong:
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
+
+
+def check_directory(directory: str, own: Algorithm | None) -> None:
+    """Raise ValueError for an algorithm that is handed in without a directory: the default one is another's."""
+    if own is not None and not directory:
+        raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
 
 
 def check_updates(algorithm: Algorithm, batches: Batches, name: str = "") -> None:
@@ -98,11 +109,13 @@ def _pieces(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
     ]
 
 
-def packed_update(make: Callable, batches: Batches, shardings: Shardings, row_length: int) -> Callable:
-    """The update of completions packed side by side, at most `batches.max_tokens_per_device` tokens at a time.
+def cut_update(make: Callable, batches: Batches, shardings: Shardings, row_length: int) -> Callable:
+    """The update of a batch in `micro_batches` pieces, or packed, at most `max_tokens_per_device` tokens at a time.
 
     Args: make: (micro_batches=) -> update. row_length: decisions of a sampled row; a packed one holds it.
     """
+    if not batches.max_tokens_per_device:
+        return make(micro_batches=batches.micro_batches)
     tokens = batches.max_tokens_per_device
     length = batches.packed_length or row_length
     if not row_length <= length <= tokens:
@@ -124,6 +137,24 @@ def shardings_of(
     axes = policy.logical_axes(config, state.params)
     frozen_axes = {name: policy.logical_axes(config, part) for name, part in state.frozen.items()}
     return state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
+
+
+def make_evaluate(
+    lm: LM, annotate: Callable, score: Score, prompts: Prompts, sampling: Sampling, samples: int, seed: int
+) -> Callable[[TrainState], dict[str, float]]:
+    """evaluate(state) -> mean reward, its standard error, and KL to the reference, of `samples` completions.
+
+    Every evaluation samples with the same key.
+    """
+    all_prompts = prompts.first(len(prompts))
+    sampling = sampling.replace(n=math.ceil(samples / len(prompts)))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        traj = sample(lm, state.params, state.frozen, all_prompts, sampling, seed, step=-1)
+        traj = score(annotate(state, traj), all_prompts)
+        return reward_and_kl(traj)
+
+    return evaluate
 
 
 def make_log_ratio(policy: Callable) -> Callable:

@@ -3,7 +3,8 @@
     Â_it = (R_i - mean_group R) / (std_group R + ε)
     L = (1/N⁺) Σ_i (1/n_i) Σ_t max(-ρ_it Â_it, -clip(ρ_it, 1 - low, 1 + high) Â_it)
 
-The paper's KL term is a wrapper: `with_kl(grpo(), 0.04)`. With one update per rollout ρ = 1: the loss is 0 and the
+N⁺ completions have a token to learn from, completion i has n_i of them. ρ is to the policy before the update
+(`old_policy_logp`). The paper's KL term is a wrapper: `with_kl(grpo(), 0.04)`. With one update per rollout ρ = 1: the loss is 0 and the
 gradient is not. std is unbiased; a group of equal rewards, or of one row, has advantage 0. Process supervision, the
 paper's other form, is `grpo_process`.
 """
@@ -21,7 +22,10 @@ def grpo(
     std_epsilon: float | None = 1e-6,
     weights: WeightsFn = seq_mean_token_mean,
 ) -> Algorithm:
-    """GRPO. `std_epsilon` None leaves out the division by the group's standard deviation."""
+    """GRPO. `std_epsilon` None leaves out the division by the group's standard deviation.
+
+    With other weights too that is `dr_grpo`.
+    """
 
     def loss(output, batch):
         ratio = importance_ratio(output.logp, old_policy_logp(batch.traj))

@@ -7,7 +7,7 @@ columns that it wants. What it may return, and what follows:
 |---|---|---|
 | a finite number | that number | enters the sum, times its weight |
 | None: it does not apply to this row | NaN | left out of the sum; NaN if no verifier applies |
-| no answer in time, or its process died | NaN | NaN: the row has no reward |
+| no result in time, or its process died | NaN | NaN: the row has no reward, and its group's mean leaves it out |
 | raises, or returns anything else | | a RewardError ends the run: a bug in the verifier, not a property of the row |
 
 A verifier with weight 0 is recorded only: it neither gives a row a reward nor takes it away.

@@ -19,7 +19,7 @@ from rljax.types import (
 
 
 def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
-    """Σ weight · loss for a policy (params, frozen, trajectory) -> PolicyOutput.
+    """The scalar Σ weight · loss of a policy, which is a function (params, frozen, trajectory) -> PolicyOutput.
 
     Values at masked columns are replaced by zeros *before* the loss (an exp of garbage would poison the gradient even
     where its value is dropped), and the terms are masked again afterwards.
