@@ -134,7 +134,8 @@ class Transition:
     reward: Array  # of n steps: discounted, summed
     next_observation: Array  # the last one of the episode where it ended
     discount: Array  # of the value of next_observation: γ^n; 0 where terminated, not where truncated
-    weight: Array | None = None  # coefficient of each term in the sum; set once per optimizer step
+    weight: Array | None = None  # 0 where there is no transition, else 1 (None: all 1); from `prepare` on the
+    # coefficient of each term in the sum
 
 
 @struct.dataclass

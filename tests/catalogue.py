@@ -138,6 +138,7 @@ SECTIONS: dict[str, dict[str, Classification]] = {
         "mask_is": Classification(OFF, "any", "", "masked ratio"),
         "normalized_is": Classification(OFF, "any", "", "normalized ratio"),
         "reject": Classification(OFF, "any", "", "rejection by divergence"),
+        "staleness_filter": Classification(OFF, "any", "versions", "rejection by age"),
         "off_policy_sequence_mask": Classification(OFF, "any", "", "rejection by divergence"),
         "high_entropy_mask": Classification(*ANY, "", "some tokens left out"),
     },

@@ -150,7 +150,7 @@ def empty_buffer(observations, size: int) -> replay.ReplayBuffer:
     observation = jax.ShapeDtypeStruct(observations.shape[1:], observations.dtype)
     action = jax.ShapeDtypeStruct((), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    return replay.init_buffer(Transition(observation, action, number, observation, number), size)
+    return replay.init_buffer(Transition(observation, action, number, observation, number, number), size)
 
 
 def init_params(env: Env, key, widths: tuple[int, ...] = (120, 84)) -> Params:

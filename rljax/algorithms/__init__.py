@@ -16,6 +16,7 @@ from rljax.algorithms.common.corrections import mask_is as mask_is
 from rljax.algorithms.common.corrections import normalized_is as normalized_is
 from rljax.algorithms.common.corrections import off_policy_sequence_mask as off_policy_sequence_mask
 from rljax.algorithms.common.corrections import reject as reject
+from rljax.algorithms.common.corrections import staleness_filter as staleness_filter
 from rljax.algorithms.common.corrections import truncate_is as truncate_is
 from rljax.algorithms.common.reward_shaping import cosine_length_reward as cosine_length_reward
 from rljax.algorithms.common.reward_shaping import distill as distill

@@ -22,7 +22,8 @@ def dqn(q: ActionValueFn, double: bool = False, huber: float | None = None) -> O
     """Deep Q-learning. `q`: (params, observations [N ...]) -> [N A]."""
 
     def prepare(params, frozen, batch, key):
-        return batch.replace(weight=jnp.full(batch.reward.shape, 1.0 / batch.reward.size))
+        share = jnp.ones(batch.reward.shape) if batch.weight is None else batch.weight
+        return batch.replace(weight=share / jnp.maximum(share.sum(), 1.0))
 
     def loss(params, frozen, batch):
         values = q(params, batch.observation)

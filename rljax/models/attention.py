@@ -8,8 +8,7 @@ sliding window of W positions only to the last W of them, its own included.
     splash   Pallas on TPU: uncached rows of a multiple of 128 columns, each segment contiguous, one device
 """
 
-import math
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rljax.models.batch_invariant import BLOCK, LANE
+from rljax.models.batch_invariant import BLOCK, LANE, join_tiles, pad_axis, split_tiles
 from rljax.ops.logprobs import tree_sum
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
@@ -173,35 +172,59 @@ def blockwise_attention(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T H K"]:
-    """Attention over keys in blocks of BLOCK: the same bits for a query alone or among others.
+    """Attention whose bits are the same for a query alone or among others, and for any number of empty columns.
 
-    They do not depend on how many empty columns follow either. Within a block every matmul is small enough for one
-    order of additions whatever the number of queries, provided that number is a multiple of LANE, or at most LANE with
-    heads no wider than BLOCK. Blocks are added one after the other; masked columns and empty blocks add zeros. The
-    maximum loses its last bit for the reason given in `ops.logprobs.softmax`.
+    Queries (of all heads that share keys) in tiles of LANE, one after the other; keys in blocks of BLOCK, and values
+    padded to whole BLOCKs of width. So all products have the same two shapes, whatever T and S are. Blocks are added
+    one after the other; masked columns and empty blocks add zeros. The maximum loses its last bit for the reason given
+    in `ops.logprobs.softmax`. The derivative is that of `dot_product_attention`.
     """
-    T = query.shape[1]
-    group = query.shape[2] // key.shape[1]
-    is_small = T * group <= LANE and query.shape[3] <= BLOCK
-    extra_queries = 0 if is_small else -T % (LANE // math.gcd(LANE, group))
-    extra_keys = -key.shape[3] % BLOCK
-    query = jnp.pad(query, ((0, 0), (0, extra_queries), (0, 0), (0, 0)))
-    key = jnp.pad(key, ((0, 0), (0, 0), (0, 0), (0, extra_keys)))
-    value = jnp.pad(value, ((0, 0), (0, 0), (0, extra_keys), (0, 0)))
-    visible = jnp.pad(visible, ((0, 0), (0, extra_queries), (0, extra_keys)))
+    return _blockwise(query, key, value, visible, scale, softcap)
 
+
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _blockwise(query, key, value, visible, scale: float, softcap: float | None):
+    B, T, H, K = query.shape
+    kv_heads = key.shape[1]
+    group = H // kv_heads
+    key = pad_axis(key, 3, BLOCK)
+    value = pad_axis(pad_axis(value, 2, BLOCK), 3, BLOCK)
+    visible = jnp.repeat(pad_axis(visible, 2, BLOCK), group, axis=1)  # [B T·G S]
+    grouped = query.reshape(B, T, kv_heads, group, K).swapaxes(1, 2).reshape(B, kv_heads, T * group, K)
     blocks = [slice(start, start + BLOCK) for start in range(0, key.shape[3], BLOCK)]
-    scores = [_scores(query, key[..., block], visible[:, :, block], scale, softcap) for block in blocks]
-    top = reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
-    top = jax.lax.reduce_precision(jax.lax.stop_gradient(top), exponent_bits=8, mantissa_bits=22)
-    masses = [jnp.exp(score - top) for score in scores]
-    total = reduce(jnp.add, [tree_sum(mass) for mass in masses])
-    weighted = [
-        _weighted_values(mass.astype(query.dtype), value[:, :, block])
-        for mass, block in zip(masses, blocks, strict=True)
-    ]
-    out = reduce(jnp.add, weighted) / jnp.moveaxis(total, 3, 1)[..., None].astype(query.dtype)
-    return out.reshape(query.shape)[:, :T]
+
+    def attend_tile(tile):
+        """[B KV LANE K] -> [B KV LANE K]"""
+        queries, seen = tile
+        scores = []
+        for block in blocks:
+            score = jnp.matmul(queries, key[..., block], preferred_element_type=jnp.float32) * scale
+            if softcap is not None:
+                score = softcap * jnp.tanh(score / softcap)
+            scores.append(jnp.where(seen[:, None, :, block], score, MASK_VALUE))
+        top = reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
+        top = jax.lax.reduce_precision(top, exponent_bits=8, mantissa_bits=22)
+        masses = [jnp.exp(score - top) for score in scores]
+        total = reduce(jnp.add, [tree_sum(mass) for mass in masses])
+        weighted = []
+        for mass, block in zip(masses, blocks, strict=True):
+            weighted.append(jnp.matmul(mass.astype(query.dtype), value[:, :, block])[..., :K])
+        return reduce(jnp.add, weighted) / total[..., None].astype(query.dtype)
+
+    tiles = jax.lax.map(attend_tile, (split_tiles(grouped, 2, LANE), split_tiles(visible, 1, LANE)))
+    out = join_tiles(tiles, 2, T * group)
+    return out.reshape(B, kv_heads, T, group, K).swapaxes(1, 2).reshape(B, T, H, K)
+
+
+@_blockwise.defjvp
+def _blockwise_jvp(scale: float, softcap: float | None, primals, tangents):
+    query, key, value, visible = primals
+
+    def plain(query, key, value):
+        return dot_product_attention(query, [(key, value)], [visible], scale, softcap)
+
+    _, tangent = jax.jvp(plain, (query, key, value), tangents[:3])
+    return _blockwise(query, key, value, visible, scale, softcap), tangent
 
 
 def cudnn_attention(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from rljax.models import batch_invariant as invariant
 from rljax.models import caches, rope
 from rljax.models.attention import AttentionMask, attend, attend_cached
-from rljax.models.batch_invariant import ROWS, pad_rows
 from rljax.models.config import DecoderConfig
 from rljax.models.lora import LoraWeight
 from rljax.models.moe import moe_mlp, route
@@ -52,18 +52,19 @@ def project(
     Measured on CPU: the gradient of [512 9 128] x [128 352] takes half the time of the same product on three axes.
 
     Args:
-      batch_invariant: pad to ROWS rows: from that number on XLA's CPU kernels add a row's products in one order.
+      batch_invariant: multiply by `batch_invariant.matmul`.
     """
     batch = x.shape[: x.ndim - inputs]
     inner = weight.shape[:inputs]
     outer = weight.shape[inputs:]
     rows = math.prod(batch)
-    flat = pad_rows(x.reshape(rows, math.prod(inner)), ROWS if batch_invariant else 1)
+    flat = x.reshape(rows, math.prod(inner))
+    matmul = invariant.matmul if batch_invariant else jnp.matmul
     if isinstance(weight, LoraWeight):
-        out = weight.apply(flat, inputs)
+        out = weight.apply(flat, inputs, matmul)
     else:
-        out = flat @ weight.astype(x.dtype).reshape(math.prod(inner), math.prod(outer))
-    out = out[:rows].reshape(*batch, *outer)
+        out = matmul(flat, weight.astype(x.dtype).reshape(math.prod(inner), math.prod(outer)))
+    out = out.reshape(*batch, *outer)
     if bias is None:
         return out
     return out + bias.astype(x.dtype).reshape((1,) * len(batch) + outer)
@@ -291,8 +292,11 @@ class Decoder(nnx.Module):
         config = self.config
         table = self.embedding[...].T if config.tie_word_embeddings else self.head[...]
         flat = hidden.reshape(-1, hidden.shape[-1])
-        padded = pad_rows(flat, ROWS if config.batch_invariant else 1)
-        logits = jnp.matmul(padded, table.astype(hidden.dtype), preferred_element_type=jnp.float32)[: len(flat)]
+        table = table.astype(hidden.dtype)
+        if config.batch_invariant:
+            logits = invariant.matmul(flat, table, jnp.float32)
+        else:
+            logits = jnp.matmul(flat, table, preferred_element_type=jnp.float32)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)

@@ -55,14 +55,14 @@ class LoraWeight:
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def apply(self, x: Float[Array, "N in"], inputs: int) -> Float[Array, "N out"]:
+    def apply(self, x: Float[Array, "N in"], inputs: int, matmul: Callable = jnp.matmul) -> Float[Array, "N out"]:
         """x times the adapted weight, in x's dtype. `inputs`: how many leading axes of the weight are its input."""
         rows = math.prod(self.shape[:inputs])
         rank = self.up.shape[0]
         weight = self.weight.astype(x.dtype).reshape(rows, -1)
         down = self.down.astype(x.dtype).reshape(rows, -1)
         up = self.up.astype(x.dtype).reshape(rank, -1)
-        out = x @ weight + self.scale * ((x @ down) @ up)
+        out = matmul(x, weight) + self.scale * matmul(matmul(x, down), up)
         if self.gain is None:
             return out
         return (out * self.gain.reshape(1, -1)).astype(x.dtype)

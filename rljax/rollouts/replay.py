@@ -55,6 +55,9 @@ def transitions(traj: Trajectory, gamma: float | Array, n: int = 1) -> Transitio
 
         reward = Σ_{k<m} γ^k r_{t+k}        discount = γ^m, 0 where the m-th step terminated
 
+    Where the mask leaves a decision out (after an episode's end) there is no transition: reward, discount and `weight`
+    are 0 there, and 1 is the weight of the others.
+
     Raises ValueError for n < 1.
     """
     if n < 1:
@@ -75,5 +78,7 @@ def transitions(traj: Trajectory, gamma: float | Array, n: int = 1) -> Transitio
         wide = active.reshape(active.shape + (1,) * (next_observation.ndim - 2))
         next_observation = jnp.where(wide, ahead(traj.next_inputs), next_observation)
         active &= ~ahead(traj.terminated | traj.truncated)
-    found = Transition(traj.inputs, traj.actions, reward, next_observation, discount)
+    discount = jnp.where(traj.mask, discount, 0.0)
+    weight = traj.mask.astype(discount.dtype)
+    found = Transition(traj.inputs, traj.actions, reward, next_observation, discount, weight)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)

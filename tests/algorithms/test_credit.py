@@ -19,6 +19,7 @@ from rljax.algorithms import (
     with_entropy,
     with_kl,
 )
+from rljax.algorithms.common.corrections import staleness_filter
 from rljax.algorithms.common.credit import outcome_rewards
 from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.algorithms.reinforce import group_mean_baseline, leave_one_out_baseline, no_baseline
@@ -86,6 +87,22 @@ def test_groups_whose_answers_differ_are_kept_first_and_whole():
         np.testing.assert_array_equal(kept.actions[:, 0], want)
         np.testing.assert_array_equal(kept.group, group[want])
         np.testing.assert_array_equal(kept.rewards[:, 0], np.float32(reward[want]))
+
+
+def test_decisions_of_old_policies_are_left_out():
+    """Version 7 now: at most two versions old are 5, 6 and 7. What the policy did not choose stays out."""
+    traj = bandit(np.zeros((2, 4), int), np.ones((2, 4)), np.zeros(2, int))
+    traj = traj.replace(
+        version=jnp.array([[3, 4, 5, 7], [6, 0, 5, 4]]), mask=jnp.array([[1, 1, 1, 1], [0, 1, 1, 1]], bool)
+    )
+    filtered = staleness_filter(grpo(), 2)
+    batch = filtered.credit(traj, {"version": jnp.int32(7)})
+    np.testing.assert_array_equal(batch.mask, [[False, False, True, True], [False, False, True, False]])
+    np.testing.assert_array_equal(batch.traj.mask, traj.mask)
+    with pytest.raises(ValueError, match="present version"):
+        filtered.credit(traj, {})
+    with pytest.raises(ValueError, match="version"):
+        filtered.credit(traj.replace(version=None), {"version": jnp.int32(7)})
 
 
 def test_critic_targets_are_the_lambda_returns_before_whitening():

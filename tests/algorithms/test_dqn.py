@@ -34,3 +34,10 @@ def test_loss_and_gradient_by_hand(arguments, errors):
     pull = np.clip(errors, -1, 1) if "huber" in arguments else errors
     np.testing.assert_allclose(slope, [[-pull[1] / 2, -pull[0] / 2], [0, 0]], rtol=1e-6)
     np.testing.assert_allclose(metrics["td_error"][0] / metrics["td_error"][1], np.abs(errors).mean(), rtol=1e-6)
+
+
+def test_what_is_no_transition_weighs_nothing():
+    objective = dqn(lambda table, observations: table[observations])
+    batch = objective.prepare(Q, {"target": TARGET}, BATCH.replace(weight=jnp.array([0.0, 1.0])), None)
+    loss, _ = objective.loss(Q, {"target": TARGET}, batch)
+    np.testing.assert_allclose(loss, 0.5 * (5 - 1) ** 2, rtol=1e-6)

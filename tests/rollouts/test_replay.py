@@ -61,6 +61,27 @@ def test_n_step_transitions_are_those_of_a_loop(n):
             row += 1
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_nothing_is_bootstrapped_from_columns_after_the_end(n):
+    """A row of two decisions and three columns that the mask leaves out, whose contents are garbage."""
+    garbage = jnp.array([[1.0, 2.0, 50.0, 60.0, 70.0]])
+    traj = Trajectory(
+        inputs=garbage[..., None],
+        next_inputs=garbage[..., None] + 1,
+        actions=jnp.zeros((1, 5), int),
+        rewards=garbage,
+        logp=jnp.zeros((1, 5)),
+        mask=jnp.array([[True, True, False, False, False]]),
+        terminated=jnp.zeros((1, 5), bool),
+        truncated=jnp.array([[False, True, False, False, False]]),
+    )
+    found = transitions(traj, 0.5, n)
+    first = (1.0, 0.5) if n == 1 else (2.0, 0.25)
+    np.testing.assert_array_equal(found.reward, [first[0], 2.0, 0, 0, 0])
+    np.testing.assert_array_equal(found.discount, [first[1], 0.5, 0, 0, 0])
+    np.testing.assert_array_equal(found.weight, [1, 1, 0, 0, 0])
+
+
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="n >= 1, not 0"):
         transitions(Trajectory(None, None, None, None), 0.9, 0)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from rljax.algorithms.common.credit import require
 from rljax.algorithms.common.wrappers import with_needs, with_prepare
 from rljax.ops import ratios
 from rljax.ops.kl import KLEstimator, k3
@@ -117,6 +118,25 @@ def _accepted(batch: Batch, low: float, high: float, divergence: KLEstimator, le
     old = jnp.where(batch.mask, batch.traj.old_logp, 0.0)
     measured = level(divergence(sampler, old), batch.mask, batch.traj.segments)
     return (measured >= low) & (measured <= high)
+
+
+def staleness_filter(algorithm: Algorithm, max_staleness: int) -> Algorithm:
+    """Takes decisions out of the batch (and its divisors) that a policy more than `max_staleness` versions old made.
+
+    The present version is coefficients["version"], which the loop sets to its step; that of each decision is
+    `traj.version`. A completion that was sampled by several policies loses its old part only; `credit` has seen it all.
+    Raises ValueError where either is missing: nothing could be told to be stale.
+    """
+
+    def credit(traj, coefficients):
+        require(traj, "version")
+        if "version" not in coefficients:
+            raise ValueError('staleness_filter needs the present version in coefficients["version"]')
+        batch = algorithm.credit(traj, coefficients)
+        fresh = coefficients["version"] - traj.version <= max_staleness
+        return batch.replace(mask=batch.mask & fresh)
+
+    return algorithm._replace(credit=credit)
 
 
 def off_policy_sequence_mask(algorithm: Algorithm, limit: float = 0.1) -> Algorithm:
