@@ -4,9 +4,9 @@
     L = (1/N⁺) Σ_i (1/n_i) Σ_t max(-ρ_it Â_it, -clip(ρ_it, 1 - low, 1 + high) Â_it)
 
 N⁺ completions have a token to learn from, completion i has n_i of them. ρ is to the policy before the update
-(`old_policy_logp`). The paper's KL term is a wrapper: `with_kl(grpo(), 0.04)`. With one update per rollout ρ = 1: the loss is 0 and the
-gradient is not. std is unbiased; a group of equal rewards, or of one row, has advantage 0. Process supervision, the
-paper's other form, is `grpo_process`.
+(`old_policy_logp`): with one update per rollout ρ = 1, the loss is 0 and the gradient is not. The paper's KL term is a
+wrapper: `with_kl(grpo(), 0.04)`. std is unbiased; a group of equal rewards, or of one row, has advantage 0. Process
+supervision, the paper's other form, is `grpo_process`.
 """
 
 from rljax.algorithms.common.credit import group_relative, old_policy_logp
