@@ -112,6 +112,7 @@ def sampled(request):
         "baseline": jnp.float32(draw.normal(size=shape[0])),
         "values": jnp.zeros((shape[0], shape[1] + 1)),
         "sum_pi_squared": output.sum_pi_squared,
+        "version": jnp.full(shape, 3),
     }
     return request.param, traj.replace(**facts), output.replace(values=jnp.zeros(shape))
 

@@ -121,13 +121,16 @@ from experiments.common.command_line import configure_jax
 from experiments.common.settings import Batches
 
 configure_jax()
-batches = Batches(prompts=4, num_generations=2, epochs=2, minibatches=2)
-tiny = experiment.Config(sft_target=0.0, steps=2, eval_prompts=16, batches=batches)
-for words in ("remax shuffled additions", "gdpo exact sortings"):
-    fields = dict(zip(("algorithm", "reward", "task"), words.split()))
-    experiment.main(dataclasses.replace(tiny, directory=f"{root}/{words}", **fields))
-bounded = Batches(prompts=4, num_generations=2)
-experiment.main(dataclasses.replace(tiny, algorithm="trpo", batches=bounded, directory=f"{root}/trpo"))
+one_update = Batches(prompts=4, num_generations=2)
+four_updates = dataclasses.replace(one_update, epochs=2, minibatches=2)
+runs = {
+    "remax": dict(reward="shuffled", batches=one_update),
+    "gdpo": dict(task="sortings", batches=four_updates),
+    "trpo": dict(batches=one_update),
+}
+tiny = experiment.Config(sft_target=0.0, steps=2, eval_prompts=16)
+for name, fields in runs.items():
+    experiment.main(dataclasses.replace(tiny, algorithm=name, directory=f"{root}/{name}", **fields))
 arithmetic_sft.main(arithmetic_sft.Config(steps=2, batch_size=8, eval_prompts=16, target=1.0, directory=f"{root}/sft"))
 """
 
@@ -137,7 +140,7 @@ def test_algorithms_with_needs_of_their_own_and_every_reward_and_task(tmp_path):
     assert len([line for line in lines if LAST.fullmatch(line)]) == 3
     assert "after 2 steps of supervised learning" in lines[-2]
     assert re.fullmatch(r"eval accuracy: [01]\.\d{3}", lines[-1])
-    for name in ("remax shuffled additions", "gdpo exact sortings", "trpo"):
+    for name in ("remax", "gdpo", "trpo"):
         assert [record["step"] for record in metrics(tmp_path / name)] == [0, 1]
 
 

@@ -32,6 +32,5 @@ def nash_md(tau: float = 0.1) -> Algorithm:
         payoff = batch.advantages - tau * stop_gradient(completion_log_ratio)
         return losses.policy_gradient(output.logp, payoff), {"kl": log_ratio}
 
-    return Algorithm(
-        credit=from_rewards(preference_above_half), loss=loss, weights=seq_mean_token_sum, needs=("ref_logp",)
-    )
+    credit = from_rewards(preference_above_half)
+    return Algorithm(credit, loss, weights=seq_mean_token_sum, needs=("ref_logp",), one_update=True)

@@ -22,7 +22,17 @@ from tests import bounds
 
 B, T, V = 16, 6, 5
 
+
 # Every algorithm and wrapper, with settings under which the tiny rollout meets both sides of each threshold.
+def of_version(algorithm: Algorithm, version: int) -> Algorithm:
+    """The algorithm at a step whose policy has this version."""
+
+    def credit(traj, coefficients):
+        return algorithm.credit(traj, {"version": version, **coefficients})
+
+    return algorithm._replace(credit=credit)
+
+
 LISTED = {
     "reinforce": a.reinforce(no_baseline),
     "reinforce, batch mean": a.reinforce(batch_mean_baseline),
@@ -102,6 +112,7 @@ LISTED = {
     "grpo + normalized is": a.normalized_is(a.grpo(), token_mean),
     "grpo + normalized is by sequence": a.normalized_is(a.grpo(), seq_mean_token_mean, level=sequence_product),
     "grpo + reject": a.reject(a.grpo(), high=0.6, level=sequences.sequence_max),
+    "grpo + staleness filter": of_version(a.staleness_filter(a.grpo(), 1), 3),
     "grpo + off-policy sequence mask": a.off_policy_sequence_mask(a.grpo(), 0.0),
     "dapo + high entropy mask": a.high_entropy_mask(a.dapo(), 0.5),
     "all at once": a.with_kl(a.truncate_is(a.high_entropy_mask(a.clip_cov(share=0.1, bounds=(0.05, 5.0)))), 0.1),
@@ -184,7 +195,8 @@ def rollout(seed=0, vocabulary=V):
         **{name: jnp.float32(x) for name, x in floats.items()},
         **of_rows,
     )
-    return traj.replace(values=jnp.float32(values))
+    version = draw.integers(4, size=(B, T))
+    return traj.replace(values=jnp.float32(values), version=jnp.asarray(version, jnp.int32))
 
 
 ANNOTATIONS = {"values", "ref_logp", "old_logp", "teacher_logp", "baseline", "sum_pi_squared"}
