@@ -1055,7 +1055,7 @@ MUTANTS = [
         "Batch(traj=traj, advantages=advantages, mask=traj.mask, coefficients=coefficients)",
         "Batch(traj, advantages, mask=jnp.ones_like(traj.mask), coefficients=coefficients)",
         "Megatron-Bridge 3359, axolotl 2089: a chat template without generation marks trains on everything",
-        (f"{GARBAGE}[nan-sft]",),
+        (f"{GARBAGE}[sft]",),
     ),
     # -------------------------------------------------------------------------------------------- state, data, resuming
     Mutant(
