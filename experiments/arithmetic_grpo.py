@@ -28,7 +28,6 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import control_rewards
 from experiments.common.settings import Batches, MeshShape, Optimizer, debug_batches
 from rljax import algorithms as a
-from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.models import policy
 from rljax.rewards.score import Score, make_score
 from rljax.rewards.text import exact_text
@@ -79,7 +78,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     train.check_batches(batches, mesh)
     own = algorithm
     algorithm = algorithm or ALGORITHMS[cfg.algorithm]()
-    train.check_updates(algorithm, batches, "" if own else cfg.algorithm)
+    train.check_algorithm(algorithm, batches, "" if own else cfg.algorithm)
     run = make_run(cfg, algorithm)
 
     # -- model and data
@@ -98,7 +97,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     draw = make_draw(cfg, task, algorithm, score, batches, shardings)
     annotate = policy.make_annotate(task.policy, algorithm.needs)
-    keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
+    keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)
     objective = policy_objective(task.policy, algorithm)
     make = partial(make_update, objective, optimizer)

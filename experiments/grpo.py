@@ -31,7 +31,6 @@ from experiments.common.rewards import read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
 from rljax.algorithms import grpo, with_kl
-from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf, policy
@@ -94,7 +93,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
-    train.check_updates(algorithm, batches)
+    train.check_algorithm(algorithm, batches)
     algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
 
     # -- model and data
@@ -119,8 +118,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
-    # keeps all rows unless batches.oversample > 1
-    keep = jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations))
+    keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     objective = policy_objective(model, algorithm)
     make = partial(make_update, objective, optimizer, shardings=shardings)

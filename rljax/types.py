@@ -41,6 +41,7 @@ class Trajectory:
     temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
     group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order); [B T] after packing
     scores: Array | None = None  # [B K] each verifier's raw result; NaN = it failed or does not apply
+    reward_weights: Array | None = None  # [B K] of each score in the reward; 0 = recorded only
     next_inputs: Array | None = None  # [B T ...] the environment's next observation, before any reset
     rewards: Array | None = None  # [B T] per decision; an outcome reward stands on the last chosen token
     step_ends: Array | None = None  # [B T] bool: ends of reasoning steps (process rewards)
@@ -166,6 +167,8 @@ DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]
 RewardFn = Callable[..., float | None]
 # Advantages of the whole rollout batch (groups, episodes): (trajectory, coefficients) -> Batch.
 CreditFn = Callable[[Trajectory, dict[str, Array]], Batch]
+# Rows [B] of groups whose completions differ, where a method learns from differences only: (trajectory) -> bool [B].
+SignalFn = Callable[[Trajectory], Array]
 # The loss of each decision, unreduced: (output, batch) -> (terms [B T], metrics).
 LossFn = Callable[[PolicyOutput, Batch], tuple[Array, Metrics]]
 # The coefficient of each decision in the sum over the whole optimizer batch: (mask, segments, group) -> [B T]; group is
@@ -187,7 +190,9 @@ class Algorithm(NamedTuple):
     weights: WeightsFn
     needs: tuple[str, ...] = ()  # Trajectory fields that must be annotated; wrappers add theirs
     prepare: PrepareFn | None = None  # called before the optimizer batch is cut into micro-batches; None: identity
-    one_update: bool = False  # no ratio corrects for policies after the one that sampled: one update of a rollout
+    group_signal: SignalFn | None = None  # which groups teach something; None: every completion does
+    one_update: bool = False  # one update of a rollout: no ratio corrects for policies after the one that sampled
+    whole_groups: bool = False  # `prepare` compares the rows of a group: one minibatch
 
 
 class Objective(NamedTuple):
@@ -285,7 +290,7 @@ def trajectory_of_tokens(tokens, segments, chosen, logp, **fields) -> Trajectory
     count = jnp.cumsum(real, axis=1) - real
     positions = (count - jax.lax.cummax(starts * count, axis=1)) * real
 
-    of_rows = ("group", "scores", "baseline")
+    of_rows = ("group", "scores", "reward_weights", "baseline")
     shifted = {name: value if name in of_rows else value[:, 1:] for name, value in fields.items()}
     return Trajectory(
         inputs=tokens[:, :-1],
@@ -302,7 +307,7 @@ def check_shapes(x: Trajectory | Batch) -> None:
     """Raise ValueError, naming the field, unless every [B T] field of `x` has the shape of its mask. Free under jit."""
     traj = x.traj if isinstance(x, Batch) else x
     B, T = traj.mask.shape
-    expected = {"group": (B,), "baseline": (B,), "values": (B, T + 1), "scores": (B,)}
+    expected = {"group": (B,), "baseline": (B,), "values": (B, T + 1), "scores": (B,), "reward_weights": (B,)}
     for owner in {id(traj): traj, id(x): x}.values():
         for name, value in vars(owner).items():
             if value is None or name in ("traj", "coefficients", "dist", "extra"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rljax import algorithms as a
+from rljax.algorithms.common.credit import rewards_differ
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
 from rljax.ops import weights
@@ -268,23 +269,10 @@ def test_without_advantage_the_policy_does_not_move(name):
     assert not gradient["table"].any()
 
 
-COMPARES = [  # answers of one prompt with one another, and nothing else
-    *(
-        "reinforce, group mean",
-        "reinforce, leave one out",
-        "rloo",
-        "gpg",
-        "maxrl",
-        "grpo_pass_at_k",
-        "pass_at_k_training",
-        "opmd",
-        "opo",
-        "otb",
-        "capo",
-        "reinforce_pp_baseline",
-    ),
-    *("grpo", "dr_grpo", "dapo", "lite_ppo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "gmpo", "vespo"),
-    *("dppo_tv", "dppo_kl", "dro", "clip_cov", "kl_cov", "fipo", "real", "grpo + kl", "grpo + tis", "all at once"),
+# Wrappers that change rewards or advantages: by length, or towards another policy.
+SHAPED = [name for name in ALGORITHMS if any(word in name for word in ("length", "overlong", "in reward", "teacher"))]
+COMPARES = [  # completions of one prompt with one another, and nothing else
+    name for name, algorithm in ALGORITHMS.items() if algorithm.group_signal is rewards_differ and name not in SHAPED
 ]
 
 

@@ -3,13 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from experiments.common.settings import Batches
 from rljax.algorithms import truncate_is
 from rljax.algorithms.common.wrappers import with_needs
+from rljax.algorithms.dynamic_sampling import dynamic_sampling
 from rljax.data.prompts import Prompts
 from rljax.models import policy
 from rljax.models.decoder import DecoderConfig
@@ -18,7 +21,7 @@ from rljax.rollouts.sampler import sample
 from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
-from rljax.types import LM, Algorithm, Sampling, TrainState
+from rljax.types import LM, Algorithm, Array, Sampling, TrainState, Trajectory
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
 ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -42,13 +45,30 @@ def check_directory(directory: str, own: Algorithm | None) -> None:
         raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
 
 
-def check_updates(algorithm: Algorithm, batches: Batches, name: str = "") -> None:
-    """Raise ValueError for several updates of one rollout by a method that is right for one only."""
+def check_algorithm(algorithm: Algorithm, batches: Batches, name: str = "") -> None:
+    """Raise ValueError for sizes with which this method would learn something else than it says."""
+    found = algorithm.loss.__qualname__.split(".")[0]
+    name = name or ("this algorithm" if found.startswith("_") else found)
     if algorithm.one_update and (batches.epochs, batches.minibatches) != (1, 1):
-        found = algorithm.loss.__qualname__.split(".")[0]
-        name = name or ("this algorithm" if found.startswith("_") else found)
         sizes = f"epochs x minibatches = {batches.epochs} x {batches.minibatches}"
         raise ValueError(f"{name} is right for one update of a rollout, on all rows: {sizes}; legal: 1 x 1")
+    if algorithm.whole_groups and batches.minibatches != 1:
+        sizes = f"minibatches = {batches.minibatches}"
+        raise ValueError(f"{name} compares the completions of a prompt in its loss: {sizes} separate them; legal: 1")
+    if algorithm.group_signal is None and batches.oversample != 1:
+        sizes = f"oversample = {batches.oversample}"
+        raise ValueError(f"{name} learns from every completion: {sizes} would select prompts by outcome; legal: 1")
+
+
+def make_keep(algorithm: Algorithm, batches: Batches) -> Callable[[Trajectory], Trajectory]:
+    """keep(trajectory) -> the rows to learn from: groups that teach something first, all rows where oversample is 1."""
+    signal = algorithm.group_signal or every_group
+    return jax.jit(partial(dynamic_sampling, rows=batches.prompts * batches.num_generations, group_signal=signal))
+
+
+def every_group(traj: Trajectory) -> Array:
+    """All rows: the signal of a method that learns from every completion."""
+    return jnp.ones(traj.mask.shape[0], bool)
 
 
 def with_own_old_logp(algorithm: Algorithm, config: DecoderConfig, carry_over: int = 0) -> Algorithm:

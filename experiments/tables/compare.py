@@ -4,10 +4,11 @@ r"""Every algorithm on the same task from the same warm-up: docs/results.md.
     python experiments/tables/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
 
 For each seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
-optimizer and number of steps. Nothing is tuned for any of them. All learn from the completions that DAPO's dynamic
-sampling keeps, in two updates per rollout: in the first the ratios are 1, in the second they are not, so that methods
-which differ only in what they do with ratios (grpo, gspo, sapo; dapo, cispo; reinforce, rloo) part there. Accuracy is
-measured on 1,024 problems that are never trained on.
+optimizer and number of steps. Nothing is tuned for any of them. Methods that compare the completions of a prompt learn
+from the groups that DAPO's dynamic sampling keeps, of twice as many; the others from all that are sampled. There are
+two updates per rollout: in the first the ratios are 1, in the second they are not, so that methods which differ only in
+what they do with ratios (grpo, gspo, sapo; dapo, cispo) part there. Methods without a ratio take one update on all
+rows. Accuracy is measured on 1,024 problems that are never trained on.
 
 Reached: docs/results.md.
 """
@@ -75,9 +76,18 @@ def planned_runs(cfg: Config) -> list[arithmetic_grpo.Config]:
     """Seed by seed, so that an early page compares all algorithms."""
     runs = []
     for seed in cfg.seeds:
-        runs += [dataclasses.replace(cfg.sorting, seed=seed, algorithm=name) for name in cfg.algorithms]
-        runs += [dataclasses.replace(cfg.addition, seed=seed, algorithm=name) for name in cfg.additions]
+        runs += [run_of(cfg.sorting, name, seed) for name in cfg.algorithms]
+        runs += [run_of(cfg.addition, name, seed) for name in cfg.additions]
     return runs
+
+
+def run_of(shared: arithmetic_grpo.Config, name: str, seed: int) -> arithmetic_grpo.Config:
+    """The shared settings; one update where a method has no ratio, and no selection where it compares no groups."""
+    algorithm = ALGORITHMS[name]()
+    minibatches = 1 if algorithm.one_update else shared.batches.minibatches
+    oversample = 1 if algorithm.group_signal is None else shared.batches.oversample
+    batches = dataclasses.replace(shared.batches, minibatches=minibatches, oversample=oversample)
+    return dataclasses.replace(shared, seed=seed, algorithm=name, batches=batches)
 
 
 def inputs_of(run: arithmetic_grpo.Config) -> dict:

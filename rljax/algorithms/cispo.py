@@ -11,7 +11,7 @@ the loss has no meaning. Â is GRPO's. The clip removes no gradient: the share o
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops.ratios import importance_ratio
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
@@ -25,4 +25,4 @@ def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Algorithm:
         weight = jnp.clip(ratio, ratio_min, ratio_max)
         return -weight * batch.advantages * output.logp, {"weight_clip_fraction": (weight != ratio).astype(ratio.dtype)}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)

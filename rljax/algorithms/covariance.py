@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.algorithms.dapo import dapo
 from rljax.ops import losses
 from rljax.ops.kl import absolute
@@ -85,4 +85,6 @@ def kl_cov(share: float = 2e-4, coefficient: float = 1.0) -> Algorithm:
         terms = -importance_ratio(output.logp, old_logp) * batch.advantages + coefficient * penalty
         return terms, {"old_policy_penalty": penalty}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, prepare=prepare)
+    return Algorithm(
+        credit=group_relative(), loss=loss, weights=token_mean, prepare=prepare, group_signal=rewards_differ
+    )

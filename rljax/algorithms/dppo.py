@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops.ratios import importance_ratio
 from rljax.ops.shapes import PerToken, TokenMask
 from rljax.ops.weights import token_mean
@@ -36,7 +36,7 @@ def _dppo(inside: TrustRegionFn, cap: float) -> Algorithm:
         removed = ~kept & (batch.advantages != 0)
         return -weight * batch.advantages * output.logp, {"clip_fraction": removed.astype(weight.dtype)}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)
 
 
 def dppo_tv(low: float = 0.1, high: float = 0.15, cap: float = 20.0) -> Algorithm:

@@ -5,7 +5,7 @@
 Left out: the paper's learned value function, replaced by GRPO's group mean, as in verl.
 """
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops import losses
 from rljax.ops.kl import k2
 from rljax.ops.weights import token_mean
@@ -20,4 +20,4 @@ def dro(beta: float = 0.1) -> Algorithm:
         terms = losses.policy_gradient(output.logp, batch.advantages) + beta * penalty
         return terms, {"old_policy_penalty": penalty}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)

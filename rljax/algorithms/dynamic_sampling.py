@@ -1,23 +1,27 @@
 """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): learn only from prompts whose completions differ in reward.
 
-A group of equal rewards has advantage 0 and adds nothing but cost. The paper samples until the batch is full; here more
-prompts are sampled than are kept, so that shapes stay fixed, and the groups with unequal rewards are kept first.
+A group of equal rewards has advantage 0 and adds nothing but cost, in a method that compares the completions of a
+prompt. The paper samples until the batch is full; here more prompts are sampled than are kept, so that shapes stay
+fixed, and the groups that teach something are kept first. Which these are the method says (`Algorithm.group_signal`):
+for GDPO groups that differ in any component. A method that learns from every completion has no such groups, and to
+select its prompts by their outcome would change what it maximizes.
+
+The rewards are those of the verifiers, before a wrapper adds penalties of length or KL: the paper, too, asks for
+different accuracies.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import outcome_rewards
-from rljax.ops.groups import zero_std
-from rljax.types import Trajectory
+from rljax.algorithms.common.credit import rewards_differ
+from rljax.types import SignalFn, Trajectory
 
 
-def dynamic_sampling(traj: Trajectory, rows: int) -> Trajectory:
-    """The first `rows` rows of `traj` once whole groups are sorted: unequal rewards first, then by group id.
+def dynamic_sampling(traj: Trajectory, rows: int, group_signal: SignalFn = rewards_differ) -> Trajectory:
+    """The first `rows` rows of `traj` once whole groups are sorted: those with a signal first, then by group id.
 
     Groups must be of one size that divides `rows`. Report rewards and lengths of the trajectory before: this one is a
     selection.
     """
-    rewards, valid = outcome_rewards(traj)
-    kept = jnp.lexsort((traj.group, zero_std(rewards, traj.group, valid)))[:rows]
+    kept = jnp.lexsort((traj.group, ~group_signal(traj)))[:rows]
     return jax.tree.map(lambda x: x[kept], traj)

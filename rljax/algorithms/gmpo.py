@@ -9,7 +9,7 @@ GRPO's arithmetic one. Â is GRPO's, constant over a completion.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops.ratios import bounded_exp
 from rljax.ops.sequences import sequence_mean
 from rljax.ops.weights import seq_mean_token_mean
@@ -32,4 +32,4 @@ def gmpo(low: float = 0.4, high: float = 0.4) -> Algorithm:
         terms = -advantages * bounded_exp(sequence_mean(bounded, mask, segments))
         return terms, {"clip_fraction": clipped.astype(terms.dtype)}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ)

@@ -9,7 +9,7 @@ wrapper: `with_kl(grpo(), 0.04)`. std is unbiased; a group of equal rewards, or 
 supervision, the paper's other form, is `grpo_process`.
 """
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops import losses
 from rljax.ops.ratios import importance_ratio
 from rljax.ops.weights import seq_mean_token_mean
@@ -32,4 +32,4 @@ def grpo(
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=group_relative(std_epsilon), loss=loss, weights=weights)
+    return Algorithm(credit=group_relative(std_epsilon), loss=loss, weights=weights, group_signal=rewards_differ)

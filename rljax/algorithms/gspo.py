@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from jax.lax import stop_gradient
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops import losses
 from rljax.ops.ratios import bounded_exp, sequence_geometric_mean
 from rljax.ops.shapes import PerToken
@@ -28,7 +28,7 @@ def _gspo(log_ratio: Callable[[PolicyOutput, Batch], PerToken], low: float, high
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ)
 
 
 def _sequence_log_ratio(output: PolicyOutput, batch: Batch) -> PerToken:

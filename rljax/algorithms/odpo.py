@@ -32,4 +32,4 @@ def odpo(policy: PolicyFn, beta: float = 0.1, alpha: float = 1.0) -> Objective:
     def reward(completion):
         return beta * completion.log_ratio
 
-    return preference_objective(policy, term, reward)
+    return preference_objective(policy, term, reward, uses_margin=True)

@@ -10,7 +10,7 @@ iteration. The paper's length penalty is a wrapper: `group_length_reward(opmd())
 
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops.ratios import sequence_product
 from rljax.ops.sequences import sequence_lengths
 from rljax.ops.weights import seq_mean_token_sum
@@ -27,4 +27,4 @@ def opmd(tau: float = 0.01) -> Algorithm:
         penalty = 0.5 * tau * total**2 / jnp.maximum(length, 1.0)  # of the sequence, in equal parts on its decisions
         return -batch.advantages * log_ratio + penalty, {"old_policy_penalty": penalty}
 
-    return Algorithm(credit=group_relative(None), loss=loss, weights=seq_mean_token_sum)
+    return Algorithm(credit=group_relative(None), loss=loss, weights=seq_mean_token_sum, group_signal=rewards_differ)

@@ -23,4 +23,4 @@ def raft(weights: WeightsFn = token_mean) -> Algorithm:
         kept = groups.first_best(rewards, traj.group, valid)
         return outcome_batch(traj, kept.astype(rewards.dtype), kept, coefficients)
 
-    return reinforce()._replace(credit=credit, weights=weights)
+    return reinforce()._replace(credit=credit, group_signal=None, weights=weights)

@@ -11,7 +11,7 @@ slope · S_i, with L's own value and gradient. Â is GRPO's.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp, require
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, require, rewards_differ
 from rljax.ops import groups
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import seq_mean_token_mean
@@ -53,4 +53,11 @@ def real(temperature: float = 0.5) -> Algorithm:
         row_score = score(output, batch)
         return batch.extra["slope"] * (row_score - stop_gradient(row_score)) + batch.extra["value"], {}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, prepare=prepare)
+    return Algorithm(
+        credit=group_relative(),
+        loss=loss,
+        weights=seq_mean_token_mean,
+        prepare=prepare,
+        group_signal=rewards_differ,
+        whole_groups=True,
+    )

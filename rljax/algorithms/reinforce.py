@@ -20,6 +20,7 @@ from rljax.algorithms.common.credit import (
     decision_rewards,
     outcome_batch,
     outcome_rewards,
+    rewards_differ,
 )
 from rljax.ops import groups, losses, statistics, weights
 from rljax.ops.returns import discounted_returns
@@ -59,7 +60,8 @@ def reinforce(baseline: BaselineFn = leave_one_out_baseline) -> Algorithm:
     def loss(output, batch):
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
-    return Algorithm(credit=credit, loss=loss, weights=weights.seq_mean_token_sum, one_update=True)
+    signal = rewards_differ if baseline in (group_mean_baseline, leave_one_out_baseline) else None
+    return Algorithm(credit, loss, weights=weights.seq_mean_token_sum, group_signal=signal, one_update=True)
 
 
 def reinforce_to_go(baseline: BaselineFn = leave_one_out_baseline, gamma: Scalar = 1.0) -> Algorithm:
@@ -72,4 +74,4 @@ def reinforce_to_go(baseline: BaselineFn = leave_one_out_baseline, gamma: Scalar
         advantages = jnp.where(mask, returns - baselines, 0.0)
         return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
-    return reinforce()._replace(credit=credit)
+    return reinforce()._replace(credit=credit, group_signal=None)

@@ -47,4 +47,4 @@ def reinforce_ada(low: float = 0.2, high: float = 0.28) -> Algorithm:
         rewards, valid = outcome_rewards(traj)
         return outcome_batch(traj, rewards - traj.baseline, valid, coefficients)
 
-    return dapo(low, high)._replace(credit=credit, needs=("baseline",))
+    return dapo(low, high)._replace(credit=credit, group_signal=None, needs=("baseline",))

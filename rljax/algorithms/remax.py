@@ -24,4 +24,4 @@ def remax() -> Algorithm:
         advantages = jnp.where(mask, discounted_returns(rewards, mask) - traj.baseline[:, None], 0.0)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
-    return reinforce()._replace(credit=credit, needs=("baseline",))
+    return reinforce()._replace(credit=credit, group_signal=None, needs=("baseline",))

@@ -20,4 +20,4 @@ def rft(above: float = 0.0, weights: WeightsFn = token_mean) -> Algorithm:
         kept = valid & (rewards > above)
         return outcome_batch(traj, kept.astype(rewards.dtype), kept, coefficients)
 
-    return reinforce()._replace(credit=credit, weights=weights)
+    return reinforce()._replace(credit=credit, group_signal=None, weights=weights)

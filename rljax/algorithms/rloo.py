@@ -7,7 +7,7 @@ W_i = Π_t ρ_it is the ratio of the whole completion, not divided by its length
 than once. Its KL is in the reward: `kl_in_reward(rloo(), 0.05)`. A row alone in its group keeps its reward.
 """
 
-from rljax.algorithms.common.credit import from_rewards, old_policy_logp
+from rljax.algorithms.common.credit import from_rewards, old_policy_logp, rewards_differ
 from rljax.algorithms.reinforce import leave_one_out_baseline
 from rljax.ops import losses
 from rljax.ops.ratios import bounded_exp, sequence_product
@@ -27,4 +27,5 @@ def rloo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=from_rewards(advantage, "group"), loss=loss, weights=seq_mean_token_mean)
+    credit = from_rewards(advantage, "group")
+    return Algorithm(credit, loss, weights=seq_mean_token_mean, group_signal=rewards_differ)

@@ -9,7 +9,7 @@ The higher temperature for Â < 0 makes it fade faster there. The value at ρ = 
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops.ratios import importance_ratio
 from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import Algorithm
@@ -24,4 +24,4 @@ def sapo(positive: float = 1.0, negative: float = 1.05) -> Algorithm:
         gate = 4.0 / tau * jax.nn.sigmoid(tau * (ratio - 1.0))
         return -gate * batch.advantages, {}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ)

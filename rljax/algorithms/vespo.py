@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from rljax.algorithms.common.credit import group_relative, old_policy_logp
+from rljax.algorithms.common.credit import group_relative, old_policy_logp, rewards_differ
 from rljax.ops.ratios import sequence_product
 from rljax.ops.weights import token_mean
 from rljax.types import Algorithm
@@ -29,4 +29,4 @@ def vespo(positive: tuple[float, float] = (2.0, 3.0), negative: tuple[float, flo
         phi = stop_gradient(jnp.exp(lam + k * log_w - lam * jnp.exp(log_w)))
         return -phi * batch.advantages * output.logp, {"phi": phi}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)

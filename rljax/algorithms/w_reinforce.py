@@ -37,4 +37,4 @@ def _weighted(positive: float, negative: float, above: float) -> Algorithm:
     def advantage(rewards, group, valid):
         return jnp.where(valid, jnp.where(rewards > above, positive, -negative), 0.0).astype(rewards.dtype)
 
-    return reinforce()._replace(credit=from_rewards(advantage))
+    return reinforce()._replace(credit=from_rewards(advantage), group_signal=None)

@@ -56,8 +56,8 @@ def make_score(
       pool: None calls the verifiers in this process, where nothing stops one that hangs; the numbers are the same.
 
     Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
-    fills `scores` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen token according to the
-    mask, 0 elsewhere. A row without a chosen token gets scores and no reward.
+    fills `scores` and `reward_weights` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen
+    token according to the mask, 0 elsewhere. A row without a chosen token gets scores, and rewards of 0.
     Raises RewardError naming the verifier, the prompt and the completion; ValueError for unknown weights.
     """
     if not verifiers:
@@ -84,7 +84,11 @@ def make_score(
             _raise_first_error(verifier, returned, completions, rows.number[prompts])
             results.append(returned)
         values, failed = _as_arrays(results)
-        return traj.replace(scores=values.astype(np.float32), rewards=_rewards(values, failed, factors, mask))
+        return traj.replace(
+            scores=values.astype(np.float32),
+            reward_weights=np.broadcast_to(factors.astype(np.float32), values.shape),
+            rewards=_rewards(values, failed, factors, mask),
+        )
 
     return Score(tuple(verifiers), call)
 

@@ -30,7 +30,7 @@ from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.train.update import UpdateFn
 from rljax.types import Array, Batch, TrainState, check_shapes
 
-ROW_FIELDS = ("scores", "baseline")
+ROW_FIELDS = ("scores", "reward_weights", "baseline")
 
 MeasureFn = Callable[[Array, Array], Array]  # (segments, mask) -> [3 B], see _measure_sequences
 

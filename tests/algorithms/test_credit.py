@@ -8,6 +8,7 @@ import pytest
 
 from rljax.algorithms import (
     filter_overlong,
+    gdpo,
     grpo,
     grpo_process,
     kl_in_reward,
@@ -75,6 +76,23 @@ def test_a_row_is_judged_if_it_has_decisions_and_each_has_a_number():
 def test_credit_hands_the_coefficients_on():
     for algorithm in ALGORITHMS.values():
         assert algorithm.credit(rollout(), {"kl": jnp.float32(3)}).coefficients == {"kl": 3}
+
+
+def test_gdpo_keeps_groups_that_differ_in_a_component():
+    """Of three groups of two the first differs in neither score, the second in both, whose sum is the same, and the
+    third in one that is recorded only.
+    """
+    scores = jnp.array([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    group = np.repeat([0, 1, 2], 2)
+    for weights, want in {(1.0, 1.0): [2, 3, 4, 5, 0, 1], (1.0, 0.0): [2, 3, 0, 1, 4, 5]}.items():
+        traj = bandit(np.arange(6).reshape(6, 1), scores @ jnp.array(weights)[:, None], group)
+        traj = traj.replace(scores=scores, reward_weights=jnp.broadcast_to(jnp.array(weights), scores.shape))
+        kept = dynamic_sampling(traj, 6, gdpo().group_signal)
+        np.testing.assert_array_equal(kept.actions[:, 0], want)
+    by_argument = gdpo((1.0, 0.0)).credit(traj, {}).advantages
+    np.testing.assert_array_equal(gdpo().credit(traj, {}).advantages, by_argument)
+    with pytest.raises(ValueError, match="reward_weights"):
+        gdpo().credit(traj.replace(reward_weights=None), {})
 
 
 def test_groups_whose_answers_differ_are_kept_first_and_whole():

@@ -16,7 +16,16 @@ from rljax.algorithms.tpo import tpo, tpo_l
 from rljax.algorithms.xpo import xpo, xpo_pairs
 from rljax.train.objective import policy_objective
 from rljax.types import Batch, Pairs, Trajectory
-from tests.algorithms.test_preferences import explored, learn, log_ratios, on_trajectories, pairs, policy, triples
+from tests.algorithms.test_preferences import (
+    explored,
+    learn,
+    log_ratios,
+    on_trajectories,
+    pairs,
+    policy,
+    rated,
+    triples,
+)
 from tests.algorithms.tiny import V, agree, credited, rollout, table_params, table_policy
 from tests.algorithms.tiny import learn as learn_algorithm
 from tests.dialects import trl_nash_md_of_single_tokens
@@ -61,11 +70,11 @@ def test_dpop_without_the_penalty_is_dpo():
 def test_odpo_asks_for_more_where_the_scores_are_further_apart():
     """arXiv:2402.10571: the offset is α log of the difference of the scores."""
     chosen, _, rejected, _ = sides(pairs())
-    rated = PRESENT & (np.arange(16) > 0)  # the margin of row 0 is 0
-    offset = 0.7 * np.log(np.float64(pairs().margin)[rated])
-    terms = -log_sigma(0.5 * (chosen - rejected)[rated] - offset)
+    above = PRESENT & (np.arange(16) > 0)  # the margin of row 0 is 0
+    offset = 0.7 * np.log(np.float64(rated().margin)[above])
+    terms = -log_sigma(0.5 * (chosen - rejected)[above] - offset)
     want = terms.sum() / PRESENT.sum()
-    assert loss_of(odpo(policy, 0.5, 0.7), pairs()) == pytest.approx(want, rel=1e-5)
+    assert loss_of(odpo(policy, 0.5, 0.7), rated()) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, np.nan])
@@ -77,8 +86,10 @@ def test_a_pair_without_a_difference_of_scores_teaches_nothing(margin):
 
 
 def test_a_margin_of_one_is_dpo():
-    batch = pairs().replace(margin=jnp.ones(16))
-    agree(learn(odpo(policy, 0.5), batch)[0], learn(dpo(policy, beta=0.5), batch)[0])
+    batch = rated().replace(margin=jnp.ones(16))
+    agree(learn(odpo(policy, 0.5), batch)[0], learn(dpo(policy, beta=0.5), pairs())[0])
+    with pytest.raises(ValueError, match=r"does not use Pairs\.margin"):
+        learn(dpo(policy), batch)
 
 
 def test_odpo_without_margins_says_so():

@@ -63,8 +63,13 @@ def pairs():
     """16 pairs: in the fourth nobody says anything, in the sixth only the chosen answer does."""
     rejected = rollout(1)
     mask = rejected.mask.at[5].set(False)
-    margin = jnp.linspace(0.0, 1.0, 16).at[3].set(jnp.nan)
-    return Pairs(rollout(0), rejected.replace(mask=mask), margin=margin)
+    return Pairs(rollout(0), rejected.replace(mask=mask))
+
+
+@lru_cache
+def rated():
+    """The same, with how much better the chosen one is."""
+    return pairs().replace(margin=jnp.linspace(0.0, 1.0, 16).at[3].set(jnp.nan))
 
 
 @lru_cache
@@ -175,8 +180,9 @@ PAIRED = {
     "step-dpo": step_dpo(policy),
     "reward model": reward_model(score, center_rewards_coefficient=0.01),
 }
+RATED = ("odpo", "reward model")  # read `Pairs.margin`
 CASES = {
-    **{name: (objective, pairs) for name, objective in PAIRED.items()},
+    **{name: (objective, rated if name in RATED else pairs) for name, objective in PAIRED.items()},
     "kto": (kto(policy, 0.5, fixed_class_weights(1.0, 1.3)), judged),
     "kto balanced": (kto(policy, 0.5, balanced_class_weights()), judged),
     "bco": (bco(policy, 0.5), judged),

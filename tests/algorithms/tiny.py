@@ -28,7 +28,8 @@ def of_version(algorithm: Algorithm, version: int) -> Algorithm:
     """The algorithm at a step whose policy has this version."""
 
     def credit(traj, coefficients):
-        return algorithm.credit(traj, {"version": version, **coefficients})
+        batch = algorithm.credit(traj, {"version": version, **coefficients})
+        return batch.replace(coefficients=coefficients)
 
     return algorithm._replace(credit=credit)
 

@@ -49,7 +49,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "DAPO, overlong filter": a.filter_overlong(a.dapo()),
     "DAPO, 80/20": a.high_entropy_mask(a.dapo()),
     "Lite PPO": a.lite_ppo(),
-    "GDPO": a.gdpo(),
+    "GDPO": a.gdpo((1.0, 1.0)),
     "GSPO": a.gspo(),
     "GSPO-token": a.gspo_token(),
     "LUSPO": a.luspo(),

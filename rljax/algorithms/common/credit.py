@@ -76,6 +76,13 @@ def group_relative(std_epsilon: float | None = 1e-6) -> CreditFn:
     return from_rewards(advantage, "group")
 
 
+def rewards_differ(traj: Trajectory) -> ValidRows:
+    """Rows of groups whose outcome rewards differ, from which a method learns that compares completions of a prompt."""
+    require(traj, "group")
+    rewards, valid = outcome_rewards(traj)
+    return ~groups.zero_std(rewards, traj.group, valid)
+
+
 def old_policy_logp(traj: Trajectory) -> PerToken:
     """log π_old, which ratios are taken against: the trainer's recomputation, or else the sampler's own log-probs."""
     return traj.logp if traj.old_logp is None else traj.old_logp

@@ -114,6 +114,7 @@ def preference_objective(
     reward: CompletionFn,
     token_weights: TokenWeightsFn = uniform_token_weights,
     match: MatchFn | None = None,
+    uses_margin: bool = False,
 ) -> Objective:
     """Σ weight · term over a batch of `Pairs`.
 
@@ -123,6 +124,7 @@ def preference_objective(
       token_weights: (mask [B T], mask of the other completion) -> [B T].
       match: (PairStats, present [B]) -> {name: [B]} for `PairStats.extra`: what needs the policy over the whole
         optimizer batch, at the cost of one more forward pass.
+      uses_margin: the term reads `Pairs.margin`. Others raise ValueError for pairs that have one: it would be ignored.
     """
 
     def evaluate_pair(params, frozen, batch):
@@ -141,6 +143,8 @@ def preference_objective(
         return pair, entropy_metric((chosen_output, chosen), (rejected_output, rejected))
 
     def prepare(params, frozen, batch: Pairs, key) -> Pairs:
+        if batch.margin is not None and not uses_margin:
+            raise ValueError("this objective does not use Pairs.margin; legal: None. `odpo` and `reward_model` use it")
         batch = batch.replace(chosen=checked_zero_masked(batch.chosen), rejected=checked_zero_masked(batch.rejected))
         present = has_tokens(batch.chosen) | has_tokens(batch.rejected)
         scale = jnp.maximum(present.sum(), 1) / jnp.maximum(batch.chosen.mask.sum(), 1).astype(float)
