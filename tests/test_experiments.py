@@ -188,6 +188,7 @@ LEGAL = r"[\s\S]*legal: --seed [\s\S]*--steps[\s\S]*--batches\.prompts"
             1,
             r"error: trpo .*epochs x minibatches = 2 x 1; legal: 1 x 1\n$",
         ),
+        ({"algorithm": "ppo", "batches.oversample": 2}, 1, r"error: ppo learns from every completion: .*; legal: 1\n$"),
         ({"batches.carry_over": 8}, 1, r"error: .*carry_over = 8, but this experiment .*; legal: 0\n$"),
         ({"mesh.data": 3}, 1, r"error: mesh .* 3 x .* does not cover 8 devices; .* one of \[1, 2, 4, 8\]"),
         ({"seed": 1}, 1, r"error: .* holds a run with other settings: .*seed = 0, now 1.* --directory\n$"),

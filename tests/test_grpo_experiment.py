@@ -18,11 +18,12 @@ from experiments.common import command_line
 from experiments.common import models as common_models
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Adapter, Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
+from experiments.common.train import check_algorithm
 from experiments.tools import export
 from models import tiny
 from rewards import hostile
 from rljax.algorithms import grpo as plain_grpo
-from rljax.algorithms import gspo, remax, with_kl
+from rljax.algorithms import gspo, real, remax, with_kl
 from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
 from rljax.train.checkpoint import restore_items
@@ -408,3 +409,9 @@ def test_weight_decay_is_for_matrices():
     moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), made.update(zeros, made.init(params), params)[0])
     assert moved["layers"][0]["mlp"]["up"] == pytest.approx(0.05)
     assert moved["layers"][0]["norm"]["scale"] == moved["layers"][0]["query_bias"] == 0
+
+
+def test_a_loss_that_compares_completions_is_not_cut_into_minibatches():
+    with pytest.raises(ValueError, match=r"real compares .* minibatches = 2 .*; legal: 1$"):
+        check_algorithm(real(), Batches(minibatches=2))
+    check_algorithm(real(), Batches(epochs=2))

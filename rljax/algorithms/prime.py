@@ -38,7 +38,7 @@ def prime(beta: float = 0.05, gamma: Scalar = 1.0, low: float = 0.2, high: float
         advantages = jnp.where(mask, returns + outcome[:, None], 0.0)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
-    return with_needs(dapo(low, high), "teacher_logp", "ref_logp", credit=credit)
+    return with_needs(dapo(low, high), "teacher_logp", "ref_logp", credit=credit, group_signal=None)
 
 
 def implicit_prm(policy: PolicyFn, beta: float = 0.05) -> Objective:
