@@ -120,8 +120,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
-    objective = policy_objective(model, algorithm)
-    make = partial(make_update, objective, optimizer, shardings=shardings)
+    make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, batches, shardings, train_prompts.length + cfg.sampling.max_tokens - 1)
     log_ratio = train.make_log_ratio(model)
     run = make_run(cfg, algorithm, verifiers)
@@ -132,6 +131,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
+        train.check_batch_invariance(config, lm, model, state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -141,7 +141,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
             carried_over = batches.carry_over and step > 0  # then some tokens were sampled by an older policy
             if run.is_first_step(step) and not carried_over:
-                require_on_policy(metrics, train.ON_POLICY_TOLERANCE[cfg.weights.dtype])
+                require_on_policy(metrics, train.on_policy_tolerance(config))
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)
             if run.should_log_samples(step):

@@ -26,6 +26,7 @@ from rljax.algorithms import grpo as plain_grpo
 from rljax.algorithms import gspo, real, remax, with_kl
 from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
+from rljax.rollouts import self_check
 from rljax.train.checkpoint import restore_items
 from rljax.train.mesh import make_mesh
 
@@ -381,6 +382,32 @@ def test_in_half_precision_gspo_clips_nothing_at_first_and_controllers_move_thei
     several = change(cfg, directory=str(tmp_path / "several"))
     with pytest.raises(ValueError, match=r"reinforce is right for one update .* = 1 x 2; legal: 1 x 1"):
         grpo.main(several, remax(), VERIFIERS)
+
+
+def test_a_batch_invariant_run_begins_with_the_self_check(tiny_run, tmp_path, monkeypatch, capsys):
+    """The gap is made up here: which kernels this machine has is no matter of the recipe."""
+    with pytest.raises(ValueError, match="batch_invariant: head_dim is 8"):
+        grpo.main(change(tiny_run, weights__batch_invariant=True, directory=str(tmp_path / "no")), verifiers=VERIFIERS)
+    raw = RAW | tiny.heads(2, head_dim=16)
+    write_tokenizer(tiny.write(tmp_path / "model", raw, tiny.tensors_of(raw)))
+    one_step = change(tiny_run, model=str(tmp_path / "model"), steps=1, weights__batch_invariant=True)
+
+    monkeypatch.setattr(self_check, "sampler_gap", lambda *_: 2e-6)
+    with pytest.raises(ValueError, match="batch_invariant does not hold on 8 x cpu"):
+        grpo.main(change(one_step, directory=str(tmp_path / "refused")), verifiers=VERIFIERS)
+    assert "differ by at most 2e-06" in capsys.readouterr().out
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+
+    limits = []
+    checked = []
+    monkeypatch.setattr(self_check, "sampler_gap", lambda *arguments: checked.append(arguments) or 0.0)
+    monkeypatch.setattr(grpo, "require_on_policy", lambda metrics, limit: limits.append(limit))
+    grpo.main(change(one_step, directory=str(tmp_path / "run")), verifiers=VERIFIERS)
+    assert limits == [0.0]
+    [(_, _, params, frozen, vocab_size)] = checked
+    assert (set(params), set(frozen), vocab_size) == ({"decoder"}, {"reference"}, 37)
+    config, *_ = common_models.load_pretrained(one_step.model, one_step.weights, make_mesh(fsdp=1, tensor=-1))
+    assert config.batch_invariant
 
 
 def test_frozen_parts_stand_below_what_is_trained(tiny_run):

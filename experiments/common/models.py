@@ -29,7 +29,9 @@ def load_pretrained(
         )
     config = hf.read_config(directory, context)
     adapter = lora_of(weights.adapter)
-    config = dataclasses.replace(config, dtype=weights.dtype, remat=weights.remat, adapter=adapter)
+    config = dataclasses.replace(
+        config, dtype=weights.dtype, remat=weights.remat, adapter=adapter, batch_invariant=weights.batch_invariant
+    )
     stored = "float32" if adapter is None else weights.dtype
     params = load_decoder(directory, config, mesh, stored)
     if adapter is not None:

@@ -72,6 +72,7 @@ class Weights:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of an adapter's base
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes, to save memory
+    batch_invariant: Rare[bool] = False  # sampler and trainer agree to the bit; refused where this machine cannot
     adapter: Adapter = Adapter()
     freeze: Rare[tuple[str, ...]] = ()  # regular expressions of paths (decoder/layers/3/mlp/up) that are not trained
     offload: Rare[tuple[Literal["opt_state", "frozen"], ...]] = ()  # kept in the host's memory between uses

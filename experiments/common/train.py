@@ -18,13 +18,26 @@ from rljax.models import policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.score import Score
 from rljax.rollouts.sampler import sample
+from rljax.rollouts.self_check import require_batch_invariance
+from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
-from rljax.types import LM, Algorithm, Array, Sampling, TrainState, Trajectory
+from rljax.types import LM, Algorithm, Array, PolicyFn, Sampling, TrainState, Trajectory
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
 ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+def on_policy_tolerance(config: DecoderConfig) -> float:
+    """Nats by which log-probs of sampler and trainer may differ at the first update of a run."""
+    return 0.0 if config.batch_invariant else ON_POLICY_TOLERANCE[config.dtype]
+
+
+def check_batch_invariance(config: DecoderConfig, lm: LM, policy: PolicyFn, state: TrainState) -> None:
+    """In batch-invariant mode, print the gap of sampler and trainer on this machine; ValueError where it is not 0."""
+    if config.batch_invariant:
+        require_batch_invariance(lm, policy, state.params, state.frozen, config.vocab_size, log_info)
 
 
 def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool = False) -> None:

@@ -6,6 +6,7 @@ and new ones mean the same. What this decoder would compute wrongly is refused b
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from rljax.models import rope
 from rljax.models.decoder import DecoderConfig
 from rljax.models.moe import MoEConfig
+from rljax.models.stored import EMBEDDING, HEAD, are_equal, holds_tensors, stored_files
 
 REQUIRED_FIELDS = (
     "vocab_size",
@@ -28,6 +30,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 def read_config(directory: str | Path, context: int | None = None, reward_model: bool = False) -> DecoderConfig:
     """The decoder's config from `config.json`. Raises ValueError on anything this decoder would compute wrongly.
+
+    Where it says tied and the files hold an output head with other values than the embedding, the head is used, with a
+    warning, as transformers 5 does (`PreTrainedModel.tie_weights`).
 
     Args:
       context: length of the longest text, for the models whose positions depend on it (longrope: Phi-3 of 128 k); None:
@@ -50,6 +55,13 @@ def read_config(directory: str | Path, context: int | None = None, reward_model:
     activation = getattr(c, "hidden_activation", None) or c.hidden_act
     _check_fields(file, c, family, activation)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    own_head = c.tie_word_embeddings and _stores_own_head(directory, raw)
+    if own_head:
+        warnings.warn(
+            f"{file} says that the output head is tied to the embedding, but {HEAD} is stored with other values: they "
+            "are not tied; tie_word_embeddings = false in config.json silences this warning",
+            stacklevel=2,
+        )
     return DecoderConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -60,7 +72,7 @@ def read_config(directory: str | Path, context: int | None = None, reward_model:
         intermediate_size=c.intermediate_size,
         max_positions=c.max_position_embeddings,
         rms_norm_eps=c.rms_norm_eps,
-        tie_word_embeddings=c.tie_word_embeddings or _is_classifier(raw),
+        tie_word_embeddings=_is_classifier(raw) or (c.tie_word_embeddings and not own_head),
         activation=HF_ACTIVATIONS[activation],
         ropes=_ropes(c, head_dim, context),
         **FAMILIES[family](c),
@@ -96,6 +108,23 @@ def read_raw(directory: str | Path) -> dict:
 def _is_classifier(raw: dict) -> bool:
     """Whether it is a reward model, which has no table of logits of its own."""
     return any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or [])
+
+
+def has_own_head(directory: str | Path) -> bool:
+    """Whether config.json says tied while the files hold an output head with other values than the embedding."""
+    raw = read_raw(directory)
+    if raw.get("model_type") not in FAMILIES or not holds_tensors(Path(directory)):
+        return False
+    return _hf_config(Path(directory) / "config.json", raw).tie_word_embeddings and _stores_own_head(directory, raw)
+
+
+def _stores_own_head(directory: str | Path, raw: dict) -> bool:
+    """Whether the files of a language model hold an output head with other values than the embedding."""
+    directory = Path(directory)
+    if _is_classifier(raw) or not holds_tensors(directory):
+        return False
+    files = stored_files(directory)
+    return {EMBEDDING, HEAD} <= files.keys() and not are_equal(files, EMBEDDING, HEAD)
 
 
 def _hf_config(file: Path, raw: dict):

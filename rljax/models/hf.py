@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
+from rljax.models.families import has_own_head, read_raw
 from rljax.models.families import read_config as read_config
-from rljax.models.families import read_raw
 from rljax.models.layout import (
     NOT_TRANSPOSED,
     TensorSlice,
@@ -35,10 +35,10 @@ from rljax.models.layout import (
     tensor_slices,
 )
 from rljax.models.lora import LoraConfig
+from rljax.models.stored import HEAD, INDEX, stored_files
 from rljax.types import Params
 
 SCORE = "score.weight"  # the head of a reward model
-INDEX = "model.safetensors.index.json"
 
 
 def has_fused_projections(directory: str | Path) -> bool:
@@ -75,8 +75,8 @@ def _check_tensors(directory, config: DecoderConfig, files: dict[str, Path], wan
     """Raises ValueError unless the stored tensors are those of the config, in names and shapes."""
     stored = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
     unknown = stored - wanted.keys() - {SCORE}
-    if config.tie_word_embeddings:
-        unknown -= {"lm_head.weight"}
+    if config.tie_word_embeddings:  # the embedding a second time, or `read_config` had said otherwise
+        unknown -= {HEAD}
     missing = wanted.keys() - files.keys()
     if missing or unknown:
         raise ValueError(f"{directory}: tensors missing {preview(missing)}; not of this family {preview(unknown)}")
@@ -146,32 +146,6 @@ def load_score_head(directory: str | Path, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(head[0].astype(dtype))
 
 
-def stored_files(directory: Path) -> dict[str, Path]:
-    """Name of each stored tensor -> the file that holds it.
-
-    Files are those of the index if there is one, else model.safetensors, else all of *.safetensors.
-    """
-    index = directory / INDEX
-    single = directory / "model.safetensors"
-    if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        absent = {file.name for file in files if not file.is_file()}
-        if absent:
-            raise FileNotFoundError(f"{directory}: its index names {preview(absent)}, which are missing")
-    else:
-        files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {directory}; pickled weights (.bin, .pt) are not read")
-    file_of = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                file_of |= {name: file for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is no whole safetensors file: {error}") from None
-    return file_of
-
-
 # ------------------------------------------------------------------------------------------------- config and tokenizer
 
 SIDECAR_FILES = (  # what a model directory has beside its weights
@@ -191,11 +165,17 @@ ADAPTER_NAMES = {"use_rslora": "rank_stabilised", "use_dora": "decomposed"}
 
 
 def copy_config_and_tokenizer(source: str | Path, directory: str | Path) -> None:
-    """Copies what a model directory has beside its weights: config, tokenizer, chat template, generation config."""
+    """Copies what a model directory has beside its weights: config, tokenizer, chat template, generation config.
+
+    A config.json that says tied beside an output head with values of its own says untied in the copy.
+    """
     Path(directory).mkdir(parents=True, exist_ok=True)
     for name in SIDECAR_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(directory) / name)
+    if has_own_head(source):
+        raw = read_raw(source) | {"tie_word_embeddings": False}
+        (Path(directory) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def copy_sidecar_files(source: str | Path, directory: str | Path, adapter: LoraConfig | None = None) -> None:
@@ -281,6 +261,8 @@ def save(
     raw.pop("auto_map", None)  # names code of the model directory, which is not copied
     dtype = dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
+    if has_own_head(source):
+        raw["tie_word_embeddings"] = False
     if score_head is not None:
         _require_pad(source, raw)
         raw["architectures"] = [_classifier_of(name) for name in raw.get("architectures") or []]
@@ -323,7 +305,7 @@ def _tensors_to_write(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The decoder's tensors; those of a reward model where there is a head."""
     for name, tensor in named_tensors(config, params, fused):
-        if score_head is None or name != "lm_head.weight":
+        if score_head is None or name != HEAD:
             yield name, tensor
     if score_head is not None:
         yield SCORE, np.asarray(score_head)[None]

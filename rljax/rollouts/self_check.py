@@ -5,31 +5,30 @@ in every program is found by trying: a few completions are sampled, in the batch
 does. A run with `batch_invariant` begins with `require_batch_invariance`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.models import decoder
-from rljax.models.decoder import DecoderConfig
-from rljax.models.policy import make_policy
 from rljax.rollouts.sampler import sample
-from rljax.train.log import log_info
-from rljax.types import Params, Rows, Sampling, Trajectory
+from rljax.types import LM, Params, PolicyFn, Rows, Sampling, Trajectory
 
 PROMPT_LENGTHS = (1, 9, 5)
 COMPLETIONS = 6  # of each prompt
 NEW_TOKENS = 24
 
 
-def sampler_gap(config: DecoderConfig, params: Params, frozen: Params) -> float:
+def sampler_gap(lm: LM, policy: PolicyFn, params: Params, frozen: Params, vocab_size: int) -> float:
     """The largest |log-prob of the trainer - log-prob of the sampler| over completions of random prompts.
 
     They are sampled in one batch, in slots, and one alone; and scored together, one alone, and under a gradient.
+
+    Args:
+      lm: the sampler's functions of the model.
+      policy: the trainer's.
     """
-    lm = decoder.language_model(config)
-    policy = make_policy(config)
 
     @jax.jit
     def under_gradient(params, frozen, traj):
@@ -43,9 +42,9 @@ def sampler_gap(config: DecoderConfig, params: Params, frozen: Params) -> float:
     sampling = Sampling(n=COMPLETIONS, max_tokens=NEW_TOKENS)
     gaps = []
     for rows, settings in (
-        (_random_prompts(config.vocab_size, PROMPT_LENGTHS), sampling),
-        (_random_prompts(config.vocab_size, PROMPT_LENGTHS), sampling.replace(max_concurrent=4)),
-        (_random_prompts(config.vocab_size, PROMPT_LENGTHS[:1]), sampling.replace(n=1)),
+        (_random_prompts(vocab_size, PROMPT_LENGTHS), sampling),
+        (_random_prompts(vocab_size, PROMPT_LENGTHS), sampling.replace(max_concurrent=4)),
+        (_random_prompts(vocab_size, PROMPT_LENGTHS[:1]), sampling.replace(n=1)),
     ):
         traj = sample(lm, params, frozen, rows, settings, 0, 0)
         first = jax.tree.map(lambda x: x[:1], traj)
@@ -57,11 +56,18 @@ def sampler_gap(config: DecoderConfig, params: Params, frozen: Params) -> float:
     return max(gaps)
 
 
-def require_batch_invariance(config: DecoderConfig, params: Params, frozen: Params) -> float:
-    """Measures the gap of sampler and trainer, prints it, and raises ValueError where it is not 0."""
-    gap = sampler_gap(config, params, frozen)
-    where = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-    log_info(f"batch_invariant: log-probs of sampler and trainer differ by at most {gap:.2g} ({where})")
+def require_batch_invariance(
+    lm: LM, policy: PolicyFn, params: Params, frozen: Params, vocab_size: int, say: Callable[[str], None]
+) -> float:
+    """Measures the gap of sampler and trainer, says it, and raises ValueError where it is not 0.
+
+    Args:
+      say: prints a line.
+    """
+    gap = sampler_gap(lm, policy, params, frozen, vocab_size)
+    devices = jax.devices()
+    where = f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+    say(f"batch_invariant: log-probs of sampler and trainer differ by at most {gap:.2g} ({where})")
     if gap != 0.0:
         raise ValueError(
             f"batch_invariant does not hold on {where}: log-probs of sampler and trainer differ by {gap:.2g}; "

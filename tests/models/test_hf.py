@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from models import tiny
-from rljax.models import decoder, hf, rope
+from rljax.models import decoder, hf, rope, stored
 from rljax.models.decoder import DecoderConfig
 from rljax.train import mesh as meshes
 
@@ -45,7 +45,7 @@ def read(directory):
     ],
 )
 def test_fields_of_a_llama(fields, theta, changes, tmp_path):
-    directory = make(tmp_path, {"rope_theta": 500.0} | fields)
+    directory = make(tmp_path, {"rope_theta": 500.0} | fields, {})
     want = dataclasses.replace(WITHOUT_ROPE, **changes)
     table = rope.Rope(tuple(np.float32(theta ** -(np.arange(0, want.head_dim, 2) / want.head_dim)).tolist()))
     config = hf.read_config(directory)
@@ -103,12 +103,66 @@ def test_files_in_parts_hold_the_same(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read(whole)[1], read(parts)[1])
 
 
+TIED = {"tie_word_embeddings": True}
+OTHER_HEAD = "lm_head.weight is stored with other values: they are not tied"
+
+
 def test_a_tied_table_may_be_stored_twice(tmp_path):
-    changes, tensors = {"tie_word_embeddings": True}, tiny.tensors_of(RAW)
+    tensors = tiny.tensors_of(RAW)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     alone = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    twice = read(make(tmp_path / "twice", changes, tensors))[1]
+    config, twice = read(make(tmp_path / "twice", TIED, tensors))
+    assert config == hf.read_config(make(tmp_path / "once", TIED, alone))
     assert "head" not in twice
-    jax.tree.map(np.testing.assert_array_equal, twice, read(make(tmp_path / "once", changes, alone))[1])
+    jax.tree.map(np.testing.assert_array_equal, twice, read(tmp_path / "once")[1])
+
+
+@pytest.mark.parametrize("rows", [4096, 5])  # compared at a time: the last row of the table is in a block of its own
+def test_a_head_with_other_values_is_not_tied(rows, tmp_path, monkeypatch):
+    """Whatever the config says, and to the last value: the logits are those of the stored head."""
+    monkeypatch.setattr(stored, "ROWS", rows)
+    tensors = tiny.tensors_of(RAW)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1.0
+    directory = make(tmp_path, TIED, tensors | {"lm_head.weight": head})
+    with pytest.warns(UserWarning, match=OTHER_HEAD):
+        config, params = read(directory)
+    assert config == hf.read_config(make(tmp_path / "untied"))
+    np.testing.assert_array_equal(params["head"], head.T)
+    hidden = np.random.default_rng(0).standard_normal((3, config.hidden_size)).astype(np.float32)
+    np.testing.assert_allclose(decoder.logits(config, params, hidden), hidden @ head.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_other_shape_is_not_tied(tmp_path):
+    directory = make(tmp_path, TIED, tiny.tensors_of(RAW) | {"lm_head.weight": np.zeros((38, 24), np.float32)})
+    with (
+        pytest.warns(UserWarning, match=OTHER_HEAD),
+        pytest.raises(ValueError, match=r"lm_head.weight has shape \(38, 24\); config.json makes it \(37, 24\)"),
+    ):
+        read(directory)
+
+
+@pytest.mark.parametrize(
+    ("raw", "shapes"),
+    [(RAW | {"tie_word_embeddings": True}, None), (tiny.config_of("gemma2"), tiny.shapes_of("gemma2"))],
+)
+def test_what_is_written_of_a_head_of_its_own_says_so(raw, shapes, tmp_path):
+    """Both where the config says tied and where it says nothing, which means tied in a Gemma."""
+    tensors = tiny.tensors_of(raw, shapes)
+    tensors["lm_head.weight"] = 1.0 - tensors["model.embed_tokens.weight"]
+    said = ... if shapes else True
+    source = make(tmp_path / "source", {"tie_word_embeddings": said}, tensors, raw)
+    with pytest.warns(UserWarning, match=OTHER_HEAD):
+        config, params = read(source)
+    hf.copy_sidecar_files(source, tmp_path / "run")
+    hf.save(tmp_path / "written", config, params, source)
+    hf.save(tmp_path / "exported", config, params, tmp_path / "run")
+    assert hf.read_config(tmp_path / "run") == config  # without a warning
+    for name in ("written", "exported"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is False
+        found, again = read(tmp_path / name)
+        assert found == config
+        jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_old_files_may_hold_rotary_tables(tmp_path):

@@ -53,6 +53,17 @@ def test_transformers_reads_what_rljax_writes(check_parity, name, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_head_with_other_values_is_not_tied(check_parity, tmp_path):
+    config = tiny.config_of("grouped") | {"tie_word_embeddings": True}
+    tensors = tiny.tensors_of(tiny.config_of("grouped"))
+    assert not np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    directory = tiny.write(tmp_path / "other", config, tensors)
+    with pytest.warns(UserWarning, match="are not tied"):
+        found = check_parity.compare(str(directory), texts_of("grouped"))
+    for what, difference in found.items():
+        assert difference.relative <= 2e-5, what
+
+
 def test_stories260k(check_parity, shared, capsys):
     directory = str(shared / "models" / "stories260k")
     check_parity.main(check_parity.Config(directory))
