@@ -162,15 +162,19 @@ def on_support(logits: Float[Array, "*N V"], support: Int[Array, "*N k"]) -> Flo
 
 def index_in_support(support: Int[Array, "*N k"], actions: Int[Array, "*N"]) -> Int[Array, "*N"]:
     """Where in its support each action stands; k, whose log-prob is NaN, where it does not."""
-    index = jnp.arange(support.shape[-1], dtype=actions.dtype)
-    return jnp.where(support == actions[..., None], index, support.shape[-1]).min(axis=-1)
+    return jnp.where(support == actions[..., None], _slots(support), support.shape[-1]).min(axis=-1)
 
 
 def or_only_action(support: Int[Array, "*N k"], actions: Int[Array, "*N"]) -> Int[Array, "*N k"]:
     """The support, and where it is empty (a token that no sampler drew) the action alone, whose log-prob is then 0."""
     is_empty = (support < 0).all(axis=-1, keepdims=True)
-    is_first = jnp.arange(support.shape[-1]) == 0
+    is_first = _slots(support) == 0
     return jnp.where(is_empty & is_first, actions[..., None].astype(support.dtype), support)
+
+
+def _slots(support: Int[Array, "*N k"]) -> Int[Array, "*N k"]:
+    """0 .. k-1 along the last axis."""
+    return jax.lax.broadcasted_iota(support.dtype, support.shape, support.ndim - 1)
 
 
 def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):

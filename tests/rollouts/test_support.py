@@ -131,9 +131,10 @@ def test_no_stop_before_min_tokens_is_a_support_too(params, rows):
     close(POLICY(params, {}, traj).logp, traj.logp, traj)
 
 
-# ------------------------------------------------------------------------------------------------- the policy's gradient
+# ------------------------------------------------------------------------------------------------ the policy's gradient
 
-TOP_P = 0.6
+TOP_P = 0.8
+TEMPERATURE = 1.5
 PROMPT = [9, 11, 13]
 VOCABULARY = CONFIG.vocab_size
 
@@ -145,7 +146,8 @@ def every_completion(params):
         texts = jnp.asarray(texts, jnp.int32)
         places = jnp.broadcast_to(jnp.arange(texts.shape[1]), texts.shape)
         hidden, _ = LM.forward(params, {}, texts, places, jnp.ones_like(texts), None)
-        return softmax(np.float64(policy.decoder.logits(CONFIG, params["decoder"], hidden[:, -1])), axis=-1)
+        logits = np.float64(policy.decoder.logits(CONFIG, params["decoder"], hidden[:, -1]))
+        return softmax(logits / TEMPERATURE, axis=-1)
 
     first = kept(next_distribution([PROMPT]), None, TOP_P)[0]
     starts = np.flatnonzero(first)
@@ -161,9 +163,9 @@ def every_completion(params):
     support = np.array([[nothing] * 3 + [ids(first), ids(second[i])] for i, _ in pairs], np.int32)
     chosen = np.zeros(tokens.shape, bool)
     chosen[:, -2:] = True
-    traj = trajectory_of_tokens(
-        tokens, np.ones_like(tokens), chosen, jnp.zeros(tokens.shape), support=jnp.asarray(support)
-    )
+    zeros = jnp.zeros(tokens.shape)
+    facts = {"temperature": zeros + TEMPERATURE, "support": jnp.asarray(support)}
+    traj = trajectory_of_tokens(tokens, np.ones_like(tokens), chosen, zeros, **facts)
     return traj, first, second[[i for i, _ in pairs]]
 
 
@@ -184,7 +186,7 @@ def gradients(params):
 
     def probability(params):
         """Of each completion: the whole softmax, zeros outside, divided by what is left."""
-        probs = jax.nn.softmax(logits_of(params, traj)[:, -2:], axis=-1)
+        probs = jax.nn.softmax(logits_of(params, traj)[:, -2:] / TEMPERATURE, axis=-1)
         inside = jnp.stack([jnp.broadcast_to(first, second.shape), second], axis=1)
         probs = jnp.where(inside, probs, 0.0)
         probs = probs / probs.sum(axis=-1, keepdims=True)
