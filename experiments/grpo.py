@@ -28,7 +28,7 @@ from experiments.common import command_line, controllers, data, models, train
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import read_rewards
-from experiments.common.sampling import initial_carry, make_draw, make_sampling
+from experiments.common.sampling import initial_carry, keep_support, make_draw, make_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
 from rljax.algorithms import grpo, with_kl
 from rljax.data.prompts import Prompts
@@ -106,6 +106,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         params = policy.with_value_head(params, config)
     model = policy.make_policy(config)
     sampling = make_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
+    sampling = keep_support(sampling, cfg.sampling.support, config.vocab_size)
 
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)

@@ -39,6 +39,8 @@ class Trajectory:
     positions: Array | None = None  # [B T] position of the input in its segment, from 0
     segments: Array | None = None  # [B T] 0 = padding; several per row only after packing (any ids)
     temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
+    support: Array | None = None  # [B T k] int32: the tokens it was drawn from (top-k, top-p ...), -1 = no token; the
+    # policy renormalizes over them. None: the whole vocabulary
     group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order); [B T] after packing
     scores: Array | None = None  # [B K] each verifier's raw result; NaN = it failed or does not apply
     reward_weights: Array | None = None  # [B K] of each score in the reward; 0 = recorded only
@@ -225,7 +227,7 @@ class Resume(NamedTuple):
 
     requests: np.ndarray  # [R 2] (row, completion): which completions to sample
     facts: dict[str, np.ndarray] | None = None  # [P L] each: chosen (the token was sampled), logp, temperature,
-    # version, terminated, truncated; None: all tokens are prompts
+    # version, terminated, truncated, and support [P L k] if it is kept; None: all tokens are prompts
     start_step: np.ndarray | None = None  # [P] the step whose key samples the row; None: the present one
 
 
@@ -263,8 +265,11 @@ class Sampling:
     n: int = struct.field(pytree_node=False, default=1)  # completions per prompt (G)
     max_tokens: int = struct.field(pytree_node=False, default=64)  # of a completion, what was sampled earlier included
     stop: tuple[int, ...] = struct.field(pytree_node=False, default=())  # token ids that end a completion (EOS)
-    logp: Literal["policy", "drawn"] = struct.field(pytree_node=False, default="policy")  # of the policy's
-    # distribution at the temperature, which the trainer computes too, or of the distribution after all these settings
+    support: int | None = struct.field(pytree_node=False, default=None)  # k: draw from at most the k most likely tokens
+    # that the settings leave, and keep their ids in the trajectory: sampler and trainer renormalize over them
+    logp: Literal["policy", "drawn"] | None = struct.field(pytree_node=False, default=None)  # "policy": of the policy's
+    # distribution at the temperature; "drawn": of the distribution after all these settings. None: where the two are
+    # one, because no setting but the temperature changes the distribution or because `support` is kept; else refused
     max_concurrent: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all
     stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when this many completions have ended
 

@@ -45,7 +45,7 @@ def sampled(cfg: generate.Config, prompts: list[str]):
     rows = Rows(tokens, mask, np.arange(len(ids), dtype=np.int32), [{} for _ in ids], 0)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     params = {"decoder": hf.load(cfg.model, config)}
-    traj = sample(decoder.language_model(config), params, {}, rows, sampling, cfg.seed, 0)
+    traj = sample(decoder.language_model(config), params, {}, rows, sampling.replace(logp="policy"), cfg.seed, 0)
     for row in range(len(ids) * cfg.n):
         drawn = np.asarray(traj.mask)[row]
         yield traj.actions[row][drawn].tolist(), float(traj.logp[row][drawn].sum()), bool(traj.terminated[row].any())

@@ -224,7 +224,7 @@ def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) ->
     works = {
         "rollout": sampler(lm, params, rows, plain),
         "greedy": sampler(lm, params, rows, plain.replace(temperature=0.0)),
-        "top-k 50, top-p 0.9": sampler(lm, params, rows, plain.replace(top_k=50, top_p=0.9)),
+        "top-k 50, top-p 0.9": sampler(lm, params, rows, plain.replace(top_k=50, top_p=0.9, logp="policy")),
         "exact": sampler(exact_lm, params, rows, plain),
         "a queue, static": lambda i: [work(i) for work in quarters],
         "a queue, slots": sampler(lm, params, queue, ending.replace(max_concurrent=workload.rows)),

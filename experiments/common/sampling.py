@@ -11,7 +11,9 @@ from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
 from rljax.rollouts import partial as rollouts
+from rljax.rollouts.sample_token import distribution_settings
 from rljax.rollouts.sampler import sample
+from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, shard_prompts
 from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
 
@@ -37,6 +39,31 @@ def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, voca
     )
 
 
+def keep_support(sampling: Sampling, bound: int, vocabulary: int) -> Sampling:
+    """The sampling of a training run: where it truncates, the tokens drawn from are kept for the trainer.
+
+    At most top_k of them a token, or without top_k `bound`, the most likely of what top_p and min_p keep. Raises
+    ValueError for settings under which the trainer's distribution cannot be the sampler's.
+    """
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0, of which there is no gradient; legal in training: above 0")
+    changed = distribution_settings(sampling)
+    cuts = set(changed) & {"top_k", "top_p", "min_p"}
+    untrainable = sorted(set(changed) & {"repetition_penalty", "logit_bias"})
+    if changed and not cuts:
+        untrainable = changed
+    if untrainable:
+        raise ValueError(
+            f"sampling.{untrainable[0]} changes the distribution that tokens are drawn from, and the trainer does not "
+            "know it; legal in training: top_k, top_p and min_p, and with one of them min_tokens"
+        )
+    if not changed:
+        return sampling
+    kept = min(sampling.top_k or bound, vocabulary)
+    log_info(f"the tokens drawn from go with each token sampled: at most {kept} of them, {4 * kept} bytes")
+    return sampling.replace(top_k=None if sampling.top_k is None else min(sampling.top_k, kept), support=kept)
+
+
 def row_tokens(prompts: Prompts, sampling: Sampling) -> int:
     """Tokens of a row: the longest prompt and the longest completion."""
     return prompts.length + sampling.max_tokens
@@ -46,7 +73,8 @@ def initial_carry(batches: Batches, prompts: Prompts, sampling: Sampling) -> dic
     """`TrainState.extra` before the first step: nothing is carried over yet."""
     if not batches.carry_over:
         return None
-    return rollouts.empty_carry(batches.carry_over, batches.num_generations, row_tokens(prompts, sampling))
+    columns = row_tokens(prompts, sampling)
+    return rollouts.empty_carry(batches.carry_over, batches.num_generations, columns, sampling.support)
 
 
 def make_draw(

@@ -41,6 +41,7 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()  # texts that end a completion; \n is a new line
     max_tokens: int = 64  # tokens of a completion
     max_concurrent: Rare[int | None] = None  # rows sampled at a time, refilled as they finish; default: all at once
+    support: Rare[int] = 64  # most tokens that top_p and min_p keep in training: their ids go with each token sampled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,11 @@ def make_compare(
         if "teacher" not in frozen:
             raise ValueError("distillation needs a teacher: put its parameters in frozen['teacher']")
         traj = batch.traj
+        if traj.support is not None:
+            raise ValueError(
+                "distillation compares whole distributions, but Trajectory.support truncates them; "
+                "legal: completions sampled with no setting but the temperature (support None)"
+            )
         student = decoder.full_params(config, params, frozen)["decoder"]
         teacher_params = jax.lax.stop_gradient(decoder.on_device(frozen["teacher"]))
         teacher = decoder.full_params(teacher_config, teacher_params, frozen)["decoder"]

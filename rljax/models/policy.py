@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from rljax.models import decoder, lora
 from rljax.models.decoder import DecoderConfig
-from rljax.ops.logprobs import chunked_logprobs, in_chunks
+from rljax.ops.logprobs import chunked_logprobs, in_chunks, on_support, or_only_action
 from rljax.ops.trust_region import directed_kl
 from rljax.types import DivergenceFn, Params, PolicyFn, PolicyOutput, TrainState, Trajectory
 
@@ -84,6 +84,8 @@ def default_chunk_tokens(vocab_size: int, backend: str | None = None) -> int:
 def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> PolicyFn:
     """policy(params, frozen, trajectory) -> PolicyOutput, with log-probs at the temperature each token was drawn at.
 
+    Log-probs, entropy and Σ π² are renormalized over `Trajectory.support`, where the sampler kept it.
+
     Args:
       chunk_tokens: number of tokens whose logits exist at the same time; None: `default_chunk_tokens`.
     """
@@ -96,7 +98,7 @@ def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Polic
         hidden, _ = decoder.forward(config, trunk, *inputs, routing=traj.routing)
         logits_of = partial(decoder.logits, config, trunk)
         logp, entropy, sum_pi_squared = chunked_logprobs(
-            logits_of, hidden, traj.actions, temperatures(traj), chunk_tokens
+            logits_of, hidden, traj.actions, temperatures(traj), chunk_tokens, traj.support
         )
         if "critic" in params:
             critic = params["critic"]
@@ -126,7 +128,8 @@ def make_divergence(
 ) -> DivergenceFn:
     """divergence(params, old, frozen, trajectory) -> exact KL [B T] between two policies at each decision.
 
-    By default KL(old ‖ new), of the distributions at the temperature each token was drawn at. The logits of both are
+    By default KL(old ‖ new), of the distributions at the temperature each token was drawn at, renormalized over
+    `Trajectory.support` where the sampler kept it. The logits of both are
     computed from hidden states in chunks, in forward and backward pass, so no [B T V] array exists. There is no
     gradient with respect to `old`.
 
@@ -147,12 +150,18 @@ def make_divergence(
         def scaled_logits(trunk, hidden, temperature):
             return decoder.logits(config, trunk, hidden).astype(jnp.float32) / temperature[..., None]
 
-        def kl_of_columns(old_hidden, new_hidden, temperature):
+        def kl_of_columns(old_hidden, new_hidden, temperature, *support):
             old_logits = scaled_logits(old_trunk, old_hidden, temperature)
             new_logits = scaled_logits(new_trunk, new_hidden, temperature)
+            if support:
+                old_logits = on_support(old_logits, *support)
+                new_logits = on_support(new_logits, *support)
             return directed_kl(old_logits, new_logits, kl_direction)
 
-        return in_chunks(kl_of_columns, chunk_tokens, old_hidden, new_hidden, temperatures(traj))
+        columns = [old_hidden, new_hidden, temperatures(traj)]
+        if traj.support is not None:
+            columns.append(or_only_action(traj.support, traj.actions))
+        return in_chunks(kl_of_columns, chunk_tokens, *columns)
 
     return divergence
 
@@ -167,7 +176,8 @@ def make_annotate(policy: PolicyFn, needs: tuple[str, ...]) -> AnnotateFn:
     """annotate(state, traj) -> traj with the fields in `needs` computed by forward passes without gradient.
 
     * ref_logp, teacher_logp: of the policy on state.frozen["reference"] and ["teacher"]. Their routers choose their own
-      experts: the recorded routing is the sampling policy's.
+      experts: the recorded routing is the sampling policy's. They are renormalized over `traj.support`, as the policy
+      is: a KL estimated from them is that of the two truncated distributions.
     * values [B T+1]: on state.params, 0 after the last decision; with them final_values [B T] where an environment
       recorded `next_inputs`.
     * old_logp: the trainer's own log-probs, for methods that distinguish them from the sampler's. sum_pi_squared.

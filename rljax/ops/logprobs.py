@@ -129,19 +129,52 @@ def chunked_logprobs(
     actions: Int[Array, "B T"],
     temperature: Float[Array, "B T"],
     chunk_tokens: int,
+    support: Int[Array, "B T k"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-prob, entropy and Σ π² of each decision, computed for about `chunk_tokens` decisions at a time.
 
     Columns are split, never rows, so rows keep their sharding. The backward pass recomputes each chunk's logits: the
     largest live array is [B, chunk_tokens / B, V].
 
-    Args: logits_of: hidden [.. D] -> logits [.. V].
+    Args:
+      logits_of: hidden [.. D] -> logits [.. V].
+      support: the tokens that each decision was drawn from; the three are then of the distribution renormalized over
+      them (Keep Sampling Mask, DeepSeek-V3.2, arXiv:2512.02556). The log-prob of an action outside is NaN.
     """
 
     def chunk_statistics(h, a, t):
         return token_statistics(logits_of(h), a, t)
 
+    def chunk_statistics_on_support(h, a, t, ids):
+        ids = or_only_action(ids, a)
+        return token_statistics(on_support(logits_of(h), ids), index_in_support(ids, a), t)
+
+    if support is not None:
+        return in_chunks(chunk_statistics_on_support, chunk_tokens, hidden, actions, temperature, support)
     return in_chunks(chunk_statistics, chunk_tokens, hidden, actions, temperature)
+
+
+def on_support(logits: Float[Array, "*N V"], support: Int[Array, "*N k"]) -> Float[Array, "*N k"]:
+    """The logits of the tokens in `support`; -inf where it holds none (-1). A softmax of them renormalizes over it."""
+    kept = jnp.take_along_axis(logits, jnp.maximum(support, 0), axis=-1)
+    return jnp.where(support >= 0, kept, -jnp.inf)
+
+
+def index_in_support(support: Int[Array, "*N k"], actions: Int[Array, "*N"]) -> Int[Array, "*N"]:
+    """Where in its support each action stands; k, whose log-prob is NaN, where it does not."""
+    return jnp.where(support == actions[..., None], _slots(support), support.shape[-1]).min(axis=-1)
+
+
+def or_only_action(support: Int[Array, "*N k"], actions: Int[Array, "*N"]) -> Int[Array, "*N k"]:
+    """The support, and where it is empty (a token that no sampler drew) the action alone, whose log-prob is then 0."""
+    is_empty = (support < 0).all(axis=-1, keepdims=True)
+    is_first = _slots(support) == 0
+    return jnp.where(is_empty & is_first, actions[..., None].astype(support.dtype), support)
+
+
+def _slots(support: Int[Array, "*N k"]) -> Int[Array, "*N k"]:
+    """0 .. k-1 along the last axis."""
+    return jax.lax.broadcasted_iota(support.dtype, support.shape, support.ndim - 1)
 
 
 def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):

@@ -51,7 +51,7 @@ def decode_in_slots(
     """
     R = len(source)
     W = sampling.max_concurrent
-    completions = Completions.empty(settings, sampling.max_tokens)
+    completions = Completions.empty(settings, sampling)
     queue = Queue(
         prefilled=prefilled,
         source=source,
@@ -159,6 +159,7 @@ def decode_slots(lm: LM, state: SlotState, settings: SamplingSettings, sampling:
         num_tokens=old.num_tokens.at[row].add(active),
         terminated=old.terminated.at[row].set(new.terminated),
         done=old.done.at[row].set(new.done),
+        support=None if old.support is None else old.support.at[row, t].set(new.support),
     )
     segments = (active & ~new.done).astype(jnp.int32)[:, None]  # an idle slot writes padding
     positions = (slot_settings.context_length + t)[:, None]

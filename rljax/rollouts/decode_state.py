@@ -26,10 +26,12 @@ class Completions:
     num_tokens: Array  # [R] columns sampled
     terminated: Array  # [R] bool: a stop token or stop string was met
     done: Array  # [R] bool: terminated, or max_tokens reached
+    support: Array | None = None  # [R N k] the tokens that each was drawn from, -1 = no token; None: not kept
 
     @classmethod
-    def empty(cls, settings: SamplingSettings, max_tokens: int) -> "Completions":
+    def empty(cls, settings: SamplingSettings, sampling: Sampling) -> "Completions":
         """No token sampled yet; a completion that is resumed may be done already."""
+        max_tokens = sampling.max_tokens
         zeros = jnp.zeros((len(settings.resumed_length), max_tokens))
         terminated = settings.resumed_terminated
         return cls(
@@ -38,7 +40,13 @@ class Completions:
             num_tokens=jnp.zeros_like(settings.resumed_length),
             terminated=terminated,
             done=terminated | (settings.resumed_length >= max_tokens),
+            support=empty_support(zeros.shape, sampling.support),
         )
+
+
+def empty_support(shape: tuple[int, ...], k: int | None) -> Array | None:
+    """[*shape k] of no token (-1); None where the support is not kept."""
+    return None if k is None else jnp.full((*shape, k), -1, jnp.int32)
 
 
 @struct.dataclass

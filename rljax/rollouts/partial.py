@@ -16,7 +16,8 @@ import numpy as np
 from rljax.types import Resume, Rows, Trajectory
 
 CHOSEN_FACTS = ("logp", "temperature", "version", "terminated", "truncated")  # of a token that was sampled
-RESUME_FACTS = ("chosen", *CHOSEN_FACTS)  # keys of `Resume.facts`
+RESUME_FACTS = ("chosen", *CHOSEN_FACTS)  # keys of `Resume.facts`, and "support" where the sampler keeps it
+NO_TOKEN = {"support": -1}  # what padding holds; 0 in the others
 ROW_ARRAYS = ("tokens", "mask", "number")  # arrays of `Rows`
 
 
@@ -56,11 +57,16 @@ def carry_to_arrays(carried: Rows) -> dict[str, np.ndarray]:
     return arrays | carried.resume.facts
 
 
-def empty_carry(carry_over: int, n: int, width: int) -> dict[str, np.ndarray]:
-    """`carry_to_arrays` before the first step: arrays of its shapes, with prompt numbers of -1."""
+def empty_carry(carry_over: int, n: int, width: int, support: int | None = None) -> dict[str, np.ndarray]:
+    """`carry_to_arrays` before the first step: arrays of its shapes, with prompt numbers of -1.
+
+    support: `Sampling.support`.
+    """
     B = carry_over * n
     dtypes = {"logp": np.float32, "temperature": np.float32, "tokens": np.int32, "version": np.int32}
     arrays = {name: np.zeros((B, width), dtypes.get(name, bool)) for name in ("tokens", "mask", *RESUME_FACTS)}
+    if support is not None:
+        arrays["support"] = np.full((B, width, support), -1, np.int32)
     for name in ("number", "began", "answer"):
         arrays[name] = np.full(B, -1, np.int32)
     return arrays
@@ -74,7 +80,7 @@ def carry_from_arrays(arrays: dict, columns: Callable[[np.ndarray], list[dict]])
     row = np.arange(len(arrays["number"]), dtype=np.int32)
     resume = Resume(
         requests=np.stack([row, arrays["answer"]], axis=1),
-        facts={name: arrays[name] for name in RESUME_FACTS},
+        facts={name: arrays[name] for name in (*RESUME_FACTS, "support") if name in arrays},
         start_step=arrays["began"],
     )
     row_arrays = {name: arrays[name] for name in ROW_ARRAYS}
@@ -152,8 +158,8 @@ def _source_and_index(rows: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
 def _token_facts(traj: Trajectory, which: np.ndarray, step: int, prompt_width: int) -> dict[str, np.ndarray]:
     """Facts of tokens [B S] out of those of decisions [B T], S = T + 1: tokens, mask and RESUME_FACTS."""
 
-    def shift(x):  # the decision at t chose token t + 1
-        return np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)
+    def shift(x, fill=0):  # the decision at t chose token t + 1
+        return np.concatenate([np.full_like(x[:, :1], fill), x], axis=1)
 
     def of(name):
         return np.asarray(getattr(traj, name))[which]
@@ -167,6 +173,8 @@ def _token_facts(traj: Trajectory, which: np.ndarray, step: int, prompt_width: i
     }
     for name in ("logp", "temperature", "terminated", "truncated"):
         facts[name] = shift(of(name))
+    if traj.support is not None:
+        facts["support"] = shift(of("support"), NO_TOKEN["support"])
     return facts
 
 
@@ -190,14 +198,17 @@ def _align_right(facts: dict[str, np.ndarray], width: int | None) -> dict[str, n
     if width is not None and longest > width:
         raise ValueError(f"width is {width}; legal: at least {longest}, the longest row")
     order = np.argsort(real, axis=1, kind="stable")
-    aligned = {name: np.take_along_axis(x, order, axis=1) for name, x in facts.items()}
-    return {name: _pad_or_cut_left(x, width or x.shape[1]) for name, x in aligned.items()}
+    row = np.arange(len(real))[:, None]
+    return {
+        name: _pad_or_cut_left(x[row, order], width or x.shape[1], NO_TOKEN.get(name, 0)) for name, x in facts.items()
+    }
 
 
-def _pad_or_cut_left(x: np.ndarray, width: int) -> np.ndarray:
-    """x [B S] with its last columns in the last of `width`."""
+def _pad_or_cut_left(x: np.ndarray, width: int, fill: int = 0) -> np.ndarray:
+    """x [B S ...] with its last columns in the last of `width`."""
     cut = x[:, max(x.shape[1] - width, 0) :]
-    return np.pad(cut, ((0, 0), (width - cut.shape[1], 0)))
+    padding = ((0, 0), (width - cut.shape[1], 0)) + ((0, 0),) * (x.ndim - 2)
+    return np.pad(cut, padding, constant_values=fill)
 
 
 def join_rows(carried: Rows, new_prompts: Rows, n: int, step: int) -> Rows:
@@ -205,16 +216,19 @@ def join_rows(carried: Rows, new_prompts: Rows, n: int, step: int) -> Rows:
     width = carried.tokens.shape[1]
     P = len(new_prompts.number)
 
-    def stack(a, b):
-        return np.concatenate([np.asarray(a), _pad_or_cut_left(np.asarray(b), width)])
+    def stack(a, b, fill=0):
+        return np.concatenate([np.asarray(a), _pad_or_cut_left(np.asarray(b), width, fill)])
+
+    def no_fact(name):
+        fact = np.asarray(old.facts[name])
+        return np.full((*new_prompts.tokens.shape, *fact.shape[2:]), NO_TOKEN.get(name, 0), fact.dtype)
 
     source, index = _source_and_index(new_prompts, n)
     new_requests = np.stack([source + len(carried.number), index], axis=1)
     old = carried.resume
-    no_facts = {name: np.zeros_like(old.facts[name], shape=new_prompts.tokens.shape) for name in RESUME_FACTS}
     resume = Resume(
         requests=np.concatenate([old.requests, new_requests]).astype(np.int32),
-        facts={name: stack(old.facts[name], no_facts[name]) for name in RESUME_FACTS},
+        facts={name: stack(old.facts[name], no_fact(name), NO_TOKEN.get(name, 0)) for name in old.facts},
         start_step=np.concatenate([old.start_step, np.full(P, step, np.int32)]),
     )
     return Rows(

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from rljax.ops import sampling as ops
-from rljax.ops.logprobs import softmax, softmax_logp
+from rljax.ops.logprobs import chosen_logp, index_in_support, on_support, softmax, softmax_logp
 from rljax.types import Array, Sampling
 
 LEGAL_RANGES = {
@@ -63,6 +64,7 @@ class SampledToken(NamedTuple):
     terminated: Array  # [B] bool: it is a stop token, or completes a stop string
     done: Array  # [B] bool: terminated, or the completion has reached max_tokens
     penalties: PenaltyState  # after the token
+    support: Array | None  # [B k] the tokens it was drawn from, -1 = no token; None: not kept
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -80,6 +82,51 @@ def check_sampling(sampling: Sampling) -> None:
         inside = (jnp.asarray(value) >= low) & (jnp.asarray(value) <= high)
         if not bool(jnp.all(inside)):
             raise ValueError(f"sampling.{name} is {value}; legal: {low:g} to {high:g}")
+    _check_support(sampling)
+
+
+UNCHANGED = {"top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "logit_bias": 0.0, "min_tokens": 0}
+
+
+def distribution_settings(sampling: Sampling) -> list[str]:
+    """The settings, temperature aside, that change the distribution which tokens are drawn from."""
+    changed = []
+    for name, neutral in UNCHANGED.items():
+        value = getattr(sampling, name)
+        if value is None or (name == "min_tokens" and not sampling.stop):
+            continue
+        if neutral is None or bool(np.any(np.asarray(value) != neutral)):
+            changed.append(name)
+    return changed
+
+
+def check_logp(sampling: Sampling) -> None:
+    """Raise ValueError where the trainer's log-probs would, unsaid, be of another distribution than the sampler's."""
+    changed = distribution_settings(sampling)
+    if changed and sampling.support is None and sampling.logp is None:
+        raise ValueError(
+            f"sampling.{changed[0]} changes the distribution that tokens are drawn from: a gradient of the policy's "
+            "whole distribution is then another one; legal: support=k, which keeps the tokens drawn from and "
+            "renormalizes over them, or logp='policy' or 'drawn', which say whose log-prob is meant"
+        )
+
+
+def _check_support(sampling: Sampling) -> None:
+    if sampling.support is None:
+        return
+    if sampling.logp is not None:
+        raise ValueError(
+            f"sampling.logp is {sampling.logp!r}; legal with support: None, the log-prob renormalized over it"
+        )
+    most = 1 if sampling.top_k is None else int(np.max(sampling.top_k))
+    if sampling.support < most:
+        raise ValueError(f"sampling.support is {sampling.support}; legal: at least {most}, what top_k keeps")
+    for name in ("repetition_penalty", "logit_bias"):
+        if name in distribution_settings(sampling):
+            raise ValueError(
+                f"sampling.{name} changes probabilities inside the support, which the trainer cannot renormalize away; "
+                "legal with support: top_k, top_p, min_p and min_tokens"
+            )
 
 
 def automaton_step(automaton: Array, state: Array, token: Array) -> Array:
@@ -105,11 +152,16 @@ def sample_token(
     policy = softmax(logits, temperature)
     masses = policy.masses if processed is logits else softmax(processed, temperature).masses
     masses = ops.truncate(masses, settings.top_k, settings.top_p, settings.min_p)
+    support = None
+    if sampling.support is not None:
+        masses, support = _cut_to_support(masses, sampling.support)
     most = jax.lax.optimization_barrier(masses.max(axis=-1, keepdims=True))  # without: spread over [B V] on CPU
     masses = jnp.where(greedy[:, None], masses == most, masses)
     token = ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))
 
-    if sampling.logp == "policy":
+    if support is not None:
+        logp = chosen_logp(on_support(logits, support), index_in_support(support, token), temperature)
+    elif sampling.logp != "drawn":
         logp = softmax_logp(policy, token)
     else:
         chosen_mass = jnp.take_along_axis(masses, token[:, None], axis=-1)[:, 0]
@@ -122,7 +174,17 @@ def sample_token(
         penalties = penalties.replace(stop_state=automaton_step(sampling.stop_strings, penalties.stop_state, token))
         terminated = terminated | (penalties.stop_state < 0)
     done = terminated | (position + 1 >= sampling.max_tokens)
-    return SampledToken(token, logp, terminated, done, penalties)
+    return SampledToken(token, logp, terminated, done, penalties, support)
+
+
+def _cut_to_support(masses: Array, k: int) -> tuple[Array, Array]:
+    """The masses [B V] of the k most likely tokens (of tied ones the first) and their ids [B k]; -1 = no token."""
+    B, V = masses.shape
+    if k > V:
+        raise ValueError(f"sampling.support is {k}; legal: at most the vocabulary of {V} tokens")
+    largest, ids = jax.lax.top_k(masses, k)
+    cut = jnp.zeros_like(masses).at[jnp.arange(B)[:, None], ids].set(largest)
+    return cut, jnp.where(largest > 0, ids, -1).astype(jnp.int32)
 
 
 def _process_logits(logits, position, settings: SamplingSettings, penalties: PenaltyState, stop):

@@ -1,9 +1,9 @@
 """The token sampler: prefill the prompts, decode in one compiled loop, return a trajectory.
 
 Each prompt is read once and its keys and values are shared by its completions. Log-probs are captured as tokens are
-sampled, by the function that the trainer uses, at the sampling temperature and of the untruncated distribution. The
-loop ends when every completion is done. Columns are added to the KV cache a chunk at a time, so that attention reads
-little more than what is filled.
+sampled, by the function that the trainer uses, at the sampling temperature: of the whole distribution, or with
+`sampling.support` of the truncated one, whose tokens then go with the trajectory. The loop ends when every completion
+is done. Columns are added to the KV cache a chunk at a time, so that attention reads little more than what is filled.
 
 One step of sampling is in `sample_token.py`; `sampling.max_concurrent` samples the same completions a few rows at a
 time (`continuous_batching.py`); `streaming.py` yields them while they grow; `partial.py` resumes unfinished ones.
@@ -19,11 +19,12 @@ from flax import struct
 
 from rljax.ops import sampling as ops
 from rljax.rollouts.continuous_batching import decode_in_slots
-from rljax.rollouts.decode_state import Completions, DecodeStats, Prefilled, should_continue
+from rljax.rollouts.decode_state import Completions, DecodeStats, Prefilled, empty_support, should_continue
 from rljax.rollouts.sample_token import (
     PenaltyState,
     SamplingSettings,
     automaton_step,
+    check_logp,
     check_sampling,
     sample_token,
 )
@@ -53,6 +54,8 @@ def sample_and_count(
 ) -> tuple[Trajectory, DecodeStats]:
     """`sample`, and what decoding took."""
     check_sampling(sampling)
+    check_logp(sampling)
+    check_resumed_support(rows, sampling)
     prompts = to_device(rows, step)
     return _sample(lm, params, frozen, prompts, sampling, jnp.int32(seed))
 
@@ -136,6 +139,16 @@ def _check_requests(requests: np.ndarray, num_rows: int) -> None:
     legal = requests.ndim == 2 and len(requests) > 0
     if not (legal and requests.min() >= 0 and requests[:, 0].max() < num_rows):
         raise ValueError(f"rows.resume.requests: legal: [R 2] of (row below {num_rows}, completion), at least one")
+
+
+def check_resumed_support(rows: Rows, sampling: Sampling) -> None:
+    """Raise ValueError where what was sampled earlier kept another support than what follows will keep."""
+    if rows.resume is None or rows.resume.facts is None:
+        return
+    support = rows.resume.facts.get("support")
+    earlier = None if support is None else np.shape(support)[-1]
+    if earlier != sampling.support:
+        raise ValueError(f"sampling.support is {sampling.support}; legal: {earlier}, as the resumed tokens have it")
 
 
 def sampling_settings(prompts: PromptBatch, sampling: Sampling, seed: Array) -> SamplingSettings:
@@ -262,7 +275,7 @@ def init_decode_state(
     return DecodeState(
         cache=cache,
         hidden=hidden,
-        completions=Completions.empty(settings, sampling.max_tokens),
+        completions=Completions.empty(settings, sampling),
         penalties=jax.tree.map(lambda x: x[source], prefilled.penalties),
         t=jnp.int32(0),
     )
@@ -295,6 +308,7 @@ def decode_step(lm: LM, state: DecodeState, settings: SamplingSettings, sampling
         num_tokens=old.num_tokens + active,
         terminated=old.terminated | (active & new.terminated),
         done=old.done | new.done,
+        support=None if old.support is None else old.support.at[:, t].set(jnp.where(active[:, None], new.support, -1)),
     )
     segments = (~completions.done).astype(jnp.int32)[:, None]  # a done row writes padding
     positions = (settings.context_length + t)[:, None]
@@ -319,7 +333,7 @@ def build_trajectory(
         return jnp.repeat(x, sampling.n, axis=0) if prompts.requests is None else x[source]
 
     temperature = jnp.where(settings.temperature == 0, 1.0, settings.temperature)[:, None]
-    before = _prompt_facts(prompts, per_completion, temperature)
+    before = _prompt_facts(prompts, per_completion, temperature, sampling.support)
     after = _completion_facts(prompts, completions, temperature)
     if prompts.facts is None and sampling.stop_after is None:
         del after["version"]  # one policy sampled everything
@@ -328,7 +342,9 @@ def build_trajectory(
     return traj if routing is None else traj.replace(routing=routing[:, :-1])
 
 
-def _prompt_facts(prompts: PromptBatch, per_completion: Callable, temperature: Array) -> dict[str, Array]:
+def _prompt_facts(
+    prompts: PromptBatch, per_completion: Callable, temperature: Array, support: int | None
+) -> dict[str, Array]:
     """Facts of the prompts' tokens [R L], of those that were sampled earlier too."""
     zeros = jnp.zeros(prompts.tokens.shape)
     facts = prompts.facts
@@ -336,8 +352,10 @@ def _prompt_facts(prompts: PromptBatch, per_completion: Callable, temperature: A
         never = jnp.zeros(prompts.tokens.shape, bool)
         facts = {"logp": zeros, "temperature": zeros, "version": zeros.astype(jnp.int32)}
         facts |= {"terminated": never, "truncated": never}
+        if support is not None:
+            facts["support"] = empty_support(zeros.shape, support)
     chosen = per_completion(prompts.chosen)
-    return {
+    found = {
         "tokens": per_completion(prompts.tokens),
         "segments": per_completion(prompts.mask).astype(jnp.int32),
         "chosen": chosen,
@@ -347,6 +365,9 @@ def _prompt_facts(prompts: PromptBatch, per_completion: Callable, temperature: A
         "terminated": per_completion(facts["terminated"]),
         "truncated": per_completion(facts["truncated"]),
     }
+    if support is not None:
+        found["support"] = per_completion(facts["support"])
+    return found
 
 
 def _completion_facts(prompts: PromptBatch, completions: Completions, temperature: Array) -> dict[str, Array]:
@@ -356,7 +377,7 @@ def _completion_facts(prompts: PromptBatch, completions: Completions, temperatur
     sampled = columns < completions.num_tokens[:, None]
     last = sampled & (columns == completions.num_tokens[:, None] - 1)
     cut = completions.done & ~completions.terminated
-    return {
+    found = {
         "tokens": completions.tokens,
         "segments": sampled.astype(jnp.int32),
         "chosen": sampled,
@@ -366,3 +387,6 @@ def _completion_facts(prompts: PromptBatch, completions: Completions, temperatur
         "terminated": last & completions.terminated[:, None],
         "truncated": last & cut[:, None],
     }
+    if completions.support is not None:
+        found["support"] = completions.support
+    return found

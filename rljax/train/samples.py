@@ -49,7 +49,7 @@ def sample_records(
 
     Raises ValueError where `names` or `columns` do not fit the batch.
     """
-    traj = jax.device_get(batch.traj.replace(dist=None, routing=None))
+    traj = jax.device_get(batch.traj.replace(dist=None, routing=None, support=None))
     B = len(traj.mask)
     if traj.scores is not None and np.shape(traj.scores) != (B, len(names)):
         raise ValueError(f"{len(names)} names {tuple(names)} for scores of shape {np.shape(traj.scores)}")

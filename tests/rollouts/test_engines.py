@@ -112,6 +112,7 @@ START = np.array([[9, 11, 13]], np.int32)
 
 def first_tokens(params, max_tokens=1, **settings):
     start = Rows(START, np.ones((1, 3), bool), np.zeros(1, np.int32), [{}], 0)
+    settings = {"logp": "policy"} | settings
     return sample(LM, params, {}, start, Sampling(n=MANY, max_tokens=max_tokens, **settings), 1, 0)
 
 

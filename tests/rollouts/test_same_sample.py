@@ -25,7 +25,7 @@ PROMPTS = 16
 SEED, STEP = 3, 11
 LENGTHS = [2, 9, 4, 7, 1, 9, 3, 6, 8, 5, 2, 9, 7, 4, 1, 6]
 SAMPLING = Sampling(n=4, max_tokens=16, stop=STOP)
-FILTERED = Sampling(n=4, max_tokens=16, stop=STOP, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02)
+FILTERED = SAMPLING.replace(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, logp="policy")
 
 
 @pytest.fixture(scope="module")

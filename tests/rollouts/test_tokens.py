@@ -83,7 +83,7 @@ def test_unchosen_columns_hold_zeros(traj):
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3, 0.0])
 def test_trainer_and_sampler_agree(params, rows, filters, temperature):
     """The trainer knows of no filter: both speak of the whole distribution at the sampling temperature."""
-    sampling = SAMPLING.replace(temperature=temperature, **filters)
+    sampling = SAMPLING.replace(temperature=temperature, logp="policy", **filters)
     traj = sample(LM, params, {}, rows, sampling, 0, 0)
     assert np.unique(traj.temperature) == np.float32(temperature or 1.0)
     logp = jax.jit(make_policy(CONFIG))(params, {}, traj).logp
@@ -160,7 +160,7 @@ def distribution(logits, setting):
 def test_first_tokens_follow_each_prompts_own_settings(params):
     """One batch in which every prompt has settings of its own."""
     arrays = {name: np.array([setting.get(name, rest) for setting in SETTINGS]) for name, rest in NEUTRAL.items()}
-    tokens, logits = first_tokens(params, Sampling(n=2048, max_tokens=1, **arrays), len(SETTINGS))
+    tokens, logits = first_tokens(params, Sampling(n=2048, max_tokens=1, logp="policy", **arrays), len(SETTINGS))
     sizes = []
     for drawn, setting in zip(tokens, SETTINGS, strict=True):
         probs = distribution(logits, setting)
@@ -175,7 +175,7 @@ def test_first_tokens_follow_each_prompts_own_settings(params):
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[6]], ids=["plain", "filtered"])
 def test_first_tokens_under_one_setting_for_all(params, setting):
     """Scalars, and filters that are off altogether."""
-    tokens, logits = first_tokens(params, Sampling(n=2048, max_tokens=1, **setting), 2)
+    tokens, logits = first_tokens(params, Sampling(n=2048, max_tokens=1, logp="policy", **setting), 2)
     for drawn in tokens:
         assert_drawn_from(drawn, distribution(logits, setting))
 

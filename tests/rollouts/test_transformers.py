@@ -94,7 +94,7 @@ def test_greedy_completions_are_the_same_tokens(torch, model, stories, ids, stop
     out = generate(torch, model, rows, do_sample=False, max_new_tokens=NEW, eos_token_id=list(stop), **theirs)
     expected = [upto_stop(row, stop) for row in out[:, LONGEST:]]
     assert PERIOD not in stop or len({len(row) for row in expected}) > 8  # else stopping has not been tested
-    sampling = Sampling(temperature=0.0, max_tokens=NEW, stop=stop, **ours)
+    sampling = Sampling(temperature=0.0, max_tokens=NEW, stop=stop, logp="policy", **ours)
     for max_concurrent in (None, 16):
         traj = sample(lm, params, {}, rows, sampling.replace(max_concurrent=max_concurrent), 0, 0)
         completions = [np.asarray(a)[m].tolist() for a, m in zip(traj.actions, traj.mask, strict=True)]
