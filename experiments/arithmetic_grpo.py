@@ -115,19 +115,19 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         before = evaluate(state)["eval_reward"]
         state = run.restore(state)
         for step in run.steps(state.step):
-            traj, rows, state = draw(state, step)
+            traj, prompts, state = draw(state, step)
             traj = annotate(state, traj)
-            traj = control_rewards(score(traj, rows), cfg.reward, jax.random.fold_in(state.key, 2))
+            traj = control_rewards(score(traj, prompts), cfg.reward, jax.random.fold_in(state.key, 2))
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
             if run.is_first_step(step):
                 require_on_policy(metrics)
-            state = state.replace(step=step + 1, cursor=rows.cursor)
+            state = state.replace(step=step + 1, cursor=prompts.cursor)
             metrics = rollout_metrics(traj, score.names) | metrics
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
                 metrics |= evaluate(state)
             if run.should_log_samples(step):
-                run.log_samples(step, batch, task.tokenizer.decode, score.names, rows, log_ratio(state, batch.traj))
+                run.log_samples(step, batch, task.tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             run.record(step, state, metrics)
         after = evaluate(state)["eval_reward"]
     log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")

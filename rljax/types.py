@@ -231,10 +231,10 @@ class Resume(NamedTuple):
     start_step: np.ndarray | None = None  # [P] the step whose key samples the row; None: the present one
 
 
-class Rows(NamedTuple):
+class PromptBatch(NamedTuple):
     """P prompts as drawn from a dataset, on the host. Prompts are padded on the left: they end in the same column.
 
-    A row may hold the beginning of a completion too: `resume` says which of its tokens were sampled, and how.
+    A prompt may hold the beginning of a completion too: `resume` says which of its tokens were sampled, and how.
     """
 
     tokens: np.ndarray  # [P L] int32

@@ -12,7 +12,7 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig, language_model
 from rljax.rollouts.sampler import sample
 from rljax.train.objective import policy_objective
-from rljax.types import Rows, Sampling
+from rljax.types import PromptBatch, Sampling
 from tests.algorithms.tiny import ALGORITHMS, asked_for, credited, rollout, table_params, table_policy, with_defaults
 
 EVERY = pytest.mark.parametrize("name", ALGORITHMS)
@@ -96,7 +96,7 @@ def sampled(request):
     """(dtype, trajectory of a tiny decoder, its policy's own output): three programs of the same weights."""
     config = dataclasses.replace(DECODER, dtype=request.param)
     params = models.init(config, jax.random.key(0))
-    rows = Rows(np.full((4, 3), 2, np.int32), np.ones((4, 3), bool), np.arange(4), [{}] * 4, 0)
+    rows = PromptBatch(np.full((4, 3), 2, np.int32), np.ones((4, 3), bool), np.arange(4), [{}] * 4, 0)
     traj = sample(language_model(config), params, {}, rows, Sampling(n=4, max_tokens=6, stop=(3,)), 0, 0)
     output = models.make_policy(config)(params, {}, traj)
     draw = np.random.default_rng(0)

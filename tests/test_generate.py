@@ -17,7 +17,7 @@ from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts.sampler import sample
-from rljax.types import Rows
+from rljax.types import PromptBatch
 from test_experiments import ENVIRONMENT, SCRIPTS, flags
 from test_grpo_experiment import RAW, write_prompts, write_tokenizer
 
@@ -42,7 +42,7 @@ def sampled(cfg: generate.Config, prompts: list[str]):
     config, tokenizer = hf.read_config(cfg.model), load_tokenizer(cfg.model)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     tokens, mask = pad_left(ids, max(map(len, ids)), 0)
-    rows = Rows(tokens, mask, np.arange(len(ids), dtype=np.int32), [{} for _ in ids], 0)
+    rows = PromptBatch(tokens, mask, np.arange(len(ids), dtype=np.int32), [{} for _ in ids], 0)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     params = {"decoder": hf.load(cfg.model, config)}
     traj = sample(decoder.language_model(config), params, {}, rows, sampling.replace(logp="policy"), cfg.seed, 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.models.decoder import DecoderConfig
-from rljax.types import Rows
+from rljax.types import PromptBatch
 
 W1 = DecoderConfig(4096, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, intermediate_size=688)
 W2 = DecoderConfig(
@@ -17,10 +17,10 @@ W2 = DecoderConfig(
 )
 
 
-def prompts(config: DecoderConfig, count: int, length: int) -> Rows:
+def prompts(config: DecoderConfig, count: int, length: int) -> PromptBatch:
     """Random prompts of one length."""
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, (count, length), np.int32)
-    return Rows(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), [], 0)
+    return PromptBatch(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), [], 0)
 
 
 def alternately(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str, list[float]]:

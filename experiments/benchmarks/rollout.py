@@ -37,7 +37,7 @@ from rljax.ops.sampling import invert_cdf
 from rljax.rollouts.sampler import sample, sample_and_count
 from rljax.train import mesh as meshes
 from rljax.train.log import log_info, table
-from rljax.types import Rows, Sampling
+from rljax.types import PromptBatch, Sampling
 
 
 class Workload(NamedTuple):
@@ -91,7 +91,7 @@ def ceiling(workload: Workload, config: DecoderConfig, flops: float, bytes_per_s
     return seconds
 
 
-def torch_generate(config: DecoderConfig, rows: Rows, n: int, completion_tokens: int):
+def torch_generate(config: DecoderConfig, rows: PromptBatch, n: int, completion_tokens: int):
     """The same work for transformers, sampling at temperature 1, no end before the last token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -234,14 +234,14 @@ def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) ->
     return works
 
 
-def queue_of(workload: Workload, config: DecoderConfig) -> tuple[Rows, Sampling]:
+def queue_of(workload: Workload, config: DecoderConfig) -> tuple[PromptBatch, Sampling]:
     """Four times the prompts, and stop tokens that end a completion after a quarter of the longest, on average."""
     queue = prompts(config, 4 * workload.prompts, workload.prompt_tokens)
     stop = tuple(range(config.vocab_size * 4 // workload.completion_tokens))
     return queue, Sampling(n=workload.n, max_tokens=workload.completion_tokens, stop=stop)
 
 
-def quarters_of(queue: Rows, count: int) -> list[Rows]:
+def quarters_of(queue: PromptBatch, count: int) -> list[PromptBatch]:
     """The queue in four batches of `count` prompts."""
     cuts = [slice(i * count, (i + 1) * count) for i in range(4)]
     return [queue._replace(tokens=queue.tokens[c], mask=queue.mask[c], number=queue.number[c]) for c in cuts]

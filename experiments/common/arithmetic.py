@@ -16,7 +16,7 @@ from rljax.rewards.text import exact_text
 from rljax.rollouts.sampler import sample
 from rljax.train.log import write_atomically
 from rljax.train.metrics import reward_and_kl
-from rljax.types import LM, Params, Rows, Sampling, TrainState, Trajectory
+from rljax.types import LM, Params, PromptBatch, Sampling, TrainState, Trajectory
 
 ALPHABET = "0123456789+="
 PROBLEMS = {"additions": addition_problems, "sortings": sorting_problems}
@@ -60,7 +60,7 @@ def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, la
     return Task(tokenizer, prompts(train_side), prompts(eval_side), max_tokens, config, lm, policy.make_policy(config))
 
 
-def answer_tokens(task: Task, rows: Rows) -> list[list[int]]:
+def answer_tokens(task: Task, rows: PromptBatch) -> list[list[int]]:
     """The right answer to each prompt, as tokens that end with a stop."""
     stop = task.tokenizer.stop[0]
     return [[*task.tokenizer.encode(row["answer"]), stop] for row in rows.columns]
@@ -71,14 +71,14 @@ def sampling_of(task: Task, n: int = 1, temperature: float = 1.0) -> Sampling:
     return Sampling(temperature, n=n, max_tokens=task.max_tokens, stop=task.tokenizer.stop)
 
 
-def sample_scored(task: Task, params: Params, rows: Rows, seed: int) -> Trajectory:
+def sample_scored(task: Task, params: Params, rows: PromptBatch, seed: int) -> Trajectory:
     """One scored completion to each prompt, sampled at temperature 1 with keys that no training step uses."""
     traj = sample(task.lm, params, {}, rows, sampling_of(task), seed, step=-1)
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     return score(traj, rows)
 
 
-def accuracy(task: Task, params: Params, rows: Rows, seed: int) -> float:
+def accuracy(task: Task, params: Params, rows: PromptBatch, seed: int) -> float:
     """Share of the prompts answered rightly."""
     return float(np.mean(sample_scored(task, params, rows, seed).scores))
 

@@ -15,7 +15,7 @@ from rljax.rollouts.sample_token import distribution_settings
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, shard_prompts
-from rljax.types import LM, Rows, Sampling, TrainState, Trajectory
+from rljax.types import LM, PromptBatch, Sampling, TrainState, Trajectory
 
 
 def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
@@ -79,7 +79,7 @@ def initial_carry(batches: Batches, prompts: Prompts, sampling: Sampling) -> dic
 
 def make_draw(
     lm: LM, prompts: Prompts, batches: Batches, sampling: Sampling, shardings: Shardings, seed: int
-) -> Callable[[TrainState, int], tuple[Trajectory, Rows, TrainState]]:
+) -> Callable[[TrainState, int], tuple[Trajectory, PromptBatch, TrainState]]:
     """draw(state, step) -> trajectory of prompts x oversample whole groups, their prompts, the state.
 
     With `carry_over` the state holds the unfinished groups, which the next step continues.
@@ -87,7 +87,7 @@ def make_draw(
     count = batches.prompts * batches.oversample
     carry = batches.carry_over
 
-    def sample_rows(state: TrainState, step: int, rows: Rows, sampling: Sampling) -> Trajectory:
+    def sample_rows(state: TrainState, step: int, rows: PromptBatch, sampling: Sampling) -> Trajectory:
         placed = shard_prompts(shardings, rows)
         return sample(lm, state.params, state.frozen, placed, sampling, seed, step)
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.data.prompts import pad_left
-from rljax.types import Rows, Trajectory, trajectory_of_tokens
+from rljax.types import PromptBatch, Trajectory, trajectory_of_tokens
 
 
-def demonstrations(rows: Rows, completions: Sequence[list[int]], max_tokens: int) -> Trajectory:
+def demonstrations(rows: PromptBatch, completions: Sequence[list[int]], max_tokens: int) -> Trajectory:
     """Each prompt followed by its completion (ids, EOS included), padded on the right to `max_tokens` of them.
 
     Raises ValueError for a completion that is longer.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rljax.types import Rows
+from rljax.types import PromptBatch
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -124,27 +124,29 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.columns)
 
-    def _rows(self, indices: Sequence[int], numbers: Sequence[int], cursor: int, length: int | None = None) -> Rows:
+    def _batch(
+        self, indices: Sequence[int], numbers: Sequence[int], cursor: int, length: int | None = None
+    ) -> PromptBatch:
         tokens, mask = pad_left([self.encoded[i] for i in indices], length or self.length, self.pad)
         columns = [self.columns[i] for i in indices]
-        return Rows(tokens, mask, np.asarray(numbers, np.int32), columns, cursor)
+        return PromptBatch(tokens, mask, np.asarray(numbers, np.int32), columns, cursor)
 
-    def draw(self, cursor: int, count: int) -> Rows:
+    def draw(self, cursor: int, count: int) -> PromptBatch:
         """The next `count` prompts of the shuffled order from draw number `cursor` on."""
         cursor = int(cursor)
         indices = shuffled_indices(len(self), self.seed, cursor, count)
-        return self._rows(indices, range(cursor, cursor + count), cursor + count)
+        return self._batch(indices, range(cursor, cursor + count), cursor + count)
 
     def columns_of(self, numbers: np.ndarray) -> list[dict]:
         """The columns of the prompts with these draw numbers."""
         return [self.columns[i] for i in _indices_of_draws(len(self), self.seed, np.asarray(numbers))]
 
-    def first(self, count: int) -> Rows:
+    def first(self, count: int) -> PromptBatch:
         """The first `count` prompts in the dataset's own order: a fixed set for evaluation."""
         count = min(count, len(self))
-        return self._rows(range(count), range(count), count)
+        return self._batch(range(count), range(count), count)
 
-    def batches(self, count: int) -> Iterator[Rows]:
+    def batches(self, count: int) -> Iterator[PromptBatch]:
         """Every prompt once, `count` at a time, the shortest first; `number` is its index in the dataset.
 
         The width of a batch is a power of two, at least 16: each new width is compiled, so there should be few.
@@ -154,4 +156,4 @@ class Prompts:
             indices = order[start : start + count]
             longest = len(self.encoded[indices[-1]])
             width = max(16, 1 << (longest - 1).bit_length())
-            yield self._rows(indices, indices, len(self), width)
+            yield self._batch(indices, indices, len(self), width)

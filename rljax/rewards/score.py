@@ -1,4 +1,4 @@
-"""Scores and rewards of completions: `score(traj, rows)` calls every verifier on every row.
+"""Scores and rewards of completions: `score(traj, prompts)` calls every verifier on every completion.
 
 A verifier is a function `verifier(completion, ...) -> number | None`. Its other parameters are named after the dataset
 columns that it wants. What it may return, and what follows:
@@ -24,7 +24,7 @@ import numpy as np
 from rljax.rewards.function_path import function_name
 from rljax.rewards.pool import Pool
 from rljax.rewards.worker import Result, call_verifier
-from rljax.types import RewardFn, Rows, Trajectory
+from rljax.types import PromptBatch, RewardFn, Trajectory
 
 
 class RewardError(Exception):
@@ -32,13 +32,13 @@ class RewardError(Exception):
 
 
 class Score(NamedTuple):
-    """`score(traj, rows) -> traj` with `scores` and `rewards`; column k of `scores` is the verifier `names[k]`."""
+    """`score(traj, prompts) -> traj` with `scores` and `rewards`; column k of `scores` is the verifier `names[k]`."""
 
     names: tuple[str, ...]
-    call: Callable[[Trajectory, Rows], Trajectory]
+    call: Callable[[Trajectory, PromptBatch], Trajectory]
 
-    def __call__(self, traj: Trajectory, rows: Rows) -> Trajectory:
-        return self.call(traj, rows)
+    def __call__(self, traj: Trajectory, prompts: PromptBatch) -> Trajectory:
+        return self.call(traj, prompts)
 
 
 def make_score(
@@ -69,19 +69,19 @@ def make_score(
     factors = np.array([weights.get(name, 1.0) for name in verifiers])
     signatures = {name: _read_signature(verifier) for name, verifier in verifiers.items()}
 
-    def call(traj: Trajectory, rows: Rows) -> Trajectory:
+    def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
         mask = np.asarray(traj.mask)
-        prompts = _prompt_indices(traj, rows)
+        indices = _prompt_indices(traj, prompts)
         completions = _decode_completions(np.asarray(traj.actions), mask, decode)
         results = []
         for name, verifier in verifiers.items():
-            arguments = [_arguments(verifier, signatures[name], rows, prompt) for prompt in prompts]
+            arguments = [_arguments(verifier, signatures[name], prompts, prompt) for prompt in indices]
             calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
             if pool is None:
                 returned = [call_verifier(verifier, args, kwargs) for args, kwargs in calls]
             else:
                 returned = pool.map(verifier, calls)
-            _raise_first_error(verifier, returned, completions, rows.number[prompts])
+            _raise_first_error(verifier, returned, completions, prompts.number[indices])
             results.append(returned)
         values, failed = _as_arrays(results)
         return traj.replace(
@@ -126,13 +126,13 @@ def _read_signature(verifier: RewardFn) -> _Signature:
     )
 
 
-def _arguments(verifier: RewardFn, signature: _Signature, rows: Rows, prompt: int) -> dict[str, Any]:
+def _arguments(verifier: RewardFn, signature: _Signature, prompts: PromptBatch, prompt: int) -> dict[str, Any]:
     """The columns of one prompt that the verifier takes."""
-    columns = rows.columns[prompt]
+    columns = prompts.columns[prompt]
     missing = sorted(signature.required - columns.keys())
     if missing:
         raise RewardError(
-            f"{function_name(verifier)} asks for {', '.join(missing)}, which prompt {rows.number[prompt]} does not "
+            f"{function_name(verifier)} asks for {', '.join(missing)}, which prompt {prompts.number[prompt]} does not "
             f"have; its columns are {', '.join(columns) or 'none'}"
         )
     names = set(signature.named)
@@ -141,9 +141,9 @@ def _arguments(verifier: RewardFn, signature: _Signature, rows: Rows, prompt: in
     return {name: value for name, value in columns.items() if name in names}
 
 
-def _prompt_indices(traj: Trajectory, rows: Rows) -> np.ndarray:
-    """[B] the index in `rows` of the prompt of each row, whose number is the row's group."""
-    index = {int(number): i for i, number in enumerate(rows.number)}
+def _prompt_indices(traj: Trajectory, prompts: PromptBatch) -> np.ndarray:
+    """[B] the index in `prompts` of the prompt of each row, whose number is the row's group."""
+    index = {int(number): i for i, number in enumerate(prompts.number)}
     group = [] if traj.group is None else np.asarray(traj.group).tolist()
     if traj.group is None or not set(group) <= index.keys():
         raise ValueError(f"score needs traj.group: the number of each row's prompt, one of {sorted(index)[:8]} ...")

@@ -13,23 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.types import Resume, Rows, Trajectory
+from rljax.types import PromptBatch, Resume, Trajectory
 
 CHOSEN_FACTS = ("logp", "temperature", "version", "terminated", "truncated")  # of a token that was sampled
 RESUME_FACTS = ("chosen", *CHOSEN_FACTS)  # keys of `Resume.facts`, and "support" where the sampler keeps it
 NO_TOKEN = {"support": -1}  # what padding holds; 0 in the others
-ROW_ARRAYS = ("tokens", "mask", "number")  # arrays of `Rows`
+ROW_ARRAYS = ("tokens", "mask", "number")  # arrays of `PromptBatch`
 
 
 def partial_step(
-    rollout: Callable[[Rows], Trajectory],
-    new_prompts: Rows,
-    carried: Rows | None,
+    rollout: Callable[[PromptBatch], Trajectory],
+    new_prompts: PromptBatch,
+    carried: PromptBatch | None,
     n: int,
     carry_over: int,
     step: int,
     width: int,
-) -> tuple[Trajectory, Rows, Rows]:
+) -> tuple[Trajectory, PromptBatch, PromptBatch]:
     """One step: a trajectory of finished groups, the rows they were sampled from, and the groups to carry over.
 
     Args:
@@ -49,7 +49,7 @@ def partial_step(
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def carry_to_arrays(carried: Rows) -> dict[str, np.ndarray]:
+def carry_to_arrays(carried: PromptBatch) -> dict[str, np.ndarray]:
     """Carried rows as arrays of fixed shapes, under the names that checkpoints have."""
     arrays = {name: getattr(carried, name) for name in ROW_ARRAYS}
     arrays["began"] = carried.resume.start_step
@@ -72,7 +72,7 @@ def empty_carry(carry_over: int, n: int, width: int, support: int | None = None)
     return arrays
 
 
-def carry_from_arrays(arrays: dict, columns: Callable[[np.ndarray], list[dict]]) -> Rows | None:
+def carry_from_arrays(arrays: dict, columns: Callable[[np.ndarray], list[dict]]) -> PromptBatch | None:
     """The rows of `carry_to_arrays`; None of `empty_carry`. columns: numbers of prompts -> their dataset columns."""
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
     if (arrays["number"] < 0).any():
@@ -84,7 +84,7 @@ def carry_from_arrays(arrays: dict, columns: Callable[[np.ndarray], list[dict]])
         start_step=arrays["began"],
     )
     row_arrays = {name: arrays[name] for name in ROW_ARRAYS}
-    return Rows(**row_arrays, columns=columns(arrays["number"]), cursor=0, resume=resume)
+    return PromptBatch(**row_arrays, columns=columns(arrays["number"]), cursor=0, resume=resume)
 
 
 # ------------------------------------------------------------------------------------------------------ which rows
@@ -114,8 +114,8 @@ def split_finished_groups(traj: Trajectory, count: int) -> tuple[np.ndarray, np.
 
 
 def resume_rows(
-    rows: Rows, traj: Trajectory, n: int, step: int, which: np.ndarray | None = None, width: int | None = None
-) -> Rows:
+    rows: PromptBatch, traj: Trajectory, n: int, step: int, which: np.ndarray | None = None, width: int | None = None
+) -> PromptBatch:
     """Completions as rows that `sample` goes on with, or leaves as they are if they are finished.
 
     Args:
@@ -136,7 +136,7 @@ def resume_rows(
     facts = _align_right(facts, width)
     requests = np.stack([np.arange(len(which)), index[which]], axis=1).astype(np.int32)
     source = source[which]
-    return Rows(
+    return PromptBatch(
         tokens=facts.pop("tokens"),
         mask=facts.pop("mask"),
         number=np.asarray(rows.number)[source],
@@ -146,7 +146,7 @@ def resume_rows(
     )
 
 
-def _source_and_index(rows: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _source_and_index(rows: PromptBatch, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each completion, the row of its prompt and which of the prompt's completions it is."""
     if rows.resume is not None:
         requests = np.asarray(rows.resume.requests)
@@ -211,7 +211,7 @@ def _pad_or_cut_left(x: np.ndarray, width: int, fill: int = 0) -> np.ndarray:
     return np.pad(cut, padding, constant_values=fill)
 
 
-def join_rows(carried: Rows, new_prompts: Rows, n: int, step: int) -> Rows:
+def join_rows(carried: PromptBatch, new_prompts: PromptBatch, n: int, step: int) -> PromptBatch:
     """Carried completions, one a row, then n completions of each new prompt; in rows of the carried ones' width."""
     width = carried.tokens.shape[1]
     P = len(new_prompts.number)
@@ -231,7 +231,7 @@ def join_rows(carried: Rows, new_prompts: Rows, n: int, step: int) -> Rows:
         facts={name: stack(old.facts[name], no_fact(name), NO_TOKEN.get(name, 0)) for name in old.facts},
         start_step=np.concatenate([old.start_step, np.full(P, step, np.int32)]),
     )
-    return Rows(
+    return PromptBatch(
         tokens=stack(carried.tokens, new_prompts.tokens),
         mask=stack(carried.mask, new_prompts.mask),
         number=np.concatenate([carried.number, new_prompts.number]),

@@ -30,7 +30,7 @@ class SamplingSettings:
 
     keys: Array  # [R] PRNG key of each completion
     context_length: Array  # [R] tokens of the row before the first new one: the prompt, and what was sampled earlier
-    resumed_length: Array  # [R] how many of those were sampled earlier (`Rows.resume`); 0 for a new completion
+    resumed_length: Array  # [R] how many of those were sampled earlier (`PromptBatch.resume`); 0 for a new completion
     resumed_terminated: Array  # [R] bool: the last of those was a stop
     temperature: Array  # [R]
     top_k: Array | None  # [R]
@@ -91,11 +91,11 @@ UNCHANGED = {"top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.
 def distribution_settings(sampling: Sampling) -> list[str]:
     """The settings, temperature aside, that change the distribution which tokens are drawn from."""
     changed = []
-    for name, neutral in UNCHANGED.items():
+    for name, unchanged in UNCHANGED.items():
         value = getattr(sampling, name)
         if value is None or (name == "min_tokens" and not sampling.stop):
             continue
-        if neutral is None or bool(np.any(np.asarray(value) != neutral)):
+        if unchanged is None or bool(np.any(np.asarray(value) != unchanged)):
             changed.append(name)
     return changed
 

@@ -28,7 +28,7 @@ from rljax.rollouts.sample_token import (
     check_sampling,
     sample_token,
 )
-from rljax.types import LM, Array, Params, Rows, Sampling, Trajectory, trajectory_of_tokens
+from rljax.types import LM, Array, Params, PromptBatch, Sampling, Trajectory, trajectory_of_tokens
 
 MIN_CHUNK = 16  # columns added to the cache at a time
 MAX_CHUNKS = 8  # each is compiled separately
@@ -37,27 +37,29 @@ MAX_CHUNKS = 8  # each is compiled separately
 # ------------------------------------------------------------------------------------------------------------- sample
 
 
-def sample(lm: LM, params: Params, frozen: Params, rows: Rows, sampling: Sampling, seed: int, step: int) -> Trajectory:
+def sample(
+    lm: LM, params: Params, frozen: Params, prompts: PromptBatch, sampling: Sampling, seed: int, step: int
+) -> Trajectory:
     """Sample sampling.n completions of each of P prompts: B = P·n rows, row p·n + g is completion g of prompt p.
 
-    With `rows.resume`, the completions it requests. T = L + max_tokens - 1. `group` is the prompt's number;
+    With `prompts.resume`, the completions it requests. T = L + max_tokens - 1. `group` is the prompt's number;
     `terminated` marks the decision that ended a completion, `truncated` the last one of a completion that reached
-    max_tokens; a completion that `stop_after` interrupted has neither. The same (seed, step, rows.number, g) gives the
-    same completion whatever else is in the batch. Raises ValueError for parameters out of range.
+    max_tokens; a completion that `stop_after` interrupted has neither. The same (seed, step, prompts.number, g) gives
+    the same completion whatever else is in the batch. Raises ValueError for parameters out of range.
     """
-    traj, _ = sample_and_count(lm, params, frozen, rows, sampling, seed, step)
+    traj, _ = sample_and_count(lm, params, frozen, prompts, sampling, seed, step)
     return traj
 
 
 def sample_and_count(
-    lm: LM, params: Params, frozen: Params, rows: Rows, sampling: Sampling, seed: int, step: int
+    lm: LM, params: Params, frozen: Params, prompts: PromptBatch, sampling: Sampling, seed: int, step: int
 ) -> tuple[Trajectory, DecodeStats]:
     """`sample`, and what decoding took."""
     check_sampling(sampling)
     check_logp(sampling)
-    check_resumed_support(rows, sampling)
-    prompts = to_device(rows, step)
-    return _sample(lm, params, frozen, prompts, sampling, jnp.int32(seed))
+    check_resumed_support(prompts, sampling)
+    device_prompts = to_device(prompts, step)
+    return _sample(lm, params, frozen, device_prompts, sampling, jnp.int32(seed))
 
 
 @partial(jax.jit, static_argnames="lm")
@@ -78,8 +80,8 @@ def _sample(lm, params, frozen, prompts: "PromptBatch", sampling: Sampling, seed
 
 
 @struct.dataclass
-class PromptBatch:
-    """`Rows` on the device: what the compiled sampler reads."""
+class DevicePrompts:
+    """`PromptBatch` on the device: what the compiled sampler reads."""
 
     tokens: Array  # [P L]
     mask: Array  # [P L]
@@ -111,22 +113,22 @@ class PromptBatch:
         return source, index
 
 
-def to_device(rows: Rows, step: int) -> PromptBatch:
-    """The rows as device arrays. Raises ValueError for requests of rows that do not exist."""
-    number = jnp.asarray(rows.number)
+def to_device(prompts: PromptBatch, step: int) -> DevicePrompts:
+    """The prompts as device arrays. Raises ValueError for requests of rows that do not exist."""
+    number = jnp.asarray(prompts.number)
     key_step = jnp.full(number.shape, step, jnp.int32)
     requests = None
     facts = None
-    if rows.resume is not None:
-        _check_requests(np.asarray(rows.resume.requests), len(rows.number))
-        requests = jnp.asarray(rows.resume.requests, jnp.int32)
-        if rows.resume.facts is not None:
-            facts = {name: jnp.asarray(value) for name, value in rows.resume.facts.items()}
-        if rows.resume.start_step is not None:
-            key_step = jnp.asarray(rows.resume.start_step, jnp.int32)
-    return PromptBatch(
-        tokens=jnp.asarray(rows.tokens),
-        mask=jnp.asarray(rows.mask),
+    if prompts.resume is not None:
+        _check_requests(np.asarray(prompts.resume.requests), len(prompts.number))
+        requests = jnp.asarray(prompts.resume.requests, jnp.int32)
+        if prompts.resume.facts is not None:
+            facts = {name: jnp.asarray(value) for name, value in prompts.resume.facts.items()}
+        if prompts.resume.start_step is not None:
+            key_step = jnp.asarray(prompts.resume.start_step, jnp.int32)
+    return DevicePrompts(
+        tokens=jnp.asarray(prompts.tokens),
+        mask=jnp.asarray(prompts.mask),
         number=number,
         step=key_step,
         version=jnp.int32(step),
@@ -138,20 +140,20 @@ def to_device(rows: Rows, step: int) -> PromptBatch:
 def _check_requests(requests: np.ndarray, num_rows: int) -> None:
     legal = requests.ndim == 2 and len(requests) > 0
     if not (legal and requests.min() >= 0 and requests[:, 0].max() < num_rows):
-        raise ValueError(f"rows.resume.requests: legal: [R 2] of (row below {num_rows}, completion), at least one")
+        raise ValueError(f"prompts.resume.requests: legal: [R 2] of (row below {num_rows}, completion), at least one")
 
 
-def check_resumed_support(rows: Rows, sampling: Sampling) -> None:
+def check_resumed_support(prompts: PromptBatch, sampling: Sampling) -> None:
     """Raise ValueError where what was sampled earlier kept another support than what follows will keep."""
-    if rows.resume is None or rows.resume.facts is None:
+    if prompts.resume is None or prompts.resume.facts is None:
         return
-    support = rows.resume.facts.get("support")
+    support = prompts.resume.facts.get("support")
     earlier = None if support is None else np.shape(support)[-1]
     if earlier != sampling.support:
         raise ValueError(f"sampling.support is {sampling.support}; legal: {earlier}, as the resumed tokens have it")
 
 
-def sampling_settings(prompts: PromptBatch, sampling: Sampling, seed: Array) -> SamplingSettings:
+def sampling_settings(prompts: DevicePrompts, sampling: Sampling, seed: Array) -> SamplingSettings:
     """The settings of each of the R completions."""
     source, index = prompts.requested(sampling.n)
     P = len(prompts.number)
@@ -189,7 +191,7 @@ def bind_params(lm: LM, params: Params, frozen: Params) -> LM:
     return lm._replace(forward=partial(lm.forward, params, frozen), logits=partial(lm.logits, params, frozen))
 
 
-def prefill(lm: LM, prompts: PromptBatch, sampling: Sampling) -> Prefilled:
+def prefill(lm: LM, prompts: DevicePrompts, sampling: Sampling) -> Prefilled:
     """Read the prompts with a bound model."""
     segments = prompts.mask.astype(jnp.int32)
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
@@ -199,7 +201,7 @@ def prefill(lm: LM, prompts: PromptBatch, sampling: Sampling) -> Prefilled:
     return Prefilled(cache, hidden[:, -1], init_penalty_state(prompts, sampling, vocabulary))
 
 
-def init_penalty_state(prompts: PromptBatch, sampling: Sampling, vocabulary: int) -> PenaltyState:
+def init_penalty_state(prompts: DevicePrompts, sampling: Sampling, vocabulary: int) -> PenaltyState:
     """Of each prompt, what its tokens mean for the first token to sample."""
     P = len(prompts.number)
     seen = None
@@ -233,7 +235,7 @@ class DecodeState:
 
 
 def decode(
-    lm: LM, prompts: PromptBatch, prefilled: Prefilled, settings: SamplingSettings, sampling: Sampling
+    lm: LM, prompts: DevicePrompts, prefilled: Prefilled, settings: SamplingSettings, sampling: Sampling
 ) -> tuple[Completions, Array | None, DecodeStats]:
     """All completions at once. Returns them, the experts of every token [R S M k] (mixture models), and the stats."""
     first, *more = chunk_sizes(sampling.max_tokens)
@@ -258,7 +260,7 @@ def chunk_sizes(columns: int) -> list[int]:
 
 def init_decode_state(
     lm: LM,
-    prompts: PromptBatch,
+    prompts: DevicePrompts,
     prefilled: Prefilled,
     settings: SamplingSettings,
     sampling: Sampling,
@@ -320,7 +322,7 @@ def decode_step(lm: LM, state: DecodeState, settings: SamplingSettings, sampling
 
 
 def build_trajectory(
-    prompts: PromptBatch,
+    prompts: DevicePrompts,
     settings: SamplingSettings,
     sampling: Sampling,
     completions: Completions,
@@ -343,7 +345,7 @@ def build_trajectory(
 
 
 def _prompt_facts(
-    prompts: PromptBatch, per_completion: Callable, temperature: Array, support: int | None
+    prompts: DevicePrompts, per_completion: Callable, temperature: Array, support: int | None
 ) -> dict[str, Array]:
     """Facts of the prompts' tokens [R L], of those that were sampled earlier too."""
     zeros = jnp.zeros(prompts.tokens.shape)
@@ -370,7 +372,7 @@ def _prompt_facts(
     return found
 
 
-def _completion_facts(prompts: PromptBatch, completions: Completions, temperature: Array) -> dict[str, Array]:
+def _completion_facts(prompts: DevicePrompts, completions: Completions, temperature: Array) -> dict[str, Array]:
     """Facts of the new tokens [R N]."""
     shape = completions.tokens.shape
     columns = jnp.arange(shape[1])[None]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.rollouts.sampler import sample
-from rljax.types import LM, Params, PolicyFn, Rows, Sampling, Trajectory
+from rljax.types import LM, Params, PolicyFn, PromptBatch, Sampling, Trajectory
 
 PROMPT_LENGTHS = (1, 9, 5)
 COMPLETIONS = 6  # of each prompt
@@ -76,14 +76,14 @@ def require_batch_invariance(
     return gap
 
 
-def _random_prompts(vocab_size: int, lengths: tuple[int, ...]) -> Rows:
+def _random_prompts(vocab_size: int, lengths: tuple[int, ...]) -> PromptBatch:
     """Left-padded prompts of random tokens."""
     random = np.random.default_rng(0)
     width = max(lengths)
     mask = np.arange(width) >= width - np.array(lengths)[:, None]
     tokens = np.where(mask, random.integers(0, vocab_size, mask.shape), 0).astype(np.int32)
     columns: list[dict[str, Any]] = [{} for _ in lengths]
-    return Rows(tokens, mask, np.arange(len(lengths), dtype=np.int32), columns, 0)
+    return PromptBatch(tokens, mask, np.arange(len(lengths), dtype=np.int32), columns, 0)
 
 
 def _largest_gap(logp, traj: Trajectory) -> float:

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from rljax.rollouts import sampler
 from rljax.rollouts.decode_state import Completions, should_continue
 from rljax.rollouts.sample_token import SamplingSettings, check_sampling
-from rljax.rollouts.sampler import DecodeState, PromptBatch
-from rljax.types import LM, Params, Rows, Sampling
+from rljax.rollouts.sampler import DecodeState, DevicePrompts
+from rljax.types import LM, Params, PromptBatch, Sampling
 
 INITIAL_CAPACITY = 128  # columns of the cache at first; doubled when full. Each capacity is compiled separately
 
 
 def stream(
-    lm: LM, params: Params, frozen: Params, rows: Rows, sampling: Sampling, seed: int, step: int, every: int = 16
+    lm: LM, params: Params, frozen: Params, rows: PromptBatch, sampling: Sampling, seed: int, step: int, every: int = 16
 ) -> Iterator[Completions]:
     """The completions of `sample` on the host, so far, after every `every` new columns (at most).
 
@@ -54,7 +54,7 @@ def _prepare(lm, params, frozen):
 
 @partial(jax.jit, static_argnames=("lm", "columns"))
 def _prefill(
-    lm, params, frozen, prompts: PromptBatch, sampling, seed, columns: int
+    lm, params, frozen, prompts: DevicePrompts, sampling, seed, columns: int
 ) -> tuple[DecodeState, SamplingSettings]:
     lm = sampler.bind_params(lm, params, frozen)
     settings = sampler.sampling_settings(prompts, sampling, seed)

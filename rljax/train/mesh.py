@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rljax.types import Params, Rows, TrainState
+from rljax.types import Params, PromptBatch, TrainState
 
 AXES = ("data", "fsdp", "tensor")
 RULES = {
@@ -151,7 +151,7 @@ def shard_rows(shardings: Shardings, tree: Any) -> Any:
     return jax.tree.map(to_devices, tree)
 
 
-def shard_prompts(shardings: Shardings, rows: Rows) -> Rows:
+def shard_prompts(shardings: Shardings, rows: PromptBatch) -> PromptBatch:
     """The prompts with their arrays sharded over the devices as rows are."""
     tokens, mask, number = shard_rows(shardings, (rows.tokens, rows.mask, rows.number))
     return rows._replace(tokens=tokens, mask=mask, number=number)

@@ -28,7 +28,7 @@ from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
 from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import flatten_settings, write_report
 from rljax.train.samples import Decode, sample_records
-from rljax.types import Array, Batch, Rows, TrainState
+from rljax.types import Array, Batch, PromptBatch, TrainState
 
 
 class Run:
@@ -163,7 +163,7 @@ class Run:
         batch: Batch,
         decode: Decode,
         names: Sequence[str],
-        rows: Rows,
+        prompts: PromptBatch,
         log_ratio: Array | None = None,
     ) -> None:
         """Log the completions of the first prompts of the batch, token by token, and write the report again.
@@ -172,11 +172,11 @@ class Run:
 
         Args:
           decode: token ids -> text. names: of the verifiers, as in `scores`.
-          rows: the prompts; `batch.traj.group` holds their numbers. log_ratio: [B T], to be shown with the tokens.
+          prompts: those of the batch, whose numbers are in `batch.traj.group`. log_ratio: [B T], shown with the tokens.
         """
         began = time.monotonic()
-        index = {int(number): i for i, number in enumerate(rows.number)}
-        columns = [rows.columns[index[number]] for number in np.asarray(batch.traj.group).tolist()]
+        index = {int(number): i for i, number in enumerate(prompts.number)}
+        columns = [prompts.columns[index[number]] for number in np.asarray(batch.traj.group).tolist()]
         records = sample_records(step, batch, decode, names=names, columns=columns, log_ratio=log_ratio)
         self._log.samples(records)
         write_report(self.directory)

@@ -13,7 +13,7 @@ from rljax.data.prompts import pad_left
 from rljax.models import decoder, policy
 from rljax.ops.weights import seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
-from rljax.types import Rows, check_shapes
+from rljax.types import PromptBatch, check_shapes
 
 IDS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 WIDTHS = st.sampled_from([12, 19, 30])  # each new shape compiles
@@ -99,7 +99,9 @@ def test_sft_learns_the_same_from_packed_and_unpacked_demonstrations(weights):
     sizes = [(3, 5), (1, 2), (4, 7), (2, 1), (5, 3), (1, 9)]
     rows = [tuple(random.integers(0, 13, size).tolist() for size in pair) for pair in sizes]
     tokens, mask = pad_left([prompt for prompt, _ in rows], 5, 0)
-    alone = demonstrations(Rows(tokens, mask, np.arange(6, dtype=np.int32), [{}] * 6, 6), [a for _, a in rows], 9)
+    alone = demonstrations(
+        PromptBatch(tokens, mask, np.arange(6, dtype=np.int32), [{}] * 6, 6), [a for _, a in rows], 9
+    )
     together = pack_demonstrations(rows, 16)
     assert together.mask.shape[0] < 6
 

@@ -15,7 +15,7 @@ from rljax.models import caches, decoder, hf, rope
 from rljax.models.policy import make_policy
 from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
-from rljax.types import Rows, Sampling
+from rljax.types import PromptBatch, Sampling
 from tests import bounds
 
 WIDTH = 24  # of the rows below: one compilation a model
@@ -193,7 +193,7 @@ def test_the_trainer_says_what_the_sampler_said(name, max_concurrent, tmp_path):
     """Windows, soft caps and a recorded routing, in texts that outgrow the window and end at different places."""
     config, params, texts, _ = read(tmp_path, name)
     tokens, mask = pad_left([ids[:size].tolist() for ids, size in zip(texts, (6, 3), strict=True)], 6, 0)
-    prompts = Rows(tokens, mask, np.arange(2, dtype=np.int32), [{}, {}], 2)
+    prompts = PromptBatch(tokens, mask, np.arange(2, dtype=np.int32), [{}, {}], 2)
     sampling = Sampling(temperature=0.8, n=2, max_tokens=9, stop=(2, 3, 4), max_concurrent=max_concurrent)
     traj = sample(decoder.language_model(config), {"decoder": params}, {}, prompts, sampling, 0, 0)
     policy = jax.jit(make_policy(config))
@@ -285,7 +285,7 @@ def test_stories260k_logits(stories):
 def test_stories260k_writes_the_recorded_story(stories):
     _, config, params, recorded = stories
     start = recorded["tokens"][None, :1].astype(np.int32)
-    begin = Rows(start, np.ones((1, 1), bool), np.zeros(1, np.int32), [{}], 1)
+    begin = PromptBatch(start, np.ones((1, 1), bool), np.zeros(1, np.int32), [{}], 1)
     sampling = Sampling(temperature=0.0, max_tokens=len(recorded["greedy"]))
     traj = sample(decoder.language_model(config), {"decoder": params}, {}, begin, sampling, 0, 0)
     np.testing.assert_array_equal(traj.actions[0], recorded["greedy"])

@@ -19,7 +19,7 @@ from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import Rows, Sampling, TrainState, trajectory_of_tokens
+from rljax.types import PromptBatch, Sampling, TrainState, trajectory_of_tokens
 from tests import bounds
 
 RANK, ALPHA = 3, 7.0
@@ -239,7 +239,7 @@ def test_only_the_adapter_learns():
     params, frozen = policy.with_adapter(base, config, jax.random.key(1))
     params, before = stirred(params, 1), jax.device_get(base)
     start = jax.device_get(params)
-    rows = Rows(np.ones((2, 3), np.int32), np.ones((2, 3), bool), np.arange(2, dtype=np.int32), [{}] * 2, 2)
+    rows = PromptBatch(np.ones((2, 3), np.int32), np.ones((2, 3), bool), np.arange(2, dtype=np.int32), [{}] * 2, 2)
     traj = sample(decoder.language_model(config), params, frozen, rows, Sampling(n=2, max_tokens=5), 0, 0)
 
     model, algorithm, optimizer = policy.make_policy(config), with_kl(grpo(), 0.1), optax.adam(1e-2)

@@ -11,7 +11,7 @@ from rljax.rewards.format import matches
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import RewardError, make_score
-from rljax.types import Rows, Trajectory, check_shapes
+from rljax.types import PromptBatch, Trajectory, check_shapes
 
 EOS = 0
 COLUMNS = [{"answer": "12", "pattern": "x"}, {"answer": "3", "pattern": "x"}]
@@ -22,9 +22,11 @@ def decode(tokens):
     return "".join(str(token - 1) for token in tokens if token != EOS)
 
 
-def rows_of(columns) -> Rows:
+def rows_of(columns) -> PromptBatch:
     P = len(columns)
-    return Rows(np.ones((P, 2), np.int32), np.ones((P, 2), bool), np.arange(40, 40 + P, dtype=np.int32), columns, P)
+    return PromptBatch(
+        np.ones((P, 2), np.int32), np.ones((P, 2), bool), np.arange(40, 40 + P, dtype=np.int32), columns, P
+    )
 
 
 def traj_of(actions, mask, group) -> Trajectory:

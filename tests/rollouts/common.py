@@ -10,7 +10,7 @@ from scipy.special import softmax
 from rljax.data.prompts import pad_left
 from rljax.models import decoder, policy
 from rljax.ops import sampling as ops
-from rljax.types import Rows, Sampling, Trajectory
+from rljax.types import PromptBatch, Sampling, Trajectory
 from tests import bounds
 
 CONFIG = decoder.DecoderConfig(53, 32, 2, 4, 2, 8, 48, tie_word_embeddings=False)
@@ -28,21 +28,21 @@ def make_params():
     return {"decoder": params["decoder"] | {"norm": {"scale": 2.5 * scale}}}
 
 
-def make_rows(lengths, start: int = 0, width: int = 0, seed: int = 0) -> Rows:
+def make_rows(lengths, start: int = 0, width: int = 0, seed: int = 0) -> PromptBatch:
     """Random prompts; the one with number i depends on (seed, i) alone."""
     numbers = range(start, start + len(lengths))
     ids = [np.random.default_rng([seed, i]).integers(8, 53, n).tolist() for i, n in zip(numbers, lengths, strict=True)]
     return rows_of(ids, numbers, max(width, *lengths))
 
 
-def rows_of(ids, numbers, width: int) -> Rows:
+def rows_of(ids, numbers, width: int) -> PromptBatch:
     tokens, mask = pad_left(ids, width, 5)
-    return Rows(tokens, mask, np.array(numbers, np.int32), [{} for _ in ids], 0)
+    return PromptBatch(tokens, mask, np.array(numbers, np.int32), [{} for _ in ids], 0)
 
 
-def take(rows: Rows, which) -> Rows:
+def take(rows: PromptBatch, which) -> PromptBatch:
     columns = [rows.columns[i] for i in np.arange(len(rows.columns))[which]]
-    return Rows(rows.tokens[which], rows.mask[which], rows.number[which], columns, 0)
+    return PromptBatch(rows.tokens[which], rows.mask[which], rows.number[which], columns, 0)
 
 
 def completions(traj: Trajectory, sampling: Sampling):
@@ -79,7 +79,7 @@ def kept(probs, top_k=None, top_p=None, min_p=None):
     return out
 
 
-def draws(params, rows: Rows, sampling: Sampling, seed: int, step: int, traj: Trajectory):
+def draws(params, rows: PromptBatch, sampling: Sampling, seed: int, step: int, traj: Trajectory):
     """The tokens that float64 draws from the same uniforms after the same prefixes, and each uniform's distance to the
     nearest boundary of the cumulative distribution. [B N] twice; settings that are scalars.
     """

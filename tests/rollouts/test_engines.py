@@ -14,7 +14,7 @@ from rljax.models.policy import make_policy
 from rljax.rollouts import self_check
 from rljax.rollouts.partial import resume_rows, unfinished_rows
 from rljax.rollouts.sampler import sample, sample_and_count
-from rljax.types import Resume, Rows, Sampling
+from rljax.types import PromptBatch, Resume, Sampling
 from rollouts.common import CLOSE, CONFIG, LM, STOP, assert_same_sample, completions, draws, make_rows, take
 from tests import bounds
 
@@ -111,7 +111,7 @@ START = np.array([[9, 11, 13]], np.int32)
 
 
 def first_tokens(params, max_tokens=1, **settings):
-    start = Rows(START, np.ones((1, 3), bool), np.zeros(1, np.int32), [{}], 0)
+    start = PromptBatch(START, np.ones((1, 3), bool), np.zeros(1, np.int32), [{}], 0)
     settings = {"logp": "policy"} | settings
     return sample(LM, params, {}, start, Sampling(n=MANY, max_tokens=max_tokens, **settings), 1, 0)
 

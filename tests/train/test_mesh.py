@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rljax.train.mesh import make_mesh, param_shardings, shard_prompts, shard_rows, sharding_of, state_shardings
-from rljax.types import Rows, TrainState
+from rljax.types import PromptBatch, TrainState
 
 P = PartitionSpec
 
@@ -98,7 +98,7 @@ def test_rows_go_over_data_and_fsdp_and_scalars_everywhere():
 def test_prompts_are_spread_and_their_columns_stay_on_the_host():
     shardings = state_shardings(make_mesh(8, 1, 1), whole_state(optax.sgd(1)), optax.sgd(1), AXES)
     columns = [{"answer": i} for i in range(8)]
-    rows = Rows(np.zeros((8, 3), np.int32), np.ones((8, 3), bool), np.arange(8, dtype=np.int32), columns, 8)
+    rows = PromptBatch(np.zeros((8, 3), np.int32), np.ones((8, 3), bool), np.arange(8, dtype=np.int32), columns, 8)
     placed = shard_prompts(shardings, rows)
     assert placed.tokens.addressable_shards[0].data.shape == (1, 3)
     assert placed.columns is columns

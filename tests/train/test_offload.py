@@ -13,7 +13,7 @@ from rljax.rollouts.sampler import sample
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
-from rljax.types import Rows, Sampling, TrainState
+from rljax.types import PromptBatch, Sampling, TrainState
 from tests import bounds
 
 CONFIG = decoder.DecoderConfig(32, 16, 1, 4, 2, 4, 24, adapter=lora.LoraConfig(rank=2))
@@ -32,7 +32,7 @@ def stepped(offload):
     state = jax.device_put(state, shardings.state)
     algorithm, model, lm = with_kl(grpo(), 0.1), policy.make_policy(CONFIG), decoder.language_model(CONFIG)
     update = make_update(policy_objective(model, algorithm), OPTIMIZER, 1, shardings)
-    rows = Rows(np.ones((4, 3), np.int32), np.ones((4, 3), bool), np.arange(4, dtype=np.int32), [{}] * 4, 4)
+    rows = PromptBatch(np.ones((4, 3), np.int32), np.ones((4, 3), bool), np.arange(4, dtype=np.int32), [{}] * 4, 4)
     traj = sample(lm, state.params, state.frozen, rows, Sampling(n=2, max_tokens=4), 0, 0)
     traj = policy.make_annotate(model, algorithm.needs)(state, traj)
     batch = algorithm.credit(traj.replace(rewards=traj.mask * np.float32(traj.actions % 5)), {})

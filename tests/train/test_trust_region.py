@@ -19,7 +19,7 @@ from rljax.train.objective import policy_objective
 from rljax.train.packing import make_packed_update
 from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import learn
-from rljax.types import Rows, Sampling, TrainState
+from rljax.types import PromptBatch, Sampling, TrainState
 from tests.algorithms.tiny import GRADIENT, LOGP, credited, rollout, state_of, table_params, table_policy
 
 DELTA = 0.01
@@ -142,7 +142,9 @@ STOP = 3
 
 def drawn(params, step):
     """Four answers to each of four prompts, their texts of many lengths; the reward is the share of one token."""
-    rows = Rows(np.full((4, 3), 2, np.int32), np.arange(3) >= np.array([[0], [1], [2], [0]]), np.arange(4), [{}] * 4, 0)
+    rows = PromptBatch(
+        np.full((4, 3), 2, np.int32), np.arange(3) >= np.array([[0], [1], [2], [0]]), np.arange(4), [{}] * 4, 0
+    )
     traj = sample(language_model(DECODER), params, {}, rows, Sampling(n=4, max_tokens=5, stop=(STOP,)), 0, step)
     reward = ((traj.actions == 5) & traj.mask).sum(axis=1) / traj.mask.sum(axis=1)
     return trpo().credit(traj.replace(rewards=at_last_decision(reward, traj.mask)), {}), float(reward.mean())
