@@ -245,6 +245,16 @@ MUTANTS = [
         ("tests/algorithms/test_preferences.py",),
     ),
     Mutant(
+        "BCO's shift is the mean of all rewards",
+        "rljax/algorithms/bco.py",
+        "reward_shift",
+        "    return jnp.where(seen, means, 0.0).sum() / jnp.maximum(seen.sum(), 1)",
+        '    counts = jnp.stack([state["desirable_seen"], state["undesirable_seen"]])\n'
+        "    return (counts * means).sum() / jnp.maximum(counts.sum(), 1.0)",
+        "TRL; BCO, arXiv:2404.04656: half the sum of the means of the two classes",
+        ("tests/algorithms/test_preferences.py",),
+    ),
+    Mutant(
         "one coefficient for KL in the loss and in the reward",
         "rljax/algorithms/common/reward_shaping.py",
         "kl_in_reward.credit",
