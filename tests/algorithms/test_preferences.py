@@ -368,6 +368,32 @@ def test_wpo_without_collision_probabilities_says_so():
         learn(dpo(lambda *args: policy(*args).replace(sum_pi_squared=None), pair_weight=wpo), pairs())
 
 
+def chosen_totals():
+    """log π and the number of tokens of each chosen completion of `pairs`, without the pair that says nothing."""
+    logp = np.asarray(table_policy(table_params(), {}, pairs().chosen).logp, np.float64)
+    mask = np.asarray(pairs().chosen.mask)
+    present = mask.any(axis=1) | np.asarray(pairs().rejected.mask).any(axis=1)
+    return np.where(mask, logp, 0).sum(axis=1)[present], mask.sum(axis=1)[present]
+
+
+NLL = {
+    "rpo, of each completion": (lambda c: dpo(policy, nll=c), True),
+    "rpo beside token weights": (lambda c: dpo(policy, nll=c, token_weights=ld_dpo_weights(0.3)), True),
+    "orpo, of each completion": (lambda c: orpo(policy, nll=c), True),
+    "cpo, of all tokens": (lambda c: cpo(policy, nll=c), False),
+}
+
+
+@pytest.mark.parametrize("name", NLL)
+def test_over_which_tokens_the_nll_is_a_mean(name):
+    make, of_each = NLL[name]
+    total, length = chosen_totals()
+    assert len(set(length)) > 2
+    want = -(total / np.maximum(length, 1)).mean() if of_each else -total.sum() / length.sum()
+    found = learn(make(0.7), pairs())[1]["loss"] - learn(make(0.0), pairs())[1]["loss"]
+    assert found == pytest.approx(0.7 * want, rel=1e-4)
+
+
 def test_zeros_for_a_reference_make_cpo_of_dpo():
     zero = on_trajectories(lambda traj: traj.replace(ref_logp=jnp.zeros_like(traj.logp)), pairs())
     agree(learn(dpo(policy), zero)[0], learn(cpo(policy, nll=0.0), pairs())[0])
