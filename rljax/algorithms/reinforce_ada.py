@@ -6,7 +6,12 @@ and incorrect ones in equal parts as far as there are enough of both; `reinforce
 
     Â_i = R_i - mean over everything sampled for the prompt        L = GRPO's terms, token mean
 
-The paper samples in rounds until enough are seen; here all are sampled at once, in fixed shapes.
+The statistics are of the whole pool, not of the rows kept. There is no division by a standard deviation: the authors'
+repository states r_i - mean and trains so (`global_stat_est=True`, `norm_adv_by_std_in_grpo=False`); its option divides
+by the deviation of the whole pool.
+
+The paper samples in rounds and leaves a prompt when enough are seen; "-pos" and "-balance" are two such conditions of
+leaving. Here all are sampled at once, in fixed shapes, so that neither has a counterpart; what is kept is balanced.
 """
 
 import jax
