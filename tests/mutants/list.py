@@ -725,7 +725,7 @@ MUTANTS = [
         "gmpo.loss",
         "jnp.maximum(log_ratio, -low)",
         "jnp.maximum(log_ratio, -high)",
-        "arXiv:2507.20673 clips sgn(A) log ratio by one range; verl, TRL: low below, high above",
+        "one number in the authors' code, arXiv:2507.20673; verl, TRL: low below, high above",
         ("tests/algorithms/test_by_hand.py",),
     ),
     Mutant(
@@ -743,7 +743,7 @@ MUTANTS = [
         "reinforce_ada.credit",
         "rewards - traj.baseline",
         "(rewards - traj.baseline) / jnp.sqrt(traj.baseline * (1.0 - traj.baseline))",
-        "norm_adv_by_std_in_grpo of the authors' code, which their runs turn off; arXiv:2510.04996",
+        "norm_adv_by_std_in_grpo of the authors' code, which states r - mean; arXiv:2510.04996",
         ("tests/algorithms/test_credit.py::test_reinforce_ada_keeps_right_and_wrong_answers_in_equal_parts",),
     ),
     Mutant(
