@@ -9,13 +9,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from rljax.algorithms.bco import bco
 from rljax.algorithms.common.credit import old_policy_logp
 from rljax.algorithms.common.wrappers import with_entropy, with_prepare
 from rljax.algorithms.nash_md import nash_md
 from rljax.ops import groups, preferences, statistics
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm, Objective
+from rljax.types import Algorithm, Objective, PolicyFn
 
 # --------------------------------------------------------------------------------------------------------- preferences
 
@@ -28,6 +29,18 @@ def trl_float32_mean(share):
 def trl_alpha_divergence(coefficient: float) -> Callable:
     """TRL's f_alpha_divergence_coef is 1 - α of f-DPO (arXiv:2309.16240): its slope is (u^{c-1} - 1)/(c - 1)."""
     return partial(preferences.alpha_divergence, alpha=1.0 - coefficient)
+
+
+def trl_bco_of_one_class(policy: PolicyFn, beta: float) -> Objective:
+    """TRL's δ is the running mean of all rewards, so that the larger class weighs more; BCO's is the mean of the means
+    of the two classes. Its δ is found here as if all completions were of one class."""
+    objective = bco(policy, beta)
+
+    def prepare(params, frozen, batch, key):
+        one_class = batch.replace(desirable=jnp.ones_like(batch.desirable))
+        return objective.prepare(params, frozen, one_class, key).replace(desirable=batch.desirable)
+
+    return objective._replace(prepare=prepare)
 
 
 def trl_weight_by_log_probs(loss_type: str, weight: float) -> float:

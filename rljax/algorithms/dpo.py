@@ -13,6 +13,9 @@
     dpo(policy, token_weights=ld_dpo_weights(0.3))                      LD-DPO (arXiv:2409.06411)
     dpo(policy, preferences.mixture((0.5, preferences.sigmoid), (0.5, preferences.bco_pair)))
 
+RPO's NLL is that of each chosen completion over its own length, so that every pair weighs the same (eq. 1 of the paper;
+`sequence_nll`). TRL's is the mean over the tokens of the batch (`chosen_nll`).
+
 Terms that measure completions differently are mixed with `preference_objective` and `preference_term`. With `ref_logp`
 of zeros it is reference-free. A completion cut by the length limit should not be a chosen one: filter before.
 """
@@ -90,6 +93,14 @@ def chosen_nll(pair: PairStats) -> PerRow:
     return pair.nll
 
 
+def sequence_nll(pair: PairStats) -> PerRow:
+    """-(1/n) log π of each chosen completion of n tokens, 0 of an empty one (RPO, arXiv:2404.19733, eq. 1).
+
+    Token weights do not enter it.
+    """
+    return pair.nll / (pair.extra["nll_scale"] * pair.chosen.length)
+
+
 def dpo(
     policy: PolicyFn,
     loss: PreferenceLoss = preferences.sigmoid,
@@ -105,14 +116,14 @@ def dpo(
     Args:
       loss: (chosen [B], rejected [B], β) -> [B].
       measure: CompletionStats -> [B], what the loss compares.
-      nll: coefficient of the token mean of -log π over the chosen completions.
+      nll: coefficient α of `sequence_nll` (RPO).
       pair_weight: PairStats -> [B], a constant factor of each pair's terms.
       token_weights: (mask [B T], mask of the other completion) -> [B T].
     """
     preference = preference_term(loss, beta, measure)
 
     def term(pair):
-        return pair_weight(pair) * (preference(pair) + nll * pair.nll)
+        return pair_weight(pair) * (preference(pair) + nll * sequence_nll(pair))
 
     def reward(completion):
         return beta * completion.log_ratio

@@ -2,8 +2,10 @@
 
     d_t = min(log ρ_t, ε_high) where Â > 0, max(log ρ_t, -ε_low) else        L = -(1/N⁺) Σ_i Â_i exp((1/n_i) Σ_t d_it)
 
-Clips are in log space and one-sided, as PPO's are. The geometric mean is less sensitive to a single token's ratio than
-GRPO's arithmetic one. Â is GRPO's, constant over a completion.
+Clips are in log space and one-sided, as PPO's are: `high` bounds log ρ from above where Â > 0, `low` from below where Â
+< 0, which is verl's and TRL's meaning. The authors' code clips sgn(Â) log ρ by one number, ±0.4, so that with `low` =
+`high` it is the same. The geometric mean is less sensitive to a single token's ratio than GRPO's arithmetic one. Â is
+GRPO's, constant over a completion.
 """
 
 import jax.numpy as jnp

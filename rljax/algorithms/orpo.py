@@ -1,8 +1,10 @@
 """ORPO: odds ratio preference optimization (arXiv:2403.07691): imitation and preference in one stage, no reference.
 
-    L = NLL(chosen) - λ log σ(log odds(y_w) - log odds(y_l))        log odds = ℓ̄ - log(1 - e^ℓ̄), ℓ̄ the mean log-prob
+    L = (1/N) Σ_i [-ℓ̄_w - λ log σ(log odds(y_w) - log odds(y_l))]        log odds = ℓ̄ - log(1 - e^ℓ̄)
 
-The NLL is the token mean over the chosen completions. Left out: the paper's code also includes the prompt's tokens.
+ℓ̄ is the mean log-prob of a completion over its own length, in the odds and in the NLL (eq. 1, 2 and 6: an expectation
+over pairs). TRL's NLL is the mean over the tokens of the batch. Left out: the paper's code also includes the prompt's
+tokens.
 """
 
 from rljax.algorithms.common.pairs import preference_objective
@@ -14,7 +16,9 @@ def orpo(policy: PolicyFn, lam: float = 0.1, nll: float = 1.0) -> Objective:
     """ORPO. `lam`: λ, the coefficient of the odds ratio; `nll`: that of the NLL."""
 
     def term(pair):
-        return nll * pair.nll + lam * preferences.odds_ratio(pair.chosen.mean_logp, pair.rejected.mean_logp)
+        return -nll * pair.chosen.mean_logp + lam * preferences.odds_ratio(
+            pair.chosen.mean_logp, pair.rejected.mean_logp
+        )
 
     def reward(completion):
         return lam * completion.mean_logp

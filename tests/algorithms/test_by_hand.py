@@ -86,6 +86,13 @@ def gmpo_term(x, fixed, b, own, adv):
     return -adv * np.exp(np.mean(d))
 
 
+def authors_gmpo_term(x, fixed, b, own, adv):
+    """As the paper's authors have it: the larger of -sgn(Â) log ρ and its value clipped to one range of both sides."""
+    sign = -1 if adv >= 0 else 1
+    signed = [sign * (x[b, t] - OLD[b, t]) for t in own]
+    return -adv * np.exp(np.mean([sign * max(one, clip(one, -0.2, 0.2)) for one in signed]))
+
+
 def rloo_term(x, fixed, b, own, adv):
     return ppo_term(np.prod(np.exp(x[b, own] - OLD[b, own])), adv, 0.3, 0.4)
 
@@ -143,6 +150,7 @@ CASES = {
     "gspo_token": (a.gspo_token(0.05, 0.1), over_rows(gspo_token_term)),
     "luspo": (a.luspo(0.05, 0.1), of_rows(luspo_term)),
     "gmpo": (a.gmpo(0.2, 0.3), of_rows(gmpo_term)),
+    "gmpo of its authors": (a.gmpo(0.2, 0.2), of_rows(authors_gmpo_term)),
     "rloo": (a.rloo(0.3, 0.4), of_rows(rloo_term)),
     "opmd": (a.opmd(0.3), of_rows(opmd_term)),
     "topr": (a.topr(), of_rows(topr_term)),

@@ -120,9 +120,12 @@ def shown():
     return Distillation(rollout(0), teacher_view=view)
 
 
+BCO_STATE = {"desirable_mean": 0.3, "desirable_seen": 5.0, "undesirable_mean": -0.2, "undesirable_seen": 3.0}
+
+
 @lru_cache
 def judged():
-    state = {"reward_mean": jnp.float32(0.3), "rewards_seen": jnp.float32(5.0)}
+    state = jax.tree.map(jnp.float32, BCO_STATE)
     return Unpaired(rollout(0), jnp.arange(16) % 3 == 0, mismatched=rollout(1), coefficients=state)
 
 
@@ -371,6 +374,32 @@ def test_wpo_without_collision_probabilities_says_so():
         learn(dpo(lambda *args: policy(*args).replace(sum_pi_squared=None), pair_weight=wpo), pairs())
 
 
+def chosen_totals():
+    """log π and the number of tokens of each chosen completion of `pairs`, without the pair that says nothing."""
+    logp = np.asarray(table_policy(table_params(), {}, pairs().chosen).logp, np.float64)
+    mask = np.asarray(pairs().chosen.mask)
+    present = mask.any(axis=1) | np.asarray(pairs().rejected.mask).any(axis=1)
+    return np.where(mask, logp, 0).sum(axis=1)[present], mask.sum(axis=1)[present]
+
+
+NLL = {
+    "rpo, of each completion": (lambda c: dpo(policy, nll=c), True),
+    "rpo beside token weights": (lambda c: dpo(policy, nll=c, token_weights=ld_dpo_weights(0.3)), True),
+    "orpo, of each completion": (lambda c: orpo(policy, nll=c), True),
+    "cpo, of all tokens": (lambda c: cpo(policy, nll=c), False),
+}
+
+
+@pytest.mark.parametrize("name", NLL)
+def test_over_which_tokens_the_nll_is_a_mean(name):
+    make, of_each = NLL[name]
+    total, length = chosen_totals()
+    assert len(set(length)) > 2
+    want = -(total / np.maximum(length, 1)).mean() if of_each else -total.sum() / length.sum()
+    found = learn(make(0.7), pairs())[1]["loss"] - learn(make(0.0), pairs())[1]["loss"]
+    assert found == pytest.approx(0.7 * want, rel=1e-4)
+
+
 def test_zeros_for_a_reference_make_cpo_of_dpo():
     zero = on_trajectories(lambda traj: traj.replace(ref_logp=jnp.zeros_like(traj.logp)), pairs())
     agree(learn(dpo(policy), zero)[0], learn(cpo(policy, nll=0.0), pairs())[0])
@@ -414,15 +443,30 @@ def test_kto_without_mismatched_answers_is_unpaired_apo_zero():
 STILL = optax.sgd(0.0)  # the parameters stay where they are
 
 
-def test_bco_carries_the_mean_of_all_rewards_from_batch_to_batch():
-    update, seen = make_update(bco(policy, 0.5), STILL), []
+def test_bco_shifts_by_the_mean_of_the_means_of_both_classes():
+    """Of all completions so far: a third is desirable, so that their common mean is another number."""
+    update, seen = make_update(bco(policy, 0.5), STILL), {True: [], False: []}
     state = state_of(table_params(), STILL).replace(coefficients=initial_state())
+    desirable = np.delete(np.asarray(judged().desirable), 3)
     for traj in (rollout(0), rollout(1), rollout(2)):
-        seen.extend(0.5 * np.delete(log_ratios(traj)[0], 3))
+        rewards = 0.5 * np.delete(log_ratios(traj)[0], 3)
+        for good in seen:
+            seen[good].extend(rewards[desirable == good])
         state, metrics = update(state, judged().replace(traj=traj, coefficients={}))
-        assert metrics["reward_mean"] == pytest.approx(np.mean(seen), rel=1e-4)
-        assert state.coefficients["reward_mean"] == pytest.approx(np.mean(seen), rel=1e-4)
-        assert state.coefficients["rewards_seen"] == len(seen)
+        shift = (np.mean(seen[True]) + np.mean(seen[False])) / 2
+        assert metrics["reward_shift"] == pytest.approx(shift, rel=1e-4)
+        assert abs(np.mean(seen[True] + seen[False]) - shift) > 1e-2
+        assert state.coefficients["desirable_seen"] == len(seen[True])
+        assert state.coefficients["undesirable_seen"] == len(seen[False])
+        scores = np.where(desirable, 1, -1) * (rewards - shift)
+        assert metrics["loss"] == pytest.approx(np.logaddexp(0, -scores).mean(), rel=1e-4)
+
+
+def test_a_class_that_bco_never_saw_does_not_move_its_shift():
+    update = make_update(bco(policy, 0.5), STILL)
+    state = state_of(table_params(), STILL).replace(coefficients=initial_state())
+    _, metrics = update(state, judged().replace(desirable=jnp.ones(16, bool), coefficients={}))
+    assert metrics["reward_shift"] == pytest.approx(0.5 * np.delete(log_ratios(rollout(0))[0], 3).mean(), rel=1e-4)
 
 
 CARRIED = [name for name, (objective, _) in CASES.items() if objective.state]
@@ -436,13 +480,18 @@ def test_the_state_of_an_objective_is_the_same_for_any_cut_into_minibatches(name
     start = state_of(table_params(), STILL).replace(coefficients=jax.tree.map(jnp.copy, make().coefficients))
     state, _ = learn_in_minibatches(make_update(objective, STILL), start, make(), num_minibatches=cuts)
     rewards = 0.5 * np.delete(log_ratios(rollout(0))[0], 3)
-    assert state.coefficients["rewards_seen"] == 5 + len(rewards)
-    want = (5 * 0.3 + rewards.sum()) / (5 + len(rewards))
-    assert state.coefficients["reward_mean"] == pytest.approx(want, rel=1e-5)
+    desirable = np.delete(np.asarray(judged().desirable), 3)
+    for name, rows in (("desirable", desirable), ("undesirable", ~desirable)):
+        before, seen = BCO_STATE[f"{name}_mean"], BCO_STATE[f"{name}_seen"]
+        want = (seen * before + rewards[rows].sum()) / (seen + rows.sum())
+        assert state.coefficients[f"{name}_seen"] == seen + rows.sum()
+        assert state.coefficients[f"{name}_mean"] == pytest.approx(want, rel=1e-5)
 
 
 def test_a_state_that_nobody_started_is_one_error():
-    with pytest.raises(ValueError, match=r"reward_mean, rewards_seen from one update to the next: put first values"):
+    with pytest.raises(
+        ValueError, match=r"undesirable_mean, undesirable_seen from one update to the next: put first values"
+    ):
         updater(bco(policy, 0.5), 1)(state_of(table_params()), judged())
 
 
@@ -459,7 +508,7 @@ def test_bco_goes_on_as_trl_does():
         batch = Unpaired(one_token(len(logp), ref_logp=ref_logp), good, coefficients=state)
         objective = bco(reads_logp, case.hyper["beta"])
         state = objective.prepare({"logp": logp}, {}, batch, jax.random.key(0)).coefficients
-        assert float(state["reward_mean"]) == pytest.approx(float(case.outs["delta"]), rel=1e-4)
+        assert float(state["reward_shift"]) == pytest.approx(float(case.outs["delta"]), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ reward models

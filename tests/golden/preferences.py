@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.algorithms.aot import aot, aot_unpaired
-from rljax.algorithms.bco import bco
+from rljax.algorithms.bco import initial_state
 from rljax.algorithms.common.pairs import preference_objective, uniform_token_weights
 from rljax.algorithms.cpo import cpo, simpo
 from rljax.algorithms.dpo import (
@@ -32,7 +32,13 @@ from rljax.ops import logprobs, preferences
 from rljax.ops.weights import seq_mean_token_mean, token_mean
 from rljax.train.objective import policy_objective
 from rljax.types import Pairs, PolicyOutput, Trajectory, Unpaired, trajectory_of_tokens
-from tests.dialects import openrlhf_sequence_mean, trl_alpha_divergence, trl_float32_mean, trl_weight_by_log_probs
+from tests.dialects import (
+    openrlhf_sequence_mean,
+    trl_alpha_divergence,
+    trl_bco_of_one_class,
+    trl_float32_mean,
+    trl_weight_by_log_probs,
+)
 from tests.golden.entry import Case, Entry, gradient
 
 
@@ -305,14 +311,17 @@ def trl_bco(case: Case) -> dict:
     ref_logp = jnp.concatenate([case.ins[f"reference_{side}_logps"] for side in ("chosen", "rejected")])
     rewards, seen = beta * (logp - ref_logp), int(case.name.removeprefix("step")) * len(logp)
     before = (case.outs["delta"] * (seen + len(logp)) - rewards.sum()) / max(seen, 1)
-    state = {"reward_mean": jnp.where(seen > 0, before, 0.0), "rewards_seen": jnp.asarray(float(seen))}
+    state = initial_state() | {
+        "desirable_mean": jnp.where(seen > 0, before, 0.0),
+        "desirable_seen": jnp.asarray(float(seen)),
+    }
     good = jnp.arange(len(logp)) < n
     batch = Unpaired(one_token(len(logp), ref_logp=ref_logp), desirable=good, coefficients=state)
-    loss, metrics, *grads = learn(bco(reads_logp, beta), batch, stacked(*POLICY), case, *POLICY)
+    loss, metrics, *grads = learn(trl_bco_of_one_class(reads_logp, beta), batch, stacked(*POLICY), case, *POLICY)
     return {
         "loss": loss,
-        "losses": preferences.bco_loss(logp - ref_logp, good, metrics["reward_mean"], beta),
-        "delta": metrics["reward_mean"],
+        "losses": preferences.bco_loss(logp - ref_logp, good, metrics["reward_shift"], beta),
+        "delta": metrics["reward_shift"],
         "grad_chosen": grads[0],
         "grad_rejected": grads[1],
     }
