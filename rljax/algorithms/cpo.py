@@ -4,8 +4,8 @@
     SimPO    -log σ(β(ℓ̄_w - ℓ̄_l) - γ)                                  token means   arXiv:2405.14734
     AlphaPO  SimPO with ℓ̄ -> (1 - e^{-αℓ̄})/α                           token means   arXiv:2501.03884
 
-ℓ̄ is the mean of a completion's log-probs. The NLL is the mean over the tokens of all chosen completions, as TRL's
-CPO trainer has it. CPO's equation has -log π_w, a sum over the completion, which is `nll` times the mean length.
+ℓ̄ is the mean of a completion's log-probs. The NLL is the mean over the tokens of all chosen completions, as in TRL's
+CPO trainer; CPO's own equation has the sum over each completion, -log π_w.
 """
 
 from rljax.algorithms.common.pairs import preference_objective

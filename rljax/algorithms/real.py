@@ -1,4 +1,4 @@
-"""REAL: rewards as labels, a classification loss over a group (definition of ms-swift).
+"""REAL: rewards as labels, a classification loss over a group (arXiv:2602.05630; definition of ms-swift).
 
     S_i = (1/(n_i τ)) Σ_t log ρ_it
     L = (1/P) Σ_groups [log(1 + Σ_{Â<=0} e^{S_j}) + log(1 + Σ_{Â>0} e^{-S_j})]
