@@ -182,7 +182,7 @@ def gradients(params):
     """Of the truncated policy's expected reward: by differentiating its probabilities, and REINFORCE's two."""
     traj, first, second = every_completion(params)
     assert 8 < len(traj.mask) < 400
-    rewards = jnp.asarray(np.random.default_rng(0).normal(size=len(traj.mask)), jnp.float32)
+    rewards = jnp.asarray(np.random.default_rng(0).random(len(traj.mask)), jnp.float32)
 
     def probability(params):
         """Of each completion: the whole softmax, zeros outside, divided by what is left."""
@@ -214,7 +214,7 @@ def test_with_the_support_the_gradient_is_that_of_the_truncated_policy(gradients
 def test_without_the_support_it_is_another_one(gradients):
     true, _, without = gradients
     print(f"cosine without the support: {cosine(without, true):.3f}")
-    assert cosine(without, true) < 0.99
+    assert cosine(without, true) < 0.9
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 24])
