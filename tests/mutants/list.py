@@ -1744,7 +1744,7 @@ MUTANTS = [
         "make_annotate.fill",
         "routing=None",
         "routing=None, support=None",
-        "the KL is of two distributions over one support: arXiv:2512.02556 renormalizes both policies",
+        "a KL of a truncated and a whole distribution; one support for both (docs/decisions.md)",
         (SUPPORT,),
     ),
     Mutant(
