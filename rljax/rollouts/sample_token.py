@@ -91,11 +91,11 @@ UNCHANGED = {"top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.
 def distribution_settings(sampling: Sampling) -> list[str]:
     """The settings, temperature aside, that change the distribution which tokens are drawn from."""
     changed = []
-    for name, neutral in UNCHANGED.items():
+    for name, unchanged in UNCHANGED.items():
         value = getattr(sampling, name)
         if value is None or (name == "min_tokens" and not sampling.stop):
             continue
-        if neutral is None or bool(np.any(np.asarray(value) != neutral)):
+        if unchanged is None or bool(np.any(np.asarray(value) != unchanged)):
             changed.append(name)
     return changed
 

@@ -66,6 +66,7 @@ def support_as_set(traj) -> np.ndarray:
 
 
 def close(got, want, traj):
+    assert np.isfinite(np.asarray(got)[np.asarray(traj.mask)]).all()  # NaN is close to NaN
     np.testing.assert_allclose(
         np.where(traj.mask, got, 0), np.where(traj.mask, want, 0), rtol=0, atol=bounds.of_logp(CONFIG, traj)
     )
@@ -305,8 +306,8 @@ def test_another_distribution_is_never_silent(params, setting, message):
 
 
 def test_settings_that_change_nothing_are_no_reason(params):
-    neutral = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
-    assert sample(LM, params, {}, make_rows([2]), Sampling(max_tokens=1, **neutral), 0, 0).support is None
+    unchanged = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+    assert sample(LM, params, {}, make_rows([2]), Sampling(max_tokens=1, **unchanged), 0, 0).support is None
 
 
 def test_recipes_keep_the_support_or_refuse():
