@@ -27,6 +27,7 @@ PREFERENCES = "tests/algorithms/test_preferences.py"
 OUTCOME = "tests/algorithms/test_outcome_credit.py"
 VARIANTS = "tests/algorithms/test_preference_variants.py"
 DISTILLATION = "tests/algorithms/test_distillation.py"
+SUPPORT = "tests/rollouts/test_support.py"
 GARBAGE = f"{LAWS}::test_what_stands_at_masked_columns_changes_nothing"
 MICRO = f"{LAWS}::test_micro_batches_change_neither_gradient_nor_metrics"
 ABSENT = f"{LAWS}::test_rows_without_decisions_or_judgement_are_as_if_they_were_not_there"
@@ -1908,5 +1909,41 @@ MUTANTS = [
         "segments[target, span] = 1",
         "packing changes the loss: TRL PR 3526, OpenRLHF 377",
         ("tests/train/test_packing.py",),
+    ),
+    Mutant(
+        "a truncated draw differentiated as a whole one",
+        "rljax/models/policy.py",
+        "make_policy.policy",
+        "chunk_tokens, traj.support",
+        "chunk_tokens, None",
+        "Keep Sampling Mask, DeepSeek-V3.2, arXiv:2512.02556",
+        (SUPPORT,),
+    ),
+    Mutant(
+        "a reference of the whole vocabulary beside a truncated policy",
+        "rljax/models/policy.py",
+        "make_annotate.fill",
+        "routing=None",
+        "routing=None, support=None",
+        "a KL of a truncated and a whole distribution; one support for both (docs/decisions.md)",
+        (SUPPORT,),
+    ),
+    Mutant(
+        "tokens drawn from outside the support that is kept",
+        "rljax/rollouts/sample_token.py",
+        "_cut_to_support",
+        "return cut, ",
+        "return masses, ",
+        "a bound on the ids kept that does not bind the draw",
+        (SUPPORT,),
+    ),
+    Mutant(
+        "a support that is empty in slots",
+        "rljax/rollouts/continuous_batching.py",
+        "decode_slots",
+        "old.support.at[row, t].set(new.support)",
+        "old.support",
+        "a mask that one engine keeps and another does not: arXiv:2512.02556",
+        (SUPPORT,),
     ),
 ]

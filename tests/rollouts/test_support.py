@@ -66,6 +66,7 @@ def support_as_set(traj) -> np.ndarray:
 
 
 def close(got, want, traj):
+    assert np.isfinite(np.asarray(got)[np.asarray(traj.mask)]).all()  # NaN is close to NaN
     np.testing.assert_allclose(
         np.where(traj.mask, got, 0), np.where(traj.mask, want, 0), rtol=0, atol=bounds.of_logp(CONFIG, traj)
     )
@@ -182,7 +183,7 @@ def gradients(params):
     """Of the truncated policy's expected reward: by differentiating its probabilities, and REINFORCE's two."""
     traj, first, second = every_completion(params)
     assert 8 < len(traj.mask) < 400
-    rewards = jnp.asarray(np.random.default_rng(0).normal(size=len(traj.mask)), jnp.float32)
+    rewards = jnp.asarray(np.random.default_rng(0).random(len(traj.mask)), jnp.float32)
 
     def probability(params):
         """Of each completion: the whole softmax, zeros outside, divided by what is left."""
@@ -214,7 +215,7 @@ def test_with_the_support_the_gradient_is_that_of_the_truncated_policy(gradients
 def test_without_the_support_it_is_another_one(gradients):
     true, _, without = gradients
     print(f"cosine without the support: {cosine(without, true):.3f}")
-    assert cosine(without, true) < 0.99
+    assert cosine(without, true) < 0.9
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 24])
@@ -305,8 +306,8 @@ def test_another_distribution_is_never_silent(params, setting, message):
 
 
 def test_settings_that_change_nothing_are_no_reason(params):
-    neutral = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
-    assert sample(LM, params, {}, make_rows([2]), Sampling(max_tokens=1, **neutral), 0, 0).support is None
+    unchanged = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0}
+    assert sample(LM, params, {}, make_rows([2]), Sampling(max_tokens=1, **unchanged), 0, 0).support is None
 
 
 def test_recipes_keep_the_support_or_refuse():
