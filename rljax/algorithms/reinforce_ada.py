@@ -6,9 +6,9 @@ and incorrect ones in equal parts as far as there are enough of both; `reinforce
 
     Â_i = R_i - mean over everything sampled for the prompt        L = GRPO's terms, token mean
 
-The mean is of the whole pool, not of the rows kept, and there is no division by a standard deviation: r_i - mean, as the
-authors' repository states it. Its code can divide as well (verl's `norm_adv_by_std_in_grpo`), by the deviation of the
-whole pool; left out.
+The mean is of the whole pool, not of the rows kept, and there is no division by a standard deviation: r_i - mean, as
+the authors' repository states it. Its code can divide as well (verl's `norm_adv_by_std_in_grpo`), by the deviation of
+the whole pool; left out.
 
 The paper samples in rounds and leaves a prompt when it has seen enough: one correct completion ("-pos"), or half of
 `kept` correct and the rest incorrect ("-balance"). Both keep completions in the same balanced way. Here all are sampled
