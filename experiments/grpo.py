@@ -140,8 +140,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             traj = score(annotate(state, traj), prompts)
             batch = credit(keep(traj), controllers.applied_coefficients(cfg.controllers, state.coefficients))
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
-            carried_over = batches.carry_over and step > 0  # then some tokens were sampled by an older policy
-            if run.is_first_step(step) and not carried_over:
+            if run.is_first_step(step) and not (batches.carry_over and step):  # what is carried over is off-policy
                 require_on_policy(metrics, train.on_policy_tolerance(config))
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)

@@ -222,7 +222,7 @@ def alignment(logp: PerToken, sum_pi_squared: PerToken, mask: TokenMask) -> PerR
 
 
 def wpo_weight(chosen: PerRow, rejected: PerRow) -> PerRow:
-    """w_w w_l, w = exp(alignment), constant: off-policy pairs weigh less (WPO, arXiv:2406.11827, eq. 2).
+    """w_w w_l, w = exp(alignment), constant: off-policy pairs weigh less (WPO, arXiv:2406.11827).
 
     The equation has no upper bound, so there is none here: a pair of completions more likely than the policy's own
     samples weighs more than 1. The authors' code (`run_wpo.py`) and TRL's `use_weighting` clamp the product at 1.

@@ -163,7 +163,7 @@ MUTANTS = [
     Mutant(
         "PPO's prompts selected by their outcome",
         "rljax/algorithms/ppo.py",
-        "ppo",
+        "actor_critic",
         'needs=("values",))',
         'needs=("values",), group_signal=lambda traj: traj.mask.any(axis=1))',
         "a method that learns from every completion maximizes something else on selected prompts",
@@ -635,7 +635,7 @@ MUTANTS = [
         "wpo_weight",
         "stop_gradient(_exp(chosen + rejected))",
         "stop_gradient(jnp.minimum(_exp(chosen + rejected), 1.0))",
-        "the authors' code and TRL; WPO, arXiv:2406.11827, eq. 2, has no bound",
+        "the authors' code and TRL clamp; WPO's equation, arXiv:2406.11827, has no bound",
         ("tests/ops/test_preferences.py",),
     ),
     Mutant(
@@ -1271,8 +1271,8 @@ MUTANTS = [
         "the cursor stands still",
         "rljax/data/prompts.py",
         "Prompts.draw",
-        "return self._rows(indices, range(cursor, cursor + count), cursor + count)",
-        "return self._rows(indices, range(cursor, cursor + count), cursor)",
+        "return self._batch(indices, range(cursor, cursor + count), cursor + count)",
+        "return self._batch(indices, range(cursor, cursor + count), cursor)",
         "resuming repeats data: ms-swift 4032, 4035",
         ("tests/data/test_prompts.py",),
     ),
