@@ -113,6 +113,7 @@ def sampled(request):
         "values": jnp.zeros((shape[0], shape[1] + 1)),
         "sum_pi_squared": output.sum_pi_squared,
         "version": jnp.full(shape, 3),
+        "reward_weights": jnp.ones((shape[0], 2)),
     }
     return request.param, traj.replace(**facts), output.replace(values=jnp.zeros(shape))
 
