@@ -472,7 +472,7 @@ def test_where_rewards_are_normal_maxrl_is_outside_its_domain():
     text = PAGE.read_text()
     within = text.split("## Prompts")[1].split("## Estimators")[0]
     assert "[^maxrl]" not in within
-    assert "| MaxRL |" in within
+    assert "| MaxRL" in within
     assert "\n[^maxrl]: " in text
     marked = [line for line in text.replace(within, "").splitlines() if line[:1] == "|" and "MaxRL" in line]
     assert len(marked) == 10  # five tables above, five weightings
