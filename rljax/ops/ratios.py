@@ -21,7 +21,7 @@ def bounded_exp(x: Elementwise) -> Elementwise:
 
 def importance_ratio(logp: Elementwise, old_logp: Elementwise) -> Elementwise:
     """ρ = π/π_old = exp(log π - log π_old), the exponent clamped to ±20 (no gradient beyond)."""
-    return jnp.exp(jnp.clip(logp - old_logp, -20.0, 20.0))
+    return bounded_exp(logp - old_logp)
 
 
 def token_level(log_ratio: PerToken, mask: TokenMask, segments: Segments = None) -> PerToken:
