@@ -7,7 +7,7 @@ frozen["teacher"]: the starting ones, or a moving average (`models.policy.sync_r
 β = 0 gives the forward KL instead.
 """
 
-from rljax.algorithms.common.distillation import distillation_objective
+from rljax.algorithms.gkd import gkd
 from rljax.ops.distillation import EstimatorFn, full_vocabulary
 from rljax.ops.weights import seq_mean_token_mean
 from rljax.types import CompareFn, Objective, WeightsFn
@@ -19,9 +19,8 @@ def sdft(
     estimator: EstimatorFn = full_vocabulary,
     weights: WeightsFn = seq_mean_token_mean,
 ) -> Objective:
-    """SDFT over `Distillation` with `teacher_view`. Raises ValueError for a batch without one."""
-    objective = distillation_objective(compare, estimator(beta), weights)
-    return with_required_view(objective)
+    """SDFT, which is GKD over `Distillation` with `teacher_view`. Raises ValueError for a batch without one."""
+    return with_required_view(gkd(compare, beta, estimator, weights))
 
 
 def with_required_view(objective: Objective) -> Objective:

@@ -40,13 +40,15 @@ def sampler_gap(lm: LM, policy: PolicyFn, params: Params, frozen: Params, vocab_
 
     together = jax.jit(policy)
     sampling = Sampling(n=COMPLETIONS, max_tokens=NEW_TOKENS)
+    several = _random_prompts(vocab_size, PROMPT_LENGTHS)
+    alone = _random_prompts(vocab_size, PROMPT_LENGTHS[:1])
     gaps = []
-    for rows, settings in (
-        (_random_prompts(vocab_size, PROMPT_LENGTHS), sampling),
-        (_random_prompts(vocab_size, PROMPT_LENGTHS), sampling.replace(max_concurrent=4)),
-        (_random_prompts(vocab_size, PROMPT_LENGTHS[:1]), sampling.replace(n=1)),
+    for prompts, settings in (
+        (several, sampling),
+        (several, sampling.replace(max_concurrent=4)),
+        (alone, sampling.replace(n=1)),
     ):
-        traj = sample(lm, params, frozen, rows, settings, 0, 0)
+        traj = sample(lm, params, frozen, prompts, settings, 0, 0)
         first = jax.tree.map(lambda x: x[:1], traj)
         gaps += [
             _largest_gap(together(params, frozen, traj).logp, traj),

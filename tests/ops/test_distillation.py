@@ -6,23 +6,13 @@ import numpy as np
 import pytest
 
 from rljax.ops import distillation
-from tests.ops.lifted import Lifted
+from tests.ops.lifted import Lifted, close, float64  # noqa: F401 (the fixture)
 
 d = Lifted(distillation)
 N, V = 5, 7
 STUDENT, TEACHER = np.random.default_rng(0).normal(scale=2.0, size=(2, N, V))
 TOKENS = np.arange(N)
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def close(got, want, rtol=1e-10):
-    np.testing.assert_allclose(got, want, rtol=rtol, atol=1e-12)
 
 
 def softmax(z):

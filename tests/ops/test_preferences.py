@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rljax.ops import preferences
-from tests.ops.lifted import Lifted
+from tests.ops.lifted import Lifted, close, float64  # noqa: F401 (the fixture)
 
 p = Lifted(preferences)
 CHOSEN, REJECTED = np.random.default_rng(0).normal(scale=4.0, size=(2, 7))
@@ -22,16 +22,6 @@ OF_THE_DIFFERENCE = [
     p.discopop,
 ]
 PAIRED = [*OF_THE_DIFFERENCE, p.nca_pair, p.bco_pair, p.sppo_hard, p.apo_zero, p.apo_down, p.simpo_loss]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def close(got, want, rtol=1e-10):
-    np.testing.assert_allclose(got, want, rtol=rtol, atol=1e-12)
 
 
 def slopes(loss, chosen, rejected, *args):

@@ -8,22 +8,12 @@ import numpy as np
 import pytest
 
 from rljax.ops import ranking as module
-from tests.ops.lifted import Lifted
+from tests.ops.lifted import Lifted, close, float64  # noqa: F401 (the fixture)
 
 ranking = Lifted(module)
 SCORES = np.random.default_rng(0).normal(scale=2.0, size=(3, 4))
 ALL = np.ones((3, 4), bool)
 SOME = np.array([[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]], bool)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def close(got, want, rtol=1e-10):
-    np.testing.assert_allclose(got, want, rtol=rtol, atol=1e-12)
 
 
 def order_probability(scores):
