@@ -25,6 +25,18 @@ Metrics = dict[str, Array]  # name -> value of each decision [B T]
 
 
 @struct.dataclass
+class SharedPrefix:
+    """P prefixes of L columns without a decision. The first serves the first B/P rows, the next the next B/P ..., so a
+    prompt is computed once for all its completions.
+    """
+
+    inputs: Array  # [P L]
+    positions: Array  # [P L]
+    segments: Array  # [P L] the segment of the rows that continue it; 0 = padding
+    routing: Array | None = None  # [P L M k]
+
+
+@struct.dataclass
 class Trajectory:
     """What happened: B rows of T decisions.
 
@@ -39,6 +51,7 @@ class Trajectory:
     positions: Array | None = None  # [B T] position of the input in its segment, from 0
     segments: Array | None = None  # [B T] 0 = padding; several per row only after packing (any ids)
     temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
+    prefix: SharedPrefix | None = None  # what stands before column 0, where neighboring rows share it
     support: Array | None = None  # [B T k] int32: the tokens it was drawn from (top-k, top-p ...), -1 = no token; the
     # policy renormalizes over them. None: the whole vocabulary
     group: Array | None = None  # [B] rows that share a prompt or start state (ids, any order); [B T] after packing
@@ -315,7 +328,7 @@ def check_shapes(x: Trajectory | Batch) -> None:
     expected = {"group": (B,), "baseline": (B,), "values": (B, T + 1), "scores": (B,), "reward_weights": (B,)}
     for owner in {id(traj): traj, id(x): x}.values():
         for name, value in vars(owner).items():
-            if value is None or name in ("traj", "coefficients", "dist", "extra"):
+            if value is None or name in ("traj", "prefix", "coefficients", "dist", "extra"):
                 continue
             if name == "group" and jnp.shape(value) == (B, T):  # of packed rows
                 continue

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rljax.models.batch_invariant import BLOCK, LANE, join_tiles, pad_axis, split_tiles
 from rljax.ops.logprobs import tree_sum
@@ -52,11 +52,41 @@ class AttentionMask(NamedTuple):
         return causal & (distance < window)
 
 
+class SharedPrefixMask(NamedTuple):
+    """The mask of rows [P L+n·T]: prefixes of L columns, each followed by the n rows of T columns that continue it."""
+
+    prefix: AttentionMask  # [P L]
+    rows: AttentionMask  # [P·n T], whose keys are the L of their prefix and then their own
+
+    @classmethod
+    def join(cls, prefix: AttentionMask, rows: AttentionMask) -> "SharedPrefixMask":
+        """The mask of rows that attend to their prefix and to themselves."""
+        n = len(rows.positions) // len(prefix.positions)
+        positions = join_prefix_columns(prefix.positions, rows.positions, n)
+        segments = join_prefix_columns(prefix.segments, rows.segments, n)
+        return cls(prefix, rows._replace(keys=((positions, segments),)))
+
+    def split(self, x: Shaped[Array, "P L+nT ..."]) -> tuple[Array, Array]:
+        """Columns of the prefixes [P L ...] and of the rows [P·n T ...]."""
+        L = self.prefix.positions.shape[1]
+        return x[:, :L], x[:, L:].reshape(*self.rows.positions.shape, *x.shape[2:])
+
+
+def join_prefix_columns(prefix: Shaped[Array, "P L ..."], rows: Shaped[Array, "B T ..."], n: int) -> Array:
+    """[B L+T ...]: each row after a copy of its prefix."""
+    return jnp.concatenate([jnp.repeat(prefix, n, axis=0), rows], axis=1)
+
+
+def flatten_groups(prefix: Shaped[Array, "P L ..."], rows: Shaped[Array, "B T ..."]) -> Array:
+    """[P L+n·T ...]: each prefix once, followed by the n = B/P rows that continue it."""
+    return jnp.concatenate([prefix, rows.reshape(len(prefix), -1, *rows.shape[2:])], axis=1)
+
+
 def attend(
     query: Float[Array, "B T H K"],
     key: Float[Array, "B T KV K"],
     value: Float[Array, "B T KV K"],
-    mask: AttentionMask,
+    mask: AttentionMask | SharedPrefixMask,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -70,18 +100,43 @@ def attend(
     Args:
       batch_invariant: use `blockwise_attention`, whatever the implementation.
     """
+    if isinstance(mask, SharedPrefixMask):
+        settings = (scale, window, softcap, implementation, batch_invariant)
+        return attend_after_prefix(query, key, value, mask, *settings)
     if batch_invariant:
         implementation = "xla"
     elif implementation == "auto":
         implementation = choose_implementation(
-            jax.default_backend(), jax.device_count(), query.shape, query.dtype, softcap
+            jax.default_backend(), jax.device_count(), query.shape, key.shape[1], query.dtype, softcap
         )
     if implementation == "cudnn":
         return cudnn_attention(query, key, value, mask.visible(window)[0], scale)
     if implementation == "splash":
-        return splash_attention(query, key, value, mask.segments, scale, window, softcap)
+        return splash_attention(query, key, value, mask, scale, window, softcap)
     keys_values = [(jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 2))]
     return attend_cached(query, keys_values, mask, scale, window, softcap, batch_invariant)
+
+
+def attend_after_prefix(
+    query: Float[Array, "P C H K"],
+    key: Float[Array, "P C KV K"],
+    value: Float[Array, "P C KV K"],
+    mask: SharedPrefixMask,
+    *settings,
+) -> Float[Array, "P C H K"]:
+    """`attend` for rows [P C], C = L + n·T, that hold a prefix and the n rows which continue it.
+
+    Keys and values of a prefix are computed once; each of its rows attends to a copy of them.
+    """
+    prefix_query, row_query = mask.split(query)
+    prefix_key, row_key = mask.split(key)
+    prefix_value, row_value = mask.split(value)
+    n = len(row_query) // len(prefix_query)
+    keys = join_prefix_columns(prefix_key, row_key, n)
+    values = join_prefix_columns(prefix_value, row_value, n)
+    prefix_out = attend(prefix_query, prefix_key, prefix_value, mask.prefix, *settings)
+    row_out = attend(row_query, keys, values, mask.rows, *settings)
+    return flatten_groups(prefix_out, row_out)
 
 
 def attend_cached(
@@ -106,15 +161,15 @@ def attend_cached(
 
 
 def choose_implementation(
-    backend: str, devices: int, shape: tuple[int, ...], dtype, softcap: float | None
+    backend: str, devices: int, shape: tuple[int, ...], keys: int, dtype, softcap: float | None
 ) -> Implementation:
-    """What "auto" means on this backend, for queries of this shape [B T H K]."""
+    """What "auto" means on this backend, for queries of this shape [B T H K] and so many columns of keys."""
     _, T, _, K = shape
     is_half = dtype in (jnp.bfloat16, jnp.float16)
     if backend == "gpu" and is_half and softcap is None and K % 8 == 0 and K <= TPU_LANES:
         return "cudnn"
     # XLA cannot partition a Pallas kernel over devices by itself.
-    if backend == "tpu" and devices == 1 and T % TPU_LANES == 0:
+    if backend == "tpu" and devices == 1 and T % TPU_LANES == 0 and keys % TPU_LANES == 0:
         return "splash"
     return "xla"
 
@@ -229,33 +284,29 @@ def _blockwise_jvp(scale: float, softcap: float | None, primals, tangents):
 
 def cudnn_attention(
     query: Float[Array, "B T H K"],
-    key: Float[Array, "B T KV K"],
-    value: Float[Array, "B T KV K"],
-    visible: Bool[Array, "B T T"],
+    key: Float[Array, "B S KV K"],
+    value: Float[Array, "B S KV K"],
+    visible: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    """NVIDIA's flash attention. It takes a mask only for even lengths: other rows are padded by one column."""
+    """NVIDIA's flash attention. It takes a mask only for even lengths: others are padded by one column."""
     T = query.shape[1]
-    odd = T % 2
-    pad = ((0, 0), (0, odd), (0, 0), (0, 0))
-    mask = jnp.pad(visible, ((0, 0), (0, odd), (0, odd)))[:, None]
-    out = jax.nn.dot_product_attention(
-        jnp.pad(query, pad), jnp.pad(key, pad), jnp.pad(value, pad), mask=mask, scale=scale, implementation="cudnn"
-    )
-    return out[:, :T]
+    mask = pad_axis(pad_axis(visible, 1, 2), 2, 2)[:, None]
+    padded = [pad_axis(x, 1, 2) for x in (query, key, value)]
+    return jax.nn.dot_product_attention(*padded, mask=mask, scale=scale, implementation="cudnn")[:, :T]
 
 
 def splash_attention(
     query: Float[Array, "B T H K"],
-    key: Float[Array, "B T KV K"],
-    value: Float[Array, "B T KV K"],
-    segments: Int[Array, "B T"],
+    key: Float[Array, "B S KV K"],
+    value: Float[Array, "B S KV K"],
+    attention_mask: AttentionMask,
     scale: float,
     window: int | None,
     softcap: float | None,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """JAX's splash attention. Padding attends to padding.
+    """JAX's splash attention. The queries' columns are the last of the keys'. Padding attends to padding.
 
     Args:
       interpret: run without a TPU, slowly.
@@ -264,8 +315,11 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, T, H, K = query.shape
-    kv_heads = key.shape[2]
-    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    S, kv_heads = key.shape[1:3]
+    if window is None:
+        mask = masks.CausalMask((T, S), offset=S - T)
+    else:
+        mask = masks.LocalMask((T, S), (window - 1, 0), offset=S - T)
     kernel = kernels.make_splash_mqa_single_device(
         masks.MultiHeadMask([mask] * (H // kv_heads)), attn_logits_soft_cap=softcap, interpret=interpret
     )
@@ -278,5 +332,7 @@ def splash_attention(
     queries = heads_first((query * scale).astype(query.dtype)).reshape(B, kv_heads, H // kv_heads, T, -1)
     over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     over_rows = jax.vmap(over_heads)
-    out = over_rows(queries, heads_first(key), heads_first(value), kernels.SegmentIds(segments, segments))
+    segments = attention_mask.segments
+    key_segments = segments if attention_mask.keys is None else attention_mask.keys[0][1]
+    out = over_rows(queries, heads_first(key), heads_first(value), kernels.SegmentIds(segments, key_segments))
     return jnp.moveaxis(out.reshape(B, H, T, -1)[..., :K], 1, 2).astype(query.dtype)

@@ -21,7 +21,7 @@ from rljax.models import caches
 from rljax.models.config import DecoderConfig as DecoderConfig
 from rljax.models.layers import Decoder
 from rljax.models.lora import attach
-from rljax.types import LM, Params
+from rljax.types import LM, Params, SharedPrefix, Trajectory
 
 # ---------------------------------------------------------------------------------------------------------- parameters
 
@@ -100,6 +100,7 @@ def forward(
     segments: Int[Array, "B T"],
     cache: caches.Cache | None = None,
     routing: Int[Array, "B T M k"] | None = None,
+    prefix: SharedPrefix | None = None,
 ) -> tuple[Float[Array, "B T D"], caches.Cache | None]:
     """Hidden states after the last norm, and the cache with the new columns.
 
@@ -108,9 +109,20 @@ def forward(
 
     Args:
       routing: the experts to use in each of the M mixture-of-experts layers; None: the routers choose.
+      prefix: tokens before those of the rows, computed once for the rows that share them; only without a cache.
     """
+    if cache is not None and prefix is not None:
+        raise ValueError("a cache holds what came before the rows; legal: cache or prefix, not both")
     decoder = nnx.merge(_definition(config)[0], params)
-    return decoder(tokens, positions, segments, cache, routing)
+    return decoder(tokens, positions, segments, cache, routing, prefix)
+
+
+def hidden_of(config: DecoderConfig, params: Params, traj: Trajectory) -> Float[Array, "B T D"]:
+    """Hidden states of a trajectory's rows after the last norm."""
+    hidden, _ = forward(
+        config, params, traj.inputs, traj.positions, traj.segments, routing=traj.routing, prefix=traj.prefix
+    )
+    return hidden
 
 
 def logits(config: DecoderConfig, params: Params, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:

@@ -42,7 +42,7 @@ def make_compare(
         student = decoder.full_params(config, params, frozen)["decoder"]
         teacher_params = jax.lax.stop_gradient(decoder.on_device(frozen["teacher"]))
         teacher = decoder.full_params(teacher_config, teacher_params, frozen)["decoder"]
-        hidden, _ = decoder.forward(config, student, traj.inputs, traj.positions, traj.segments, routing=traj.routing)
+        hidden = decoder.hidden_of(config, student, traj)
         teacher_hidden = _teacher_hidden(teacher_config, teacher, batch)
         student_logits_of = partial(decoder.logits, config, student)
         teacher_logits_of = partial(decoder.logits, teacher_config, teacher)
@@ -69,7 +69,7 @@ def _at_temperature(logits, temperature):
 def _teacher_hidden(config, teacher, batch):
     """The teacher's hidden states at the columns of `batch.traj`."""
     view = batch.traj if batch.teacher_view is None else batch.teacher_view
-    hidden, _ = decoder.forward(config, teacher, view.inputs, view.positions, view.segments)
+    hidden = decoder.hidden_of(config, teacher, view.replace(routing=None))
     if batch.teacher_view is None:
         return hidden
     columns = columns_of_same_decisions(batch.traj.mask, view.mask)

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models import batch_invariant as invariant
 from rljax.models import caches, rope
-from rljax.models.attention import AttentionMask, attend, attend_cached
+from rljax.models.attention import AttentionMask, SharedPrefixMask, attend, attend_cached, flatten_groups
 from rljax.models.config import DecoderConfig
 from rljax.models.lora import LoraWeight
 from rljax.models.moe import moe_mlp, route
 from rljax.ops.logprobs import tree_sum
+from rljax.types import SharedPrefix
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -127,7 +128,7 @@ class Attention(nnx.Module):
         self.window = config.window(layer)
         self.config = config
 
-    def __call__(self, x, mask: AttentionMask, rotations: list[tuple], cache, start):
+    def __call__(self, x, mask: AttentionMask | SharedPrefixMask, rotations: list[tuple], cache, start):
         """The change [B T D] of the hidden states, and the layer's cache with the keys and values of x."""
         config = self.config
         query, key, value = self.projections(x)
@@ -229,7 +230,7 @@ class Block(nnx.Module):
         self.has_pre_norms = config.norms != "post"
         self.has_post_norms = config.norms != "pre"
 
-    def __call__(self, x, mask: AttentionMask, rotations: list[tuple], cache, start, routing):
+    def __call__(self, x, mask: AttentionMask | SharedPrefixMask, rotations: list[tuple], cache, start, routing):
         normed = self.attention_norm(x) if self.has_pre_norms else x
         change, cache = self.attention(normed, mask, rotations, cache, start)
         x = x + (self.attention_post_norm(change) if self.has_post_norms else change)
@@ -253,13 +254,18 @@ class Decoder(nnx.Module):
             self.head = _matrix(rngs, (D, V), (None, "vocabulary"), D)
         self.config = config
 
-    def __call__(self, tokens, positions, segments, cache, routing):
+    def __call__(self, tokens, positions, segments, cache, routing, prefix: SharedPrefix | None):
         """Hidden states [B T D] after the last norm, and the cache with the new columns."""
         config = self.config
         if cache is None:
             start = None
             mask = AttentionMask(positions, segments)
             cached_layers = [None] * config.num_layers
+            if prefix is not None:  # one row for each group from here on: its prefix, then its rows
+                mask = SharedPrefixMask.join(AttentionMask(prefix.positions, prefix.segments), mask)
+                tokens = flatten_groups(prefix.inputs, tokens)
+                positions = flatten_groups(prefix.positions, positions)
+                routing = None if routing is None else flatten_groups(prefix.routing, routing)
         else:
             start = cache["length"]
             cache = caches.append_positions(cache, positions, segments)
@@ -285,6 +291,8 @@ class Decoder(nnx.Module):
             cache = {**cache, "layers": new_layers}
             if chosen_experts:
                 cache["routing"] = caches.write_columns(cache["routing"], jnp.stack(chosen_experts, axis=2), start)
+        if prefix is not None:
+            _, x = mask.split(x)
         return self.norm(x), cache
 
     def logits(self, hidden):

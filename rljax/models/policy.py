@@ -94,15 +94,14 @@ def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Polic
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
         params = decoder.full_params(config, params, frozen)
         trunk = params["decoder"]
-        inputs = (traj.inputs, traj.positions, traj.segments)
-        hidden, _ = decoder.forward(config, trunk, *inputs, routing=traj.routing)
+        hidden = decoder.hidden_of(config, trunk, traj)
         logits_of = partial(decoder.logits, config, trunk)
         logp, entropy, sum_pi_squared = chunked_logprobs(
             logits_of, hidden, traj.actions, temperatures(traj), chunk_tokens, traj.support
         )
         if "critic" in params:
             critic = params["critic"]
-            critic_hidden, _ = decoder.forward(config, critic["decoder"], *inputs)
+            critic_hidden = decoder.hidden_of(config, critic["decoder"], traj.replace(routing=None))
             values = apply_head(critic_hidden, critic["value_head"])
         elif "value_head" in params:
             values = apply_head(hidden, params["value_head"])
@@ -141,11 +140,10 @@ def make_divergence(
     chunk_tokens = chunk_tokens or max(1, default_chunk_tokens(config.vocab_size) // 2)
 
     def divergence(params: Params, old: Params, frozen: Params, traj: Trajectory) -> Float[Array, "B T"]:
-        inputs = (traj.inputs, traj.positions, traj.segments)
         old_trunk = decoder.full_params(config, jax.lax.stop_gradient(old), frozen)["decoder"]
         new_trunk = decoder.full_params(config, params, frozen)["decoder"]
-        old_hidden, _ = decoder.forward(config, old_trunk, *inputs, routing=traj.routing)
-        new_hidden, _ = decoder.forward(config, new_trunk, *inputs, routing=traj.routing)
+        old_hidden = decoder.hidden_of(config, old_trunk, traj)
+        new_hidden = decoder.hidden_of(config, new_trunk, traj)
 
         def scaled_logits(trunk, hidden, temperature):
             return decoder.logits(config, trunk, hidden).astype(jnp.float32) / temperature[..., None]

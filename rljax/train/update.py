@@ -160,14 +160,18 @@ def _reduce_micro_batches(name: str, values: Array, counts: Array) -> Array:
 def _cut(batch: Any, micro_batches: int) -> tuple[list, tuple]:
     """Leaves with rows, as [M B/M ...]; and the scalars, which every micro-batch shares.
 
-    Micro-batch m takes rows m, m + M, ...: rows that are laid out contiguously over devices stay where they are.
+    Micro-batch m takes rows m, m + M, ...: rows that are laid out contiguously over devices stay where they are. Where
+    groups of rows share a prefix (`Trajectory.prefix`), it takes groups m, m + M, ...
     """
     leaves, tree = jax.tree.flatten(batch)
+    groups = min(leaf.shape[0] for leaf in leaves if jnp.ndim(leaf))
     for rows in {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}:
-        check_divisible(rows, micro_batches, "micro-batches")
+        check_divisible(rows, groups, "groups")
+    check_divisible(groups, micro_batches, "micro-batches")
 
     def fold(x: Array) -> Array:
-        return jnp.swapaxes(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1)
+        by_group = x.reshape(groups // micro_batches, micro_batches, len(x) // groups, *x.shape[1:])
+        return jnp.swapaxes(by_group, 0, 1).reshape(micro_batches, len(x) // micro_batches, *x.shape[1:])
 
     rows = [fold(leaf) if jnp.ndim(leaf) else None for leaf in leaves]
     scalars = [None if jnp.ndim(leaf) else leaf for leaf in leaves]

@@ -1,0 +1,80 @@
+"""A prompt computed once for all its completions, in the forward and the backward pass of the update.
+
+The rows of a group begin with the same columns. `share_prefix` cuts them off and keeps one copy (`Trajectory.prefix`);
+a decoder runs it once, the rows attend to its keys and values, and gradients of all rows flow into it. The numbers are
+those of the whole rows to rounding; P·L columns are computed in place of B·L, and log-probs of the rest only.
+
+Hydragen (arXiv:2402.05099) shares prefixes in decoding. A method that draws random numbers for each column of the batch
+draws others.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from rljax.train.mesh import Shardings, data_parallel_size
+from rljax.train.update import UpdateFn
+from rljax.types import Array, Batch, SharedPrefix, TrainState, Trajectory
+
+ROW_FIELDS = ("group", "scores", "reward_weights", "baseline")  # of a row, not of its columns
+
+
+def make_shared_prefix_update(
+    update: UpdateFn, columns: int, group_size: int, shardings: Shardings | None = None
+) -> UpdateFn:
+    """update(state, batch) -> (state, metrics) that computes the first `columns` once for `group_size` rows.
+
+    A batch whose rows do not share them (shuffled minibatches, completions carried over from an earlier step) is
+    updated as it is. Adds the metric `shared_prefix`: 1 where they were shared, else 0.
+    """
+    if columns < 1 or group_size < 1:
+        raise ValueError(f"columns = {columns}, group_size = {group_size}; legal: at least 1 each")
+    devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
+
+    def update_sharing(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        groups, rest = divmod(len(batch.mask), group_size)
+        whole_groups = rest == 0 and groups % devices == 0
+        shared = whole_groups and bool(is_prefix_shared(batch.traj, columns, group_size))
+        if shared:
+            batch = share_prefix(batch, columns, group_size)
+        state, metrics = update(state, batch)
+        return state, {**metrics, "shared_prefix": float(shared)}
+
+    return update_sharing
+
+
+@partial(jax.jit, static_argnames=("columns", "group_size"))
+def is_prefix_shared(traj: Trajectory, columns: int, group_size: int) -> Array:
+    """Whether the first `columns` of each `group_size` neighboring rows are the same, and hold no decision. bool []"""
+    same = ~traj.mask[:, :columns].any()
+    for field in (traj.inputs, traj.positions, traj.segments):
+        by_group = field[:, :columns].reshape(-1, group_size, columns)
+        same &= (by_group == by_group[:, :1]).all()
+    return same
+
+
+@partial(jax.jit, static_argnames=("columns", "group_size"))
+def share_prefix(batch: Batch, columns: int, group_size: int) -> Batch:
+    """The batch without its first `columns`, which `traj.prefix` holds once for each `group_size` neighboring rows.
+
+    The rows must have them in common, and no decision in them (`is_prefix_shared`).
+    """
+
+    def first_of_group(x: Array) -> Array:
+        return x[::group_size, :columns]
+
+    def rest(x: Array) -> Array:
+        return x[:, columns:]
+
+    traj = batch.traj
+    prefix = SharedPrefix(
+        inputs=first_of_group(traj.inputs),
+        positions=first_of_group(traj.positions),
+        segments=first_of_group(traj.segments),
+        routing=None if traj.routing is None else first_of_group(traj.routing),
+    )
+    of_rows = {name: getattr(traj, name) for name in ROW_FIELDS}
+    of_columns = traj.replace(**dict.fromkeys(ROW_FIELDS))
+    cut = jax.tree.map(rest, batch.replace(traj=of_columns, coefficients={}))
+    return cut.replace(traj=cut.traj.replace(**of_rows, prefix=prefix), coefficients=batch.coefficients)
