@@ -57,7 +57,7 @@ class Config:
     algorithm: AlgorithmName = "dapo"  # how to learn it
     reward: Literal["exact", "random", "shuffled"] = "exact"  # the last two are controls
     steps: int = 240  # steps of reinforcement: sample, score, update
-    batches: Batches = Batches(prompts=64, num_generations=8, oversample=2, micro_batches=4)
+    batches: Batches = Batches(prompts=64, num_generations=8, oversample=2)
     optimizer: Optimizer = Optimizer(learning_rate=8e-4, schedule="cosine")
     sft_target: float = 0.4  # accuracy on training problems at which the supervised warm-up stops
     sft_check_every: int = 10  # steps of the warm-up between measurements of that accuracy
@@ -104,7 +104,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     if cfg.algorithm == "trpo":
         make = partial(make_trust_region_update, objective, policy.make_divergence(task.config), fisher_every=4)
     make = partial(make, shardings=shardings)
-    update = train.cut_update(make, batches, shardings, task.train_prompts.length + task.max_tokens - 1)
+    update = train.cut_update(make, batches, shardings, task.config, task.train_prompts.length, task.max_tokens)
     log_ratio = train.make_log_ratio(task.policy)
     evaluate = arithmetic.make_evaluate(task, 8 if cfg.debug else cfg.eval_prompts, cfg.seed)
 

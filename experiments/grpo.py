@@ -66,7 +66,7 @@ class Config:
     steps: int = 20  # steps: sample, score, update
     kl_coef: float = 0.04  # coefficient of the KL to the reference
     controllers: Controllers = Controllers()
-    batches: Batches = Batches(prompts=16, num_generations=8, micro_batches=4)
+    batches: Batches = Batches(prompts=16, num_generations=8)
     sampling: Sampling = Sampling(max_tokens=128)
     optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="cosine")
     weights: Weights = Weights()
@@ -122,7 +122,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    update = train.cut_update(make, batches, shardings, train_prompts.length + cfg.sampling.max_tokens - 1)
+    update = train.cut_update(make, batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     log_ratio = train.make_log_ratio(model)
     run = make_run(cfg, algorithm, verifiers)
 

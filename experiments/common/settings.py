@@ -23,7 +23,7 @@ class Batches:
     carry_over: Rare[int] = 0  # prompts whose unfinished completions continue in the next step; 0: none
     epochs: int = 1  # passes over the rows of a step
     minibatches: int = 1  # number of optimizer updates in a pass, each on its share of the rows
-    micro_batches: int = 1  # number of pieces of an update, to save memory; the gradient does not depend on it
+    micro_batches: int = 0  # number of pieces of an update; the gradient does not depend on it; 0: chosen from sizes
     max_tokens_per_device: int = 0  # pack rows: tokens on a device at a time, instead of micro_batches; 0: no packing
     packed_length: Rare[int] = 0  # tokens of a packed row; 0: as long as a sampled row
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.common import micro_batches
 from experiments.common.settings import Batches
 from rljax.algorithms import truncate_is
 from rljax.algorithms.common.wrappers import with_needs
@@ -23,6 +24,7 @@ from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
+from rljax.train.shared_prefix import make_shared_prefix_update
 from rljax.types import LM, Algorithm, Array, PolicyFn, Sampling, TrainState, Trajectory
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
@@ -129,26 +131,38 @@ def _prompts(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
 def _pieces(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
     ways = data_parallel_size(mesh)
     rows = batches.prompts * batches.num_generations
-    micro_batches = 1 if batches.max_tokens_per_device else batches.micro_batches
-    pieces = batches.minibatches * micro_batches
+    pieces_of_update = 1 if batches.max_tokens_per_device else batches.micro_batches or 1
+    pieces = batches.minibatches * pieces_of_update
     legal = [p for p in range(1, rows + 1) if rows % p == 0 and (rows // p) % ways == 0]
     if pieces in legal:
         return []
     nearest = sorted(sorted(legal, key=lambda p: abs(p - pieces))[:4])
     return [
         f"prompts x num_generations = {batches.prompts} x {batches.num_generations} = {rows} rows "
-        f"in minibatches x micro_batches = {batches.minibatches} x {micro_batches} = {pieces} pieces; "
+        f"in minibatches x micro_batches = {batches.minibatches} x {pieces_of_update} = {pieces} pieces; "
         f"nearest legal products: {nearest}"
     ]
 
 
-def cut_update(make: Callable, batches: Batches, shardings: Shardings, row_length: int) -> Callable:
-    """The update of a batch in `micro_batches` pieces, or packed, at most `max_tokens_per_device` tokens at a time.
+def cut_update(
+    make: Callable, batches: Batches, shardings: Shardings, config: DecoderConfig, prompt_tokens: int, max_tokens: int
+) -> Callable:
+    """The update of a batch in micro-batches that compute a prompt once for its completions; or packed, with at most
+    `max_tokens_per_device` tokens at a time.
 
-    Args: make: (micro_batches=) -> update. row_length: decisions of a sampled row; a packed one holds it.
+    Args:
+      make: (micro_batches=) -> update.
+      prompt_tokens, max_tokens: tokens of a prompt and of a completion, as sampled. A packed row holds both.
     """
+    row_length = prompt_tokens + max_tokens - 1
     if not batches.max_tokens_per_device:
-        return make(micro_batches=batches.micro_batches)
+        devices = data_parallel_size(shardings.rows.mesh)
+        pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices)
+        log_info(f"an update is cut into {pieces.micro_batches} micro-batches; {pieces.group_size} rows share a prompt")
+        update = make(micro_batches=pieces.micro_batches)
+        if prompt_tokens == 1:
+            return update
+        return make_shared_prefix_update(update, prompt_tokens - 1, pieces.group_size, shardings)
     tokens = batches.max_tokens_per_device
     length = batches.packed_length or row_length
     if not row_length <= length <= tokens:

@@ -96,6 +96,8 @@ def pack_batch(
 
 
 def _check_fields(batch: Batch) -> None:
+    if batch.traj.prefix is not None:
+        raise ValueError("Trajectory.prefix is there: a batch is packed before its prefixes are cut off")
     if batch.traj.segments is None:
         raise ValueError("Trajectory.segments is None: they say where in its row a sequence is")
     want = batch.mask.shape

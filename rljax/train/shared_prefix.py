@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.train.update import UpdateFn
@@ -78,3 +79,13 @@ def share_prefix(batch: Batch, columns: int, group_size: int) -> Batch:
     of_columns = traj.replace(**dict.fromkeys(ROW_FIELDS))
     cut = jax.tree.map(rest, batch.replace(traj=of_columns, coefficients={}))
     return cut.replace(traj=cut.traj.replace(**of_rows, prefix=prefix), coefficients=batch.coefficients)
+
+
+def with_own_prefixes(batch: Batch) -> Batch:
+    """The batch with a copy of the prefix for each row, so that rows can be taken one by one."""
+    prefix = batch.traj.prefix
+    if prefix is None:
+        return batch
+    n = len(batch.mask) // len(prefix.inputs)
+    copies = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), prefix)
+    return batch.replace(traj=batch.traj.replace(prefix=copies))

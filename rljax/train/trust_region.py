@@ -8,6 +8,7 @@ import optax
 
 from rljax.ops.trust_region import line_search, natural_gradient_step
 from rljax.train.mesh import Shardings
+from rljax.train.shared_prefix import with_own_prefixes
 from rljax.train.update import (
     UpdateFn,
     accumulate_gradients,
@@ -95,6 +96,7 @@ def make_trust_region_update(
 
 def _every_nth_row(batch: Any, n: int, pieces: int) -> Any:
     """Every n-th row, followed by as many masked ones as it takes for `pieces` to divide them."""
+    batch = with_own_prefixes(batch)
     count = len(range(0, batch.mask.shape[0], n))
     fill = -count % pieces
     batch = jax.tree.map(lambda x: jnp.concatenate([x[::n], x[:fill]]) if jnp.ndim(x) else x, batch)

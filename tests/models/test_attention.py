@@ -26,7 +26,7 @@ def texts():
 def test_splash_is_dense(texts, window, softcap):
     query, key, value, mask = texts
     want = attend(query, key, value, mask, 0.3, window, softcap, "xla")
-    got = splash_attention(query, key, value, mask.segments, 0.3, window, softcap, interpret=True)
+    got = splash_attention(query, key, value, mask, 0.3, window, softcap, interpret=True)
     real = np.asarray(mask.segments) > 0
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], rtol=0, atol=2e-5)
 
@@ -64,6 +64,7 @@ def test_padding_sees_nothing_and_gives_numbers(texts):
         ("tpu", 1, {}, "splash"),
         ("tpu", 1, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 60}, "splash"),
         ("tpu", 1, {"columns": 250}, "xla"),
+        ("tpu", 1, {"keys": 300}, "xla"),
         ("tpu", 8, {}, "xla"),
         ("cpu", 8, {}, "xla"),
     ],
@@ -71,4 +72,17 @@ def test_padding_sees_nothing_and_gives_numbers(texts):
 def test_the_implementation_that_auto_is(backend, devices, changes, chosen):
     dtype, softcap = changes.get("dtype", jnp.bfloat16), changes.get("softcap")
     shape = (2, changes.get("columns", 256), 4, changes.get("head_dim", 64))
-    assert choose_implementation(backend, devices, shape, dtype, softcap) == chosen
+    assert choose_implementation(backend, devices, shape, changes.get("keys", 256), dtype, softcap) == chosen
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 2.0)])
+def test_splash_is_dense_for_the_last_columns_of_longer_keys(window, softcap):
+    """As rows attend to a shared prefix: the queries are the last 128 of 256 columns, the first 30 are padding."""
+    draw = np.random.RandomState(0)
+    query, key, value = (jnp.float32(draw.standard_normal((1, 2 * T, heads, 24))) for heads in (4, 2, 2))
+    segments = jnp.asarray(np.arange(2 * T) >= 30, jnp.int32)[None]
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    mask = AttentionMask(positions[:, T:], segments[:, T:], ((positions, segments),))
+    want = attend(query[:, T:], key, value, mask, 0.3, window, softcap, "xla")
+    got = splash_attention(query[:, T:], key, value, mask, 0.3, window, softcap, interpret=True)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)

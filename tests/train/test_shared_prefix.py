@@ -1,0 +1,139 @@
+"""An update that computes prompts once: the same loss, gradient and metrics, whatever the algorithm and the mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rljax.models import policy as models
+from rljax.models.decoder import DecoderConfig
+from rljax.train.mesh import make_mesh, shard_rows, state_shardings
+from rljax.train.objective import policy_objective
+from rljax.train.packing import pack_batch
+from rljax.train.shared_prefix import is_prefix_shared, make_shared_prefix_update, share_prefix, with_own_prefixes
+from rljax.train.update import make_update
+from rljax.types import check_shapes
+from tests.algorithms.tiny import ALGORITHMS, GRADIENT, T, agree, credited, learn, rollout, state_of, table_params
+
+COLUMNS = 3
+RANDOM = {"clip_cov", "all at once"}  # draw a number for each column of the batch
+
+
+def after_a_prompt(batch, group_size):
+    """The batch with COLUMNS more in front, which neighboring rows have in common and where nothing was chosen."""
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (COLUMNS, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=1)
+
+    traj = batch.traj
+    of_rows = {name: getattr(traj, name) for name in ("group", "scores", "reward_weights", "baseline")}
+    padded = jax.tree.map(pad, batch.replace(traj=traj.replace(**dict.fromkeys(of_rows)), coefficients={}))
+    prompts = np.random.default_rng(0).integers(0, 5, (len(batch.mask) // group_size, COLUMNS))
+    inputs = padded.traj.inputs.at[:, :COLUMNS].set(prompts.repeat(group_size, axis=0))
+    mask = padded.mask.at[:, :COLUMNS].set(False)
+    chosen = padded.traj.mask.at[:, :COLUMNS].set(False)
+    traj = padded.traj.replace(inputs=inputs, mask=chosen, **of_rows)
+    return padded.replace(traj=traj, mask=mask, coefficients=batch.coefficients)
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in RANDOM])
+def test_no_loss_sees_the_columns_of_a_prompt(name):
+    """Loss, gradient and metrics of the completions alone are those of the rows with their prompts, to the last bit.
+
+    A policy that is a table computes each column by itself, so only what the algorithm does with them could differ.
+    """
+    algorithm = ALGORITHMS[name]
+    alone = credited(algorithm, rollout())
+    whole = after_a_prompt(alone, 4)
+    shared = share_prefix(whole, COLUMNS, 4)
+    check_shapes(shared)
+    assert shared.mask.shape == alone.mask.shape
+    agree(learn(algorithm, shared, table_params()), learn(algorithm, whole, table_params()))
+
+
+DECODER = DecoderConfig(
+    vocab_size=16, hidden_size=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=16
+)
+
+
+def of_decoder(name, update_of, sizes=None, group_size=2):
+    """Gradient and metrics of a real update, on a mesh of 8 devices where there are sizes."""
+    algorithm = ALGORITHMS[name]
+    params = models.with_value_head(models.init(DECODER, jax.random.key(1)), DECODER)
+    params["value_head"] = jnp.linspace(-1, 1, DECODER.hidden_size)
+    state = state_of(params)
+    batch = after_a_prompt(credited(algorithm, rollout(vocabulary=16)), group_size)
+    shardings = None
+    if sizes is not None:
+        shardings = state_shardings(make_mesh(*sizes), state, GRADIENT, models.logical_axes(DECODER, params))
+        state = jax.device_put(state, shardings.state)
+        batch = shard_rows(shardings, batch)
+    objective = policy_objective(models.make_policy(DECODER), algorithm)
+    state, metrics = update_of(objective, shardings)(state, batch)
+    return jax.device_get((state.opt_state[0].trace, metrics))
+
+
+@pytest.fixture(scope="module")
+def unshared():
+    return of_decoder("ppo + kl + entropy", lambda objective, _: make_update(objective, GRADIENT))
+
+
+@pytest.mark.parametrize(("sizes", "micro_batches"), [(None, 1), (None, 4), ((2, 2, 2), 1), ((4, 1, 2), 2)])
+def test_an_update_is_that_of_whole_rows(unshared, sizes, micro_batches):
+    def update_of(objective, shardings):
+        update = make_update(objective, GRADIENT, micro_batches, shardings)
+        return make_shared_prefix_update(update, COLUMNS, 2, shardings)
+
+    gradient, metrics = of_decoder("ppo + kl + entropy", update_of, sizes)
+    assert metrics.pop("shared_prefix") == 1
+    agree((gradient, metrics), unshared)
+    apart = optax.tree.norm(jax.tree.map(np.subtract, gradient, unshared[0]))
+    assert apart < 1e-5 * optax.tree.norm(unshared[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda traj: traj.replace(inputs=traj.inputs.at[5, 1].add(1)),
+        lambda traj: traj.replace(positions=traj.positions.at[5, 1].add(1)),
+        lambda traj: traj.replace(segments=traj.segments.at[5, 1].set(0)),
+        lambda traj: traj.replace(mask=traj.mask.at[4:6, 1].set(True)),
+    ],
+    ids=["a token", "a position", "padding", "a decision"],
+)
+def test_rows_that_do_not_share_are_updated_as_they_are(change):
+    algorithm = ALGORITHMS["grpo"]
+    batch = after_a_prompt(credited(algorithm, rollout()), 2)
+    assert is_prefix_shared(batch.traj, COLUMNS, 2)
+    batch = batch.replace(traj=change(batch.traj))
+    assert not is_prefix_shared(batch.traj, COLUMNS, 2)
+    seen = []
+
+    def update(state, batch):
+        seen.append(batch)
+        return state, {}
+
+    _, metrics = make_shared_prefix_update(update, COLUMNS, 2)(None, batch)
+    assert metrics == {"shared_prefix": 0.0}
+    assert seen == [batch]
+    make_shared_prefix_update(update, COLUMNS, 5)(None, batch)  # 16 rows are no groups of 5
+    assert seen[1].traj.prefix is None
+
+
+def test_rows_are_taken_one_by_one_with_their_prefix():
+    batch = share_prefix(after_a_prompt(credited(ALGORITHMS["grpo"], rollout()), 2), COLUMNS, 2)
+    own = with_own_prefixes(batch)
+    np.testing.assert_array_equal(own.traj.prefix.inputs, batch.traj.prefix.inputs.repeat(2, axis=0))
+    assert own.mask.shape == (16, T)
+
+
+def test_what_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="columns = 0, group_size = 2; legal: at least 1 each"):
+        make_shared_prefix_update(lambda state, batch: None, 0, 2)
+    batch = share_prefix(after_a_prompt(credited(ALGORITHMS["grpo"], rollout()), 2), COLUMNS, 2)
+    with pytest.raises(ValueError, match="a batch is packed before its prefixes are cut off"):
+        pack_batch(batch, 9, rows=2)
+    update = make_update(policy_objective(models.make_policy(DECODER), ALGORITHMS["grpo"]), GRADIENT, 16)
+    with pytest.raises(ValueError, match="8 rows do not divide into 16 micro-batches"):
+        update(state_of(models.init(DECODER, jax.random.key(1))), batch)
