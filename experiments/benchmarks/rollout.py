@@ -3,9 +3,8 @@ r"""Rollouts against what the machine can do, and their parts against each other
     python experiments/benchmarks/rollout.py                        # W1
     python experiments/benchmarks/rollout.py --preset W2 --json rollout.json
     python experiments/benchmarks/rollout.py --transformers True    # and transformers.generate
-    python experiments/benchmarks/rollout.py --trl PYTHON           # and TRL, which calls it (peers/trl_generate.py)
     python experiments/benchmarks/rollout.py --devices 2            # rows shared among virtual devices, one a core
-    python experiments/benchmarks/rollout.py --tunix PYTHON         # and Tunix (peers/tunix_sampler.py)
+    python experiments/benchmarks/rollout.py --against tunix trl    # and what peers' trainers sample with (against.py)
 
 W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 completions of
 64 tokens. W2: vocabulary 32768, width 512, 8 layers, 8 heads (4) of 64, MLP 1376; 2 prompts of 128 tokens x 8
@@ -19,7 +18,6 @@ longest, against static batches of as many rows, one after the other.
 import dataclasses
 import json
 import statistics
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,6 +27,7 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.benchmarks.against import PEERS, PeerName, peer_works, sizes_of
 from experiments.benchmarks.common import W1, W2, alternately, bandwidth, peak, prompts
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
@@ -66,8 +65,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and computation
     devices: int = 1  # of a CPU, among which rollouts share their rows
     transformers: bool = False  # torch's generate too (installs of `make parity`)
-    trl: str = ""  # TRL's rollout too: a Python where trl is installed
-    tunix: str = ""  # Tunix's sampler too: a Python where google-tunix is installed
+    against: tuple[PeerName, ...] = ()  # peers that take turns with ours
     json: str = ""  # where to write the figures
 
 
@@ -118,26 +116,6 @@ def torch_generate(config: DecoderConfig, rows: PromptBatch, n: int, completion_
     return generate
 
 
-def peer(python: str, name: str, workload: Workload, config: DecoderConfig):
-    """The same work for peers/`name`.py, in a process of its own, which works when it is asked to."""
-    shape = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-    work = {field: getattr(config, field) for field in shape}
-    work |= {"prompts": workload.prompts, "n": workload.n}
-    work |= {"length": workload.prompt_tokens, "completion": workload.completion_tokens}
-    script = str(Path(__file__).with_name("peers") / f"{name}.py")
-    child = subprocess.Popen(
-        [python, script, json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def generate(_):
-        child.stdin.write("\n")
-        child.stdin.flush()
-        if not child.stdout.readline():
-            raise ValueError(f"{python} {script} ended; its message stands above")
-
-    return generate
-
-
 def over_devices(devices: int, lm, params, rows, sampling: Sampling):
     """The same work with every device holding the parameters and its share of the rows."""
     mesh = meshes.make_mesh(data=devices, fsdp=1)
@@ -180,7 +158,7 @@ def main(cfg: Config) -> dict[str, float]:
     config = dataclasses.replace(workload.config, dtype=cfg.dtype)
     params = policy.init(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
-    works = own_works(cfg, workload, config, params) | peer_works(cfg, workload, config)
+    works = own_works(cfg, workload, config, params) | other_works(cfg, workload, config)
 
     # The limits of the machine are measured before and after: what else runs on it only ever lowers them.
     flops = peak(cfg.repeats, cfg.dtype)
@@ -247,17 +225,14 @@ def quarters_of(queue: PromptBatch, count: int) -> list[PromptBatch]:
     return [queue._replace(tokens=queue.tokens[c], mask=queue.mask[c], number=queue.number[c]) for c in cuts]
 
 
-def peer_works(cfg: Config, workload: Workload, config: DecoderConfig) -> dict[str, Callable]:
+def other_works(cfg: Config, workload: Workload, config: DecoderConfig) -> dict[str, Callable]:
     """The same rollout by the peers that were asked for."""
     works = {}
     if cfg.transformers:
         rows = prompts(config, workload.prompts, workload.prompt_tokens)
         works["transformers"] = torch_generate(config, rows, workload.n, workload.completion_tokens)
-    if cfg.trl:
-        works["TRL"] = peer(cfg.trl, "trl_generate", workload, config)
-    if cfg.tunix:
-        works["Tunix"] = peer(cfg.tunix, "tunix_sampler", workload, config)
-    return works
+    lengths = (workload.prompt_tokens, workload.completion_tokens)
+    return works | peer_works(cfg.against, "rollout", sizes_of(config, workload.prompts, workload.n, *lengths))
 
 
 # ----------------------------------------------------------------------------------------------------- the figures
@@ -290,7 +265,7 @@ def peer_figures(cfg: Config, median: dict[str, float]) -> dict[str, float]:
     """Each peer's time over ours."""
     return {
         f"{other} / {ours}": median[other] / median[ours]
-        for other in ("transformers", "TRL", "Tunix")
+        for other in ("transformers", *(peer.title for peer in PEERS.values()))
         for ours in ("rollout", f"on {cfg.devices} devices")
         if other in median and ours in median
     }

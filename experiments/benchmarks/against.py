@@ -1,0 +1,102 @@
+"""Peers: other trainers of language models, each in an environment and a process of its own, taking turns with ours.
+
+Benchmarks take `--against tunix trl`. The first time that makes an environment for each peer under
+~/.cache/rljax/peers, with pip and the versions below; later runs use it again, and deleting the folder is how to be rid
+of it. A peer runs its own code (peers/*_worker.py) whenever it is asked to, and waits while the others are timed.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rljax.models.decoder import DecoderConfig
+from rljax.train.log import log_info
+
+FOLDER = Path.home() / ".cache" / "rljax" / "peers"
+TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
+
+PeerName = Literal["tunix", "trl"]
+Unit = Literal["rollout", "update", "grpo_step", "sft", "dpo"]  # what a peer can be asked to do
+
+
+class Peer(NamedTuple):
+    """What to install, and how figures name it."""
+
+    title: str
+    python: str  # version it runs on
+    packages: tuple[str, ...]
+    size: str  # of the environment on disk
+
+
+PEERS = {
+    "tunix": Peer("Tunix", "3.12", ("google-tunix==0.1.7", "jax==0.12.0.1", "flax==0.12.12"), "1.5 GB"),
+    "trl": Peer("TRL", "3.11", ("trl==1.16.0", "transformers==5.24.0", "torch==2.13.0"), "1.5 GB (torch for CPUs)"),
+}
+SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+
+
+def peer_works(names: Iterable[PeerName], unit: Unit, sizes: dict[str, int]) -> dict[str, Callable[[int], None]]:
+    """{title: work}, each of which does one unit of work of these sizes and returns when it is done."""
+    return {PEERS[name].title: start_worker(environment(name), f"{name}_worker", unit, sizes) for name in names}
+
+
+def sizes_of(config: DecoderConfig, prompts: int, n: int, prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """A work as the workers take it."""
+    shape = {field: getattr(config, field) for field in SHAPE}
+    return shape | {"prompts": prompts, "n": n, "length": prompt_tokens, "completion": completion_tokens}
+
+
+def start_worker(python: Path, script: str, unit: Unit, sizes: dict[str, int]) -> Callable[[int], None]:
+    """work(i): one unit of work of peers/`script`.py, which is started here and ends with this process."""
+    path = Path(__file__).with_name("peers") / f"{script}.py"
+    command = [str(python), str(path), json.dumps({"unit": unit, **sizes})]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def work(_) -> None:
+        child.stdin.write("\n")
+        child.stdin.flush()
+        answer = child.stdout.readline()  # the seconds that it took
+        if not answer:
+            raise ValueError(f"{path.name} ended in {unit}; its message stands above")
+        float(answer)
+
+    return work
+
+
+# ------------------------------------------------------------------------------------------------- environments
+
+
+def environment(name: PeerName) -> Path:
+    """The Python of the peer's environment, which is made where it is not there yet."""
+    peer = PEERS[name]
+    folder = FOLDER / name
+    python = folder / "bin" / "python"
+    stamp = folder / "packages.txt"  # written last: an interrupted install is taken up again
+    packages = "\n".join(peer.packages)
+    if stamp.exists() and stamp.read_text() == packages:
+        return python
+    log_info(f"making an environment for {peer.title} in {folder}: {', '.join(peer.packages)} and what they need")
+    log_info(f"this takes minutes and {peer.size} of disk, once; delete the folder to be rid of it")
+    subprocess.run([interpreter(peer.python), "-m", "venv", "--clear", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    for package in peer.packages:
+        if package.startswith("torch=="):  # without CUDA, if that index can be reached; else as PyPI has it, 3 GB more
+            subprocess.run([*pip, "--retries", "1", "--no-deps", "--index-url", TORCH_FOR_CPUS, package])
+    subprocess.run([*pip, *peer.packages], check=True)
+    stamp.write_text(packages)
+    return python
+
+
+def interpreter(version: str) -> str:
+    """A Python of this version. Raises ValueError where there is none."""
+    if sys.version.startswith(f"{version}."):
+        return sys.executable
+    command = f"python{version}"
+    try:
+        subprocess.run([command, "-c", ""], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError(f"this peer needs Python {version}, and `{command}` does not run here") from None
+    return command
