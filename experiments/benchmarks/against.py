@@ -40,7 +40,11 @@ SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
 
 def peer_works(names: Iterable[PeerName], unit: Unit, sizes: dict[str, int]) -> dict[str, Callable[[int], None]]:
     """{title: work}, each of which does one unit of work of these sizes and returns when it is done."""
-    return {PEERS[name].title: start_worker(environment(name), f"{name}_worker", unit, sizes) for name in names}
+    works = {}
+    for name in names:
+        script = Path(__file__).with_name("peers") / f"{name}_worker.py"
+        works[PEERS[name].title] = start_worker(environment(name), script, unit, sizes)
+    return works
 
 
 def sizes_of(config: DecoderConfig, prompts: int, n: int, prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -49,10 +53,9 @@ def sizes_of(config: DecoderConfig, prompts: int, n: int, prompt_tokens: int, co
     return shape | {"prompts": prompts, "n": n, "length": prompt_tokens, "completion": completion_tokens}
 
 
-def start_worker(python: Path, script: str, unit: Unit, sizes: dict[str, int]) -> Callable[[int], None]:
-    """work(i): one unit of work of peers/`script`.py, which is started here and ends with this process."""
-    path = Path(__file__).with_name("peers") / f"{script}.py"
-    command = [str(python), str(path), json.dumps({"unit": unit, **sizes})]
+def start_worker(python: Path, script: Path, unit: Unit, sizes: dict[str, int]) -> Callable[[int], None]:
+    """work(i): one unit of work of the script, which is started here and ends with this process."""
+    command = [str(python), str(script), json.dumps({"unit": unit, **sizes})]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def work(_) -> None:
@@ -60,7 +63,7 @@ def start_worker(python: Path, script: str, unit: Unit, sizes: dict[str, int]) -
         child.stdin.flush()
         answer = child.stdout.readline()  # the seconds that it took
         if not answer:
-            raise ValueError(f"{path.name} ended in {unit}; its message stands above")
+            raise ValueError(f"{script.name} ended in {unit}; its message stands above")
         float(answer)
 
     return work
@@ -84,7 +87,7 @@ def environment(name: PeerName) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     for package in peer.packages:
         if package.startswith("torch=="):  # without CUDA, if that index can be reached; else as PyPI has it, 3 GB more
-            subprocess.run([*pip, "--retries", "1", "--no-deps", "--index-url", TORCH_FOR_CPUS, package])
+            subprocess.run([*pip, "--retries", "1", "--no-deps", "--index-url", TORCH_FOR_CPUS, package], check=False)
     subprocess.run([*pip, *peer.packages], check=True)
     stamp.write_text(packages)
     return python

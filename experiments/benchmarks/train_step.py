@@ -88,10 +88,11 @@ def report(title: str, times: dict[str, list[float]]) -> dict[str, float]:
     lines = []
     figures = {}
     for name, seconds in median.items():
+        ratios = {} if name in titles else {peer: median[peer] / seconds for peer in titles}
         figures[f"{title}, {name}, seconds"] = seconds
-        ratios = {} if name in titles else {f"{peer} / this": median[peer] / seconds for peer in titles}
-        figures |= {f"{title}, {peer}{name}": ratio for peer, ratio in ratios.items()}
-        lines.append({"": name, "median, s": seconds, "best, s": min(times[name]), **ratios})
+        figures |= {f"{title}, {peer} / {name}": ratio for peer, ratio in ratios.items()}
+        columns = {f"{peer} / this": ratio for peer, ratio in ratios.items()}
+        lines.append({"": name, "median, s": seconds, "best, s": min(times[name])} | columns)
     table(title, lines)
     return figures
 
