@@ -9,8 +9,9 @@ from experiments.benchmarks.common import Workload
 from experiments.benchmarks.roofline import Matmul, Rates, Work
 from rljax.models.decoder import DecoderConfig
 
-# 2 layers of 4 heads (2 for keys) of 8, width 16, MLP 24, vocabulary 64. A layer has 16 x 32 weights for queries, twice
-# 16 x 16 for keys and values, 32 x 16 for their output, and 3 · 16 x 24 of the MLP; two norms of 16. One norm at the end.
+# 2 layers of 4 heads (2 for keys) of 8, width 16, MLP 24, vocabulary 64. A layer has 16 x 32 weights for queries,
+# twice 16 x 16 for keys and values, 32 x 16 for their output, 3 · 16 x 24 of the MLP, and two norms of 16; at the end
+# there is one more norm.
 CONFIG = DecoderConfig(64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24)
 LAYER = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 24
 WEIGHTS = 64 * 16 + 2 * (LAYER + 2 * 16) + 16
