@@ -93,7 +93,7 @@ def test_a_share_above_1_is_refused():
 
 @pytest.mark.parametrize("shape", [(64, 256, 512), (4288, 256, 512), (256, 4288, 1376), (2040, 512, 32768)])
 def test_pieces_divide_the_longer_of_rows_and_inner(shape):
-    pieces = roofline.pieces_of(shape)
+    pieces = roofline.cut(shape)
     kept = 1 if shape[0] >= shape[1] else 0
     for piece in pieces:
         assert piece[kept] == shape[kept]

@@ -209,14 +209,14 @@ def _larger(rates: dict, others: dict) -> dict:
 def matmul_rate(shape: Shape, dtype: str, repeats: int) -> float:
     """FLOPs a second of a product of this shape: the best run of the fastest layout and size of pieces."""
     rates = []
-    for piece in pieces_of(shape):
+    for piece in cut(shape):
         for layout in LAYOUTS:
             for devices in {1, jax.device_count()}:
                 rates.append(_loop_rate(piece, layout, dtype, devices, repeats))
     return max(rates)
 
 
-def pieces_of(shape: Shape) -> list[Shape]:
+def cut(shape: Shape) -> list[Shape]:
     """The shape itself unless it is large, and smaller ones: its longest axis but the last cut, and cut again."""
     rows, inner, columns = shape
     axis = 0 if rows >= inner else 1
