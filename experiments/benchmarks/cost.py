@@ -2,10 +2,10 @@ r"""How the seconds of a rollout and of a GRPO update grow with the size of the 
 
     python experiments/benchmarks/cost.py
 
-From a small work (BASE below) one size at a time is doubled and doubled again; seconds ~ size^exponent is fitted by
-least squares of the logarithms of the best runs. An exponent of 1 is proportional; below it something is shared or does
-not depend on the size. `ideal` is the same fit to the useful FLOPs (roofline.py). Devices are virtual ones of a CPU, a
-process for each number: the exponent is that of the seconds, ideally -1 up to the number of cores.
+From a small work (BASE below) one size at a time grows; seconds ~ size^exponent is fitted by least squares of the
+logarithms of the best runs. An exponent of 1 is proportional; below it something is shared or does not depend on the
+size. `ideal` is the same fit to the useful FLOPs (roofline.py). Devices are virtual ones of a CPU, a process for each
+number: ideally the seconds fall with them up to the number of cores.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from math import log
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from rljax.train.objective import policy_objective
 from rljax.train.update import make_update
 from rljax.types import Sampling, TrainState
 
-BASE = Workload(decoder.DecoderConfig(2048, 128, 2, 4, 2, 32, 344), 4, 4, 32, 32)
+BASE = Workload(decoder.DecoderConfig(2048, 128, 2, 4, 2, 32, 344), 4, 4, 32, 16)
 
 
 def of_model(**changes: int) -> Workload:
@@ -58,25 +59,27 @@ class Config(Output):
     """What to measure."""
 
     sizes: tuple[str, ...] = (*SIZES, DEVICES)  # what grows
-    factors: tuple[int, ...] = (1, 2, 4)  # by how much
+    factors: tuple[int, ...] = (1, 4)  # by how much
+    device_factors: tuple[int, ...] = (1, 2)  # numbers of devices
     repeats: int = 3  # timed runs of each
-    devices: int = 0  # print the seconds of the base work on so many virtual devices as JSON, and end
+    only_devices: int = 0  # print the seconds of the base work on so many virtual devices as JSON, and end
 
 
 def main(cfg: Config) -> dict[str, float]:
     """Measure, print and return the exponents."""
-    if cfg.devices:
-        jax.config.update("jax_num_cpu_devices", cfg.devices)
-        print(json.dumps(best_seconds(works_of(BASE), cfg.repeats)))
+    if cfg.only_devices:
+        jax.config.update("jax_num_cpu_devices", cfg.only_devices)
+        print(json.dumps(best_seconds(BASE, cfg.repeats)))
         return {}
     lines = []
     for size in cfg.sizes:
-        measured = [seconds_at(size, factor, cfg) for factor in cfg.factors]
+        factors = cfg.device_factors if size == DEVICES else cfg.factors
+        measured = [seconds_at(size, factor, cfg) for factor in factors]
         for name in ("rollout", "update"):
             seconds = [found[name] for found in measured]
-            at = {f"x {factor}, ms": 1e3 * value for factor, value in zip(cfg.factors, seconds, strict=True)}
-            fit = exponent(cfg.factors, seconds)
-            lines.append({"": f"{name}, {size}", **at, "exponent": fit, "ideal": ideal(size, name, cfg.factors)})
+            steps = {f"x {factor}, ms": 1e3 * value for factor, value in zip(factors, seconds, strict=True)}
+            fits = {"exponent": exponent(factors, seconds), "ideal": ideal(size, name, factors)}
+            lines.append({"": f"{name}, {size}", **fits, **steps})
     table("seconds ~ size^exponent", lines)
     trace(works_of(BASE), cfg.profile)
     figures = named(lines)
@@ -87,14 +90,17 @@ def main(cfg: Config) -> dict[str, float]:
 def seconds_at(size: str, factor: int, cfg: Config) -> dict[str, float]:
     """Seconds of rollout and update where `size` has grown by this factor."""
     if size != DEVICES:
-        return best_seconds(works_of(SIZES[size](factor)), cfg.repeats)
-    command = [sys.executable, str(Path(__file__)), "--devices", str(factor), "--repeats", str(cfg.repeats)]
+        return best_seconds(SIZES[size](factor), cfg.repeats)
+    if factor == 1:
+        return best_seconds(BASE, cfg.repeats)
+    command = [sys.executable, str(Path(__file__)), "--only_devices", str(factor), "--repeats", str(cfg.repeats)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def best_seconds(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str, float]:
-    return {name: min(seconds) for name, seconds in alternately(works, repeats).items()}
+@lru_cache
+def best_seconds(workload: Workload, repeats: int) -> dict[str, float]:
+    return {name: min(seconds) for name, seconds in alternately(works_of(workload), repeats).items()}
 
 
 def ideal(size: str, name: str, factors: Iterable[int]) -> float:

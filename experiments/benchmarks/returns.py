@@ -1,11 +1,11 @@
-r"""Returns and advantages, against numpy's copy of as many bytes in the same process.
+r"""Returns and advantages, against copies of as many bytes in the same process.
 
     python experiments/benchmarks/returns.py
     python experiments/benchmarks/returns.py --rows 1000 --decisions 1000     # strides that are no power of two
 
 GAE reads rewards, discounts and values and writes advantages; V-trace also reads ratios and writes targets; a mask is
-not counted. As many bytes, read and written, are copied by numpy: into new memory, as every result of jax is, which
-costs the kernel of the system more than the copy; and into memory that was written before.
+not counted. As many bytes, read and written, are copied by numpy, into memory that was written before, and by jax, into
+new memory, as all its results are: the system hands it out page by page, which costs more than the copy.
 
 Time-major arrays are [T, B], handed over as `gae(r.T, v.T, None, γ.T).T` inside one jit: the transpositions cancel.
 What [B, T] takes beyond that is due to the layout; the last column is what a kernel for that layout could gain.
@@ -36,10 +36,11 @@ class Config(Output):
     rounds: int = 8  # the kernels take turns
 
 
-def numpy_copies(num_bytes: int) -> dict[str, Callable[[int], object]]:
+def copies(num_bytes: int) -> dict[str, Callable[[int], object]]:
     """work(i): read and write so many bytes together."""
     source, target = np.ones((2, num_bytes // 8), np.float32)
-    return {"copy": lambda _: np.copy(source), "copy in place": lambda _: np.copyto(target, source)}
+    on_device = jnp.asarray(source)
+    return {"numpy's copy": lambda _: np.copyto(target, source), "jax's copy": lambda _: jnp.copy(on_device)}
 
 
 WORKS = {
@@ -74,7 +75,7 @@ def main(cfg: Config) -> dict[str, float]:
     moved = {name: 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0)) for name in WORKS}
     works = {}
     for name, work in WORKS.items():
-        works |= {(name, copy): copying for copy, copying in numpy_copies(moved[name]).items()}
+        works |= {(name, whose): copy for whose, copy in copies(moved[name]).items()}
         works[name, "time-major"] = partial(run, jax.jit(partial(time_major, work)), time_major_arrays)
         works[name, "[B, T]"] = partial(run, jax.jit(work), arrays)
     medians = {key: [] for key in works}
@@ -85,10 +86,10 @@ def main(cfg: Config) -> dict[str, float]:
 
     lines = []
     for name in WORKS:
-        best = {what: min(medians[name, what]) for what in ("copy", "copy in place", "time-major", "[B, T]")}
+        best = {what: min(medians[name, what]) for what in ("numpy's copy", "jax's copy", "time-major", "[B, T]")}
         line = {"": name, "MB": moved[name] / 1e6} | {f"{what}, ms": 1e3 * seconds for what, seconds in best.items()}
         for layout in ("time-major", "[B, T]"):
-            line |= {f"{layout} / {copy}": best[layout] / best[copy] for copy in ("copy", "copy in place")}
+            line |= {f"{layout} / {copy}": best[layout] / best[copy] for copy in ("numpy's copy", "jax's copy")}
         lines.append(line | {"a transposed kernel would gain": best["[B, T]"] / best["time-major"]})
     table(f"[{B}, {T}] float32", lines)
     figures = named(lines, f"[{B}, {T}], ")

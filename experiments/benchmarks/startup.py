@@ -1,4 +1,4 @@
-r"""How long it takes until something happens: importing rljax, and the first step of recipes, compiled and from the cache.
+r"""How long it takes to import rljax, and until the first step of recipes: compiled, and from the compilation cache.
 
     python experiments/benchmarks/startup.py
     python experiments/benchmarks/startup.py --model DIR        # and experiments/grpo.py on a model directory
