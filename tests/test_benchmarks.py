@@ -10,17 +10,17 @@ from typing import get_args
 import pytest
 import tyro
 
-from experiments.benchmarks import against, grpo_step, rollout, train_step
-from experiments.benchmarks.rollout import Workload
+from experiments.benchmarks import against, common, grpo_step, rollout, train_step
+from experiments.benchmarks.common import Workload
 from rljax.models.decoder import DecoderConfig
 
 PEERS = Path(against.__file__).with_name("peers")
-TINY = Workload(DecoderConfig(64, 16, 1, 2, 1, 8, 24), prompts=2, n=4, prompt_tokens=5, completion_tokens=6)
+TINY = Workload(DecoderConfig(64, 16, 1, 2, 1, 8, 24), prompts=8, n=2, prompt_tokens=5, completion_tokens=6)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(rollout.WORKLOADS, "W1", TINY)
+    monkeypatch.setitem(common.WORKLOADS, "W1", TINY)
 
 
 @pytest.mark.parametrize("benchmark", [rollout, train_step, grpo_step], ids=lambda module: module.__name__)
@@ -61,20 +61,25 @@ def test_every_peer_does_every_unit(name):
     assert tuple(key.value for key in units.keys) == get_args(against.Unit)
 
 
+def script(folder: Path, source: str) -> Path:
+    path = folder / "worker.py"
+    path.write_text(source)
+    return path
+
+
 def test_a_worker_works_when_asked_and_tells_when_it_ends(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text("import json, sys; input(); print(json.loads(sys.argv[1])['n'], flush=True); input()")
-    work = against.start_worker(Path(sys.executable), script, "rollout", {"n": 3})
-    work(0)
-    with pytest.raises(ValueError, match=r"worker\.py ended in rollout"):
-        work(1)
+    once = script(tmp_path, "import json, sys; input(); print(json.loads(sys.argv[1])['n'], flush=True); input()")
+    with against.worker(Path(sys.executable), once, "rollout", {"n": 3}) as work:
+        work(0)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"worker\.py ended in rollout"):
+                work(1)
 
 
 def test_a_worker_that_prints_something_else_is_noticed(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text("input(); print('a warning', flush=True); input()")
-    with pytest.raises(ValueError, match="a warning"):
-        against.start_worker(Path(sys.executable), script, "sft", {})(0)
+    warning = script(tmp_path, "input(); print('a warning', flush=True)")
+    with against.worker(Path(sys.executable), warning, "sft", {}) as work, pytest.raises(ValueError, match="a warning"):
+        work(0)
 
 
 def test_an_environment_is_made_once(monkeypatch, tmp_path):

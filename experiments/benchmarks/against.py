@@ -5,14 +5,15 @@ Benchmarks take `--against tunix trl`. The first time that makes an environment 
 of it. A peer runs its own code (peers/*_worker.py) whenever it is asked to, and waits while the others are timed.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rljax.models.decoder import DecoderConfig
+from experiments.benchmarks.common import Workload
 from rljax.train.log import log_info
 
 FOLDER = Path.home() / ".cache" / "rljax" / "peers"
@@ -20,6 +21,7 @@ TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
 
 PeerName = Literal["tunix", "trl"]
 Unit = Literal["rollout", "update", "grpo_step", "sft", "dpo"]  # what a peer can be asked to do
+Work = Callable[[int], object]  # does something once, for the i-th time
 
 
 class Peer(NamedTuple):
@@ -38,35 +40,40 @@ PEERS = {
 SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 
 
-def peer_works(names: Iterable[PeerName], unit: Unit, sizes: dict[str, int]) -> dict[str, Callable[[int], None]]:
-    """{title: work}, each of which does one unit of work of these sizes and returns when it is done."""
-    works = {}
-    for name in names:
-        script = Path(__file__).with_name("peers") / f"{name}_worker.py"
-        works[PEERS[name].title] = start_worker(environment(name), script, unit, sizes)
-    return works
+@contextlib.contextmanager
+def peer_works(names: Iterable[PeerName], unit: Unit, workload: Workload) -> Iterator[dict[str, Work]]:
+    """{title: work}, each of which does one unit of work and returns when it is done. The peers end with the block."""
+    with contextlib.ExitStack() as stack:
+        works = {}
+        for name in names:
+            script = Path(__file__).with_name("peers") / f"{name}_worker.py"
+            works[PEERS[name].title] = stack.enter_context(worker(environment(name), script, unit, sizes_of(workload)))
+        yield works
 
 
-def sizes_of(config: DecoderConfig, prompts: int, n: int, prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """A work as the workers take it."""
-    shape = {field: getattr(config, field) for field in SHAPE}
-    return shape | {"prompts": prompts, "n": n, "length": prompt_tokens, "completion": completion_tokens}
-
-
-def start_worker(python: Path, script: Path, unit: Unit, sizes: dict[str, int]) -> Callable[[int], None]:
-    """work(i): one unit of work of the script, which is started here and ends with this process."""
+@contextlib.contextmanager
+def worker(python: Path, script: Path, unit: Unit, sizes: dict[str, int]) -> Iterator[Work]:
+    """work(i): one unit of work of the script, which runs as long as the block and does nothing unless asked to."""
     command = [str(python), str(script), json.dumps({"unit": unit, **sizes})]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
 
-    def work(_) -> None:
-        child.stdin.write("\n")
-        child.stdin.flush()
-        answer = child.stdout.readline()  # the seconds that it took
-        if not answer:
-            raise ValueError(f"{script.name} ended in {unit}; its message stands above")
-        float(answer)
+        def work(_) -> None:
+            answer = b""
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(b"\n")
+                answer = child.stdout.readline()  # the seconds that it took
+            if not answer:
+                raise ValueError(f"{script.name} ended in {unit}; its message stands above")
+            float(answer)
 
-    return work
+        yield work
+
+
+def sizes_of(workload: Workload) -> dict[str, int]:
+    """The workload as the scripts take it."""
+    shape = {field: getattr(workload.config, field) for field in SHAPE}
+    lengths = {"length": workload.prompt_tokens, "completion": workload.completion_tokens}
+    return shape | lengths | {"prompts": workload.prompts, "n": workload.n}
 
 
 # ------------------------------------------------------------------------------------------------- environments

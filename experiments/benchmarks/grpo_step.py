@@ -14,11 +14,9 @@ process. First runs, which compile, are left out.
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -26,10 +24,9 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.benchmarks.against import PeerName, peer_works
-from experiments.benchmarks.common import alternately
-from experiments.benchmarks.rollout import WORKLOADS, Workload
-from experiments.benchmarks.train_step import Work, peer_sizes, report, trace
+from experiments.benchmarks.against import PeerName, Work, peer_works
+from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, trace, write_figures
+from experiments.benchmarks.train_step import report
 from experiments.common import train
 from experiments.common.sampling import make_draw
 from experiments.common.settings import Batches
@@ -49,15 +46,13 @@ PROMPTS = 256  # in the dataset
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Output):
     """What to measure."""
 
     preset: Literal["W1", "W2"] = "W1"  # the workload
     micro_batches: tuple[int, ...] = (4, 8)  # pieces of an update, each measured
     repeats: int = 3  # timed steps of each
     against: tuple[PeerName, ...] = ()  # peers that take turns with ours
-    json: str = ""  # where to write the figures
-    profile: str = ""  # a folder for a trace of one step of each of ours
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -65,20 +60,17 @@ def main(cfg: Config) -> dict[str, float]:
     workload = WORKLOADS[cfg.preset]
     parts = {}
     own = {}
-    with Pool(workers=1) as pool:
+    with Pool(workers=1) as pool, peer_works(cfg.against, "grpo_step", workload) as peers:
         score = make_score({"even": ends_even}, decode, pool=pool)
         for micro_batches in cfg.micro_batches:
             name = f"{micro_batches} micro-batches"
             parts[name] = defaultdict(list)
             own[name] = own_step(workload, micro_batches, score, parts[name])
-        times = alternately(own | peer_works(cfg.against, "grpo_step", peer_sizes(workload)), cfg.repeats)
-        figures = report(f"{cfg.preset}, GRPO step", times)
-        figures |= report_parts(cfg.preset, parts)
-        if cfg.profile:
-            trace(own, cfg.profile)
+        times = alternately(own | peers, cfg.repeats)
+        figures = report(f"{cfg.preset}, GRPO step", times) | report_parts(cfg.preset, parts)
+        trace(own, cfg.profile)
     log_info(f"float32 on {jax.devices()[0].device_kind}, medians of {cfg.repeats}, taking turns")
-    if cfg.json:
-        Path(cfg.json).write_text(json.dumps(figures, indent=1))
+    write_figures(cfg.json, figures)
     return figures
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.benchmarks.against import PEERS, PeerName, peer_works, sizes_of
+from experiments.benchmarks.against import PEERS, PeerName, peer_works
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
 from experiments.benchmarks.roofline import least_seconds, measure, rollout_works, share
 from rljax.models import decoder, policy
@@ -49,7 +49,7 @@ class Config(Output):
     against: tuple[PeerName, ...] = ()  # peers that take turns with ours
 
 
-def torch_generate(config: DecoderConfig, rows: PromptBatch, n: int, completion_tokens: int):
+def torch_generate(workload: Workload, config: DecoderConfig):
     """The same work for transformers, sampling at temperature 1, no end before the last token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,8 +66,10 @@ def torch_generate(config: DecoderConfig, rows: PromptBatch, n: int, completion_
             tie_word_embeddings=True,
         )
     ).eval()
-    tokens = torch.tensor(rows.tokens).long().repeat_interleave(n, dim=0)
-    lengths = {"max_new_tokens": completion_tokens, "min_new_tokens": completion_tokens}
+    rows = prompts(config, workload.prompts, workload.prompt_tokens)
+    tokens = torch.tensor(rows.tokens).long().repeat_interleave(workload.n, dim=0)
+    count = workload.completion_tokens
+    lengths = {"max_new_tokens": count, "min_new_tokens": count}
 
     def generate(_):
         with torch.no_grad():
@@ -118,12 +120,15 @@ def main(cfg: Config) -> dict[str, float]:
     config = dataclasses.replace(workload.config, dtype=cfg.dtype)
     params = policy.init(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
-    works = own_works(cfg, workload, config, params) | other_works(cfg, workload, config)
+    works = own_works(cfg, workload, config, params)
+    if cfg.transformers:
+        works["transformers"] = torch_generate(workload, config)
 
     # The roofline is measured before and after: what else runs on the machine only ever lowers it.
     passes = rollout_works(workload, config)
     rates = measure(passes, cfg.dtype, cfg.repeats)
-    times = alternately(works, cfg.repeats)
+    with peer_works(cfg.against, "rollout", workload) as peers:
+        times = alternately(works | peers, cfg.repeats)
     rates = measure(passes, cfg.dtype, cfg.repeats, before=rates)
     trace(works, cfg.profile)
 
@@ -181,16 +186,6 @@ def quarters_of(queue: PromptBatch, count: int) -> list[PromptBatch]:
     """The queue in four batches of `count` prompts."""
     cuts = [slice(i * count, (i + 1) * count) for i in range(4)]
     return [queue._replace(tokens=queue.tokens[c], mask=queue.mask[c], number=queue.number[c]) for c in cuts]
-
-
-def other_works(cfg: Config, workload: Workload, config: DecoderConfig) -> dict[str, Callable]:
-    """The same rollout by the peers that were asked for."""
-    works = {}
-    if cfg.transformers:
-        rows = prompts(config, workload.prompts, workload.prompt_tokens)
-        works["transformers"] = torch_generate(config, rows, workload.n, workload.completion_tokens)
-    lengths = (workload.prompt_tokens, workload.completion_tokens)
-    return works | peer_works(cfg.against, "rollout", sizes_of(config, workload.prompts, workload.n, *lengths))
 
 
 # ----------------------------------------------------------------------------------------------------- the figures

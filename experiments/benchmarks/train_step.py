@@ -16,10 +16,8 @@ which compile, are left out.
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -28,9 +26,8 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.benchmarks.against import PEERS, PeerName, peer_works, sizes_of
-from experiments.benchmarks.common import alternately, prompts
-from experiments.benchmarks.rollout import WORKLOADS, Workload
+from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
+from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
 from rljax.algorithms import dpo, grpo, ppo, sft
 from rljax.data.demonstrations import demonstrations
 from rljax.models import decoder, policy
@@ -42,11 +39,10 @@ from rljax.types import Objective, Pairs, Params, Sampling, TrainState, Trajecto
 
 AlgorithmName = Literal["grpo", "ppo", "dpo", "sft"]
 UNITS = {"grpo": "update", "dpo": "dpo", "sft": "sft"}  # what a peer does for it
-Work = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Output):
     """What to measure."""
 
     preset: Literal["W1", "W2"] = "W1"  # the workload
@@ -54,8 +50,6 @@ class Config:
     micro_batches: tuple[int, ...] = (4, 8)  # pieces of an update, each measured
     repeats: int = 3  # timed runs of each
     against: tuple[PeerName, ...] = ()  # peers that take turns with ours
-    json: str = ""  # where to write the figures
-    profile: str = ""  # a folder for a trace of one step of each of ours
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -64,21 +58,14 @@ def main(cfg: Config) -> dict[str, float]:
     figures = {}
     for name in cfg.algorithms:
         own = {f"{m} micro-batches": own_step(name, workload, m) for m in cfg.micro_batches}
-        peers = peer_works(cfg.against, UNITS[name], peer_sizes(workload)) if name in UNITS else {}
-        times = alternately(own | peers, cfg.repeats)
+        names = cfg.against if name in UNITS else ()
+        with peer_works(names, UNITS.get(name), workload) as peers:
+            times = alternately(own | peers, cfg.repeats)
         figures |= report(f"{cfg.preset}, {name}", times)
-        if cfg.profile:
-            trace(own, f"{cfg.profile}/{name}")
+        trace({f"{name}, {pieces}": work for pieces, work in own.items()}, cfg.profile)
     log_info(f"float32 on {jax.devices()[0].device_kind}, medians of {cfg.repeats}, taking turns")
-    if cfg.json:
-        Path(cfg.json).write_text(json.dumps(figures, indent=1))
+    write_figures(cfg.json, figures)
     return figures
-
-
-def peer_sizes(workload: Workload) -> dict[str, int]:
-    """The workload as the peers take it."""
-    lengths = (workload.prompt_tokens, workload.completion_tokens)
-    return sizes_of(workload.config, workload.prompts, workload.n, *lengths)
 
 
 def report(title: str, times: dict[str, list[float]]) -> dict[str, float]:
@@ -95,13 +82,6 @@ def report(title: str, times: dict[str, list[float]]) -> dict[str, float]:
         lines.append({"": name, "median, s": seconds, "best, s": min(times[name])} | columns)
     table(title, lines)
     return figures
-
-
-def trace(works: dict[str, Work], folder: str) -> None:
-    """A profile of one run of each, after the runs that compiled."""
-    with jax.profiler.trace(folder):
-        for work in works.values():
-            jax.block_until_ready(work(0))
 
 
 # ------------------------------------------------------------------------------------------------------ our steps
