@@ -5,8 +5,8 @@ r"""A whole GRPO step as experiments/grpo.py runs it, and the same step by the t
     python experiments/benchmarks/grpo_step.py --against tunix trl      # against.py: makes their environments
 
 A step: draw prompts, sample completions, decode them to text, score the text in a worker process, advantages, one
-update, metrics on the host. W1 and W2 are those of rollout.py. No KL term, so that nobody needs the reference's
-log-probs; nothing is written to disk.
+update, metrics on the host. W1 and W2 are those of rollout.py. There is no KL term, so the reference's log-probs
+are not computed; nothing is written to disk.
 
 Fair: float32, plain AdamW, one update a rollout, random weights, the same shapes. Peers run their trainers' own loops
 with the settings that are fastest for them (peers/*_worker.py says which); their reward functions run in the trainer's
