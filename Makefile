@@ -38,10 +38,17 @@ lint: .venv/.dev  ## ruff, and the schema of the CI workflow
 	$(python) -m ruff format --check
 	$(python) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-bench: .venv/.dev  ## run every benchmark in experiments/benchmarks
-	@set -e; for script in $(filter-out %/__init__.py %/common.py,$(wildcard experiments/benchmarks/*.py)); do \
-	  echo "== $$script"; $(python) "$$script"; \
-	done
+# What runs, by name: the other files there are parts of these.
+benchmarks := shares rollout train_step grpo_step returns control memory packing batch_invariant startup reward_pool cost
+
+bench: .venv/.dev  ## run every benchmark, and write the table in docs/performance.md
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; for name in $(benchmarks); do \
+	  echo "== $$name"; $(python) experiments/benchmarks/$$name.py --json $$folder/$$name.json; \
+	done; \
+	for name in shares rollout train_step grpo_step; do \
+	  echo "== $$name, W2"; $(python) experiments/benchmarks/$$name.py --preset W2 --json $$folder/$$name-W2.json; \
+	done; \
+	$(python) experiments/benchmarks/write_table.py $$folder
 
 tables: .venv/.dev  ## write docs/algorithms.md and docs/estimators.md again
 	$(python) -m tests.catalogue

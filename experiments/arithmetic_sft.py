@@ -81,14 +81,16 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
             if step % cfg.check_every == 0:
                 measured["accuracy"] = arithmetic.accuracy(task, state.params, checked, step)
                 if measured["accuracy"] >= cfg.target:
+                    reached = measured["accuracy"]
                     break
             rows = task.train_prompts.draw(state.cursor, batch_size)
             traj = demonstrations(rows, arithmetic.answer_tokens(task, rows), task.max_tokens)
             state, metrics = update(state, algorithm.credit(traj, {}))
             state = state.replace(step=step + 1, cursor=rows.cursor)
             run.record(step, state, metrics | measured)
+        else:
+            reached = arithmetic.accuracy(task, state.params, checked, int(state.step))
         run.save(state)
-    reached = arithmetic.accuracy(task, state.params, checked, int(state.step))
     log_info(
         f"warm-up: right on {reached:.0%} of the training problems after {int(state.step)} steps of supervised learning"
     )

@@ -212,7 +212,7 @@ def test_parity_needs_a_model(monkeypatch, capsys, tmp_path):
     assert re.fullmatch(r"error: no model in .*: config\.json is missing .*\n", printed)
 
 
-MODULES = sorted(path for path in SCRIPTS.glob("**/*.py") if "peers" not in path.parts)
+MODULES = sorted(path for path in SCRIPTS.glob("**/*.py") if "peers" not in path.relative_to(SCRIPTS).parts)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SCRIPTS)))

@@ -2,7 +2,7 @@ r"""What batch-invariant mode costs: one rollout and one gradient on work W1, wi
 
     python experiments/benchmarks/batch_invariant.py
 
-W1 (`step.py`) with 8 prompts of 32 tokens x 8 completions of 64 tokens, float32.
+W1 (`common.py`) with 8 prompts of 32 tokens x 8 completions of 64 tokens, float32.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments.benchmarks.common import W1, alternately, prompts
+from experiments.benchmarks.common import W1, Output, alternately, named, prompts, trace, write_figures
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts.sampler import sample
@@ -22,13 +22,14 @@ from rljax.types import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Medians of each."""
 
     repeats: int = 5  # timed runs of each
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> dict[str, float]:
+    """Measure, print and return the figures."""
     plain = works("plain", W1)
     invariant = works("batch-invariant", dataclasses.replace(W1, batch_invariant=True))
     times = alternately(plain | invariant, cfg.repeats)
@@ -40,6 +41,10 @@ def main(cfg: Config) -> None:
         on = median[f"batch-invariant, {what}"]
         lines.append({"": what, "plain, s": off, "batch-invariant, s": on, "ratio": on / off})
     table("W1", lines)
+    trace(plain | invariant, cfg.profile)
+    figures = named(lines, "W1, ")
+    write_figures(cfg.json, figures)
+    return figures
 
 
 def works(name: str, config: DecoderConfig) -> dict[str, Callable[[int], object]]:
@@ -63,4 +68,4 @@ def works(name: str, config: DecoderConfig) -> dict[str, Callable[[int], object]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, use_underscores=True))

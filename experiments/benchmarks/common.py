@@ -1,11 +1,14 @@
-"""What benchmarks share: the workloads, the limits of this machine, and timing side by side."""
+"""What benchmarks share: the workloads, timing side by side, and where figures and profiles are written."""
 
+import dataclasses
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rljax.models.decoder import DecoderConfig
@@ -15,6 +18,23 @@ W1 = DecoderConfig(4096, hidden_size=256, num_layers=4, num_heads=8, num_kv_head
 W2 = DecoderConfig(
     32768, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, intermediate_size=1376
 )
+
+
+class Workload(NamedTuple):
+    """A model, and how much it samples."""
+
+    config: DecoderConfig
+    prompts: int
+    n: int  # completions per prompt
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.n
+
+
+WORKLOADS = {"W1": Workload(W1, 8, 8, 32, 64), "W2": Workload(W2, 2, 8, 128, 128)}
 
 
 def prompts(config: DecoderConfig, count: int, length: int) -> PromptBatch:
@@ -39,19 +59,38 @@ def seconds(work: Callable[[int], object], repeats: int) -> float:
     return statistics.median(alternately({"": work}, repeats)[""])
 
 
-def peak(repeats: int, dtype: str = "float32") -> float:
-    """FLOPs a second of the faster of two matmuls, in its fastest run."""
-    best = 0.0
-    for m, k, n in ((2048, 2048, 2048), (4096, 512, 1024)):
-        a = jnp.ones((m, k), dtype)
-        b = jnp.ones((k, n), dtype)
-        times = alternately({"": lambda _, a=a, b=b: jnp.dot(a, b)}, repeats)[""]
-        best = max(best, 2 * m * k * n / min(times))
-    return best
+# ------------------------------------------------------------------------------------------------------------- output
 
 
-def bandwidth(repeats: int) -> float:
-    """Bytes a second, read and written, of a copy of 256 MiB in its fastest run."""
-    source = jnp.ones(2**26, jnp.float32)
-    times = alternately({"": lambda _: jnp.copy(source)}, repeats)[""]
-    return 2 * source.nbytes / min(times)
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What every benchmark can write besides its tables."""
+
+    json: str = ""  # where to write the figures
+    profile: str = ""  # a folder for a trace of one run of each, for Perfetto or TensorBoard
+
+
+def write_figures(path: str, figures: Mapping[str, float]) -> None:
+    """{name: value} as JSON; no file for an empty path."""
+    if path:
+        Path(path).write_text(json.dumps(figures, indent=1, ensure_ascii=False))
+
+
+def named(rows: list[dict], prefix: str = "") -> dict[str, float]:
+    """The numbers in the rows of a table, each by the name of its row, which is in the first column, and its column."""
+    figures = {}
+    for row in rows:
+        title, *columns = row
+        values = {column: row[column] for column in columns if isinstance(row[column], int | float)}
+        figures |= {f"{prefix}{row[title]}, {column}": value for column, value in values.items()}
+    return figures
+
+
+def trace(works: Mapping[str, Callable[[int], object]], folder: str) -> None:
+    """A profile of one run of each work, in a folder of its own; nothing for an empty `folder`."""
+    if not folder:
+        return
+    for name, work in works.items():
+        jax.block_until_ready(work(0))  # compiled before the trace begins
+        with jax.profiler.trace(f"{folder}/{name.replace('/', ' ')}"):
+            jax.block_until_ready(work(0))

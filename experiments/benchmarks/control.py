@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from experiments.benchmarks.common import Output, named, trace, write_figures
 from experiments.control_methods import dqn, on_policy
 from rljax.envs.cartpole import make_cartpole
 from rljax.envs.env import Env
@@ -31,8 +32,8 @@ from rljax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """One line for each run: medians would hide the spread."""
+class Config(Output):
+    """One line for each run: medians would hide the spread. A profile is of one whole run of each method."""
 
     seeds: int = 3  # runs of each method
     ppo_steps: int = 500_000  # of all environments together, in a run
@@ -48,7 +49,8 @@ class Benchmark(NamedTuple):
     networks_alone: Callable  # () -> CPU-seconds
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> dict[str, float]:
+    """Measure, print and return the figures."""
     os.environ["PJRT_NPROC"] = str(cfg.threads)  # read when jax first uses its devices
     env = make_cartpole()
     ppo_sizes = on_policy.Sizes(cfg.ppo_steps, num_envs=4)
@@ -71,11 +73,14 @@ def main(cfg: Config) -> None:
     }
     rows = []
     for name, benchmark in benchmarks.items():
-        rows += measure(name, benchmark, env, cfg.seeds)
+        rows += measure(name, benchmark, env, cfg.seeds, cfg.profile)
     table(f"{os.cpu_count()} cores, {cfg.threads} threads, load {os.getloadavg()[0]:.1f}", rows)
+    figures = named(rows)
+    write_figures(cfg.json, figures)
+    return figures
 
 
-def measure(name: str, benchmark: Benchmark, env: Env, seeds: int) -> Iterator[dict]:
+def measure(name: str, benchmark: Benchmark, env: Env, seeds: int, profile: str) -> Iterator[dict]:
     """A row for each seed."""
     hyper = jax.tree.map(jnp.float32, benchmark.hyper)
     start = time.process_time()
@@ -83,6 +88,11 @@ def measure(name: str, benchmark: Benchmark, env: Env, seeds: int) -> Iterator[d
     train = jax.jit(benchmark.train).lower(example, jax.random.key(0), hyper).compile()
     compile_seconds = time.process_time() - start
     networks_seconds = benchmark.networks_alone()
+
+    def run(seed: int):
+        return train(benchmark.init_params(env, jax.random.key(seed)), jax.random.key(seed), hyper)
+
+    trace({name: run}, profile)
     for seed in range(seeds):
         key = jax.random.key(seed)
         params = jax.block_until_ready(benchmark.init_params(env, key))
@@ -148,4 +158,4 @@ def dqn_networks_alone(sizes: dqn.Sizes) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, use_underscores=True))

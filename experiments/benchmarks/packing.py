@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import tyro
 
-from experiments.benchmarks.common import W1, alternately, prompts
+from experiments.benchmarks.common import W1, Output, alternately, named, prompts, trace, write_figures
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
@@ -26,7 +26,7 @@ from rljax.types import Batch, Sampling, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Output):
     """The best time of both updates."""
 
     repeats: int = 7  # timed runs of each
@@ -48,7 +48,8 @@ def cut_batch() -> Batch:
     return grpo().credit(traj, {})
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> dict[str, float]:
+    """Measure, print and return the figures."""
     batch = cut_batch()
     objective = policy_objective(policy.make_policy(W1), grpo())
     optimizer = optax.adamw(1e-4)
@@ -74,7 +75,9 @@ def main(cfg: Config) -> None:
 
         return learn
 
-    times = alternately({name: work(name) for name in updates}, cfg.repeats)
+    works = {name: work(name) for name in updates}
+    times = alternately(works, cfg.repeats)
+    trace(works, cfg.profile)
     text = batch.mask.size * (1 - first["packed"]["padding_before"])
     padding = {"as sampled": first["packed"]["padding_before"], "packed": first["packed"]["padding_after"]}
     pieces = {"as sampled": cfg.micro_batches, "packed": first["packed"]["micro_batches"]}
@@ -87,7 +90,10 @@ def main(cfg: Config) -> None:
         same = {metric: float(first[name][metric]) for metric in ("loss", "grad_norm")}
         lines.append(speed | shape | same)
     table("W1", lines)
+    figures = named(lines, "W1, ")
+    write_figures(cfg.json, figures)
+    return figures
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, use_underscores=True))

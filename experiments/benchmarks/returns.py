@@ -1,11 +1,11 @@
-r"""Returns and advantages, against a copy of 256 MiB in the same process.
+r"""Returns and advantages, against copies of as many bytes in the same process.
 
     python experiments/benchmarks/returns.py
     python experiments/benchmarks/returns.py --rows 1000 --decisions 1000     # strides that are no power of two
 
-A bound is bytes moved / bandwidth. GAE reads rewards, discounts and values and writes advantages; V-trace also reads
-ratios and writes targets; a mask is not counted. There are two: by jax's copy of 256 MiB, whose result is new memory
-each time (the bandwidth of the other benchmarks), and by numpy's into memory written before.
+GAE reads rewards, discounts and values and writes advantages; V-trace also reads ratios and writes targets; a mask is
+not counted. As many bytes, read and written, are copied by numpy, into memory that was written before, and by jax, into
+new memory, as all its results are: the system hands it out page by page, which costs more than the copy.
 
 Time-major arrays are [T, B], handed over as `gae(r.T, v.T, None, γ.T).T` inside one jit: the transpositions cancel.
 What [B, T] takes beyond that is due to the layout; the last column is what a kernel for that layout could gain.
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.benchmarks.common import alternately, bandwidth
+from experiments.benchmarks.common import Output, alternately, named, trace, write_figures
 from rljax.ops.returns import gae, vtrace_returns
-from rljax.train.log import log_info, table
+from rljax.train.log import table
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Output):
     """Of each kernel the best round's median: what else runs on the machine only ever makes a round slower."""
 
     rows: int = 1024  # B
@@ -36,10 +36,11 @@ class Config:
     rounds: int = 8  # the kernels take turns
 
 
-def numpy_copy() -> float:
-    """Bytes a second of numpy's copy of 256 MiB, read and written, at its best of 10."""
-    source, target = np.ones((2, 2**26), np.float32)
-    return 2 * source.nbytes / min(alternately({"": lambda _: np.copyto(target, source)}, 10)[""])
+def copies(num_bytes: int) -> dict[str, Callable[[int], object]]:
+    """work(i): read and write so many bytes together."""
+    source, target = np.ones((2, num_bytes // 8), np.float32)
+    on_device = jnp.asarray(source)
+    return {"numpy's copy": lambda _: np.copyto(target, source), "jax's copy": lambda _: jnp.copy(on_device)}
 
 
 WORKS = {
@@ -66,35 +67,39 @@ def time_major(work: Callable, *arrays: jax.Array):
     return jax.tree.map(jnp.transpose, work(*(x.T for x in arrays)))
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> dict[str, float]:
+    """Measure, print and return the figures."""
     B, T = cfg.rows, cfg.decisions
     arrays = random_arrays(B, T)
     time_major_arrays = [jnp.copy(x.T) for x in arrays]
-    kernels = {}
+    moved = {name: 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0)) for name in WORKS}
+    works = {}
     for name, work in WORKS.items():
-        kernels[name, "[B, T]"] = jax.jit(work), arrays
-        kernels[name, "time-major"] = jax.jit(partial(time_major, work)), time_major_arrays
-    copies = {"jax": [], "numpy": []}
-    medians = {key: [] for key in kernels}
+        works |= {(name, whose): copy for whose, copy in copies(moved[name]).items()}
+        works[name, "time-major"] = partial(run, jax.jit(partial(time_major, work)), time_major_arrays)
+        works[name, "[B, T]"] = partial(run, jax.jit(work), arrays)
+    medians = {key: [] for key in works}
     for _ in range(cfg.rounds):
-        copies["jax"].append(bandwidth(1))
-        copies["numpy"].append(numpy_copy())
-        for key, (kernel, facts) in kernels.items():
-            medians[key].append(median(alternately({"": lambda _: kernel(*facts)}, cfg.repeats)[""]))  # noqa: B023
+        for key, work in works.items():
+            medians[key].append(median(alternately({"": work}, cfg.repeats)[""]))
+    trace({" ".join(key): work for key, work in works.items()}, cfg.profile)
 
-    bandwidths = {name: max(speeds) for name, speeds in copies.items()}
-    shown = ", ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in bandwidths.items())
-    log_info(f"copy of 256 MiB: {shown}; [{B}, {T}] float32")
-    rows = []
+    lines = []
     for name in WORKS:
-        moved = 4 * (4 * B * T + B + (2 * B * T if "vtrace" in name else 0))
-        best = {layout: min(medians[name, layout]) for layout in ("time-major", "[B, T]")}
-        row = {"": name, "MB": moved / 1e6} | {f"{layout}, ms": seconds * 1e3 for layout, seconds in best.items()}
-        for copy, speed in bandwidths.items():
-            row |= {f"{layout} / {copy}'s copy": seconds * speed / moved for layout, seconds in best.items()}
-        rows.append(row | {"a transposed kernel would gain": best["[B, T]"] / best["time-major"]})
-    table("returns", rows)
+        best = {what: min(medians[name, what]) for what in ("numpy's copy", "jax's copy", "time-major", "[B, T]")}
+        line = {"": name, "MB": moved[name] / 1e6} | {f"{what}, ms": 1e3 * seconds for what, seconds in best.items()}
+        for layout in ("time-major", "[B, T]"):
+            line |= {f"{layout} / {copy}": best[layout] / best[copy] for copy in ("numpy's copy", "jax's copy")}
+        lines.append(line | {"a transposed kernel would gain": best["[B, T]"] / best["time-major"]})
+    table(f"[{B}, {T}] float32", lines)
+    figures = named(lines, f"[{B}, {T}], ")
+    write_figures(cfg.json, figures)
+    return figures
+
+
+def run(kernel: Callable, arrays: list[jax.Array], _: int):
+    return kernel(*arrays)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, use_underscores=True))

@@ -3,33 +3,30 @@ r"""Rollouts against what the machine can do, and their parts against each other
     python experiments/benchmarks/rollout.py                        # W1
     python experiments/benchmarks/rollout.py --preset W2 --json rollout.json
     python experiments/benchmarks/rollout.py --transformers True    # and transformers.generate
-    python experiments/benchmarks/rollout.py --trl PYTHON           # and TRL, which calls it (peers/trl_generate.py)
     python experiments/benchmarks/rollout.py --devices 2            # rows shared among virtual devices, one a core
-    python experiments/benchmarks/rollout.py --tunix PYTHON         # and Tunix (peers/tunix_sampler.py)
+    python experiments/benchmarks/rollout.py --against tunix trl    # and what peers' trainers sample with (against.py)
 
 W1: vocabulary 4096, width 256, 4 layers, 8 heads (4 for keys) of 32, MLP 688; 8 prompts of 32 tokens x 8 completions of
 64 tokens. W2: vocabulary 32768, width 512, 8 layers, 8 heads (4) of 64, MLP 1376; 2 prompts of 128 tokens x 8
 completions of 128. Embeddings are tied.
 
-Ceiling of a pass: the larger of bytes/bandwidth (weights once, the filled cache) and FLOPs/peak, summed over prompt and
-decode steps. Slots: 4 requests a row in a queue, completions of geometric length with a mean of a quarter of the
-longest, against static batches of as many rows, one after the other.
+The roofline is that of roofline.py. Slots: 4 requests a row in a queue, completions of geometric length with a mean of
+a quarter of the longest, against static batches of as many rows, one after the other.
 """
 
 import dataclasses
-import json
 import statistics
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.benchmarks.common import W1, W2, alternately, bandwidth, peak, prompts
+from experiments.benchmarks.against import PEERS, PeerName, peer_works
+from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
+from experiments.benchmarks.roofline import least_seconds, measure, rollout_works, share
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.ops.logprobs import softmax, softmax_logp
@@ -40,25 +37,8 @@ from rljax.train.log import log_info, table
 from rljax.types import PromptBatch, Sampling
 
 
-class Workload(NamedTuple):
-    """A model, and how much it samples."""
-
-    config: DecoderConfig
-    prompts: int
-    n: int  # completions per prompt
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def rows(self) -> int:
-        return self.prompts * self.n
-
-
-WORKLOADS = {"W1": Workload(W1, 8, 8, 32, 64), "W2": Workload(W2, 2, 8, 128, 128)}
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Output):
     """What to measure."""
 
     preset: Literal["W1", "W2"] = "W1"  # the workload
@@ -66,32 +46,10 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and computation
     devices: int = 1  # of a CPU, among which rollouts share their rows
     transformers: bool = False  # torch's generate too (installs of `make parity`)
-    trl: str = ""  # TRL's rollout too: a Python where trl is installed
-    tunix: str = ""  # Tunix's sampler too: a Python where google-tunix is installed
-    json: str = ""  # where to write the figures
+    against: tuple[PeerName, ...] = ()  # peers that take turns with ours
 
 
-def ceiling(workload: Workload, config: DecoderConfig, flops: float, bytes_per_second: float) -> float:
-    """Seconds below which no rollout of this size comes: prefill and each decode step at the machine's limits."""
-    weights = sum(x.size for x in jax.tree.leaves(decoder.abstract(config)))
-    without_table = weights - config.vocab_size * config.hidden_size
-    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # numbers in the cache for a token
-    attended = (
-        2 * config.num_layers * config.num_heads * config.head_dim
-    )  # multiply-adds of a query with one key and its value
-    size = jnp.dtype(config.dtype).itemsize
-    prompt_tokens = workload.prompts * workload.prompt_tokens
-
-    prefill_flops = 2 * prompt_tokens * (without_table + attended * workload.prompt_tokens / 2)
-    seconds = max(size * weights / bytes_per_second, prefill_flops / flops)
-    for t in range(workload.completion_tokens):
-        step_bytes = size * (weights + cached * (prompt_tokens + workload.rows * t))
-        step_flops = 2 * workload.rows * (weights + attended * (workload.prompt_tokens + t))
-        seconds += max(step_bytes / bytes_per_second, step_flops / flops)
-    return seconds
-
-
-def torch_generate(config: DecoderConfig, rows: PromptBatch, n: int, completion_tokens: int):
+def torch_generate(workload: Workload, config: DecoderConfig):
     """The same work for transformers, sampling at temperature 1, no end before the last token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,32 +66,14 @@ def torch_generate(config: DecoderConfig, rows: PromptBatch, n: int, completion_
             tie_word_embeddings=True,
         )
     ).eval()
-    tokens = torch.tensor(rows.tokens).long().repeat_interleave(n, dim=0)
-    lengths = {"max_new_tokens": completion_tokens, "min_new_tokens": completion_tokens}
+    rows = prompts(config, workload.prompts, workload.prompt_tokens)
+    tokens = torch.tensor(rows.tokens).long().repeat_interleave(workload.n, dim=0)
+    count = workload.completion_tokens
+    lengths = {"max_new_tokens": count, "min_new_tokens": count}
 
     def generate(_):
         with torch.no_grad():
             model.generate(tokens, do_sample=True, top_k=0, pad_token_id=0, **lengths)
-
-    return generate
-
-
-def peer(python: str, name: str, workload: Workload, config: DecoderConfig):
-    """The same work for peers/`name`.py, in a process of its own, which works when it is asked to."""
-    shape = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-    work = {field: getattr(config, field) for field in shape}
-    work |= {"prompts": workload.prompts, "n": workload.n}
-    work |= {"length": workload.prompt_tokens, "completion": workload.completion_tokens}
-    script = str(Path(__file__).with_name("peers") / f"{name}.py")
-    child = subprocess.Popen(
-        [python, script, json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def generate(_):
-        child.stdin.write("\n")
-        child.stdin.flush()
-        if not child.stdout.readline():
-            raise ValueError(f"{python} {script} ended; its message stands above")
 
     return generate
 
@@ -180,28 +120,29 @@ def main(cfg: Config) -> dict[str, float]:
     config = dataclasses.replace(workload.config, dtype=cfg.dtype)
     params = policy.init(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
-    works = own_works(cfg, workload, config, params) | peer_works(cfg, workload, config)
+    works = own_works(cfg, workload, config, params)
+    if cfg.transformers:
+        works["transformers"] = torch_generate(workload, config)
 
-    # The limits of the machine are measured before and after: what else runs on it only ever lowers them.
-    flops = peak(cfg.repeats, cfg.dtype)
-    bytes_per_second = bandwidth(cfg.repeats)
-    times = alternately(works, cfg.repeats)
-    flops = max(flops, peak(cfg.repeats, cfg.dtype))
-    bytes_per_second = max(bytes_per_second, bandwidth(cfg.repeats))
+    # The roofline is measured before and after: what else runs on the machine only ever lowers it.
+    passes = rollout_works(workload, config)
+    rates = measure(passes, cfg.dtype, cfg.repeats)
+    with peer_works(cfg.against, "rollout", workload) as peers:
+        times = alternately(works | peers, cfg.repeats)
+    rates = measure(passes, cfg.dtype, cfg.repeats, before=rates)
+    trace(works, cfg.profile)
 
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    limits = {"peak, GFLOP/s": flops / 1e9, "bandwidth, GB/s": bytes_per_second / 1e9}
-    fastest = ceiling(workload, config, flops, bytes_per_second)
     parts = sampling_parts(config, workload.rows, cfg.repeats)
-    figures = limits | rollout_figures(workload, median, min(times["rollout"]), fastest, parts)
+    figures = {f"{name}, seconds": t for name, t in median.items()}
+    figures |= shares(cfg, times, least_seconds(passes, rates)) | rollout_figures(workload, median, parts)
     figures["slot utilisation"] = slot_utilization(workload, config, params)
     figures |= peer_figures(cfg, median)
     log_info(f"{cfg.preset}, {cfg.dtype}, on {jax.devices()[0].device_kind}, medians of {cfg.repeats}")
     table("seconds", [{"": name, "median": t, "best": min(times[name])} for name, t in median.items()])
-    table("figures", [{"": name, "value": value} for name, value in figures.items()])
-    if cfg.json:
-        seconds = {f"seconds, {name}": t for name, t in median.items()}
-        Path(cfg.json).write_text(json.dumps(figures | seconds, indent=1))
+    table("figures", [{"": name, "value": value} for name, value in figures.items() if "seconds" not in name])
+    figures = {f"{cfg.preset}, {cfg.dtype}, {name}": value for name, value in figures.items()}
+    write_figures(cfg.json, figures)
     return figures
 
 
@@ -247,30 +188,26 @@ def quarters_of(queue: PromptBatch, count: int) -> list[PromptBatch]:
     return [queue._replace(tokens=queue.tokens[c], mask=queue.mask[c], number=queue.number[c]) for c in cuts]
 
 
-def peer_works(cfg: Config, workload: Workload, config: DecoderConfig) -> dict[str, Callable]:
-    """The same rollout by the peers that were asked for."""
-    works = {}
-    if cfg.transformers:
-        rows = prompts(config, workload.prompts, workload.prompt_tokens)
-        works["transformers"] = torch_generate(config, rows, workload.n, workload.completion_tokens)
-    if cfg.trl:
-        works["TRL"] = peer(cfg.trl, "trl_generate", workload, config)
-    if cfg.tunix:
-        works["Tunix"] = peer(cfg.tunix, "tunix_sampler", workload, config)
-    return works
-
-
 # ----------------------------------------------------------------------------------------------------- the figures
 
 
-def rollout_figures(workload: Workload, median: dict, best: float, fastest: float, parts: dict) -> dict[str, float]:
-    """Speed, share of the ceiling, and what parts of a decode step cost."""
+def shares(cfg: Config, times: dict[str, list[float]], least: float) -> dict[str, float]:
+    """Of the roofline: what the rollout reaches in the median and in its best run."""
+    figures = {"roofline, seconds": least}
+    for name in ("rollout", f"on {cfg.devices} devices"):
+        if name in times:
+            best = min(times[name])
+            figures[f"share of the roofline, {name}, best run"] = share(least, best)
+            figures[f"share of the roofline, {name}"] = share(least, statistics.median(times[name]))
+    return figures
+
+
+def rollout_figures(workload: Workload, median: dict, parts: dict) -> dict[str, float]:
+    """Speed, and what parts of a decode step cost."""
     step = median["rollout"] / workload.completion_tokens
     return {
         "tokens/s": workload.rows * workload.completion_tokens / median["rollout"],
         "ms a decode step": 1e3 * step,
-        "share of the ceiling": fastest / median["rollout"],
-        "share of the ceiling, best run": fastest / best,
         "log-prob capture, of a step": (parts["with its log-prob"] - parts["draw"]) / step,
         "top-k and top-p, of a step": median["top-k 50, top-p 0.9"] / median["rollout"] - 1,
         "exact / rollout": median["exact"] / median["rollout"],
@@ -290,11 +227,11 @@ def peer_figures(cfg: Config, median: dict[str, float]) -> dict[str, float]:
     """Each peer's time over ours."""
     return {
         f"{other} / {ours}": median[other] / median[ours]
-        for other in ("transformers", "TRL", "Tunix")
+        for other in ("transformers", *(peer.title for peer in PEERS.values()))
         for ours in ("rollout", f"on {cfg.devices} devices")
         if other in median and ours in median
     }
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,)))
+    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

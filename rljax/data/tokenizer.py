@@ -48,16 +48,20 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
 
 
 def save_characters(alphabet: str, directory: str | Path) -> None:
-    """Write the character tokenizer as files that transformers reads."""
+    """Write the character tokenizer as files that transformers reads. It is not imported: that takes a second."""
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
     inner = HFTokenizer(models.WordLevel(vocabulary))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>").save_pretrained(directory)
+    inner.add_special_tokens(["<end>"])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    inner.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

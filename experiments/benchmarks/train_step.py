@@ -1,0 +1,170 @@
+r"""One optimizer step of GRPO, PPO, DPO and SFT, and the same step by the trainers of peers, taking turns.
+
+    python experiments/benchmarks/train_step.py                         # W1
+    python experiments/benchmarks/train_step.py --preset W2 --algorithms grpo sft --micro_batches 4 8
+    python experiments/benchmarks/train_step.py --against tunix trl     # against.py: makes their environments
+    python experiments/benchmarks/train_step.py --algorithms grpo --profile trace    # for Perfetto or TensorBoard
+
+W1 and W2 are those of rollout.py; an update learns from its prompts x completions. GRPO and PPO (a value head on the
+policy's trunk) learn from sampled completions with random rewards, SFT from as many demonstrations of the same lengths,
+the loss being that of the completions' tokens, DPO from half as many pairs. The log-probs of DPO's reference are
+computed in every step, by us as by the peers; sampling, rewards and PPO's values are not part of these steps.
+
+Fair: float32, plain AdamW, random weights, the same shapes, nothing is logged or saved, every update is waited for. The
+peers run their own trainers with the settings that are fastest for them (peers/*_worker.py says which). First runs,
+which compile, are left out.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
+from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
+from rljax.algorithms import dpo, grpo, ppo, sft
+from rljax.data.demonstrations import demonstrations
+from rljax.models import decoder, policy
+from rljax.rollouts.sampler import sample
+from rljax.train.log import log_info, table
+from rljax.train.objective import policy_objective
+from rljax.train.update import make_update
+from rljax.types import Objective, Pairs, Params, Sampling, TrainState, Trajectory
+
+AlgorithmName = Literal["grpo", "ppo", "dpo", "sft"]
+UNITS = {"grpo": "update", "dpo": "dpo", "sft": "sft"}  # what a peer does for it
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Output):
+    """What to measure."""
+
+    preset: Literal["W1", "W2"] = "W1"  # the workload
+    algorithms: tuple[AlgorithmName, ...] = ("grpo", "ppo", "dpo", "sft")  # whose step
+    micro_batches: tuple[int, ...] = (4, 8)  # pieces of an update, each measured
+    repeats: int = 3  # timed runs of each
+    against: tuple[PeerName, ...] = ()  # peers that take turns with ours
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Measure, print and return the figures."""
+    workload = WORKLOADS[cfg.preset]
+    figures = {}
+    for name in cfg.algorithms:
+        own = {f"{m} micro-batches": own_step(name, workload, m) for m in cfg.micro_batches}
+        names = cfg.against if name in UNITS else ()
+        with peer_works(names, UNITS.get(name), workload) as peers:
+            times = alternately(own | peers, cfg.repeats)
+        figures |= report(f"{cfg.preset}, {name}", times)
+        trace({f"{name}, {pieces}": work for pieces, work in own.items()}, cfg.profile)
+    log_info(f"float32 on {jax.devices()[0].device_kind}, medians of {cfg.repeats}, taking turns")
+    write_figures(cfg.json, figures)
+    return figures
+
+
+def report(title: str, times: dict[str, list[float]]) -> dict[str, float]:
+    """Print medians, best runs and the time of each peer over ours; return the medians and ratios by name."""
+    titles = [peer.title for peer in PEERS.values() if peer.title in times]
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    lines = []
+    figures = {}
+    for name, seconds in median.items():
+        ratios = {} if name in titles else {peer: median[peer] / seconds for peer in titles}
+        figures[f"{title}, {name}, seconds"] = seconds
+        figures |= {f"{title}, {peer} / {name}": ratio for peer, ratio in ratios.items()}
+        columns = {f"{peer} / this": ratio for peer, ratio in ratios.items()}
+        lines.append({"": name, "median, s": seconds, "best, s": min(times[name])} | columns)
+    table(title, lines)
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------------ our steps
+
+
+def own_step(name: AlgorithmName, workload: Workload, micro_batches: int) -> Work:
+    """work(i): one update through the functions that recipes use."""
+    make = {"grpo": grpo_step, "ppo": ppo_step, "dpo": dpo_step, "sft": sft_step}[name]
+    return make(workload, micro_batches)
+
+
+def updating(objective: Objective, params: Params, micro_batches: int, batch_of: Callable[[], object]) -> Work:
+    """work(i): the update from a batch that `batch_of` makes in each step."""
+    optimizer = optax.adamw(1e-4)
+    update = make_update(objective, optimizer, micro_batches)
+    state = TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1))
+
+    def work(_):
+        nonlocal state
+        state, metrics = update(state, batch_of())
+        return state.params, metrics
+
+    return work
+
+
+def grpo_step(workload: Workload, micro_batches: int) -> Work:
+    """Completions of one rollout, half of them rewarded at random."""
+    params = policy.init(workload.config, jax.random.key(0))
+    batch = grpo().credit(rewarded_rollout(workload, params), {})
+    objective = policy_objective(policy.make_policy(workload.config), grpo())
+    return updating(objective, params, micro_batches, lambda: batch)
+
+
+def ppo_step(workload: Workload, micro_batches: int) -> Work:
+    """The same, with a value head on the policy's trunk."""
+    params = policy.with_value_head(policy.init(workload.config, jax.random.key(0)), workload.config)
+    model = policy.make_policy(workload.config)
+    traj = rewarded_rollout(workload, params)
+    annotated = policy.make_annotate(model, ppo().needs)(TrainState(0, params, None, jax.random.key(1)), traj)
+    batch = ppo().credit(annotated, {})
+    return updating(policy_objective(model, ppo()), params, micro_batches, lambda: batch)
+
+
+def sft_step(workload: Workload, micro_batches: int) -> Work:
+    """Demonstrations as long as the rollout's rows."""
+    params = policy.init(workload.config, jax.random.key(0))
+    batch = sft().credit(random_demonstrations(workload, workload.rows), {})
+    objective = policy_objective(policy.make_policy(workload.config), sft())
+    return updating(objective, params, micro_batches, lambda: batch)
+
+
+def dpo_step(workload: Workload, micro_batches: int) -> Work:
+    """Half as many pairs as the rollout has rows, their reference log-probs computed in each step."""
+    params = policy.init(workload.config, jax.random.key(0))
+    model = policy.make_policy(workload.config)
+    frozen = {"reference": params}
+    annotate = policy.make_annotate(model, ("ref_logp",))
+    chosen = random_demonstrations(workload, workload.rows // 2)
+    rejected = random_demonstrations(workload, workload.rows // 2, seed=1)
+
+    def pairs() -> Pairs:
+        state = TrainState(0, params, None, jax.random.key(1), frozen=frozen)
+        return Pairs(chosen=annotate(state, chosen), rejected=annotate(state, rejected))
+
+    return updating(dpo(model), params, micro_batches, pairs)
+
+
+def rewarded_rollout(workload: Workload, params: Params) -> Trajectory:
+    """Completions of the workload's prompts with random rewards of 0 or 1 on their last tokens."""
+    rows = prompts(workload.config, workload.prompts, workload.prompt_tokens)
+    sampling = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
+    traj = sample(decoder.language_model(workload.config), params, {}, rows, sampling, 0, 0)
+    coins = np.random.default_rng(0).integers(0, 2, workload.rows)
+    return traj.replace(rewards=jnp.zeros(traj.mask.shape).at[:, -1].set(jnp.asarray(coins, jnp.float32)))
+
+
+def random_demonstrations(workload: Workload, count: int, seed: int = 0) -> Trajectory:
+    """Random completions of random prompts."""
+    rows = prompts(workload.config, count, workload.prompt_tokens)
+    shape = (count, workload.completion_tokens)
+    completions = np.random.default_rng(seed).integers(1, workload.config.vocab_size, shape)
+    return demonstrations(rows, completions.tolist(), workload.completion_tokens)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
