@@ -28,14 +28,17 @@ import tyro
 
 from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
+from experiments.common.micro_batches import cut
+from experiments.common.settings import Batches
 from rljax.algorithms import dpo, grpo, ppo, sft
 from rljax.data.demonstrations import demonstrations
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
+from rljax.train.shared_prefix import make_shared_prefix_update
 from rljax.train.update import make_update
-from rljax.types import Objective, Pairs, Params, Sampling, TrainState, Trajectory
+from rljax.types import Batch, Objective, Pairs, Params, Sampling, TrainState, Trajectory
 
 AlgorithmName = Literal["grpo", "ppo", "dpo", "sft"]
 UNITS = {"grpo": "update", "dpo": "dpo", "sft": "sft"}  # what a peer does for it
@@ -47,7 +50,7 @@ class Config(Output):
 
     preset: Literal["W1", "W2"] = "W1"  # the workload
     algorithms: tuple[AlgorithmName, ...] = ("grpo", "ppo", "dpo", "sft")  # whose step
-    micro_batches: tuple[int, ...] = (4, 8)  # pieces of an update, each measured
+    micro_batches: tuple[int, ...] = (0,)  # pieces of an update, each measured; 0: as recipes choose them from sizes
     repeats: int = 3  # timed runs of each
     against: tuple[PeerName, ...] = ()  # peers that take turns with ours
 
@@ -93,10 +96,18 @@ def own_step(name: AlgorithmName, workload: Workload, micro_batches: int) -> Wor
     return make(workload, micro_batches)
 
 
-def updating(objective: Objective, params: Params, micro_batches: int, batch_of: Callable[[], object]) -> Work:
-    """work(i): the update from a batch that `batch_of` makes in each step."""
+def updating(
+    objective: Objective, params: Params, workload: Workload, micro_batches: int, batch_of: Callable[[], object]
+) -> Work:
+    """work(i): the update from a batch that `batch_of` makes in each step, with prompts cut off as recipes do it."""
     optimizer = optax.adamw(1e-4)
-    update = make_update(objective, optimizer, micro_batches)
+    batch = batch_of()
+    group_size = workload.n if is_grouped(batch) else 1
+    batches = Batches(prompts=len_of(batch) // group_size, num_generations=group_size, micro_batches=micro_batches)
+    pieces = cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+    update = make_update(objective, optimizer, pieces.micro_batches)
+    if isinstance(batch, Batch):
+        update = make_shared_prefix_update(update, workload.prompt_tokens - 1, pieces.group_size)
     state = TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1))
 
     def work(_):
@@ -107,12 +118,22 @@ def updating(objective: Objective, params: Params, micro_batches: int, batch_of:
     return work
 
 
+def is_grouped(batch: Batch | Pairs) -> bool:
+    """Whether neighboring rows are completions of one prompt."""
+    return isinstance(batch, Batch) and batch.traj.group is not None
+
+
+def len_of(batch: Batch | Pairs) -> int:
+    """The number of rows, or of pairs."""
+    return len(batch.mask) if isinstance(batch, Batch) else len(batch.chosen.mask)
+
+
 def grpo_step(workload: Workload, micro_batches: int) -> Work:
     """Completions of one rollout, half of them rewarded at random."""
     params = policy.init(workload.config, jax.random.key(0))
     batch = grpo().credit(rewarded_rollout(workload, params), {})
     objective = policy_objective(policy.make_policy(workload.config), grpo())
-    return updating(objective, params, micro_batches, lambda: batch)
+    return updating(objective, params, workload, micro_batches, lambda: batch)
 
 
 def ppo_step(workload: Workload, micro_batches: int) -> Work:
@@ -122,7 +143,7 @@ def ppo_step(workload: Workload, micro_batches: int) -> Work:
     traj = rewarded_rollout(workload, params)
     annotated = policy.make_annotate(model, ppo().needs)(TrainState(0, params, None, jax.random.key(1)), traj)
     batch = ppo().credit(annotated, {})
-    return updating(policy_objective(model, ppo()), params, micro_batches, lambda: batch)
+    return updating(policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch)
 
 
 def sft_step(workload: Workload, micro_batches: int) -> Work:
@@ -130,7 +151,7 @@ def sft_step(workload: Workload, micro_batches: int) -> Work:
     params = policy.init(workload.config, jax.random.key(0))
     batch = sft().credit(random_demonstrations(workload, workload.rows), {})
     objective = policy_objective(policy.make_policy(workload.config), sft())
-    return updating(objective, params, micro_batches, lambda: batch)
+    return updating(objective, params, workload, micro_batches, lambda: batch)
 
 
 def dpo_step(workload: Workload, micro_batches: int) -> Work:
@@ -146,7 +167,7 @@ def dpo_step(workload: Workload, micro_batches: int) -> Work:
         state = TrainState(0, params, None, jax.random.key(1), frozen=frozen)
         return Pairs(chosen=annotate(state, chosen), rejected=annotate(state, rejected))
 
-    return updating(dpo(model), params, micro_batches, pairs)
+    return updating(dpo(model), params, workload, micro_batches, pairs)
 
 
 def rewarded_rollout(workload: Workload, params: Params) -> Trajectory:
