@@ -38,7 +38,7 @@ from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
 from rljax.train.shared_prefix import make_shared_prefix_update
 from rljax.train.update import make_update
-from rljax.types import Batch, Objective, Pairs, Params, Sampling, TrainState, Trajectory
+from rljax.types import Objective, Pairs, Params, Sampling, TrainState, Trajectory
 
 AlgorithmName = Literal["grpo", "ppo", "dpo", "sft"]
 UNITS = {"grpo": "update", "dpo": "dpo", "sft": "sft"}  # what a peer does for it
@@ -97,17 +97,24 @@ def own_step(name: AlgorithmName, workload: Workload, micro_batches: int) -> Wor
 
 
 def updating(
-    objective: Objective, params: Params, workload: Workload, micro_batches: int, batch_of: Callable[[], object]
+    objective: Objective,
+    params: Params,
+    workload: Workload,
+    micro_batches: int,
+    batch_of: Callable[[], object],
+    rows: int,
+    group_size: int = 1,
 ) -> Work:
-    """work(i): the update from a batch that `batch_of` makes in each step, with prompts cut off as recipes do it."""
+    """work(i): the update from a batch that `batch_of` makes in each step, cut as recipes cut it.
+
+    Args:
+      rows: completions, or pairs. group_size: neighboring rows with one prompt.
+    """
     optimizer = optax.adamw(1e-4)
-    batch = batch_of()
-    group_size = workload.n if is_grouped(batch) else 1
-    batches = Batches(prompts=len_of(batch) // group_size, num_generations=group_size, micro_batches=micro_batches)
+    batches = Batches(rows // group_size, group_size, micro_batches=micro_batches)
     pieces = cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
     update = make_update(objective, optimizer, pieces.micro_batches)
-    if isinstance(batch, Batch):
-        update = make_shared_prefix_update(update, workload.prompt_tokens - 1, pieces.group_size)
+    update = make_shared_prefix_update(update, workload.prompt_tokens - 1, pieces.group_size)
     state = TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1))
 
     def work(_):
@@ -118,22 +125,12 @@ def updating(
     return work
 
 
-def is_grouped(batch: Batch | Pairs) -> bool:
-    """Whether neighboring rows are completions of one prompt."""
-    return isinstance(batch, Batch) and batch.traj.group is not None
-
-
-def len_of(batch: Batch | Pairs) -> int:
-    """The number of rows, or of pairs."""
-    return len(batch.mask) if isinstance(batch, Batch) else len(batch.chosen.mask)
-
-
 def grpo_step(workload: Workload, micro_batches: int) -> Work:
     """Completions of one rollout, half of them rewarded at random."""
     params = policy.init(workload.config, jax.random.key(0))
     batch = grpo().credit(rewarded_rollout(workload, params), {})
     objective = policy_objective(policy.make_policy(workload.config), grpo())
-    return updating(objective, params, workload, micro_batches, lambda: batch)
+    return updating(objective, params, workload, micro_batches, lambda: batch, workload.rows, workload.n)
 
 
 def ppo_step(workload: Workload, micro_batches: int) -> Work:
@@ -143,7 +140,9 @@ def ppo_step(workload: Workload, micro_batches: int) -> Work:
     traj = rewarded_rollout(workload, params)
     annotated = policy.make_annotate(model, ppo().needs)(TrainState(0, params, None, jax.random.key(1)), traj)
     batch = ppo().credit(annotated, {})
-    return updating(policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch)
+    return updating(
+        policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch, workload.rows, workload.n
+    )
 
 
 def sft_step(workload: Workload, micro_batches: int) -> Work:
@@ -151,7 +150,7 @@ def sft_step(workload: Workload, micro_batches: int) -> Work:
     params = policy.init(workload.config, jax.random.key(0))
     batch = sft().credit(random_demonstrations(workload, workload.rows), {})
     objective = policy_objective(policy.make_policy(workload.config), sft())
-    return updating(objective, params, workload, micro_batches, lambda: batch)
+    return updating(objective, params, workload, micro_batches, lambda: batch, workload.rows)
 
 
 def dpo_step(workload: Workload, micro_batches: int) -> Work:
@@ -167,7 +166,7 @@ def dpo_step(workload: Workload, micro_batches: int) -> Work:
         state = TrainState(0, params, None, jax.random.key(1), frozen=frozen)
         return Pairs(chosen=annotate(state, chosen), rejected=annotate(state, rejected))
 
-    return updating(dpo(model), params, workload, micro_batches, pairs)
+    return updating(dpo(model), params, workload, micro_batches, pairs, workload.rows // 2)
 
 
 def rewarded_rollout(workload: Workload, params: Params) -> Trajectory:
