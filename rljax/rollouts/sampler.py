@@ -31,7 +31,7 @@ from rljax.rollouts.sample_token import (
 )
 from rljax.types import LM, Array, Params, PromptBatch, Sampling, Trajectory, trajectory_of_tokens
 
-MIN_CHUNK = 16  # columns added to the cache at a time
+CHUNK = 16  # columns are added to the cache a multiple of this at a time: products of odd widths are slow
 MAX_CHUNKS = 8  # each is compiled separately
 
 
@@ -246,23 +246,24 @@ def decode(
     The experts [R S-1 M k] are those of mixture models, else None. No token follows the last one: it is not read.
     """
     state = init_decode_state(lm, prompts, prefilled, settings, sampling, columns=0)
-    end = 0
-    for columns in chunk_sizes(sampling.max_tokens - 1):
-        end += columns
+    last = sampling.max_tokens - 1
+    columns = chunk_size(last)
+    for start in range(0, last, columns):
         state = state.replace(cache=lm.grow(state.cache, columns))
-        state = decode_until(lm, state, settings, sampling, end)
+        state = decode_until(lm, state, settings, sampling, min(start + columns, last))
     steps = state.t
     state = sample_last_column(lm, state, settings, sampling)
-    routing = None if lm.routing is None else lm.routing(state.cache)
+    routing = None
+    if lm.routing is not None:
+        routing = lm.routing(state.cache)[:, : prompts.tokens.shape[1] + last]
     R = len(settings.resumed_length)
     stats = DecodeStats(steps=steps, row_steps=steps * R, tokens=state.completions.num_tokens.sum())
     return state.completions, routing, stats
 
 
-def chunk_sizes(columns: int) -> list[int]:
-    """Sizes of the chunks in which so many columns are added to the cache."""
-    size = max(MIN_CHUNK, -(-columns // MAX_CHUNKS))
-    return [min(size, columns - start) for start in range(0, columns, size)]
+def chunk_size(columns: int) -> int:
+    """How many columns to add to the cache at a time."""
+    return max(1, -(-columns // (CHUNK * MAX_CHUNKS))) * CHUNK
 
 
 def init_decode_state(
