@@ -19,10 +19,13 @@ import tyro
 
 from experiments.benchmarks.common import WORKLOADS, Workload, named, write_figures
 from experiments.benchmarks.train_step import rewarded_rollout
+from experiments.common.micro_batches import cut
+from experiments.common.settings import Batches
 from rljax.algorithms import grpo
 from rljax.models import policy
 from rljax.train.log import table
 from rljax.train.objective import policy_objective
+from rljax.train.shared_prefix import share_prefix
 from rljax.train.update import make_update
 from rljax.types import Batch, TrainState
 
@@ -32,7 +35,7 @@ class Config:
     """Which sizes to compile."""
 
     presets: tuple[Literal["W1", "W2"], ...] = ("W1", "W2")  # workloads
-    micro_batches: tuple[int, ...] = (1, 4, 8)  # pieces of the update
+    micro_batches: tuple[int, ...] = (1, 4, 8)  # pieces of the update; in each, rows of a group share their prompt
     vocabularies: tuple[int, int] = (4096, 32768)  # the smaller and the larger, of W1 otherwise
     json: str = ""  # where to write the figures
 
@@ -86,7 +89,9 @@ def temporary_bytes(workload: Workload, micro_batches: int) -> int:
     """Of the compiled update on a rollout, beside its arguments and results."""
     config = workload.config
     optimizer = optax.adamw(1e-3)
-    batch = batch_of(workload)
+    batches = Batches(workload.prompts, workload.n, micro_batches=micro_batches)
+    pieces = cut(config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+    batch = share_prefix(batch_of(workload), workload.prompt_tokens - 1, pieces.group_size)
 
     def state():
         params = policy.init(config, jax.random.key(0))

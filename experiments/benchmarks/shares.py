@@ -28,7 +28,7 @@ class Config(Output):
     """What to measure, in float32."""
 
     preset: Literal["W1", "W2"] = "W1"  # the workload
-    micro_batches: tuple[int, ...] = (4, 8)  # pieces of an update, each measured
+    micro_batches: tuple[int, ...] = (0,)  # pieces of an update, each measured; 0: as recipes choose them from sizes
     repeats: int = 5  # timed runs of each
     rates: bool = False  # print the rates of all shapes and working sets
 
