@@ -61,7 +61,7 @@ class Config(Output):
     sizes: tuple[str, ...] = (*SIZES, DEVICES)  # what grows
     factors: tuple[int, ...] = (1, 4)  # by how much
     device_factors: tuple[int, ...] = (1, 2)  # numbers of devices
-    repeats: int = 3  # timed runs of each
+    repeats: int = 7  # timed runs of each
     only_devices: int = 0  # print the seconds of the base work on so many virtual devices as JSON, and end
 
 
