@@ -18,11 +18,12 @@ import optax
 import tyro
 
 from experiments.benchmarks.common import WORKLOADS, Workload, named, write_figures
-from experiments.benchmarks.train_step import rewarded_rollout
+from experiments.benchmarks.train_step import rewarded_rollout, shared_prefix
 from rljax.algorithms import grpo
 from rljax.models import policy
 from rljax.train.log import table
 from rljax.train.objective import policy_objective
+from rljax.train.shared_prefix import share_prefix
 from rljax.train.update import make_update
 from rljax.types import Batch, TrainState
 
@@ -83,10 +84,10 @@ def batch_of(workload: Workload) -> Batch:
 
 
 def temporary_bytes(workload: Workload, micro_batches: int) -> int:
-    """Of the compiled update on a rollout, beside its arguments and results."""
+    """Of the compiled update on a rollout, each prompt computed once, beside its arguments and results."""
     config = workload.config
     optimizer = optax.adamw(1e-3)
-    batch = batch_of(workload)
+    batch = share_prefix(batch_of(workload), *shared_prefix(workload, micro_batches))
 
     def state():
         params = policy.init(config, jax.random.key(0))

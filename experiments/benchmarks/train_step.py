@@ -28,12 +28,14 @@ import tyro
 
 from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
+from experiments.common.micro_batches import largest_share
 from rljax.algorithms import dpo, grpo, ppo, sft
 from rljax.data.demonstrations import demonstrations
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
+from rljax.train.shared_prefix import make_shared_prefix_update
 from rljax.train.update import make_update
 from rljax.types import Objective, Pairs, Params, Sampling, TrainState, Trajectory
 
@@ -93,10 +95,22 @@ def own_step(name: AlgorithmName, workload: Workload, micro_batches: int) -> Wor
     return make(workload, micro_batches)
 
 
-def updating(objective: Objective, params: Params, micro_batches: int, batch_of: Callable[[], object]) -> Work:
-    """work(i): the update from a batch that `batch_of` makes in each step."""
+def updating(
+    objective: Objective,
+    params: Params,
+    micro_batches: int,
+    batch_of: Callable[[], object],
+    shared: tuple[int, int] | None = None,
+) -> Work:
+    """work(i): the update from a batch that `batch_of` makes in each step.
+
+    Args:
+      shared: the first columns that neighboring rows share, and how many rows do; None: nothing is shared.
+    """
     optimizer = optax.adamw(1e-4)
     update = make_update(objective, optimizer, micro_batches)
+    if shared is not None:
+        update = make_shared_prefix_update(update, *shared)
     state = TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1))
 
     def work(_):
@@ -107,12 +121,18 @@ def updating(objective: Objective, params: Params, micro_batches: int, batch_of:
     return work
 
 
+def shared_prefix(workload: Workload, micro_batches: int) -> tuple[int, int]:
+    """Columns of a prompt, and the neighboring rows that share them in each micro-batch, as recipes cut an update."""
+    return workload.prompt_tokens - 1, largest_share(workload.rows, workload.n, micro_batches)
+
+
 def grpo_step(workload: Workload, micro_batches: int) -> Work:
-    """Completions of one rollout, half of them rewarded at random."""
+    """Completions of one rollout, half of them rewarded at random; each prompt computed once for its completions."""
     params = policy.init(workload.config, jax.random.key(0))
     batch = grpo().credit(rewarded_rollout(workload, params), {})
     objective = policy_objective(policy.make_policy(workload.config), grpo())
-    return updating(objective, params, micro_batches, lambda: batch)
+    shared = shared_prefix(workload, micro_batches)
+    return updating(objective, params, micro_batches, lambda: batch, shared)
 
 
 def ppo_step(workload: Workload, micro_batches: int) -> Work:
@@ -122,7 +142,8 @@ def ppo_step(workload: Workload, micro_batches: int) -> Work:
     traj = rewarded_rollout(workload, params)
     annotated = policy.make_annotate(model, ppo().needs)(TrainState(0, params, None, jax.random.key(1)), traj)
     batch = ppo().credit(annotated, {})
-    return updating(policy_objective(model, ppo()), params, micro_batches, lambda: batch)
+    shared = shared_prefix(workload, micro_batches)
+    return updating(policy_objective(model, ppo()), params, micro_batches, lambda: batch, shared)
 
 
 def sft_step(workload: Workload, micro_batches: int) -> Work:
