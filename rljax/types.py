@@ -91,7 +91,8 @@ class Batch:
 class Pairs:
     """B comparisons of two completions of one prompt: the batch of DPO and of reward models.
 
-    Chosen and rejected are separate fields, so that any cut of the batch keeps pairs. Their widths may differ.
+    Chosen and rejected are separate fields, so that any cut of the batch keeps pairs. Their widths may differ, but
+    where they have a `prefix`: it is the same for both.
     """
 
     chosen: Trajectory  # [B T]

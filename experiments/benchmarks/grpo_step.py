@@ -17,6 +17,7 @@ import dataclasses
 import statistics
 import time
 from collections import defaultdict
+from functools import partial
 from typing import Literal
 
 import jax
@@ -50,7 +51,7 @@ class Config(Output):
     """What to measure."""
 
     preset: Literal["W1", "W2"] = "W1"  # the workload
-    micro_batches: tuple[int, ...] = (4, 8)  # pieces of an update, each measured
+    micro_batches: tuple[int, ...] = (0,)  # pieces of an update, each measured; 0: as recipes choose them from sizes
     repeats: int = 3  # timed steps of each
     against: tuple[PeerName, ...] = ()  # peers that take turns with ours
 
@@ -97,12 +98,14 @@ def own_step(workload: Workload, micro_batches: int, score: Score, seconds: dict
     state = jax.device_put(state, shardings.state)
 
     batches = Batches(prompts=workload.prompts, num_generations=workload.n, micro_batches=micro_batches)
+    sizes = (config, workload.prompt_tokens, workload.completion_tokens)
     sampling = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
     draw = make_draw(decoder.language_model(config), random_prompts(workload), batches, sampling, shardings, seed=0)
     keep = train.make_keep(algorithm, batches)
     credit = jax.jit(algorithm.credit)
     objective = policy_objective(policy.make_policy(config), algorithm)
-    update = make_update(objective, optimizer, micro_batches, shardings)
+    make = partial(make_update, objective, optimizer, shardings=shardings)
+    update = train.cut_update(make, batches, shardings, *sizes)
 
     def step(i: int) -> dict:
         nonlocal state

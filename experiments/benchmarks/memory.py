@@ -18,7 +18,9 @@ import optax
 import tyro
 
 from experiments.benchmarks.common import WORKLOADS, Workload, named, write_figures
-from experiments.benchmarks.train_step import rewarded_rollout, shared_prefix
+from experiments.benchmarks.train_step import rewarded_rollout
+from experiments.common.micro_batches import cut
+from experiments.common.settings import Batches
 from rljax.algorithms import grpo
 from rljax.models import policy
 from rljax.train.log import table
@@ -87,7 +89,9 @@ def temporary_bytes(workload: Workload, micro_batches: int) -> int:
     """Of the compiled update on a rollout, each prompt computed once, beside its arguments and results."""
     config = workload.config
     optimizer = optax.adamw(1e-3)
-    batch = share_prefix(batch_of(workload), *shared_prefix(workload, micro_batches))
+    batches = Batches(prompts=workload.prompts, num_generations=workload.n, micro_batches=micro_batches)
+    pieces = cut(config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+    batch = share_prefix(batch_of(workload), workload.prompt_tokens - 1, pieces.group_size)
 
     def state():
         params = policy.init(config, jax.random.key(0))

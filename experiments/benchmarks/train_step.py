@@ -28,7 +28,8 @@ import tyro
 
 from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
-from experiments.common.micro_batches import largest_share
+from experiments.common.micro_batches import cut
+from experiments.common.settings import Batches
 from rljax.algorithms import dpo, grpo, ppo, sft
 from rljax.data.demonstrations import demonstrations
 from rljax.models import decoder, policy
@@ -49,7 +50,7 @@ class Config(Output):
 
     preset: Literal["W1", "W2"] = "W1"  # the workload
     algorithms: tuple[AlgorithmName, ...] = ("grpo", "ppo", "dpo", "sft")  # whose step
-    micro_batches: tuple[int, ...] = (4, 8)  # pieces of an update, each measured
+    micro_batches: tuple[int, ...] = (0,)  # pieces of an update, each measured; 0: as recipes choose them from sizes
     repeats: int = 3  # timed runs of each
     against: tuple[PeerName, ...] = ()  # peers that take turns with ours
 
@@ -98,19 +99,22 @@ def own_step(name: AlgorithmName, workload: Workload, micro_batches: int) -> Wor
 def updating(
     objective: Objective,
     params: Params,
+    workload: Workload,
     micro_batches: int,
     batch_of: Callable[[], object],
-    shared: tuple[int, int] | None = None,
+    rows: int,
+    group_size: int = 1,
 ) -> Work:
-    """work(i): the update from a batch that `batch_of` makes in each step.
+    """work(i): the update from a batch that `batch_of` makes in each step, cut as recipes cut it.
 
     Args:
-      shared: the first columns that neighboring rows share, and how many rows do; None: nothing is shared.
+      rows: completions, or pairs. group_size: neighboring rows with one prompt.
     """
     optimizer = optax.adamw(1e-4)
-    update = make_update(objective, optimizer, micro_batches)
-    if shared is not None:
-        update = make_shared_prefix_update(update, *shared)
+    batches = Batches(rows // group_size, group_size, micro_batches=micro_batches)
+    pieces = cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+    update = make_update(objective, optimizer, pieces.micro_batches)
+    update = make_shared_prefix_update(update, workload.prompt_tokens - 1, pieces.group_size)
     state = TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1))
 
     def work(_):
@@ -121,18 +125,12 @@ def updating(
     return work
 
 
-def shared_prefix(workload: Workload, micro_batches: int) -> tuple[int, int]:
-    """Columns of a prompt, and the neighboring rows that share them in each micro-batch, as recipes cut an update."""
-    return workload.prompt_tokens - 1, largest_share(workload.rows, workload.n, micro_batches)
-
-
 def grpo_step(workload: Workload, micro_batches: int) -> Work:
-    """Completions of one rollout, half of them rewarded at random; each prompt computed once for its completions."""
+    """Completions of one rollout, half of them rewarded at random."""
     params = policy.init(workload.config, jax.random.key(0))
     batch = grpo().credit(rewarded_rollout(workload, params), {})
     objective = policy_objective(policy.make_policy(workload.config), grpo())
-    shared = shared_prefix(workload, micro_batches)
-    return updating(objective, params, micro_batches, lambda: batch, shared)
+    return updating(objective, params, workload, micro_batches, lambda: batch, workload.rows, workload.n)
 
 
 def ppo_step(workload: Workload, micro_batches: int) -> Work:
@@ -142,8 +140,9 @@ def ppo_step(workload: Workload, micro_batches: int) -> Work:
     traj = rewarded_rollout(workload, params)
     annotated = policy.make_annotate(model, ppo().needs)(TrainState(0, params, None, jax.random.key(1)), traj)
     batch = ppo().credit(annotated, {})
-    shared = shared_prefix(workload, micro_batches)
-    return updating(policy_objective(model, ppo()), params, micro_batches, lambda: batch, shared)
+    return updating(
+        policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch, workload.rows, workload.n
+    )
 
 
 def sft_step(workload: Workload, micro_batches: int) -> Work:
@@ -151,7 +150,7 @@ def sft_step(workload: Workload, micro_batches: int) -> Work:
     params = policy.init(workload.config, jax.random.key(0))
     batch = sft().credit(random_demonstrations(workload, workload.rows), {})
     objective = policy_objective(policy.make_policy(workload.config), sft())
-    return updating(objective, params, micro_batches, lambda: batch)
+    return updating(objective, params, workload, micro_batches, lambda: batch, workload.rows)
 
 
 def dpo_step(workload: Workload, micro_batches: int) -> Work:
@@ -167,7 +166,7 @@ def dpo_step(workload: Workload, micro_batches: int) -> Work:
         state = TrainState(0, params, None, jax.random.key(1), frozen=frozen)
         return Pairs(chosen=annotate(state, chosen), rejected=annotate(state, rejected))
 
-    return updating(dpo(model), params, micro_batches, pairs)
+    return updating(dpo(model), params, workload, micro_batches, pairs, workload.rows // 2)
 
 
 def rewarded_rollout(workload: Workload, params: Params) -> Trajectory:

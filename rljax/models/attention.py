@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rljax.models.batch_invariant import BLOCK, LANE, join_tiles, pad_axis, split_tiles
@@ -181,42 +180,49 @@ def dot_product_attention(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T H K"]:
-    """Plain matmuls, with one softmax over the keys of all parts."""
+    """Plain matmuls, with one softmax over the keys of all parts.
+
+    Parts are joined by the largest score and the sum of the exponentials of each (as in flash attention), never as an
+    array of all scores: on CPU a decode step of 64 rows took 0.7 to 0.85 of the time that it took with one.
+    """
+    B, T, H, K = query.shape
+    kv_heads = keys_values[0][0].shape[1]
+    grouped = query.reshape(B, T, kv_heads, H // kv_heads, K)
     scores = []
     for (key, _), part in zip(keys_values, visible, strict=True):
-        scores.append(_scores(query, key, part, scale, softcap))
-    probs = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    ends = np.cumsum([key.shape[-1] for key, _ in keys_values])[:-1]
+        scores.append(_scores(grouped, key, part, scale, softcap))
+    tops = [_by_token(part.max(axis=-1, keepdims=True), grouped.shape) for part in scores]
+    top = jax.lax.stop_gradient(reduce(jnp.maximum, tops))
+    totals = []
     outputs = []
-    for part, (_, value) in zip(jnp.split(probs, ends, axis=-1), keys_values, strict=True):
-        outputs.append(_weighted_values(part, value))
-    return sum(outputs).reshape(query.shape)
+    for part, (_, value) in zip(scores, keys_values, strict=True):
+        masses = jnp.exp(part - _by_key(top, len(value)))
+        weighted = jnp.matmul(masses.astype(query.dtype), value, preferred_element_type=jnp.float32)
+        totals.append(_by_token(masses.sum(axis=-1, keepdims=True), grouped.shape))
+        outputs.append(_by_token(weighted, grouped.shape))
+    return (sum(outputs) / sum(totals)).astype(query.dtype).reshape(query.shape)
 
 
-def _scores(query, key, visible, scale: float, softcap: float | None):
-    """Scores of every query and key, float32 [B KV H/KV T S]; MASK_VALUE where the key is not visible."""
-    B, T, H, K = query.shape
-    R, kv_heads, _, S = key.shape
-    group = H // kv_heads
-    grouped = query.reshape(R, B // R * T, kv_heads, group, K).transpose(0, 2, 3, 1, 4)  # [R KV G q K]
-    flat = grouped.reshape(R, kv_heads, -1, K)
-    scores = jnp.matmul(flat, key, preferred_element_type=jnp.float32).reshape(*grouped.shape[:4], S) * scale
+def _scores(query: Float[Array, "B T KV G K"], key: Float[Array, "R KV K S"], visible, scale: float, softcap):
+    """Scores of every query and key, float32 [R KV T·B/R·G S]; MASK_VALUE where the key is not visible."""
+    group = query.shape[3]
+    scores = jnp.matmul(_by_key(query, len(key)), key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(visible[:, None, None], scores, MASK_VALUE)
-    if R == B:
-        return scores
-    return jnp.moveaxis(scores.reshape(R, kv_heads, group, B // R, T, S), 3, 1).reshape(B, kv_heads, group, T, S)
+    return jnp.where(jnp.repeat(visible, group, axis=1)[:, None], scores, MASK_VALUE)
 
 
-def _weighted_values(probs, value):
-    """Σ_s probs · value: [B KV H/KV T S] and [R KV S K] -> [B T KV H/KV K]."""
-    B, kv_heads, group, T, S = probs.shape
-    R, _, _, K = value.shape
-    if R != B:
-        probs = jnp.moveaxis(probs.reshape(R, B // R, kv_heads, group, T, S), 1, 3)
-    out = jnp.matmul(probs.reshape(R, kv_heads, -1, S), value).reshape(R, kv_heads, group, -1, K)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, kv_heads, group, K)
+def _by_key(x: Float[Array, "B T KV G C"], rows: int) -> Float[Array, "R KV Q C"]:
+    """What belongs to queries, beside the row of keys that they attend to: Q = T·B/R·G queries for each key head."""
+    _, _, kv_heads, group, C = x.shape
+    return x.reshape(rows, -1, kv_heads, group, C).swapaxes(1, 2).reshape(rows, kv_heads, -1, C)
+
+
+def _by_token(x: Float[Array, "R KV Q C"], shape: tuple[int, ...]) -> Float[Array, "B T KV G C"]:
+    """The inverse of `_by_key`, for queries of this shape."""
+    B, T, kv_heads, group, _ = shape
+    by_head = x.reshape(len(x), kv_heads, -1, group, x.shape[-1])
+    return by_head.swapaxes(1, 2).reshape(B, T, kv_heads, group, x.shape[-1])
 
 
 def blockwise_attention(

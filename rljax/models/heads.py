@@ -43,7 +43,7 @@ def make_process_reward_model(config: DecoderConfig) -> ScoreFn:
     def step_scores(params: Params, frozen: Params, traj: Trajectory) -> Float[Array, "B T"]:
         params = decoder.full_params(config, params, frozen)
         tokens, positions, segments = full_sequences(traj)
-        hidden, _ = decoder.forward(config, params["decoder"], tokens, positions, segments)
+        hidden, _ = decoder.forward(config, params["decoder"], tokens, positions, segments, prefix=traj.prefix)
         return apply_head(hidden[:, 1:], params["score_head"])
 
     return step_scores

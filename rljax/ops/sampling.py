@@ -74,39 +74,34 @@ def _below(uniform, total):
     return jnp.minimum(uniform * total, jnp.nextafter(total, 0.0))
 
 
-def _threshold(probs: Probs, target: Column, low: Column, size: Callable, min_increment: Callable) -> Column:
-    """The largest τ for which the size of the set {p >= τ} is at least `target`.
+def _threshold(probs: Probs, target: Column, low: Column, size: Callable, least: Callable) -> Column:
+    """A τ for which the set {p >= τ} is the smallest whose size is at least `target`.
 
     Non-negative floats sort as their bit patterns do. The interval of patterns that holds τ is split where the log of
-    the size, interpolated linearly in the pattern, meets the target (regula falsi), until one token fewer would miss
-    the target, or one pattern is left (tied tokens). The residual of an end that stays twice is halved (Illinois;
-    Dowell & Jarratt 1971), so that both ends close in.
+    the size, interpolated linearly in the pattern, meets the target (regula falsi), until at most one token may still
+    go, or one pattern is left (tied tokens). The residual of an end that stays twice is halved (Illinois; Dowell &
+    Jarratt 1971), so that both ends close in. Last, the least likely token goes if the others suffice.
 
     Args:
       low: a τ at which the target is met.
-      size: set (bool [B V]) -> [B 1], its number of tokens or its mass.
-      min_increment: τ -> the least that a token of {p >= τ} adds to the size.
+      size: τ [B 1] -> [B 1], the number of tokens of {p >= τ}, or their mass.
+      least: τ -> the least that a token of {p >= τ} adds to the size.
     """
-
-    def to_bits(x):
-        return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-    def to_float(x):
-        return jax.lax.bitcast_convert_type(x, jnp.float32)
+    top = probs.max(axis=-1, keepdims=True)
 
     def residual(size_at, low):
-        """log size - log(target and half a token)."""
-        return jnp.log(jnp.maximum(size_at, 1e-3 * target)) - jnp.log(target + 0.5 * min_increment(to_float(low)))
+        """log size - log(target and a token): the middle of what ends the search."""
+        return jnp.log(jnp.maximum(size_at, 1e-3 * target)) - jnp.log(target + least(_to_float(low)))
 
     def unfinished(low, high, size_low):
-        return (high - low > 1) & (size_low - min_increment(to_float(low)) >= target)
+        return (high - low > 1) & (size_low - 2 * least(_to_float(low)) >= target)
 
     def narrow(state):
         (low, high, size_low), (residual_low, residual_high), stayed = state
         fraction = jnp.clip(residual_low / jnp.maximum(residual_low - residual_high, 1e-9), 0.02, 0.98)
         middle = low + (fraction * (high - low).astype(jnp.float32)).astype(jnp.int32)
         middle = jnp.clip(middle, low + 1, jnp.maximum(high - 1, low + 1))
-        size_middle = size(probs >= to_float(middle))
+        size_middle = size(_to_float(middle))
         residual_middle = residual(size_middle, low)
 
         active = unfinished(low, high, size_low)
@@ -119,13 +114,39 @@ def _threshold(probs: Probs, target: Column, low: Column, size: Callable, min_in
         ends = jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(up, size_middle, size_low)
         return ends, (residual_low, residual_high), jnp.where(up, -1, jnp.where(down, 1, stayed))
 
-    low = to_bits(low)
-    high = to_bits(probs.max(axis=-1, keepdims=True)) + 1
-    size_low = size(probs >= to_float(low))
-    residuals = jnp.maximum(residual(size_low, low), 1e-6), residual(jnp.zeros_like(size_low), low)
-    start = (low, high, size_low), residuals, jnp.zeros_like(low)
+    size_low = size(low)
+    low = _to_bits(low)
+    residuals = jnp.maximum(residual(size_low, low), 1e-6), jnp.minimum(residual(0.5 * least(top), low), -1e-6)
+    start = (low, _to_bits(top) + 1, size_low), residuals, jnp.zeros_like(low)
     (low, *_), *_ = jax.lax.while_loop(lambda state: unfinished(*state[0]).any(), narrow, start)
-    return to_float(low)
+    low = _to_float(low)
+    kept = _fold(jnp.where(probs >= low, probs, jnp.inf), jnp.minimum, fill=jnp.inf)
+    above = _to_float(_to_bits(kept.min(axis=-1, keepdims=True)) + 1)
+    return jnp.where(size(above) >= target, above, low)
+
+
+def _to_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _to_float(bits: Int[Array, "..."]) -> Float[Array, "..."]:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _fold(x: Probs, combine: Callable, fill: float = 0.0, width: int = 256) -> Float[Array, "B W"]:
+    """The last axis folded by halves to at most `width` entries; `fill` stands for what is missing.
+
+    Elementwise, so that XLA's CPU backend computes x within the same loop: a reduction would read x from memory.
+    """
+    while x.shape[-1] > width:
+        half = -(-x.shape[-1] // 2)
+        high = jnp.pad(x[..., half:], ((0, 0), (0, 2 * half - x.shape[-1])), constant_values=fill)
+        x = combine(x[..., :half], high)
+    return x
+
+
+def _sum(x: Probs) -> Column:
+    return _fold(x, jnp.add).sum(axis=-1, keepdims=True)
 
 
 def truncate(
@@ -140,30 +161,32 @@ def truncate(
     top_k keeps the k most likely tokens; top_p the fewest most likely ones with at least the fraction p of the mass
     that top_k left; min_p those with p(v) >= min_p · max p. They are applied in this order, as in transformers.
     """
-    top = probs.max(axis=-1, keepdims=True)
-    tau = jnp.zeros_like(top)
+
+    def count(tau: Column) -> Column:
+        return _sum((probs >= tau).astype(jnp.float32))
+
+    def mass(tau: Column) -> Column:
+        return _sum(jnp.where(probs >= tau, probs, 0.0))
+
+    tau = jnp.zeros_like(probs[:, :1])
     if top_k is not None:
-
-        def count(kept):
-            return kept.astype(jnp.float32).sum(axis=-1, keepdims=True)
-
         k = jnp.minimum(top_k, probs.shape[-1])[:, None].astype(jnp.float32)
-        likely = top * 2.0**-20
-        low = jnp.where(count(probs >= likely) >= k, likely, 0.0)
-        tau = _threshold(probs, k, low, count, jnp.ones_like)
-        probs = jnp.where(probs >= tau, probs, 0.0)
+        tau = _threshold(probs, k, _below_top_k(probs, k, count), count, jnp.ones_like)
     if top_p is not None:
-        after_top_k = probs
-
-        def mass(kept):
-            return jnp.where(kept, after_top_k, 0.0).sum(axis=-1, keepdims=True)
-
-        total = probs.sum(axis=-1, keepdims=True)
+        total = mass(tau)
         held = top_p[:, None] * total
         # The tokens below τ hold the rest of the mass, each less than τ.
-        least = 0.99 * jnp.maximum(total - held, 0.0) / probs.shape[-1]
-        tau = _threshold(probs, held, jnp.maximum(least, tau), mass, lambda tau: tau)
-        probs = jnp.where((probs >= tau) | (top_p[:, None] >= 1.0), probs, 0.0)
+        below = 0.99 * jnp.maximum(total - held, 0.0) / probs.shape[-1]
+        of_top_p = _threshold(probs, held, jnp.maximum(below, tau), mass, lambda tau: tau)
+        tau = jnp.where(top_p[:, None] >= 1.0, tau, of_top_p)
     if min_p is not None:
-        probs = jnp.where(probs >= min_p[:, None] * top, probs, 0.0)
-    return probs
+        tau = jnp.maximum(tau, min_p[:, None] * probs.max(axis=-1, keepdims=True))
+    return jnp.where(probs >= tau, probs, 0.0)
+
+
+def _below_top_k(probs: Probs, k: Column, count: Callable) -> Column:
+    """A τ that at least k tokens reach. For k up to 64 the least of the maxima of 64 parts of the vocabulary."""
+    maxima = _fold(probs, jnp.maximum, width=64)
+    likely = 2.0**-20 * maxima.max(axis=-1, keepdims=True)
+    low = jnp.where(k <= maxima.shape[-1], maxima.min(axis=-1, keepdims=True), likely)
+    return jnp.where(count(low) >= k, low, 0.0)

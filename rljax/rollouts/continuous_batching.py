@@ -47,7 +47,7 @@ def decode_in_slots(
 ) -> tuple[Completions, Array | None, DecodeStats]:
     """All completions, sampling.max_concurrent at a time.
 
-    Returns them, the experts of every token, prompts included [R S M k] (None but for mixture models), and the stats.
+    Returns them, the experts of all tokens but the last of each (as `sampler.decode` does), and the stats.
     """
     R = len(source)
     W = sampling.max_concurrent
@@ -68,7 +68,7 @@ def decode_in_slots(
     experts = state.experts
     if experts is not None:
         of_prompts = lm.routing(prefilled.cache)[source]
-        experts = jnp.concatenate([of_prompts, experts[:R]], axis=1)
+        experts = jnp.concatenate([of_prompts, experts[:R, :-1]], axis=1)
     return completions, experts, state.stats.replace(tokens=completions.num_tokens.sum())
 
 

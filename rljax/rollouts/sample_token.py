@@ -28,7 +28,7 @@ LEGAL_RANGES = {
 class SamplingSettings:
     """The settings of R completions, constant while they are sampled; None: the setting is off."""
 
-    keys: Array  # [R] PRNG key of each completion
+    uniforms: Array  # [R N] the number in [0, 1) that selects each new token
     context_length: Array  # [R] tokens of the row before the first new one: the prompt, and what was sampled earlier
     resumed_length: Array  # [R] how many of those were sampled earlier (`PromptBatch.resume`); 0 for a new completion
     resumed_terminated: Array  # [R] bool: the last of those was a stop
@@ -142,7 +142,8 @@ def sample_token(
     Args: logits: [B V]. t: scalar, or [B]. settings, penalties: of these B rows.
     """
     position = settings.resumed_length + t
-    uniform = ops.token_uniforms(settings.keys, position)
+    column = jnp.broadcast_to(t, position.shape)[:, None]
+    uniform = jnp.take_along_axis(settings.uniforms, column, axis=1)[:, 0]
     stop = jnp.asarray(sampling.stop, jnp.int32)
     logits = logits.astype(jnp.float32)
     processed = _process_logits(logits, position, settings, penalties, stop)
@@ -155,9 +156,8 @@ def sample_token(
     support = None
     if sampling.support is not None:
         masses, support = _cut_to_support(masses, sampling.support)
-    most = jax.lax.optimization_barrier(masses.max(axis=-1, keepdims=True))  # without: spread over [B V] on CPU
-    masses = jnp.where(greedy[:, None], masses == most, masses)
-    token = ops.invert_cdf(masses, jnp.where(greedy, 0.0, uniform))
+    token = ops.invert_cdf(masses, uniform)
+    token = jax.lax.cond(greedy.any(), lambda: jnp.where(greedy, ops.argmax(masses), token), lambda: token)
 
     if support is not None:
         logp = chosen_logp(on_support(logits, support), index_in_support(support, token), temperature)
@@ -165,7 +165,7 @@ def sample_token(
         logp = softmax_logp(policy, token)
     else:
         chosen_mass = jnp.take_along_axis(masses, token[:, None], axis=-1)[:, 0]
-        logp = jnp.log(chosen_mass / masses.sum(axis=-1))
+        logp = jnp.where(greedy, 0.0, jnp.log(chosen_mass / masses.sum(axis=-1)))
 
     terminated = (token[:, None] == stop[None]).any(axis=1)
     if penalties.seen is not None:

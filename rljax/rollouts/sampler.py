@@ -22,6 +22,7 @@ from rljax.rollouts.continuous_batching import decode_in_slots
 from rljax.rollouts.decode_state import Completions, DecodeStats, Prefilled, empty_support, should_continue
 from rljax.rollouts.sample_token import (
     PenaltyState,
+    SampledToken,
     SamplingSettings,
     automaton_step,
     check_logp,
@@ -30,7 +31,7 @@ from rljax.rollouts.sample_token import (
 )
 from rljax.types import LM, Array, Params, PromptBatch, Sampling, Trajectory, trajectory_of_tokens
 
-MIN_CHUNK = 16  # columns added to the cache at a time
+CHUNK = 16  # columns are added to the cache a multiple of this at a time: products of odd widths are slow
 MAX_CHUNKS = 8  # each is compiled separately
 
 
@@ -166,10 +167,13 @@ def sampling_settings(prompts: DevicePrompts, sampling: Sampling, seed: Array) -
     bias = sampling.logit_bias
     if bias is not None and jnp.ndim(bias) == 2:
         bias = bias[source]
+    keys = ops.row_keys(seed, prompts.step[source], prompts.number[source], index)
+    resumed_length = prompts.chosen.sum(axis=1)[source]
+    uniforms_at = jax.vmap(lambda t: ops.token_uniforms(keys, resumed_length + t), out_axes=1)
     return SamplingSettings(
-        keys=ops.row_keys(seed, prompts.step[source], prompts.number[source], index),
+        uniforms=uniforms_at(jnp.arange(sampling.max_tokens)),
         context_length=prompts.mask.sum(axis=1)[source],
-        resumed_length=prompts.chosen.sum(axis=1)[source],
+        resumed_length=resumed_length,
         resumed_terminated=prompts.terminated[source],
         temperature=per_completion(sampling.temperature, jnp.float32),
         top_k=per_completion(sampling.top_k, jnp.int32),
@@ -237,25 +241,29 @@ class DecodeState:
 def decode(
     lm: LM, prompts: DevicePrompts, prefilled: Prefilled, settings: SamplingSettings, sampling: Sampling
 ) -> tuple[Completions, Array | None, DecodeStats]:
-    """All completions at once. Returns them, the experts of every token [R S M k] (mixture models), and the stats."""
-    first, *more = chunk_sizes(sampling.max_tokens)
-    end = first
-    state = init_decode_state(lm, prompts, prefilled, settings, sampling, columns=first)
-    state = decode_until(lm, state, settings, sampling, end)
-    for columns in more:
-        end += columns
+    """All completions at once. Returns them, the experts of all tokens but the last of each, and the stats.
+
+    The experts [R S-1 M k] are those of mixture models, else None. No token follows the last one: it is not read.
+    """
+    state = init_decode_state(lm, prompts, prefilled, settings, sampling, columns=0)
+    last = sampling.max_tokens - 1
+    columns = chunk_size(last)
+    for start in range(0, last, columns):
         state = state.replace(cache=lm.grow(state.cache, columns))
-        state = decode_until(lm, state, settings, sampling, end)
-    routing = None if lm.routing is None else lm.routing(state.cache)
+        state = decode_until(lm, state, settings, sampling, min(start + columns, last))
+    steps = state.t
+    state = sample_last_column(lm, state, settings, sampling)
+    routing = None
+    if lm.routing is not None:
+        routing = lm.routing(state.cache)[:, : prompts.tokens.shape[1] + last]
     R = len(settings.resumed_length)
-    stats = DecodeStats(steps=state.t, row_steps=state.t * R, tokens=state.completions.num_tokens.sum())
+    stats = DecodeStats(steps=steps, row_steps=steps * R, tokens=state.completions.num_tokens.sum())
     return state.completions, routing, stats
 
 
-def chunk_sizes(columns: int) -> list[int]:
-    """Sizes of the chunks in which so many columns are added to the cache."""
-    size = max(MIN_CHUNK, -(-columns // MAX_CHUNKS))
-    return [min(size, columns - start) for start in range(0, columns, size)]
+def chunk_size(columns: int) -> int:
+    """How many columns to add to the cache at a time."""
+    return max(1, -(-columns // (CHUNK * MAX_CHUNKS))) * CHUNK
 
 
 def init_decode_state(
@@ -300,6 +308,17 @@ def decode_until(
 
 def decode_step(lm: LM, state: DecodeState, settings: SamplingSettings, sampling: Sampling) -> DecodeState:
     """One token in each row that is not done, and one forward pass of all rows."""
+    completions, new = sample_column(lm, state, settings, sampling)
+    segments = (~completions.done).astype(jnp.int32)[:, None]  # a done row writes padding
+    positions = (settings.context_length + state.t)[:, None]
+    hidden, cache = lm.forward(new.token[:, None] * segments, positions, segments, state.cache)
+    return DecodeState(cache, hidden[:, 0], completions, new.penalties, state.t + 1)
+
+
+def sample_column(
+    lm: LM, state: DecodeState, settings: SamplingSettings, sampling: Sampling
+) -> tuple[Completions, SampledToken]:
+    """One token in each row that is not done."""
     old = state.completions
     t = state.t
     active = ~old.done
@@ -312,10 +331,19 @@ def decode_step(lm: LM, state: DecodeState, settings: SamplingSettings, sampling
         done=old.done | new.done,
         support=None if old.support is None else old.support.at[:, t].set(jnp.where(active[:, None], new.support, -1)),
     )
-    segments = (~completions.done).astype(jnp.int32)[:, None]  # a done row writes padding
-    positions = (settings.context_length + t)[:, None]
-    hidden, cache = lm.forward(new.token[:, None] * segments, positions, segments, state.cache)
-    return DecodeState(cache, hidden[:, 0], completions, new.penalties, t + 1)
+    return completions, new
+
+
+def sample_last_column(lm: LM, state: DecodeState, settings: SamplingSettings, sampling: Sampling) -> DecodeState:
+    """The last token of each row that is not done, unless enough of them are."""
+
+    def draw() -> Completions:
+        completions, _ = sample_column(lm, state, settings, sampling)
+        return completions
+
+    R = len(settings.resumed_length)
+    is_needed = should_continue(state.completions, R, sampling)
+    return state.replace(completions=jax.lax.cond(is_needed, draw, lambda: state.completions))
 
 
 # --------------------------------------------------------------------------------------------------------- trajectory
@@ -328,7 +356,7 @@ def build_trajectory(
     completions: Completions,
     routing: Array | None,
 ) -> Trajectory:
-    """Each completion after its prompt, one a row; `routing` [R S M k] from the decode loop, or None."""
+    """Each completion after its prompt, one a row; `routing` [R S-1 M k] from the decode loop, or None."""
     source, _ = prompts.requested(sampling.n)
 
     def per_completion(x):
@@ -341,7 +369,7 @@ def build_trajectory(
         del after["version"]  # one policy sampled everything
     facts = {name: jnp.concatenate([before[name], after[name]], axis=1) for name in after}
     traj = trajectory_of_tokens(**facts, group=per_completion(prompts.number))
-    return traj if routing is None else traj.replace(routing=routing[:, :-1])
+    return traj if routing is None else traj.replace(routing=routing)
 
 
 def _prompt_facts(

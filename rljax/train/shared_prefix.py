@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.train.update import UpdateFn
-from rljax.types import Array, Batch, SharedPrefix, TrainState, Trajectory
+from rljax.types import Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
 
 ROW_FIELDS = ("group", "scores", "reward_weights", "baseline")  # of a row, not of its columns
 
@@ -24,7 +24,8 @@ ROW_FIELDS = ("group", "scores", "reward_weights", "baseline")  # of a row, not 
 def make_shared_prefix_update(
     update: UpdateFn, columns: int, group_size: int, shardings: Shardings | None = None
 ) -> UpdateFn:
-    """update(state, batch) -> (state, metrics) that computes the first `columns` once for `group_size` rows.
+    """update(state, batch) -> (state, metrics) that computes the first `columns` once for `group_size` rows, or for the
+    two completions of each of `Pairs`.
 
     A batch whose rows do not share them (shuffled minibatches, completions carried over from an earlier step) is
     updated as it is. Adds the metric `shared_prefix`: 1 where they were shared, else 0.
@@ -33,13 +34,16 @@ def make_shared_prefix_update(
         raise ValueError(f"columns = {columns}, group_size = {group_size}; legal: at least 1 each")
     devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
 
-    def update_sharing(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        groups, rest = divmod(len(batch.mask), group_size)
-        whole_groups = rest == 0 and groups % devices == 0
-        shared = whole_groups and bool(is_prefix_shared(batch.traj, columns, group_size))
-        if shared:
-            batch = share_prefix(batch, columns, group_size)
-        state, metrics = update(state, batch)
+    def update_sharing(state: TrainState, batch: Batch | Pairs) -> tuple[TrainState, dict[str, Any]]:
+        if isinstance(batch, Pairs):
+            shared = bool(is_prefix_of_pairs(batch, columns))
+            cut = share_prefix_of_pairs(batch, columns) if shared else batch
+        else:
+            groups, rest = divmod(len(batch.mask), group_size)
+            whole_groups = rest == 0 and groups % devices == 0
+            shared = whole_groups and bool(is_prefix_shared(batch.traj, columns, group_size))
+            cut = share_prefix(batch, columns, group_size) if shared else batch
+        state, metrics = update(state, cut)
         return state, {**metrics, "shared_prefix": float(shared)}
 
     return update_sharing
@@ -62,23 +66,55 @@ def share_prefix(batch: Batch, columns: int, group_size: int) -> Batch:
     The rows must have them in common, and no decision in them (`is_prefix_shared`).
     """
 
-    def first_of_group(x: Array) -> Array:
-        return x[::group_size, :columns]
+    traj = cut_columns(batch.traj, columns).replace(prefix=prefix_of(batch.traj, columns, group_size))
+    rest = jax.tree.map(lambda x: x[:, columns:], batch.replace(traj=None, coefficients={}))
+    return rest.replace(traj=traj, coefficients=batch.coefficients)
 
-    def rest(x: Array) -> Array:
-        return x[:, columns:]
 
-    traj = batch.traj
-    prefix = SharedPrefix(
-        inputs=first_of_group(traj.inputs),
-        positions=first_of_group(traj.positions),
-        segments=first_of_group(traj.segments),
-        routing=None if traj.routing is None else first_of_group(traj.routing),
-    )
+def prefix_of(traj: Trajectory, columns: int, group_size: int) -> SharedPrefix:
+    """The first columns of the first of each `group_size` rows."""
+
+    def first_of_group(x: Array | None) -> Array | None:
+        return None if x is None else x[::group_size, :columns]
+
+    fields = {name: first_of_group(getattr(traj, name)) for name in ("inputs", "positions", "segments", "routing")}
+    return SharedPrefix(**fields)
+
+
+def cut_columns(traj: Trajectory, columns: int) -> Trajectory:
+    """The trajectory without its first columns."""
     of_rows = {name: getattr(traj, name) for name in ROW_FIELDS}
     of_columns = traj.replace(**dict.fromkeys(ROW_FIELDS))
-    cut = jax.tree.map(rest, batch.replace(traj=of_columns, coefficients={}))
-    return cut.replace(traj=cut.traj.replace(**of_rows, prefix=prefix), coefficients=batch.coefficients)
+    return jax.tree.map(lambda x: x[:, columns:], of_columns).replace(**of_rows)
+
+
+@partial(jax.jit, static_argnames="columns")
+def is_prefix_of_pairs(pairs: Pairs, columns: int) -> Array:
+    """Whether the two completions of each pair have the first columns in common, and no decision in them. bool []
+
+    False too where they differ in width or in the facts they have, or come with a third one.
+    """
+    chosen = pairs.chosen
+    rejected = pairs.rejected
+    alike = jax.tree.map(jnp.shape, chosen) == jax.tree.map(jnp.shape, rejected)
+    if not alike or pairs.gold is not None:
+        return jnp.zeros((), bool)
+    same = ~(chosen.mask[:, :columns] | rejected.mask[:, :columns]).any()
+    for name in ("inputs", "positions", "segments"):
+        same &= (getattr(chosen, name)[:, :columns] == getattr(rejected, name)[:, :columns]).all()
+    return same
+
+
+@partial(jax.jit, static_argnames="columns")
+def share_prefix_of_pairs(pairs: Pairs, columns: int) -> Pairs:
+    """Pairs without their first columns, which are the prefix of both completions.
+
+    They must have them in common, and no decision in them (`is_prefix_of_pairs`).
+    """
+    prefix = prefix_of(pairs.chosen, columns, group_size=1)
+    chosen = cut_columns(pairs.chosen, columns).replace(prefix=prefix)
+    rejected = cut_columns(pairs.rejected, columns).replace(prefix=prefix)
+    return pairs.replace(chosen=chosen, rejected=rejected)
 
 
 def with_own_prefixes(batch: Batch) -> Batch:

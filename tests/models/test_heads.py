@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rljax.models import decoder, heads, policy
-from rljax.types import trajectory_of_tokens
+from rljax.train.shared_prefix import share_prefix
+from rljax.types import Batch, trajectory_of_tokens
 
 CONFIG = decoder.DecoderConfig(13, 8, 2, 2, 1, 4, 12)
 S = 9
@@ -76,3 +77,14 @@ def test_a_critic_of_its_own_trunk_moves_without_the_policy(params):
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(slopes["critic"]["decoder"]["layers"]))
     axes = policy.logical_axes(CONFIG, both)
     jax.tree.map(lambda x, names: len(names) == x.ndim or pytest.fail(f"{x.shape}: {names}"), both, axes)
+
+
+def test_scores_after_a_shared_prefix_are_those_of_whole_rows(params):
+    tokens = TOKENS.copy()
+    tokens[:, :4] = tokens[:1, :4]
+    chosen = jnp.asarray(np.broadcast_to(np.arange(S) >= 4, TOKENS.shape))
+    traj = trajectory_of_tokens(tokens, np.ones_like(tokens), chosen, np.zeros(tokens.shape))
+    shared = share_prefix(Batch(traj, traj.logp, traj.mask), 3, 2).traj
+    step_scores = heads.make_process_reward_model(CONFIG)
+    want = step_scores(params, {}, traj)[:, 3:]
+    np.testing.assert_allclose(step_scores(params, {}, shared), want, rtol=1e-5, atol=1e-5)

@@ -45,7 +45,7 @@ K, P, M = [1, 3, 8, 17, 40, 1000], [0.125, 0.5, 0.75, 0.875, 1.0, 0.0625], [0.5,
     [{"top_k": K}, {"top_p": P}, {"min_p": M}, {"top_k": K, "top_p": P}, {"top_k": K, "top_p": P, "min_p": M}],
     ids="+".join,
 )
-@pytest.mark.parametrize("V", [40, 200])
+@pytest.mark.parametrize("V", [40, 200, 1187])
 def test_truncate_keeps_what_a_sort_keeps_row_by_row(filters, V):
     probs = dyadic(len(K), V)
     want = [truncate_by_sorting(row, **{k: v[i] for k, v in filters.items()}) for i, row in enumerate(probs)]

@@ -6,14 +6,21 @@ import numpy as np
 import optax
 import pytest
 
+from rljax.algorithms import dpo
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
 from rljax.train.packing import pack_batch
-from rljax.train.shared_prefix import is_prefix_shared, make_shared_prefix_update, share_prefix, with_own_prefixes
+from rljax.train.shared_prefix import (
+    is_prefix_of_pairs,
+    is_prefix_shared,
+    make_shared_prefix_update,
+    share_prefix,
+    with_own_prefixes,
+)
 from rljax.train.update import make_update
-from rljax.types import check_shapes
+from rljax.types import Pairs, check_shapes
 from tests.algorithms.tiny import ALGORITHMS, GRADIENT, T, agree, credited, learn, rollout, state_of, table_params
 
 COLUMNS = 3
@@ -137,3 +144,36 @@ def test_what_cannot_be_shared_is_refused():
     update = make_update(policy_objective(models.make_policy(DECODER), ALGORITHMS["grpo"]), GRADIENT, 16)
     with pytest.raises(ValueError, match="8 rows do not divide into 16 micro-batches"):
         update(state_of(models.init(DECODER, jax.random.key(1))), batch)
+
+
+def pairs_after_prompts():
+    """Eight pairs of completions, each after a prompt that both continue."""
+    whole = after_a_prompt(credited(ALGORITHMS["sft"], rollout(vocabulary=16)), 2).traj.replace(group=None)
+    whole = whole.replace(scores=None, baseline=None, reward_weights=None, ref_logp=whole.logp)
+    return Pairs(jax.tree.map(lambda x: x[::2], whole), jax.tree.map(lambda x: x[1::2], whole))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_two_completions_of_a_pair_share_their_prompt(micro_batches):
+    objective = dpo(models.make_policy(DECODER))
+    params = models.init(DECODER, jax.random.key(1))
+    pairs = pairs_after_prompts()
+
+    def learn_from(pairs, wrapped):
+        state, metrics = wrapped(make_update(objective, GRADIENT, micro_batches))(state_of(params), pairs)
+        return jax.device_get((state.opt_state[0].trace, metrics))
+
+    gradient, metrics = learn_from(pairs, lambda update: make_shared_prefix_update(update, COLUMNS, 1))
+    assert metrics.pop("shared_prefix") == 1
+    agree((gradient, metrics), learn_from(pairs, lambda update: update))
+
+
+def test_pairs_of_other_prompts_or_widths_are_updated_as_they_are():
+    pairs = pairs_after_prompts()
+    assert is_prefix_of_pairs(pairs, COLUMNS)
+    assert not is_prefix_of_pairs(pairs, COLUMNS + T)
+    other = pairs.rejected.replace(inputs=pairs.rejected.inputs.at[3, 0].add(1))
+    assert not is_prefix_of_pairs(pairs.replace(rejected=other), COLUMNS)
+    narrow = jax.tree.map(lambda x: x[:, :-1], pairs.rejected)
+    assert not is_prefix_of_pairs(pairs.replace(rejected=narrow), COLUMNS)
+    assert not is_prefix_of_pairs(pairs.replace(gold=pairs.chosen), COLUMNS)

@@ -8,12 +8,23 @@ sums. Rows are not packed.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rljax.ops import preferences
 from rljax.ops.shapes import PerRow, PerToken, TokenMask
-from rljax.types import Objective, Pairs, PolicyFn, PolicyOutput, Trajectory, Unpaired, check_shapes, zero_masked
+from rljax.types import (
+    Objective,
+    Pairs,
+    Params,
+    PolicyFn,
+    PolicyOutput,
+    Trajectory,
+    Unpaired,
+    check_shapes,
+    zero_masked,
+)
 
 SumAndCount = tuple[Float[Array, ""], Float[Array, ""]]
 
@@ -103,6 +114,21 @@ def entropy_metric(*evaluated: tuple[PolicyOutput, Trajectory]) -> dict[str, Sum
     return {"entropy": (nats, sum(traj.mask.sum() for _, traj in evaluated).astype(float))}
 
 
+def evaluate_both(
+    policy: PolicyFn, params: Params, frozen: Params, chosen: Trajectory, rejected: Trajectory
+) -> tuple[PolicyOutput, PolicyOutput]:
+    """The policy's outputs for two completions; from one pass where they continue one prefix."""
+    if chosen.prefix is None:
+        return policy(params, frozen, chosen), policy(params, frozen, rejected)
+
+    def interleave(x, y):
+        return jnp.stack([x, y], axis=1).reshape(2 * len(x), *x.shape[1:])
+
+    rows = jax.tree.map(interleave, chosen.replace(prefix=None), rejected.replace(prefix=None))
+    output = policy(params, frozen, rows.replace(prefix=chosen.prefix))
+    return jax.tree.map(lambda x: x[::2], output), jax.tree.map(lambda x: x[1::2], output)
+
+
 def uniform_token_weights(mask: TokenMask, other: Bool[Array, "B T2"]) -> PerToken:
     """1 on each token of a completion. See `preferences.shared_length_weights` for other weights."""
     return mask.astype(float)
@@ -130,8 +156,7 @@ def preference_objective(
     def evaluate_pair(params, frozen, batch):
         chosen = batch.chosen
         rejected = batch.rejected
-        chosen_output = policy(params, frozen, chosen)
-        rejected_output = policy(params, frozen, rejected)
+        chosen_output, rejected_output = evaluate_both(policy, params, frozen, chosen, rejected)
         nll = -jnp.where(chosen.mask, chosen_output.logp, 0.0).sum(axis=1) * batch.extra["nll_scale"]
         pair = PairStats(
             chosen=completion_stats(chosen_output, chosen, token_weights(chosen.mask, rejected.mask)),
