@@ -93,7 +93,7 @@ def environment(name: PeerName) -> Path:
     subprocess.run([interpreter(peer.python), "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     for package in peer.packages:
-        if package.startswith("torch=="):  # without CUDA, if that index can be reached; else as PyPI has it, 3 GB more
+        if package.startswith("torch=="):  # without CUDA, if that index can be reached; else as PyPI has it
             subprocess.run([*pip, "--retries", "1", "--no-deps", "--index-url", TORCH_FOR_CPUS, package], check=False)
     subprocess.run([*pip, *peer.packages], check=True)
     stamp.write_text(packages)

@@ -96,8 +96,8 @@ def is_prefix_of_pairs(pairs: Pairs, columns: int) -> Array:
     """
     chosen = pairs.chosen
     rejected = pairs.rejected
-    alike = jax.tree.map(jnp.shape, chosen) == jax.tree.map(jnp.shape, rejected)
-    if not alike or pairs.gold is not None:
+    same_shapes = jax.tree.map(jnp.shape, chosen) == jax.tree.map(jnp.shape, rejected)
+    if not same_shapes or pairs.gold is not None:
         return jnp.zeros((), bool)
     same = ~(chosen.mask[:, :columns] | rejected.mask[:, :columns]).any()
     for name in ("inputs", "positions", "segments"):
