@@ -108,7 +108,7 @@ def updating(
     """work(i): the update from a batch that `batch_of` makes in each step, cut as recipes cut it.
 
     Args:
-      rows: completions, or pairs. group_size: neighboring rows with one prompt.
+      rows: completions. group_size: how many neighboring ones have one prompt; 2: pairs.
     """
     optimizer = optax.adamw(1e-4)
     batches = Batches(rows // group_size, group_size, micro_batches=micro_batches)
@@ -166,7 +166,7 @@ def dpo_step(workload: Workload, micro_batches: int) -> Work:
         state = TrainState(0, params, None, jax.random.key(1), frozen=frozen)
         return Pairs(chosen=annotate(state, chosen), rejected=annotate(state, rejected))
 
-    return updating(dpo(model), params, workload, micro_batches, pairs, workload.rows // 2)
+    return updating(dpo(model), params, workload, micro_batches, pairs, workload.rows, group_size=2)
 
 
 def rewarded_rollout(workload: Workload, params: Params) -> Trajectory:

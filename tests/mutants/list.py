@@ -28,6 +28,8 @@ OUTCOME = "tests/algorithms/test_outcome_credit.py"
 VARIANTS = "tests/algorithms/test_preference_variants.py"
 DISTILLATION = "tests/algorithms/test_distillation.py"
 SUPPORT = "tests/rollouts/test_support.py"
+PREFIX = "tests/models/test_shared_prefix.py"
+SHARED = "tests/train/test_shared_prefix.py"
 GARBAGE = f"{LAWS}::test_what_stands_at_masked_columns_changes_nothing"
 MICRO = f"{LAWS}::test_micro_batches_change_neither_gradient_nor_metrics"
 ABSENT = f"{LAWS}::test_rows_without_decisions_or_judgement_are_as_if_they_were_not_there"
@@ -1945,5 +1947,51 @@ MUTANTS = [
         "old.support",
         "a mask that one engine keeps and another does not: arXiv:2512.02556",
         (SUPPORT,),
+    ),
+    # ---------------------------------------------------------------------------------------------- a shared prefix
+    Mutant(
+        "a row continues the prefix of another group",
+        "rljax/models/attention.py",
+        "join_prefix_columns",
+        "jnp.repeat(prefix, n, axis=0)",
+        "jnp.tile(prefix, (n,) + (1,) * (prefix.ndim - 1))",
+        "a row's prefix is that of its own group: Hydragen, arXiv:2402.05099",
+        (f"{PREFIX}::test_the_gradient_is_that_of_whole_rows",),
+    ),
+    Mutant(
+        "no gradient into a shared prefix",
+        "rljax/models/attention.py",
+        "attend_after_prefix",
+        "prefix_value, row_value = mask.split(value)",
+        "prefix_value, row_value = mask.split(value); prefix_value = jax.lax.stop_gradient(prefix_value)",
+        "a prompt read once into a cache, as in decoding, is a constant of the loss",
+        (f"{PREFIX}::test_the_gradient_is_that_of_whole_rows",),
+    ),
+    Mutant(
+        "a decision is cut off with the prompt",
+        "rljax/train/shared_prefix.py",
+        "is_prefix_shared",
+        "same = ~traj.mask[:, :columns].any()",
+        "same = jnp.ones((), bool)",
+        "a completion carried over from an earlier step stands where the prompt stood",
+        (f"{SHARED}::test_rows_that_do_not_share_are_updated_as_they_are",),
+    ),
+    Mutant(
+        "micro-batches separate the rows of a group from their prefix",
+        "rljax/train/update.py",
+        "_cut.fold",
+        "x.reshape(groups // micro_batches, micro_batches, len(x) // groups, *x.shape[1:])",
+        "x.reshape(len(x) // micro_batches, micro_batches, 1, *x.shape[1:])",
+        "micro-batch m of single rows takes rows m, m + M, ...",
+        (f"{SHARED}::test_an_update_is_that_of_whole_rows",),
+    ),
+    Mutant(
+        "chosen and rejected exchanged where they share a prompt",
+        "rljax/algorithms/common/pairs.py",
+        "evaluate_both",
+        "jax.tree.map(lambda x: x[::2], output), jax.tree.map(lambda x: x[1::2], output)",
+        "jax.tree.map(lambda x: x[1::2], output), jax.tree.map(lambda x: x[::2], output)",
+        "the preferred completion is the first of a pair: DPO, arXiv:2305.18290",
+        (f"{SHARED}::test_two_completions_of_a_pair_share_their_prompt",),
     ),
 ]
