@@ -22,9 +22,7 @@ class Pieces(NamedTuple):
     group_size: int  # neighboring rows that share their prompt: a group, or an equal share of one
 
 
-def cut(
-    config: DecoderConfig, batches: Batches, prompt_tokens: int, max_tokens: int, devices: int, backend: str = ""
-) -> Pieces:
+def cut(config: DecoderConfig, batches: Batches, prompt_tokens: int, max_tokens: int, devices: int) -> Pieces:
     """The cut that `batches` asks for; with micro_batches = 0 one chosen from sizes.
 
     That is the largest number of micro-batches of whole groups which still have enough columns for the device, and more
@@ -36,7 +34,7 @@ def cut(
     if batches.micro_batches:
         return Pieces(batches.micro_batches, largest_share(rows, group_size, batches.micro_batches * devices))
 
-    backend = backend or jax.default_backend()
+    backend = jax.default_backend()
     enough = ENOUGH_COLUMNS.get(backend, ENOUGH_COLUMNS_ELSEWHERE)
     most_bytes = CPU_BYTES if backend == "cpu" else _device_bytes() / 4
     bytes_of_column = activation_bytes(config, prompt_tokens + max_tokens, backend)

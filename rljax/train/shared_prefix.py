@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from rljax.train.mesh import Shardings, data_parallel_size
+from rljax.train.packing import ROW_FIELDS
 from rljax.train.update import UpdateFn
 from rljax.types import Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
 
-ROW_FIELDS = ("group", "scores", "reward_weights", "baseline")  # of a row, not of its columns
+OF_ROWS = ("group", *ROW_FIELDS)  # of a row, not of its columns
 
 
 def make_shared_prefix_update(
@@ -65,7 +66,6 @@ def share_prefix(batch: Batch, columns: int, group_size: int) -> Batch:
 
     The rows must have them in common, and no decision in them (`is_prefix_shared`).
     """
-
     traj = cut_columns(batch.traj, columns).replace(prefix=prefix_of(batch.traj, columns, group_size))
     rest = jax.tree.map(lambda x: x[:, columns:], batch.replace(traj=None, coefficients={}))
     return rest.replace(traj=traj, coefficients=batch.coefficients)
@@ -83,8 +83,8 @@ def prefix_of(traj: Trajectory, columns: int, group_size: int) -> SharedPrefix:
 
 def cut_columns(traj: Trajectory, columns: int) -> Trajectory:
     """The trajectory without its first columns."""
-    of_rows = {name: getattr(traj, name) for name in ROW_FIELDS}
-    of_columns = traj.replace(**dict.fromkeys(ROW_FIELDS))
+    of_rows = {name: getattr(traj, name) for name in OF_ROWS}
+    of_columns = traj.replace(**dict.fromkeys(OF_ROWS))
     return jax.tree.map(lambda x: x[:, columns:], of_columns).replace(**of_rows)
 
 
