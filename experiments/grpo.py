@@ -27,7 +27,7 @@ import jax
 from experiments.common import command_line, controllers, data, models, train
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
-from experiments.common.rewards import read_rewards
+from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import initial_carry, keep_support, make_draw, make_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
 from rljax.algorithms import grpo, with_kl
@@ -37,7 +37,6 @@ from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import make_score
 from rljax.rewards.text import animals
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
@@ -59,7 +58,7 @@ class Config:
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, each NAME or NAME=WEIGHT
+    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
     reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
     reward_workers: Rare[int] = 1  # processes that run verifiers
     seed: int = 0  # of the order of prompts and of sampling
@@ -87,7 +86,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     """
     train.check_directory(cfg.directory, algorithm)
     algorithm = algorithm or with_kl(grpo(), cfg.kl_coef)
-    verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
+    rewards = read_rewards(cfg.rewards, verifiers)
     if cfg.debug:
         cfg = dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches))
     batches = cfg.batches
@@ -124,12 +123,12 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     log_ratio = train.make_log_ratio(model)
-    run = make_run(cfg, algorithm, verifiers)
+    run = make_run(cfg, algorithm, rewards.verifiers)
 
     # -- the loop
     with run, Pool(workers=cfg.reward_workers, timeout_seconds=cfg.reward_timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
-        score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
         train.check_batch_invariance(config, lm, model, state)

@@ -37,9 +37,9 @@ LONG = {"prompt": "a" * 60, "letters": "a", "what": "yes"}  # with 8 tokens of a
 VERIFIERS = grpo.VERIFIERS | {"share": hostile.share_of, "raises": hostile.raises, "says": hostile.says}
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, letters: str = LETTERS) -> None:
     """One token a character, <s> before a text: 37 ids, as many as the model has."""
-    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
+    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.post_processor = processors.TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 1)])
@@ -234,7 +234,9 @@ def settings(**fields):
 
 
 NORM = "model.layers.0.input_layernorm.weight"
-LEGAL_REWARDS = "legal: animals, number, think, share, raises, says, each with =WEIGHT or without"
+LEGAL_REWARDS = (
+    "legal: animals, number, think, share, raises, says, or the directory of a reward model; each with =WEIGHT or"
+)
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),
     "a family": (lambda c, r: broken_model(c, r, {"model_type": "mamba"}), ValueError, r"'mamba'; legal: .*'llama'"),
