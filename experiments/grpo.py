@@ -118,11 +118,13 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- the functions of a step
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
+    sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
+    annotate = train.cut_annotate(annotate, *sizes)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    update = train.cut_update(make, batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
     run = make_run(cfg, algorithm, verifiers)
 
