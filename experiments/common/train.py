@@ -24,8 +24,8 @@ from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
-from rljax.train.shared_prefix import AnnotateFn, make_shared_prefix_annotate, make_shared_prefix_update
-from rljax.types import LM, Algorithm, Array, PolicyFn, Sampling, TrainState, Trajectory
+from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
+from rljax.types import LM, Algorithm, AnnotateFn, Array, PolicyFn, Sampling, TrainState, Trajectory
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
 ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -181,7 +181,7 @@ def cut_annotate(
     prompt_tokens: int,
     max_tokens: int,
 ) -> AnnotateFn:
-    """annotate(state, traj) that computes a prompt once for its completions, with no more rows at a time than an update.
+    """The annotate that computes a prompt once for its completions, with no more rows at a time than an update.
 
     prompt_tokens, max_tokens: of a prompt and of a completion, as sampled.
     """

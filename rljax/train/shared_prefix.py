@@ -8,7 +8,6 @@ Hydragen (arXiv:2402.05099) shares prefixes in decoding. A method that draws ran
 draws others.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,9 +17,7 @@ import jax.numpy as jnp
 from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.train.packing import ROW_FIELDS
 from rljax.train.update import UpdateFn
-from rljax.types import Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
-
-AnnotateFn = Callable[[TrainState, Trajectory], Trajectory]  # fills fields of the trajectory
+from rljax.types import AnnotateFn, Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
 
 OF_ROWS = ("group", *ROW_FIELDS)  # of a row, not of its columns
 
