@@ -17,7 +17,6 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,9 @@ import jax
 from experiments.common import command_line, controllers, data, models, train
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
-from experiments.common.rewards import load_score, read_rewards
+from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.sampling import initial_carry, keep_support, make_draw, make_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
 from rljax.algorithms import grpo, with_kl
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
@@ -87,8 +86,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     train.check_directory(cfg.directory, algorithm)
     algorithm = algorithm or with_kl(grpo(), cfg.kl_coef)
     rewards = read_rewards(cfg.rewards, verifiers)
-    if cfg.debug:
-        cfg = dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches))
+    cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
@@ -117,16 +115,17 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- the functions of a step
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
-    annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
+    sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    needs = (*algorithm.needs, "ref_logp")  # the KL to the reference is always logged
+    annotate = train.cut_annotate(policy.make_annotate(model, needs), *sizes)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    update = train.cut_update(make, batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
-    run = make_run(cfg, algorithm, rewards.verifiers)
 
     # -- the loop
-    with run, Pool(workers=cfg.reward_workers, timeout_seconds=cfg.reward_timeout_seconds) as pool:
+    with make_run(cfg, algorithm, rewards) as run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
@@ -163,7 +162,7 @@ def read_data(cfg: Config) -> tuple[Tokenizer, Prompts, Prompts]:
     return tokenizer, *prompts
 
 
-def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) -> Run:
+def make_run(cfg: Config, algorithm: Algorithm, rewards: Rewards) -> Run:
     """The run directory. It keeps the source of the algorithm and of the verifiers."""
     name = f"{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}" + "-debug" * cfg.debug
     return Run(
@@ -171,7 +170,7 @@ def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) 
         asdict(cfg),
         steps=cfg.steps,
         source=__file__,
-        functions={"algorithm": algorithm, "rewards": verifiers},
+        functions={"algorithm": algorithm, "rewards": rewards.verifiers},
         save_every=cfg.save_every,
         log_samples_every=cfg.log_samples_every,
         progress_metrics=PROGRESS_METRICS,
