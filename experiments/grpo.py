@@ -25,6 +25,7 @@ from pathlib import Path
 import jax
 
 from experiments.common import command_line, controllers, data, models, train
+from experiments.common.best import keep_best
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import read_rewards
@@ -88,8 +89,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     train.check_directory(cfg.directory, algorithm)
     algorithm = algorithm or with_kl(grpo(), cfg.kl_coef)
     verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
-    if cfg.debug:
-        cfg = dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches))
+    cfg = dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches)) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
@@ -102,8 +102,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
-    if "values" in algorithm.needs:
-        params = policy.with_value_head(params, config)
+    params = models.with_needed_head(params, config, algorithm.needs)
     model = policy.make_policy(config)
     sampling = make_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
     sampling = keep_support(sampling, cfg.sampling.support, config.vocab_size)
@@ -128,7 +127,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
 
     # -- the loop
     with run, Pool(workers=cfg.reward_workers, timeout_seconds=cfg.reward_timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
+        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
@@ -150,8 +149,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             if step + 1 == cfg.steps or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
                 metrics["eval_reward"] = evaluate(state)["reward"]
+                keep_best(run.directory, state, config, cfg.model, "eval_reward", metrics["eval_reward"])
             run.record(step, state, metrics)
         after = evaluate(state)
+        models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return summarize(cfg, before, after)
 
 
