@@ -118,8 +118,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
-    needs = (*algorithm.needs, "ref_logp")  # the KL to the reference is always logged
-    annotate = train.cut_annotate(policy.make_annotate(model, needs), *sizes)
+    # ref_logp: the KL to the reference is always logged
+    annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)

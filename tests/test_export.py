@@ -170,7 +170,7 @@ def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
 @pytest.mark.parametrize(
     ("special", "named", "pad"),
     [
-        (["<unk>", "<s>", "</s>"], {"pad_token": "</s>"}, "<unk>"),  # stories260k: padding with EOS hides the last token
+        (["<unk>", "<s>", "</s>"], {"pad_token": "</s>"}, "<unk>"),  # as stories260k
         (["<|begin|>", "</s>", "<|right_pad|>"], {"bos_token": "<|begin|>"}, "<|right_pad|>"),
         (["<s>", "</s>"], {"bos_token": {"content": "<s>"}, "pad_token": None}, "<s>"),
         (["</s>", "<|turn|>"], {"pad_token": "</s>"}, "<|turn|>"),
