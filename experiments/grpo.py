@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 
 from experiments.common import command_line, controllers, data, models, train
+from experiments.common.best import keep_best
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import Rewards, load_score, read_rewards
@@ -99,8 +100,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
-    if "values" in algorithm.needs:
-        params = policy.with_value_head(params, config)
+    params = models.with_needed_head(params, config, algorithm.needs)
     model = policy.make_policy(config)
     sampling = make_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
     sampling = keep_support(sampling, cfg.sampling.support, config.vocab_size)
@@ -116,8 +116,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
-    needs = (*algorithm.needs, "ref_logp")  # the KL to the reference is always logged
-    annotate = train.cut_annotate(policy.make_annotate(model, needs), *sizes)
+    # ref_logp: the KL to the reference is always logged
+    annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
@@ -126,7 +126,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
 
     # -- the loop
     with make_run(cfg, algorithm, rewards) as run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
+        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
@@ -148,8 +148,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             if step + 1 == cfg.steps or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
                 metrics["eval_reward"] = evaluate(state)["reward"]
+                keep_best(run.directory, state, config, cfg.model, "eval_reward", metrics["eval_reward"])
             run.record(step, state, metrics)
         after = evaluate(state)
+        models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return summarize(cfg, before, after)
 
 

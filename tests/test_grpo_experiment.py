@@ -140,6 +140,25 @@ def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
     assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
 
 
+def test_a_run_ends_with_a_model_directory_and_keeps_the_best(tiny_run, tmp_path):
+    """Trained on, each loads again with the parameters of its checkpoint; the tokenizer is the model's own."""
+    cfg = change(tiny_run, eval_every=1, directory=str(tmp_path / "run"), optimizer__learning_rate=0.1)
+    grpo.main(cfg, verifiers=VERIFIERS)
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    rewards = [record["eval_reward"] for record in metrics(cfg.directory)]
+    assert best == {"step": 1 + int(np.argmax(rewards)), "metric": "eval_reward", "value": max(rewards)}
+    config = hf.read_config(cfg.model)
+    for name, step in (("model", 2), ("best", best["step"])):
+        _, saved = restore_items(tmp_path / "run" / "checkpoints", "params", step=step)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            hf.load(tmp_path / "run" / name, config),
+            jax.device_get(saved["params"]["decoder"]),
+        )
+        tokenizer = Path(cfg.model, "tokenizer.json").read_bytes()
+        assert (tmp_path / "run" / name / "tokenizer.json").read_bytes() == tokenizer
+
+
 def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
     """Two of four prompts are carried over; stopped after step two of three, the third is the same to the last bit."""
     cfg = change(tiny_run, steps=3, batches__carry_over=2, sampling__max_tokens=12, directory=str(tmp_path / "run"))
