@@ -14,6 +14,7 @@ class Tokenizer(NamedTuple):
 
     encode: Callable[[str], list[int]]  # a prompt, with the special tokens that begin a text
     decode: Callable[[Sequence[int]], str]  # special tokens are left out
+    decode_all: Callable[[Sequence[int]], str]  # special tokens included
     stop: tuple[int, ...]  # ids that end a completion
     pad: int  # any id: padding is told by masks, never by ids
     size: int
@@ -43,7 +44,13 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     characters = _Characters(alphabet)
     size = len(alphabet) + 1
     return Tokenizer(
-        characters.encode, characters.decode, stop=(0,), pad=0, size=size, token_bytes=characters.token_bytes
+        characters.encode,
+        characters.decode,
+        characters.decode,
+        stop=(0,),
+        pad=0,
+        size=size,
+        token_bytes=characters.token_bytes,
     )
 
 
@@ -78,6 +85,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
 
+    def decode_all(ids: Sequence[int]) -> str:
+        return inner.decode(list(ids), skip_special_tokens=False)
+
     def token_bytes() -> list[bytes]:
         if not hasattr(inner, "backend_tokenizer"):
             raise ValueError(
@@ -92,6 +102,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return Tokenizer(
         encode,
         decode,
+        decode_all,
         stop,
         pad=stop[0] if stop else 0,
         size=len(inner),
