@@ -31,7 +31,7 @@ from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, debug_batches
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
 from rljax.algorithms import with_kl
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
@@ -92,8 +92,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     name = cfg.algorithm if algorithm is None else ""
     algorithm = algorithm or with_kl(critic_free(cfg.algorithm, cfg.sampling.max_tokens), cfg.kl_coef)
     verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
-    if cfg.debug:
-        cfg = dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches))
+    cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
@@ -119,16 +118,17 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- the functions of a step
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
-    annotate = policy.make_annotate(model, (*algorithm.needs, "ref_logp"))  # the KL to the reference is always logged
+    sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    needs = (*algorithm.needs, "ref_logp")  # the KL to the reference is always logged
+    annotate = train.cut_annotate(policy.make_annotate(model, needs), *sizes)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    update = train.cut_update(make, batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
-    run = make_run(cfg, algorithm, verifiers)
 
     # -- the loop
-    with run, Pool(workers=cfg.reward_workers, timeout_seconds=cfg.reward_timeout_seconds) as pool:
+    with make_run(cfg, algorithm, verifiers) as run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)

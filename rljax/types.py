@@ -177,6 +177,8 @@ PolicyFn = Callable[[Params, Params, Trajectory], PolicyOutput]
 ScoreFn = Callable[[Params, Params, Trajectory], Array]
 # What a student and its teacher say of each decision: (params, frozen, batch, divergence) -> TokenComparison [B T].
 CompareFn = Callable[[Params, Params, Distillation, Callable], Any]
+# What fills fields of a trajectory by forward passes: (state, trajectory) -> trajectory.
+AnnotateFn = Callable[[TrainState, Trajectory], Trajectory]
 # KL(old ‖ new) of each decision: (params, old_params, frozen, trajectory) -> [B T].
 DivergenceFn = Callable[[Params, Params, Params, Trajectory], Array]
 # A verifier: (completion, **dataset columns) -> number, or None where it does not apply.

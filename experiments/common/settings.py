@@ -103,3 +103,8 @@ class MeshShape:
 def debug_batches(batches: Batches) -> Batches:
     """Two prompts with two completions each: a step small enough to run without jit."""
     return dataclasses.replace(batches, prompts=2, num_generations=2, oversample=1, minibatches=1, micro_batches=1)
+
+
+def one_small_step(cfg: T) -> T:
+    """The settings of a recipe for --debug: one step of `debug_batches`."""
+    return dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches))

@@ -24,8 +24,8 @@ from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
-from rljax.train.shared_prefix import make_shared_prefix_update
-from rljax.types import LM, Algorithm, Array, PolicyFn, Sampling, TrainState, Trajectory
+from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
+from rljax.types import LM, Algorithm, AnnotateFn, Array, PolicyFn, Sampling, TrainState, Trajectory
 
 # Nats by which log-probs of sampler and trainer may differ at the same parameters: rounding of the largest logits.
 ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -171,6 +171,31 @@ def cut_update(
             f"sampled have {row_length} tokens; legal: {row_length} <= packed_length <= max_tokens_per_device"
         )
     return make_packed_update(lambda micro_batches: make(micro_batches=micro_batches), tokens, length, shardings)
+
+
+def cut_annotate(
+    annotate: AnnotateFn,
+    batches: Batches,
+    shardings: Shardings,
+    config: DecoderConfig,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> AnnotateFn:
+    """The annotate that computes a prompt once for its completions, with no more rows at a time than an update.
+
+    prompt_tokens, max_tokens: of a prompt and of a completion, as sampled.
+    """
+    if prompt_tokens == 1:
+        return annotate
+    rollout = dataclasses.replace(
+        batches,
+        prompts=batches.prompts * batches.oversample,
+        minibatches=1,
+        micro_batches=batches.micro_batches * batches.minibatches * batches.oversample,
+    )
+    devices = data_parallel_size(shardings.rows.mesh)
+    pieces = micro_batches.cut(config, rollout, prompt_tokens, max_tokens, devices)
+    return make_shared_prefix_annotate(annotate, prompt_tokens - 1, pieces.group_size, pieces.micro_batches, shardings)
 
 
 def shardings_of(

@@ -3,7 +3,6 @@
 Parameters are a dict: "decoder" or "lora", and optionally "value_head", "critic", "score_head".
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,10 +13,7 @@ from rljax.models import decoder, lora
 from rljax.models.decoder import DecoderConfig
 from rljax.ops.logprobs import chunked_logprobs, in_chunks, on_support, or_only_action
 from rljax.ops.trust_region import directed_kl
-from rljax.types import DivergenceFn, Params, PolicyFn, PolicyOutput, TrainState, Trajectory
-
-AnnotateFn = Callable[[TrainState, Trajectory], Trajectory]
-
+from rljax.types import AnnotateFn, DivergenceFn, Params, PolicyFn, PolicyOutput, TrainState, Trajectory
 
 # ---------------------------------------------------------------------------------------------------------- parameters
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rljax.train.mesh import Shardings, data_parallel_size
 from rljax.train.packing import ROW_FIELDS
 from rljax.train.update import UpdateFn
-from rljax.types import Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
+from rljax.types import AnnotateFn, Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
 
 OF_ROWS = ("group", *ROW_FIELDS)  # of a row, not of its columns
 
@@ -115,6 +115,61 @@ def share_prefix_of_pairs(pairs: Pairs, columns: int) -> Pairs:
     chosen = cut_columns(pairs.chosen, columns).replace(prefix=prefix)
     rejected = cut_columns(pairs.rejected, columns).replace(prefix=prefix)
     return pairs.replace(chosen=chosen, rejected=rejected)
+
+
+def make_shared_prefix_annotate(
+    annotate: AnnotateFn, columns: int, group_size: int, pieces: int = 1, shardings: Shardings | None = None
+) -> AnnotateFn:
+    """annotate(state, traj) -> traj that computes the first `columns` once for `group_size` rows, a piece at a time.
+
+    The fields that it fills are 0 in those columns, where no decision is. Rows that do not share them (completions
+    carried over from an earlier step) are annotated as they are; so are rows of which there are not as many as that
+    number of pieces of whole groups takes.
+    """
+    devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
+
+    def annotate_sharing(state: TrainState, traj: Trajectory) -> Trajectory:
+        whole_groups = len(traj.mask) % (group_size * pieces * devices) == 0
+        if not (whole_groups and is_prefix_shared(traj, columns, group_size)):
+            return annotate(state, traj)
+        rows = _every_nth_group(share_prefix(Batch(traj, traj.logp, traj.mask), columns, group_size).traj, pieces)
+        filled = [_filled_fields(piece, annotate(state, piece)) for piece in rows]
+        fields = _in_order_of_groups(filled, group_size)
+        return traj.replace(**{name: _pad_columns(value, columns) for name, value in fields.items()})
+
+    return annotate_sharing
+
+
+@partial(jax.jit, static_argnames="pieces")
+def _every_nth_group(traj: Trajectory, pieces: int) -> list[Trajectory]:
+    """Piece m has groups m, m + pieces, ...: rows that are laid out contiguously over devices stay where they are."""
+    groups = len(traj.prefix.inputs)
+
+    def take(x: Array, piece: int) -> Array:
+        by_group = x.reshape(groups, len(x) // groups, *x.shape[1:])[piece::pieces]
+        return by_group.reshape(-1, *x.shape[1:])
+
+    return [jax.tree.map(partial(take, piece=piece), traj) for piece in range(pieces)]
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _in_order_of_groups(pieces: list[dict[str, Array]], group_size: int) -> dict[str, Array]:
+    """The inverse of `_every_nth_group`, of each field."""
+
+    def join(*parts: Array) -> Array:
+        by_group = [part.reshape(-1, group_size, *part.shape[1:]) for part in parts]
+        return jnp.stack(by_group, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    return jax.tree.map(join, *pieces)
+
+
+def _filled_fields(before: Trajectory, after: Trajectory) -> dict[str, Array]:
+    """The fields of a trajectory that are not those it had before."""
+    return {name: value for name, value in vars(after).items() if value is not getattr(before, name)}
+
+
+def _pad_columns(x: Array, columns: int) -> Array:
+    return jnp.pad(x, ((0, 0), (columns, 0)) + ((0, 0),) * (x.ndim - 2))
 
 
 def with_own_prefixes(batch: Batch) -> Batch:

@@ -15,6 +15,7 @@ from rljax.train.packing import pack_batch
 from rljax.train.shared_prefix import (
     is_prefix_of_pairs,
     is_prefix_shared,
+    make_shared_prefix_annotate,
     make_shared_prefix_update,
     share_prefix,
     with_own_prefixes,
@@ -177,3 +178,37 @@ def test_pairs_of_other_prompts_or_widths_are_updated_as_they_are():
     narrow = jax.tree.map(lambda x: x[:, :-1], pairs.rejected)
     assert not is_prefix_of_pairs(pairs.replace(rejected=narrow), COLUMNS)
     assert not is_prefix_of_pairs(pairs.replace(gold=pairs.chosen), COLUMNS)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_annotation_that_shares_prompts(pieces, group_size):
+    """Every field that annotation fills is that of whole rows, wherever there is a decision."""
+    params = models.with_value_head(models.init(DECODER, jax.random.key(1)), DECODER)
+    params["value_head"] = jnp.linspace(-1, 1, DECODER.hidden_size)
+    state = state_of(params).replace(frozen={"reference": models.init(DECODER, jax.random.key(2))})
+    annotate = models.make_annotate(models.make_policy(DECODER), ("ref_logp", "values", "old_logp"))
+    traj = after_a_prompt(credited(ALGORITHMS["grpo"], rollout(vocabulary=16)), group_size).traj
+    shared_traj = make_shared_prefix_annotate(counted(annotate, calls := []), COLUMNS, group_size, pieces)(state, traj)
+    assert [(call.prefix.inputs.shape[0], call.mask.shape[1]) for call in calls] == [
+        (len(traj.mask) // group_size // pieces, T)
+    ] * pieces
+    whole = annotate(state, traj)
+    for name in ("ref_logp", "values", "old_logp"):
+        mask = jnp.pad(traj.mask, ((0, 0), (0, 1))) if name == "values" else traj.mask
+        agree(jnp.where(mask, getattr(shared_traj, name), 0), jnp.where(mask, getattr(whole, name), 0))
+        assert getattr(shared_traj, name).shape == getattr(whole, name).shape
+    other_prompts = traj.replace(inputs=traj.inputs.at[1, 0].add(1))
+    calls.clear()
+    make_shared_prefix_annotate(counted(annotate, calls), COLUMNS, 4, pieces)(state, other_prompts)
+    assert [call.prefix for call in calls] == [None]
+
+
+def counted(annotate, calls):
+    """`annotate`, which appends what it is called with."""
+
+    def call(state, traj):
+        calls.append(traj)
+        return annotate(state, traj)
+
+    return call
