@@ -16,14 +16,14 @@ AMD EPYC cores, commits 5e872a6 (seed 0) and 85c14c7).
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from experiments import arithmetic_sft
 from experiments.common import arithmetic, command_line, train
-from experiments.common.algorithms import CriticFree, critic_free
+from experiments.common.algorithms import critic_free
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import control_rewards
 from experiments.common.sampling import make_draw, make_greedy_baseline
@@ -41,8 +41,7 @@ from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, Params, TrainState
 
-MAX_TOKENS = 7  # of the longest answer
-ALGORITHMS = {name: partial(critic_free, name, MAX_TOKENS) for name in get_args(CriticFree)}
+ALGORITHMS = critic_free(max_tokens=7)  # of the longest answer
 ALGORITHMS |= {"ppo": a.ppo, "vpg": a.vpg, "trpo": a.trpo}
 AlgorithmName = Literal[tuple(ALGORITHMS)]
 PROGRESS_METRICS = ("reward", "eval_reward", "length", "kl_sequence", "tokens_per_second")

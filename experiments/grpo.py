@@ -18,14 +18,12 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import jax
 
-from experiments.common import command_line, controllers, data, models, train
+from experiments.common import command_line, controllers, models, runs, train
 from experiments.common.algorithms import CriticFree, critic_free
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
@@ -33,19 +31,15 @@ from experiments.common.rewards import read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
 from rljax.algorithms import with_kl
-from rljax.data.prompts import Prompts
-from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import make_score
 from rljax.rewards.text import animals
-from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
-from rljax.train.run import Run
 from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, TrainState
 
@@ -77,7 +71,7 @@ class Config:
     eval_prompts: int = 32  # prompts held out for evaluation
     eval_samples: int = 256  # completions to these in each evaluation
     eval_every: Rare[int] = 0  # steps between evaluations; 0: before and after training only
-    save_every: int = 20  # steps between checkpoints
+    save_every: Rare[int] = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report
     directory: str = ""  # of the run; default runs/grpo/ALGORITHM-MODEL-PROMPTS-seedSEED
     debug: bool = False  # one small step without jit, with NaN checks
@@ -90,7 +84,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     """
     train.check_directory(cfg.directory, algorithm)
     name = cfg.algorithm if algorithm is None else ""
-    algorithm = algorithm or with_kl(critic_free(cfg.algorithm, cfg.sampling.max_tokens), cfg.kl_coef)
+    algorithm = algorithm or with_kl(critic_free(cfg.sampling.max_tokens)[cfg.algorithm](), cfg.kl_coef)
     verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
@@ -100,7 +94,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
 
     # -- model and data
-    tokenizer, train_prompts, eval_prompts = read_data(cfg)
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
@@ -127,8 +121,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
 
+    run = runs.make_run(cfg, __file__, cfg.algorithm, {"algorithm": algorithm, "rewards": verifiers}, PROGRESS_METRICS)
+
     # -- the loop
-    with make_run(cfg, algorithm, verifiers) as run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
+    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
         score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
@@ -150,46 +146,11 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
                 run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | metrics
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
-            if step + 1 == cfg.steps or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+            if runs.is_eval_step(cfg, step):
                 metrics["eval_reward"] = evaluate(state)["reward"]
             run.record(step, state, metrics)
         after = evaluate(state)
-    return summarize(cfg, before, after)
-
-
-def read_data(cfg: Config) -> tuple[Tokenizer, Prompts, Prompts]:
-    """The tokenizer, prompts to train on, and prompts to evaluate on."""
-    config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
-    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
-    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
-    return tokenizer, *prompts
-
-
-def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) -> Run:
-    """The run directory. It keeps the source of the algorithm and of the verifiers."""
-    name = (
-        f"{cfg.algorithm}-{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}"
-        + "-debug" * cfg.debug
-    )
-    return Run(
-        cfg.directory or f"runs/grpo/{name}",
-        asdict(cfg),
-        steps=cfg.steps,
-        source=__file__,
-        functions={"algorithm": algorithm, "rewards": verifiers},
-        save_every=cfg.save_every,
-        log_samples_every=cfg.log_samples_every,
-        progress_metrics=PROGRESS_METRICS,
-    )
-
-
-def summarize(cfg: Config, before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Print the reward before and after, and how far the policy went; what `main` returns."""
-    rewards = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
-    start = "its last update" if cfg.weights.ref_sync_steps else "the start"
-    log_info(f"eval reward: {rewards}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
-    return {"before": before, "after": after}
+    return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
 
 
 if __name__ == "__main__":
