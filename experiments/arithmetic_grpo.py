@@ -111,7 +111,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
 
     # -- the loop
     with run:
-        arithmetic.save_model_files(task, run.directory / "model")
+        arithmetic.save_model_files(task, run.directory / "model_files")
         state = jax.device_put(state, shardings.state)
         before = evaluate(state)["eval_reward"]
         state = run.restore(state)
@@ -131,6 +131,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
                 run.log_samples(step, batch, task.tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             run.record(step, state, metrics)
         after = evaluate(state)["eval_reward"]
+        arithmetic.save_pretrained(task, state.params, run.directory)
     log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
 

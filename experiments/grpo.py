@@ -25,9 +25,10 @@ import jax
 
 from experiments.common import command_line, controllers, models, runs, train
 from experiments.common.algorithms import CriticFree, critic_free
+from experiments.common.best import keep_best
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
-from experiments.common.rewards import read_rewards
+from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
 from rljax.algorithms import with_kl
@@ -35,7 +36,6 @@ from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import make_score
 from rljax.rewards.text import animals
 from rljax.train.mesh import make_mesh
 from rljax.train.metrics import require_on_policy, rollout_metrics
@@ -55,7 +55,7 @@ class Config:
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, each NAME or NAME=WEIGHT
+    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
     reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
     reward_workers: Rare[int] = 1  # processes that run verifiers
     algorithm: CriticFree = "grpo"  # how to learn
@@ -70,7 +70,7 @@ class Config:
     mesh: MeshShape = MeshShape()
     eval_prompts: int = 32  # prompts held out for evaluation
     eval_samples: int = 256  # completions to these in each evaluation
-    eval_every: Rare[int] = 0  # steps between evaluations; 0: before and after training only
+    eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
     save_every: Rare[int] = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report
     directory: str = ""  # of the run; default runs/grpo/ALGORITHM-MODEL-PROMPTS-seedSEED
@@ -85,7 +85,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     train.check_directory(cfg.directory, algorithm)
     name = cfg.algorithm if algorithm is None else ""
     algorithm = algorithm or with_kl(critic_free(cfg.sampling.max_tokens)[cfg.algorithm](), cfg.kl_coef)
-    verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
+    rewards = read_rewards(cfg.rewards, verifiers)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
@@ -99,6 +99,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
+    params = models.with_needed_head(params, config, algorithm.needs)
     model = policy.make_policy(config)
     sampling = training_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
 
@@ -113,20 +114,20 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
-    needs = (*algorithm.needs, "ref_logp")  # the KL to the reference is always logged
-    annotate = train.cut_annotate(policy.make_annotate(model, needs), *sizes)
+    # ref_logp: the KL to the reference is always logged
+    annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)  # advantages
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
-
-    run = runs.make_run(cfg, __file__, cfg.algorithm, {"algorithm": algorithm, "rewards": verifiers}, PROGRESS_METRICS)
+    functions = {"algorithm": algorithm, "rewards": rewards.verifiers}
 
     # -- the loop
+    run = runs.make_run(cfg, __file__, cfg.algorithm, functions, PROGRESS_METRICS)
     with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
-        score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
+        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
@@ -148,8 +149,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             if runs.is_eval_step(cfg, step):
                 metrics["eval_reward"] = evaluate(state)["reward"]
+                keep_best(run.directory, state, config, cfg.model, "eval_reward", metrics["eval_reward"])
             run.record(step, state, metrics)
         after = evaluate(state)
+        models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
 
 

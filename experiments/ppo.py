@@ -22,16 +22,16 @@ from typing import Literal
 import jax
 
 from experiments.common import command_line, controllers, models, runs, train
+from experiments.common.best import keep_best
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_actor_critic_optimizer
-from experiments.common.rewards import read_rewards
+from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_draw, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
 from experiments.grpo import VERIFIERS
 from rljax import algorithms as a
 from rljax.models import decoder, hf, policy
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import make_score
 from rljax.train.mesh import make_mesh
 from rljax.train.metrics import credit_metrics, require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
@@ -64,7 +64,7 @@ class Config:
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # rewards, each NAME or NAME=WEIGHT
+    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
     reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
     reward_workers: Rare[int] = 1  # processes that run verifiers
     ppo: Ppo = Ppo()
@@ -81,7 +81,7 @@ class Config:
     mesh: MeshShape = MeshShape()
     eval_prompts: Rare[int] = 32  # prompts held out for evaluation
     eval_samples: int = 256  # completions to these in each evaluation
-    eval_every: Rare[int] = 0  # steps between evaluations; 0: before and after training only
+    eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
     save_every: Rare[int] = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report
     directory: str = ""  # of the run; default runs/ppo/MODEL-PROMPTS-seedSEED
@@ -90,7 +90,7 @@ class Config:
 
 def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Train; return reward and KL on the eval prompts before and after."""
-    verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
+    rewards = read_rewards(cfg.rewards, verifiers)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
@@ -125,12 +125,12 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
-    run = runs.make_run(cfg, __file__, "", {"algorithm": algorithm, "rewards": verifiers}, PROGRESS_METRICS)
+    run = runs.make_run(cfg, __file__, "", {"algorithm": algorithm, "rewards": rewards.verifiers}, PROGRESS_METRICS)
 
     # -- the loop
     with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model", config.adapter)  # for tools/export.py
-        score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
+        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
         before = evaluate(state)
@@ -150,8 +150,10 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             if runs.is_eval_step(cfg, step):
                 metrics["eval_reward"] = evaluate(state)["reward"]
+                keep_best(run.directory, state, config, cfg.model, "eval_reward", metrics["eval_reward"])
             run.record(step, state, metrics)
         after = evaluate(state)
+        models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
 
 

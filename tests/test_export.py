@@ -27,7 +27,7 @@ def saved_run(place: Path, params, frozen=None, adapter=None, about=None, steps=
         now = jax.tree.map(lambda x, s=step: x + s, params)
         checkpoints.save(step, TrainState(step, now, optax.EmptyState(), jax.random.key(0), frozen=frozen or {}))
     checkpoints.close()
-    hf.copy_sidecar_files(about, place / "model", adapter)
+    hf.copy_sidecar_files(about, place / "model_files", adapter)
     return place
 
 
@@ -99,7 +99,7 @@ def test_adapters_are_merged_into_their_base(model, tmp_path):
     found, alone = peft.load_adapter(tmp_path / "alone", config)
     assert (found.rank, found.alpha) == (adapter.rank, adapter.alpha)
     jax.tree.map(np.testing.assert_array_equal, alone, now)
-    record = tmp_path / "run" / "model" / "adapter.json"
+    record = tmp_path / "run" / "model_files" / "adapter.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"base": "/gone"}))
     export.main(export.Config(str(place), str(tmp_path / "from the checkpoint")))
     same(written(tmp_path / "from the checkpoint"), config, lora.merge(adapter, params["decoder"], now))
@@ -151,10 +151,10 @@ def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
     directory, config, params = model
     params = heads.with_score_head(params, config, jax.random.key(5))
     place = saved_run(tmp_path / "run", params, about=directory, steps=(1,))
-    with_pad(place / "model", pad=2)
+    with_pad(place / "model_files", pad=2)
     with pytest.raises(ValueError, match=r"pad_token_id is 2, eos_token_id 2; .* legal: the id of a token that no"):
         export.main(export.Config(str(place), str(tmp_path / "out")))
-    with_pad(place / "model")
+    with_pad(place / "model_files")
     export.main(export.Config(str(place), str(tmp_path / "out")))
     assert "lm_head.weight" not in written(tmp_path / "out")
     np.testing.assert_array_equal(hf.load_score_head(tmp_path / "out"), params["score_head"] + 1)
@@ -165,6 +165,30 @@ def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), read, {n: params["decoder"][n] for n in read})
     with pytest.raises(ValueError, match=r"holds no score.weight: it is no reward model"):
         hf.load_score_head(directory)
+
+
+@pytest.mark.parametrize(
+    ("special", "named", "pad"),
+    [
+        (["<unk>", "<s>", "</s>"], {"pad_token": "</s>"}, "<unk>"),  # as stories260k
+        (["<|begin|>", "</s>", "<|right_pad|>"], {"bos_token": "<|begin|>"}, "<|right_pad|>"),
+        (["<s>", "</s>"], {"bos_token": {"content": "<s>"}, "pad_token": None}, "<s>"),
+        (["</s>", "<|turn|>"], {"pad_token": "</s>"}, "<|turn|>"),
+    ],
+)
+def test_a_reward_model_is_padded_with_a_token_that_ends_no_text(special, named, pad, model, tmp_path):
+    directory, config, params = model
+    hf.copy_config_and_tokenizer(directory, tmp_path / "about")
+    added = [{"id": i, "content": text, "special": True} for i, text in enumerate(special)]
+    (tmp_path / "about" / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    settings = {"eos_token": "</s>", "unk_token": "<unk>"} | named
+    (tmp_path / "about" / "tokenizer_config.json").write_text(json.dumps(settings))
+    raw = json.loads((directory / "config.json").read_text()) | {"eos_token_id": None, "pad_token_id": None}
+    (tmp_path / "about" / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "about" / "generation_config.json").unlink()
+    hf.save(tmp_path / "out", config, params["decoder"], tmp_path / "about", score_head=np.zeros(config.hidden_size))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == special.index(pad)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["pad_token"] == pad
 
 
 def test_a_model_made_by_a_script_brings_its_tokenizer(tmp_path):

@@ -39,9 +39,9 @@ LONG = {"prompt": "a" * 60, "letters": "a", "what": "yes"}  # with 8 tokens of a
 VERIFIERS = grpo.VERIFIERS | {"share": hostile.share_of, "raises": hostile.raises, "says": hostile.says}
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, letters: str = LETTERS) -> None:
     """One token a character, <s> before a text: 37 ids, as many as the model has."""
-    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
+    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.post_processor = processors.TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 1)])
@@ -140,6 +140,25 @@ def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
     assert re.search(r"eval reward: [01]\.\d{3} ± [01]\.\d{3} -> .* nats a sequence\n$", printed)
     assert metrics(cfg.directory) == before
     assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
+
+
+def test_a_run_ends_with_a_model_directory_and_keeps_the_best(tiny_run, tmp_path):
+    """Trained on, each loads again with the parameters of its checkpoint; the tokenizer is the model's own."""
+    cfg = change(tiny_run, eval_every=1, directory=str(tmp_path / "run"), optimizer__learning_rate=0.1)
+    grpo.main(cfg, verifiers=VERIFIERS)
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    rewards = [record["eval_reward"] for record in metrics(cfg.directory)]
+    assert best == {"step": 1 + int(np.argmax(rewards)), "metric": "eval_reward", "value": max(rewards)}
+    config = hf.read_config(cfg.model)
+    for name, step in (("model", 2), ("best", best["step"])):
+        _, saved = restore_items(tmp_path / "run" / "checkpoints", "params", step=step)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            hf.load(tmp_path / "run" / name, config),
+            jax.device_get(saved["params"]["decoder"]),
+        )
+        tokenizer = Path(cfg.model, "tokenizer.json").read_bytes()
+        assert (tmp_path / "run" / name / "tokenizer.json").read_bytes() == tokenizer
 
 
 def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
@@ -270,7 +289,9 @@ def settings(**fields):
 
 
 NORM = "model.layers.0.input_layernorm.weight"
-LEGAL_REWARDS = "legal: animals, number, think, share, raises, says, each with =WEIGHT or without"
+LEGAL_REWARDS = (
+    "legal: animals, number, think, share, raises, says, or the directory of a reward model; each with =WEIGHT or"
+)
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),
     "a family": (lambda c, r: broken_model(c, r, {"model_type": "mamba"}), ValueError, r"'mamba'; legal: .*'llama'"),

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from experiments.common import models
 from rljax.data.prompts import Prompts
 from rljax.data.tasks import addition_problems, sorting_problems, train_eval_split_by_kind
 from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
@@ -101,3 +102,8 @@ def save_model_files(task: Task, directory: Path) -> None:
     save_characters(ALPHABET, directory)
     config = hf.to_hf_config(task.config, task.tokenizer.stop)
     write_atomically(directory / "config.json", json.dumps(config))
+
+
+def save_pretrained(task: Task, params: Params, directory: Path) -> None:
+    """The trained decoder as DIRECTORY/model, beside its model_files."""
+    models.save_pretrained(params, {}, task.config, directory / "model_files", directory / "model")

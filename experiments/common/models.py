@@ -1,14 +1,17 @@
 """Models of a Hugging Face directory, as `Weights` says how to hold and train them."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from experiments.common.settings import Adapter, Weights
-from rljax.models import decoder, hf, param_filters, policy
+from rljax.models import decoder, hf, lora, param_filters, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
+from rljax.models.stored import holds_tensors
+from rljax.train.log import log_info
 from rljax.train.mesh import param_shardings
 from rljax.types import Params, TrainState
 
@@ -71,14 +74,17 @@ def add_critic(
     if not directory:
         return {**params, "critic": critic}
 
-    loaded = load_decoder(directory, hf.read_config(directory), mesh, "float32")
-    trunk = {
-        **critic["decoder"],
-        **loaded["decoder"],
-    }
+    loaded = load_decoder(directory, hf.read_config(directory, reward_model=True), mesh, "float32")
+    # A reward model may lack the table of logits, which a critic does not use.
+    trunk = {**critic["decoder"], **loaded["decoder"]}
     if jax.tree.map(jnp.shape, trunk) != jax.tree.map(jnp.shape, critic["decoder"]):
         raise ValueError(f"{directory} has other sizes than the policy; legal: a reward model of the same architecture")
     return {**params, "critic": {"decoder": trunk, "value_head": hf.load_score_head(directory)}}
+
+
+def with_needed_head(params: Params, config: DecoderConfig, needs: tuple[str, ...]) -> Params:
+    """The parameters, with a value head where an algorithm needs values."""
+    return policy.with_value_head(params, config) if "values" in needs else params
 
 
 def lora_of(adapter: Adapter) -> LoraConfig | None:
@@ -101,6 +107,49 @@ def _with_adapter(params: Params, config: DecoderConfig, weights: Weights, seed:
     if weights.ref_sync_steps:
         frozen["reference"] = jax.tree.map(jnp.copy, trained)
     return trained, frozen
+
+
+def save_pretrained(
+    params: Params,
+    frozen: Params,
+    config: DecoderConfig,
+    source: str | Path,
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    replace: bool = True,
+) -> None:
+    """Write what was trained as a model directory that transformers and every script load: weights, config, tokenizer.
+
+    With a score head it is a reward model. An adapter is merged in float32 into the model that it was trained on, if
+    `source` holds its weights, else into the copy in `frozen`, which has the precision of the computation.
+
+    Args:
+      source: the model directory from which config and tokenizer are copied.
+      dtype: of the weights; None: that of the source.
+      replace: a directory that is there is replaced by a whole one; else ValueError.
+    """
+    trained = dict(params)
+    low_rank = trained.pop("lora", None)
+    if low_rank is None:
+        whole = decoder.full_params(config, trained, jax.device_get(frozen))["decoder"]
+    else:
+        whole = _merged(low_rank, frozen, config, source)
+    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace)
+    log_info(f"written: {directory}")
+
+
+def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:
+    """The decoder's parameters with the adapter merged into them, in float32, on the host."""
+    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    if holds_tensors(Path(source)):
+        shardings = jax.tree.map(lambda _: host, decoder.abstract(config))
+        base = hf.load(source, config, shardings)
+    else:
+        base = jax.tree.map(lambda x: x.astype(jnp.float32), jax.device_get(frozen["base"]["decoder"]))
+        base = jax.device_put(base, host)
+    return lora.merge(config.adapter, base, jax.device_put(jax.device_get(low_rank), host))
 
 
 def sync_reference(state: TrainState, weights: Weights) -> TrainState:

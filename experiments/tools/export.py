@@ -1,4 +1,4 @@
-r"""A checkpoint as a Hugging Face model directory that transformers loads.
+r"""A checkpoint as a Hugging Face model directory that transformers loads. Of the last step, a run writes one itself.
 
     python experiments/tools/export.py --run runs/grpo/DIR --out exported
     python experiments/tools/export.py --run runs/grpo/DIR --out adapter --adapter separate     # PEFT's format
@@ -15,14 +15,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
 from experiments.common import command_line
-from rljax.models import decoder, hf, lora, peft
+from experiments.common.models import save_pretrained
+from rljax.models import hf, peft
 from rljax.train.checkpoint import restore_items
 from rljax.train.log import log_info
-from rljax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +36,11 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Read the checkpoint, and write the directory."""
-    model_files = Path(cfg.run) / "model"
+    model_files = Path(cfg.run) / "model_files"
     if not model_files.is_dir():
-        raise ValueError(f"{cfg.run} is no run directory of a language model: it has no model/config.json")
-    config = hf.read_config(model_files)
+        raise ValueError(f"{cfg.run} is no run directory of a language model: it has no model_files/config.json")
     adapter, base_directory = hf.read_adapter(model_files)
+    config = dataclasses.replace(hf.read_config(model_files), adapter=adapter)
     separate = cfg.adapter == "separate"
     if separate and adapter is None:
         raise ValueError(f"{cfg.run} trained no adapter; legal: --adapter merged")
@@ -52,28 +49,22 @@ def main(cfg: Config) -> None:
     base_is_there = base_directory != model_files
     needed = ("params",) if separate or base_is_there else ("params", "frozen")
     step, parts = restore_items(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
-    trained = dict(parts["params"])
-    low_rank = trained.pop("lora", None)
+    log_info(f"checkpoint of step {step}")
     if separate:
-        peft.save_adapter(cfg.out, dataclasses.replace(config, adapter=adapter), low_rank, base_directory)
-    else:
-        if base_is_there:
-            params = hf.load(base_directory, config)
-        else:
-            params = decoder.full_params(config, trained, parts["frozen"])["decoder"]
-        if low_rank is not None:
-            params = merge(adapter, params, low_rank, base_is_there)
-        max_bytes = int(cfg.shard_gigabytes * 10**9)
-        hf.save(cfg.out, config, params, model_files, cfg.dtype or None, max_bytes, trained.get("score_head"))
-    log_info(f"written: {cfg.out}, of step {step}")
-
-
-def merge(adapter: lora.LoraConfig, base: Params, low_rank: Params, base_is_there: bool) -> Params:
-    """The decoder's parameters with the adapter merged into them, in float32."""
-    if not base_is_there:
+        peft.save_adapter(cfg.out, config, parts["params"]["lora"], base_directory)
+        return
+    if adapter is not None and not base_is_there:
         log_info("the base is no longer in its directory: the checkpoint's copy of it is used")
-        base = jax.tree.map(lambda x: x.astype(jnp.float32), base)
-    return lora.merge(adapter, base, low_rank)
+    save_pretrained(
+        parts["params"],
+        parts.get("frozen", {}),
+        config,
+        base_directory,
+        cfg.out,
+        dtype=cfg.dtype or None,
+        shard_bytes=int(cfg.shard_gigabytes * 10**9),
+        replace=False,
+    )
 
 
 if __name__ == "__main__":

@@ -244,18 +244,20 @@ def save(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     score_head: Float[Array, "D"] | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes a model directory that transformers loads.
 
     It is written under another name and renamed at the end, so it is never there half written. Tensors are written in
-    files of at most `shard_bytes`, one file in memory at a time. Raises ValueError if `directory` is not empty.
+    files of at most `shard_bytes`, one file in memory at a time. Raises ValueError if `directory` is not empty, unless
+    it is to be replaced.
 
     Args:
       params: the decoder's.
       source: the model directory from which config and tokenizer are copied.
       dtype: of the weights; None: that of the config.json.
       score_head: makes it a reward model (transformers' sequence classification with one label), without a table of
-      logits.
+      logits. Its files name a padding token that ends no completion (`reward_model_pad`).
     """
     raw = read_raw(source)
     raw.pop("auto_map", None)  # names code of the model directory, which is not copied
@@ -264,11 +266,12 @@ def save(
     if has_own_head(source):
         raw["tie_word_embeddings"] = False
     if score_head is not None:
-        _require_pad(source, raw)
         raw["architectures"] = [_classifier_of(name) for name in raw.get("architectures") or []]
-        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    with atomic_directory(directory) as unfinished:
+        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": reward_model_pad(source)}
+    with atomic_directory(directory, replace) as unfinished:
         copy_config_and_tokenizer(source, unfinished)
+        if score_head is not None:
+            _name_pad(unfinished, raw["pad_token_id"])
         (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         named = _tensors_to_write(config, params, has_fused_projections(source), score_head)
         _write_shards(unfinished, named, jnp.dtype(dtype), shard_bytes)
@@ -317,15 +320,52 @@ def _classifier_of(architecture: str) -> str:
     return text_only.replace("ForCausalLM", "ForSequenceClassification")
 
 
-def _require_pad(source: str | Path, raw: dict) -> None:
-    """transformers scores at the last token that is not padding, so no token that ends a completion may be padding."""
-    ends = raw.get("eos_token_id")
-    pad = raw.get("pad_token_id")
-    if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
-        raise ValueError(
-            f"{Path(source) / 'config.json'}: pad_token_id is {pad}, eos_token_id {ends}; transformers would score "
-            "another token than the completion's last; legal: the id of a token that no completion has"
-        )
+def reward_model_pad(source: str | Path) -> int:
+    """The id that pads the texts of a reward model: it must end no completion.
+
+    transformers scores a text at its last token that is not padding, so padding with EOS would score the token before
+    it. The first that ends no text of: the pad_token_id of config.json, the tokenizer's pad token, a special token with
+    "pad" in its name, the unknown token, the one that begins a text, any other special token. Raises ValueError where
+    there is none.
+    """
+    about = read_raw(source)
+    named = _read_json(source, "special_tokens_map.json") | _read_json(source, "tokenizer_config.json")
+    added = _read_json(source, "tokenizer.json").get("added_tokens", [])
+    special = {token["content"]: token["id"] for token in added if token.get("special")}
+
+    def id_of(name: str) -> int | None:
+        token = named.get(name)
+        return special.get(token["content"] if isinstance(token, dict) else token)
+
+    ends = {id_of("eos_token")}
+    for found in (about, _read_json(source, "generation_config.json")):
+        ids = found.get("eos_token_id")
+        ends |= set(ids) if isinstance(ids, list) else {ids}
+    padding = [number for text, number in special.items() if "pad" in text]
+    candidates = [about.get("pad_token_id"), id_of("pad_token"), *padding, id_of("unk_token"), id_of("bos_token")]
+    for candidate in [*candidates, *special.values()]:
+        if candidate is not None and candidate not in ends:
+            return candidate
+    raise ValueError(
+        f"{Path(source) / 'config.json'}: pad_token_id is {about.get('pad_token_id')}, eos_token_id "
+        f"{about.get('eos_token_id')}; transformers would score another token than the completion's last; legal: the "
+        "id of a token that no completion has"
+    )
+
+
+def _name_pad(directory: Path, pad: int) -> None:
+    """Writes the padding token into the tokenizer's settings too, if it is one of the tokenizer's special tokens."""
+    added = _read_json(directory, "tokenizer.json").get("added_tokens", [])
+    texts = [token["content"] for token in added if token["id"] == pad]
+    if texts:
+        settings = _read_json(directory, "tokenizer_config.json") | {"pad_token": texts[0]}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _read_json(directory: str | Path, name: str) -> dict:
+    """What a file of the directory holds; nothing where there is none."""
+    file = Path(directory) / name
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _write_shards(directory: Path, named: Iterator[tuple[str, np.ndarray]], dtype, shard_bytes: int) -> None:

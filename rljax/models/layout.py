@@ -137,20 +137,20 @@ def _fuse(separate: dict[tuple, list[TensorSlice]]) -> dict[tuple, list[TensorSl
 
 
 @contextlib.contextmanager
-def atomic_directory(directory: str | Path) -> Iterator[Path]:
+def atomic_directory(directory: str | Path, replace: bool = False) -> Iterator[Path]:
     """A temporary directory to write into, renamed to `directory` at the end: it is never there half written.
 
-    Raises ValueError if `directory` exists and is not empty.
+    Raises ValueError if `directory` exists and is not empty, unless it is to be replaced.
     """
     directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
+    if not replace and directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; name a directory that does not exist yet")
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
     if directory.exists():
-        directory.rmdir()
+        shutil.rmtree(directory)
     os.rename(unfinished, directory)
 
 

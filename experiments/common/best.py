@@ -1,0 +1,37 @@
+"""The best model of a run so far, by a metric of its evaluations."""
+
+import json
+from pathlib import Path
+
+from experiments.common.models import save_pretrained
+from rljax.models.decoder import DecoderConfig
+from rljax.train.log import write_atomically
+from rljax.types import TrainState
+
+
+def keep_best(
+    directory: Path,
+    state: TrainState,
+    config: DecoderConfig,
+    source: str,
+    metric: str,
+    value: float,
+    lower_is_better: bool = False,
+) -> None:
+    """Write the model as DIRECTORY/best unless an earlier evaluation was as good; best.json says which one that is.
+
+    Called before the step is recorded: a run that is stopped in between computes the step again, and keeps the same.
+
+    Args:
+      source: the model directory from which config and tokenizer are copied (`save_pretrained`).
+      metric, value: name and value of what the evaluation measured.
+    """
+    record = directory / "best.json"
+    step = int(state.step)
+    if record.is_file():
+        best = json.loads(record.read_text())
+        is_better = value < best["value"] if lower_is_better else value > best["value"]
+        if not is_better and best["step"] != step:
+            return
+    save_pretrained(state.params, state.frozen, config, source, directory / "best")
+    write_atomically(record, json.dumps({"step": step, "metric": metric, "value": value}))
