@@ -25,7 +25,6 @@ import jax
 
 from experiments.common import command_line, controllers, models, runs, train
 from experiments.common.algorithms import CriticFree, critic_free
-from experiments.common.best import keep_best
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import load_score, read_rewards
@@ -99,7 +98,6 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
-    params = models.with_needed_head(params, config, algorithm.needs)
     model = policy.make_policy(config)
     sampling = training_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
 
@@ -121,10 +119,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
-    functions = {"algorithm": algorithm, "rewards": rewards.verifiers}
 
     # -- the loop
-    run = runs.make_run(cfg, __file__, cfg.algorithm, functions, PROGRESS_METRICS)
+    run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
     with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
@@ -147,9 +144,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
                 run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | metrics
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
-            if runs.is_eval_step(cfg, step):
-                metrics["eval_reward"] = evaluate(state)["reward"]
-                keep_best(run.directory, state, config, cfg.model, "eval_reward", metrics["eval_reward"])
+            metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
             run.record(step, state, metrics)
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")

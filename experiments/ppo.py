@@ -22,7 +22,6 @@ from typing import Literal
 import jax
 
 from experiments.common import command_line, controllers, models, runs, train
-from experiments.common.best import keep_best
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_actor_critic_optimizer
 from experiments.common.rewards import load_score, read_rewards
@@ -125,7 +124,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
     log_ratio = train.make_log_ratio(model)
-    run = runs.make_run(cfg, __file__, "", {"algorithm": algorithm, "rewards": rewards.verifiers}, PROGRESS_METRICS)
+    run = runs.make_run(cfg, __file__, "", algorithm, rewards.verifiers, PROGRESS_METRICS)
 
     # -- the loop
     with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
@@ -148,9 +147,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
                 run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | credit_metrics(batch) | metrics
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
-            if runs.is_eval_step(cfg, step):
-                metrics["eval_reward"] = evaluate(state)["reward"]
-                keep_best(run.directory, state, config, cfg.model, "eval_reward", metrics["eval_reward"])
+            metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
             run.record(step, state, metrics)
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")

@@ -82,11 +82,6 @@ def add_critic(
     return {**params, "critic": {"decoder": trunk, "value_head": hf.load_score_head(directory)}}
 
 
-def with_needed_head(params: Params, config: DecoderConfig, needs: tuple[str, ...]) -> Params:
-    """The parameters, with a value head where an algorithm needs values."""
-    return policy.with_value_head(params, config) if "values" in needs else params
-
-
 def lora_of(adapter: Adapter) -> LoraConfig | None:
     """The adapter of these settings; None where its rank is 0."""
     if not adapter.rank:

@@ -1,16 +1,19 @@
 """What scripts share that sample prompts from a file: their data, their run directory, their last line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from experiments.common import data
+from experiments.common.best import keep_best
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
+from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
 from rljax.train.run import Run
+from rljax.types import TrainState
 
 
 def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
@@ -22,8 +25,10 @@ def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
     return tokenizer, *prompts
 
 
-def make_run(cfg: Any, source: str, kind: str, functions: Mapping[str, Any], progress_metrics: Sequence[str]) -> Run:
-    """The run directory of a script's Config; it keeps the source of the script and of the functions.
+def make_run(
+    cfg: Any, source: str, kind: str, algorithm: Any, verifiers: Mapping[str, Callable], progress_metrics: Sequence[str]
+) -> Run:
+    """The run directory of a script's Config; it keeps the source of the script, of the algorithm and of the verifiers.
 
     By default that is runs/SCRIPT/KIND-MODEL-PROMPTS-seedSEED.
     """
@@ -34,7 +39,7 @@ def make_run(cfg: Any, source: str, kind: str, functions: Mapping[str, Any], pro
         asdict(cfg),
         steps=cfg.steps,
         source=source,
-        functions=functions,
+        functions={"algorithm": algorithm, "rewards": verifiers},
         save_every=cfg.save_every,
         log_samples_every=cfg.log_samples_every,
         progress_metrics=progress_metrics,
@@ -50,6 +55,14 @@ def summarize(
     return {"before": before, "after": after}
 
 
-def is_eval_step(cfg: Any, step: int) -> bool:
-    """Whether an evaluation is due after this step: every `eval_every` steps, and after the last one."""
-    return step + 1 == cfg.steps or bool(cfg.eval_every and (step + 1) % cfg.eval_every == 0)
+def evaluate_when_due(
+    cfg: Any, run: Run, step: int, state: TrainState, config: DecoderConfig, evaluate: Callable
+) -> dict[str, float]:
+    """{"eval_reward": ...} every `eval_every` steps, the best model being kept, and after the last step; else {}."""
+    is_due = bool(cfg.eval_every) and (step + 1) % cfg.eval_every == 0
+    if not is_due and step + 1 != cfg.steps:
+        return {}
+    reward = evaluate(state)["reward"]
+    if cfg.eval_every:
+        keep_best(run.directory, state, config, cfg.model, "eval_reward", reward)
+    return {"eval_reward": reward}
