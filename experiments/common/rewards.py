@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.common import data, models
+from experiments.common import data, models, settings
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads, hf
 from rljax.models.decoder import DecoderConfig
 from rljax.ops.shaping import at_last_decision
+from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
+from rljax.rewards.remote import make_remote_reward
 from rljax.rewards.score import ModelReward, Score, decode_rows, make_score
+from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
 from rljax.train.log import log_info
 from rljax.train.mesh import RULES, data_parallel_size
 from rljax.types import Params, Trajectory, trajectory_of_tokens
@@ -31,25 +35,35 @@ class Rewards(NamedTuple):
 
     verifiers: dict[str, Callable]
     directories: dict[str, Path]  # of reward models
+    servers: dict[str, Callable[[Tokenizer, AnswerCache], ModelReward]]  # what makes the reward of a judge or server
     weights: dict[str, float]  # of all
 
 
-def read_rewards(items: tuple[str, ...], verifiers: dict[str, Callable]) -> Rewards:
-    """The rewards that are named by items NAME or NAME=WEIGHT; a name is one of `verifiers`, or a model directory.
+def read_rewards(items: tuple[str, ...], verifiers: dict[str, Callable], options: settings.Reward) -> Rewards:
+    """The rewards that are named by items NAME or NAME=WEIGHT.
 
-    Raises ValueError for an item that is neither, a weight that is no number, an item named twice, and a directory
-    that holds no reward model.
+    A name is one of `verifiers`, the directory of a reward model, judge:URL or remote:URL. Raises ValueError for an
+    item that is none, a weight that is no number, an item named twice, a directory that holds no reward model, a rubric
+    that cannot be filled in, and a server that does not answer.
     """
-    found = Rewards({}, {}, {})
+    found = Rewards({}, {}, {}, {})
     for item in items:
         name, weight = _split_weight(item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
         found.weights[name] = weight
+        kind, colon, url = name.partition(":")
         if name in verifiers:
             found.verifiers[name] = verifiers[name]
+        elif colon and kind in SERVERS:
+            check_url(url)
+            found.servers[name] = SERVERS[kind](url, options)
+        elif Path(name).is_dir():
+            hf.read_config(name, reward_model=True)
+            hf.load_score_head(name)
+            found.directories[name] = Path(name)
         else:
-            found.directories[name] = _reward_model_directory(name, item, tuple(verifiers))
+            raise ValueError(_not_legal(item, tuple(verifiers)))
     return found
 
 
@@ -67,30 +81,74 @@ def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
     return name, number
 
 
-def _reward_model_directory(name: str, item: str, names: tuple[str, ...]) -> Path:
-    directory = Path(name)
-    if not directory.is_dir():
-        raise ValueError(_not_legal(item, names))
-    hf.read_config(directory, reward_model=True)
-    hf.load_score_head(directory)
-    return directory
-
-
 def _not_legal(item: str, names: tuple[str, ...]) -> str:
     return (
-        f"reward {item!r}; legal: {', '.join(names)}, or the directory of a reward model; each with =WEIGHT or without"
+        f"reward {item!r}; legal: {', '.join(names)}, the directory of a reward model, judge:URL or remote:URL; each "
+        "with =WEIGHT or without (with one where the name holds a =)"
     )
 
 
 def load_score(
-    rewards: Rewards, tokenizer: Tokenizer, pool: Pool, mesh: jax.sharding.Mesh, dtype: str, model: str
+    rewards: Rewards,
+    tokenizer: Tokenizer,
+    pool: Pool,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    model: str,
+    directory: Path,
 ) -> Score:
-    """The function that scores a rollout of the policy in directory `model`. Loads the reward models."""
+    """The function that scores a rollout of the policy in the directory `model`. Loads the reward models.
+
+    directory: of the run, which keeps the answers of servers.
+    """
     model_rewards = {
-        name: load_reward_model(directory, mesh, tokenizer, model, dtype)
-        for name, directory in rewards.directories.items()
+        name: load_reward_model(place, mesh, tokenizer, model, dtype) for name, place in rewards.directories.items()
     }
+    for number, (name, make) in enumerate(rewards.servers.items()):
+        model_rewards[name] = make(tokenizer, AnswerCache(directory / "answers" / f"{number}.jsonl"))
     return make_score(rewards.verifiers, tokenizer.decode, rewards.weights, pool, model_rewards)
+
+
+# -------------------------------------------------------------------------------------------------------------- servers
+
+
+def _remote(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
+    limits = _limits(options)
+    check_reachable(url)
+
+    def make(tokenizer: Tokenizer, cache: AnswerCache) -> ModelReward:
+        return make_remote_reward(url, tokenizer.decode_all, limits, cache)
+
+    return make
+
+
+def _judge(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
+    """OPENAI_API_KEY of the environment goes to the server, where it is set."""
+    rubric = Path(options.rubric).read_text(encoding="utf-8") if options.rubric else RUBRICS[options.compare]
+    check_rubric(rubric, options.compare)
+    limits = _limits(options)
+    check_reachable(url)
+    key = os.environ.get("OPENAI_API_KEY")
+    endpoint = Endpoint(url, options.judge_model or served_model(url, key), options.judge_tokens, key)
+
+    def make(tokenizer: Tokenizer, cache: AnswerCache) -> ModelReward:
+        return make_judge(endpoint, tokenizer.decode, options.compare, rubric, options.scale, limits, cache)
+
+    return make
+
+
+SERVERS = {"judge": _judge, "remote": _remote}
+
+
+def _limits(options: settings.Reward) -> Limits:
+    if min(options.server_timeout_seconds, options.server_step_seconds, options.server_requests) <= 0:
+        raise ValueError("reward.server_timeout_seconds, server_step_seconds and server_requests; legal: above 0")
+    return Limits(
+        timeout_seconds=options.server_timeout_seconds,
+        step_timeout_seconds=options.server_step_seconds,
+        max_concurrent=options.server_requests,
+        retries=options.server_retries,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- reward models

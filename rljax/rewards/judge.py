@@ -282,13 +282,16 @@ def _chat(endpoint: Endpoint, question: str, seconds: float) -> str:
 
 
 def served_model(url: str, api_key: str | None = None, seconds: float = 10.0) -> str:
-    """The name of the first model that the server lists. Raises RequestError."""
+    """The name of the first model that the server lists. Raises ValueError where it lists none."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    answer = request_json(url.rstrip("/") + "/models", None, seconds, headers)
+    address = url.rstrip("/") + "/models"
     try:
-        return str(answer["data"][0]["id"])
+        return str(request_json(address, None, seconds, headers)["data"][0]["id"])
+    except RequestError as error:
+        problem = error.detail
     except (KeyError, IndexError, TypeError):
-        raise RequestError("invalid", f"no data[0].id in the answer {str(answer)[:200]}") from None
+        problem = "no data[0].id in the answer"
+    raise ValueError(f"{address} does not list its models ({problem}); a judge's address ends in /v1, as a rule")
 
 
 def _result(reply: Reply, read: Callable[[str], Any], legal: str) -> Result:

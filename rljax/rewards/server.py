@@ -43,7 +43,7 @@ class Reply(NamedTuple):
     detail: str = ""
 
 
-class RequestError(Exception):
+class RequestError(RuntimeError):
     """A request has no answer. status: "timeout", "unreachable" or "invalid". again: whether another try may help."""
 
     def __init__(self, status: str, detail: str, again: bool = True):
@@ -67,6 +67,16 @@ def check_url(url: str) -> None:
         raise ValueError(f"{url!r} is no address of a server; legal: http://HOST:PORT/PATH or https://...")
 
 
+def check_reachable(url: str, seconds: float = 10.0) -> None:
+    """Raises ValueError unless something accepts a connection there."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=seconds).close()
+    except OSError as error:
+        raise ValueError(f"no server at {url} ({error}); start it first, or correct the address") from None
+
+
 def request_json(url: str, body: Any = None, seconds: float = 60.0, headers: dict[str, str] | None = None) -> Any:
     """The JSON that the server answers to a POST of `body`, or to a GET where that is None.
 
@@ -77,16 +87,20 @@ def request_json(url: str, body: Any = None, seconds: float = 60.0, headers: dic
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.netloc, timeout=seconds)
     is_late = threading.Event()
+    sockets = []
 
     def cut() -> None:  # a socket's own timeout is for each read: a byte now and then would never meet it
         is_late.set()
-        with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        for connected in sockets:
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(seconds, cut)
     timer.daemon = True
     timer.start()
     try:
+        connection.connect()
+        sockets.append(connection.sock)  # the response takes it away from the connection
         status, data = _exchange(connection, parts.path + (parts.query and f"?{parts.query}"), body, headers or {})
     except (OSError, http.client.HTTPException) as error:
         if is_late.is_set() or isinstance(error, TimeoutError):
@@ -248,7 +262,8 @@ class AnswerCache:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
-                self._known[record.pop("key")] = Reply(**record)
+                key = record.pop("key")
+                self._known[key] = Reply(**record)
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise ValueError(f"{self._file}, line {number}: no answer of a server; delete the line") from None
 
