@@ -131,7 +131,7 @@ def test_chat(tmp_path):
     template += "{% if add_generation_prompt %}> {% endif %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.chat("ab") == tokenizer.encode("U: ab> ")
+    assert encode_prompt(tokenizer.chat, [{"role": "user", "content": "ab"}]) == tokenizer.encode("U: ab> ")
 
 
 # ------------------------------------------------------------------------------------------------------- stories260k
