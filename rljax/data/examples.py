@@ -105,7 +105,7 @@ def steps(row: Row, tokenizer: Tokenizer, separator: str = "\n") -> Steps:
     step_ends: list[bool] = []
     values: list[float] = []
     for text, label in zip(texts, labels, strict=True):
-        ids = tokenizer.encode_plain(text + separator)
+        ids = tokenizer.encode_more(text + separator)
         if not ids:
             raise ValueError("column 'completions' has a step without a token; legal: texts")
         completion += ids
@@ -143,11 +143,11 @@ def _continuation(prompt: list[int], prompt_text: str, text: str, tokenizer: Tok
     whole = tokenizer.encode(prompt_text + text)
     if whole[: len(prompt)] == prompt:
         return whole[len(prompt) :]
-    line = tokenizer.encode_plain("\n")
-    after_line = tokenizer.encode_plain("\n" + text)
+    line = tokenizer.encode_more("\n")
+    after_line = tokenizer.encode_more("\n" + text)
     if after_line[: len(line)] == line:
         return after_line[len(line) :]
-    return tokenizer.encode_plain(text)
+    return tokenizer.encode_more(text)
 
 
 def _with_prompt(row: Row) -> Row:

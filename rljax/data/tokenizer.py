@@ -21,7 +21,7 @@ class Tokenizer(NamedTuple):
     pad: int  # any id: padding is told by masks, never by ids
     size: int
     token_bytes: Callable[[], list[bytes]]  # the bytes of each token inside a text; empty for special ones
-    encode_plain: Callable[[str], list[int]]  # a text without special tokens around it
+    encode_more: Callable[[str], list[int]]  # a text without special tokens around it
     eos: int | None  # the id that ends a completion that is given as text
     chat: Chat | None = None  # None: the model has no chat template
 
@@ -54,7 +54,7 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
         pad=0,
         size=size,
         token_bytes=characters.token_bytes,
-        encode_plain=characters.encode,
+        encode_more=characters.encode,
         eos=0,
     )
 
@@ -95,7 +95,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return inner(text)["input_ids"]
 
-    def encode_plain(text: str) -> list[int]:
+    def encode_more(text: str) -> list[int]:
         return inner(text, add_special_tokens=False)["input_ids"]
 
     def decode(ids: Sequence[int]) -> str:
@@ -115,9 +115,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         pad=stop[0] if stop else 0,
         size=len(inner),
         token_bytes=token_bytes,
-        encode_plain=encode_plain,
+        encode_more=encode_more,
         eos=stop[0] if eos is None and stop else eos,
-        chat=_chat(directory, inner, encode_plain, stop) if inner.chat_template else None,
+        chat=_chat(directory, inner, encode_more, stop) if inner.chat_template else None,
     )
 
 

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
+from rljax.data.chat import encode_prompt
 from rljax.data.token_bytes import read_token_bytes
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer, save_characters
 
