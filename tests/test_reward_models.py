@@ -18,7 +18,7 @@ from models import tiny
 from rewards import servers
 from rljax.models import decoder, hf
 from rljax.train.mesh import make_mesh
-from rljax.types import trajectory_of_tokens
+from rljax.types import PromptBatch, trajectory_of_tokens
 from test_grpo_experiment import LETTERS, RAW, ROWS, metrics, write_prompts, write_tokenizer
 
 END = 2  # </s>
@@ -92,7 +92,28 @@ def test_another_vocabulary_reads_the_text(directories, capsys):
     ids = {letter: 3 + i for i, letter in enumerate(LETTERS[::-1] + "0123456789")}
     whole = [[1, *(ids[letter] for letter in a + b)] + [END] * ended for a, b, ended in TEXTS[:4]]
     want = [score_of(directories / "other", row) for row in whole]
-    np.testing.assert_allclose(reward(traj, None), want, rtol=1e-4, atol=1e-4)
+    rows = PromptBatch(np.zeros((4, 1)), np.ones((4, 1)), np.arange(4), [{}] * 4, 4)
+    np.testing.assert_allclose(reward(traj.replace(group=np.arange(4)), rows), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_conversation_is_encoded_with_the_other_template(directories, tmp_path):
+    """Its ends of turns are other tokens than those that were sampled; a completion that was cut has none."""
+    other = write_reward_model(tmp_path / "chat", LETTERS + "0123456789")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    about = json.loads((other / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (other / "tokenizer_config.json").write_text(json.dumps(about))
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, _ = rollout([("sampled", " a time.", True), ("as if", "b c", False)], policy)
+    messages = [{"role": "user", "content": "why?"}]
+    answered = [*messages, {"role": "assistant", "content": "ignored"}]
+    columns = [{"prompt": messages}, {"messages": answered}]
+    rows = PromptBatch(np.zeros((2, 1)), np.ones((2, 1)), np.arange(2), columns, 2)
+    reward = load_reward_model(other, make_mesh(fsdp=2, tensor=4), policy, directories / "policy")
+    tokenizer = data.load_tokenizer(str(other), 47)
+    whole = [tokenizer.encode_more("user:why?</s>assistant:" + text) for text in (" a time.</s>", "b c")]
+    want = [score_of(other, ids) for ids in whole]
+    np.testing.assert_allclose(reward(traj.replace(group=np.arange(2)), rows), want, rtol=1e-4, atol=1e-4)
 
 
 def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, monkeypatch):

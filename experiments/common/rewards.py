@@ -13,6 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models, settings
+from rljax.data.examples import demonstration
+from rljax.data.formats import is_conversation, messages_of
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads, hf
@@ -21,11 +23,11 @@ from rljax.ops.shaping import at_last_decision
 from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
-from rljax.rewards.score import ModelReward, Score, decode_rows, make_score
+from rljax.rewards.score import ModelReward, RowText, Score, decode_rows, make_score, prompt_indices
 from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
 from rljax.train.log import log_info
 from rljax.train.mesh import RULES, data_parallel_size
-from rljax.types import Params, Trajectory, trajectory_of_tokens
+from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
 
 PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
 
@@ -160,7 +162,7 @@ def load_reward_model(
     """reward(traj, prompts) -> the score of each completion [B], by the sequence classifier in `directory`.
 
     A reward model with the vocabulary of the policy (a model directory too) reads the token ids that were sampled. One
-    with another vocabulary reads the text, in its own tokens, with its EOS where the completion ended by itself. The
+    with another vocabulary reads the text, in its own tokens and chat template. The
     score is the head's output after the last token. A row that is longer than the model's context is not judged.
 
     Args:
@@ -175,7 +177,7 @@ def load_reward_model(
     if have_same_vocabulary(directory, policy):
         return lambda traj, prompts: score_rows(traj)
     log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
-    return lambda traj, prompts: score_rows(encode_again(traj, tokenizer, own))
+    return lambda traj, prompts: score_rows(encode_again(traj, prompts, tokenizer, own))
 
 
 def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
@@ -218,20 +220,33 @@ def make_score_rows(
     return score_rows
 
 
-def encode_again(traj: Trajectory, tokenizer: Tokenizer, other: Tokenizer) -> Trajectory:
-    """The prompts and completions of the rows, as token ids of the other tokenizer.
+def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, other: Tokenizer) -> Trajectory:
+    """Prompts and completions as token ids of the other tokenizer, which encodes them as `data.demonstration` does.
 
-    The text of both is encoded as one; a completion that ended by itself gets the other tokenizer's EOS.
+    Where the prompt is a conversation, its own chat template is used. A completion that was cut has no end.
     """
-    rows = [
-        other.encode(row.prompt + row.completion) + list(other.stop[:1]) * row.ended
-        for row in decode_rows(traj, tokenizer.decode)
-    ]
+    rows = []
+    for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
+        example = demonstration(_as_row(text, prompts.columns[index]), other)
+        cut = not text.ended and example.completion[-1] in other.stop
+        rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
     longest = max(map(len, rows))
     width = max(16, 1 << (longest - 1).bit_length())  # a power of two: each new width is compiled
     tokens, present = pad_left(rows, width, other.pad)
     last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
     return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
+
+
+def _as_row(text: RowText, columns: dict) -> dict:
+    """A row as `data.formats` has them: a conversation where the prompt is one, else two texts."""
+    column = "prompt" if is_conversation(columns.get("prompt")) else "messages"
+    if not is_conversation(columns.get(column)):
+        return {"prompt": text.prompt, "completion": text.completion}
+    messages = messages_of(columns, column)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    answer = [{"role": "assistant", "content": text.completion}]
+    return {"prompt": messages, "completion": answer, "tools": columns.get("tools")}
 
 
 # ------------------------------------------------------------------------------------------------------------- controls

@@ -107,9 +107,9 @@ def make_judge(
     def ask(questions: list[Any]) -> list[Reply]:
         return ask_all(partial(_chat, endpoint), [text for *_, text in questions], limits)
 
-    def look_up(texts: list[str], draws: list[int]) -> list[Reply]:
+    def fetch(texts: list[str], draws: list[int]) -> list[Reply]:
         questions = [[endpoint.url, endpoint.model, endpoint.max_tokens, text] for text in texts]
-        return cache.look_up(questions, draws, ask)
+        return cache.fetch(questions, draws, ask)
 
     def reward(traj: Trajectory, prompts: PromptBatch) -> list[Result]:
         columns = [prompts.columns[index] for index in prompt_indices(traj, prompts)]
@@ -118,7 +118,7 @@ def make_judge(
             _Row(int(draw), text.completion, {**about, "prompt": _prompt_text(about, text.prompt)})
             for draw, text, about in zip(np.asarray(traj.group), texts, columns, strict=True)
         ]
-        return judge(rubric, rows, look_up)
+        return judge(rubric, rows, fetch)
 
     return reward
 
@@ -129,7 +129,7 @@ class _Row(NamedTuple):
     fields: dict[str, Any]  # what a rubric may name beside the completion
 
 
-LookUp = Callable[[list[str], list[int]], list[Reply]]  # (questions, numbers of their prompts) -> replies
+Fetch = Callable[[list[str], list[int]], list[Reply]]  # (questions, numbers of their prompts) -> replies
 
 
 def _prompt_text(columns: dict, decoded: str) -> str:
@@ -173,15 +173,15 @@ def _fill(rubric: str, row: _Row, **completions: str) -> str:
 # --------------------------------------------------------------------------------------------------------- three judges
 
 
-def _score_each(rubric: str, rows: Sequence[_Row], look_up: LookUp, scale: float) -> list[Result]:
+def _score_each(rubric: str, rows: Sequence[_Row], fetch: Fetch, scale: float) -> list[Result]:
     questions = [_fill(rubric, row, completion=row.completion) for row in rows]
-    replies = look_up(questions, [row.draw for row in rows])
+    replies = fetch(questions, [row.draw for row in rows])
     return [
         _result(reply, partial(read_score, scale=scale), f"'Score: N' with N from 0 to {scale:g}") for reply in replies
     ]
 
 
-def _compare_pairs(rubric: str, rows: Sequence[_Row], look_up: LookUp) -> list[Result]:
+def _compare_pairs(rubric: str, rows: Sequence[_Row], fetch: Fetch) -> list[Result]:
     pairs = [
         (a, b)
         for group in _groups(rows)
@@ -192,7 +192,7 @@ def _compare_pairs(rubric: str, rows: Sequence[_Row], look_up: LookUp) -> list[R
     questions = [
         _fill(rubric, rows[a], completion_a=rows[a].completion, completion_b=rows[b].completion) for a, b in pairs
     ]
-    replies = look_up(questions, [rows[a].draw for a, _ in pairs])
+    replies = fetch(questions, [rows[a].draw for a, _ in pairs])
     legal = "'Winner: A', 'Winner: B' or 'Winner: tie'"
     first_wins = {pair: _result(reply, read_winner, legal) for pair, reply in zip(pairs, replies, strict=True)}
     results = []
@@ -218,10 +218,10 @@ def _mean_result(results: Sequence[Result]) -> Result:
     return Result(sum(values) / len(values), "ok") if values else results[0]
 
 
-def _rank_groups(rubric: str, rows: Sequence[_Row], look_up: LookUp) -> list[Result]:
+def _rank_groups(rubric: str, rows: Sequence[_Row], fetch: Fetch) -> list[Result]:
     orders = [order for group in _groups(rows) for order in (group, group[::-1])]
     questions = [_fill(rubric, rows[order[0]], completions=_numbered([rows[b] for b in order])) for order in orders]
-    replies = look_up(questions, [rows[order[0]].draw for order in orders])
+    replies = fetch(questions, [rows[order[0]].draw for order in orders])
     found: dict[int, list[Result]] = {b: [] for b in range(len(rows))}
     for order, reply in zip(orders, replies, strict=True):
         legal = f"'Ranking: ' and the numbers 1 to {len(order)}"

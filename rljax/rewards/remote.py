@@ -53,7 +53,7 @@ def make_remote_reward(
         questions = [
             [url, row.prompt + row.completion, row.prompt, label] for row, label in zip(rows, labels, strict=True)
         ]
-        return [Result(*reply) for reply in cache.look_up(questions, traj.group, ask)]
+        return [Result(*reply) for reply in cache.fetch(questions, traj.group, ask)]
 
     return reward
 

@@ -218,7 +218,7 @@ class AnswerCache:
         if self._file is not None and self._file.is_file():
             self._read()
 
-    def look_up(
+    def fetch(
         self, questions: Sequence[Any], draws: Sequence[int], ask: Callable[[list[Any]], list[Reply]]
     ) -> list[Reply]:
         """A reply to each question, which is JSON; those that are not known come from one call of `ask`.

@@ -246,28 +246,28 @@ ONE = Reply(1.0, "ok")
 
 def test_a_failure_is_kept_for_its_draw_once_the_run_went_on(tmp_path):
     cache = AnswerCache(tmp_path / "answers.jsonl")
-    assert cache.look_up(["a", "b"], [7, 8], asks(BUSY, ONE)) == [BUSY, ONE]
-    cache.look_up(["c"], [9], asks(ONE))  # the run went on
+    assert cache.fetch(["a", "b"], [7, 8], asks(BUSY, ONE)) == [BUSY, ONE]
+    cache.fetch(["c"], [9], asks(ONE))  # the run went on
     resumed = AnswerCache(tmp_path / "answers.jsonl")
-    assert resumed.look_up(["a", "b"], [7, 8], asks()) == [BUSY, ONE]
-    assert resumed.look_up(["a"], [17], asks(ONE)) == [ONE]  # drawn again later: asked again
-    assert AnswerCache(tmp_path / "answers.jsonl").look_up(["a"], [7], asks()) == [ONE]
+    assert resumed.fetch(["a", "b"], [7, 8], asks()) == [BUSY, ONE]
+    assert resumed.fetch(["a"], [17], asks(ONE)) == [ONE]  # drawn again later: asked again
+    assert AnswerCache(tmp_path / "answers.jsonl").fetch(["a"], [7], asks()) == [ONE]
 
 
 def test_a_failure_that_stopped_the_run_is_forgotten(tmp_path):
     cache = AnswerCache(tmp_path / "answers.jsonl")
-    assert cache.look_up(["a", "b"], [7, 8], asks(BUSY, ONE)) == [BUSY, ONE]
-    assert AnswerCache(tmp_path / "answers.jsonl").look_up(["a", "b"], [7, 8], asks(ONE)) == [ONE, ONE]
+    assert cache.fetch(["a", "b"], [7, 8], asks(BUSY, ONE)) == [BUSY, ONE]
+    assert AnswerCache(tmp_path / "answers.jsonl").fetch(["a", "b"], [7, 8], asks(ONE)) == [ONE, ONE]
 
 
 def test_a_line_that_was_not_written_to_its_end_is_cut_off(tmp_path):
     file = tmp_path / "answers.jsonl"
-    AnswerCache(file).look_up(["a"], [1], asks(ONE))
+    AnswerCache(file).fetch(["a"], [1], asks(ONE))
     whole = file.read_bytes()
     file.write_bytes(whole + whole[:20])
     cache = AnswerCache(file)
     assert file.read_bytes() == whole
-    assert cache.look_up(["a", "b"], [1, 2], asks(ONE)) == [ONE, ONE]
+    assert cache.fetch(["a", "b"], [1, 2], asks(ONE)) == [ONE, ONE]
     file.write_bytes(b"[1]\n" + whole)
     with pytest.raises(ValueError, match=r"answers\.jsonl, line 1: no answer of a server; delete the line"):
         AnswerCache(file)
