@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments.common import data
 from experiments.common.best import keep_best
 from rljax.data.prompts import Prompts
@@ -13,7 +15,7 @@ from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
 from rljax.train.run import Run
-from rljax.types import TrainState
+from rljax.types import Batch, TrainState, Trajectory
 
 
 def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
@@ -66,3 +68,8 @@ def evaluate_when_due(
     if cfg.eval_every:
         keep_best(run.directory, state, config, cfg.model, "eval_reward", reward)
     return {"eval_reward": reward}
+
+
+def without_credit(traj: Trajectory) -> Batch:
+    """A rollout as `Run.log_samples` shows it, where no decision has an advantage of its own."""
+    return Batch(traj, jnp.zeros_like(traj.logp), traj.mask)

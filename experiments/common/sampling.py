@@ -16,7 +16,7 @@ from rljax.rollouts.sample_token import distribution_settings
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, shard_prompts
-from rljax.types import LM, Algorithm, PromptBatch, Sampling, TrainState, Trajectory
+from rljax.types import LM, Algorithm, AnnotateFn, Params, PromptBatch, Sampling, TrainState, Trajectory
 
 
 def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
@@ -119,6 +119,25 @@ def make_draw(
         return traj, rows, state.replace(extra=rollouts.carry_to_arrays(left))
 
     return draw_and_carry
+
+
+def make_sample_scored(
+    lm: LM, annotate: AnnotateFn, score: Score, sampling: Sampling, shardings: Shardings, seed: int
+) -> Callable[..., Trajectory]:
+    """sample_scored(state, prompts, step, other=None) -> annotated and scored completions of these prompts.
+
+    `other`: (lm, parameters) of another policy that writes them, with keys of its own.
+    """
+
+    def sample_scored(
+        state: TrainState, prompts: PromptBatch, step: int, other: tuple[LM, Params] | None = None
+    ) -> Trajectory:
+        writer, params = other or (lm, state.params)
+        key_step = step if other is None else -2 - step  # -1 is that of evaluations
+        traj = sample(writer, params, state.frozen, shard_prompts(shardings, prompts), sampling, seed, key_step)
+        return score(annotate(state, traj), prompts)
+
+    return sample_scored
 
 
 def make_greedy_baseline(
