@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from experiments.common import data
 from experiments.common.best import keep_best
-from rljax.data.prompts import Prompts
+from rljax.data.prompts import Prompts, from_template, read_jsonl
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
@@ -27,17 +27,37 @@ def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
     return tokenizer, *prompts
 
 
+def read_all_prompts(cfg: Any) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
+    """The tokenizer, all prompts of a script's Config, and the text of a row's prompt."""
+    config = hf.read_config(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
+    text_of = from_template(data.unescape(cfg.template))
+    prompts = Prompts(read_jsonl(cfg.prompts), tokenizer.encode, text_of, max_tokens, cfg.seed, tokenizer.pad)
+    log_info(f"{len(prompts)} prompts; {prompts.dropped} dropped, longer than {max_tokens} tokens")
+    return tokenizer, prompts, text_of
+
+
+def name_of(cfg: Any, kind: str = "") -> str:
+    """KIND-MODEL-PROMPTS-seedSEED: the default name of a run."""
+    parts = (kind, Path(cfg.model).resolve().name, Path(cfg.prompts).stem, f"seed{cfg.seed}")
+    return "-".join(part for part in parts if part) + "-debug" * cfg.debug
+
+
 def make_run(
-    cfg: Any, source: str, kind: str, algorithm: Any, verifiers: Mapping[str, Callable], progress_metrics: Sequence[str]
+    cfg: Any,
+    source: str,
+    kind: str,
+    algorithm: Any,
+    verifiers: Mapping[str, Callable],
+    progress_metrics: Sequence[str],
 ) -> Run:
     """The run directory of a script's Config; it keeps the source of the script, of the algorithm and of the verifiers.
 
     By default that is runs/SCRIPT/KIND-MODEL-PROMPTS-seedSEED.
     """
-    parts = (kind, Path(cfg.model).resolve().name, Path(cfg.prompts).stem, f"seed{cfg.seed}")
-    name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
     return Run(
-        cfg.directory or f"runs/{Path(source).stem}/{name}",
+        cfg.directory or f"runs/{Path(source).stem}/{name_of(cfg, kind)}",
         asdict(cfg),
         steps=cfg.steps,
         source=source,
