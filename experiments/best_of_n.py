@@ -104,9 +104,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
         write_atomically(run.directory / "chosen.jsonl", as_lines(chosen))
         log_info(f"written: {run.directory / 'chosen.jsonl'}, {len(chosen)} rows of {len(prompts)} prompts")
         if not chosen:
-            log_info(
-                "nothing to fine-tune on: a larger --sampling.max_tokens, --keep_cut, or a lower --above", "yellow"
-            )
+            log_info("nothing to fine-tune on: --keep_cut, longer completions or a lower --above", "yellow")
     found = gains(records, cfg.n)
     table("the best of n", found)
     return found

@@ -78,16 +78,24 @@ def summarize(
 
 
 def evaluate_when_due(
-    cfg: Any, run: Run, step: int, state: TrainState, config: DecoderConfig, evaluate: Callable
+    cfg: Any,
+    run: Run,
+    step: int,
+    state: TrainState,
+    config: DecoderConfig,
+    evaluate: Callable,
+    metric: str = "reward",
+    lower_is_better: bool = False,
 ) -> dict[str, float]:
-    """{"eval_reward": ...} every `eval_every` steps, the best model being kept, and after the last step; else {}."""
+    """{"eval_METRIC": ...} every `eval_every` steps, the best model being kept, and after the last step; else {}."""
     is_due = bool(cfg.eval_every) and (step + 1) % cfg.eval_every == 0
     if not is_due and step + 1 != cfg.steps:
         return {}
-    reward = evaluate(state)["reward"]
+    name = f"eval_{metric}"
+    found = evaluate(state)[metric]
     if cfg.eval_every:
-        keep_best(run.directory, state, config, cfg.model, "eval_reward", reward)
-    return {"eval_reward": reward}
+        keep_best(run.directory, state, config, cfg.model, name, found, lower_is_better)
+    return {name: found}
 
 
 def without_credit(traj: Trajectory) -> Batch:

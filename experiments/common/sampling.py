@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from experiments.common import data, settings
 from experiments.common.settings import Batches
+from rljax.algorithms.gkd import mix_completions
+from rljax.data.demonstrations import demonstrations
+from rljax.data.examples import demonstration
 from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
@@ -164,3 +168,31 @@ def make_greedy_baseline(
         return traj.replace(baseline=jnp.repeat(rewards, batches.num_generations))
 
     return fill
+
+
+MIXED = ("inputs", "actions", "logp", "mask", "positions", "segments", "temperature", "group")
+
+
+def make_mix(
+    policy_fraction: float, options: settings.Sampling, prompts: Prompts, tokenizer: Tokenizer, seed: int
+) -> Callable[[int, Trajectory, PromptBatch], Trajectory]:
+    """mix(step, traj, rows) -> the trajectory, in which some rows are the file's completions of the same prompts.
+
+    They are cut where sampled ones would be. `policy_fraction`: share of rows that stay as they were sampled. Raises
+    ValueError for a row without a column `completion`.
+    """
+    if policy_fraction == 1:
+        return lambda step, traj, rows: traj
+    completions = []
+    for row in prompts.columns:
+        if row.get("completion") is None:
+            raise ValueError("a row has no column 'completion'; legal: with one, or --on_policy_fraction 1")
+        completions.append(demonstration(row, tokenizer).completion[: options.max_tokens])
+
+    def mix(step: int, traj: Trajectory, rows: PromptBatch) -> Trajectory:
+        given = demonstrations(rows, [completions[i] for i in prompts.indices_of(rows.number)], options.max_tokens)
+        given = given.replace(temperature=jnp.full_like(given.temperature, options.temperature))
+        sides = [Trajectory(**{name: getattr(side, name) for name in MIXED}) for side in (traj, given)]
+        return mix_completions(jax.random.fold_in(jax.random.key(seed), step), *sides, policy_fraction)
+
+    return mix

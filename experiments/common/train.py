@@ -204,10 +204,15 @@ def shardings_of(
     optimizer: optax.GradientTransformation,
     config: DecoderConfig,
     offload: tuple[str, ...] = (),
+    teacher_config: DecoderConfig | None = None,
 ) -> Shardings:
-    """Shardings of a state whose parameters, trained and frozen, are those of a decoder."""
+    """Shardings of a state whose parameters, trained and frozen, are those of a decoder.
+
+    teacher_config: of frozen["teacher"], if that is another decoder.
+    """
     axes = policy.logical_axes(config, state.params)
-    frozen_axes = {name: policy.logical_axes(config, part) for name, part in state.frozen.items()}
+    configs = {"teacher": teacher_config or config}
+    frozen_axes = {name: policy.logical_axes(configs.get(name, config), part) for name, part in state.frozen.items()}
     return state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
 
 
