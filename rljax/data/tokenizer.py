@@ -17,6 +17,7 @@ class Tokenizer(NamedTuple):
 
     encode: Callable[[str], list[int]]  # a prompt, with the special tokens that begin a text
     decode: Callable[[Sequence[int]], str]  # special tokens are left out
+    decode_all: Callable[[Sequence[int]], str]  # special tokens included
     stop: tuple[int, ...]  # ids that end a completion
     pad: int  # any id: padding is told by masks, never by ids
     size: int
@@ -49,6 +50,7 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     size = len(alphabet) + 1
     return Tokenizer(
         characters.encode,
+        characters.decode,
         characters.decode,
         stop=(0,),
         pad=0,
@@ -108,6 +110,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
 
+    def decode_all(ids: Sequence[int]) -> str:
+        return inner.decode(list(ids), skip_special_tokens=False)
+
     def token_bytes() -> list[bytes]:
         if not hasattr(inner, "backend_tokenizer"):
             raise ValueError(
@@ -118,6 +123,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return Tokenizer(
         encode,
         decode,
+        decode_all,
         stop,
         pad=stop[0] if stop else 0,
         size=len(inner),
