@@ -31,7 +31,7 @@ import numpy as np
 from experiments.common import command_line, models, runs
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
-from experiments.common.settings import MeshShape, Rare, Sampling, Weights
+from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
 from experiments.grpo import VERIFIERS
 from rljax.data.tokenizer import text_after
 from rljax.models import decoder
@@ -54,9 +54,8 @@ class Config:
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
-    reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
-    reward_workers: Rare[int] = 1  # processes that run verifiers
+    rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
+    reward: Reward = Reward()
     n: int = 16  # completions per prompt
     above: float | None = None  # choose only completions whose reward is above this
     keep_cut: bool = False  # choose completions too that reached max_tokens
@@ -73,7 +72,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
     """Sample, judge and choose; return the rows of the table: n, KL bound, reward and its standard error."""
     if cfg.n < 1 or cfg.prompts_at_once < 1:
         raise ValueError(f"n = {cfg.n}, prompts_at_once = {cfg.prompts_at_once}; legal: at least 1 each")
-    rewards = read_rewards(cfg.rewards, verifiers)
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     mesh = make_mesh(**asdict(cfg.mesh))
 
     # -- model and data
@@ -86,8 +85,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
     # -- sample, judge, choose
     directory = cfg.directory or f"runs/best_of_n/{runs.name_of(cfg, f'n{cfg.n}')}"
     run = Run(directory, asdict(cfg), steps=1, source=__file__, functions={"rewards": rewards.verifiers})
-    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
+    with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
         log = run.directory / "judged.jsonl"
         done = read_done(log)
         for rows in prompts.batches(cfg.prompts_at_once):

@@ -85,6 +85,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     check_settings(cfg)
+    train.check_whole_groups(batches)
     train.check_batches(batches, mesh)
 
     # -- student, teacher and data
@@ -148,8 +149,6 @@ def check_settings(cfg: Config) -> None:
         )
     if cfg.teacher_mixture and cfg.divergence != "minillm":
         raise ValueError("only minillm weights its tokens by the policy that wrote them; legal: --teacher_mixture 0")
-    if cfg.batches.max_tokens_per_device or cfg.batches.oversample > 1:
-        raise ValueError("rows are neither packed nor selected here; legal: max_tokens_per_device = 0, oversample = 1")
     if not have_same_vocabulary(cfg.model, cfg.teacher):
         raise ValueError(f"{cfg.teacher} has another vocabulary than {cfg.model}; legal: the same")
 

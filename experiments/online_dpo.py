@@ -29,7 +29,7 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.preferences import PAIR_LOSSES, PairLoss
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sample_scored, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.grpo import VERIFIERS
 from rljax import algorithms as a
 from rljax.algorithms.common.credit import rewards_differ
@@ -64,9 +64,8 @@ class Config:
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
-    reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
-    reward_workers: Rare[int] = 1  # processes that run verifiers
+    rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
+    reward: Reward = Reward()
     method: Literal["online_dpo", "xpo", "nash_md"] = "online_dpo"  # how to learn
     preference: Preference = Preference()
     seed: int = 0  # of the order of prompts and of sampling
@@ -87,10 +86,10 @@ class Config:
 
 def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Train; return reward and KL on the eval prompts before and after."""
-    rewards = read_rewards(cfg.rewards, verifiers)
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     mesh = make_mesh(**asdict(cfg.mesh))
-    check_batches(cfg.batches)
+    train.check_whole_groups(cfg.batches)
 
     # -- model and data
     tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
@@ -115,9 +114,9 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     run = runs.make_run(cfg, __file__, cfg.method, method.objective, rewards.verifiers, PROGRESS_METRICS)
 
     # -- the loop
-    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
+    with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
         sample_scored = make_sample_scored(lm, annotate, score, sampling, shardings, cfg.seed)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
@@ -126,7 +125,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         for step in run.steps(state.step):
             prompts = train_prompts.draw(state.cursor, cfg.batches.prompts)
             traj = sample_scored(state, prompts, step)
-            batch = method.make_batch(state, prompts, step, traj, sample_scored)
+            other = method.opponent and sample_scored(state, prompts, step, method.opponent(state))
+            batch = method.make_batch(traj, other)
             state, metrics = learn(update, state, batch, cfg.batches.epochs, cfg.batches.minibatches)
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)
@@ -140,14 +140,6 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
 
 
-def check_batches(batches: Batches) -> None:
-    """Raise ValueError for settings of a rollout that pairs do not have."""
-    for name, legal in (("oversample", 1), ("carry_over", 0), ("max_tokens_per_device", 0)):
-        value = getattr(batches, name)
-        if value != legal:
-            raise ValueError(f"{name} = {value}, but this script compares whole groups of each step; legal: {legal}")
-
-
 # ------------------------------------------------------------------------------------------------------------- methods
 
 
@@ -155,9 +147,10 @@ class Method(NamedTuple):
     """What is learned from a rollout, and by which objective."""
 
     objective: Objective
-    make_batch: Callable  # (state, prompts, step, traj, sample_scored) -> the batch of the objective
+    make_batch: Callable  # (rollout, the opponent's rollout) -> the batch of the objective
     rows: Batches  # sizes of that batch
     completions_per_row: int  # 2: a row is a pair
+    opponent: Callable | None = None  # (state) -> model and parameters that complete the same prompts
 
 
 def online_dpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
@@ -167,28 +160,20 @@ def online_dpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
         raise ValueError(f"num_generations = {n}: a pair is made of two completions of a prompt; legal: at least 2")
 
     @jax.jit
-    def pairs(traj):
+    def make_pairs(traj, other):
         compared = traj.replace(mask=traj.mask & rewards_differ(traj)[:, None])
         return a.online_pairs(compared, n, cfg.preference.missing_eos_penalty)
 
-    def make_batch(state, prompts, step, traj, sample_scored):
-        return pairs(traj)
-
     objective = a.dpo(model, PAIR_LOSSES[cfg.preference.loss], cfg.preference.beta)
-    return Method(objective, make_batch, dataclasses.replace(cfg.batches, num_generations=1), 2)
+    return Method(objective, make_pairs, dataclasses.replace(cfg.batches, num_generations=1), 2)
 
 
 def xpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
     """The policy's completion against the reference's."""
     lm = decoder.language_model(config)
-    pairs = jax.jit(a.xpo_pairs)
-
-    def make_batch(state, prompts, step, traj, sample_scored):
-        return pairs(traj, sample_scored(state, prompts, step, (lm, state.frozen["reference"])))
-
     loss = PAIR_LOSSES[cfg.preference.loss]
     objective = a.xpo(model, loss, cfg.preference.beta, cfg.preference.xpo_alpha)
-    return Method(objective, make_batch, cfg.batches, 2)
+    return Method(objective, jax.jit(a.xpo_pairs), cfg.batches, 2, lambda state: (lm, state.frozen["reference"]))
 
 
 def nash_md(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
@@ -201,10 +186,7 @@ def nash_md(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
     def credit(traj, other):
         return algorithm.credit(traj.replace(rewards=a.preference_over(traj, other)), {})
 
-    def make_batch(state, prompts, step, traj, sample_scored):
-        return credit(traj, sample_scored(state, prompts, step, (mixture, state.params)))
-
-    return Method(policy_objective(model, algorithm), make_batch, cfg.batches, 1)
+    return Method(policy_objective(model, algorithm), credit, cfg.batches, 1, lambda state: (mixture, state.params))
 
 
 METHODS = {"online_dpo": online_dpo, "xpo": xpo, "nash_md": nash_md}

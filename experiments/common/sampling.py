@@ -191,7 +191,8 @@ def make_mix(
 
     def mix(step: int, traj: Trajectory, rows: PromptBatch) -> Trajectory:
         given = demonstrations(rows, [completions[i] for i in prompts.indices_of(rows.number)], options.max_tokens)
-        given = given.replace(temperature=jnp.full_like(given.temperature, options.temperature))
+        temperature = jnp.full_like(given.temperature, options.temperature)
+        given = given.replace(temperature=temperature, group=jnp.asarray(rows.number))
         sides = [Trajectory(**{name: getattr(side, name) for name in MIXED}) for side in (traj, given)]
         return mix_completions(jax.random.fold_in(jax.random.key(seed), step), *sides, policy_fraction)
 

@@ -54,6 +54,14 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool 
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
 
 
+def check_whole_groups(batches: Batches) -> None:
+    """Raise ValueError for settings of rollouts that a recipe does not have which learns from all rows of each step."""
+    for name, legal in (("oversample", 1), ("carry_over", 0), ("max_tokens_per_device", 0)):
+        value = getattr(batches, name)
+        if value != legal:
+            raise ValueError(f"{name} = {value}, but this recipe learns from all completions of a step; legal: {legal}")
+
+
 def check_directory(directory: str, own: Algorithm | None) -> None:
     """Raise ValueError for an algorithm that is handed in without a directory: the default one is another's."""
     if own is not None and not directory:

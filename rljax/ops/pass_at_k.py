@@ -33,7 +33,7 @@ def expected_best(rewards: Float[Array, "*P n"], k: int) -> Float[Array, "*P"]:
     if not 1 <= k <= n:
         raise ValueError(f"the best of {k} of {n} rewards; legal: 1 to {n}")
     weights = [math.comb(i, k - 1) / math.comb(n, k) for i in range(n)]
-    return (jnp.sort(rewards, axis=-1) * jnp.asarray(weights)).sum(axis=-1)
+    return jnp.sort(rewards, axis=-1) @ jnp.asarray(weights, rewards.dtype)
 
 
 def best_of_n_kl(n: int) -> float:
