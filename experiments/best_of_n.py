@@ -26,6 +26,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import command_line, models, runs
@@ -114,7 +115,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
 
 def judge_prompt(traj: Trajectory, rows: PromptBatch, i: int, prompt_text: str, decode: Decode) -> dict:
     """A line of judged.jsonl: prompt i of the batch with all of its completions and their rewards."""
-    total, valid = (np.asarray(x) for x in episode_rewards(traj.rewards, traj.mask))
+    total, valid = (np.asarray(x) for x in episode_rewards(jnp.asarray(traj.rewards), traj.mask))
     n = len(total) // len(rows.number)
     own = range(i * n, (i + 1) * n)
     prompt_ids = rows.tokens[i][rows.mask[i]].tolist()
@@ -156,7 +157,7 @@ def gains(records: list[dict], n: int) -> list[dict[str, float]]:
     sizes = sorted({*(2**j for j in range(n.bit_length()) if 2**j <= n), n})
     rows = []
     for k in sizes:
-        best = np.asarray(expected_best(rewards, k))
+        best = np.asarray(expected_best(jnp.asarray(rewards), k))
         error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else math.nan
         rows.append({"n": k, "KL at most": best_of_n_kl(k), "reward": float(best.mean()), "error": float(error)})
     return rows
