@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from experiments.common.rows import Found, Read, limits_text, make_shape, read_file, shorten, unescape
+from experiments.common.rows import Found, Read, limits_text, make_shape, read_rows, shorten
 from experiments.common.settings import Data, PromptData
 from rljax.data.examples import Example, prompt_ids
+from rljax.data.files import read_table
 from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
 from rljax.data.tokenizer import Tokenizer
 from rljax.data.tokenizer import load_tokenizer as load
@@ -87,10 +89,10 @@ def read_and_split(
     paths, weights = zip(*map(split_weight, files), strict=True)
     if any(weights) and not all(weights):
         raise ValueError(f"weights for some files only ({', '.join(files)}); legal: FILE=WEIGHT for all or for none")
-    parts = [read_file(path, shape, read, tokenizer) for path in paths]
+    parts = [read_rows(read_table(path), shape, read, tokenizer) for path in paths]
     file_of = [number for number, part in enumerate(parts) for _ in part]
     source = {one.place: number for number, one in zip(file_of, (one for part in parts for one in part), strict=True)}
-    kept, dropped, cut = shorten([one for part in parts for one in part], *limits)
+    kept, dropped, cut = shorten([one for part in parts for one in part], *limits, what)
     keys = [one.key for one in kept]
     train, evaluation = ([kept[i] for i in side] for side in train_eval_split(keys, eval_size, seed))
     repeated = len(keys) - len(set(keys))
@@ -121,6 +123,14 @@ def split_weight(text: str) -> tuple[str, float]:
     return path, value
 
 
+def name_of(files: str | Sequence[str]) -> str:
+    """What the directory of a run is called after: the name of the first file."""
+    first = files if isinstance(files, str) else files[0]
+    path, _ = split_weight(first)
+    name = Path(path).name.removesuffix(".gz")
+    return Path(name).stem.replace(":", "-")
+
+
 def mixed(parts: Sequence[list], weights: Sequence[float], names: Sequence[str], seed: int) -> list:
     """The rows of all parts, those of each part so often that its share of all is its weight's share; none is left out.
 
@@ -142,7 +152,7 @@ def mixed(parts: Sequence[list], weights: Sequence[float], names: Sequence[str],
 
 
 def draw(examples: Sequence[T], seed: int, cursor: int, count: int) -> list[T]:
-    """The next `count` examples of the shuffled order from draw number `cursor` on: a pure function of its arguments."""
+    """The next `count` examples of the shuffled order from draw number `cursor` on: a pure function."""
     return [examples[i] for i in shuffled_indices(len(examples), seed, int(cursor), count)]
 
 
@@ -173,7 +183,7 @@ def read_prompts(
     max_tokens: int,
     eval_prompts: int,
     seed: int,
-    settings: PromptData = PromptData(),
+    settings: PromptData,
 ) -> tuple[Prompts, Prompts]:
     """Prompts to train on and to evaluate on; what becomes of those of more than `max_tokens` is counted."""
     shape = make_shape(template, "", settings)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from experiments.common.settings import PromptData
 from rljax.data.examples import Example, Steps
-from rljax.data.files import Table, read_table
+from rljax.data.files import Table
 from rljax.data.formats import TEXTS, is_conversation
 from rljax.data.prompts import from_template
 from rljax.data.tokenizer import Tokenizer
@@ -87,9 +87,8 @@ class Found(NamedTuple):
     key: tuple  # of its prompt: rows of equal keys are on one side of a split
 
 
-def read_file(path: str, shape: Callable[[dict], dict], read: Read, tokenizer: Tokenizer) -> list[Found]:
+def read_rows(table: Table, shape: Callable[[dict], dict], read: Read, tokenizer: Tokenizer) -> list[Found]:
     """read(row) of every row of a file. Raises ValueError, with file and line, for what cannot be read."""
-    table = read_table(path)
     found = []
     kind = None
     for i, row in enumerate(table.rows):
@@ -178,7 +177,7 @@ CUTS = {"drop": lambda item, *_: None, "cut_left": cut_left, "cut_right": cut_ri
 
 
 def shorten(
-    found: Sequence[Found], overlong: str, max_prompt_tokens: int, max_tokens: int
+    found: Sequence[Found], overlong: str, max_prompt_tokens: int, max_tokens: int, what: str = "rows"
 ) -> tuple[list[Found], int, int]:
     """The rows that fit, those that can be cut among them, and how many were dropped and cut.
 
@@ -200,9 +199,8 @@ def shorten(
             cut += 1
     if not kept:
         shortest = min(_length(one.item) for one in found)
-        raise ValueError(
-            f"every row is longer than {limits_text(max_prompt_tokens, max_tokens)}; the shortest has {shortest}"
-        )
+        limits = limits_text(max_prompt_tokens, max_tokens)
+        raise ValueError(f"every {what.removesuffix('s')} is longer than {limits}; the shortest has {shortest}")
     return kept, len(found) - len(kept), cut
 
 

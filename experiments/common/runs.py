@@ -21,7 +21,7 @@ def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
-    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
+    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
     return tokenizer, *prompts
 
 
@@ -32,7 +32,7 @@ def make_run(
 
     By default that is runs/SCRIPT/KIND-MODEL-PROMPTS-seedSEED.
     """
-    parts = (kind, Path(cfg.model).resolve().name, Path(cfg.prompts).stem, f"seed{cfg.seed}")
+    parts = (kind, Path(cfg.model).resolve().name, data.name_of(cfg.prompts), f"seed{cfg.seed}")
     name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
     return Run(
         cfg.directory or f"runs/{Path(source).stem}/{name}",

@@ -86,8 +86,8 @@ class PromptData:
     """How rows become prompts."""
 
     chat: bool = False  # a text is a user's message, and the model answers in its chat template
-    system: str = ""  # system message that conversations begin with, unless they have their own
-    overlong: Literal["drop", "cut_left", "cut_right", "error"] = "drop"  # what becomes of a row that is too long
+    system: Rare[str] = ""  # system message that conversations begin with, unless they have their own
+    overlong: Rare[Literal["drop", "cut_left", "cut_right", "error"]] = "drop"  # what becomes of a row that is too long
 
 
 @dataclasses.dataclass(frozen=True)

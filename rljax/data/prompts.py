@@ -56,8 +56,8 @@ def train_eval_split(keys: Sequence[Hashable], eval_size: int, seed: int) -> tup
         if len(evaluation) + len(group) <= room:
             evaluation += group
     evaluation = evaluation or min(order, key=len)  # every group is larger than asked for
-    held_out = set(evaluation)
-    return [i for group in order for i in group if i not in held_out], evaluation
+    chosen = set(evaluation)
+    return [i for group in order for i in group if i not in chosen], evaluation
 
 
 def shuffled_indices(size: int, seed: int, start: int, count: int) -> np.ndarray:
