@@ -24,7 +24,7 @@ from functools import partial
 import jax
 
 from experiments.common import command_line, controllers, models, runs, train
-from experiments.common.algorithms import CriticFree, critic_free
+from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import load_score, read_rewards
@@ -93,8 +93,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     """
     train.check_directory(cfg.directory, algorithm)
     name = cfg.algorithm if algorithm is None else ""
-    algorithm = algorithm or with_kl(critic_free(cfg.sampling.max_tokens)[cfg.algorithm](), cfg.kl_coef)
-    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
+    algorithms = critic_free(cfg.sampling.max_tokens) | PER_STEP
+    algorithm = algorithm or with_kl(algorithms[cfg.algorithm](), cfg.kl_coef)
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward, per_step=cfg.algorithm in PER_STEP)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))

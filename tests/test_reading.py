@@ -14,7 +14,16 @@ import pytest
 from tests import reading_path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ("arithmetic_controls", "arithmetic_grpo", "arithmetic_sft", "grpo")
+RECIPES = (
+    "arithmetic_controls",
+    "arithmetic_grpo",
+    "arithmetic_sft",
+    "best_of_n",
+    "distil",
+    "grpo",
+    "online_dpo",
+    "ppo",
+)
 
 
 def test_it_is_not_far_from_the_recipe_to_the_loss():

@@ -194,6 +194,23 @@ def read_prompts(
     return train, evaluation
 
 
+def read_all_prompts(
+    files: str | Sequence[str],
+    shape: Callable[[dict], dict],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    overlong: str = "drop",
+) -> Prompts:
+    """The prompts of all files, none of them held out; what becomes of those of more than `max_tokens` is counted."""
+    files = [files] if isinstance(files, str) else files
+    found = [one for path in files for one in read_rows(read_table(path), shape, read_prompt, tokenizer)]
+    kept, dropped, cut = shorten(found, overlong, max_tokens, max_tokens, "prompts")
+    notes = f"{dropped} dropped, longer than {max_tokens} tokens" + f"; {cut} cut to that ({overlong})" * bool(cut)
+    log_info(f"{len(kept)} prompts; {notes}")
+    return as_prompts(kept, tokenizer, max_tokens, seed)
+
+
 def as_prompts(found: Sequence[Found], tokenizer: Tokenizer, max_tokens: int, seed: int = 0) -> Prompts:
     """Prompts that were read, with the columns that their file has."""
     return Prompts([one.row for one in found], [one.item.prompt for one in found], max_tokens, seed, tokenizer.pad)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from experiments.common.settings import PromptData
 from rljax.data.examples import Example, Steps
 from rljax.data.files import Table
-from rljax.data.formats import TEXTS, is_conversation
+from rljax.data.formats import TEXTS, is_conversation, messages_of
 from rljax.data.prompts import from_template
 from rljax.data.tokenizer import Tokenizer
 
@@ -49,6 +49,12 @@ def make_shape(template: str, completion: str, settings: PromptData) -> Callable
         return row | _with_system(row, settings.system) if settings.system else row
 
     return shape
+
+
+def text_of_prompt(row: dict) -> str:
+    """The text of a prompt; of a conversation its last message."""
+    prompt = row.get("prompt", row.get("messages"))
+    return prompt if isinstance(prompt, str) else messages_of({"prompt": prompt}, "prompt")[-1]["content"]
 
 
 def _as_conversations(row: dict) -> dict:

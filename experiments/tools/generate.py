@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.common import command_line, data, models
-from experiments.common.rows import make_shape, read_rows, unescape
+from experiments.common.rows import make_shape, read_rows, text_of_prompt, unescape
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, PromptData, Sampling
 from rljax.data.files import Table, read_table
-from rljax.data.formats import messages_of
 from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
@@ -125,12 +124,6 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     if prompts.dropped:
         log_info(f"{prompts.dropped} of {len(found)} prompts dropped, longer than {longest} tokens")
     return prompts, lambda row: text_of_prompt(shape(row))
-
-
-def text_of_prompt(row: dict) -> str:
-    """The text of a prompt; of a conversation its last message."""
-    prompt = row.get("prompt", row.get("messages"))
-    return prompt if isinstance(prompt, str) else messages_of({"prompt": prompt}, "prompt")[-1]["content"]
 
 
 def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Completions, int], str]:

@@ -127,9 +127,13 @@ class Prompts:
         indices = shuffled_indices(len(self), self.seed, cursor, count)
         return self._batch(indices, range(cursor, cursor + count), cursor + count)
 
+    def indices_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Which prompts of the dataset have these draw numbers."""
+        return _indices_of_draws(len(self), self.seed, np.asarray(numbers))
+
     def columns_of(self, numbers: np.ndarray) -> list[dict]:
         """The columns of the prompts with these draw numbers."""
-        return [self.columns[i] for i in _indices_of_draws(len(self), self.seed, np.asarray(numbers))]
+        return [self.columns[i] for i in self.indices_of(numbers)]
 
     def first(self, count: int) -> PromptBatch:
         """The first `count` prompts in the dataset's own order: a fixed set for evaluation."""
