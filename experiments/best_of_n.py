@@ -29,10 +29,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import command_line, models, runs
+from experiments.common import command_line, models, runs, settings
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
-from experiments.common.settings import MeshShape, PromptData, Rare, Reward, Sampling, Weights
+from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
 from experiments.grpo import VERIFIERS
 from rljax.data.tokenizer import text_after
 from rljax.models import decoder
@@ -54,7 +54,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
-    data: PromptData = PromptData()
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()

@@ -21,22 +21,12 @@ from typing import Literal
 
 import jax
 
-from experiments.common import command_line, controllers, models, runs, train
+from experiments.common import command_line, controllers, models, runs, settings, train
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_actor_critic_optimizer
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_draw, training_sampling
-from experiments.common.settings import (
-    Batches,
-    MeshShape,
-    Optimizer,
-    PromptData,
-    Rare,
-    Reward,
-    Sampling,
-    Weights,
-    one_small_step,
-)
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.grpo import VERIFIERS
 from rljax import algorithms as a
 from rljax.models import decoder, hf, policy
@@ -72,7 +62,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
-    data: PromptData = PromptData()
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models, settings
+from experiments.common.rows import unescape
 from rljax.data.examples import demonstration
 from rljax.data.formats import is_conversation, messages_of
 from rljax.data.prompts import pad_left

@@ -67,8 +67,8 @@ def _as_conversations(row: dict) -> dict:
     }
     texts = row.get("completions")
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        said = [{"role": "assistant", "content": text} for text in texts]
-        made["completions"] = said if "labels" in row else [[message] for message in said]
+        messages = [{"role": "assistant", "content": text} for text in texts]
+        made["completions"] = messages if "labels" in row else [[message] for message in messages]
     return made
 
 
