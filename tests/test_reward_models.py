@@ -17,6 +17,7 @@ from experiments.common.settings import Batches, MeshShape, Reward, Sampling
 from models import tiny
 from rewards import servers
 from rljax.models import decoder, hf
+from rljax.rewards.score import RewardError
 from rljax.train.mesh import make_mesh
 from rljax.types import PromptBatch, trajectory_of_tokens
 from test_grpo_experiment import LETTERS, RAW, ROWS, metrics, write_prompts, write_tokenizer
@@ -315,3 +316,28 @@ def test_a_run_with_servers_goes_on_bit_for_bit_and_asks_nothing_twice(directori
     assert list(sample["scores"]) == [items[0], items[1].removesuffix("=0.5")]
     queries = [query for body in server.requests for query in body.get("query", [])]
     assert all(query.startswith("<s>") for query in queries)  # special tokens go along
+
+
+def test_a_run_stops_where_its_server_fails_and_goes_on_when_it_is_back(directories, tmp_path):
+    """Good for the evaluation and the first step; then it fails. In the end the run is one that had no failure."""
+    good = servers.rewards(lambda body: [len(query) / 7 for query in body["query"]])
+    is_up = [True]
+
+    def answer(handler, body, server):
+        is_up[0] = is_up[0] and len(server.requests) != 3
+        good(handler, body, server) if is_up[0] else servers.send(handler, "busy", 503)
+
+    with servers.serve(answer) as server:
+        options = Reward(server_retries=0)
+        cfg = config(directories, tmp_path, rewards=(f"remote:{server.url}",), steps=2, reward=options)
+        message = f"remote:{server.url} did not judge 4 of 4 completions: invalid 4; the first: HTTP 503: busy"
+        with pytest.raises(RewardError, match=rf"{message}\. Legal: at most 50% of a rollout"):
+            grpo.main(cfg)
+        assert len(metrics(cfg.directory)) == 1
+        server.requests.clear()
+        is_up[0] = True
+        result = grpo.main(cfg)
+        server.requests[:] = [None] * 9
+        again = dataclasses.replace(cfg, directory=str(tmp_path / "again"))
+        assert grpo.main(again) == result
+    assert metrics(again.directory) == metrics(cfg.directory)

@@ -45,7 +45,7 @@ class Rewards(NamedTuple):
     conditions: dict[str, str]  # name -> the reward that must be above 0 for it to count
     process: set[str]  # which of `directories` judge steps
     per_step: bool  # a step is rewarded where it ends; False: the least of a completion's steps, at its end
-    separator: str  # text that ends a step
+    options: settings.Reward
 
 
 def read_rewards(
@@ -60,7 +60,7 @@ def read_rewards(
 
     per_step: each step is rewarded where it ends. Raises ValueError where nothing judges steps.
     """
-    found = Rewards({}, {}, {}, {}, {}, set(), per_step, unescape(options.step_separator))
+    found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
         plain, _, condition = item.rpartition("@")
         is_conditioned = condition in found.weights
@@ -138,7 +138,16 @@ def load_score(
             model_rewards[name] = load_reward_model(place, mesh, tokenizer, model, dtype)
     for number, (name, make) in enumerate(rewards.servers.items()):
         model_rewards[name] = make(tokenizer, AnswerCache(directory / "answers" / f"{number}.jsonl"))
-    return make_score(rewards.verifiers, tokenizer.decode, rewards.weights, pool, model_rewards, rewards.conditions)
+    return make_score(
+        rewards.verifiers,
+        tokenizer.decode,
+        rewards.weights,
+        pool,
+        model_rewards,
+        rewards.conditions,
+        rewards.options.max_failed,
+        report=log_info,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- servers
@@ -225,9 +234,10 @@ def load_process_reward_model(
     config, params, _ = _load_scorer(directory, mesh, dtype)
     score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
     token_bytes = data.token_bytes(tokenizer, config.vocab_size)
+    separator = unescape(rewards.options.step_separator)
 
     def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
-        ends = mark_step_ends(traj, token_bytes, rewards.separator)
+        ends = mark_step_ends(traj, token_bytes, separator)
         probability = jax.nn.sigmoid(score_tokens(traj))
         return StepScores(probability, ends) if rewards.per_step else min_over_steps(probability, jnp.asarray(ends))
 

@@ -118,6 +118,7 @@ class Reward:
 
     timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
     workers: Rare[int] = 1  # processes that run verifiers
+    max_failed: Rare[float] = 0.5  # share of a rollout that a reward may leave unjudged; beyond it the run stops
     step_separator: Rare[str] = "\\n"  # text that ends a step for a process reward model; \n is a new line
     compare: Rare[Literal["score", "pairwise", "ranking"]] = (
         "score"  # what a judge does with the completions of a prompt

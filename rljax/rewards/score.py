@@ -17,11 +17,14 @@ is "could not be judged", as when no result came in time. It may also return the
 A reward with a condition counts where the other reward is above 0, and is 0 elsewhere: an easy reward (a format) that
 cannot be had without the hard one (a right answer). Where the other has no score, it has none.
 
+A rollout of which too many rows could not be judged is an error too: what is left of it is no fair sample.
+
 A verifier or model reward with weight 0 is recorded only: it neither gives a row a reward nor takes it away.
 """
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,6 +69,8 @@ def make_score(
     pool: Pool | None = None,
     model_rewards: Mapping[str, ModelReward] | None = None,
     conditions: Mapping[str, str] | None = None,
+    max_failed: float = 1.0,
+    report: Callable[[str], None] | None = None,
 ) -> Score:
     """The function that scores a rollout.
 
@@ -76,12 +81,15 @@ def make_score(
       pool: None calls the verifiers in this process, where nothing stops one that hangs; the numbers are the same.
       model_rewards: by name, which no verifier has; their columns follow those of the verifiers.
       conditions: name -> the reward that must be above 0 for it to count. One that has a condition itself comes first.
+      max_failed: share of a rollout's rows that a reward with a weight may leave without a judgement.
+      report: called with a line for each reward that left rows without one.
 
     Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
     fills `scores` and `reward_weights` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen
     token according to the mask, 0 elsewhere. Where steps are rewarded, theirs are added where they end, and
     `step_ends` is filled. A row without a chosen token gets scores, and rewards of 0.
-    Raises RewardError naming the verifier, the prompt and the completion; ValueError for unknown weights.
+    Raises RewardError naming the verifier, the prompt and the completion, or saying what became of the rows where too
+    many were not judged; ValueError for unknown weights.
     """
     model_rewards = model_rewards or {}
     names = (*verifiers, *model_rewards)
@@ -101,6 +109,8 @@ def make_score(
                 steps[len(results)] = returned
                 returned = _least_step(returned, mask)
             results.append(_results_of_rows(name, returned, len(mask)))
+        for name, factor, of_one in zip(names, factors, results, strict=True):
+            _check_failed(name, of_one, max_failed if factor else 1.0, report)
         values, failed = _as_arrays(results)
         counts = _apply_conditions(values, failed, pairs)
         of_steps = np.isin(np.arange(len(names)), list(steps))
@@ -312,6 +322,23 @@ def _raise_first_error(
                 f"{function_name(verifier)} failed on prompt {number}, completion {shown!r}: {result.detail}\n"
                 "Legal: a finite number, or None where the verifier does not apply"
             )
+
+
+def _check_failed(
+    name: str, results: Sequence[Result], max_failed: float, report: Callable[[str], None] | None
+) -> None:
+    """Reports the rows that could not be judged, by status. Raises RewardError where there are too many."""
+    failed = [result for result in results if result.status in FAILED]
+    if not failed:
+        return
+    counts = Counter(result.status for result in failed)
+    shown = ", ".join(f"{status} {count}" for status, count in counts.items())
+    detail = f"; the first: {failed[0].detail}" if failed[0].detail else ""
+    line = f"{name} did not judge {len(failed)} of {len(results)} completions: {shown}{detail}"
+    if len(failed) > max_failed * len(results):
+        raise RewardError(f"{line}. Legal: at most {max_failed:.0%} of a rollout")
+    if report is not None:
+        report(line)
 
 
 def _as_arrays(results: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndarray]:

@@ -31,13 +31,15 @@ def mark_step_ends(traj: Trajectory, token_bytes: Sequence[bytes], separator: st
 def _ends_of(pieces: list[bytes], separator: bytes) -> list[int]:
     """The indices of the pieces of a text in which its steps end."""
     ends = []
-    step = b""  # what the present step holds so far
+    tail = b""  # what the separator may lie in
+    holds_text = False  # whether the present step does
     for index, piece in enumerate(pieces):
-        step += piece
-        tail = piece if len(separator) == 1 else step[-len(piece) - len(separator) + 1 :]
-        if piece and separator in tail and step.strip():
+        tail = tail[max(0, len(tail) - len(separator) + 1) :] + piece
+        holds_text = holds_text or bool(piece.strip())
+        if piece and holds_text and separator in tail:
             ends.append(index)
-            step = b""
-    if pieces and (step.strip() or not ends):
+            tail = b""
+            holds_text = False
+    if pieces and (holds_text or not ends):
         ends.append(len(pieces) - 1)
     return ends
