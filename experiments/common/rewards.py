@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models, settings
+from experiments.common.rows import unescape
 from rljax.data.examples import demonstration
 from rljax.data.formats import is_conversation, messages_of
 from rljax.data.prompts import pad_left
@@ -233,7 +234,7 @@ def load_process_reward_model(
     config, params, _ = _load_scorer(directory, mesh, dtype)
     score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
     token_bytes = data.token_bytes(tokenizer, config.vocab_size)
-    separator = data.unescape(rewards.options.step_separator)
+    separator = unescape(rewards.options.step_separator)
 
     def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
         ends = mark_step_ends(traj, token_bytes, separator)
