@@ -1,0 +1,83 @@
+"""Comparisons, judgments and rankings of completions, as batches of the DPO family, of KTO and of reward models."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.data.demonstrations import collate, collate_after_prompts
+from rljax.data.examples import Comparison, Example, Judgment
+from rljax.types import Pairs, Trajectory, Unpaired
+
+
+def collate_pairs(
+    comparisons: Sequence[Comparison], prompt_tokens: int, max_tokens: int, with_margin: bool = False, pad: int = 0
+) -> Pairs:
+    """Pairs [B] whose completions all begin in the same column, so that the two of a pair can share their prompt.
+
+    Args:
+      prompt_tokens, max_tokens: widths of prompts and of completions; what is longer is a ValueError.
+      with_margin: fill `Pairs.margin`; NaN where a comparison has none.
+    """
+
+    def rows(examples: list[Example]) -> Trajectory:
+        return collate_after_prompts(examples, prompt_tokens, max_tokens, pad)
+
+    margin = None
+    if with_margin:
+        margin = jnp.asarray([np.nan if c.margin is None else c.margin for c in comparisons], jnp.float32)
+    return Pairs(rows([c.chosen for c in comparisons]), rows([c.rejected for c in comparisons]), margin)
+
+
+def judgments_of(comparison: Comparison) -> tuple[Judgment, Judgment]:
+    """The chosen completion as a desirable one, the rejected as an undesirable one (as TRL's KTO reads pairs)."""
+    return Judgment(comparison.chosen, True), Judgment(comparison.rejected, False)
+
+
+def collate_unpaired(judgments: Sequence[Judgment], width: int, mismatched: bool = False, pad: int = 0) -> Unpaired:
+    """Unpaired [B], a row of `width` tokens each.
+
+    `mismatched` (KTO): with each prompt followed by the completion of the next row that has another prompt; by the next
+    row's where all prompts are equal. Such a row may be longer than any example: what exceeds `width` is cut off.
+    """
+    examples = [judgment.example for judgment in judgments]
+    desirable = jnp.asarray([judgment.desirable for judgment in judgments])
+    traj = collate(examples, width, pad)
+    if not mismatched:
+        return Unpaired(traj, desirable)
+    others = [_with_completion_of_another(examples, row, width) for row in range(len(examples))]
+    return Unpaired(traj, desirable, collate(others, width, pad))
+
+
+def _with_completion_of_another(examples: Sequence[Example], row: int, width: int) -> Example:
+    """The prompt of this row with the completion of the next one that has another prompt."""
+    prompt = examples[row].prompt
+    following = [*examples[row + 1 :], *examples[:row]]
+    other = next((e for e in following if e.prompt != prompt), following[0] if following else examples[row])
+    room = width - len(prompt)
+    return Example(prompt, other.completion[:room], other.mask[:room], examples[row].columns)
+
+
+def ranking(row: dict, read: Callable[[dict], Example]) -> list[Example]:
+    """The completions of a row, best first, from its columns `prompt` and `completions`.
+
+    `read`: {prompt, completion} -> Example. Raises ValueError for fewer than two completions.
+    """
+    completions = row.get("completions")
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise ValueError(f"completions is {completions!r}; legal: a list of at least two, best first")
+    return [read({"prompt": row["prompt"], "completion": completion}) for completion in completions]
+
+
+def collate_rankings(
+    rankings: Sequence[Sequence[Example]], most: int, prompt_tokens: int, max_tokens: int, pad: int = 0
+) -> Trajectory:
+    """A trajectory [P K T] of rankings, best completion first; rows that a prompt lacks have no decision.
+
+    Args: most: K, the completions of the longest ranking.
+    """
+    empty = Example([], [], [], {})
+    rows = [example for found in rankings for example in [*found, *[empty] * (most - len(found))]]
+    traj = collate_after_prompts(rows, prompt_tokens, max_tokens, pad)
+    return jax.tree.map(lambda x: x.reshape(len(rankings), most, *x.shape[1:]), traj)
