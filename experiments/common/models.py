@@ -17,13 +17,21 @@ from rljax.types import Params, TrainState
 
 
 def load_pretrained(
-    directory: str, weights: Weights, mesh: jax.sharding.Mesh, context: int | None = None, seed: int = 0
+    directory: str,
+    weights: Weights,
+    mesh: jax.sharding.Mesh,
+    context: int | None = None,
+    seed: int = 0,
+    reference: bool = True,
 ) -> tuple[DecoderConfig, Params, dict]:
     """The model's config, its trained parameters, and the frozen ones: the reference, and what is not trained.
 
     Trained parameters are float32. A base under an adapter is held in the dtype of the computation.
 
-    Args: context: tokens of the longest row. seed: of the adapter's initial values.
+    Args:
+      context: tokens of the longest row.
+      seed: of the adapter's initial values.
+      reference: keep a copy of the model as it is now; an adapter's base is there anyway.
     Raises ValueError for an adapter together with `freeze`.
     """
     if weights.adapter.rank and weights.freeze:
@@ -43,7 +51,8 @@ def load_pretrained(
     frozen = {}
     if weights.freeze:
         params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
-    frozen["reference"] = jax.tree.map(jnp.copy, params)
+    if reference:
+        frozen["reference"] = jax.tree.map(jnp.copy, params)
     return config, params, frozen
 
 

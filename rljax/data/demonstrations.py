@@ -8,6 +8,8 @@ import numpy as np
 from rljax.data.examples import Example
 from rljax.types import PromptBatch, Trajectory, trajectory_of_tokens
 
+EMPTY = Example([], [], [], {})  # a row without a token: it fills up a batch, and teaches nothing
+
 
 def collate(examples: Sequence[Example], width: int, pad: int = 0) -> Trajectory:
     """Examples, each in a row of `width` tokens (width - 1 decisions), padded on the right.

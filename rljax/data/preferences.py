@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.data.demonstrations import collate, collate_after_prompts
+from rljax.data.demonstrations import EMPTY, collate, collate_after_prompts
 from rljax.data.examples import Comparison, Example, Judgment
 from rljax.types import Pairs, Trajectory, Unpaired
 
@@ -51,10 +51,12 @@ def collate_unpaired(judgments: Sequence[Judgment], width: int, mismatched: bool
 
 
 def _with_completion_of_another(examples: Sequence[Example], row: int, width: int) -> Example:
-    """The prompt of this row with the completion of the next one that has another prompt."""
+    """The prompt of this row with the completion of the next one that has another prompt. Empty rows stay empty."""
     prompt = examples[row].prompt
-    following = [*examples[row + 1 :], *examples[:row]]
-    other = next((e for e in following if e.prompt != prompt), following[0] if following else examples[row])
+    if not examples[row].completion:
+        return examples[row]
+    following = [example for example in (*examples[row + 1 :], *examples[: row + 1]) if example.completion]
+    other = next((example for example in following if example.prompt != prompt), following[0])
     room = width - len(prompt)
     return Example(prompt, other.completion[:room], other.mask[:room], examples[row].columns)
 
@@ -77,7 +79,6 @@ def collate_rankings(
 
     Args: most: K, the completions of the longest ranking.
     """
-    empty = Example([], [], [], {})
-    rows = [example for found in rankings for example in [*found, *[empty] * (most - len(found))]]
+    rows = [example for found in rankings for example in [*found, *[EMPTY] * (most - len(found))]]
     traj = collate_after_prompts(rows, prompt_tokens, max_tokens, pad)
     return jax.tree.map(lambda x: x.reshape(len(rankings), most, *x.shape[1:]), traj)
