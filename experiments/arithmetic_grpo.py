@@ -14,7 +14,6 @@ Reached: seeds 0 to 4, eval accuracy 0.380 0.371 0.423 0.435 0.375 -> 0.918 0.88
 AMD EPYC cores, commits 5e872a6 (seed 0) and 85c14c7).
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -23,16 +22,18 @@ import jax
 import jax.numpy as jnp
 
 from experiments import arithmetic_sft
-from experiments.common import arithmetic, command_line, sampling, train
+from experiments.common import arithmetic, command_line, train
+from experiments.common.algorithms import critic_free
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import control_rewards
+from experiments.common.sampling import make_draw, make_greedy_baseline
 from experiments.common.settings import Batches, MeshShape, Optimizer, debug_batches
 from rljax import algorithms as a
 from rljax.models import policy
-from rljax.rewards.score import Score, make_score
+from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, make_mesh
+from rljax.train.mesh import make_mesh
 from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
@@ -40,10 +41,8 @@ from rljax.train.trust_region import make_trust_region_update
 from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, Params, TrainState
 
-BY_NAME = (a.grpo, a.dapo, a.gspo, a.cispo, a.sapo, a.gdpo, a.reinforce, a.rloo, a.remax, a.reinforce_pp, a.ppo)
-BY_NAME += (a.vpg, a.trpo)
-ALGORITHMS = {make.__name__: make for make in BY_NAME}
-ALGORITHMS["dr_grpo"] = partial(a.dr_grpo, 7.0)  # 7 tokens: the longest answer
+ALGORITHMS = critic_free(max_tokens=7)  # of the longest answer
+ALGORITHMS |= {"ppo": a.ppo, "vpg": a.vpg, "trpo": a.trpo}
 AlgorithmName = Literal[tuple(ALGORITHMS)]
 PROGRESS_METRICS = ("reward", "eval_reward", "length", "kl_sequence", "tokens_per_second")
 
@@ -95,7 +94,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
 
     # -- the functions of a step
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
-    draw = make_draw(cfg, task, algorithm, score, batches, shardings)
+    sampling = arithmetic.sampling_of(task, batches.num_generations)
+    draw = make_draw(task.lm, task.train_prompts, batches, sampling, shardings, cfg.seed)
+    fill_baseline = make_greedy_baseline(task.lm, algorithm, score, batches, sampling, shardings)
     annotate = policy.make_annotate(task.policy, algorithm.needs)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)
@@ -116,7 +117,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         state = run.restore(state)
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)
-            traj = annotate(state, traj)
+            traj = annotate(state, fill_baseline(state, traj, prompts))
             traj = control_rewards(score(traj, prompts), cfg.reward, jax.random.fold_in(state.key, 2))
             batch = credit(keep(traj), state.coefficients)
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
@@ -164,25 +165,6 @@ def warmed_up(cfg: Config) -> tuple[arithmetic.Task, Params]:
         debug=cfg.debug,
     )
     return arithmetic_sft.train_supervised(settings)
-
-
-def make_draw(
-    cfg: Config, task: arithmetic.Task, algorithm: Algorithm, score: Score, batches: Batches, shardings: Shardings
-) -> Callable:
-    """`sampling.make_draw`, which for ReMax also fills `baseline`: the reward of the greedy completion."""
-    make = partial(sampling.make_draw, task.lm, task.train_prompts, batches, shardings=shardings, seed=cfg.seed)
-    draw = make(sampling=arithmetic.sampling_of(task, batches.num_generations))
-    if "baseline" not in algorithm.needs:
-        return draw
-    draw_greedy = make(sampling=arithmetic.sampling_of(task, temperature=0.0))
-
-    def draw_with_baseline(state: TrainState, step: int):
-        traj, rows, state = draw(state, step)
-        greedy = score(draw_greedy(state, step)[0], rows)
-        baseline = jnp.repeat(jnp.sum(greedy.rewards, axis=1), batches.num_generations)
-        return traj.replace(baseline=baseline), rows, state
-
-    return draw_with_baseline
 
 
 if __name__ == "__main__":

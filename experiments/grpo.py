@@ -3,13 +3,14 @@ r"""GRPO on any Hugging Face model directory and any jsonl of prompts.
     python experiments/grpo.py --model DIR --prompts experiments/story_openings.jsonl \
         --rewards animals --sampling.max_tokens 128
     python experiments/grpo.py --model DIR --prompts gsm8k_train.jsonl --template "{question}\n" \
-        --rewards number think=0.1
+        --rewards number think=0.1 --algorithm gdpo
 
 The reward is a weighted sum of verifiers, which are functions (completion, columns of the prompt) -> number: those of
 rljax/rewards/, or your own in VERIFIERS. They run in worker processes under a deadline. The reference of the KL term is
-the model as it was at the start, unless --weights.ref_sync_steps says otherwise. For another algorithm change the line
-of `main` that makes it, or call main(cfg, algorithm=with_kl(dapo())). A run writes its report and checkpoints into
---directory, and the same command goes on where it stopped.
+the model as it was at the start, unless --weights.ref_sync_steps says otherwise. --algorithm takes every critic-free
+algorithm of rljax/algorithms/ by its name, with its paper's settings; for one of your own call main(cfg,
+algorithm=with_kl(mine())). A run writes its report and checkpoints into --directory, and the same command goes on where
+it stopped.
 
 Reached: stories260k, animals, seeds 0 1 2: eval reward 0.173 0.206 0.211 -> 0.457 0.409 0.483 (256 completions each,
 standard errors below 0.022) at a KL to the start of 3.6 2.2 3.4 nats a sequence, in 143 115 124 s on 2 shared Xeon
@@ -17,34 +18,27 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import jax
 
-from experiments.common import command_line, controllers, data, models, train
-from experiments.common.best import keep_best
+from experiments.common import command_line, controllers, models, runs, train
+from experiments.common.algorithms import CriticFree, critic_free
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
-from experiments.common.rewards import read_rewards
-from experiments.common.sampling import initial_carry, keep_support, make_draw, make_sampling
+from experiments.common.rewards import load_score, read_rewards
+from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
-from rljax.algorithms import grpo, with_kl
-from rljax.data.prompts import Prompts
-from rljax.data.tokenizer import Tokenizer
+from rljax.algorithms import with_kl
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import make_score
 from rljax.rewards.text import animals
-from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
-from rljax.train.run import Run
 from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, TrainState
 
@@ -54,15 +48,16 @@ PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "length", "kl_sequence", "
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """GRPO with a KL term on a pretrained model."""
+    """GRPO, or another critic-free algorithm, with a KL term, on a pretrained model."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, each NAME or NAME=WEIGHT
+    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
     reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
     reward_workers: Rare[int] = 1  # processes that run verifiers
+    algorithm: CriticFree = "grpo"  # how to learn
     seed: int = 0  # of the order of prompts and of sampling
     steps: int = 20  # steps: sample, score, update
     kl_coef: float = 0.04  # coefficient of the KL to the reference
@@ -74,38 +69,37 @@ class Config:
     mesh: MeshShape = MeshShape()
     eval_prompts: int = 32  # prompts held out for evaluation
     eval_samples: int = 256  # completions to these in each evaluation
-    eval_every: Rare[int] = 0  # steps between evaluations; 0: before and after training only
-    save_every: int = 20  # steps between checkpoints
+    eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
+    save_every: Rare[int] = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report
-    directory: str = ""  # of the run; default runs/grpo/MODEL-PROMPTS-seedSEED
+    directory: str = ""  # of the run; default runs/grpo/ALGORITHM-MODEL-PROMPTS-seedSEED
     debug: bool = False  # one small step without jit, with NaN checks
 
 
 def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Train; return reward and KL on the eval prompts before and after.
 
-    `algorithm` replaces with_kl(grpo(), cfg.kl_coef), its KL term included.
+    `algorithm` replaces the one that cfg names, its KL term included.
     """
     train.check_directory(cfg.directory, algorithm)
-    algorithm = algorithm or with_kl(grpo(), cfg.kl_coef)
-    verifiers, reward_weights = read_rewards(cfg.rewards, verifiers)
+    name = cfg.algorithm if algorithm is None else ""
+    algorithm = algorithm or with_kl(critic_free(cfg.sampling.max_tokens)[cfg.algorithm](), cfg.kl_coef)
+    rewards = read_rewards(cfg.rewards, verifiers)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
-    train.check_algorithm(algorithm, batches)
+    train.check_algorithm(algorithm, batches, name)
     algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
 
     # -- model and data
-    tokenizer, train_prompts, eval_prompts = read_data(cfg)
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
-    params = models.with_needed_head(params, config, algorithm.needs)
     model = policy.make_policy(config)
-    sampling = make_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
-    sampling = keep_support(sampling, cfg.sampling.support, config.vocab_size)
+    sampling = training_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
 
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
@@ -127,9 +121,11 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     log_ratio = train.make_log_ratio(model)
 
     # -- the loop
-    with make_run(cfg, algorithm, verifiers) as run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
+    run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
+    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = make_score(verifiers, tokenizer.decode, reward_weights, pool)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
+        fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
         train.check_batch_invariance(config, lm, model, state)
@@ -137,7 +133,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         state = run.restore(state)
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)
-            traj = score(annotate(state, traj), prompts)
+            traj = fill_baseline(state, score(annotate(state, traj), prompts), prompts)
             batch = credit(keep(traj), controllers.applied_coefficients(cfg.controllers, state.coefficients))
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
             if run.is_first_step(step) and not (batches.carry_over and step):  # what is carried over is off-policy
@@ -148,45 +144,11 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
                 run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | metrics
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
-            if step + 1 == cfg.steps or (cfg.eval_every and (step + 1) % cfg.eval_every == 0):
-                metrics["eval_reward"] = evaluate(state)["reward"]
-                keep_best(run.directory, state, config, cfg.model, "eval_reward", metrics["eval_reward"])
+            metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
             run.record(step, state, metrics)
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
-    return summarize(cfg, before, after)
-
-
-def read_data(cfg: Config) -> tuple[Tokenizer, Prompts, Prompts]:
-    """The tokenizer, prompts to train on, and prompts to evaluate on."""
-    config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
-    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
-    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
-    return tokenizer, *prompts
-
-
-def make_run(cfg: Config, algorithm: Algorithm, verifiers: dict[str, Callable]) -> Run:
-    """The run directory. It keeps the source of the algorithm and of the verifiers."""
-    name = f"{Path(cfg.model).resolve().name}-{Path(cfg.prompts).stem}-seed{cfg.seed}" + "-debug" * cfg.debug
-    return Run(
-        cfg.directory or f"runs/grpo/{name}",
-        asdict(cfg),
-        steps=cfg.steps,
-        source=__file__,
-        functions={"algorithm": algorithm, "rewards": verifiers},
-        save_every=cfg.save_every,
-        log_samples_every=cfg.log_samples_every,
-        progress_metrics=PROGRESS_METRICS,
-    )
-
-
-def summarize(cfg: Config, before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Print the reward before and after, and how far the policy went; what `main` returns."""
-    rewards = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
-    start = "its last update" if cfg.weights.ref_sync_steps else "the start"
-    log_info(f"eval reward: {rewards}, at a KL to {start} of {max(after['kl'], 0):.1f} nats a sequence")
-    return {"before": before, "after": after}
+    return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
 
 
 if __name__ == "__main__":

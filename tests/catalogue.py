@@ -123,6 +123,9 @@ SECTIONS: dict[str, dict[str, Classification]] = {
     },
     "Wrappers: rewards, rows and advantages": {
         "kl_in_reward": Classification(*ANY, "rewards", "KL to reference in reward"),
+        "missing_eos_penalty": Classification(*ANY, "rewards, which completions terminated"),
+        "clip_reward": Classification(*ANY, "rewards"),
+        "whiten_rewards": Classification(*ANY, "rewards"),
         "overlong_penalty": Classification(*ANY, "rewards"),
         "lcpo_exact": Classification(*ANY, "rewards"),
         "lcpo_max": Classification(*ANY, "rewards"),

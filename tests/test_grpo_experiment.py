@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from experiments import grpo
 from experiments.common import command_line
 from experiments.common import models as common_models
+from experiments.common.algorithms import CriticFree, critic_free
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Adapter, Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
 from experiments.common.train import check_algorithm
@@ -37,9 +39,9 @@ LONG = {"prompt": "a" * 60, "letters": "a", "what": "yes"}  # with 8 tokens of a
 VERIFIERS = grpo.VERIFIERS | {"share": hostile.share_of, "raises": hostile.raises, "says": hostile.says}
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, letters: str = LETTERS) -> None:
     """One token a character, <s> before a text: 37 ids, as many as the model has."""
-    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
+    ids = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.post_processor = processors.TemplateProcessing(single="<s> $0", special_tokens=[("<s>", 1)])
@@ -234,6 +236,40 @@ def test_an_own_loss_logs_its_metric_and_another_warns_and_is_recorded(tiny_run,
         assert metrics(cfg.directory) == [record]
 
 
+# --------------------------------------------------------------------------------------------------------- algorithms
+
+
+def test_remax_compares_with_the_greedy_completion(tiny_run, tmp_path):
+    """The policy is nearly greedy: nearly every completion is the greedy one, of advantage 0."""
+    cfg = change(tiny_run, algorithm="remax", steps=1, sampling__temperature=1e-3, directory=str(tmp_path / "run"))
+    grpo.main(cfg, verifiers=VERIFIERS)
+    (record,) = metrics(cfg.directory)
+    assert record["reward"] > 0
+    assert record["loss"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match=r"carry_over = 2: .* greedy .*; legal: 0"):
+        grpo.main(change(cfg, batches__carry_over=2, directory=str(tmp_path / "other")), verifiers=VERIFIERS)
+
+
+def test_gdpo_normalizes_each_of_several_rewards(tiny_run, tmp_path):
+    """A reward that is a thousand times another: GRPO learns from it alone, GDPO from both alike."""
+    cfg = change(tiny_run, rewards=("share=1000", "length"), steps=1)
+    losses = {}
+    for name in ("grpo", "gdpo"):
+        run = change(cfg, algorithm=name, directory=str(tmp_path / name))
+        grpo.main(run, verifiers=VERIFIERS | {"length": hostile.length})
+        (losses[name],) = metrics(run.directory)
+    assert losses["grpo"]["reward"] == losses["gdpo"]["reward"]
+    assert losses["grpo"]["grad_norm"] != pytest.approx(losses["gdpo"]["grad_norm"], rel=1e-3)
+
+
+def test_every_critic_free_algorithm_is_known_by_its_name():
+    table = critic_free(max_tokens=8)
+    assert set(table) == set(typing.get_args(CriticFree))
+    assert {"grpo", "dr_grpo", "gspo", "rloo", "remax", "gdpo", "raft", "rft"} <= set(table)
+    for name, make in table.items():
+        assert set(make().needs) <= {"baseline", "old_logp", "sum_pi_squared"}, name  # what the script can fill
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -253,7 +289,9 @@ def settings(**fields):
 
 
 NORM = "model.layers.0.input_layernorm.weight"
-LEGAL_REWARDS = "legal: animals, number, think, share, raises, says, each with =WEIGHT or without"
+LEGAL_REWARDS = (
+    "legal: animals, number, think, share, raises, says, or the directory of a reward model; each with =WEIGHT or"
+)
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),
     "a family": (lambda c, r: broken_model(c, r, {"model_type": "mamba"}), ValueError, r"'mamba'; legal: .*'llama'"),

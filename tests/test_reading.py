@@ -20,7 +20,7 @@ RECIPES = ("arithmetic_controls", "arithmetic_grpo", "arithmetic_sft", "grpo")
 def test_it_is_not_far_from_the_recipe_to_the_loss():
     functions = reading_path.walk()
     assert sum(function.lines for function in functions) <= 500
-    assert len({function.file for function in functions}) <= 12
+    assert len({function.file for function in functions}) <= 13  # one is the table of algorithms by name
     assert functions[0].name == "experiments.grpo.main"
     assert {"rljax.algorithms.grpo.grpo", "rljax.ops.losses.clipped_surrogate"} <= {f.name for f in functions}
 

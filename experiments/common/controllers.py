@@ -1,5 +1,7 @@
 """The adaptive coefficients of a recipe, kept in `TrainState.coefficients`: of the KL term and of the entropy bonus."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 
 from experiments.common.settings import Controllers
@@ -7,17 +9,21 @@ from rljax.algorithms import with_entropy
 from rljax.algorithms.common.controllers import adaptive_entropy, adaptive_kl, applied_entropy_coefficient
 from rljax.types import Algorithm, Array, TrainState
 
+KLTerm = Literal["kl", "kl_reward"]
+
 
 def with_controlled_terms(algorithm: Algorithm, cfg: Controllers) -> Algorithm:
     """The algorithm with the entropy bonus, if there is a target for it."""
     return algorithm if cfg.entropy_target is None else with_entropy(algorithm, 0.0)
 
 
-def initial_coefficients(cfg: Controllers, kl_coef: float) -> dict[str, Array]:
-    """The first `TrainState.coefficients`."""
+def initial_coefficients(cfg: Controllers, kl_coef: float, kl_term: KLTerm = "kl") -> dict[str, Array]:
+    """The first `TrainState.coefficients`. `kl_term`: "kl" is the one of `with_kl`, "kl_reward" that of
+    `kl_in_reward`.
+    """
     coefficients = {}
     if cfg.kl_target is not None:
-        coefficients["kl"] = jnp.float32(kl_coef)
+        coefficients[kl_term] = jnp.float32(kl_coef)
     if cfg.entropy_target is not None:
         coefficients |= {"entropy": jnp.float32(0.0), "last_entropy": jnp.float32(jnp.inf)}
     return coefficients
@@ -40,12 +46,12 @@ def adapt(cfg: Controllers, state: TrainState, metrics: dict, samples: int) -> t
     coefficients = dict(state.coefficients)
     shown = {}
     if cfg.kl_target is not None:
-        if "kl" not in metrics:
+        term = "kl_reward" if "kl_reward" in coefficients else "kl"
+        if term == "kl" and "kl" not in metrics:
             raise ValueError("kl_target changes the coefficient of with_kl, which this algorithm does not have")
-        shown["kl_coef"] = coefficients["kl"]
-        coefficients["kl"] = adaptive_kl(
-            coefficients["kl"], metrics["kl_sequence"], cfg.kl_target, cfg.kl_horizon, samples
-        )
+        shown["kl_coef"] = coefficients[term]
+        measured = metrics["kl_sequence"]
+        coefficients[term] = adaptive_kl(coefficients[term], measured, cfg.kl_target, cfg.kl_horizon, samples)
     if cfg.entropy_target is not None:
         shown["entropy_coef"] = coefficients["entropy"]
         entropy = jnp.float32(metrics["entropy"])

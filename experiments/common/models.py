@@ -62,9 +62,33 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
     return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
 
 
-def with_needed_head(params: Params, config: DecoderConfig, needs: tuple[str, ...]) -> Params:
-    """The parameters, with a value head where an algorithm needs values."""
-    return policy.with_value_head(params, config) if "values" in needs else params
+def add_critic(
+    params: Params, frozen: Params, config: DecoderConfig, kind: str, directory: str, mesh: jax.sharding.Mesh
+) -> Params:
+    """The parameters with a critic.
+
+    Args:
+      kind: "shared": a head on the policy's decoder; "separate": a decoder of its own.
+      directory: of the reward model that a separate critic begins as, its score being the first value; "": as a copy of
+        the policy, whose values are 0.
+    Raises ValueError for a reward model that is no decoder of the policy's sizes.
+    """
+    if kind == "shared":
+        if directory:
+            raise ValueError("a critic that begins as a reward model has a trunk of its own; legal: --critic separate")
+        return policy.with_value_head(params, config)
+    start = frozen["base"] if config.adapter is not None else decoder.full_params(config, params, frozen)
+    critic = policy.with_critic({"decoder": start["decoder"]}, config)["critic"]
+    critic = jax.tree.map(lambda x: x.astype(jnp.float32), critic)
+    if not directory:
+        return {**params, "critic": critic}
+
+    loaded = load_decoder(directory, hf.read_config(directory, reward_model=True), mesh, "float32")
+    # A reward model may lack the table of logits, which a critic does not use.
+    trunk = {**critic["decoder"], **loaded["decoder"]}
+    if jax.tree.map(jnp.shape, trunk) != jax.tree.map(jnp.shape, critic["decoder"]):
+        raise ValueError(f"{directory} has other sizes than the policy; legal: a reward model of the same architecture")
+    return {**params, "critic": {"decoder": trunk, "value_head": hf.load_score_head(directory)}}
 
 
 def lora_of(adapter: Adapter) -> LoraConfig | None:

@@ -1,10 +1,15 @@
 """The optimizer of a recipe: AdamW after clipping, with a learning-rate schedule."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import optax
 
 from experiments.common.settings import Optimizer
 from rljax.models import param_filters
+from rljax.types import Params
+
+CRITIC = ("critic", "value_head")  # entries of the parameters
 
 
 def make_optimizer(settings: Optimizer, updates: int) -> optax.GradientTransformation:
@@ -14,6 +19,17 @@ def make_optimizer(settings: Optimizer, updates: int) -> optax.GradientTransform
         learning_rate(settings, updates), b2=settings.beta2, weight_decay=settings.weight_decay, mask=decayed
     )
     return optax.chain(clip_by_global_norm(settings.max_grad_norm), adam)
+
+
+def make_actor_critic_optimizer(
+    settings: Optimizer, critic_learning_rate: float, updates: int, params: Params
+) -> optax.GradientTransformation:
+    """Two optimizers that differ in their learning rate, each with its own clipping: the critic's (of its decoder, or
+    of its head on the policy's decoder) and the policy's.
+    """
+    critic = dataclasses.replace(settings, learning_rate=critic_learning_rate)
+    parts = {"policy": make_optimizer(settings, updates), "critic": make_optimizer(critic, updates)}
+    return optax.partition(parts, {name: "critic" if name in CRITIC else "policy" for name in params})
 
 
 def learning_rate(settings: Optimizer, updates: int) -> optax.Schedule:

@@ -10,12 +10,13 @@ from experiments.common.settings import Batches
 from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
+from rljax.rewards.score import Score
 from rljax.rollouts import partial as rollouts
 from rljax.rollouts.sample_token import distribution_settings
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, shard_prompts
-from rljax.types import LM, PromptBatch, Sampling, TrainState, Trajectory
+from rljax.types import LM, Algorithm, PromptBatch, Sampling, TrainState, Trajectory
 
 
 def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
@@ -62,6 +63,11 @@ def keep_support(sampling: Sampling, bound: int, vocabulary: int) -> Sampling:
     kept = min(sampling.top_k or bound, vocabulary)
     log_info(f"the tokens drawn from go with each token sampled: at most {kept} of them, {4 * kept} bytes")
     return sampling.replace(top_k=None if sampling.top_k is None else min(sampling.top_k, kept), support=kept)
+
+
+def training_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
+    """`make_sampling` of a training run (`keep_support`)."""
+    return keep_support(make_sampling(options, n, tokenizer, vocabulary), options.support, vocabulary)
 
 
 def row_tokens(prompts: Prompts, sampling: Sampling) -> int:
@@ -113,3 +119,29 @@ def make_draw(
         return traj, rows, state.replace(extra=rollouts.carry_to_arrays(left))
 
     return draw_and_carry
+
+
+def make_greedy_baseline(
+    lm: LM, algorithm: Algorithm, score: Score, batches: Batches, sampling: Sampling, shardings: Shardings
+) -> Callable[[TrainState, Trajectory, PromptBatch], Trajectory]:
+    """fill(state, traj, prompts) -> traj with `baseline`, the reward of each prompt's greedy completion.
+
+    An algorithm that does not need it (ReMax does) gets its trajectory back. Raises ValueError for prompts carried
+    over: the greedy completion would be another policy's.
+    """
+    if "baseline" not in algorithm.needs:
+        return lambda state, traj, prompts: traj
+    if batches.carry_over:
+        raise ValueError(
+            f"carry_over = {batches.carry_over}: this algorithm compares a completion with the greedy one of the policy"
+            " that sampled it; legal: 0"
+        )
+    greedy = sampling.replace(temperature=0.0, n=1, support=None)
+
+    def fill(state: TrainState, traj: Trajectory, prompts: PromptBatch) -> Trajectory:
+        placed = shard_prompts(shardings, prompts)
+        greedy_traj = score(sample(lm, state.params, state.frozen, placed, greedy, seed=0, step=0), prompts)
+        rewards = jnp.sum(jnp.asarray(greedy_traj.rewards), axis=1)
+        return traj.replace(baseline=jnp.repeat(rewards, batches.num_generations))
+
+    return fill

@@ -32,7 +32,20 @@ SORTING = arithmetic_grpo.Config(
     task="sortings", steps=40, batches=BATCHES, optimizer=OPTIMIZER, sft_target=0.25, sft_check_every=1
 )
 ADDITION = arithmetic_grpo.Config(steps=100, batches=BATCHES, optimizer=OPTIMIZER)
-IN_MINIBATCHES = tuple(name for name in ALGORITHMS if name != "trpo")  # trpo takes one step on all rows
+COMPARED = (
+    "grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "sapo",
+    "gdpo",
+    "dr_grpo",
+    "reinforce",
+    "rloo",
+    "remax",
+    "reinforce_pp",
+    "ppo",
+)
 EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the page begins with it
 
 
@@ -40,7 +53,7 @@ EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the 
 class Config:
     """Algorithms x seeds on sorting; a few on addition."""
 
-    algorithms: tuple[AlgorithmName, ...] = IN_MINIBATCHES  # on sorting
+    algorithms: tuple[AlgorithmName, ...] = COMPARED  # on sorting
     additions: tuple[AlgorithmName, ...] = ("dapo", "gspo", "rloo")  # on addition
     seeds: tuple[int, ...] = (0, 1, 2)  # of the runs
     sorting: arithmetic_grpo.Config = SORTING  # what its runs share

@@ -18,6 +18,7 @@ from rljax.algorithms.common.corrections import off_policy_sequence_mask as off_
 from rljax.algorithms.common.corrections import reject as reject
 from rljax.algorithms.common.corrections import staleness_filter as staleness_filter
 from rljax.algorithms.common.corrections import truncate_is as truncate_is
+from rljax.algorithms.common.reward_shaping import clip_reward as clip_reward
 from rljax.algorithms.common.reward_shaping import cosine_length_reward as cosine_length_reward
 from rljax.algorithms.common.reward_shaping import distill as distill
 from rljax.algorithms.common.reward_shaping import filter_overlong as filter_overlong
@@ -25,7 +26,9 @@ from rljax.algorithms.common.reward_shaping import group_length_reward as group_
 from rljax.algorithms.common.reward_shaping import kl_in_reward as kl_in_reward
 from rljax.algorithms.common.reward_shaping import lcpo_exact as lcpo_exact
 from rljax.algorithms.common.reward_shaping import lcpo_max as lcpo_max
+from rljax.algorithms.common.reward_shaping import missing_eos_penalty as missing_eos_penalty
 from rljax.algorithms.common.reward_shaping import overlong_penalty as overlong_penalty
+from rljax.algorithms.common.reward_shaping import whiten_rewards as whiten_rewards
 from rljax.algorithms.common.wrappers import with_entropy as with_entropy
 from rljax.algorithms.common.wrappers import with_importance_weighted_kl as with_importance_weighted_kl
 from rljax.algorithms.common.wrappers import with_kl as with_kl

@@ -42,6 +42,8 @@ def actor_critic(
             value_terms = losses.value_loss(output.values, batch.returns)
         else:
             value_terms = losses.clipped_value_loss(output.values, batch.traj.values[:, :-1], batch.returns, value_clip)
+            unclipped = losses.value_loss(output.values, batch.returns)
+            metrics = {**metrics, "value_clip_fraction": (value_terms > unclipped).astype(value_terms.dtype)}
         metrics = {**metrics, "policy_loss": policy_terms, "value_loss": value_terms}
         return policy_terms + value_coefficient * value_terms, metrics
 

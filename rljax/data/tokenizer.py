@@ -13,8 +13,10 @@ class Tokenizer(NamedTuple):
     """The functions of a tokenizer that rljax uses, and its special ids."""
 
     encode: Callable[[str], list[int]]  # a prompt, with the special tokens that begin a text
+    encode_more: Callable[[str], list[int]]  # what follows a prompt: no special tokens are added
     decode: Callable[[Sequence[int]], str]  # special tokens are left out
     stop: tuple[int, ...]  # ids that end a completion
+    eos: int | None  # ends a completion that is learned from
     pad: int  # any id: padding is told by masks, never by ids
     size: int
     token_bytes: Callable[[], list[bytes]]  # the bytes of each token inside a text; empty for special ones
@@ -43,7 +45,14 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     characters = _Characters(alphabet)
     size = len(alphabet) + 1
     return Tokenizer(
-        characters.encode, characters.decode, stop=(0,), pad=0, size=size, token_bytes=characters.token_bytes
+        characters.encode,
+        characters.encode,
+        characters.decode,
+        stop=(0,),
+        eos=0,
+        pad=0,
+        size=size,
+        token_bytes=characters.token_bytes,
     )
 
 
@@ -75,6 +84,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return inner(text)["input_ids"]
 
+    def encode_more(text: str) -> list[int]:
+        return inner(text, add_special_tokens=False)["input_ids"]
+
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
 
@@ -91,8 +103,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     return Tokenizer(
         encode,
+        encode_more,
         decode,
         stop,
+        eos=inner.eos_token_id,
         pad=stop[0] if stop else 0,
         size=len(inner),
         token_bytes=token_bytes,

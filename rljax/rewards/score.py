@@ -10,7 +10,10 @@ columns that it wants. What it may return, and what follows:
 | no result in time, or its process died | NaN | NaN: the row has no reward, and its group's mean leaves it out |
 | raises, or returns anything else | | a RewardError ends the run: a bug in the verifier, not a property of the row |
 
-A verifier with weight 0 is recorded only: it neither gives a row a reward nor takes it away.
+A model reward judges all completions at once: `model_reward(traj, prompts)` returns a number or a `Result` a row. NaN
+is "could not be judged", as when no result came in time.
+
+A verifier or model reward with weight 0 is recorded only: it neither gives a row a reward nor takes it away.
 """
 
 import inspect
@@ -23,8 +26,11 @@ import numpy as np
 
 from rljax.rewards.function_path import function_name
 from rljax.rewards.pool import Pool
-from rljax.rewards.worker import Result, call_verifier
-from rljax.types import PromptBatch, RewardFn, Trajectory
+from rljax.rewards.worker import FAILED, MAX_FLOAT32, Result, call_verifier
+from rljax.types import Array, PromptBatch, RewardFn, Trajectory
+
+# A reward model or a server: (trajectory, prompts) -> a number or a Result for each row.
+ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result]]
 
 
 class RewardError(Exception):
@@ -32,7 +38,7 @@ class RewardError(Exception):
 
 
 class Score(NamedTuple):
-    """`score(traj, prompts) -> traj` with `scores` and `rewards`; column k of `scores` is the verifier `names[k]`."""
+    """`score(traj, prompts) -> traj` with `scores` and `rewards`; column k of `scores` is the reward `names[k]`."""
 
     names: tuple[str, ...]
     call: Callable[[Trajectory, PromptBatch], Trajectory]
@@ -46,6 +52,7 @@ def make_score(
     decode: Callable[[list[int]], str],
     weights: Mapping[str, float] | None = None,
     pool: Pool | None = None,
+    model_rewards: Mapping[str, ModelReward] | None = None,
 ) -> Score:
     """The function that scores a rollout.
 
@@ -54,19 +61,16 @@ def make_score(
       decode: chosen token ids, EOS included -> text without special tokens.
       weights: name -> factor in the reward; 1 where not given.
       pool: None calls the verifiers in this process, where nothing stops one that hangs; the numbers are the same.
+      model_rewards: by name, which no verifier has; their columns follow those of the verifiers.
 
     Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
     fills `scores` and `reward_weights` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen
     token according to the mask, 0 elsewhere. A row without a chosen token gets scores, and rewards of 0.
     Raises RewardError naming the verifier, the prompt and the completion; ValueError for unknown weights.
     """
-    if not verifiers:
-        raise ValueError("make_score needs at least one verifier")
-    weights = weights or {}
-    wrong = {name: weight for name, weight in weights.items() if name not in verifiers or not math.isfinite(weight)}
-    if wrong:
-        raise ValueError(f"weights {wrong} are not legal; legal are finite weights of {', '.join(verifiers)}")
-    factors = np.array([weights.get(name, 1.0) for name in verifiers])
+    model_rewards = model_rewards or {}
+    names = (*verifiers, *model_rewards)
+    factors = _factors(names, weights or {})
     signatures = {name: _read_signature(verifier) for name, verifier in verifiers.items()}
 
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
@@ -83,6 +87,8 @@ def make_score(
                 returned = pool.map(verifier, calls)
             _raise_first_error(verifier, returned, completions, prompts.number[indices])
             results.append(returned)
+        for name, model_reward in model_rewards.items():
+            results.append(_judge_by_model(name, model_reward, traj, prompts))
         values, failed = _as_arrays(results)
         return traj.replace(
             scores=values.astype(np.float32),
@@ -90,7 +96,64 @@ def make_score(
             rewards=_rewards(values, failed, factors, mask),
         )
 
-    return Score(tuple(verifiers), call)
+    return Score(names, call)
+
+
+def _factors(names: tuple[str, ...], weights: Mapping[str, float]) -> np.ndarray:
+    """[K] the weight of each reward. Raises ValueError for names that are none or twice there, and unknown weights."""
+    if not names:
+        raise ValueError("make_score needs at least one verifier or model reward")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a verifier and a model reward have one name; legal: names that differ, here {names}")
+    wrong = {name: weight for name, weight in weights.items() if name not in names or not math.isfinite(weight)}
+    if wrong:
+        raise ValueError(f"weights {wrong} are not legal; legal are finite weights of {', '.join(names)}")
+    return np.array([weights.get(name, 1.0) for name in names])
+
+
+def _judge_by_model(name: str, model_reward: ModelReward, traj: Trajectory, prompts: PromptBatch) -> list[Result]:
+    """A Result for each row. Raises RewardError unless there is a number, NaN or a Result for each."""
+    returned = model_reward(traj, prompts)
+    if isinstance(returned, list) and all(isinstance(result, Result) for result in returned):
+        results = returned
+    else:
+        results = [_result_of_number(float(value)) for value in np.asarray(returned, np.float64).ravel()]
+    wrong = [result.detail for result in results if result.status == "error"]
+    if len(results) != len(traj.mask):
+        wrong = [f"it returned {len(results)} numbers for {len(traj.mask)} rows"]
+    if wrong:
+        raise RewardError(f"the model reward {name} failed: {wrong[0]}\nLegal: a finite number, or NaN, for each row")
+    return results
+
+
+def _result_of_number(value: float) -> Result:
+    if math.isnan(value):
+        return Result(None, "invalid", "its score is NaN")
+    if abs(value) > MAX_FLOAT32:
+        return Result(None, "error", f"it returned {value}")
+    return Result(value, "ok")
+
+
+class RowText(NamedTuple):
+    """A row as text, without special tokens."""
+
+    prompt: str  # what was read before the first decision
+    completion: str  # what was chosen
+    ended: bool  # by a stop token; False where it was cut, or where that is not known
+
+
+def decode_rows(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[RowText]:
+    """Prompt and completion of each row. decode: token ids -> text without special tokens."""
+    inputs = np.asarray(traj.inputs)
+    mask = np.asarray(traj.mask)
+    present = np.ones(mask.shape, bool) if traj.segments is None else np.asarray(traj.segments) > 0
+    before = np.cumsum(mask, axis=1) - mask == 0  # up to and with the input of the first decision
+    ended = np.zeros(len(mask), bool)
+    if traj.terminated is not None:
+        ended = (np.asarray(traj.terminated) & mask).any(axis=1)
+    completions = _decode_completions(np.asarray(traj.actions), mask, decode)
+    prompts = [decode(inputs[b][before[b] & present[b]].tolist()) for b in range(len(mask))]
+    return [RowText(*row) for row in zip(prompts, completions, ended.tolist(), strict=True)]
 
 
 def _decode_completions(actions: np.ndarray, mask: np.ndarray, decode: Callable[[list[int]], str]) -> list[str]:
@@ -168,7 +231,7 @@ def _raise_first_error(
 def _as_arrays(results: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndarray]:
     """[B K] values, NaN where there is none; [B K] True where the verifier failed."""
     values = [[math.nan if result.value is None else result.value for result in of_one] for of_one in results]
-    failed = [[result.status in ("timeout", "died") for result in of_one] for of_one in results]
+    failed = [[result.status in FAILED for result in of_one] for of_one in results]
     return np.array(values, np.float64).T, np.array(failed, bool).T
 
 

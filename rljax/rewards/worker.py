@@ -27,14 +27,18 @@ NETWORK_EVENTS = {
 class Result(NamedTuple):
     """The outcome of one call. `value` is a number only if the status is "ok".
 
-    none: the verifier does not apply to this row. timeout, died: it failed on this row (no answer in time; its process
-    ended or ran out of memory). error: it raised or returned something else than a finite number, which is a bug in
-    the verifier.
+    none: the verifier does not apply to this row. FAILED: it failed on this row (timeout: no answer in time; died: its
+    process ended or ran out of memory; unreachable: its server refused or broke off; invalid: its server answered
+    something else than a finite number, or a model's score is NaN). error: it raised or returned something else than a
+    finite number, which is a bug in the verifier.
     """
 
     value: float | None
-    status: Literal["ok", "none", "timeout", "died", "error"]
+    status: Literal["ok", "none", "timeout", "died", "unreachable", "invalid", "error"]
     detail: str = ""
+
+
+FAILED = ("timeout", "died", "unreachable", "invalid")  # statuses of a row that could not be judged
 
 
 def call_verifier(function: Callable, args: tuple, kwargs: dict) -> Result:

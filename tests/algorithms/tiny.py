@@ -99,6 +99,7 @@ LISTED = {
     "ppo + kl + entropy": a.with_entropy(a.with_kl(a.ppo(), 0.3), 0.2),
     "vapo + positive nll": a.with_positive_nll(a.vapo(), 0.3),
     "rloo + kl in reward": a.kl_in_reward(a.rloo(), 0.1),
+    "ppo of RLHF": a.missing_eos_penalty(a.clip_reward(a.kl_in_reward(a.whiten_rewards(a.ppo()), 0.1), 0.9), 0.5),
     "dapo + overlong": a.overlong_penalty(a.filter_overlong(a.dapo()), 4, 2),
     "grpo + exact length": a.lcpo_exact(a.grpo(), 3, 0.2),
     "dr_grpo + length limit": a.lcpo_max(a.dr_grpo(float(T)), 3, 0.3),

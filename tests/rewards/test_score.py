@@ -10,7 +10,8 @@ from rewards import hostile
 from rljax.rewards.format import matches
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import RewardError, make_score
+from rljax.rewards.score import RewardError, RowText, decode_rows, make_score
+from rljax.rewards.worker import Result
 from rljax.types import PromptBatch, Trajectory, check_shapes
 
 EOS = 0
@@ -167,3 +168,64 @@ def test_what_make_score_refuses():
     for group in (None, jnp.array([0, 1, 2, 0])):
         with pytest.raises(ValueError, match=r"number of each row's prompt, one of \[40, 41\]"):
             make_score({"right": exact_number}, decode)(TRAJ.replace(group=group), rows_of(COLUMNS))
+
+
+# ------------------------------------------------------------------------------------------------------- model rewards
+
+
+def test_a_model_reward_enters_as_a_verifier_does():
+    """Row 1 is not judged by the model, row 2 not by its server; the verifier's part alone would be a lower reward."""
+    seen = []
+
+    def model(traj, prompts):
+        seen.append((traj, prompts))
+        return jnp.array([0.5, np.nan, -2.0, 4.0])
+
+    def server(traj, prompts):
+        return [Result(1.0, "ok"), Result(3.0, "ok"), Result(None, "timeout"), Result(None, "none")]
+
+    rows = rows_of(COLUMNS)
+    model_rewards = {"model": model, "server": server}
+    score = make_score({"right": exact_number}, decode, {"model": 10, "server": 100}, model_rewards=model_rewards)
+    traj = score(TRAJ, rows)
+    assert score.names == ("right", "model", "server")
+    assert seen[0][0] is TRAJ
+    assert seen[0][1] is rows
+    np.testing.assert_array_equal(traj.scores, [[1, 0.5, 1], [1, np.nan, 3], [1, -2, np.nan], [0, 4, np.nan]])
+    np.testing.assert_array_equal(traj.reward_weights, [[1, 10, 100]] * 4)
+    np.testing.assert_array_equal(traj.rewards[:, 3], [1 + 5 + 100, np.nan, np.nan, 0])
+    recorded = make_score({"right": exact_number}, decode, dict.fromkeys(model_rewards, 0), model_rewards=model_rewards)
+    np.testing.assert_array_equal(recorded(TRAJ, rows).rewards[:, 3], [1, 1, 1, 0])
+    alone = make_score({}, decode, model_rewards={"model": model})(TRAJ, rows)
+    np.testing.assert_array_equal(alone.rewards[:, 3], [0.5, np.nan, -2, 0])
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (np.zeros(3), "it returned 3 numbers for 4 rows"),
+        (np.zeros((4, 2)), "it returned 8 numbers for 4 rows"),
+        (np.array([0, np.inf, 0, 0]), "it returned inf"),
+        ([Result(1.0, "ok")], "it returned 1 numbers for 4 rows"),
+        ([Result(1.0, "ok")] * 3 + [Result(None, "error", "no rubric")], "no rubric"),
+    ],
+)
+def test_a_model_reward_at_fault_is_one_error(returned, words):
+    with pytest.raises(RewardError, match=f"the model reward m failed: {words}\nLegal: a finite number, or NaN"):
+        make_score({}, decode, model_rewards={"m": lambda traj, prompts: returned})(TRAJ, rows_of(COLUMNS))
+
+
+def test_two_rewards_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"one name; legal: names that differ, here \('right', 'right'\)"):
+        make_score({"right": exact_number}, decode, model_rewards={"right": exact_number})
+
+
+def test_rows_as_text():
+    """Observations in between belong to neither; padding on the left is no prompt; cut is not ended."""
+    traj = TRAJ.replace(
+        inputs=jnp.array([[5, 9, 2, 3, EOS], [7, 8, 9, 9, 4], [6, 4, 7, 1, EOS], [2, 2, 2, 2, 2]]),
+        segments=jnp.array([[1, 1, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]),
+        terminated=jnp.zeros((4, 5), bool).at[0, 3].set(True).at[1, 4].set(True),
+    )
+    want = [("48", "12", True), ("88", "3", False), ("5", "3", False), ("11111", "", False)]
+    assert decode_rows(traj, decode) == [RowText(*row) for row in want]

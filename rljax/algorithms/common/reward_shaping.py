@@ -5,11 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import ValidRows, old_policy_logp, outcome_rewards, require
+from rljax.algorithms.common.credit import ValidRows, decision_rewards, old_policy_logp, outcome_rewards, require
 from rljax.algorithms.common.wrappers import with_needs
 from rljax.ops import shaping
 from rljax.ops.kl import KLEstimator, k1
 from rljax.ops.shapes import PerRow
+from rljax.ops.statistics import masked_mean, whiten
 from rljax.types import Algorithm, Trajectory
 
 # (trajectory, outcome of each row, rows that are valid, coefficients) -> new outcome
@@ -31,6 +32,43 @@ def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: KLE
         return algorithm.credit(traj.replace(rewards=rewards), coefficients)
 
     return with_needs(algorithm, "ref_logp", credit=credit)
+
+
+def missing_eos_penalty(algorithm: Algorithm, penalty: float = 1.0) -> Algorithm:
+    """Takes `penalty` from the reward of a completion that did not end by itself (TRL's setting of that name)."""
+
+    def shaped(traj, rewards, valid, coefficients):
+        require(traj, "terminated")
+        ended = (traj.terminated & traj.mask).any(axis=1)
+        return jnp.where(ended, rewards, rewards - penalty)
+
+    return _reshape_outcome(algorithm, shaped)
+
+
+def clip_reward(algorithm: Algorithm, limit: float = 10.0) -> Algorithm:
+    """Rewards of rows within ±`limit`, as OpenRLHF clips those of a reward model. Inside it stand terms that are not to
+    be clipped: `clip_reward(kl_in_reward(ppo()))`.
+    """
+
+    def shaped(traj, rewards, valid, coefficients):
+        return jnp.clip(rewards, -limit, limit)
+
+    return _reshape_outcome(algorithm, shaped)
+
+
+def whiten_rewards(algorithm: Algorithm) -> Algorithm:
+    """(r_t - μ)/σ + μ, with mean and deviation over all decisions of the batch (TRL's setting of that name, for PPO).
+
+    Outside it stand the terms that are whitened with the rewards: `kl_in_reward(whiten_rewards(ppo()))`.
+    """
+
+    def credit(traj, coefficients):
+        rewards, mask = decision_rewards(traj)
+        mean = masked_mean(rewards, mask)
+        whitened = jnp.where(mask, whiten(rewards, mask) + mean, traj.rewards)  # rows without a reward keep their NaN
+        return algorithm.credit(traj.replace(rewards=whitened), coefficients)
+
+    return algorithm._replace(credit=credit)
 
 
 def overlong_penalty(algorithm: Algorithm, max_completion_length: int, cache: int) -> Algorithm:

@@ -1,0 +1,68 @@
+"""What scripts share that sample prompts from a file: their data, their run directory, their last line."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments.common import data
+from experiments.common.best import keep_best
+from rljax.data.prompts import Prompts
+from rljax.data.tokenizer import Tokenizer
+from rljax.models import hf
+from rljax.models.decoder import DecoderConfig
+from rljax.train.log import log_info
+from rljax.train.run import Run
+from rljax.types import TrainState
+
+
+def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
+    """The tokenizer, prompts to train on, and prompts to evaluate on, as a script's Config says."""
+    config = hf.read_config(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
+    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
+    return tokenizer, *prompts
+
+
+def make_run(
+    cfg: Any, source: str, kind: str, algorithm: Any, verifiers: Mapping[str, Callable], progress_metrics: Sequence[str]
+) -> Run:
+    """The run directory of a script's Config; it keeps the source of the script, of the algorithm and of the verifiers.
+
+    By default that is runs/SCRIPT/KIND-MODEL-PROMPTS-seedSEED.
+    """
+    parts = (kind, Path(cfg.model).resolve().name, Path(cfg.prompts).stem, f"seed{cfg.seed}")
+    name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
+    return Run(
+        cfg.directory or f"runs/{Path(source).stem}/{name}",
+        asdict(cfg),
+        steps=cfg.steps,
+        source=source,
+        functions={"algorithm": algorithm, "rewards": verifiers},
+        save_every=cfg.save_every,
+        log_samples_every=cfg.log_samples_every,
+        progress_metrics=progress_metrics,
+    )
+
+
+def summarize(
+    before: dict[str, float], after: dict[str, float], reference: str = "the start"
+) -> dict[str, dict[str, float]]:
+    """Print the reward before and after, and how far the policy went from the reference; what `main` returns."""
+    rewards = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
+    log_info(f"eval reward: {rewards}, at a KL to {reference} of {max(after['kl'], 0):.1f} nats a sequence")
+    return {"before": before, "after": after}
+
+
+def evaluate_when_due(
+    cfg: Any, run: Run, step: int, state: TrainState, config: DecoderConfig, evaluate: Callable
+) -> dict[str, float]:
+    """{"eval_reward": ...} every `eval_every` steps, the best model being kept, and after the last step; else {}."""
+    is_due = bool(cfg.eval_every) and (step + 1) % cfg.eval_every == 0
+    if not is_due and step + 1 != cfg.steps:
+        return {}
+    reward = evaluate(state)["reward"]
+    if cfg.eval_every:
+        keep_best(run.directory, state, config, cfg.model, "eval_reward", reward)
+    return {"eval_reward": reward}

@@ -1,0 +1,171 @@
+r"""PPO as RLHF uses it: a policy, its frozen reference, a reward model and a critic.
+
+    python experiments/ppo.py --model runs/sft/RUN/model --prompts experiments/story_openings.jsonl \
+        --rewards runs/reward_model/RUN/model --critic separate --critic_model runs/reward_model/RUN/model
+    python experiments/ppo.py --model DIR --prompts experiments/story_openings.jsonl --rewards animals
+
+A step samples completions; the log-probs and the critic's values of that moment stay fixed while it learns. The reward
+of a completion (a reward model's score, or a verifier's) stands on its last token, and each token pays β (log π - log
+π_ref): the KL to the model as it was at the start. GAE, with a value of 0 after the last token, gives advantages, which
+are whitened over the batch, and targets for the critic. `epochs` passes over shuffled minibatches follow, with clipped
+ratios and clipped values. --controllers.kl_target lets β follow the KL (Ziegler et al., arXiv:1909.08593).
+DIRECTORY/model is the policy at the end.
+
+Reached: not yet run.
+"""
+
+import dataclasses
+from dataclasses import asdict
+from functools import partial
+from typing import Literal
+
+import jax
+
+from experiments.common import command_line, controllers, models, runs, train
+from experiments.common.controllers import Controllers
+from experiments.common.optimizer import make_actor_critic_optimizer
+from experiments.common.rewards import load_score, read_rewards
+from experiments.common.sampling import make_draw, training_sampling
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
+from experiments.grpo import VERIFIERS
+from rljax import algorithms as a
+from rljax.models import decoder, hf, policy
+from rljax.rewards.pool import Pool
+from rljax.train.mesh import make_mesh
+from rljax.train.metrics import credit_metrics, require_on_policy, rollout_metrics
+from rljax.train.objective import policy_objective
+from rljax.train.update import learn, make_update
+from rljax.types import Algorithm, TrainState
+
+PROGRESS_METRICS = ("reward", "kl_sequence", "value_loss", "explained_variance", "length", "tokens_per_second")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ppo:
+    """The method's own settings."""
+
+    kl_coef: float = 0.05  # β, of the KL to the reference in the reward; where there is a kl_target, its first value
+    lam: float = 0.95  # λ of GAE
+    gamma: Rare[float] = 1.0  # discount
+    clip: float = 0.2  # range of the ratio around 1
+    value_clip: Rare[float] = 0.2  # by which a value may leave the one at sampling time in the critic's loss
+    value_coefficient: float = 0.1  # of the critic's loss
+    missing_eos_penalty: Rare[float] = 0.0  # taken from the reward of a completion that was cut
+    clip_reward: Rare[float] = 0.0  # largest absolute reward of a completion; 0: no limit
+    whiten_rewards: Rare[bool] = False  # whiten rewards with their KL, token by token, before GAE
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """PPO with a critic, and the KL to the reference in the reward, on a pretrained model."""
+
+    model: str  # directory with config.json, *.safetensors and a tokenizer
+    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
+    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
+    reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
+    reward_workers: Rare[int] = 1  # processes that run verifiers
+    ppo: Ppo = Ppo()
+    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's decoder, or a decoder of its own
+    critic_model: str = ""  # directory of the reward model that a separate critic begins as; default: the policy
+    critic_learning_rate: Rare[float] = 0.0  # of the critic; 0: the policy's
+    seed: int = 0  # of the order of prompts and of sampling
+    steps: int = 20  # steps: sample, score, update
+    controllers: Controllers = Controllers()
+    batches: Batches = Batches(prompts=64, num_generations=1, epochs=4, minibatches=2)
+    sampling: Sampling = Sampling(max_tokens=128)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="cosine")
+    weights: Weights = Weights()
+    mesh: MeshShape = MeshShape()
+    eval_prompts: Rare[int] = 32  # prompts held out for evaluation
+    eval_samples: int = 256  # completions to these in each evaluation
+    eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
+    save_every: Rare[int] = 20  # steps between checkpoints
+    log_samples_every: Rare[int] = 10  # steps between samples in the report
+    directory: str = ""  # of the run; default runs/ppo/MODEL-PROMPTS-seedSEED
+    debug: bool = False  # one small step without jit, with NaN checks
+
+
+def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
+    """Train; return reward and KL on the eval prompts before and after."""
+    rewards = read_rewards(cfg.rewards, verifiers)
+    cfg = one_small_step(cfg) if cfg.debug else cfg
+    batches = cfg.batches
+    mesh = make_mesh(**asdict(cfg.mesh))
+    train.check_batches(batches, mesh)
+    algorithm = make_algorithm(cfg.ppo)
+    train.check_algorithm(algorithm, batches, "ppo")
+
+    # -- model, critic and data
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
+    config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
+    params = models.add_critic(params, frozen, config, cfg.critic, cfg.critic_model, mesh)
+    algorithm = train.with_own_old_logp(algorithm, config)
+    model = policy.make_policy(config)
+    sampling = training_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
+
+    # -- training state
+    updates = cfg.steps * batches.epochs * batches.minibatches
+    critic_learning_rate = cfg.critic_learning_rate or cfg.optimizer.learning_rate
+    optimizer = make_actor_critic_optimizer(cfg.optimizer, critic_learning_rate, updates, params)
+    coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, "kl_reward")
+    key = jax.random.key(cfg.seed)
+    state = TrainState(0, params, optimizer.init(params), key, frozen=frozen, coefficients=coefficients)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+
+    # -- the functions of a step
+    lm = decoder.language_model(config)
+    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
+    sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    annotate = train.cut_annotate(policy.make_annotate(model, algorithm.needs), *sizes)  # values, reference log-probs
+    credit = jax.jit(algorithm.credit)  # KL in the reward, GAE, whitening
+    make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
+    update = train.cut_update(make, *sizes)
+    log_ratio = train.make_log_ratio(model)
+    run = runs.make_run(cfg, __file__, "", algorithm, rewards.verifiers, PROGRESS_METRICS)
+
+    # -- the loop
+    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
+        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
+        evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
+        state = jax.device_put(state, shardings.state)
+        before = evaluate(state)
+        state = run.restore(state)
+        for step in run.steps(state.step):
+            traj, prompts, state = draw(state, step)
+            traj = score(annotate(state, traj), prompts)
+            batch = credit(traj, state.coefficients)
+            state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
+            if run.is_first_step(step):
+                require_on_policy(metrics, train.on_policy_tolerance(config))
+            state = state.replace(step=step + 1, cursor=prompts.cursor)
+            state = models.sync_reference(state, cfg.weights)
+            if run.should_log_samples(step):
+                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
+            metrics = rollout_metrics(traj, score.names) | credit_metrics(batch) | metrics
+            state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
+            metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
+            run.record(step, state, metrics)
+        after = evaluate(state)
+        models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
+    return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
+
+
+def make_algorithm(cfg: Ppo) -> Algorithm:
+    """PPO, and from the inside outwards what is done to its rewards: the last wrapper comes first."""
+    algorithm = a.ppo(cfg.clip, cfg.clip, cfg.gamma, cfg.lam, cfg.value_coefficient, cfg.value_clip)
+    if cfg.whiten_rewards:
+        algorithm = a.whiten_rewards(algorithm)
+    algorithm = a.kl_in_reward(algorithm, cfg.kl_coef)
+    if cfg.clip_reward:
+        algorithm = a.clip_reward(algorithm, cfg.clip_reward)
+    if cfg.missing_eos_penalty:
+        algorithm = a.missing_eos_penalty(algorithm, cfg.missing_eos_penalty)
+    return algorithm
+
+
+if __name__ == "__main__":
+    command_line.run(Config, main)

@@ -1,0 +1,180 @@
+"""Reward models behind `--rewards`: which directories are legal, what they score, and a run of grpo.py with one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from experiments import grpo
+from experiments.common import data
+from experiments.common.rewards import PIECE_TOKENS, load_reward_model, read_rewards
+from experiments.common.settings import Batches, MeshShape, Sampling
+from models import tiny
+from rljax.models import decoder, hf
+from rljax.train.mesh import make_mesh
+from rljax.types import trajectory_of_tokens
+from test_grpo_experiment import LETTERS, RAW, ROWS, metrics, write_prompts, write_tokenizer
+
+END = 2  # </s>
+
+
+def write_reward_model(directory: Path, letters: str = LETTERS, **fields) -> Path:
+    """A sequence classifier with one label, random but for a head that is not small."""
+    raw = RAW | {"architectures": ["LlamaForSequenceClassification"], "vocab_size": 3 + len(letters)} | fields
+    tensors = tiny.tensors_of(raw) | {"score.weight": np.linspace(-1, 1, raw["hidden_size"], dtype=np.float32)[None]}
+    write_tokenizer(tiny.write(directory, raw, tensors), letters)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """The policy, a reward model with its vocabulary, and one with the letters in another order and others beside."""
+    root = tmp_path_factory.mktemp("rewards")
+    write_tokenizer(tiny.write(root / "policy", RAW, tiny.tensors_of(RAW)))
+    write_reward_model(root / "same")
+    write_reward_model(root / "other", LETTERS[::-1] + "0123456789")
+    return root
+
+
+def score_of(directory: Path, ids: list[int]) -> float:
+    """The head after the last of these tokens, of the row alone."""
+    config = hf.read_config(directory, reward_model=True)
+    tokens = jnp.array([ids])
+    positions = jnp.arange(len(ids))[None]
+    hidden, _ = decoder.forward(config, hf.load(directory, config), tokens, positions, jnp.ones_like(tokens))
+    head = load_file(directory / "model.safetensors")["score.weight"][0]
+    return float(np.asarray(hidden[0, -1], np.float64) @ head)
+
+
+def rollout(texts: list[tuple[str, str, bool]], tokenizer, columns: int = 24):
+    """Rows (prompt, completion, whether it ended) as sampled: prompts end in one column, padding on both sides."""
+    tokens = np.zeros((len(texts), columns), np.int32)
+    present, chosen, terminated = (np.zeros(tokens.shape, bool) for _ in range(3))
+    whole = []
+    for b, (prompt, completion, ended) in enumerate(texts):
+        first = tokenizer.encode(prompt)
+        second = tokenizer.encode(completion)[1:] + [END] * ended
+        start = columns // 2 - len(first)
+        end = columns // 2 + len(second)
+        tokens[b, start:end] = first + second
+        present[b, start:end] = True
+        chosen[b, columns // 2 : end] = True
+        terminated[b, end - 1] = ended
+        whole.append(first + second)
+    zeros = np.zeros(tokens.shape, np.float32)
+    return trajectory_of_tokens(tokens, present.astype(int), jnp.asarray(chosen), zeros, terminated=terminated), whole
+
+
+TEXTS = [("once upon", " a time.", True), ("a", "b", False), ("the cat", ", a dog", True), ("a b", "c", True)] * 3
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 1, "tensor": -1}, {"fsdp": 4, "tensor": 2}])
+def test_the_sampled_ids_are_scored_at_the_last_token(directories, mesh):
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, whole = rollout(TEXTS[:5], policy)  # five rows over four devices
+    reward = load_reward_model(directories / "same", make_mesh(**mesh), policy, directories / "policy")
+    want = [score_of(directories / "same", ids) for ids in whole]
+    np.testing.assert_allclose(reward(traj, None), want, rtol=1e-4, atol=1e-4)
+
+
+def test_another_vocabulary_reads_the_text(directories, capsys):
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, _ = rollout(TEXTS[:4], policy)
+    mesh = make_mesh(fsdp=2, tensor=4)
+    reward = load_reward_model(directories / "other", mesh, policy, directories / "policy")
+    assert "another vocabulary" in capsys.readouterr().out
+    ids = {letter: 3 + i for i, letter in enumerate(LETTERS[::-1] + "0123456789")}
+    whole = [[1, *(ids[letter] for letter in a + b)] + [END] * ended for a, b, ended in TEXTS[:4]]
+    want = [score_of(directories / "other", row) for row in whole]
+    np.testing.assert_allclose(reward(traj, None), want, rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, monkeypatch):
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, _ = rollout(TEXTS, policy)
+    reward = load_reward_model(directories / "same", make_mesh(fsdp=2, tensor=4), policy, directories / "policy")
+    want = reward(traj, None)
+    assert PIECE_TOKENS >= 12 * 24
+    monkeypatch.setattr("experiments.common.rewards.PIECE_TOKENS", 50)  # two rows a device: four, four and four
+    np.testing.assert_allclose(reward(traj, None), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_longer_than_the_context_is_not_judged(directories, tmp_path):
+    write_reward_model(tmp_path / "short", max_position_embeddings=12)
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, whole = rollout([("once", "upon a", True), ("a", "bcdef", True)], policy)
+    assert [len(ids) for ids in whole] == [12, 8]
+    mesh = make_mesh(fsdp=1, tensor=-1)
+    reward = load_reward_model(tmp_path / "short", mesh, policy, directories / "policy")
+    assert np.isnan(reward(traj, None)).tolist() == [False, False]
+    traj, _ = rollout([("once", "upon a ", True), ("a", "bcdef", True)], policy)
+    assert np.isnan(reward(traj, None)).tolist() == [True, False]
+
+
+def test_items_of_rewards(directories):
+    verifiers = {"one": len, "two": len}
+    model = str(directories / "same")
+    found = read_rewards(("two=0.5", f"{model}=2", "one"), verifiers)
+    assert found.verifiers == {"two": len, "one": len}
+    assert found.directories == {model: directories / "same"}
+    assert found.weights == {"two": 0.5, model: 2.0, "one": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("three", "reward 'three'; legal: one, or the directory of a reward model; each with =WEIGHT or without"),
+        ("one=a=2", "reward 'one=a=2'; legal: one, or"),
+        ("one=", "reward 'one='; legal: one, or"),
+        ("one=nan", "reward 'one=nan'; legal: one, or"),
+        ("policy", "holds no score.weight: it is no reward model"),
+        ("empty", "no model in .*empty"),
+        ("labels", r"score.weight has 2 labels; legal: 1"),
+    ],
+)
+def test_what_is_no_reward_is_refused(item, message, directories, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_reward_model(tmp_path / "labels")
+    tensors = load_file(tmp_path / "labels" / "model.safetensors")
+    tensors["score.weight"] = np.repeat(tensors["score.weight"], 2, axis=0)
+    save_file(tensors, tmp_path / "labels" / "model.safetensors")
+    place = {"policy": directories, "empty": tmp_path, "labels": tmp_path}.get(item)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_rewards((str(place / item) if place else item,), {"one": len})
+
+
+def test_a_reward_named_twice_is_refused():
+    with pytest.raises(ValueError, match="'one' is named twice"):
+        read_rewards(("one", "one=2"), {"one": len})
+
+
+def test_a_run_with_a_reward_model(directories, tmp_path):
+    """The model's score is a column beside the verifier's, and the reward is their weighted sum."""
+    model = str(directories / "same")
+    cfg = grpo.Config(
+        model=str(directories / "policy"),
+        prompts=write_prompts(tmp_path / "prompts.jsonl", ROWS),
+        rewards=(f"{model}=0.25", "animals"),
+        steps=1,
+        batches=Batches(prompts=2, num_generations=2),
+        sampling=Sampling(max_tokens=8),
+        eval_prompts=2,
+        eval_samples=4,
+        directory=str(tmp_path / "run"),
+        mesh=MeshShape(fsdp=1, tensor=-1),
+    )
+    result = grpo.main(cfg)
+    (record,) = metrics(cfg.directory)
+    want = record["reward/animals"] + 0.25 * record[f"reward/{model}"]
+    assert record["reward"] == pytest.approx(want)
+    assert record[f"reward/{model}"] != 0
+    assert record["frac_reward_failed"] == 0
+    assert np.isfinite(result["after"]["reward"])
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["scores"].keys() == {"animals", model}
+    with pytest.raises(ValueError, match="reward 'animal'"):
+        grpo.main(dataclasses.replace(cfg, model="/absent", rewards=("animal",)))
