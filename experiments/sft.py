@@ -1,14 +1,14 @@
-r"""Supervised fine-tuning of any Hugging Face model directory on demonstrations: chats, prompts with completions, texts.
+r"""Supervised fine-tuning of a Hugging Face model directory on demonstrations: chats, prompts with completions, texts.
 
     python experiments/sft.py --model DIR --data.files demonstrations.jsonl
     python experiments/sft.py --model DIR --data.files chats.jsonl --max_tokens_per_device 4096      # packed
     python experiments/sft.py --model DIR --data.files demonstrations.jsonl --loss dft
 
-A line is {"prompt", "completion"}, {"messages"} or {"text"}, plain or conversational. The loss is on completions only; in
-a conversation of several turns on what the assistant says. With --max_tokens_per_device several demonstrations share a
-row, each in a segment that sees no other: the same loss from less padding. A run writes DIRECTORY/model, which any other
-script takes as --model, and DIRECTORY/best, which had the lowest loss on held-out rows. The same command goes on where
-it stopped.
+A line is {"prompt", "completion"}, {"messages"} or {"text"}, plain or conversational. The loss is on completions only;
+in a conversation of several turns on what the assistant says. With --max_tokens_per_device several demonstrations share
+a row, each in a segment that sees no other: the same loss from less padding. A run writes DIRECTORY/model, which any
+other script takes as --model, and DIRECTORY/best, which had the lowest loss on held-out rows. The same command goes on
+where it stopped.
 
 Reached: not yet run.
 """
@@ -16,7 +16,6 @@ Reached: not yet run.
 import dataclasses
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -24,20 +23,20 @@ import jax
 from experiments.common import command_line, data, models, offline, train
 from experiments.common.best import keep_best
 from experiments.common.optimizer import make_optimizer
-from experiments.common.settings import Data, MeshShape, Optimizer, Rare, Weights
+from experiments.common.settings import Data, MeshShape, Optimizer, Weights
 from rljax.algorithms import dft, sft
 from rljax.data.demonstrations import EMPTY, collate
-from rljax.data.examples import demonstration
+from rljax.data.examples import Example, demonstration
 from rljax.models import hf, policy
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 from rljax.train.objective import policy_objective
 from rljax.train.packing import make_packed_update
-from rljax.train.run import Run
 from rljax.train.update import make_update
-from rljax.types import TrainState
+from rljax.types import Batch, TrainState
 
 LOSSES = {"sft": sft, "dft": dft}
+LOGGED_METRICS = ("loss", "entropy", "grad_norm", "update_norm", "padding_before", "padding_after")
 PROGRESS_METRICS = ("loss", "eval_loss", "epoch", "tokens_per_second")
 
 
@@ -66,10 +65,10 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Train; return the loss on held-out examples before and after."""
     cfg = offline.one_small_step(cfg) if cfg.debug else cfg
     mesh = make_mesh(**asdict(cfg.mesh))
-    offline.check_sizes(cfg.batch_size, cfg.micro_batches, mesh)
+    offline.check_settings(cfg, mesh)
 
     # -- model and data
-    tokenizer, context = data.load_tokenizer_and_context(cfg.model)
+    tokenizer, context = offline.load_tokenizer(cfg.model)
     examples = data.read_examples(cfg.data, demonstration, tokenizer, context, cfg.seed)
     width = max(len(example.prompt) + len(example.completion) for example in (*examples.train, *examples.eval))
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, width, cfg.seed, reference=False)
@@ -83,22 +82,19 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     algorithm = LOSSES[cfg.loss]()
     objective = policy_objective(policy.make_policy(config), algorithm)
 
-    def make_batch(examples: list):
+    def make_batch(examples: list[Example]) -> Batch:
         return algorithm.credit(collate(examples, width), {})
 
     pieces = offline.choose_micro_batches(config, cfg.batch_size, cfg.micro_batches, 1, width, shardings)
     make = partial(make_update, objective, optimizer, shardings=shardings)
+    update = make(pieces)
     if cfg.max_tokens_per_device:
-        update = make_packed_update(
-            lambda pieces: make(micro_batches=pieces), cfg.max_tokens_per_device, width - 1, shardings
-        )
-    else:
-        update = make(micro_batches=pieces)
-    held_out = [make_batch(rows) for rows in offline.filled(examples.eval, cfg.batch_size // pieces, EMPTY)]
+        update = make_packed_update(make, cfg.max_tokens_per_device, width - 1, shardings)
+    held_out = [make_batch(part) for part in offline.filled(examples.eval, cfg.batch_size // pieces, EMPTY)]
     evaluate = offline.make_evaluate(objective, held_out, (), shardings)
 
     # -- the loop
-    with make_run(cfg) as run:
+    with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, algorithm=algorithm) as run:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         state = jax.device_put(state, shardings.state)
         before = evaluate(state)
@@ -107,30 +103,18 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
             batch = make_batch(data.draw(examples.train, cfg.seed, state.cursor, cfg.batch_size))
             state, metrics = update(state, batch)
             state = state.replace(step=step + 1, cursor=state.cursor + cfg.batch_size)
-            metrics = {name: metrics[name] for name in ("loss", "entropy", "grad_norm", "update_norm")}
+            metrics = {name: metrics[name] for name in LOGGED_METRICS if name in metrics}
             metrics |= {"tokens": batch.mask.sum(), "epoch": state.cursor / len(examples.train)}
             if offline.is_due(cfg.eval_every, step, cfg.steps):
                 metrics |= evaluate(state)
-                keep_best(
-                    run.directory, state, config, cfg.model, "eval_loss", metrics["eval_loss"], lower_is_better=True
-                )
+                loss = metrics["eval_loss"]
+                keep_best(run.directory, state, config, cfg.model, "eval_loss", loss, lower_is_better=True)
             run.record(step, state, metrics)
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
-    log_info(f"eval loss: {before['eval_loss']:.4f} -> {after['eval_loss']:.4f} nats a token")
+    losses = " -> ".join(f"{found['eval_loss']:.4f}" for found in (before, after))
+    log_info(f"eval loss: {losses} nats a token; model: {run.directory / 'model'}")
     return {"before": before, "after": after}
-
-
-def make_run(cfg: Config) -> Run:
-    """The run directory."""
-    return Run(
-        cfg.directory or offline.default_directory("sft", cfg),
-        asdict(cfg),
-        steps=cfg.steps,
-        source=__file__,
-        save_every=cfg.save_every,
-        progress_metrics=PROGRESS_METRICS,
-    )
 
 
 if __name__ == "__main__":

@@ -1,35 +1,69 @@
-"""What recipes share that learn from a file of examples: sizes, pieces of an update, evaluation on held-out examples."""
+"""What scripts share that learn from a file of examples: sizes, pieces of an update, held-out examples, the run."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.common import micro_batches
-from experiments.common.settings import Batches, Weights
+from experiments.common import data, micro_batches
+from experiments.common.settings import Batches
+from rljax.data.examples import Example
+from rljax.data.tokenizer import Tokenizer
 from rljax.models.decoder import DecoderConfig
+from rljax.models.families import read_config
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, shard_rows
+from rljax.train.run import Run
 from rljax.types import Objective, TrainState
 
 
-def check_sizes(batch_size: int, micro_batches: int, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError unless a batch divides into micro-batches over the devices."""
-    ways = data_parallel_size(mesh) * max(micro_batches, 1)
-    if batch_size < 1 or micro_batches < 0 or batch_size % ways:
+def check_settings(cfg: Any, mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError unless a batch divides into micro-batches over the devices, and the reference stays as it is."""
+    devices = data_parallel_size(mesh)
+    ways = devices * max(cfg.micro_batches, 1)
+    if cfg.batch_size < 1 or cfg.micro_batches < 0 or cfg.batch_size % ways:
         raise ValueError(
-            f"batch_size = {batch_size}, micro_batches = {micro_batches} (0: chosen from sizes) over "
-            f"{data_parallel_size(mesh)} devices (data x fsdp); legal: a batch_size that is a multiple of {ways}"
+            f"batch_size = {cfg.batch_size}, micro_batches = {cfg.micro_batches} (0: chosen from sizes) over {devices} "
+            f"devices (data x fsdp); legal: a batch_size that is a multiple of {ways}"
         )
+    if cfg.weights.ref_sync_steps:
+        raise ValueError(f"weights.ref_sync_steps = {cfg.weights.ref_sync_steps}; legal when learning from a file: 0")
 
 
-def check_weights(weights: Weights) -> None:
-    """Raise ValueError for a reference that would follow the policy: it is not there during training."""
-    if weights.ref_sync_steps:
-        raise ValueError(f"weights.ref_sync_steps = {weights.ref_sync_steps}; legal when learning from a file: 0")
+def one_small_step(cfg: Any) -> Any:
+    """The settings with one step of as few examples as there are devices: small enough to run without jit."""
+    return dataclasses.replace(cfg, steps=1, batch_size=jax.device_count(), micro_batches=1)
+
+
+def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str = "", **functions: Any) -> Run:
+    """The run directory of a script's Config, by default runs/SCRIPT/KIND-MODEL-FILE-seedSEED."""
+    file = Path(cfg.data.files[0]).name.split(".")[0]
+    parts = (kind, Path(cfg.model).resolve().name, file, f"seed{cfg.seed}")
+    name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
+    return Run(
+        cfg.directory or f"runs/{Path(source).stem}/{name}",
+        dataclasses.asdict(cfg),
+        steps=cfg.steps,
+        source=source,
+        functions=functions,
+        save_every=cfg.save_every,
+        progress_metrics=progress_metrics,
+    )
+
+
+def load_tokenizer(model: str) -> tuple[Tokenizer, int]:
+    """The tokenizer of a model directory, of a language model or a reward model, and the tokens of the context."""
+    config = read_config(model, reward_model=True)
+    return data.load_tokenizer(model, config.vocab_size), config.max_positions
+
+
+def widths(examples: Iterable[Example]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest completion."""
+    lengths = [(len(example.prompt), len(example.completion)) for example in examples]
+    return max(prompt for prompt, _ in lengths), max(completion for _, completion in lengths)
 
 
 def choose_micro_batches(
@@ -37,7 +71,7 @@ def choose_micro_batches(
 ) -> int:
     """The number of micro-batches of an update: the one wanted, or where that is 0 one chosen from sizes.
 
-    prompt_tokens, max_tokens: of an example. The two completions of a pair that share their prompt count as one.
+    prompt_tokens, max_tokens: of an example. The completions that share a prompt count as one.
     """
     batches = Batches(prompts=batch_size, num_generations=1, micro_batches=wanted)
     devices = data_parallel_size(shardings.rows.mesh)
@@ -47,7 +81,7 @@ def choose_micro_batches(
 
 
 def filled(examples: Sequence, size: int, empty: Any) -> list[list]:
-    """All examples in lists of `size`, the last filled up with empty ones: one shape, so that nothing compiles twice."""
+    """All examples in lists of `size`, the last one filled up with empty ones: of one shape, which compiles once."""
     pieces = [list(examples[start : start + size]) for start in range(0, len(examples), size)]
     return [piece + [empty] * (size - len(piece)) for piece in pieces]
 
@@ -55,7 +89,7 @@ def filled(examples: Sequence, size: int, empty: Any) -> list[list]:
 def make_evaluate(
     objective: Objective, batches: Sequence, metrics: Sequence[str], shardings: Shardings
 ) -> Callable[[TrainState], dict[str, float]]:
-    """evaluate(state) -> eval_loss and the objective's `metrics` over all rows of the batches, each as eval_NAME.
+    """evaluate(state) -> the loss and the objective's `metrics` over all rows of the batches, each as eval_NAME.
 
     With "accuracy" among them, its standard error too.
     """
@@ -88,14 +122,3 @@ def is_due(every: int, step: int, steps: int) -> bool:
     """Whether an evaluation is due after this step: after every `every` of them (0: none), and after the last."""
     done = step + 1
     return done == steps or (every > 0 and done % every == 0)
-
-
-def one_small_step(cfg):
-    """The settings with one step of as many examples as there are devices: small enough to run without jit."""
-    return dataclasses.replace(cfg, steps=1, batch_size=jax.device_count(), micro_batches=1)
-
-
-def default_directory(script: str, cfg) -> str:
-    """runs/SCRIPT/MODEL-FILE-seedSEED."""
-    name = f"{Path(cfg.model).resolve().name}-{Path(cfg.data.files[0]).name.split('.')[0]}-seed{cfg.seed}"
-    return f"runs/{script}/{name}" + "-debug" * cfg.debug
