@@ -35,30 +35,30 @@ def judgments_of(comparison: Comparison) -> tuple[Judgment, Judgment]:
     return Judgment(comparison.chosen, True), Judgment(comparison.rejected, False)
 
 
-def collate_unpaired(judgments: Sequence[Judgment], width: int, mismatched: bool = False, pad: int = 0) -> Unpaired:
-    """Unpaired [B], a row of `width` tokens each.
-
-    `mismatched` (KTO): with each prompt followed by the completion of the next row that has another prompt; by the next
-    row's where all prompts are equal. Such a row may be longer than any example: what exceeds `width` is cut off.
-    """
-    examples = [judgment.example for judgment in judgments]
+def collate_unpaired(
+    judgments: Sequence[Judgment], width: int, mismatched: Sequence[Example] | None = None, pad: int = 0
+) -> Unpaired:
+    """Unpaired [B], a row of `width` tokens each; with the rows of KTO's z, as `mismatched` makes them."""
     desirable = jnp.asarray([judgment.desirable for judgment in judgments])
-    traj = collate(examples, width, pad)
-    if not mismatched:
-        return Unpaired(traj, desirable)
-    others = [_with_completion_of_another(examples, row, width) for row in range(len(examples))]
-    return Unpaired(traj, desirable, collate(others, width, pad))
+    traj = collate([judgment.example for judgment in judgments], width, pad)
+    return Unpaired(traj, desirable, None if mismatched is None else collate(mismatched, width, pad))
 
 
-def _with_completion_of_another(examples: Sequence[Example], row: int, width: int) -> Example:
-    """The prompt of this row with the completion of the next one that has another prompt. Empty rows stay empty."""
-    prompt = examples[row].prompt
-    if not examples[row].completion:
-        return examples[row]
-    following = [example for example in (*examples[row + 1 :], *examples[: row + 1]) if example.completion]
-    other = next((example for example in following if example.prompt != prompt), following[0])
-    room = width - len(prompt)
-    return Example(prompt, other.completion[:room], other.mask[:room], examples[row].columns)
+def mismatched_examples(examples: Sequence[Example], width: int) -> list[Example]:
+    """Each prompt with the completion of the next example that has another prompt (KTO's z), the first after the last.
+
+    What exceeds `width` tokens is cut off. Raises ValueError where all prompts are equal.
+    """
+    count = len(examples)
+    if all(example.prompt == examples[0].prompt for example in examples):
+        raise ValueError(f"{count} completions of one prompt; legal for KTO's reference point: of two prompts at least")
+    found = []
+    for row, example in enumerate(examples):
+        others = (examples[(row + k) % count] for k in range(1, count))
+        other = next(other for other in others if other.prompt != example.prompt)
+        room = width - len(example.prompt)
+        found.append(example._replace(completion=other.completion[:room], mask=other.mask[:room]))
+    return found
 
 
 def ranking(row: dict, read: Callable[[dict], Example]) -> list[Example]:

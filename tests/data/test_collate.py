@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from rljax.data.demonstrations import collate, collate_after_prompts
 from rljax.data.examples import Comparison, Example, Judgment, Steps
-from rljax.data.preferences import collate_pairs, collate_rankings, collate_unpaired, judgments_of, ranking
+from rljax.data.preferences import (
+    collate_pairs,
+    collate_rankings,
+    collate_unpaired,
+    judgments_of,
+    mismatched_examples,
+    ranking,
+)
 from rljax.data.steps import collate_steps
 from rljax.types import check_shapes
 
@@ -83,16 +90,19 @@ def test_pairs_share_the_columns_of_their_prompt():
 
 def test_mismatched_rows_hold_the_completion_of_another_prompt():
     """The next row has the same prompt: the one after it is taken, and the last row goes on at the first."""
-    found = [Judgment(example([1], [2, 3]), True), Judgment(example([1], [4]), False)]
-    found.append(Judgment(example([5, 6], [7, 8, 9]), True))
-    unpaired = collate_unpaired(found, 5, mismatched=True)
+    found = [example([1], [2, 3]), example([1], [4]), example([5, 6], [7, 8, 9], [True, False, True])]
+    others = mismatched_examples(found, 5)
+    judged = [Judgment(one, desirable) for one, desirable in zip(found, (True, False, True), strict=True)]
+    unpaired = collate_unpaired(judged, 5, others)
     assert unpaired.desirable.tolist() == [True, False, True]
     assert unpaired.traj.actions.tolist() == [[2, 3, 0, 0], [4, 0, 0, 0], [6, 7, 8, 9]]
     assert unpaired.mismatched.inputs.tolist() == [[1, 7, 8, 9], [1, 7, 8, 9], [5, 6, 2, 3]]
-    assert unpaired.mismatched.mask.astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]]
-    assert collate_unpaired(found, 5).mismatched is None
-    cut = collate_unpaired([Judgment(example([1] * 4, [2]), True), Judgment(example([3], [4] * 4), True)], 5, True)
-    assert cut.mismatched.mask.sum(axis=1).tolist() == [1, 1]
+    assert unpaired.mismatched.mask.astype(int).tolist() == [[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 1, 0]]
+    assert collate_unpaired(judged, 5).mismatched is None
+    cut = mismatched_examples([example([1] * 4, [2]), example([3], [4] * 4)], 5)
+    assert [one.completion for one in cut] == [[4], [2]]
+    with pytest.raises(ValueError, match=r"2 completions of one prompt; legal .* of two prompts at least"):
+        mismatched_examples(found[:2], 5)
 
 
 def test_rankings_are_filled_up_with_rows_without_a_decision():
