@@ -29,7 +29,7 @@ from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from rljax.algorithms import with_kl
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
@@ -54,9 +54,8 @@ class Config:
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
-    reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
-    reward_workers: Rare[int] = 1  # processes that run verifiers
+    rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
+    reward: Reward = Reward()
     algorithm: CriticFree = "grpo"  # how to learn
     seed: int = 0  # of the order of prompts and of sampling
     steps: int = 20  # steps: sample, score, update
@@ -84,7 +83,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     train.check_directory(cfg.directory, algorithm)
     name = cfg.algorithm if algorithm is None else ""
     algorithm = algorithm or with_kl(critic_free(cfg.sampling.max_tokens)[cfg.algorithm](), cfg.kl_coef)
-    rewards = read_rewards(cfg.rewards, verifiers)
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
@@ -122,9 +121,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
 
     # -- the loop
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
-    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
+    with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)

@@ -95,7 +95,8 @@ def test_the_script(asked, tmp_path):
     (tmp_path / "model").mkdir()
     for file in Path(asked.model).iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "model" / "chat_template.jinja").write_text("you: {{ messages[0].content }} me:")
+    template = "you: {{ messages[0].content }}{% if add_generation_prompt %} me:{% endif %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
     given = {"model": tmp_path / "model", "prompt": "who?", "out": tmp_path / "out.jsonl", "sampling.max_tokens": 20}
     words = [*flags(given), "--chat", "--sampling.stop_strings", *"aeiou"]
     script = [sys.executable, "-W", "error", SCRIPTS / "tools" / "generate.py", *words]

@@ -290,7 +290,7 @@ def settings(**fields):
 
 NORM = "model.layers.0.input_layernorm.weight"
 LEGAL_REWARDS = (
-    "legal: animals, number, think, share, raises, says, or the directory of a reward model; each with =WEIGHT or"
+    "legal: animals, number, think, share, raises, says, the directory of a reward model, judge:URL or remote:URL"
 )
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),

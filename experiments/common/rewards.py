@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,17 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.common import data, models
+from experiments.common import data, models, settings
+from rljax.data.examples import demonstration
+from rljax.data.formats import is_conversation, messages_of
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads, hf
 from rljax.models.decoder import DecoderConfig
 from rljax.ops.shaping import at_last_decision
+from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import ModelReward, Score, decode_rows, make_score
+from rljax.rewards.remote import make_remote_reward
+from rljax.rewards.score import ModelReward, RowText, Score, decode_rows, make_score, prompt_indices
+from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
 from rljax.train.log import log_info
 from rljax.train.mesh import RULES, data_parallel_size
-from rljax.types import Params, Trajectory, trajectory_of_tokens
+from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
 
 PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
 
@@ -31,25 +37,35 @@ class Rewards(NamedTuple):
 
     verifiers: dict[str, Callable]
     directories: dict[str, Path]  # of reward models
+    servers: dict[str, Callable[[Tokenizer, AnswerCache], ModelReward]]  # what makes the reward of a judge or server
     weights: dict[str, float]  # of all
 
 
-def read_rewards(items: tuple[str, ...], verifiers: dict[str, Callable]) -> Rewards:
-    """The rewards that are named by items NAME or NAME=WEIGHT; a name is one of `verifiers`, or a model directory.
+def read_rewards(items: tuple[str, ...], verifiers: dict[str, Callable], options: settings.Reward) -> Rewards:
+    """The rewards that are named by items NAME or NAME=WEIGHT.
 
-    Raises ValueError for an item that is neither, a weight that is no number, an item named twice, and a directory
-    that holds no reward model.
+    A name is one of `verifiers`, the directory of a reward model, judge:URL or remote:URL. Raises ValueError for an
+    item that is none, a weight that is no number, an item named twice, a directory that holds no reward model, a rubric
+    that cannot be filled in, and a server that does not answer.
     """
-    found = Rewards({}, {}, {})
+    found = Rewards({}, {}, {}, {})
     for item in items:
         name, weight = _split_weight(item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
         found.weights[name] = weight
+        kind, colon, url = name.partition(":")
         if name in verifiers:
             found.verifiers[name] = verifiers[name]
+        elif colon and kind in SERVERS:
+            check_url(url)
+            found.servers[name] = SERVERS[kind](url, options)
+        elif Path(name).is_dir():
+            hf.read_config(name, reward_model=True)
+            hf.load_score_head(name)
+            found.directories[name] = Path(name)
         else:
-            found.directories[name] = _reward_model_directory(name, item, tuple(verifiers))
+            raise ValueError(_not_legal(item, tuple(verifiers)))
     return found
 
 
@@ -67,30 +83,74 @@ def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
     return name, number
 
 
-def _reward_model_directory(name: str, item: str, names: tuple[str, ...]) -> Path:
-    directory = Path(name)
-    if not directory.is_dir():
-        raise ValueError(_not_legal(item, names))
-    hf.read_config(directory, reward_model=True)
-    hf.load_score_head(directory)
-    return directory
-
-
 def _not_legal(item: str, names: tuple[str, ...]) -> str:
     return (
-        f"reward {item!r}; legal: {', '.join(names)}, or the directory of a reward model; each with =WEIGHT or without"
+        f"reward {item!r}; legal: {', '.join(names)}, the directory of a reward model, judge:URL or remote:URL; each "
+        "with =WEIGHT or without (with one where the name holds a =)"
     )
 
 
 def load_score(
-    rewards: Rewards, tokenizer: Tokenizer, pool: Pool, mesh: jax.sharding.Mesh, dtype: str, model: str
+    rewards: Rewards,
+    tokenizer: Tokenizer,
+    pool: Pool,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    model: str,
+    directory: Path,
 ) -> Score:
-    """The function that scores a rollout of the policy in directory `model`. Loads the reward models."""
+    """The function that scores a rollout of the policy in the directory `model`. Loads the reward models.
+
+    directory: of the run, which keeps the answers of servers.
+    """
     model_rewards = {
-        name: load_reward_model(directory, mesh, tokenizer, model, dtype)
-        for name, directory in rewards.directories.items()
+        name: load_reward_model(place, mesh, tokenizer, model, dtype) for name, place in rewards.directories.items()
     }
+    for number, (name, make) in enumerate(rewards.servers.items()):
+        model_rewards[name] = make(tokenizer, AnswerCache(directory / "answers" / f"{number}.jsonl"))
     return make_score(rewards.verifiers, tokenizer.decode, rewards.weights, pool, model_rewards)
+
+
+# -------------------------------------------------------------------------------------------------------------- servers
+
+
+def _remote(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
+    limits = _limits(options)
+    check_reachable(url)
+
+    def make(tokenizer: Tokenizer, cache: AnswerCache) -> ModelReward:
+        return make_remote_reward(url, tokenizer.decode_all, limits, cache)
+
+    return make
+
+
+def _judge(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
+    """OPENAI_API_KEY of the environment goes to the server, where it is set."""
+    rubric = Path(options.rubric).read_text(encoding="utf-8") if options.rubric else RUBRICS[options.compare]
+    check_rubric(rubric, options.compare)
+    limits = _limits(options)
+    check_reachable(url)
+    key = os.environ.get("OPENAI_API_KEY")
+    endpoint = Endpoint(url, options.judge_model or served_model(url, key), options.judge_tokens, key)
+
+    def make(tokenizer: Tokenizer, cache: AnswerCache) -> ModelReward:
+        return make_judge(endpoint, tokenizer.decode, options.compare, rubric, options.scale, limits, cache)
+
+    return make
+
+
+SERVERS = {"judge": _judge, "remote": _remote}
+
+
+def _limits(options: settings.Reward) -> Limits:
+    if min(options.server_timeout_seconds, options.server_step_seconds, options.server_requests) <= 0:
+        raise ValueError("reward.server_timeout_seconds, server_step_seconds and server_requests; legal: above 0")
+    return Limits(
+        timeout_seconds=options.server_timeout_seconds,
+        step_timeout_seconds=options.server_step_seconds,
+        max_concurrent=options.server_requests,
+        retries=options.server_retries,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- reward models
@@ -102,7 +162,7 @@ def load_reward_model(
     """reward(traj, prompts) -> the score of each completion [B], by the sequence classifier in `directory`.
 
     A reward model with the vocabulary of the policy (a model directory too) reads the token ids that were sampled. One
-    with another vocabulary reads the text, in its own tokens, with its EOS where the completion ended by itself. The
+    with another vocabulary reads the text, in its own tokens and chat template. The
     score is the head's output after the last token. A row that is longer than the model's context is not judged.
 
     Args:
@@ -117,7 +177,7 @@ def load_reward_model(
     if have_same_vocabulary(directory, policy):
         return lambda traj, prompts: score_rows(traj)
     log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
-    return lambda traj, prompts: score_rows(encode_again(traj, tokenizer, own))
+    return lambda traj, prompts: score_rows(encode_again(traj, prompts, tokenizer, own))
 
 
 def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
@@ -160,20 +220,33 @@ def make_score_rows(
     return score_rows
 
 
-def encode_again(traj: Trajectory, tokenizer: Tokenizer, other: Tokenizer) -> Trajectory:
-    """The prompts and completions of the rows, as token ids of the other tokenizer.
+def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, other: Tokenizer) -> Trajectory:
+    """Prompts and completions as token ids of the other tokenizer, which encodes them as `data.demonstration` does.
 
-    The text of both is encoded as one; a completion that ended by itself gets the other tokenizer's EOS.
+    Where the prompt is a conversation, its own chat template is used. A completion that was cut has no end.
     """
-    rows = [
-        other.encode(row.prompt + row.completion) + list(other.stop[:1]) * row.ended
-        for row in decode_rows(traj, tokenizer.decode)
-    ]
+    rows = []
+    for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
+        example = demonstration(_as_row(text, prompts.columns[index]), other)
+        cut = not text.ended and example.completion[-1] in other.stop
+        rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
     longest = max(map(len, rows))
     width = max(16, 1 << (longest - 1).bit_length())  # a power of two: each new width is compiled
     tokens, present = pad_left(rows, width, other.pad)
     last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
     return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
+
+
+def _as_row(text: RowText, columns: dict) -> dict:
+    """A row as `data.formats` has them: a conversation where the prompt is one, else two texts."""
+    column = "prompt" if is_conversation(columns.get("prompt")) else "messages"
+    if not is_conversation(columns.get(column)):
+        return {"prompt": text.prompt, "completion": text.completion}
+    messages = messages_of(columns, column)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    answer = [{"role": "assistant", "content": text.completion}]
+    return {"prompt": messages, "completion": answer, "tools": columns.get("tools")}
 
 
 # ------------------------------------------------------------------------------------------------------------- controls

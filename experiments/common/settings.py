@@ -92,6 +92,25 @@ class Controllers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reward:
+    """How completions are judged: verifiers in their processes, judges and reward models behind a URL."""
+
+    timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
+    workers: Rare[int] = 1  # processes that run verifiers
+    compare: Rare[Literal["score", "pairwise", "ranking"]] = (
+        "score"  # what a judge does with the completions of a prompt
+    )
+    rubric: Rare[str] = ""  # text file, the question to a judge; default: that of rljax/rewards/judge.py
+    scale: Rare[float] = 10.0  # highest score that the rubric allows; a judge's score is divided by it
+    judge_model: Rare[str] = ""  # name of the judge at its server; default: the first that is served
+    judge_tokens: Rare[int] = 1024  # tokens of a judge's reply
+    server_timeout_seconds: Rare[float] = 60.0  # for one request to a server
+    server_step_seconds: Rare[float] = 600.0  # for all requests of a step
+    server_requests: Rare[int] = 16  # requests in flight
+    server_retries: Rare[int] = 2  # further tries of a request that failed
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Devices as data x fsdp x tensor; one of them may be -1: all that are left."""
 

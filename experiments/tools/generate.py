@@ -21,12 +21,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from experiments.common import command_line, data, models
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Sampling
+from rljax.data.chat import Chat, encode_prompt
 from rljax.data.prompts import Prompts, from_template, read_jsonl
 from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
@@ -116,12 +118,17 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
         raise ValueError(f"{cfg.model}: the tokenizer has no chat template; legal: without --chat")
     columns = [{"prompt": cfg.prompt}] if cfg.prompt else read_jsonl(cfg.prompts)
     text_of = from_template(data.unescape(cfg.template))
-    encode = tokenizer.chat if cfg.chat else tokenizer.encode
+    encode = partial(user_message, tokenizer.chat) if cfg.chat else tokenizer.encode
     longest = data.max_prompt_length(0, cfg.sampling.max_tokens, context)
     prompts = Prompts(columns, encode, text_of, longest, pad=tokenizer.pad)
     if prompts.dropped:
         log_info(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
     return prompts, text_of
+
+
+def user_message(chat: Chat, text: str) -> list[int]:
+    """The ids of a user's message, ready to be answered."""
+    return encode_prompt(chat, [{"role": "user", "content": text}])
 
 
 def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Completions, int], str]:

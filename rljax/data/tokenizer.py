@@ -6,21 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from rljax.data.chat import Chat, Messages, Tools
 from rljax.data.token_bytes import read_token_bytes
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 class Tokenizer(NamedTuple):
     """The functions of a tokenizer that rljax uses, and its special ids."""
 
     encode: Callable[[str], list[int]]  # a prompt, with the special tokens that begin a text
-    encode_more: Callable[[str], list[int]]  # what follows a prompt: no special tokens are added
     decode: Callable[[Sequence[int]], str]  # special tokens are left out
+    decode_all: Callable[[Sequence[int]], str]  # special tokens included
     stop: tuple[int, ...]  # ids that end a completion
-    eos: int | None  # ends a completion that is learned from
     pad: int  # any id: padding is told by masks, never by ids
     size: int
     token_bytes: Callable[[], list[bytes]]  # the bytes of each token inside a text; empty for special ones
-    chat: Callable[[str], list[int]] | None = None  # a user's message in the chat template; None: there is none
+    encode_more: Callable[[str], list[int]]  # a text without special tokens around it
+    eos: int | None  # the id that ends a completion that is given as text
+    chat: Chat | None = None  # None: the model has no chat template
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,14 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     size = len(alphabet) + 1
     return Tokenizer(
         characters.encode,
-        characters.encode,
+        characters.decode,
         characters.decode,
         stop=(0,),
-        eos=0,
         pad=0,
         size=size,
         token_bytes=characters.token_bytes,
+        encode_more=characters.encode,
+        eos=0,
     )
 
 
@@ -74,12 +79,20 @@ def save_characters(alphabet: str, directory: str | Path) -> None:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory; its EOS ids from generation_config.json or config.json too."""
+    """The tokenizer of a Hugging Face model directory; its EOS ids from generation_config.json or config.json too.
+
+    Raises ValueError or FileNotFoundError, naming the file, where there is none or where it cannot be read.
+    """
+    directory = Path(directory)
+    _check_tokenizer_files(directory)
     from transformers import AutoTokenizer  # a second of import: only where it is needed
 
-    directory = Path(directory)
-    inner = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    stop = tuple(sorted(_eos_ids(directory) | {inner.eos_token_id} - {None}))
+    try:
+        inner = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
+    eos = inner.eos_token_id
+    stop = tuple(sorted(_eos_ids(directory) | {eos} - {None}))
 
     def encode(text: str) -> list[int]:
         return inner(text)["input_ids"]
@@ -90,6 +103,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
 
+    def decode_all(ids: Sequence[int]) -> str:
+        return inner.decode(list(ids), skip_special_tokens=False)
+
     def token_bytes() -> list[bytes]:
         if not hasattr(inner, "backend_tokenizer"):
             raise ValueError(
@@ -97,21 +113,74 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             )
         return read_token_bytes(inner.backend_tokenizer, len(inner))
 
-    def chat(text: str) -> list[int]:
-        messages = [{"role": "user", "content": text}]
-        return inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
     return Tokenizer(
         encode,
-        encode_more,
         decode,
+        decode_all,
         stop,
-        eos=inner.eos_token_id,
         pad=stop[0] if stop else 0,
         size=len(inner),
         token_bytes=token_bytes,
-        chat=chat if inner.chat_template else None,
+        encode_more=encode_more,
+        eos=stop[0] if eos is None and stop else eos,
+        chat=_chat(directory, inner, encode_more, stop) if inner.chat_template else None,
     )
+
+
+def _chat(directory: Path, inner, encode: Callable[[str], list[int]], stop: tuple[int, ...]) -> Chat:
+    """The chat template of a transformers tokenizer; what it raises becomes one line that names it."""
+
+    def apply(messages: Messages, tools: Tools, **options):
+        try:
+            return inner.apply_chat_template(list(messages), tools=tools, **options)
+        except Exception as error:  # whatever a template raises: jinja2's errors, and those of expressions in it
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise ValueError(
+                f"the chat template of {directory} fails on messages of {roles or 'no one'}: {_first_line(error)}"
+            ) from None
+
+    def render(messages: Messages, tools: Tools, add_generation_prompt: bool) -> str:
+        return apply(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def encode_marked(messages: Messages, tools: Tools) -> tuple[list[int], list[bool]]:
+        found = apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return found["input_ids"], [bool(x) for x in found["assistant_masks"]]
+
+    marks = "{% generation" in inner.chat_template.replace("{%-", "{%")
+    return Chat(render, encode, stop, inner.eos_token or "", encode_marked if marks else None)
+
+
+def _check_tokenizer_files(directory: Path) -> None:
+    """Refuse at once what transformers would refuse late or at length."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such model directory")
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{directory}: no tokenizer; legal: one of {', '.join(TOKENIZER_FILES)}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        read_json(directory / name, optional=True)
+
+
+def read_json(file: Path, optional: bool = False) -> dict:
+    """The object in a JSON file of a model directory; {} where it is absent and `optional`.
+
+    Raises ValueError, saying what is wrong and what to do, for a Git LFS pointer and for one that is cut short.
+    """
+    if optional and not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(f"{file}: a Git LFS pointer, not the file: get the file itself from where the model came from")
+    try:
+        content = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error}): cut short? copy or download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a {type(content).__name__}; legal: an object")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _eos_ids(directory: Path) -> set[int]:
@@ -121,7 +190,7 @@ def _eos_ids(directory: Path) -> set[int]:
         file = directory / name
         if not file.is_file():
             continue
-        value = json.loads(file.read_text()).get("eos_token_id")
+        value = read_json(file).get("eos_token_id")
         if isinstance(value, list):
             ids |= set(value)
         elif value is not None:

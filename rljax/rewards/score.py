@@ -75,7 +75,7 @@ def make_score(
 
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
         mask = np.asarray(traj.mask)
-        indices = _prompt_indices(traj, prompts)
+        indices = prompt_indices(traj, prompts)
         completions = _decode_completions(np.asarray(traj.actions), mask, decode)
         results = []
         for name, verifier in verifiers.items():
@@ -204,7 +204,7 @@ def _arguments(verifier: RewardFn, signature: _Signature, prompts: PromptBatch, 
     return {name: value for name, value in columns.items() if name in names}
 
 
-def _prompt_indices(traj: Trajectory, prompts: PromptBatch) -> np.ndarray:
+def prompt_indices(traj: Trajectory, prompts: PromptBatch) -> np.ndarray:
     """[B] the index in `prompts` of the prompt of each row, whose number is the row's group."""
     index = {int(number): i for i, number in enumerate(prompts.number)}
     group = [] if traj.group is None else np.asarray(traj.group).tolist()

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
+from rljax.data.chat import encode_prompt
 from rljax.data.token_bytes import read_token_bytes
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer, save_characters
 
@@ -131,7 +132,7 @@ def test_chat(tmp_path):
     template += "{% if add_generation_prompt %}> {% endif %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.chat("ab") == tokenizer.encode("U: ab> ")
+    assert encode_prompt(tokenizer.chat, [{"role": "user", "content": "ab"}]) == tokenizer.encode("U: ab> ")
 
 
 # ------------------------------------------------------------------------------------------------------- stories260k
