@@ -2,11 +2,11 @@ r"""A process reward model: is each step of a solution right? From solutions who
 
     python experiments/process_reward.py --model DIR --data.files steps.jsonl
 
-A line is {"prompt", "completions": [step, ...], "labels": [true, false, ...]}; a label may also be the share of a step's
-continuations that were right. A row of numbers after the last layer makes the log-odds of "right" of the hidden state
-behind each step's last token, which is that of the separator. A run writes DIRECTORY/model, a sequence classifier with
-one label whose score is read at step ends, and DIRECTORY/best, which had the lowest loss on held-out solutions. The same
-command goes on where it stopped.
+A line is {"prompt", "completions": [step, ...], "labels": [true, false, ...]}; a label may also be the share of a
+step's continuations that were right. A row of numbers after the last layer makes the log-odds of "right" of the hidden
+state behind each step's last token, which is that of the separator. A run writes DIRECTORY/model, a sequence classifier
+with one label whose score is read at step ends, and DIRECTORY/best, which had the lowest loss on held-out solutions.
+The same command goes on where it stopped.
 
 Reached: not yet run.
 """
