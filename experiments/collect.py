@@ -122,13 +122,15 @@ def sample_candidates(
     cfg: Config, tokenizer: Tokenizer, prompts: Prompts, context: int, rewards: Rewards, start: int
 ) -> Iterator[Candidates]:
     """The completions of each prompt from number `start` on; what is sampled beside them does not depend on it."""
+    total = min(cfg.count or len(prompts), len(prompts))
+    if start >= total:
+        return
     config = dataclasses.replace(hf.read_config(cfg.model, context), dtype=cfg.dtype)
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
     params = models.load_decoder(cfg.model, config, mesh, cfg.dtype)
     lm = decoder.language_model(config)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     read = make_reader(cfg, tokenizer, config.vocab_size)
-    total = min(cfg.count or len(prompts), len(prompts))
     size = max(cfg.rows // cfg.n, 1)
     with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         answers = Path(f"{cfg.out}.answers")

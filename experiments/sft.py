@@ -80,18 +80,19 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the functions of a step
     algorithm = LOSSES[cfg.loss]()
-    objective = policy_objective(policy.make_policy(config), algorithm)
+    model = policy.make_policy(config)
 
     def make_batch(examples: list[Example]) -> Batch:
         return algorithm.credit(collate(examples, width), {})
 
     pieces = offline.choose_micro_batches(config, cfg.batch_size, cfg.micro_batches, 1, width, shardings)
-    make = partial(make_update, objective, optimizer, shardings=shardings)
+    make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = make(pieces)
     if cfg.max_tokens_per_device:
         update = make_packed_update(make, cfg.max_tokens_per_device, width - 1, shardings)
     held_out = [make_batch(part) for part in offline.filled(examples.eval, cfg.batch_size // pieces, EMPTY)]
-    evaluate = offline.make_evaluate(objective, held_out, (), shardings)
+    # A token's loss in DFT falls as it becomes more likely or less likely: maximum likelihood is what is evaluated.
+    evaluate = offline.make_evaluate(policy_objective(model, sft()), held_out, (), shardings)
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, algorithm=algorithm) as run:
