@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from experiments import grpo
 from experiments.common import command_line
 from experiments.common import models as common_models
-from experiments.common.algorithms import CriticFree, critic_free
+from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Adapter, Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
 from experiments.common.train import check_algorithm
@@ -263,7 +263,7 @@ def test_gdpo_normalizes_each_of_several_rewards(tiny_run, tmp_path):
 
 
 def test_every_critic_free_algorithm_is_known_by_its_name():
-    table = critic_free(max_tokens=8)
+    table = critic_free(max_tokens=8) | PER_STEP
     assert set(table) == set(typing.get_args(CriticFree))
     assert {"grpo", "dr_grpo", "gspo", "rloo", "remax", "gdpo", "raft", "rft"} <= set(table)
     for name, make in table.items():
@@ -290,7 +290,7 @@ def settings(**fields):
 
 NORM = "model.layers.0.input_layernorm.weight"
 LEGAL_REWARDS = (
-    "legal: animals, number, think, share, raises, says, the directory of a reward model, judge:URL or remote:URL"
+    "legal: animals, number, think, share, raises, says, the directory of a reward model, process:DIRECTORY, judge:URL"
 )
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),

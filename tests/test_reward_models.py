@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import grpo
 from experiments.common import data
-from experiments.common.rewards import PIECE_TOKENS, load_reward_model, read_rewards
+from experiments.common.rewards import PIECE_TOKENS, load_process_reward_model, load_reward_model, read_rewards
 from experiments.common.settings import Batches, MeshShape, Reward, Sampling
 from models import tiny
 from rewards import servers
 from rljax.models import decoder, hf
+from rljax.rewards.score import RewardError
 from rljax.train.mesh import make_mesh
 from rljax.types import PromptBatch, trajectory_of_tokens
 from test_grpo_experiment import LETTERS, RAW, ROWS, metrics, write_prompts, write_tokenizer
@@ -116,6 +117,40 @@ def test_a_conversation_is_encoded_with_the_other_template(directories, tmp_path
     np.testing.assert_allclose(reward(traj.replace(group=np.arange(2)), rows), want, rtol=1e-4, atol=1e-4)
 
 
+def test_steps_are_judged_where_they_end(directories):
+    """σ of the head behind the last token of each step, the separator being a comma; the least of them, or each."""
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, whole = rollout([("once", "a,b c, d", True), ("as", "if", True)], policy)
+    ends = [[6, 10, 13], [5]]  # the tokens of a row, <s> included, after which a step has ended
+    want = [
+        [score_of(directories / "same", ids[: end + 1]) for end in of_row]
+        for ids, of_row in zip(whole, ends, strict=True)
+    ]
+    want = [1 / (1 + np.exp(-np.array(logits))) for logits in want]
+
+    def load(per_step):
+        rewards = read_rewards((), {}, Reward(step_separator=","))._replace(per_step=per_step)
+        mesh = make_mesh(fsdp=2, tensor=4)
+        return load_process_reward_model(directories / "same", mesh, policy, directories / "policy", rewards)(
+            traj, None
+        )
+
+    np.testing.assert_allclose(load(False), [min(probabilities) for probabilities in want], rtol=1e-4)
+    found = load(True)
+    for row, probabilities in enumerate(want):
+        np.testing.assert_allclose(found.scores[row][found.ends[row]], probabilities, rtol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"other judges steps, and its vocabulary is not that of .*policy; legal: the sa"
+    ):
+        load_process_reward_model(
+            directories / "other",
+            make_mesh(fsdp=2, tensor=4),
+            policy,
+            directories / "policy",
+            read_rewards((), {}, Reward()),
+        )
+
+
 def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, monkeypatch):
     policy = data.load_tokenizer(str(directories / "policy"), 37)
     traj, _ = rollout(TEXTS, policy)
@@ -147,10 +182,26 @@ def test_items_of_rewards(directories):
     assert found.weights == {"two": 0.5, model: 2.0, "one": 1.0}
 
 
+def test_conditions_of_items(directories):
+    """What follows @ is a condition where it is the name of a reward before it."""
+    verifiers = {"one": len, "two": len, "a@b": len}
+    model = str(directories / "same")
+    items = ("one", "two=0.5@one", f"{model}@two", f"process:{model}=2@{model}", "a@b=3")
+    found = read_rewards(items, verifiers, Reward())
+    process = f"process:{model}"
+    assert found.weights == {"one": 1, "two": 0.5, model: 1, process: 2, "a@b": 3}
+    assert found.conditions == {"two": "one", model: "two", process: model}
+    assert found.directories == {model: Path(model), process: Path(model)}
+    assert found.process == {process}
+    for item in ("two@three", "two=1@three", "two@one=1"):
+        with pytest.raises(ValueError, match=rf"reward '{item}'; legal: .* and with @NAME of one before it"):
+            read_rewards(("one", item), verifiers, Reward())
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("three", "reward 'three'; legal: one, the directory of a reward model, judge:URL or remote:URL; each with =W"),
+        ("three", "reward 'three'; legal: one, the directory of a reward model, process:DIRECTORY, judge:URL"),
         ("one=a=2", "reward 'one=a=2'; legal: one, the"),
         ("one=", "reward 'one='; legal: one, the"),
         ("one=nan", "reward 'one=nan'; legal: one, the"),
@@ -227,6 +278,19 @@ def test_a_run_with_a_reward_model(directories, tmp_path):
         grpo.main(dataclasses.replace(cfg, model="/absent", rewards=("animal",)))
 
 
+def test_process_grpo_rewards_each_step_and_other_algorithms_the_least(directories, tmp_path):
+    name = f"process:{directories / 'same'}"
+    cfg = config(directories, tmp_path, rewards=(name,), steps=1, reward=Reward(step_separator=" "))
+    each = dataclasses.replace(cfg, algorithm="grpo_process", directory=str(tmp_path / "each"))
+    grpo.main(cfg)
+    grpo.main(each)
+    (least,), (of_steps,) = metrics(cfg.directory), metrics(each.directory)
+    assert least[f"reward/{name}"] == of_steps[f"reward/{name}"] == pytest.approx(least["reward"])
+    assert 0 < least["reward"] < of_steps["reward"]  # a sum over the steps
+    with pytest.raises(ValueError, match="learns from steps, and no reward judges them; legal: process:DIRECTORY"):
+        grpo.main(dataclasses.replace(each, model="/absent", rewards=("animals",)))
+
+
 def test_a_run_with_servers_goes_on_bit_for_bit_and_asks_nothing_twice(directories, tmp_path):
     """The second server fails for a row in four, and would judge all of them when the step is computed again."""
     fails = [True]
@@ -252,3 +316,28 @@ def test_a_run_with_servers_goes_on_bit_for_bit_and_asks_nothing_twice(directori
     assert list(sample["scores"]) == [items[0], items[1].removesuffix("=0.5")]
     queries = [query for body in server.requests for query in body.get("query", [])]
     assert all(query.startswith("<s>") for query in queries)  # special tokens go along
+
+
+def test_a_run_stops_where_its_server_fails_and_goes_on_when_it_is_back(directories, tmp_path):
+    """Good for the evaluation and the first step; then it fails. In the end the run is one that had no failure."""
+    good = servers.rewards(lambda body: [len(query) / 7 for query in body["query"]])
+    is_up = [True]
+
+    def answer(handler, body, server):
+        is_up[0] = is_up[0] and len(server.requests) != 3
+        good(handler, body, server) if is_up[0] else servers.send(handler, "busy", 503)
+
+    with servers.serve(answer) as server:
+        options = Reward(server_retries=0)
+        cfg = config(directories, tmp_path, rewards=(f"remote:{server.url}",), steps=2, reward=options)
+        message = f"remote:{server.url} did not judge 4 of 4 completions: invalid 4; the first: HTTP 503: busy"
+        with pytest.raises(RewardError, match=rf"{message}\. Legal: at most 50% of a rollout"):
+            grpo.main(cfg)
+        assert len(metrics(cfg.directory)) == 1
+        server.requests.clear()
+        is_up[0] = True
+        result = grpo.main(cfg)
+        server.requests[:] = [None] * 9
+        again = dataclasses.replace(cfg, directory=str(tmp_path / "again"))
+        assert grpo.main(again) == result
+    assert metrics(again.directory) == metrics(cfg.directory)

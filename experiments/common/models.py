@@ -72,6 +72,22 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
     return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
 
 
+def load_teacher(
+    directory: str, student: DecoderConfig, dtype: str, mesh: jax.sharding.Mesh, context: int
+) -> tuple[DecoderConfig, Params]:
+    """A teacher for distillation, in the dtype of the computation: its config and its parameters.
+
+    Raises ValueError where it has another number of token ids than the student.
+    """
+    config = dataclasses.replace(hf.read_config(directory, context), dtype=dtype)
+    if config.vocab_size != student.vocab_size:
+        raise ValueError(
+            f"{directory}: a teacher of {config.vocab_size} token ids, the student has {student.vocab_size}; "
+            "legal: the same vocabulary"
+        )
+    return config, load_decoder(directory, config, mesh, dtype)
+
+
 def add_critic(
     params: Params, frozen: Params, config: DecoderConfig, kind: str, directory: str, mesh: jax.sharding.Mesh
 ) -> Params:

@@ -13,18 +13,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models, settings
+from experiments.common.rows import unescape
 from rljax.data.examples import demonstration
 from rljax.data.formats import is_conversation, messages_of
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads, hf
 from rljax.models.decoder import DecoderConfig
+from rljax.ops.ranking import min_over_steps
 from rljax.ops.shaping import at_last_decision
 from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
-from rljax.rewards.score import ModelReward, RowText, Score, decode_rows, make_score, prompt_indices
+from rljax.rewards.score import ModelReward, RowText, Score, StepScores, decode_rows, make_score, prompt_indices
 from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
+from rljax.rewards.steps import mark_step_ends
 from rljax.train.log import log_info
 from rljax.train.mesh import RULES, data_parallel_size
 from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
@@ -39,34 +42,57 @@ class Rewards(NamedTuple):
     directories: dict[str, Path]  # of reward models
     servers: dict[str, Callable[[Tokenizer, AnswerCache], ModelReward]]  # what makes the reward of a judge or server
     weights: dict[str, float]  # of all
+    conditions: dict[str, str]  # name -> the reward that must be above 0 for it to count
+    process: set[str]  # which of `directories` judge steps
+    per_step: bool  # a step is rewarded where it ends; False: the least of a completion's steps, at its end
+    options: settings.Reward
 
 
-def read_rewards(items: tuple[str, ...], verifiers: dict[str, Callable], options: settings.Reward) -> Rewards:
-    """The rewards that are named by items NAME or NAME=WEIGHT.
+def read_rewards(
+    items: tuple[str, ...], verifiers: dict[str, Callable], options: settings.Reward, per_step: bool = False
+) -> Rewards:
+    """The rewards that are named by items NAME, NAME=WEIGHT, NAME@OTHER or NAME=WEIGHT@OTHER.
 
-    A name is one of `verifiers`, the directory of a reward model, judge:URL or remote:URL. Raises ValueError for an
-    item that is none, a weight that is no number, an item named twice, a directory that holds no reward model, a rubric
-    that cannot be filled in, and a server that does not answer.
+    A name is one of `verifiers`, the directory of a reward model, process:DIRECTORY for one that judges steps,
+    judge:URL or remote:URL. With @OTHER, which is named before, it counts where the other is above 0. Raises ValueError
+    for an item that is none of these, a weight that is no number, an item named twice, a directory that holds no reward
+    model, a rubric that cannot be filled in, and a server that does not answer.
+
+    per_step: each step is rewarded where it ends. Raises ValueError where nothing judges steps.
     """
-    found = Rewards({}, {}, {}, {})
+    found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
-        name, weight = _split_weight(item, tuple(verifiers))
+        plain, _, condition = item.rpartition("@")
+        is_conditioned = condition in found.weights
+        name, weight = _split_weight(plain if is_conditioned else item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
+        _add_reward(found, name, item, verifiers, options)
         found.weights[name] = weight
-        kind, colon, url = name.partition(":")
-        if name in verifiers:
-            found.verifiers[name] = verifiers[name]
-        elif colon and kind in SERVERS:
-            check_url(url)
-            found.servers[name] = SERVERS[kind](url, options)
-        elif Path(name).is_dir():
-            hf.read_config(name, reward_model=True)
-            hf.load_score_head(name)
-            found.directories[name] = Path(name)
-        else:
-            raise ValueError(_not_legal(item, tuple(verifiers)))
+        if is_conditioned:
+            found.conditions[name] = condition
+    if per_step and not found.process:
+        raise ValueError("this algorithm learns from steps, and no reward judges them; legal: process:DIRECTORY")
     return found
+
+
+def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Callable], options: settings.Reward) -> None:
+    """Puts the reward where `found` has those of its kind. Raises ValueError where it is of none."""
+    kind, _, place = name.partition(":")
+    if name in verifiers:
+        found.verifiers[name] = verifiers[name]
+    elif kind in SERVERS and place:
+        check_url(place)
+        found.servers[name] = SERVERS[kind](place, options)
+    elif Path(place if kind == "process" else name).is_dir():
+        directory = Path(place if kind == "process" else name)
+        hf.read_config(directory, reward_model=True)
+        hf.load_score_head(directory)
+        found.directories[name] = directory
+        if kind == "process":
+            found.process.add(name)
+    else:
+        raise ValueError(_not_legal(item, tuple(verifiers)))
 
 
 def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
@@ -85,8 +111,9 @@ def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
 
 def _not_legal(item: str, names: tuple[str, ...]) -> str:
     return (
-        f"reward {item!r}; legal: {', '.join(names)}, the directory of a reward model, judge:URL or remote:URL; each "
-        "with =WEIGHT or without (with one where the name holds a =)"
+        f"reward {item!r}; legal: {', '.join(names)}, the directory of a reward model, process:DIRECTORY, judge:URL or "
+        "remote:URL; each with =WEIGHT or without (with one where the name holds a =), and with @NAME of one before it "
+        "to count where that is above 0"
     )
 
 
@@ -103,12 +130,24 @@ def load_score(
 
     directory: of the run, which keeps the answers of servers.
     """
-    model_rewards = {
-        name: load_reward_model(place, mesh, tokenizer, model, dtype) for name, place in rewards.directories.items()
-    }
+    model_rewards = {}
+    for name, place in rewards.directories.items():
+        if name in rewards.process:
+            model_rewards[name] = load_process_reward_model(place, mesh, tokenizer, model, rewards, dtype)
+        else:
+            model_rewards[name] = load_reward_model(place, mesh, tokenizer, model, dtype)
     for number, (name, make) in enumerate(rewards.servers.items()):
         model_rewards[name] = make(tokenizer, AnswerCache(directory / "answers" / f"{number}.jsonl"))
-    return make_score(rewards.verifiers, tokenizer.decode, rewards.weights, pool, model_rewards)
+    return make_score(
+        rewards.verifiers,
+        tokenizer.decode,
+        rewards.weights,
+        pool,
+        model_rewards,
+        rewards.conditions,
+        rewards.options.max_failed,
+        report=log_info,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- servers
@@ -169,15 +208,48 @@ def load_reward_model(
       tokenizer: of the policy. dtype: in which the model is held and computes.
     Raises ValueError for a directory that holds no reward model.
     """
-    config = dataclasses.replace(hf.read_config(directory, reward_model=True), dtype=dtype)
-    own = data.load_tokenizer(str(directory), config.vocab_size)
-    params = models.load_decoder(str(directory), config, mesh, dtype)
-    params["score_head"] = hf.load_score_head(directory)
+    config, params, own = _load_scorer(directory, mesh, dtype)
     score_rows = make_score_rows(config, params, mesh)
     if have_same_vocabulary(directory, policy):
         return lambda traj, prompts: score_rows(traj)
     log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
     return lambda traj, prompts: score_rows(encode_again(traj, prompts, tokenizer, own))
+
+
+def load_process_reward_model(
+    directory: str | Path,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    policy: str | Path,
+    rewards: Rewards,
+    dtype: str = "float32",
+) -> ModelReward:
+    """reward(traj, prompts) -> the probability that a step is right, σ(head's output), behind its last token.
+
+    With `rewards.per_step` that of each step, else [B]: the least of a completion's steps. Raises ValueError for a
+    model with another vocabulary than the policy's.
+    """
+    if not have_same_vocabulary(directory, policy):
+        raise ValueError(f"{directory} judges steps, and its vocabulary is not that of {policy}; legal: the same")
+    config, params, _ = _load_scorer(directory, mesh, dtype)
+    score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
+    token_bytes = data.token_bytes(tokenizer, config.vocab_size)
+    separator = unescape(rewards.options.step_separator)
+
+    def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
+        ends = mark_step_ends(traj, token_bytes, separator)
+        probability = jax.nn.sigmoid(score_tokens(traj))
+        return StepScores(probability, ends) if rewards.per_step else min_over_steps(probability, jnp.asarray(ends))
+
+    return reward
+
+
+def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[DecoderConfig, Params, Tokenizer]:
+    """Config, parameters and tokenizer of a sequence classifier."""
+    config = dataclasses.replace(hf.read_config(directory, reward_model=True), dtype=dtype)
+    tokenizer = data.load_tokenizer(str(directory), config.vocab_size)
+    params = models.load_decoder(str(directory), config, mesh, dtype)
+    return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer
 
 
 def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
@@ -192,13 +264,13 @@ def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
 
 
 def make_score_rows(
-    config: DecoderConfig, params: Params, mesh: jax.sharding.Mesh
+    config: DecoderConfig, params: Params, mesh: jax.sharding.Mesh, make: Callable = heads.make_reward_model
 ) -> Callable[[Trajectory], np.ndarray]:
-    """score_rows(traj) -> [B] float32, PIECE_TOKENS tokens on a device at a time.
+    """score_rows(traj) -> float32 [B], or with heads.make_process_reward_model [B T].
 
-    NaN for a row that is longer than the model's context.
+    PIECE_TOKENS tokens are on a device at a time. NaN for a row that is longer than the model's context.
     """
-    score = jax.jit(heads.make_reward_model(config))
+    score = jax.jit(make(config))
     sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"]))
     devices = data_parallel_size(mesh)
     fields = ("inputs", "actions", "mask", "positions", "segments")
@@ -215,7 +287,8 @@ def make_score_rows(
             scores.append(score(params, {}, Trajectory(logp=jnp.zeros((rows, T)), **piece)))
         found = np.concatenate(jax.device_get(scores))[:B]
         tokens = np.where(columns["mask"], columns["positions"] + 2, 0).max(axis=1)  # of prompt and completion
-        return np.where(tokens > config.max_positions, np.nan, found)
+        found[tokens > config.max_positions] = np.nan
+        return found
 
     return score_rows
 

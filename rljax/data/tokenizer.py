@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rljax.data.chat import Chat, Messages, Tools
+from rljax.data.chat import Chat
+from rljax.data.chat_template import read_chat
 from rljax.data.token_bytes import read_token_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -61,6 +62,13 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     )
 
 
+def text_after(decode: Callable[[Sequence[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that `ids` add to the ids before them: decoded alone, their first space may be lost."""
+    head = decode(before)
+    whole = decode([*before, *ids])
+    return whole[len(head) :] if whole.startswith(head) else decode(ids)
+
+
 def save_characters(alphabet: str, directory: str | Path) -> None:
     """Write the character tokenizer as files that transformers reads. It is not imported: that takes a second."""
     from tokenizers import Tokenizer as HFTokenizer
@@ -79,8 +87,10 @@ def save_characters(alphabet: str, directory: str | Path) -> None:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory; its EOS ids from generation_config.json or config.json too.
+    """The tokenizer of a Hugging Face model directory.
 
+    A completion ends at the EOS ids of tokenizer, generation_config.json and config.json, and at the token with which
+    the chat template ends a turn.
     Raises ValueError or FileNotFoundError, naming the file, where there is none or where it cannot be read.
     """
     directory = Path(directory)
@@ -92,7 +102,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except Exception as error:
         raise ValueError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
     eos = inner.eos_token_id
-    stop = tuple(sorted(_eos_ids(directory) | {eos} - {None}))
+    ends = _eos_ids(directory) | {eos} - {None}
 
     def encode(text: str) -> list[int]:
         return inner(text)["input_ids"]
@@ -113,6 +123,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             )
         return read_token_bytes(inner.backend_tokenizer, len(inner))
 
+    chat = read_chat(inner, str(directory), encode_more, ends)
+    if chat is not None:
+        ends |= {chat.end_of_turn} - {None}
+    stop = tuple(sorted(ends))
     return Tokenizer(
         encode,
         decode,
@@ -123,31 +137,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         token_bytes=token_bytes,
         encode_more=encode_more,
         eos=stop[0] if eos is None and stop else eos,
-        chat=_chat(directory, inner, encode_more, stop) if inner.chat_template else None,
+        chat=chat,
     )
-
-
-def _chat(directory: Path, inner, encode: Callable[[str], list[int]], stop: tuple[int, ...]) -> Chat:
-    """The chat template of a transformers tokenizer; what it raises becomes one line that names it."""
-
-    def apply(messages: Messages, tools: Tools, **options):
-        try:
-            return inner.apply_chat_template(list(messages), tools=tools, **options)
-        except Exception as error:  # whatever a template raises: jinja2's errors, and those of expressions in it
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            raise ValueError(
-                f"the chat template of {directory} fails on messages of {roles or 'no one'}: {_first_line(error)}"
-            ) from None
-
-    def render(messages: Messages, tools: Tools, add_generation_prompt: bool) -> str:
-        return apply(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    def encode_marked(messages: Messages, tools: Tools) -> tuple[list[int], list[bool]]:
-        found = apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return found["input_ids"], [bool(x) for x in found["assistant_masks"]]
-
-    marks = "{% generation" in inner.chat_template.replace("{%-", "{%")
-    return Chat(render, encode, stop, inner.eos_token or "", encode_marked if marks else None)
 
 
 def _check_tokenizer_files(directory: Path) -> None:

@@ -134,9 +134,11 @@ Fetch = Callable[[list[str], list[int]], list[Reply]]  # (questions, numbers of 
 
 def _prompt_text(columns: dict, decoded: str) -> str:
     """A conversation with its roles; any other prompt as the model read it, without special tokens."""
-    messages = columns.get("prompt")
+    messages = columns.get("prompt", columns.get("messages"))
     if not isinstance(messages, list):
         return decoded
+    if messages[-1]["role"] == "assistant":  # what is to be written
+        messages = messages[:-1]
     return "\n\n".join(f"{message['role']}: {_content_text(message['content'])}" for message in messages)
 
 

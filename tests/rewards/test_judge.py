@@ -57,11 +57,16 @@ def test_a_score_by_a_rubric():
 
 
 def test_a_conversation_is_shown_with_its_roles():
-    rows = rows_of([{"prompt": [{"role": "user", "content": [{"type": "text", "text": "{why}?"}]}]}])
+    asked = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "{why}?"}]},
+    ]
+    rows = rows_of([{"prompt": asked}, {"messages": [*asked, {"role": "assistant", "content": "no"}]}])
     with servers.serve(servers.chat(lambda question: "Score: 1")) as server:
         reward = make_judge(Endpoint(server.url, "m"), decode, rubric="{prompt}|{completion}", limits=PATIENT)
-        assert values(reward(texts(("8", "12", 40)), rows)) == [0.1]
-    assert server.requests[0]["messages"] == [{"role": "user", "content": "user: {why}?|12"}]
+        assert values(reward(texts(("8", "12", 40), ("8", "3", 41)), rows)) == [0.1, 0.1]
+    found = {body["messages"][0]["content"] for body in server.requests}
+    assert found == {"system: Be kind.\n\nuser: {why}?|" + completion for completion in ("12", "3")}
 
 
 def larger(question):
