@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.common import command_line, data, models
+from experiments.common import command_line, models, runs
 from experiments.common.feedback import (
     Candidates,
     append,
@@ -38,18 +38,19 @@ from experiments.common.feedback import (
 )
 from experiments.common.panel import check_panel, votes
 from experiments.common.rewards import Rewards, load_score, read_rewards
+from experiments.common.rows import make_shape
 from experiments.common.sampling import make_sampling
-from experiments.common.settings import MeshShape, Panel, Rare, Reward, Sampling
+from experiments.common.settings import MeshShape, Panel, PromptData, Rare, Reward, Sampling
 from experiments.grpo import VERIFIERS
-from rljax.data.examples import prompt_ids
-from rljax.data.prompts import Prompts, from_template, read_jsonl
-from rljax.data.stop_strings import streamed_text
-from rljax.data.tokenizer import Tokenizer
+from rljax.data.examples import before_last_turn
+from rljax.data.prompts import Prompts
+from rljax.data.tokenizer import Tokenizer, text_after
 from rljax.models import decoder, hf
 from rljax.rewards.pool import Pool
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
+from rljax.train.samples import Decode
 from rljax.types import PromptBatch, Trajectory
 
 
@@ -58,10 +59,11 @@ class Config:
     """Which completions of which prompts are compared, and by whom."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt
     out: str  # jsonl file of preferences, to write or to go on with
-    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
-    chat: bool = False  # a prompt is a user's message, in the tokenizer's chat template
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: PromptData = PromptData()
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     count: int = 0  # prompts to collect for; 0: all
     n: int = 2  # completions per prompt; every two of them are compared
     ask: Literal["ranking", "scores"] = "ranking"  # what a person is asked for
@@ -81,10 +83,11 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
         raise ValueError(f"n = {cfg.n}; at least 2 completions are compared")
     check_panel(cfg.panel)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
-    tokenizer, prompts, context = read_prompts(cfg)
+    tokenizer, prompts, prompt_of = read_prompts(cfg)
     lines = whole_lines(cfg.out)
-    start = first_open(cfg.out, lines, prompts, cfg.panel.annotators if cfg.rewards else 0)
-    for candidates in sample_candidates(cfg, tokenizer, prompts, context, rewards, start):
+    voters = cfg.panel.annotators if cfg.rewards else 0
+    start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.columns_of([number])[0]), voters)
+    for candidates in sample_candidates(cfg, tokenizer, prompts, prompt_of, rewards, start):
         found = compare_by_panel(cfg, candidates) if cfg.rewards else compare_by_person(candidates, cfg.ask, ask)
         if found is None:
             break
@@ -98,39 +101,31 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
 # ---------------------------------------------------------------------------------------------- prompts and completions
 
 
-def read_prompts(cfg: Config) -> tuple[Tokenizer, Prompts, int]:
-    """The tokenizer, the prompts, and the tokens of the longest row. A prompt is a text, or a user's message."""
-    config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
-    text_of = from_template(data.unescape(cfg.template))
+def read_prompts(cfg: Config) -> tuple[Tokenizer, Prompts, Callable[[dict], str | list[dict]]]:
+    """The tokenizer, all prompts, and the prompt of a row as it is written: a text, or a conversation."""
+    tokenizer, prompts, _ = runs.read_all_prompts(cfg)
+    shape = make_shape(cfg.template, "", cfg.data)
 
     def prompt_of(row: dict) -> str | list[dict]:
-        return [{"role": "user", "content": text_of(row)}] if cfg.chat else text_of(row)
+        row = shape(row)
+        return row["prompt"] if "prompt" in row else before_last_turn(row["messages"])
 
-    def encode(prompt: str | list[dict]) -> list[int]:
-        return prompt_ids({"prompt": prompt}, tokenizer)
-
-    longest = data.max_prompt_length(0, cfg.sampling.max_tokens, config.max_positions)
-    columns = [{**row, "prompt": prompt_of(row)} for row in read_jsonl(cfg.prompts)]
-    prompts = Prompts(columns, encode, lambda row: row["prompt"], longest, cfg.seed, tokenizer.pad)
-    if prompts.dropped:
-        log_info(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
-    return tokenizer, prompts, prompts.length + cfg.sampling.max_tokens
+    return tokenizer, prompts, prompt_of
 
 
 def sample_candidates(
-    cfg: Config, tokenizer: Tokenizer, prompts: Prompts, context: int, rewards: Rewards, start: int
+    cfg: Config, tokenizer: Tokenizer, prompts: Prompts, prompt_of: Callable, rewards: Rewards, start: int
 ) -> Iterator[Candidates]:
     """The completions of each prompt from number `start` on; what is sampled beside them does not depend on it."""
     total = min(cfg.count or len(prompts), len(prompts))
     if start >= total:
         return
+    context = prompts.length + cfg.sampling.max_tokens
     config = dataclasses.replace(hf.read_config(cfg.model, context), dtype=cfg.dtype)
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
     params = models.load_decoder(cfg.model, config, mesh, cfg.dtype)
     lm = decoder.language_model(config)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
-    read = make_reader(cfg, tokenizer, config.vocab_size)
     size = max(cfg.rows // cfg.n, 1)
     with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         answers = Path(f"{cfg.out}.answers")
@@ -139,27 +134,21 @@ def sample_candidates(
             rows = prompts.draw(begin, min(size, total - begin))
             traj = sample(lm, params, {}, rows, sampling, cfg.seed, 0)
             traj = traj if score is None else score(traj, rows)
-            yield from (found for found in candidates_of(traj, rows, cfg.n, read) if found.number >= start)
+            for p in range(len(rows.number)):
+                if rows.number[p] >= start:
+                    yield candidates_of(traj, rows, p, cfg.n, tokenizer.decode, prompt_of(rows.columns[p]))
 
 
-def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[np.ndarray], str]:
-    """read(tokens) -> the text of a completion, with the space that it may begin with, without its stop."""
-    strings = [data.unescape(string).encode() for string in cfg.sampling.stop_strings]
-    pieces = data.token_bytes(tokenizer, vocabulary)
-    for token in tokenizer.stop:
-        pieces[token] = b""
-    return lambda tokens: streamed_text(tokens, pieces, strings, True)
-
-
-def candidates_of(traj: Trajectory, rows: PromptBatch, n: int, read: Callable) -> Iterator[Candidates]:
-    """The completions of each prompt of a batch."""
-    mask = np.asarray(traj.mask)
-    texts = [read(tokens[own]) for tokens, own in zip(np.asarray(traj.actions), mask, strict=True)]
-    scores = None if traj.rewards is None else np.asarray(traj.rewards).sum(axis=1)
-    for p, (number, row) in enumerate(zip(rows.number, rows.columns, strict=True)):
-        own = slice(p * n, (p + 1) * n)
-        known = None if scores is None else scores[own]
-        yield Candidates(int(number), row["prompt"], texts[own], mask[own].sum(axis=1), known)
+def candidates_of(
+    traj: Trajectory, rows: PromptBatch, p: int, n: int, decode: Decode, prompt: str | list[dict]
+) -> Candidates:
+    """The completions of the batch's prompt p."""
+    own = range(p * n, (p + 1) * n)
+    actions, mask = np.asarray(traj.actions), np.asarray(traj.mask)
+    before = rows.tokens[p][rows.mask[p]].tolist()
+    texts = [text_after(decode, before, actions[b][mask[b]].tolist()) for b in own]
+    scores = None if traj.rewards is None else np.asarray(traj.rewards).sum(axis=1)[list(own)]
+    return Candidates(int(rows.number[p]), prompt, texts, mask[list(own)].sum(axis=1), scores)
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing

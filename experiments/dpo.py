@@ -71,7 +71,7 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
     are_pairs = method.rows != "judgments"
 
     # -- model and data
-    tokenizer, context = offline.load_tokenizer(cfg.model)
+    tokenizer, context = data.load_tokenizer_and_context(cfg.model)
     rows = read_rows(cfg.data, method, tokenizer, context, cfg.seed)
     widths = offline.widths(example for row in (*rows.train, *rows.eval) for example in row.completions)
     config, params, frozen = models.load_pretrained(

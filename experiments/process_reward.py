@@ -20,6 +20,7 @@ import jax
 from experiments.common import command_line, data, models, offline, train
 from experiments.common.best import keep_best
 from experiments.common.optimizer import make_optimizer
+from experiments.common.rows import unescape
 from experiments.common.settings import Data, MeshShape, Optimizer, Weights
 from rljax.algorithms import process_reward_model
 from rljax.data.demonstrations import EMPTY
@@ -61,8 +62,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     offline.check_settings(cfg, mesh)
 
     # -- model and data
-    tokenizer, context = offline.load_tokenizer(cfg.model)
-    read = partial(steps, separator=data.unescape(cfg.separator))
+    tokenizer, context = data.load_tokenizer_and_context(cfg.model)
+    read = partial(steps, separator=unescape(cfg.separator))
     rows = data.read_examples(cfg.data, read, tokenizer, context, cfg.seed)
     width = max(len(row.example.prompt) + len(row.example.completion) for row in (*rows.train, *rows.eval))
     config, params, frozen = models.load_pretrained(

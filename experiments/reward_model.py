@@ -70,7 +70,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     offline.check_settings(cfg, mesh)
 
     # -- model and data
-    tokenizer, context = offline.load_tokenizer(cfg.model)
+    tokenizer, context = data.load_tokenizer_and_context(cfg.model)
     rows = data.read_examples(cfg.data, read_row, tokenizer, context, cfg.seed)
     prompt_tokens, max_tokens = offline.widths(one for row in (*rows.train, *rows.eval) for one in completions_of(row))
     config, params, frozen = models.load_pretrained(

@@ -68,7 +68,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     offline.check_settings(cfg, mesh)
 
     # -- model and data
-    tokenizer, context = offline.load_tokenizer(cfg.model)
+    tokenizer, context = data.load_tokenizer_and_context(cfg.model)
     examples = data.read_examples(cfg.data, demonstration, tokenizer, context, cfg.seed)
     width = max(len(example.prompt) + len(example.completion) for example in (*examples.train, *examples.eval))
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, width, cfg.seed, reference=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from experiments import collect
 from experiments.common.feedback import whole_lines, worth_of
 from experiments.common.panel import preference_probability, votes
-from experiments.common.settings import MeshShape, Panel, Sampling
+from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
 from models import tiny
 from rewards import hostile
 from test_grpo_experiment import RAW, ROWS, write_prompts, write_tokenizer
@@ -154,7 +154,7 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
         ({"panel": Panel(flip=0.6)}, r"flip = 0\.6; from 0 to 0\.5"),
         ({"panel": Panel(annotators=0, temperature=-1)}, "annotators = 0; at least 1; temperature = -1"),
         ({"rewards": ("beauty",)}, "reward 'beauty'; legal"),
-        ({"chat": True}, "chat template"),
+        ({"data": PromptData(chat=True)}, "chat template"),
     ],
 )
 def test_what_is_refused(fields, message, cfg, tmp_path):

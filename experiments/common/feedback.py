@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.data.prompts import Prompts
 from rljax.ops.agreement import cohen_kappa, fleiss_kappa, raw_agreement
 from rljax.train.log import log_info, write_atomically
 
@@ -116,15 +115,15 @@ def whole_lines(path: str) -> list[dict]:
     return lines
 
 
-def first_open(path: str, lines: list[dict], prompts: Prompts, voters: int) -> int:
-    """The number of the first prompt that is not compared yet.
+def first_open(path: str, lines: list[dict], prompt_of: Callable[[int], str | list[dict]], voters: int) -> int:
+    """The number of the first prompt that is not compared yet. `prompt_of`: number -> the prompt as it is written.
 
     Raises ValueError for a file of other prompts, or of another number of votes a line.
     """
     if not lines:
         return 0
     last = lines[-1].get("row")
-    same_prompt = isinstance(last, int) and prompts.draw(last, 1).columns[0]["prompt"] == lines[-1].get("prompt")
+    same_prompt = isinstance(last, int) and prompt_of(last) == lines[-1].get("prompt")
     if not same_prompt or any(len(line.get("votes", ())) != voters for line in lines):
         raise ValueError(f"{path} holds other preferences; legal: a new file, or the command that wrote this one")
     log_info(f"{path}: goes on after prompt {last + 1}")

@@ -11,9 +11,7 @@ import jax
 from experiments.common import data, micro_batches
 from experiments.common.settings import Batches
 from rljax.data.examples import Example
-from rljax.data.tokenizer import Tokenizer
 from rljax.models.decoder import DecoderConfig
-from rljax.models.families import read_config
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, shard_rows
 from rljax.train.run import Run
@@ -40,8 +38,7 @@ def one_small_step(cfg: Any) -> Any:
 
 def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str = "", **functions: Any) -> Run:
     """The run directory of a script's Config, by default runs/SCRIPT/KIND-MODEL-FILE-seedSEED."""
-    file = Path(cfg.data.files[0]).name.split(".")[0]
-    parts = (kind, Path(cfg.model).resolve().name, file, f"seed{cfg.seed}")
+    parts = (kind, Path(cfg.model).resolve().name, data.name_of(cfg.data.files), f"seed{cfg.seed}")
     name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
     return Run(
         cfg.directory or f"runs/{Path(source).stem}/{name}",
@@ -52,12 +49,6 @@ def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str =
         save_every=cfg.save_every,
         progress_metrics=progress_metrics,
     )
-
-
-def load_tokenizer(model: str) -> tuple[Tokenizer, int]:
-    """The tokenizer of a model directory, of a language model or a reward model, and the tokens of the context."""
-    config = read_config(model, reward_model=True)
-    return data.load_tokenizer(model, config.vocab_size), config.max_positions
 
 
 def widths(examples: Iterable[Example]) -> tuple[int, int]:
