@@ -1,5 +1,8 @@
 """The methods of dpo.py: each learns what its rows say, from any rows that it reads, with the log-probs it is given."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,3 +93,9 @@ def test_an_empty_row_holds_nothing():
     assert row.completions == (EMPTY, EMPTY)
     assert row.label is False
     assert [x.size for x in row.ref_logps] == [0, 0]
+
+
+def test_the_page_names_every_method():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "road.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| words \| rows \|\n.*?\n\n", page, flags=re.DOTALL)
+    assert set(METHODS) <= set(re.findall(r"\w+", table))
