@@ -103,8 +103,8 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
         if method.reference:
             annotate = policy.make_annotate(model, ("old_logp",))
             rows = with_reference(rows, annotate, state, widths, cfg.batch_size // pieces, shardings)
-        held_out = offline.filled(rows.eval, cfg.batch_size // pieces, empty_row(rows.eval[0]))
-        evaluate = offline.make_evaluate(objective, list(map(collate, held_out)), eval_metrics(method), shardings)
+        eval_rows = offline.filled(rows.eval, cfg.batch_size // pieces, empty_row(rows.eval[0]))
+        evaluate = offline.make_evaluate(objective, list(map(collate, eval_rows)), eval_metrics(method), shardings)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
