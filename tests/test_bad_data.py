@@ -224,7 +224,7 @@ def test_files_with_weights_have_their_share_of_the_draws(tokenizer, tmp_path):
 
 def test_over_long_rows(tokenizer, tmp_path, capsys):
     rows = [
-        {"prompt": "a b c d e f g h", "completion": "x"},
+        {"prompt": "a b c d e f g h i j k", "completion": "x"},
         *({"prompt": f"p{i}", "completion": "y"} for i in range(6)),
     ]
     file = write(tmp_path / "rows.jsonl", *rows)
@@ -250,7 +250,7 @@ def test_over_long_rows(tokenizer, tmp_path, capsys):
 
 
 def test_pairs_keep_one_prompt_when_it_is_cut(tokenizer, tmp_path):
-    row = {"prompt": "a b c d e f g h", "chosen": "x", "rejected": "x y z"}
+    row = {"prompt": "a b c d e f g h i j k l m n", "chosen": "x", "rejected": "x y z"}
     file = write(tmp_path / "rows.jsonl", row)
     (pair,) = examples(tokenizer, file, read=comparison, max_tokens=14, overlong="cut_left").train
     assert (
@@ -267,7 +267,7 @@ def test_draws_are_a_function_of_seed_and_cursor():
     assert data.draw(items, 3, 0, 20) != data.draw(items, 4, 0, 20)
 
 
-# ----------------------------------------------------------------------------------------------------- model directories
+# ---------------------------------------------------------------------------------------------------- model directories
 
 
 def broken(model, directory, name, content):
