@@ -9,7 +9,7 @@ import pytest
 
 from experiments.common import data, hub
 from experiments.common.rows import make_shape, read_rows, read_template, unescape
-from experiments.common.settings import Data, PromptData
+from experiments.common.settings import Data, Rows
 from experiments.tools import generate
 from rljax.data.examples import comparison, demonstration, prompt_ids
 from rljax.data.files import read_table
@@ -43,7 +43,7 @@ def write(path, *rows):
 
 
 def prompts(files, tokenizer, template="{prompt}", max_tokens=64, eval_prompts=2, seed=0, **options):
-    return data.read_prompts(files, template, tokenizer, max_tokens, eval_prompts, seed, PromptData(**options))
+    return data.read_prompts(files, template, tokenizer, max_tokens, eval_prompts, seed, Rows(**options))
 
 
 def examples(tokenizer, *files, read=demonstration, seed=0, context=64, **options):
@@ -106,14 +106,14 @@ def test_messages_and_content_parts_go_through_the_chat_template(tokenizer, tmp_
     for row in ({"prompt": asked}, {"messages": asked}, {"messages": said}):
         train, evaluation = prompts(write(tmp_path / "rows.jsonl", row), tokenizer)
         assert train.encoded == evaluation.encoded == [expected]
-    shape = make_shape("{q}", "", PromptData(chat=True, system="Be brief."))
+    shape = make_shape("{q}", "", Rows(chat=True, system="Be brief."))
     assert prompt_ids(shape({"q": "2+2?"}), tokenizer) == tokenizer.encode_more(
         "<s>system: Be brief.</s><s>user: 2+2?</s><s>assistant: "
     )
     own = {"messages": [{"role": "system", "content": "Sing."}, *said]}
     assert shape({"q": ""} | own)["messages"] == own["messages"]
     with pytest.raises(ValueError, match="a system message, but column 'prompt' is no conversation"):
-        make_shape("", "", PromptData(system="Be brief."))({"prompt": "a"})
+        make_shape("", "", Rows(system="Be brief."))({"prompt": "a"})
 
 
 def test_a_conversation_without_a_chat_template(shared, tmp_path):
@@ -124,7 +124,7 @@ def test_a_conversation_without_a_chat_template(shared, tmp_path):
 
 
 def test_rows_as_chats_in_every_format():
-    shape = make_shape("", "", PromptData(chat=True))
+    shape = make_shape("", "", Rows(chat=True))
     user, assistant = ([{"role": role, "content": "x"}] for role in ("user", "assistant"))
     assert shape({"prompt": "x", "completion": "x"}) == {"prompt": user, "completion": assistant}
     assert shape({"prompt": "x", "chosen": "x", "rejected": "x"})["rejected"] == assistant
