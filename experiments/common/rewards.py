@@ -312,7 +312,7 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
 
 def _as_row(text: RowText, columns: dict) -> dict:
     """A row as `data.formats` has them: a conversation where the prompt is one, else two texts."""
-    column = "prompt" if is_conversation(columns.get("prompt")) else "messages"
+    column = "prompt" if "prompt" in columns else "messages"
     if not is_conversation(columns.get(column)):
         return {"prompt": text.prompt, "completion": text.completion}
     messages = messages_of(columns, column)
