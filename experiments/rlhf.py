@@ -1,0 +1,200 @@
+r"""RLHF from end to end: demonstrations, supervised fine-tuning, comparisons, a reward model, reinforcement.
+
+    python experiments/rlhf.py --model DIR                          # run it again and it goes on where it stopped
+    python experiments/rlhf.py --model DIR --algorithm rloo         # the first four stages are shared
+
+Every stage is one of the other scripts, and its output the next one's input; here the data is made from what the model
+writes and a rule, so that the whole road can be walked with any small model that tells stories:
+
+    pretrained/     completions of the story openings; their first three sentences, with an end, are demonstrations
+    sft/            sft.py on these: the style is a story of three sentences that ends
+    comparisons/    completions of the fine-tuned model; of two of an opening the one is preferred that names more
+                    different animals (--rule), and equal ones are no comparison
+    reward_model/   reward_model.py on these comparisons
+    ppo/            ppo.py from the fine-tuned model against the reward model, or grpo.py with --algorithm
+
+32 of the 64 openings are held out from every stage; the last line is the reward on 256 stories from these.
+
+Reached: not yet run.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from experiments import best_of_n, grpo, ppo, reward_model, sft
+from experiments.common import command_line
+from experiments.common.settings import Batches, Data, Optimizer, Sampling
+from rljax.data.files import read_table
+from rljax.data.prompts import train_eval_split
+from rljax.train.log import log_info, write_atomically
+
+OPENINGS = str(Path(__file__).with_name("story_openings.jsonl"))
+# Of the KL to the fine-tuned model. GRPO's advantages have a deviation of 1, the others are in units of the reward.
+KL_COEF = {"ppo": 1.5, "rloo": 4.0, "grpo": 0.3}
+SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"”]?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A pretrained model, fine-tuned to a style and to a preference."""
+
+    model: str  # directory of a pretrained model that tells stories
+    prompts: str = OPENINGS  # jsonl file with a column prompt
+    eval_prompts: int = 32  # prompts held out from every stage
+    eval_samples: int = 256  # completions to these before and after the last stage
+    sentences: int = 3  # of a demonstration
+    rule: str = "animals"  # verifier whose greater result is preferred
+    n: int = 16  # completions per prompt, for demonstrations and again for comparisons
+    max_tokens: int = 80  # of a completion
+    batch_size: int = 64  # demonstrations, comparisons or completions per step
+    sft_steps: int = 60  # updates of the supervised fine-tuning
+    reward_steps: int = 100  # updates of the reward model
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"  # of the last stage
+    steps: int = 20  # steps of the last stage
+    seed: int = 0  # of everything
+    directory: str = ""  # of all stages; default runs/rlhf/MODEL-seedSEED
+
+
+def main(cfg: Config) -> dict[str, dict[str, float]]:
+    """Walk the road; return the reward and the KL to the fine-tuned model before and after the last stage."""
+    root = Path(cfg.directory or f"runs/rlhf/{Path(cfg.model).resolve().name}-seed{cfg.seed}")
+    openings = write_rows(root / "openings.jsonl", openings_to_train_on(cfg))
+
+    log_info("== demonstrations and supervised fine-tuning")
+    write_completions(cfg, cfg.model, openings, root / "pretrained")
+    demonstrations = first_sentences(read_judged(root / "pretrained"), cfg.sentences)
+    files = write_rows(root / "demonstrations.jsonl", demonstrations)
+    fine_tune(cfg, files, root / "sft")
+
+    log_info("== comparisons and reward model")
+    tuned = str(root / "sft" / "model")
+    write_completions(cfg, tuned, openings, root / "comparisons")
+    files = write_rows(root / "preferences.jsonl", comparisons(read_judged(root / "comparisons")))
+    learn_rewards(cfg, tuned, files, root / "reward_model")
+
+    log_info(f"== {cfg.algorithm} against the reward model")
+    return reinforce(cfg, tuned, str(root / "reward_model" / "model"), root / cfg.algorithm)
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+def write_completions(cfg: Config, model: str, prompts: str, directory: Path) -> None:
+    """n completions of each prompt, judged by the rule: DIRECTORY/judged.jsonl."""
+    settings = best_of_n.Config(
+        model=model,
+        prompts=prompts,
+        rewards=(cfg.rule,),
+        n=cfg.n,
+        sampling=Sampling(max_tokens=cfg.max_tokens),
+        seed=cfg.seed,
+        directory=str(directory),
+    )
+    best_of_n.main(settings)
+
+
+def fine_tune(cfg: Config, demonstrations: str, directory: Path) -> None:
+    """The pretrained model on demonstrations."""
+    settings = sft.Config(
+        model=cfg.model,
+        data=Data(files=(demonstrations,)),
+        steps=cfg.sft_steps,
+        batch_size=cfg.batch_size,
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine"),
+        seed=cfg.seed,
+        directory=str(directory),
+    )
+    sft.main(settings)
+
+
+def learn_rewards(cfg: Config, model: str, preferences: str, directory: Path) -> None:
+    """A reward model, which begins as the fine-tuned model."""
+    settings = reward_model.Config(
+        model=model,
+        data=Data(files=(preferences,)),
+        steps=cfg.reward_steps,
+        batch_size=cfg.batch_size,
+        optimizer=Optimizer(learning_rate=1e-3, schedule="cosine"),
+        seed=cfg.seed,
+        directory=str(directory),
+    )
+    reward_model.main(settings)
+
+
+def reinforce(cfg: Config, model: str, judge: str, directory: Path) -> dict[str, dict[str, float]]:
+    """The fine-tuned model against the reward model; the rule is recorded beside it, with weight 0."""
+    shared = dict(
+        model=model,
+        prompts=cfg.prompts,
+        rewards=(judge, f"{cfg.rule}=0"),
+        steps=cfg.steps,
+        sampling=Sampling(max_tokens=cfg.max_tokens),
+        optimizer=Optimizer(learning_rate=3e-4),
+        eval_prompts=cfg.eval_prompts,
+        eval_samples=cfg.eval_samples,
+        seed=cfg.seed,
+        directory=str(directory),
+    )
+    if cfg.algorithm == "ppo":
+        batches = Batches(prompts=cfg.batch_size, num_generations=1, epochs=2, minibatches=2)
+        critic = dict(critic="separate", critic_model=judge, ppo=ppo.Ppo(kl_coef=KL_COEF["ppo"]))
+        return ppo.main(ppo.Config(batches=batches, **critic, **shared))
+    batches = Batches(prompts=cfg.batch_size // 4, num_generations=4)
+    return grpo.main(grpo.Config(algorithm=cfg.algorithm, kl_coef=KL_COEF[cfg.algorithm], batches=batches, **shared))
+
+
+# ------------------------------------------------------------------------------------------------- the data in between
+
+
+def openings_to_train_on(cfg: Config) -> list[dict]:
+    """The prompts that ppo.py and grpo.py do not hold out."""
+    rows = read_table(cfg.prompts).rows
+    train, _ = train_eval_split([row["prompt"] for row in rows], cfg.eval_prompts, cfg.seed)
+    return [rows[i] for i in train]
+
+
+def first_sentences(judged: list[dict], count: int) -> list[dict]:
+    """A demonstration of each completion that has so many sentences, which are its completion."""
+    rows = []
+    for record in judged:
+        for completion in record["completions"]:
+            sentences = SENTENCE.findall(completion)[:count]
+            if len(sentences) == count:
+                rows.append({"prompt": record["prompt"], "completion": "".join(sentences)})
+    return rows
+
+
+def comparisons(judged: list[dict]) -> list[dict]:
+    """Every two completions of a prompt whose rewards differ."""
+    rows = []
+    for record in judged:
+        completions = zip(record["completions"], record["rewards"], strict=True)
+        for (one, reward), (other, other_reward) in itertools.combinations(completions, 2):
+            if reward > other_reward:
+                rows.append({"prompt": record["prompt"], "chosen": one, "rejected": other})
+            if reward < other_reward:
+                rows.append({"prompt": record["prompt"], "chosen": other, "rejected": one})
+    return rows
+
+
+def read_judged(directory: Path) -> list[dict]:
+    """The lines that best_of_n.py left, in the order of the prompts."""
+    return sorted(read_table(directory / "judged.jsonl").rows, key=lambda record: record["number"])
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """A jsonl file of these rows; its path."""
+    if not rows:
+        raise ValueError(f"{path}: no row to write; legal: other prompts, more completions (--n) or longer ones")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    log_info(f"{path}: {len(rows)} rows")
+    return str(path)
+
+
+if __name__ == "__main__":
+    command_line.run(Config, main)
