@@ -23,14 +23,14 @@ from functools import partial
 
 import jax
 
-from experiments.common import command_line, controllers, models, runs, train
-from experiments.common.algorithms import CriticFree, critic_free
+from experiments.common import command_line, controllers, models, runs, settings, train
+from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
-from rljax.algorithms import with_kl
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
+from rljax.algorithms import kl_in_reward, with_kl
 from rljax.models import decoder, hf, policy
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number
@@ -51,16 +51,17 @@ class Config:
     """GRPO, or another critic-free algorithm, with a KL term, on a pretrained model."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
-    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
-    reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
-    reward_workers: Rare[int] = 1  # processes that run verifiers
+    rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
+    reward: Reward = Reward()
     algorithm: CriticFree = "grpo"  # how to learn
     seed: int = 0  # of the order of prompts and of sampling
     steps: int = 20  # steps: sample, score, update
     kl_coef: float = 0.04  # coefficient of the KL to the reference
+    kl_in_reward: Rare[bool] = False  # the KL is in the rewards (RLOO, ReMax, REINFORCE++), not in the loss
     controllers: Controllers = Controllers()
     batches: Batches = Batches(prompts=16, num_generations=8)
     sampling: Sampling = Sampling(max_tokens=128)
@@ -68,7 +69,7 @@ class Config:
     weights: Weights = Weights()
     mesh: MeshShape = MeshShape()
     eval_prompts: int = 32  # prompts held out for evaluation
-    eval_samples: int = 256  # completions to these in each evaluation
+    eval_samples: Rare[int] = 256  # completions to these in each evaluation
     eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
     save_every: Rare[int] = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report
@@ -83,8 +84,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     """
     train.check_directory(cfg.directory, algorithm)
     name = cfg.algorithm if algorithm is None else ""
-    algorithm = algorithm or with_kl(critic_free(cfg.sampling.max_tokens)[cfg.algorithm](), cfg.kl_coef)
-    rewards = read_rewards(cfg.rewards, verifiers)
+    algorithm = algorithm or named_algorithm(cfg)
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward, per_step=cfg.algorithm in PER_STEP)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
@@ -105,7 +106,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
     carry = initial_carry(batches, train_prompts, sampling)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=carry)
-    state = state.replace(coefficients=controllers.initial_coefficients(cfg.controllers, cfg.kl_coef))
+    state = state.replace(coefficients=controllers.initial_coefficients(cfg.controllers, cfg.kl_coef, cfg.kl_in_reward))
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
 
     # -- the functions of a step
@@ -122,9 +123,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
 
     # -- the loop
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
-    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
+    with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
@@ -149,6 +150,17 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
+
+
+def named_algorithm(cfg: Config) -> Algorithm:
+    """The algorithm that cfg names, with the KL to the reference in its loss or in its reward."""
+    algorithms = critic_free(cfg.sampling.max_tokens) | PER_STEP
+    algorithm = algorithms[cfg.algorithm]()
+    if not cfg.kl_in_reward:
+        return with_kl(algorithm, cfg.kl_coef)
+    if cfg.algorithm in ("gdpo", *PER_STEP):
+        raise ValueError(f"{cfg.algorithm} does not read the sum of rewards; legal: without --kl_in_reward")
+    return kl_in_reward(algorithm, cfg.kl_coef)
 
 
 if __name__ == "__main__":

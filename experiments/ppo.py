@@ -21,12 +21,12 @@ from typing import Literal
 
 import jax
 
-from experiments.common import command_line, controllers, models, runs, train
+from experiments.common import command_line, controllers, models, runs, settings, train
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_actor_critic_optimizer
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_draw, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.grpo import VERIFIERS
 from rljax import algorithms as a
 from rljax.models import decoder, hf, policy
@@ -60,12 +60,12 @@ class Config:
     """PPO with a critic, and the KL to the reference in the reward, on a pretrained model."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
-    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
-    rewards: tuple[str, ...] = ("number",)  # verifiers, or directories of reward models; each NAME or NAME=WEIGHT
-    reward_timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
-    reward_workers: Rare[int] = 1  # processes that run verifiers
+    rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
+    reward: Reward = Reward()
     ppo: Ppo = Ppo()
     critic: Literal["shared", "separate"] = "shared"  # a head on the policy's decoder, or a decoder of its own
     critic_model: str = ""  # directory of the reward model that a separate critic begins as; default: the policy
@@ -79,7 +79,7 @@ class Config:
     weights: Weights = Weights()
     mesh: MeshShape = MeshShape()
     eval_prompts: Rare[int] = 32  # prompts held out for evaluation
-    eval_samples: int = 256  # completions to these in each evaluation
+    eval_samples: Rare[int] = 256  # completions to these in each evaluation
     eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
     save_every: Rare[int] = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report
@@ -89,7 +89,7 @@ class Config:
 
 def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Train; return reward and KL on the eval prompts before and after."""
-    rewards = read_rewards(cfg.rewards, verifiers)
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**asdict(cfg.mesh))
@@ -110,7 +110,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     updates = cfg.steps * batches.epochs * batches.minibatches
     critic_learning_rate = cfg.critic_learning_rate or cfg.optimizer.learning_rate
     optimizer = make_actor_critic_optimizer(cfg.optimizer, critic_learning_rate, updates, params)
-    coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, "kl_reward")
+    coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, kl_in_reward=True)
     key = jax.random.key(cfg.seed)
     state = TrainState(0, params, optimizer.init(params), key, frozen=frozen, coefficients=coefficients)
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
@@ -127,9 +127,9 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     run = runs.make_run(cfg, __file__, "", algorithm, rewards.verifiers, PROGRESS_METRICS)
 
     # -- the loop
-    with run, Pool(cfg.reward_workers, cfg.reward_timeout_seconds) as pool:
+    with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)
         before = evaluate(state)

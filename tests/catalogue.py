@@ -172,6 +172,7 @@ SECTIONS: dict[str, dict[str, Classification]] = {
         "bco": Classification(OFFLINE, "preference", "desirable and undesirable completions, `ref_logp`", IMPLICIT_KL),
         "online_pairs": Classification(ON, "preference", OUTCOME, "that of its objective"),
         "xpo_pairs": Classification(ON, "preference", "rewards", "that of its objective"),
+        "preference_over": Classification(ON, "preference", "rewards"),
     },
     "Distillation": {
         "gkd": Classification("any", "supervised", "a teacher"),

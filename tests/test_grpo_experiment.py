@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from experiments import grpo
 from experiments.common import command_line
 from experiments.common import models as common_models
-from experiments.common.algorithms import CriticFree, critic_free
+from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Adapter, Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
 from experiments.common.train import check_algorithm
@@ -250,6 +250,19 @@ def test_remax_compares_with_the_greedy_completion(tiny_run, tmp_path):
         grpo.main(change(cfg, batches__carry_over=2, directory=str(tmp_path / "other")), verifiers=VERIFIERS)
 
 
+def test_the_kl_may_be_in_the_reward(tiny_run, tmp_path):
+    fields = {"algorithm": "rloo", "kl_in_reward": True, "optimizer__learning_rate": 0.1}
+    cfg = change(tiny_run, directory=str(tmp_path / "run"), **fields)
+    cfg = change(cfg, controllers=Controllers(kl_target=0.01, kl_horizon=10))
+    grpo.main(cfg, verifiers=VERIFIERS)
+    first, last = metrics(cfg.directory)
+    assert "kl" not in last
+    assert last["kl_sequence"] != 0
+    assert first["kl_coef"] != last["kl_coef"]
+    with pytest.raises(ValueError, match="gdpo does not read the sum of rewards; legal: without --kl_in_reward"):
+        grpo.main(change(cfg, algorithm="gdpo"), verifiers=VERIFIERS)
+
+
 def test_gdpo_normalizes_each_of_several_rewards(tiny_run, tmp_path):
     """A reward that is a thousand times another: GRPO learns from it alone, GDPO from both alike."""
     cfg = change(tiny_run, rewards=("share=1000", "length"), steps=1)
@@ -263,7 +276,7 @@ def test_gdpo_normalizes_each_of_several_rewards(tiny_run, tmp_path):
 
 
 def test_every_critic_free_algorithm_is_known_by_its_name():
-    table = critic_free(max_tokens=8)
+    table = critic_free(max_tokens=8) | PER_STEP
     assert set(table) == set(typing.get_args(CriticFree))
     assert {"grpo", "dr_grpo", "gspo", "rloo", "remax", "gdpo", "raft", "rft"} <= set(table)
     for name, make in table.items():
@@ -290,7 +303,7 @@ def settings(**fields):
 
 NORM = "model.layers.0.input_layernorm.weight"
 LEGAL_REWARDS = (
-    "legal: animals, number, think, share, raises, says, or the directory of a reward model; each with =WEIGHT or"
+    "legal: animals, number, think, share, raises, says, the directory of a reward model, process:DIRECTORY, judge:URL"
 )
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),

@@ -14,7 +14,21 @@ import pytest
 from tests import reading_path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ("arithmetic_controls", "arithmetic_grpo", "arithmetic_sft", "grpo")
+RECIPES = (
+    "arithmetic_controls",
+    "arithmetic_grpo",
+    "arithmetic_sft",
+    "best_of_n",
+    "collect",
+    "distil",
+    "dpo",
+    "grpo",
+    "online_dpo",
+    "ppo",
+    "process_reward",
+    "reward_model",
+    "sft",
+)
 
 
 def test_it_is_not_far_from_the_recipe_to_the_loss():
@@ -95,7 +109,7 @@ def test_help_is_short_and_each_flag_has_a_meaning_and_a_default():
         assert len(meaning.split()) >= 3, entry
         assert re.fullmatch(r"required\)|default: .*\)", default), entry
     groups = re.findall(r"─ ([a-z.]+) options ─", done.stdout)
-    assert groups == ["batches", "sampling", "optimizer", "weights", "weights.adapter", "mesh"]
+    assert groups == ["data", "batches", "sampling", "optimizer", "weights", "weights.adapter", "mesh"]
 
 
 def entries(text: str) -> list[str]:

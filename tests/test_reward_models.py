@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,12 +12,15 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import grpo
 from experiments.common import data
-from experiments.common.rewards import PIECE_TOKENS, load_reward_model, read_rewards
-from experiments.common.settings import Batches, MeshShape, Sampling
+from experiments.common.reward_models import PIECE_TOKENS, load_process_reward_model, load_reward_model
+from experiments.common.rewards import read_rewards
+from experiments.common.settings import Batches, MeshShape, Reward, Sampling
 from models import tiny
+from rewards import servers
 from rljax.models import decoder, hf
+from rljax.rewards.score import RewardError
 from rljax.train.mesh import make_mesh
-from rljax.types import trajectory_of_tokens
+from rljax.types import PromptBatch, trajectory_of_tokens
 from test_grpo_experiment import LETTERS, RAW, ROWS, metrics, write_prompts, write_tokenizer
 
 END = 2  # </s>
@@ -90,7 +94,55 @@ def test_another_vocabulary_reads_the_text(directories, capsys):
     ids = {letter: 3 + i for i, letter in enumerate(LETTERS[::-1] + "0123456789")}
     whole = [[1, *(ids[letter] for letter in a + b)] + [END] * ended for a, b, ended in TEXTS[:4]]
     want = [score_of(directories / "other", row) for row in whole]
-    np.testing.assert_allclose(reward(traj, None), want, rtol=1e-4, atol=1e-4)
+    rows = PromptBatch(np.zeros((4, 1)), np.ones((4, 1)), np.arange(4), [{}] * 4, 4)
+    np.testing.assert_allclose(reward(traj.replace(group=np.arange(4)), rows), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_conversation_is_encoded_with_the_other_template(directories, tmp_path):
+    """Its ends of turns are other tokens than those that were sampled; a completion that was cut has none."""
+    other = write_reward_model(tmp_path / "chat", LETTERS + "0123456789")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    about = json.loads((other / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (other / "tokenizer_config.json").write_text(json.dumps(about))
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, _ = rollout([("sampled", " a time.", True), ("as if", "b c", False)], policy)
+    messages = [{"role": "user", "content": "why?"}]
+    answered = [*messages, {"role": "assistant", "content": "ignored"}]
+    columns = [{"prompt": messages}, {"messages": answered}]
+    rows = PromptBatch(np.zeros((2, 1)), np.ones((2, 1)), np.arange(2), columns, 2)
+    reward = load_reward_model(other, make_mesh(fsdp=2, tensor=4), policy, directories / "policy")
+    tokenizer = data.load_tokenizer(str(other), 47)
+    whole = [tokenizer.encode_more("user:why?</s>assistant:" + text) for text in (" a time.</s>", "b c")]
+    want = [score_of(other, ids) for ids in whole]
+    np.testing.assert_allclose(reward(traj.replace(group=np.arange(2)), rows), want, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_are_judged_where_they_end(directories):
+    """σ of the head behind the last token of each step, the separator being a comma; the least of them, or each."""
+    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    traj, whole = rollout([("once", "a,b c, d", True), ("as", "if", True)], policy)
+    ends = [[6, 10, 13], [5]]  # the tokens of a row, <s> included, after which a step has ended
+    want = [
+        [score_of(directories / "same", ids[: end + 1]) for end in of_row]
+        for ids, of_row in zip(whole, ends, strict=True)
+    ]
+    want = [1 / (1 + np.exp(-np.array(logits))) for logits in want]
+
+    def load(per_step, name="same"):
+        mesh = make_mesh(fsdp=2, tensor=4)
+        return load_process_reward_model(
+            directories / name, mesh, policy, directories / "policy", separator=",", per_step=per_step
+        )(traj, None)
+
+    np.testing.assert_allclose(load(False), [min(probabilities) for probabilities in want], rtol=1e-4)
+    found = load(True)
+    for row, probabilities in enumerate(want):
+        np.testing.assert_allclose(found.scores[row][found.ends[row]], probabilities, rtol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"other judges steps, and its vocabulary is not that of .*policy; legal: the sa"
+    ):
+        load(True, "other")
 
 
 def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, monkeypatch):
@@ -99,7 +151,7 @@ def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, mon
     reward = load_reward_model(directories / "same", make_mesh(fsdp=2, tensor=4), policy, directories / "policy")
     want = reward(traj, None)
     assert PIECE_TOKENS >= 12 * 24
-    monkeypatch.setattr("experiments.common.rewards.PIECE_TOKENS", 50)  # two rows a device: four, four and four
+    monkeypatch.setattr("experiments.common.reward_models.PIECE_TOKENS", 50)  # two rows a device: four, four and four
     np.testing.assert_allclose(reward(traj, None), want, rtol=1e-5, atol=1e-5)
 
 
@@ -118,19 +170,40 @@ def test_a_row_longer_than_the_context_is_not_judged(directories, tmp_path):
 def test_items_of_rewards(directories):
     verifiers = {"one": len, "two": len}
     model = str(directories / "same")
-    found = read_rewards(("two=0.5", f"{model}=2", "one"), verifiers)
+    found = read_rewards(("two=0.5", f"{model}=2", "one"), verifiers, Reward())
     assert found.verifiers == {"two": len, "one": len}
     assert found.directories == {model: directories / "same"}
     assert found.weights == {"two": 0.5, model: 2.0, "one": 1.0}
 
 
+def test_conditions_of_items(directories):
+    """What follows @ is a condition where it is the name of a reward before it."""
+    verifiers = {"one": len, "two": len, "a@b": len}
+    model = str(directories / "same")
+    items = ("one", "two=0.5@one", f"{model}@two", f"process:{model}=2@{model}", "a@b=3")
+    found = read_rewards(items, verifiers, Reward())
+    process = f"process:{model}"
+    assert found.weights == {"one": 1, "two": 0.5, model: 1, process: 2, "a@b": 3}
+    assert found.conditions == {"two": "one", model: "two", process: model}
+    assert found.directories == {model: Path(model), process: Path(model)}
+    assert found.process == {process}
+    for item in ("two@three", "two=1@three", "two@one=1"):
+        with pytest.raises(ValueError, match=rf"reward '{item}'; legal: .* and with @NAME of one before it"):
+            read_rewards(("one", item), verifiers, Reward())
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("three", "reward 'three'; legal: one, or the directory of a reward model; each with =WEIGHT or without"),
-        ("one=a=2", "reward 'one=a=2'; legal: one, or"),
-        ("one=", "reward 'one='; legal: one, or"),
-        ("one=nan", "reward 'one=nan'; legal: one, or"),
+        ("three", "reward 'three'; legal: one, the directory of a reward model, process:DIRECTORY, judge:URL"),
+        ("one=a=2", "reward 'one=a=2'; legal: one, the"),
+        ("one=", "reward 'one='; legal: one, the"),
+        ("one=nan", "reward 'one=nan'; legal: one, the"),
+        ("no/model", "no directory no/model, and it cannot be had from the hub"),
+        ("process:", "reward 'process:'; legal: one, the"),
+        ("", "reward ''; legal: one, the"),
+        ("judge:localhost", "'localhost' is no address of a server; legal: http://HOST:PORT/PATH"),
+        ("remote:http://host/?a=b", "reward 'remote:http://host/.a=b'; .*with one where the name holds a ="),
         ("policy", "holds no score.weight: it is no reward model"),
         ("empty", "no model in .*empty"),
         ("labels", r"score.weight has 2 labels; legal: 1"),
@@ -144,29 +217,52 @@ def test_what_is_no_reward_is_refused(item, message, directories, tmp_path):
     save_file(tensors, tmp_path / "labels" / "model.safetensors")
     place = {"policy": directories, "empty": tmp_path, "labels": tmp_path}.get(item)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_rewards((str(place / item) if place else item,), {"one": len})
+        read_rewards((str(place / item) if place else item,), {"one": len}, Reward())
 
 
 def test_a_reward_named_twice_is_refused():
-    with pytest.raises(ValueError, match="'one' is named twice"):
-        read_rewards(("one", "one=2"), {"one": len})
+    for second in ("one", "one=2", "one@one"):
+        with pytest.raises(ValueError, match="'one' is named twice"):
+            read_rewards(("one", second), {"one": len}, Reward())
+
+
+def test_servers_are_tried_before_anything_is_loaded(directories, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with servers.serve(servers.stalls) as server:
+        judge, remote = f"judge:{server.url}/v1", f"remote:{server.url}"
+        found = read_rewards((f"{judge}=0.5", remote), {}, Reward())
+        assert (list(found.servers), found.weights) == ([judge, remote], {judge: 0.5, remote: 1.0})
+        with pytest.raises(ValueError, match=r"/models does not list its models"):
+            read_rewards((f"judge:{server.url}",), {}, Reward())
+        with pytest.raises(FileNotFoundError, match="absent"):
+            read_rewards((judge,), {}, Reward(rubric="/absent"))
+        with pytest.raises(ValueError, match=r"reward.server_requests = 0; legal: above 0"):
+            read_rewards((remote,), {}, Reward(server_requests=0))
+    for item in (judge, remote):
+        with pytest.raises(ValueError, match=rf"no server at {server.url}.*; start it first"):
+            grpo.main(grpo.Config(model="/absent", prompts="/absent", rewards=(item,)))
+
+
+def config(directories, root: Path, **fields) -> grpo.Config:
+    """Two prompts a step with two completions each."""
+    return grpo.Config(
+        model=str(directories / "policy"),
+        prompts=write_prompts(root / "prompts.jsonl", ROWS),
+        batches=Batches(prompts=2, num_generations=2),
+        sampling=Sampling(max_tokens=8),
+        eval_prompts=2,
+        eval_samples=4,
+        save_every=1,
+        directory=str(root / "run"),
+        mesh=MeshShape(fsdp=1, tensor=-1),
+        **fields,
+    )
 
 
 def test_a_run_with_a_reward_model(directories, tmp_path):
     """The model's score is a column beside the verifier's, and the reward is their weighted sum."""
     model = str(directories / "same")
-    cfg = grpo.Config(
-        model=str(directories / "policy"),
-        prompts=write_prompts(tmp_path / "prompts.jsonl", ROWS),
-        rewards=(f"{model}=0.25", "animals"),
-        steps=1,
-        batches=Batches(prompts=2, num_generations=2),
-        sampling=Sampling(max_tokens=8),
-        eval_prompts=2,
-        eval_samples=4,
-        directory=str(tmp_path / "run"),
-        mesh=MeshShape(fsdp=1, tensor=-1),
-    )
+    cfg = config(directories, tmp_path, rewards=(f"{model}=0.25", "animals"), steps=1)
     result = grpo.main(cfg)
     (record,) = metrics(cfg.directory)
     want = record["reward/animals"] + 0.25 * record[f"reward/{model}"]
@@ -178,3 +274,68 @@ def test_a_run_with_a_reward_model(directories, tmp_path):
     assert sample["scores"].keys() == {"animals", model}
     with pytest.raises(ValueError, match="reward 'animal'"):
         grpo.main(dataclasses.replace(cfg, model="/absent", rewards=("animal",)))
+
+
+def test_process_grpo_rewards_each_step_and_other_algorithms_the_least(directories, tmp_path):
+    name = f"process:{directories / 'same'}"
+    cfg = config(directories, tmp_path, rewards=(name,), steps=1, reward=Reward(step_separator=" "))
+    each = dataclasses.replace(cfg, algorithm="grpo_process", directory=str(tmp_path / "each"))
+    grpo.main(cfg)
+    grpo.main(each)
+    (least,), (of_steps,) = metrics(cfg.directory), metrics(each.directory)
+    assert least[f"reward/{name}"] == of_steps[f"reward/{name}"] == pytest.approx(least["reward"])
+    assert 0 < least["reward"] < of_steps["reward"]  # a sum over the steps
+    with pytest.raises(ValueError, match="learns from steps, and no reward judges them; legal: process:DIRECTORY"):
+        grpo.main(dataclasses.replace(each, model="/absent", rewards=("animals",)))
+
+
+def test_a_run_with_servers_goes_on_bit_for_bit_and_asks_nothing_twice(directories, tmp_path):
+    """The second server fails for a row in four, and would judge all of them when the step is computed again."""
+    fails = [True]
+
+    def some(body):
+        return [None if fails[0] and row == 0 else len(query) / 7 for row, query in enumerate(body["query"])]
+
+    answer = {"/v1/chat/completions": servers.chat(lambda text: f"Score: {len(text) % 11}"), "/": servers.rewards(some)}
+    with servers.serve(lambda handler, *rest: answer[handler.path](handler, *rest)) as server:
+        items = (f"judge:{server.url}/v1", f"remote:{server.url}/=0.5")
+        cfg = config(directories, tmp_path, rewards=items, steps=2)
+        result = grpo.main(cfg)
+        first, last = metrics(cfg.directory)
+        assert first["frac_reward_failed"] == last["frac_reward_failed"] == 0.25
+        asked = len(server.requests)
+        fails[0] = False
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+        (tmp_path / "run" / "checkpoints" / "2.sha256.json").unlink()
+        assert grpo.main(cfg) == result
+        assert metrics(cfg.directory) == [first, last]
+        assert len(server.requests) == asked
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert list(sample["scores"]) == [items[0], items[1].removesuffix("=0.5")]
+    queries = [query for body in server.requests for query in body.get("query", [])]
+    assert all(query.startswith("<s>") for query in queries)  # special tokens go along
+
+
+def test_a_run_stops_where_its_server_fails_and_goes_on_when_it_is_back(directories, tmp_path):
+    """Good for the evaluation and the first step; then it fails. In the end the run is one that had no failure."""
+    good = servers.rewards(lambda body: [len(query) / 7 for query in body["query"]])
+    is_up = [True]
+
+    def answer(handler, body, server):
+        is_up[0] = is_up[0] and len(server.requests) != 3
+        good(handler, body, server) if is_up[0] else servers.send(handler, "busy", 503)
+
+    with servers.serve(answer) as server:
+        options = Reward(server_retries=0)
+        cfg = config(directories, tmp_path, rewards=(f"remote:{server.url}",), steps=2, reward=options)
+        message = f"remote:{server.url} did not judge 4 of 4 completions: invalid 4; the first: HTTP 503: busy"
+        with pytest.raises(RewardError, match=rf"{message}\. Legal: at most 50% of a rollout"):
+            grpo.main(cfg)
+        assert len(metrics(cfg.directory)) == 1
+        server.requests.clear()
+        is_up[0] = True
+        result = grpo.main(cfg)
+        server.requests[:] = [None] * 9
+        again = dataclasses.replace(cfg, directory=str(tmp_path / "again"))
+        assert grpo.main(again) == result
+    assert metrics(again.directory) == metrics(cfg.directory)

@@ -20,4 +20,5 @@ def critic_free(max_tokens: int) -> dict[str, Callable[[], Algorithm]]:
     return {make.__name__: make for make in makers} | {"dr_grpo": partial(a.dr_grpo, float(max_tokens))}
 
 
-CriticFree = Literal[tuple(critic_free(max_tokens=1))]
+PER_STEP = {"grpo_process": a.grpo_process}  # learn from rewards where steps end
+CriticFree = Literal[tuple(critic_free(max_tokens=1) | PER_STEP)]

@@ -1,29 +1,28 @@
 """What `--rewards` names: verifiers, reward models and servers, each with its weight; and rewards of a control."""
 
-import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.common import data, models
-from rljax.data.prompts import pad_left
+from experiments.common import settings
+from experiments.common.hub import find_model
+from experiments.common.reward_models import load_process_reward_model, load_reward_model
+from experiments.common.rows import unescape
 from rljax.data.tokenizer import Tokenizer
-from rljax.models import heads, hf
-from rljax.models.decoder import DecoderConfig
+from rljax.models import hf
 from rljax.ops.shaping import at_last_decision
+from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import ModelReward, Score, decode_rows, make_score
+from rljax.rewards.remote import make_remote_reward
+from rljax.rewards.score import ModelReward, Score, make_score
+from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
 from rljax.train.log import log_info
-from rljax.train.mesh import RULES, data_parallel_size
-from rljax.types import Params, Trajectory, trajectory_of_tokens
-
-PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
+from rljax.types import Trajectory
 
 
 class Rewards(NamedTuple):
@@ -31,26 +30,59 @@ class Rewards(NamedTuple):
 
     verifiers: dict[str, Callable]
     directories: dict[str, Path]  # of reward models
+    servers: dict[str, Callable[[Tokenizer, AnswerCache], ModelReward]]  # what makes the reward of a judge or server
     weights: dict[str, float]  # of all
+    conditions: dict[str, str]  # name -> the reward that must be above 0 for it to count
+    process: set[str]  # which of `directories` judge steps
+    per_step: bool  # a step is rewarded where it ends; False: the least of a completion's steps, at its end
+    options: settings.Reward
 
 
-def read_rewards(items: tuple[str, ...], verifiers: dict[str, Callable]) -> Rewards:
-    """The rewards that are named by items NAME or NAME=WEIGHT; a name is one of `verifiers`, or a model directory.
+def read_rewards(
+    items: tuple[str, ...], verifiers: dict[str, Callable], options: settings.Reward, per_step: bool = False
+) -> Rewards:
+    """The rewards that are named by items NAME, NAME=WEIGHT, NAME@OTHER or NAME=WEIGHT@OTHER.
 
-    Raises ValueError for an item that is neither, a weight that is no number, an item named twice, and a directory
-    that holds no reward model.
+    A name is one of `verifiers`, the directory of a reward model, process:DIRECTORY for one that judges steps,
+    judge:URL or remote:URL. With @OTHER, which is named before, it counts where the other is above 0. Raises ValueError
+    for an item that is none of these, a weight that is no number, an item named twice, a directory that holds no reward
+    model, a rubric that cannot be filled in, and a server that does not answer.
+
+    per_step: each step is rewarded where it ends. Raises ValueError where nothing judges steps.
     """
-    found = Rewards({}, {}, {})
+    found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
-        name, weight = _split_weight(item, tuple(verifiers))
+        plain, at, condition = item.rpartition("@")
+        is_conditioned = bool(at) and condition in found.weights
+        name, weight = _split_weight(plain if is_conditioned else item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
+        _add_reward(found, name, item, verifiers, options)
         found.weights[name] = weight
-        if name in verifiers:
-            found.verifiers[name] = verifiers[name]
-        else:
-            found.directories[name] = _reward_model_directory(name, item, tuple(verifiers))
+        if is_conditioned:
+            found.conditions[name] = condition
+    if per_step and not found.process:
+        raise ValueError("this algorithm learns from steps, and no reward judges them; legal: process:DIRECTORY")
     return found
+
+
+def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Callable], options: settings.Reward) -> None:
+    """Puts the reward where `found` has those of its kind. Raises ValueError where it is of none."""
+    kind, _, place = name.partition(":")
+    if name in verifiers:
+        found.verifiers[name] = verifiers[name]
+    elif kind in SERVERS and place:
+        check_url(place)
+        found.servers[name] = SERVERS[kind](place, options)
+    else:
+        directory = find_model(place if kind == "process" else name)
+        if not (directory and Path(directory).is_dir()):
+            raise ValueError(_not_legal(item, tuple(verifiers)))
+        hf.read_config(directory, reward_model=True)
+        hf.load_score_head(directory)
+        found.directories[name] = Path(directory)
+        if kind == "process":
+            found.process.add(name)
 
 
 def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
@@ -67,113 +99,91 @@ def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
     return name, number
 
 
-def _reward_model_directory(name: str, item: str, names: tuple[str, ...]) -> Path:
-    directory = Path(name)
-    if not directory.is_dir():
-        raise ValueError(_not_legal(item, names))
-    hf.read_config(directory, reward_model=True)
-    hf.load_score_head(directory)
-    return directory
-
-
 def _not_legal(item: str, names: tuple[str, ...]) -> str:
     return (
-        f"reward {item!r}; legal: {', '.join(names)}, or the directory of a reward model; each with =WEIGHT or without"
+        f"reward {item!r}; legal: {', '.join(names)}, the directory of a reward model, process:DIRECTORY, judge:URL or "
+        "remote:URL; each with =WEIGHT or without (with one where the name holds a =), and with @NAME of one before it "
+        "to count where that is above 0"
     )
 
 
 def load_score(
-    rewards: Rewards, tokenizer: Tokenizer, pool: Pool, mesh: jax.sharding.Mesh, dtype: str, model: str
+    rewards: Rewards,
+    tokenizer: Tokenizer,
+    pool: Pool,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    model: str,
+    directory: Path,
 ) -> Score:
-    """The function that scores a rollout of the policy in directory `model`. Loads the reward models."""
-    model_rewards = {
-        name: load_reward_model(directory, mesh, tokenizer, model, dtype)
-        for name, directory in rewards.directories.items()
-    }
-    return make_score(rewards.verifiers, tokenizer.decode, rewards.weights, pool, model_rewards)
+    """The function that scores a rollout of the policy in the directory `model`. Loads the reward models.
 
-
-# -------------------------------------------------------------------------------------------------------- reward models
-
-
-def load_reward_model(
-    directory: str | Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, policy: str | Path, dtype: str = "float32"
-) -> ModelReward:
-    """reward(traj, prompts) -> the score of each completion [B], by the sequence classifier in `directory`.
-
-    A reward model with the vocabulary of the policy (a model directory too) reads the token ids that were sampled. One
-    with another vocabulary reads the text, in its own tokens, with its EOS where the completion ended by itself. The
-    score is the head's output after the last token. A row that is longer than the model's context is not judged.
-
-    Args:
-      tokenizer: of the policy. dtype: in which the model is held and computes.
-    Raises ValueError for a directory that holds no reward model.
+    directory: of the run, which keeps the answers of servers.
     """
-    config = dataclasses.replace(hf.read_config(directory, reward_model=True), dtype=dtype)
-    own = data.load_tokenizer(str(directory), config.vocab_size)
-    params = models.load_decoder(str(directory), config, mesh, dtype)
-    params["score_head"] = hf.load_score_head(directory)
-    score_rows = make_score_rows(config, params, mesh)
-    if have_same_vocabulary(directory, policy):
-        return lambda traj, prompts: score_rows(traj)
-    log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
-    return lambda traj, prompts: score_rows(encode_again(traj, tokenizer, own))
-
-
-def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
-    """Whether every token id means the same to the tokenizers of two model directories."""
-    from transformers import AutoTokenizer  # a second of import: only where it is needed
-
-    one, two = (
-        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_vocab()
-        for path in (directory, other)
+    model_rewards = {}
+    for name, place in rewards.directories.items():
+        if name in rewards.process:
+            model_rewards[name] = load_process_reward_model(
+                place, mesh, tokenizer, model, unescape(rewards.options.step_separator), rewards.per_step, dtype
+            )
+        else:
+            model_rewards[name] = load_reward_model(place, mesh, tokenizer, model, dtype)
+    for number, (name, make) in enumerate(rewards.servers.items()):
+        model_rewards[name] = make(tokenizer, AnswerCache(directory / "answers" / f"{number}.jsonl"))
+    return make_score(
+        rewards.verifiers,
+        tokenizer.decode,
+        rewards.weights,
+        pool,
+        model_rewards,
+        rewards.conditions,
+        rewards.options.max_failed,
+        report=log_info,
     )
-    return one == two
 
 
-def make_score_rows(
-    config: DecoderConfig, params: Params, mesh: jax.sharding.Mesh
-) -> Callable[[Trajectory], np.ndarray]:
-    """score_rows(traj) -> [B] float32, PIECE_TOKENS tokens on a device at a time.
-
-    NaN for a row that is longer than the model's context.
-    """
-    score = jax.jit(heads.make_reward_model(config))
-    sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"]))
-    devices = data_parallel_size(mesh)
-    fields = ("inputs", "actions", "mask", "positions", "segments")
-
-    def score_rows(traj: Trajectory) -> np.ndarray:
-        B, T = traj.mask.shape
-        columns = {name: np.asarray(getattr(traj, name)) for name in fields}
-        at_once = max(1, PIECE_TOKENS // (T + 1))
-        rows = devices * min(at_once, math.ceil(B / devices))
-        scores = []
-        for start in range(0, B, rows):
-            here = np.minimum(np.arange(start, start + rows), B - 1)  # the last piece repeats the last row
-            piece = {name: jax.device_put(column[here], sharding) for name, column in columns.items()}
-            scores.append(score(params, {}, Trajectory(logp=jnp.zeros((rows, T)), **piece)))
-        found = np.concatenate(jax.device_get(scores))[:B]
-        tokens = np.where(columns["mask"], columns["positions"] + 2, 0).max(axis=1)  # of prompt and completion
-        return np.where(tokens > config.max_positions, np.nan, found)
-
-    return score_rows
+# -------------------------------------------------------------------------------------------------------------- servers
 
 
-def encode_again(traj: Trajectory, tokenizer: Tokenizer, other: Tokenizer) -> Trajectory:
-    """The prompts and completions of the rows, as token ids of the other tokenizer.
+def _remote(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
+    limits = _limits(options)
+    check_reachable(url)
 
-    The text of both is encoded as one; a completion that ended by itself gets the other tokenizer's EOS.
-    """
-    rows = [
-        other.encode(row.prompt + row.completion) + list(other.stop[:1]) * row.ended
-        for row in decode_rows(traj, tokenizer.decode)
-    ]
-    longest = max(map(len, rows))
-    width = max(16, 1 << (longest - 1).bit_length())  # a power of two: each new width is compiled
-    tokens, present = pad_left(rows, width, other.pad)
-    last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
-    return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
+    def make(tokenizer: Tokenizer, cache: AnswerCache) -> ModelReward:
+        return make_remote_reward(url, tokenizer.decode_all, limits, cache)
+
+    return make
+
+
+def _judge(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
+    """OPENAI_API_KEY of the environment goes to the server, where it is set."""
+    rubric = Path(options.rubric).read_text(encoding="utf-8") if options.rubric else RUBRICS[options.compare]
+    check_rubric(rubric, options.compare)
+    limits = _limits(options)
+    check_reachable(url)
+    key = os.environ.get("OPENAI_API_KEY")
+    endpoint = Endpoint(url, options.judge_model or served_model(url, key), options.judge_tokens, key)
+
+    def make(tokenizer: Tokenizer, cache: AnswerCache) -> ModelReward:
+        return make_judge(endpoint, tokenizer.decode, options.compare, rubric, options.scale, limits, cache)
+
+    return make
+
+
+SERVERS = {"judge": _judge, "remote": _remote}
+
+
+def _limits(options: settings.Reward) -> Limits:
+    positive = ("server_timeout_seconds", "server_step_seconds", "server_requests", "scale", "judge_tokens")
+    wrong = [name for name in positive if not getattr(options, name) > 0]
+    if wrong:
+        raise ValueError(f"reward.{wrong[0]} = {getattr(options, wrong[0])}; legal: above 0")
+    return Limits(
+        timeout_seconds=options.server_timeout_seconds,
+        step_timeout_seconds=options.server_step_seconds,
+        max_concurrent=options.server_requests,
+        retries=options.server_retries,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- controls

@@ -5,15 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.common import data
+import jax.numpy as jnp
+
+from experiments.common import data, hub
 from experiments.common.best import keep_best
+from experiments.common.rows import make_shape, text_of_prompt
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
 from rljax.train.run import Run
-from rljax.types import TrainState
+from rljax.types import Batch, TrainState, Trajectory
 
 
 def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
@@ -21,21 +24,40 @@ def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
-    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
+    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
     return tokenizer, *prompts
 
 
+def read_all_prompts(cfg: Any) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
+    """The tokenizer, all prompts of a script's Config, and the text of a row's prompt."""
+    config = hf.read_config(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
+    shape = make_shape(cfg.template, "", cfg.data)
+    prompts = data.read_all_prompts(cfg.prompts, shape, tokenizer, max_tokens, cfg.seed, cfg.data.overlong)
+    return tokenizer, prompts, lambda row: text_of_prompt(shape(row))
+
+
+def name_of(cfg: Any, kind: str = "") -> str:
+    """KIND-MODEL-PROMPTS-seedSEED: the default name of a run."""
+    parts = (kind, hub.model_name(cfg.model), data.name_of(cfg.prompts), f"seed{cfg.seed}")
+    return "-".join(part for part in parts if part) + "-debug" * cfg.debug
+
+
 def make_run(
-    cfg: Any, source: str, kind: str, algorithm: Any, verifiers: Mapping[str, Callable], progress_metrics: Sequence[str]
+    cfg: Any,
+    source: str,
+    kind: str,
+    algorithm: Any,
+    verifiers: Mapping[str, Callable],
+    progress_metrics: Sequence[str],
 ) -> Run:
     """The run directory of a script's Config; it keeps the source of the script, of the algorithm and of the verifiers.
 
     By default that is runs/SCRIPT/KIND-MODEL-PROMPTS-seedSEED.
     """
-    parts = (kind, Path(cfg.model).resolve().name, Path(cfg.prompts).stem, f"seed{cfg.seed}")
-    name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
     return Run(
-        cfg.directory or f"runs/{Path(source).stem}/{name}",
+        cfg.directory or f"runs/{Path(source).stem}/{name_of(cfg, kind)}",
         asdict(cfg),
         steps=cfg.steps,
         source=source,
@@ -56,13 +78,26 @@ def summarize(
 
 
 def evaluate_when_due(
-    cfg: Any, run: Run, step: int, state: TrainState, config: DecoderConfig, evaluate: Callable
+    cfg: Any,
+    run: Run,
+    step: int,
+    state: TrainState,
+    config: DecoderConfig,
+    evaluate: Callable,
+    metric: str = "reward",
+    lower_is_better: bool = False,
 ) -> dict[str, float]:
-    """{"eval_reward": ...} every `eval_every` steps, the best model being kept, and after the last step; else {}."""
+    """{"eval_METRIC": ...} every `eval_every` steps, the best model being kept, and after the last step; else {}."""
     is_due = bool(cfg.eval_every) and (step + 1) % cfg.eval_every == 0
     if not is_due and step + 1 != cfg.steps:
         return {}
-    reward = evaluate(state)["reward"]
+    name = f"eval_{metric}"
+    found = evaluate(state)[metric]
     if cfg.eval_every:
-        keep_best(run.directory, state, config, cfg.model, "eval_reward", reward)
-    return {"eval_reward": reward}
+        keep_best(run.directory, state, config, cfg.model, name, found, lower_is_better)
+    return {name: found}
+
+
+def without_credit(traj: Trajectory) -> Batch:
+    """A rollout as `Run.log_samples` shows it, where no decision has an advantage of its own."""
+    return Batch(traj, jnp.zeros_like(traj.logp), traj.mask)

@@ -3,10 +3,15 @@
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from experiments.common import data, settings
+from experiments.common.rows import unescape
 from experiments.common.settings import Batches
+from rljax.algorithms.gkd import mix_completions
+from rljax.data.demonstrations import demonstrations
+from rljax.data.examples import demonstration
 from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
@@ -16,12 +21,12 @@ from rljax.rollouts.sample_token import distribution_settings
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, shard_prompts
-from rljax.types import LM, Algorithm, PromptBatch, Sampling, TrainState, Trajectory
+from rljax.types import LM, Algorithm, AnnotateFn, Params, PromptBatch, Sampling, TrainState, Trajectory
 
 
 def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
     """The sampler's settings for n completions per prompt; stop strings as an automaton over the model's ids."""
-    strings = [data.unescape(text) for text in options.stop_strings]
+    strings = [unescape(text) for text in options.stop_strings]
     automaton = None
     if strings:
         automaton = jnp.asarray(stop_strings(strings, data.token_bytes(tokenizer, vocabulary)))
@@ -121,6 +126,25 @@ def make_draw(
     return draw_and_carry
 
 
+def make_sample_scored(
+    lm: LM, annotate: AnnotateFn, score: Score, sampling: Sampling, shardings: Shardings, seed: int
+) -> Callable[..., Trajectory]:
+    """sample_scored(state, prompts, step, other=None) -> annotated and scored completions of these prompts.
+
+    `other`: (lm, parameters) of another policy that writes them, with keys of its own.
+    """
+
+    def sample_scored(
+        state: TrainState, prompts: PromptBatch, step: int, other: tuple[LM, Params] | None = None
+    ) -> Trajectory:
+        writer, params = other or (lm, state.params)
+        key_step = step if other is None else -2 - step  # -1 is that of evaluations
+        traj = sample(writer, params, state.frozen, shard_prompts(shardings, prompts), sampling, seed, key_step)
+        return score(annotate(state, traj), prompts)
+
+    return sample_scored
+
+
 def make_greedy_baseline(
     lm: LM, algorithm: Algorithm, score: Score, batches: Batches, sampling: Sampling, shardings: Shardings
 ) -> Callable[[TrainState, Trajectory, PromptBatch], Trajectory]:
@@ -145,3 +169,32 @@ def make_greedy_baseline(
         return traj.replace(baseline=jnp.repeat(rewards, batches.num_generations))
 
     return fill
+
+
+MIXED = ("inputs", "actions", "logp", "mask", "positions", "segments", "temperature", "group")
+
+
+def make_mix(
+    policy_fraction: float, options: settings.Sampling, prompts: Prompts, tokenizer: Tokenizer, seed: int
+) -> Callable[[int, Trajectory, PromptBatch], Trajectory]:
+    """mix(step, traj, rows) -> the trajectory, in which some rows are the file's completions of the same prompts.
+
+    They are cut where sampled ones would be. `policy_fraction`: share of rows that stay as they were sampled. Raises
+    ValueError for a row without a column `completion`.
+    """
+    if policy_fraction == 1:
+        return lambda step, traj, rows: traj
+    completions = []
+    for row in prompts.columns:
+        if row.get("completion") is None:
+            raise ValueError("a row has no column 'completion'; legal: with one, or --on_policy_fraction 1")
+        completions.append(demonstration(row, tokenizer).completion[: options.max_tokens])
+
+    def mix(step: int, traj: Trajectory, rows: PromptBatch) -> Trajectory:
+        given = demonstrations(rows, [completions[i] for i in prompts.indices_of(rows.number)], options.max_tokens)
+        temperature = jnp.full_like(given.temperature, options.temperature)
+        given = given.replace(temperature=temperature, group=jnp.asarray(rows.number))
+        sides = [Trajectory(**{name: getattr(side, name) for name in MIXED}) for side in (traj, given)]
+        return mix_completions(jax.random.fold_in(jax.random.key(seed), step), *sides, policy_fraction)
+
+    return mix

@@ -82,6 +82,27 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptData:
+    """How rows become prompts."""
+
+    chat: bool = False  # a text is a user's message, and the model answers in its chat template
+    system: Rare[str] = ""  # system message that conversations begin with, unless they have their own
+    overlong: Rare[Literal["drop", "cut_left", "cut_right", "error"]] = "drop"  # what becomes of a row that is too long
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(PromptData):
+    """The rows to learn from, in TRL's dataset formats (docs/data.md)."""
+
+    files: tuple[str, ...] = ()  # jsonl, json, parquet, hf://OWNER/NAME; FILE=WEIGHT: its share of the draws
+    template: str = ""  # text of the prompt from other columns, in braces; \n is a new line; @FILE: read from there
+    completion: str = ""  # text of the completion from other columns, likewise
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt; 0: what the context leaves
+    max_tokens: int = 0  # tokens of a row, prompt and completion; 0: the model's context
+    eval_size: int = 64  # rows held out for evaluation, at most half of all; equal prompts are on one side
+
+
+@dataclasses.dataclass(frozen=True)
 class Controllers:
     """Coefficients that follow a measurement, step by step. Without a target a coefficient stays as it is."""
 
@@ -92,12 +113,44 @@ class Controllers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reward:
+    """How completions are judged: verifiers in their processes, judges and reward models behind a URL."""
+
+    timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
+    workers: Rare[int] = 1  # processes that run verifiers
+    max_failed: Rare[float] = 0.5  # share of a rollout that a reward may leave unjudged; beyond it the run stops
+    step_separator: Rare[str] = "\\n"  # text that ends a step for a process reward model; \n is a new line
+    compare: Rare[Literal["score", "pairwise", "ranking"]] = (
+        "score"  # what a judge does with the completions of a prompt
+    )
+    rubric: Rare[str] = ""  # text file, the question to a judge; default: that of rljax/rewards/judge.py
+    scale: Rare[float] = 10.0  # highest score that the rubric allows; a judge's score is divided by it
+    judge_model: Rare[str] = ""  # name of the judge at its server; default: the first that is served
+    judge_tokens: Rare[int] = 1024  # tokens of a judge's reply
+    server_timeout_seconds: Rare[float] = 60.0  # for one request to a server
+    server_step_seconds: Rare[float] = 600.0  # for all requests of a step
+    server_requests: Rare[int] = 16  # requests in flight
+    server_retries: Rare[int] = 2  # further tries of a request that failed
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Devices as data x fsdp x tensor; one of them may be -1: all that are left."""
 
     data: Rare[int] = 1  # copies of the parameters, each with its share of the rows
     fsdp: int = -1  # devices over which the rows and the parameters of a copy are split
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A simulated panel of annotators (experiments/common/panel.py)."""
+
+    annotators: int = 3  # how many compare each pair
+    flip: float = 0.0  # share of votes that are turned round
+    temperature: float = 0.0  # of Bradley-Terry: differences of worth below it are seen uncertainly; 0: all are seen
+    length_bias: float = 0.0  # worth that a completion gains by 100 tokens
+    disagreement: float = 0.0  # standard deviation of an annotator's own taste
 
 
 def debug_batches(batches: Batches) -> Batches:

@@ -54,6 +54,14 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool 
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
 
 
+def check_whole_groups(batches: Batches) -> None:
+    """Raise ValueError for settings of rollouts that a recipe does not have which learns from all rows of each step."""
+    for name, legal in (("oversample", 1), ("carry_over", 0), ("max_tokens_per_device", 0)):
+        value = getattr(batches, name)
+        if value != legal:
+            raise ValueError(f"{name} = {value}, but this recipe learns from all completions of a step; legal: {legal}")
+
+
 def check_directory(directory: str, own: Algorithm | None) -> None:
     """Raise ValueError for an algorithm that is handed in without a directory: the default one is another's."""
     if own is not None and not directory:
@@ -204,10 +212,15 @@ def shardings_of(
     optimizer: optax.GradientTransformation,
     config: DecoderConfig,
     offload: tuple[str, ...] = (),
+    teacher_config: DecoderConfig | None = None,
 ) -> Shardings:
-    """Shardings of a state whose parameters, trained and frozen, are those of a decoder."""
+    """Shardings of a state whose parameters, trained and frozen, are those of a decoder.
+
+    teacher_config: of frozen["teacher"], if that is another decoder.
+    """
     axes = policy.logical_axes(config, state.params)
-    frozen_axes = {name: policy.logical_axes(config, part) for name, part in state.frozen.items()}
+    configs = {"teacher": teacher_config or config}
+    frozen_axes = {name: policy.logical_axes(configs.get(name, config), part) for name, part in state.frozen.items()}
     return state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
 
 

@@ -62,6 +62,7 @@ from rljax.algorithms.luspo import luspo as luspo
 from rljax.algorithms.maxrl import maxrl as maxrl
 from rljax.algorithms.minillm import minillm as minillm
 from rljax.algorithms.nash_md import nash_md as nash_md
+from rljax.algorithms.nash_md import preference_over as preference_over
 from rljax.algorithms.odpo import odpo as odpo
 from rljax.algorithms.online_dpo import online_pairs as online_pairs
 from rljax.algorithms.opmd import opmd as opmd

@@ -1,12 +1,8 @@
-"""Conversations as token ids: the chat template of a model, and which tokens the assistant itself chose.
+"""Conversations as token ids: prompts to sample from, and assistant's turns to learn from.
 
-A conversation is put together as a sampler would see it: for each turn of the assistant the messages before it with the
-generation prompt, then what the turn adds, then what comes before the next turn. The assistant's tokens are those from
-the end of the generation prompt to the end of the turn: through the first token that stops the sampler, which draws
-nothing after it. A template that marks them itself (`{% generation %}`) is followed.
-
-A template may write an earlier turn otherwise than the last one (Qwen3 leaves out its thoughts). Then the turn stands
-as it was when it was the last: those are the tokens that were sampled.
+Of a turn exactly those tokens are learned from that a sampler would draw: from the end of the generation prompt to the
+first stop token. A turn is found as the difference of two renderings, the messages before it with the generation prompt
+and the messages with it; a template that marks turns with {% generation %} is taken at its word.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +11,20 @@ from typing import Any, NamedTuple
 Messages = Sequence[dict[str, Any]]
 Tools = Sequence[Any] | None
 
+MARK = "\N{REFERENCE MARK}\N{ASTERISM}\N{REFERENCE MARK}"  # stands for a message; no template changes it
+
 
 class Chat(NamedTuple):
-    """The chat template of a tokenizer, as functions."""
+    """The chat template of a tokenizer, as functions; what it refuses is a ValueError."""
 
+    name: str  # whose template it is, for error messages
     render: Callable[[Messages, Tools, bool], str]  # (messages, tools, with the generation prompt) -> text
     encode: Callable[[str], list[int]]  # rendered text -> ids
-    stop: tuple[int, ...]  # ids that end a turn
-    eos: str  # the text of the token that ends a text, which some templates write after the last turn
-    # (messages, tools) -> ids, and whether each is the assistant's; None: the template does not mark them
-    encode_marked: Callable[[Messages, Tools], tuple[list[int], list[bool]]] | None = None
+    ends: tuple[str, ...]  # texts of the tokens that end a turn, and stop a sampler
+    end_of_turn: int | None  # the one of them with which the template ends the assistant's turns
+    has_generation_prompt: bool  # or needs none: its turns have no header
+    # (messages, tools) -> text, and the spans in it that are the assistant's; None: the template does not mark them
+    spans: Callable[[Messages, Tools], tuple[str, list[tuple[int, int]]]] | None = None
 
 
 class Piece(NamedTuple):
@@ -36,7 +36,17 @@ class Piece(NamedTuple):
 
 def encode_prompt(chat: Chat, messages: Messages, tools: Tools = None) -> list[int]:
     """The ids of a conversation with the generation prompt at its end. Raises ValueError where there is none."""
-    return chat.encode(_prompt_text(chat, messages, tools))
+    return chat.encode(prompt_text(chat, messages, tools))
+
+
+def prompt_text(chat: Chat, messages: Messages, tools: Tools = None) -> str:
+    """The text of a conversation with the generation prompt at its end. Raises ValueError where there is none."""
+    if not chat.has_generation_prompt:
+        raise ValueError(
+            f"the chat template of {chat.name} has no generation prompt: it ignores add_generation_prompt, "
+            "though the assistant's turns begin with a header"
+        )
+    return chat.render(messages, tools, True)
 
 
 def encode_conversation(
@@ -49,104 +59,113 @@ def encode_conversation(
     """
     if not any(message["role"] == "assistant" for message in messages[first:]):
         raise ValueError("no message is the assistant's: there is nothing to learn; legal: at least one of that role")
-    if chat.encode_marked is None:
-        return _encode_pieces(chat, _pieces(chat, messages, tools, first))
-    ids, mask = chat.encode_marked(messages, tools)
-    if not any(mask):
-        raise ValueError("the chat template has {% generation %}, but marks no token of this conversation")
+    make_pieces = _pieces if chat.spans is None else _marked_pieces
+    ids: list[int] = []
+    mask: list[bool] = []
+    before = ""
+    for piece in make_pieces(chat, messages, tools, first):
+        new = encode_after(before, piece.text, chat.encode, chat.encode)
+        ids += new
+        mask += [piece.of_assistant] * len(new)
+        before += piece.text
     return ids, mask
 
 
-def _prompt_text(chat: Chat, messages: Messages, tools: Tools) -> str:
-    text = chat.render(messages, tools, True)
-    if text == chat.render(messages, tools, False) and not _is_answered_at_once(chat, text, messages, tools):
-        raise ValueError("the chat template has no generation prompt: it ignores add_generation_prompt")
-    return text
+def encode_after(
+    before: str, text: str, encode: Callable[[str], list[int]], encode_more: Callable[[str], list[int]]
+) -> list[int]:
+    """The ids of a text after another, as both are encoded together.
+
+    Where a token would span both, the text's own ids: after the ids of `before` no sampler draws such a token.
+    """
+    head = encode(before)
+    whole = encode(before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else encode_more(text)
 
 
-def _is_answered_at_once(chat: Chat, text: str, messages: Messages, tools: Tools) -> bool:
-    """Whether the assistant's words follow the rendered messages without a header (Mistral's [/INST])."""
-    answered = chat.render([*messages, {"role": "assistant", "content": "word"}], tools, False)
-    return answered.startswith(text) and answered[len(text) :].lstrip().startswith("word")
+def _marked_pieces(chat: Chat, messages: Messages, tools: Tools, first: int) -> list[Piece]:
+    """The conversation as pieces of text; those that the template marks are the assistant's."""
+    text, spans = chat.spans(messages, tools)
+    if first:
+        spans = spans[len(chat.spans(messages[:first], tools)[1]) :]
+    spans = [(left, right) for left, right in spans if left < right]
+    if not spans:
+        raise ValueError(
+            f"the chat template of {chat.name} has {{% generation %}}, but marks nothing of this conversation"
+        )
+    pieces = []
+    end = 0
+    for left, right in spans:
+        pieces += [Piece(text[end:left], False), Piece(text[left:right], True)]
+        end = right
+    return [*pieces, Piece(text[end:], False)]
 
 
 # -------------------------------------------------------------------------------------------------------- turn by turn
 
 
 def _pieces(chat: Chat, messages: Messages, tools: Tools, first: int) -> list[Piece]:
-    """The conversation as pieces of text, those of the assistant from message `first` on apart."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
-    prompts = [_prompt_text(chat, messages[:i], tools) for i in turns]
-    pieces = [Piece(prompts[0], False)]
-    for k, i in enumerate(turns):
-        turn = _turn_text(chat, messages, tools, prompts[k], i)
-        is_last_turn = k + 1 == len(turns)
-        if is_last_turn and i + 1 == len(messages):
-            return [*pieces, Piece(turn, True)]
-        later = chat.render(messages, tools, False) if is_last_turn else prompts[k + 1]
-        turn, after = _split_later(chat, prompts[k], turn, later, i)
-        pieces += [Piece(turn, True), Piece(after, False)]
+    """The conversation as pieces of text, the assistant's turns from message `first` on apart.
+
+    A template may write a turn otherwise once other messages follow it (Qwen3's leaves out its thoughts). Then the text
+    goes on as it would in a dialogue with the model: its turns stay as they were drawn.
+    """
+    pieces: list[Piece] = []
+    turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+    for i, before in zip(turns, [None, *turns], strict=False):
+        prompt = prompt_text(chat, messages[:i], tools)
+        pieces.append(Piece(_continued(chat, pieces, prompt, messages[:i], tools, before, True), False))
+        turn = _turn(chat, messages[: i + 1], prompt, tools)
+        pieces.append(Piece(turn, True))
+    whole = chat.render(messages, tools, False)
+    pieces.append(Piece(_continued(chat, pieces, whole, messages, tools, turns[-1], False), False))
     return pieces
 
 
-def _turn_text(chat: Chat, messages: Messages, tools: Tools, prompt: str, i: int) -> str:
-    """What message i adds to the prompt."""
-    through = chat.render(messages[: i + 1], tools, False)
-    if not through.startswith(prompt):
+def _continued(
+    chat: Chat,
+    pieces: Sequence[Piece],
+    longer: str,
+    messages: Messages,
+    tools: Tools,
+    last: int | None,
+    with_prompt: bool,
+) -> str:
+    """What a longer rendering has after the pieces, of which the last is the turn of message `last`."""
+    so_far = "".join(piece.text for piece in pieces)
+    if longer.startswith(so_far):
+        return longer[len(so_far) :]
+    shown = [*messages[:last], {"role": "assistant", "content": MARK}, *messages[last + 1 :]]
+    after = chat.render(shown, tools, with_prompt).rpartition(MARK)[2]
+    return after[_end_of_turn(after, chat) or 0 :]
+
+
+def _turn(chat: Chat, messages: Messages, prompt: str, tools: Tools) -> str:
+    """The text of the last message's turn, through the first token in it that stops a sampler."""
+    whole = chat.render(messages, tools, False)
+    number = len(messages)
+    if not whole.startswith(prompt):
         raise ValueError(
-            f"the chat template does not continue its generation prompt with message {i}, so it cannot be told which "
-            "tokens the assistant chose; legal: a template that does, or one with {% generation %}"
+            f"the chat template of {chat.name} does not continue its generation prompt with message {number} "
+            "(assistant), so it cannot be told which tokens the assistant chose; legal: a template that does, or one "
+            "with {% generation %}"
         )
-    return through[len(prompt) :]
+    turn = whole[len(prompt) :]
+    end = _end_of_turn(turn, chat)
+    if end is None:
+        raise ValueError(
+            f"the chat template of {chat.name} ends message {number} (assistant) with no token that stops a sampler: "
+            "a model that learns from it would never stop"
+        )
+    rest = turn[end:]
+    for text in chat.ends:
+        rest = rest.replace(text, "")
+    if rest.strip():
+        raise ValueError(f"message {number} (assistant) holds {turn[:end][-20:]!r}, at which a sampler stops")
+    return turn[:end]
 
 
-def _split_later(chat: Chat, prompt: str, turn: str, later: str, i: int) -> tuple[str, str]:
-    """The turn of message i as it is not the last one, and what `later`, a longer rendering, has after it.
-
-    `later` may have left out the beginning of the turn, and an end of text that stood after it.
-    """
-    for whole in (turn, turn.removesuffix(chat.eos)):
-        for start in range(len(whole.rstrip())):
-            written = prompt + whole[start:]
-            if later.startswith(written):
-                return whole, later[len(written) :]
-    raise ValueError(
-        f"the chat template writes message {i} in another way once others follow, and its end is not to be found; "
-        "legal: a conversation that ends with its only turn of the assistant, or a template with {% generation %}"
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------- ids
-
-
-def _encode_pieces(chat: Chat, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-    ids: list[int] = []
-    mask: list[bool] = []
-    for piece, piece_ids in zip(pieces, _ids_of_pieces(chat, pieces), strict=True):
-        chosen = _until_stop(piece_ids, chat.stop) if piece.of_assistant else 0
-        ids += piece_ids
-        mask += [True] * chosen + [False] * (len(piece_ids) - chosen)
-    return ids, mask
-
-
-def _ids_of_pieces(chat: Chat, pieces: Sequence[Piece]) -> list[list[int]]:
-    """The ids of the whole text, cut where the pieces end; of each piece by itself where a token crosses such an end.
-
-    A sampler draws what follows the ids of the text so far: these must be the first ids of the whole.
-    """
-    whole = chat.encode("".join(piece.text for piece in pieces))
-    ends = []
-    text = ""
-    for piece in pieces:
-        text += piece.text
-        so_far = chat.encode(text)
-        if whole[: len(so_far)] != so_far:
-            return [chat.encode(piece.text) for piece in pieces]
-        ends.append(len(so_far))
-    starts = [0, *ends[:-1]]
-    return [whole[start:end] for start, end in zip(starts, ends, strict=True)]
-
-
-def _until_stop(ids: Sequence[int], stop: Sequence[int]) -> int:
-    """How many of the ids a sampler draws: through the first that stops it, all where none does."""
-    return next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
+def _end_of_turn(text: str, chat: Chat) -> int | None:
+    """Where the first token has ended that stops a sampler; None where there is none."""
+    found = [text.index(end) + len(end) for end in chat.ends if end in text]
+    return min(found, default=None)

@@ -1,16 +1,11 @@
-"""A row of a dataset as token ids, on the host. Its columns have the names of TRL's dataset formats (`data.formats`).
+"""A row of a dataset -> token ids, on the host. Which columns a row needs: formats.py."""
 
-A completion begins where the sampler would begin: the ids of its prompt are those that are sampled after, and what
-follows is encoded so that the prompt's ids stay as they are. It ends with the token that ends a text (EOS), or with
-what the chat template writes at the end of a turn.
-
-The errors say which column is wrong; which file and line, says who reads the file (`files.Table.place`).
-"""
-
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rljax.data.chat import encode_conversation, encode_prompt
+from rljax.data.chat import Chat, encode_after, encode_conversation, prompt_text
 from rljax.data.formats import Row, is_conversational, messages_of, text_of
 from rljax.data.tokenizer import Tokenizer
 
@@ -25,11 +20,11 @@ class Example(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two completions of one prompt."""
+    """Two completions of one prompt, the better one first."""
 
     chosen: Example
-    rejected: Example
-    margin: float | None  # by how much the chosen one is better, if it was rated
+    rejected: Example  # has the same prompt
+    margin: float | None
 
 
 class Judgment(NamedTuple):
@@ -40,135 +35,188 @@ class Judgment(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A completion of several steps, each of them labeled. Both lists are as long as the completion."""
+    """A solution whose steps are labeled."""
 
     example: Example
-    step_ends: list[bool]  # True on the last token of a step
-    labels: list[float]  # of the step that ends there: 1 right, 0 wrong; 0 elsewhere
+    step_ends: list[bool]  # of `completion`: True on the last token of a step
+    labels: list[float]  # of `completion`: the label on each step end, NaN where it has none; 0 elsewhere
 
 
 def prompt_ids(row: Row, tokenizer: Tokenizer) -> list[int]:
-    """The ids of the column `prompt`, or of `messages` up to the last turn of the assistant, ready to be completed."""
-    column = "prompt" if "prompt" in row else "messages"
-    if not is_conversational(row):
-        return tokenizer.encode(text_of(row, column))
-    messages = messages_of(row, column)
-    if column == "messages" and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return encode_prompt(_chat(tokenizer), messages, row.get("tools"))
+    """The ids of a row's `prompt`, or of its `messages` without the assistant's last turn.
+
+    A conversation ends with the generation prompt. Raises ValueError where there is none, and for an empty prompt.
+    """
+    text, encode = _prompt(row, tokenizer)
+    ids = encode(text)
+    if not ids:
+        raise ValueError("the prompt is empty: it has no tokens")
+    return ids
+
+
+def _prompt(row: Row, tokenizer: Tokenizer) -> tuple[str, Callable[[str], list[int]]]:
+    """The text of a row's prompt, and what makes ids of it: a chat template writes its special tokens itself."""
+    if "prompt" not in row and "messages" in row:
+        messages = before_last_turn(messages_of(row, "messages"))
+    elif is_conversational(row, "prompt"):
+        messages = messages_of(row, "prompt")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("column 'prompt' ends with a message of the assistant; legal: one that it can answer")
+    else:
+        return row["prompt"], tokenizer.encode
+    return prompt_text(_chat(tokenizer), messages, _tools(row)), tokenizer.encode_more
+
+
+def _chat(tokenizer: Tokenizer) -> Chat:
+    if tokenizer.chat is None:
+        raise ValueError("a conversation, but the model has no chat template; legal: texts, or a model that has one")
+    return tokenizer.chat
+
+
+def before_last_turn(messages: list[dict]) -> list[dict]:
+    """The messages before those of the assistant that end the conversation."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
 
 
 def demonstration(row: Row, tokenizer: Tokenizer) -> Example:
-    """A text to imitate: of the columns text, messages, or prompt and completion."""
-    if "completion" in row:
-        return _completed(row, "completion", tokenizer)
-    if is_conversational(row):
-        ids, mask = encode_conversation(_chat(tokenizer), messages_of(row, "messages"), row.get("tools"))
+    """A text to imitate, from `prompt` and `completion`, from `messages`, or from `text`.
+
+    Of a conversation the assistant's turns are learned; of messages all of them.
+    """
+    if "completion" in row or not {"messages", "text"} & set(row):
+        return _answered(row, "completion", tokenizer)
+    if "messages" in row:
+        ids, mask = encode_conversation(_chat(tokenizer), messages_of(row, "messages"), _tools(row))
         start = mask.index(True)
         return Example(ids[:start], ids[start:], mask[start:], row)
-    ids = [*tokenizer.encode(text_of(row, "text")), *_eos(tokenizer)]
-    return Example(ids[:1], ids[1:], [True] * (len(ids) - 1), row)
+    ids = _with_eos(tokenizer.encode(text_of(row, "text")), tokenizer)
+    added = len(ids) - len(_with_eos(tokenizer.encode_more(row["text"]), tokenizer))
+    start = max(added, 1)  # the first token follows nothing: no decision
+    return _example(ids[:start], ids[start:], row)
 
 
 def comparison(row: Row, tokenizer: Tokenizer) -> Comparison:
-    """Two completions, of the columns chosen and rejected.
-
-    Without a column `prompt` the prompt is what both begin with: the messages they share, or the tokens.
-    """
+    """The completions `chosen` and `rejected` of a `prompt`; without one it is what both begin with."""
     margin = row.get("margin")
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise ValueError(f"column 'margin' holds {margin!r}; legal: a number")
-    row = row if "prompt" in row else _with_prompt(row)
-    chosen = _completed(row, "chosen", tokenizer)
-    rejected = _completed(row, "rejected", tokenizer)
+        raise ValueError(f"column 'margin' is {margin!r}; legal: a number")
+    if "prompt" in row:
+        is_conversational(row, "prompt", "chosen", "rejected")
+        chosen, rejected = (_answered(row, column, tokenizer) for column in ("chosen", "rejected"))
+    elif is_conversational(row, "chosen", "rejected"):
+        texts = [messages_of(row, column) for column in ("chosen", "rejected")]
+        shared = _common_length(*texts)
+        chosen, rejected = (_conversation(row, messages, shared, tokenizer) for messages in texts)
+    else:
+        chosen, rejected = _after_common_prompt(row, tokenizer)
     return Comparison(chosen, rejected, None if margin is None else float(margin))
 
 
 def judgment(row: Row, tokenizer: Tokenizer) -> Judgment:
-    """A completion and its label."""
-    label = row.get("label")
-    if not isinstance(label, bool):
-        raise ValueError(f"column 'label' holds {label!r}; legal: true (desirable) or false")
-    return Judgment(_completed(row, "completion", tokenizer), label)
+    """The `completion` of a `prompt`, and its `label`: whether it is desirable."""
+    if row.get("label") not in (True, False):
+        found = repr(row["label"]) if "label" in row else "missing"
+        raise ValueError(f"column 'label' is {found}; legal: true or false")
+    return Judgment(_answered(row, "completion", tokenizer), bool(row["label"]))
 
 
 def steps(row: Row, tokenizer: Tokenizer, separator: str = "\n") -> Steps:
-    """A completion whose steps, of the column `completions`, are joined by the separator; `labels` has one for each."""
-    texts = row.get("completions")
-    labels = row.get("labels")
-    if not isinstance(texts, Sequence) or isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("column 'completions' holds no list of texts; legal: the steps, one text each")
-    if not isinstance(labels, Sequence) or len(labels) != len(texts) or not texts:
-        raise ValueError(f"{len(texts)} steps, and labels {labels!r}; legal: at least one step, each with a label")
-    prompt = tokenizer.encode(text_of(row, "prompt"))
+    """The steps `completions` of a solution, each followed by the separator, and their `labels` (null: no label).
+
+    In a conversation the steps are assistant's messages that make one turn. There is no EOS: more steps may follow.
+    """
+    texts = _step_texts(row)
+    labels = _step_labels(row, len(texts))
+    prompt = prompt_ids(row, tokenizer)
+    before, encode = _prompt(row, tokenizer)
     completion: list[int] = []
     step_ends: list[bool] = []
-    values: list[float] = []
+    label_of_token: list[float] = []
     for text, label in zip(texts, labels, strict=True):
-        ids = tokenizer.encode_more(text + separator)
+        ids = encode_after(before, text + separator, encode, tokenizer.encode_more)
         if not ids:
-            raise ValueError("column 'completions' has a step without a token; legal: texts")
+            raise ValueError("a step is empty: it has no tokens")
         completion += ids
         step_ends += [False] * (len(ids) - 1) + [True]
-        values += [0.0] * (len(ids) - 1) + [float(label)]
-    return Steps(Example(prompt, completion, [True] * len(completion), row), step_ends, values)
+        label_of_token += [0.0] * (len(ids) - 1) + [label]
+        before += text + separator
+    return Steps(_example(prompt, completion, row), step_ends, label_of_token)
 
 
-# ------------------------------------------------------------------------------------------------------------- private
+def _step_texts(row: Row) -> list[str]:
+    if "prompt" in row and is_conversational(row, "prompt"):
+        return [message["content"] for message in messages_of(row, "completions")]
+    texts = row.get("completions")
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        raise ValueError("column 'completions' holds no list of texts; legal: the steps, one text each")
+    return texts
 
 
-def _completed(row: Row, column: str, tokenizer: Tokenizer) -> Example:
-    """The prompt of a row, and what the column adds to it."""
-    if not is_conversational(row):
-        prompt = tokenizer.encode(text_of(row, "prompt"))
-        ids = _continuation(prompt, text_of(row, "prompt"), text_of(row, column), tokenizer)
-        completion = [*ids, *_eos(tokenizer)]
-        return Example(prompt, completion, [True] * len(completion), row)
-    before = messages_of(row, "prompt")
-    added = messages_of(row, column)
-    chat = _chat(tokenizer)
-    prompt = encode_prompt(chat, before, row.get("tools"))
-    ids, mask = encode_conversation(chat, [*before, *added], row.get("tools"), first=len(before))
-    if ids[: len(prompt)] != prompt:
-        raise ValueError(f"the chat template writes the prompt otherwise once column {column!r} follows it")
-    return Example(prompt, ids[len(prompt) :], mask[len(prompt) :], row)
+def _step_labels(row: Row, count: int) -> list[float]:
+    labels = row.get("labels")
+    if not isinstance(labels, list) or len(labels) != count:
+        found = f"{len(labels)} values" if isinstance(labels, list) else f"a {type(labels).__name__}"
+        raise ValueError(f"column 'labels' is {found} for {count} steps; legal: a list of one label a step")
+    if not all(label is None or isinstance(label, bool | int | float) for label in labels):
+        raise ValueError(f"column 'labels' is {labels!r}; legal: true, false, numbers, or null for no label")
+    return [math.nan if label is None else float(label) for label in labels]
 
 
-def _continuation(prompt: list[int], prompt_text: str, text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text that follows a prompt, whose own ids stay as they are.
-
-    Where a token would cross the border the text is encoded after a new line, so that a tokenizer that puts a space
-    before every text puts none before this one.
-    """
-    whole = tokenizer.encode(prompt_text + text)
-    if whole[: len(prompt)] == prompt:
-        return whole[len(prompt) :]
-    line = tokenizer.encode_more("\n")
-    after_line = tokenizer.encode_more("\n" + text)
-    if after_line[: len(line)] == line:
-        return after_line[len(line) :]
-    return tokenizer.encode_more(text)
+def _answered(row: Row, column: str, tokenizer: Tokenizer) -> Example:
+    """The prompt and what stands in the column, which answers it."""
+    if is_conversational(row, "prompt", column):
+        prompt = messages_of(row, "prompt")
+        return _conversation(row, [*prompt, *messages_of(row, column)], len(prompt), tokenizer)
+    prompt = prompt_ids(row, tokenizer)
+    ids = encode_after(row["prompt"], row[column], tokenizer.encode, tokenizer.encode_more)
+    return _example(prompt, _with_eos(ids, tokenizer), row)
 
 
-def _with_prompt(row: Row) -> Row:
-    """A preference without a prompt, with what both of its texts begin with as the prompt."""
-    if not is_conversational(row):
-        raise ValueError("chosen and rejected are texts without a column 'prompt'; legal: with one, or conversations")
-    chosen = messages_of(row, "chosen")
-    rejected = messages_of(row, "rejected")
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == 0 or shared == len(chosen) or shared == len(rejected):
-        raise ValueError("chosen and rejected share no beginning, or one is all of the other; legal: a common prompt")
-    return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+def _conversation(row: Row, messages: list[dict], first: int, tokenizer: Tokenizer) -> Example:
+    """A conversation to the end of its last turn; what the assistant says from message `first` on is learned."""
+    ids, mask = encode_conversation(_chat(tokenizer), messages, _tools(row), first)
+    start = mask.index(True)
+    end = len(mask) - mask[::-1].index(True)
+    return Example(ids[:start], ids[start:end], mask[start:end], row)
 
 
-def _chat(tokenizer: Tokenizer):
-    if tokenizer.chat is None:
-        raise ValueError("a conversation, but the model has no chat template; legal: texts")
-    return tokenizer.chat
+def _after_common_prompt(row: Row, tokenizer: Tokenizer) -> tuple[Example, Example]:
+    """Two texts as completions of the tokens that both begin with."""
+    texts = [_with_eos(tokenizer.encode(row[column]), tokenizer) for column in ("chosen", "rejected")]
+    shared = _common_length(*texts)
+    if not shared:
+        raise ValueError("no column 'prompt', and chosen and rejected begin with different tokens")
+    chosen, rejected = (_example(ids[:shared], ids[shared:], row) for ids in texts)
+    return chosen, rejected
 
 
-def _eos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.eos is None else [tokenizer.eos]
+def _common_length(one: Sequence, other: Sequence) -> int:
+    """The length of the longest common beginning that leaves something of both."""
+    shortest = min(len(one), len(other)) - 1
+    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
+
+
+def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    if tokenizer.eos is None:
+        raise ValueError("the tokenizer has no EOS token: a model would never learn to stop")
+    return ids if ids and ids[-1] == tokenizer.eos else [*ids, tokenizer.eos]
+
+
+def _example(prompt: list[int], completion: list[int], row: Row) -> Example:
+    return Example(prompt, completion, [True] * len(completion), row)
+
+
+def _tools(row: Row) -> list | None:
+    """The row's tools: a list of JSON schemas, or that list as a string."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column 'tools' is a string that is not JSON ({error})") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"column 'tools' is a {type(tools).__name__}; legal: a list of JSON schemas")
+    return tools or None

@@ -2,12 +2,15 @@
 
 import gzip
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HUB = "hf://"
-LEGAL = "legal: .jsonl, .json (lines, or one array), either of them with .gz; .parquet; hf://OWNER/NAME[:SPLIT]"
+LEGAL = (
+    "legal: .jsonl, .json (lines, or one array), either of them with .gz; .parquet; hf://OWNER/NAME[/CONFIG][:SPLIT]"
+)
 
 
 class Table(NamedTuple):
@@ -32,23 +35,26 @@ def read_table(path: str | Path) -> Table:
     """
     path = str(path)
     if path.startswith(HUB):
-        return _read_hub(path)
-    if path.endswith(".parquet"):
-        return _read_parquet(path)
-    text = _read_text(path)
-    table = _read_array(path, text) if text.lstrip().startswith("[") else _read_lines(path, text)
+        table = _read_hub(path)
+    elif path.endswith(".parquet"):
+        table = _read_parquet(path)
+    else:
+        text = _read_text(path)
+        table = _read_array(path, text) if text.lstrip().startswith("[") else _read_lines(path, text)
     if not table.rows:
         raise ValueError(f"{path} is empty: a dataset needs at least one row")
     return table
 
 
 def _read_text(path: str) -> str:
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a directory; {LEGAL}")
     content = Path(path).read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         return content.decode("utf-8-sig")
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: a damaged gzip file ({error})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; {LEGAL}") from None
@@ -91,20 +97,18 @@ def _require_object(row: Any, place: str) -> dict:
 def _read_parquet(path: str) -> Table:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return _of_dataset(path, _datasets(path).Dataset.from_parquet(path))
+    datasets = _datasets(path)
+    return _of_dataset(path, lambda: datasets.Dataset.from_parquet(path))
 
 
 def _read_hub(path: str) -> Table:
-    datasets = _datasets(path)
     name, _, split = path.removeprefix(HUB).partition(":")
-    try:
-        found = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path}: {reason}; legal: hf://OWNER/NAME[:SPLIT] of a dataset that is public or cached"
-        ) from None
-    return _of_dataset(path, found)
+    owner, _, rest = name.partition("/")
+    dataset, _, config = rest.partition("/")
+    datasets = _datasets(path)
+    return _of_dataset(
+        path, lambda: datasets.load_dataset(f"{owner}/{dataset}", config or None, split=split or "train")
+    )
 
 
 def _datasets(path: str):
@@ -115,5 +119,10 @@ def _datasets(path: str):
     return datasets
 
 
-def _of_dataset(path: str, rows: Sequence[dict]) -> Table:
-    return Table(path, [dict(row) for row in rows], list(range(1, len(rows) + 1)), "row")
+def _of_dataset(path: str, load: Callable[[], Iterable[dict]]) -> Table:
+    try:
+        rows = [dict(row) for row in load()]
+    except Exception as error:  # of many libraries: network, hub, arrow
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path}: datasets cannot read it: {reason}") from None
+    return Table(path, rows, list(range(1, len(rows) + 1)), "row")

@@ -45,9 +45,15 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
-def is_conversational(row: Row) -> bool:
-    """Whether the texts of a row are conversations. Raises ValueError, naming the columns, where some are strings."""
-    kinds = {name: is_conversation(row[name]) for name in TEXTS if name in row}
+def is_conversational(row: Row, *columns: str) -> bool:
+    """Whether these columns (default: all that hold texts) are conversations.
+
+    Raises ValueError, naming the columns, where one is missing or null, and where some are strings.
+    """
+    for name in columns:
+        if name not in row:
+            raise ValueError(f"no column {name!r}; the row has {', '.join(row) or 'none'}")
+    kinds = {name: is_conversation(row[name]) for name in columns or TEXTS if name in row}
     for name, conversation in kinds.items():
         if not (conversation or isinstance(row[name], str)):
             raise ValueError(f"column {name!r} holds {_shown(row[name])}; legal: a text, or a list of messages")

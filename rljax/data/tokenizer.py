@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rljax.data.chat import Chat, Messages, Tools
+from rljax.data.chat import Chat
+from rljax.data.chat_template import read_chat
 from rljax.data.token_bytes import read_token_bytes
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 class Tokenizer(NamedTuple):
@@ -17,6 +18,7 @@ class Tokenizer(NamedTuple):
 
     encode: Callable[[str], list[int]]  # a prompt, with the special tokens that begin a text
     decode: Callable[[Sequence[int]], str]  # special tokens are left out
+    decode_all: Callable[[Sequence[int]], str]  # special tokens included
     stop: tuple[int, ...]  # ids that end a completion
     pad: int  # any id: padding is told by masks, never by ids
     size: int
@@ -50,6 +52,7 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     return Tokenizer(
         characters.encode,
         characters.decode,
+        characters.decode,
         stop=(0,),
         pad=0,
         size=size,
@@ -57,6 +60,13 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
         encode_more=characters.encode,
         eos=0,
     )
+
+
+def text_after(decode: Callable[[Sequence[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that `ids` add to the ids before them: decoded alone, their first space may be lost."""
+    head = decode(before)
+    whole = decode([*before, *ids])
+    return whole[len(head) :] if whole.startswith(head) else decode(ids)
 
 
 def save_characters(alphabet: str, directory: str | Path) -> None:
@@ -77,8 +87,10 @@ def save_characters(alphabet: str, directory: str | Path) -> None:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory; its EOS ids from generation_config.json or config.json too.
+    """The tokenizer of a Hugging Face model directory.
 
+    A completion ends at the EOS ids of tokenizer, generation_config.json and config.json, and at the token with which
+    the chat template ends a turn.
     Raises ValueError or FileNotFoundError, naming the file, where there is none or where it cannot be read.
     """
     directory = Path(directory)
@@ -90,7 +102,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except Exception as error:
         raise ValueError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
     eos = inner.eos_token_id
-    stop = tuple(sorted(_eos_ids(directory) | {eos} - {None}))
+    ends = _eos_ids(directory) | {eos} - {None}
 
     def encode(text: str) -> list[int]:
         return inner(text)["input_ids"]
@@ -101,6 +113,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
 
+    def decode_all(ids: Sequence[int]) -> str:
+        return inner.decode(list(ids), skip_special_tokens=False)
+
     def token_bytes() -> list[bytes]:
         if not hasattr(inner, "backend_tokenizer"):
             raise ValueError(
@@ -108,40 +123,22 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             )
         return read_token_bytes(inner.backend_tokenizer, len(inner))
 
+    chat = read_chat(inner, str(directory), encode_more, ends)
+    if chat is not None:
+        ends |= {chat.end_of_turn} - {None}
+    stop = tuple(sorted(ends))
     return Tokenizer(
         encode,
         decode,
+        decode_all,
         stop,
         pad=stop[0] if stop else 0,
         size=len(inner),
         token_bytes=token_bytes,
         encode_more=encode_more,
         eos=stop[0] if eos is None and stop else eos,
-        chat=_chat(directory, inner, encode_more, stop) if inner.chat_template else None,
+        chat=chat,
     )
-
-
-def _chat(directory: Path, inner, encode: Callable[[str], list[int]], stop: tuple[int, ...]) -> Chat:
-    """The chat template of a transformers tokenizer; what it raises becomes one line that names it."""
-
-    def apply(messages: Messages, tools: Tools, **options):
-        try:
-            return inner.apply_chat_template(list(messages), tools=tools, **options)
-        except Exception as error:  # whatever a template raises: jinja2's errors, and those of expressions in it
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            raise ValueError(
-                f"the chat template of {directory} fails on messages of {roles or 'no one'}: {_first_line(error)}"
-            ) from None
-
-    def render(messages: Messages, tools: Tools, add_generation_prompt: bool) -> str:
-        return apply(messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    def encode_marked(messages: Messages, tools: Tools) -> tuple[list[int], list[bool]]:
-        found = apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return found["input_ids"], [bool(x) for x in found["assistant_masks"]]
-
-    marks = "{% generation" in inner.chat_template.replace("{%-", "{%")
-    return Chat(render, encode, stop, inner.eos_token or "", encode_marked if marks else None)
 
 
 def _check_tokenizer_files(directory: Path) -> None:
@@ -149,7 +146,10 @@ def _check_tokenizer_files(directory: Path) -> None:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such model directory")
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise FileNotFoundError(f"{directory}: no tokenizer; legal: one of {', '.join(TOKENIZER_FILES)}")
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}; copy it from the model that this one "
+            "was made from"
+        )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         read_json(directory / name, optional=True)
 
@@ -157,19 +157,20 @@ def _check_tokenizer_files(directory: Path) -> None:
 def read_json(file: Path, optional: bool = False) -> dict:
     """The object in a JSON file of a model directory; {} where it is absent and `optional`.
 
-    Raises ValueError, saying what is wrong and what to do, for a Git LFS pointer and for one that is cut short.
+    Raises ValueError, saying what is wrong and what to do, for a Git LFS pointer and a file that is empty or cut short.
     """
     if optional and not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8")
     if text.startswith("version https://git-lfs"):
-        raise ValueError(f"{file}: a Git LFS pointer, not the file: get the file itself from where the model came from")
+        raise ValueError(f"{file} is a Git LFS pointer, not the file itself; get it with: git lfs pull")
     try:
-        content = json.loads(text or "{}")
+        content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON ({error}): cut short? copy or download it again") from None
+        wrong = f"is not JSON ({error}): cut short?" if text.strip() else "is empty"
+        raise ValueError(f"{file} {wrong}; copy or download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: a {type(content).__name__}; legal: an object")
+        raise ValueError(f"{file} holds a {type(content).__name__}; legal: an object")
     return content
 
 

@@ -11,14 +11,21 @@ columns that it wants. What it may return, and what follows:
 | raises, or returns anything else | | a RewardError ends the run: a bug in the verifier, not a property of the row |
 
 A model reward judges all completions at once: `model_reward(traj, prompts)` returns a number or a `Result` a row. NaN
-is "could not be judged", as when no result came in time.
+is "could not be judged", as when no result came in time. It may also return the scores of a completion's steps: then
+`scores[b, k]` is the least of them, and each is rewarded where its step ends.
+
+A reward with a condition counts where the other reward is above 0, and is 0 elsewhere: an easy reward (a format) that
+cannot be had without the hard one (a right answer). Where the other has no score, it has none.
+
+A rollout of which too many rows could not be judged is an error too: what is left of it is no fair sample.
 
 A verifier or model reward with weight 0 is recorded only: it neither gives a row a reward nor takes it away.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,8 +36,16 @@ from rljax.rewards.pool import Pool
 from rljax.rewards.worker import FAILED, MAX_FLOAT32, Result, call_verifier
 from rljax.types import Array, PromptBatch, RewardFn, Trajectory
 
-# A reward model or a server: (trajectory, prompts) -> a number or a Result for each row.
-ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result]]
+
+class StepScores(NamedTuple):
+    """A process reward: a number for each step of a completion, on the decision at which the step ends."""
+
+    scores: Array  # [B T]; NaN at a step that could not be judged
+    ends: Array  # [B T] bool
+
+
+# A reward model or a server: (trajectory, prompts) -> a number or a Result for each row, or the scores of its steps.
+ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result] | StepScores]
 
 
 class RewardError(Exception):
@@ -53,6 +68,9 @@ def make_score(
     weights: Mapping[str, float] | None = None,
     pool: Pool | None = None,
     model_rewards: Mapping[str, ModelReward] | None = None,
+    conditions: Mapping[str, str] | None = None,
+    max_failed: float = 1.0,
+    report: Callable[[str], None] | None = None,
 ) -> Score:
     """The function that scores a rollout.
 
@@ -62,41 +80,73 @@ def make_score(
       weights: name -> factor in the reward; 1 where not given.
       pool: None calls the verifiers in this process, where nothing stops one that hangs; the numbers are the same.
       model_rewards: by name, which no verifier has; their columns follow those of the verifiers.
+      conditions: name -> the reward that must be above 0 for it to count. One that has a condition itself comes first.
+      max_failed: share of a rollout's rows that a reward with a weight may leave without a judgement.
+      report: called with a line for each reward that left rows without one.
 
     Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
     fills `scores` and `reward_weights` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen
-    token according to the mask, 0 elsewhere. A row without a chosen token gets scores, and rewards of 0.
-    Raises RewardError naming the verifier, the prompt and the completion; ValueError for unknown weights.
+    token according to the mask, 0 elsewhere. Where steps are rewarded, theirs are added where they end, and
+    `step_ends` is filled. A row without a chosen token gets scores, and rewards of 0.
+    Raises RewardError naming the verifier, the prompt and the completion, or saying what became of the rows where too
+    many were not judged; ValueError for unknown weights.
     """
     model_rewards = model_rewards or {}
     names = (*verifiers, *model_rewards)
     factors = _factors(names, weights or {})
+    pairs = _column_pairs(names, conditions or {})
     signatures = {name: _read_signature(verifier) for name, verifier in verifiers.items()}
 
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
         mask = np.asarray(traj.mask)
-        indices = _prompt_indices(traj, prompts)
+        indices = prompt_indices(traj, prompts)
         completions = _decode_completions(np.asarray(traj.actions), mask, decode)
-        results = []
-        for name, verifier in verifiers.items():
-            arguments = [_arguments(verifier, signatures[name], prompts, prompt) for prompt in indices]
-            calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
-            if pool is None:
-                returned = [call_verifier(verifier, args, kwargs) for args, kwargs in calls]
-            else:
-                returned = pool.map(verifier, calls)
-            _raise_first_error(verifier, returned, completions, prompts.number[indices])
-            results.append(returned)
+        results = _call_verifiers(verifiers, signatures, completions, prompts, indices, pool)
+        steps = {}
         for name, model_reward in model_rewards.items():
-            results.append(_judge_by_model(name, model_reward, traj, prompts))
+            returned = model_reward(traj, prompts)
+            if isinstance(returned, StepScores):
+                steps[len(results)] = returned
+                returned = _least_step(returned, mask)
+            results.append(_results_of_rows(name, returned, len(mask)))
+        for name, factor, of_one in zip(names, factors, results, strict=True):
+            _check_failed(name, of_one, max_failed if factor else 1.0, report)
         values, failed = _as_arrays(results)
+        counts = _apply_conditions(values, failed, pairs)
+        of_steps = np.isin(np.arange(len(names)), list(steps))
+        rewards = _rewards(values, failed, factors, mask, of_steps)
+        for k, found in steps.items():
+            rewards += _step_rewards(found, factors[k], mask & counts[:, k, None])
         return traj.replace(
             scores=values.astype(np.float32),
             reward_weights=np.broadcast_to(factors.astype(np.float32), values.shape),
-            rewards=_rewards(values, failed, factors, mask),
+            rewards=rewards,
+            step_ends=_all_ends(steps.values(), mask) if steps else traj.step_ends,
         )
 
     return Score(names, call)
+
+
+def _call_verifiers(
+    verifiers: Mapping[str, RewardFn],
+    signatures: Mapping[str, "_Signature"],
+    completions: Sequence[str],
+    prompts: PromptBatch,
+    indices: np.ndarray,
+    pool: Pool | None,
+) -> list[list[Result]]:
+    """The Results of each verifier on each completion, which answers the prompt with that index."""
+    results = []
+    for name, verifier in verifiers.items():
+        arguments = [_arguments(verifier, signatures[name], prompts, prompt) for prompt in indices]
+        calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
+        if pool is None:
+            returned = [call_verifier(verifier, args, kwargs) for args, kwargs in calls]
+        else:
+            returned = pool.map(verifier, calls)
+        _raise_first_error(verifier, returned, completions, prompts.number[indices])
+        results.append(returned)
+    return results
 
 
 def _factors(names: tuple[str, ...], weights: Mapping[str, float]) -> np.ndarray:
@@ -111,16 +161,62 @@ def _factors(names: tuple[str, ...], weights: Mapping[str, float]) -> np.ndarray
     return np.array([weights.get(name, 1.0) for name in names])
 
 
-def _judge_by_model(name: str, model_reward: ModelReward, traj: Trajectory, prompts: PromptBatch) -> list[Result]:
+def _column_pairs(names: tuple[str, ...], conditions: Mapping[str, str]) -> list[tuple[int, int]]:
+    """(column, column of its condition), in the order of `conditions`. Raises ValueError for names that are none."""
+    known = set(names) - conditions.keys()  # rewards whose score is final when the condition is applied
+    pairs = []
+    for name, condition in conditions.items():
+        if name not in names or condition not in known:
+            raise ValueError(
+                f"{name!r} counts where {condition!r} is above 0; legal: two rewards of {', '.join(names)}, the second "
+                "without a condition or with one that comes first"
+            )
+        pairs.append((names.index(name), names.index(condition)))
+        known.add(name)
+    return pairs
+
+
+def _apply_conditions(values: np.ndarray, failed: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
+    """Sets `values` to 0 where the condition does not hold, and to NaN where it has no value.
+
+    Returns [B K]: False where a condition does not hold.
+    """
+    counts = np.ones(values.shape, bool)
+    for k, condition in pairs:
+        counts[:, k] = values[:, condition] > 0
+        values[:, k] = np.where(counts[:, k], values[:, k], 0.0 * values[:, condition])
+        failed[:, k] = np.where(counts[:, k], failed[:, k], failed[:, condition])
+    return counts
+
+
+def _least_step(steps: StepScores, mask: np.ndarray) -> np.ndarray:
+    """[B] the least score of a row's steps; NaN where there is none, or where one is NaN."""
+    ends = np.asarray(steps.ends) & mask
+    least = np.where(ends, np.asarray(steps.scores, np.float64), np.inf).min(axis=1, initial=np.inf)
+    return np.where(ends.any(axis=1), least, np.nan)
+
+
+def _step_rewards(steps: StepScores, factor: float, mask: np.ndarray) -> np.ndarray:
+    """[B T] the weighted scores where steps end, 0 elsewhere."""
+    if factor == 0:
+        return np.zeros(mask.shape, np.float32)
+    return np.where(np.asarray(steps.ends) & mask, factor * np.asarray(steps.scores), 0.0).astype(np.float32)
+
+
+def _all_ends(steps: Iterable[StepScores], mask: np.ndarray) -> np.ndarray:
+    """[B T] True where a step of any of these ends."""
+    return np.any([np.asarray(found.ends) & mask for found in steps], axis=0)
+
+
+def _results_of_rows(name: str, returned: Array | Sequence[Result], rows: int) -> list[Result]:
     """A Result for each row. Raises RewardError unless there is a number, NaN or a Result for each."""
-    returned = model_reward(traj, prompts)
     if isinstance(returned, list) and all(isinstance(result, Result) for result in returned):
         results = returned
     else:
         results = [_result_of_number(float(value)) for value in np.asarray(returned, np.float64).ravel()]
     wrong = [result.detail for result in results if result.status == "error"]
-    if len(results) != len(traj.mask):
-        wrong = [f"it returned {len(results)} numbers for {len(traj.mask)} rows"]
+    if len(results) != rows:
+        wrong = [f"it returned {len(results)} numbers for {rows} rows"]
     if wrong:
         raise RewardError(f"the model reward {name} failed: {wrong[0]}\nLegal: a finite number, or NaN, for each row")
     return results
@@ -204,7 +300,7 @@ def _arguments(verifier: RewardFn, signature: _Signature, prompts: PromptBatch, 
     return {name: value for name, value in columns.items() if name in names}
 
 
-def _prompt_indices(traj: Trajectory, prompts: PromptBatch) -> np.ndarray:
+def prompt_indices(traj: Trajectory, prompts: PromptBatch) -> np.ndarray:
     """[B] the index in `prompts` of the prompt of each row, whose number is the row's group."""
     index = {int(number): i for i, number in enumerate(prompts.number)}
     group = [] if traj.group is None else np.asarray(traj.group).tolist()
@@ -228,6 +324,23 @@ def _raise_first_error(
             )
 
 
+def _check_failed(
+    name: str, results: Sequence[Result], max_failed: float, report: Callable[[str], None] | None
+) -> None:
+    """Reports the rows that could not be judged, by status. Raises RewardError where there are too many."""
+    failed = [result for result in results if result.status in FAILED]
+    if not failed:
+        return
+    counts = Counter(result.status for result in failed)
+    shown = ", ".join(f"{status} {count}" for status, count in counts.items())
+    detail = f"; the first: {failed[0].detail}" if failed[0].detail else ""
+    line = f"{name} did not judge {len(failed)} of {len(results)} completions: {shown}{detail}"
+    if len(failed) > max_failed * len(results):
+        raise RewardError(f"{line}. Legal: at most {max_failed:.0%} of a rollout")
+    if report is not None:
+        report(line)
+
+
 def _as_arrays(results: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndarray]:
     """[B K] values, NaN where there is none; [B K] True where the verifier failed."""
     values = [[math.nan if result.value is None else result.value for result in of_one] for of_one in results]
@@ -235,11 +348,16 @@ def _as_arrays(results: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndar
     return np.array(values, np.float64).T, np.array(failed, bool).T
 
 
-def _rewards(values: np.ndarray, failed: np.ndarray, factors: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[B T] the weighted sum on the last chosen token, NaN there if the row has no reward, 0 elsewhere."""
+def _rewards(
+    values: np.ndarray, failed: np.ndarray, factors: np.ndarray, mask: np.ndarray, of_steps: np.ndarray
+) -> np.ndarray:
+    """[B T] the weighted sum on the last chosen token, NaN there if the row has no reward, 0 elsewhere.
+
+    of_steps: [K] True for rewards that stand where steps end instead.
+    """
     counts = factors != 0
     valid = np.isfinite(values) & counts
-    total = np.where(valid, values * factors, 0.0).sum(1)
+    total = np.where(valid & ~of_steps, values * factors, 0.0).sum(1)
     total[~valid.any(1) | (failed & counts).any(1)] = np.nan
     rewards = np.zeros(mask.shape, np.float32)
     rows = np.flatnonzero(mask.any(1))

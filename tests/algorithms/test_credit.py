@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 
 from rljax.algorithms import (
+    clip_reward,
     filter_overlong,
     gdpo,
     grpo,
     grpo_process,
     kl_in_reward,
+    missing_eos_penalty,
     ppo,
+    preference_over,
     reinforce,
     reinforce_ada,
     rloo,
     truncate_is,
+    whiten_rewards,
     with_entropy,
     with_kl,
 )
@@ -180,6 +184,43 @@ def test_kl_in_loss_and_kl_in_reward_have_coefficients_of_their_own():
     plain = credited_with({})
     np.testing.assert_array_equal(credited_with({"kl": jnp.float32(5.0)}), plain)
     assert np.nanmax(np.abs(credited_with({"kl_reward": jnp.float32(5.0)}) - plain)) > 0.1
+
+
+def test_rewards_of_rlhf_by_hand():
+    """Three completions, the last without a verdict: EOS penalty, clip, KL and whitening in this order."""
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
+    rewards = np.array([[0, 0, 3.0, 9], [0, 2.0, 9, 9], [0, 0, 0, np.nan]])
+    logp = -np.arange(1.0, 13).reshape(3, 4)
+    ref_logp = logp - np.linspace(-0.5, 0.5, 12).reshape(3, 4)
+    ended = np.zeros((3, 4), bool)
+    ended[0, 2] = True
+    fields = {"rewards": rewards, "ref_logp": ref_logp, "terminated": ended}
+    traj = Trajectory(inputs=mask, actions=mask, logp=jnp.asarray(logp), mask=jnp.asarray(mask))
+    traj = traj.replace(**{name: jnp.asarray(x) for name, x in fields.items()})
+
+    seen = grpo()._replace(credit=lambda traj, coefficients: traj.rewards)
+    algorithm = missing_eos_penalty(clip_reward(kl_in_reward(whiten_rewards(seen), 0.1), 2.5), 1.5)
+    got = np.asarray(algorithm.credit(traj, {}))
+
+    want = np.where(mask, -0.1 * (logp - ref_logp), 0.0)
+    want[0, 2] += 2.5
+    want[1, 1] += 0.5
+    inside = mask & np.array([[True], [True], [False]])
+    values = want[inside]
+    whitened = (values - values.mean()) / np.sqrt(values.var(ddof=1) + 1e-8) + values.mean()
+    np.testing.assert_allclose(got[inside], whitened, rtol=1e-5)
+    assert np.isnan(got[2]).any()
+
+
+def test_what_is_preferred_to_an_opponent():
+    mask = jnp.array([[True, True, False], [True, True, True], [True, False, False]])
+    own = Trajectory(inputs=mask, actions=mask, logp=jnp.zeros((3, 3)), mask=mask)
+    own = own.replace(rewards=jnp.array([[0.0, 2.0, 5.0], [0.0, 0.0, 1.0], [jnp.nan, 0.0, 0.0]]))
+    other = own.replace(rewards=jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+    got = np.asarray(preference_over(own, other))
+    np.testing.assert_allclose(got[0], [0, 1 / (1 + np.exp(-1.0)), 0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], [0, 0, 0.5], rtol=1e-5)
+    assert np.isnan(got[2, 0])
 
 
 def test_wrappers_add_what_they_need_once_and_keep_the_rest():

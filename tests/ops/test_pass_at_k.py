@@ -1,4 +1,4 @@
-"""pass@k against the share of all subsets."""
+"""pass@k and the reward of the best of k against all subsets; the KL of best-of-n against a sum over its outcomes."""
 
 from itertools import combinations
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops.pass_at_k import pass_at_k
+from rljax.ops.pass_at_k import best_of_n_kl, expected_best, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -25,3 +25,27 @@ def test_with_fewer_completions_than_k_it_is_known_only_if_one_is_correct():
     np.testing.assert_array_equal(pass_at_k(jnp.array([3, 3, 0]), jnp.array([1, 0, 0]), 4), [1, np.nan, np.nan])
     assert pass_at_k(2, 1, 1) == 0.5
     np.testing.assert_allclose(pass_at_k(10_000, 10, 100), 1 - (0.99) ** 10, rtol=5e-3)
+
+
+def test_the_best_of_k_is_the_mean_over_subsets():
+    rewards = np.random.default_rng(0).normal(size=(3, 5))
+    rewards[0, 1] = rewards[0, 3]
+    for k in range(1, 6):
+        want = [np.mean([max(row[list(chosen)]) for chosen in combinations(range(5), k)]) for row in rewards]
+        np.testing.assert_allclose(expected_best(jnp.asarray(rewards), k), want, rtol=1e-5)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"the best of {k} of 5 rewards; legal: 1 to 5"):
+            expected_best(jnp.asarray(rewards), k)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_the_kl_of_best_of_n_is_reached_where_all_outcomes_are_rare(n):
+    """Of M equally likely outcomes the i-th best is the best of n with probability (i/M)^n - ((i-1)/M)^n."""
+
+    def exact(outcomes):
+        i = np.arange(1, outcomes + 1)
+        best = (i / outcomes) ** n - ((i - 1) / outcomes) ** n
+        return (best * np.log(best * outcomes)).sum()
+
+    assert exact(4) <= best_of_n_kl(n) + 1e-12
+    assert exact(100_000) == pytest.approx(best_of_n_kl(n), abs=1e-4)

@@ -229,3 +229,29 @@ def test_rows_as_text():
     )
     want = [("48", "12", True), ("88", "3", False), ("5", "3", False), ("11111", "", False)]
     assert decode_rows(traj, decode) == [RowText(*row) for row in want]
+
+
+def test_a_run_stops_where_too_many_rows_were_not_judged():
+    """Two of four failed; what does not apply is no failure, and what is recorded only stops nothing."""
+    results = [Result(1.0, "ok"), Result(None, "timeout", "no answer"), Result(None, "none"), Result(None, "invalid")]
+    lines = []
+
+    def score(max_failed, weight=1.0):
+        model_rewards = {"m": lambda traj, prompts: results}
+        made = make_score({}, decode, {"m": weight}, None, model_rewards, max_failed=max_failed, report=lines.append)
+        return made(TRAJ, rows_of(COLUMNS))
+
+    line = "m did not judge 2 of 4 completions: timeout 1, invalid 1; the first: no answer"
+    with pytest.raises(RewardError, match=rf"^{line}\. Legal: at most 49% of a rollout$"):
+        score(0.49)
+    assert lines == []
+    np.testing.assert_array_equal(score(0.5).scores[:, 0], [1, np.nan, np.nan, np.nan])
+    score(0.0, weight=0.0)
+    assert lines == [line, line]
+
+
+def test_verifiers_that_die_stop_a_run_too():
+    with Pool(workers=2) as pool:
+        score = make_score({"fails": hostile.dies_on_three}, decode, pool=pool, max_failed=0.25)
+        with pytest.raises(RewardError, match=r"^fails did not judge 2 of 4 completions: died 2"):
+            score(TRAJ, rows_of(COLUMNS))

@@ -1,0 +1,183 @@
+r"""The best of n completions of each prompt by a reward: what it gains against n, and data for fine-tuning.
+
+    python experiments/best_of_n.py --model DIR --prompts experiments/story_openings.jsonl --rewards animals --n 16
+    python experiments/best_of_n.py --model DIR --prompts FILE.jsonl --rewards runs/reward_model/RUN/model
+
+Rejection-sampling fine-tuning is an iteration of two commands, this one and
+
+    python experiments/sft.py --model DIR --data.files runs/best_of_n/RUN/chosen.jsonl
+
+whose DIRECTORY/model is the --model of the next iteration. A line of DIRECTORY/chosen.jsonl is a row in TRL's
+prompt-completion format, {"prompt", "completion"}, with the `reward` of the completion, the `rewards` of all n, and
+the other columns of the prompt. A completion that reached max_tokens is not chosen, unless --keep_cut: fine-tuning
+would teach the model to end there. With --above neither is one whose reward is not above it. A prompt of which nothing
+is chosen has no line; DIRECTORY/judged.jsonl has all completions.
+
+The table at the end gives the expected reward of the best of 1, 2, 4 .. n, each from all subsets of the n rewards, and
+a bound of its KL to the policy, log n - (n - 1)/n nats a completion (arXiv:2401.01879). An interrupted run goes on with
+the next prompts.
+
+Reached: not yet run.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common import command_line, models, runs, settings
+from experiments.common.rewards import load_score, read_rewards
+from experiments.common.sampling import make_sampling
+from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
+from experiments.grpo import VERIFIERS
+from rljax.data.tokenizer import text_after
+from rljax.models import decoder
+from rljax.ops.pass_at_k import best_of_n_kl, expected_best
+from rljax.ops.returns import episode_rewards
+from rljax.rewards.pool import Pool
+from rljax.rollouts.sampler import sample
+from rljax.train.log import log_info, table, write_atomically
+from rljax.train.mesh import make_mesh
+from rljax.train.run import Run
+from rljax.train.samples import Decode
+from rljax.types import PromptBatch, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Completions of a model, the best of each prompt kept."""
+
+    model: str  # directory with config.json, *.safetensors and a tokenizer
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
+    rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
+    reward: Reward = Reward()
+    n: int = 16  # completions per prompt
+    above: float | None = None  # choose only completions whose reward is above this
+    keep_cut: bool = False  # choose completions too that reached max_tokens
+    prompts_at_once: int = 16  # prompts whose completions are sampled together
+    seed: int = 0  # of sampling
+    sampling: Sampling = Sampling(max_tokens=128)
+    weights: Weights = Weights()
+    mesh: MeshShape = MeshShape(fsdp=1, tensor=-1)
+    directory: str = ""  # of the run; default runs/best_of_n/nN-MODEL-PROMPTS-seedSEED
+    debug: bool = False  # without jit, with NaN checks
+
+
+def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
+    """Sample, judge and choose; return the rows of the table: n, KL bound, reward and its standard error."""
+    if cfg.n < 1 or cfg.prompts_at_once < 1:
+        raise ValueError(f"n = {cfg.n}, prompts_at_once = {cfg.prompts_at_once}; legal: at least 1 each")
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
+    mesh = make_mesh(**asdict(cfg.mesh))
+
+    # -- model and data
+    tokenizer, prompts, text_of = runs.read_all_prompts(cfg)
+    context = prompts.length + cfg.sampling.max_tokens
+    config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context)
+    lm = decoder.language_model(config)
+    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
+
+    # -- sample, judge, choose
+    directory = cfg.directory or f"runs/best_of_n/{runs.name_of(cfg, f'n{cfg.n}')}"
+    run = Run(directory, asdict(cfg), steps=1, source=__file__, functions={"rewards": rewards.verifiers})
+    with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
+        log = run.directory / "judged.jsonl"
+        done = read_done(log)
+        for rows in prompts.batches(cfg.prompts_at_once):
+            if done.keys() >= set(rows.number.tolist()):
+                continue
+            traj = score(sample(lm, params, frozen, rows, sampling, cfg.seed, step=0), rows)
+            new = [judge_prompt(traj, rows, i, text_of(rows.columns[i]), tokenizer.decode) for i in range(len(rows[0]))]
+            with log.open("a", encoding="utf-8") as file:
+                file.write(as_lines([record for record in new if record["number"] not in done]))
+            done = {record["number"]: record for record in new} | done
+            log_info(f"{len(done)} of {len(prompts)} prompts")
+        records = [done[number] for number in range(len(prompts))]
+        chosen = [row for record in records if (row := choose(record, cfg.above, cfg.keep_cut)) is not None]
+        write_atomically(run.directory / "chosen.jsonl", as_lines(chosen))
+        log_info(f"written: {run.directory / 'chosen.jsonl'}, {len(chosen)} rows of {len(prompts)} prompts")
+        if not chosen:
+            log_info("nothing to fine-tune on: --keep_cut, longer completions or a lower --above", "yellow")
+    found = gains(records, cfg.n)
+    table("the best of n", found)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- one prompt
+
+
+def judge_prompt(traj: Trajectory, rows: PromptBatch, i: int, prompt_text: str, decode: Decode) -> dict:
+    """A line of judged.jsonl: prompt i of the batch with all of its completions and their rewards."""
+    total, valid = (np.asarray(x) for x in episode_rewards(jnp.asarray(traj.rewards), traj.mask))
+    n = len(total) // len(rows.number)
+    own = range(i * n, (i + 1) * n)
+    prompt_ids = rows.tokens[i][rows.mask[i]].tolist()
+    mask = np.asarray(traj.mask)
+    actions = np.asarray(traj.actions)
+    ended = (np.asarray(traj.terminated) & mask).any(axis=1)
+    return {
+        "number": int(rows.number[i]),
+        "columns": rows.columns[i],
+        "prompt": prompt_text,
+        "completions": [text_after(decode, prompt_ids, actions[b][mask[b]].tolist()) for b in own],
+        "rewards": [float(total[b]) if valid[b] else None for b in own],
+        "ended": [bool(ended[b]) for b in own],
+    }
+
+
+def choose(record: dict, above: float | None, keep_cut: bool) -> dict | None:
+    """The row to fine-tune on, of a line of judged.jsonl: its best completion, the first of equal ones; or None."""
+    legal = [
+        i
+        for i, reward in enumerate(record["rewards"])
+        if reward is not None and (above is None or reward > above) and (keep_cut or record["ended"][i])
+    ]
+    if not legal:
+        return None
+    best = max(legal, key=lambda i: record["rewards"][i])
+    row = {"prompt": record["prompt"], "completion": record["completions"][best], "reward": record["rewards"][best]}
+    return record["columns"] | row | {"rewards": record["rewards"]}
+
+
+# --------------------------------------------------------------------------------------------------------- all prompts
+
+
+def gains(records: list[dict], n: int) -> list[dict[str, float]]:
+    """For k = 1, 2, 4 .. n the expected reward of the best of k, over prompts all of whose completions were judged."""
+    rewards = np.array([record["rewards"] for record in records if None not in record["rewards"]]).reshape(-1, n)
+    if not len(rewards):
+        return []
+    sizes = sorted({*(2**j for j in range(n.bit_length()) if 2**j <= n), n})
+    rows = []
+    for k in sizes:
+        best = np.asarray(expected_best(jnp.asarray(rewards), k))
+        error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else math.nan
+        rows.append({"n": k, "KL at most": best_of_n_kl(k), "reward": float(best.mean()), "error": float(error)})
+    return rows
+
+
+def read_done(path: Path) -> dict[int, dict]:
+    """The lines that an earlier run of the same command wrote, by number of the prompt. Half a line is cut off."""
+    if not path.is_file():
+        return {}
+    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+    if rest:
+        write_atomically(path, whole + "\n" * bool(whole))
+    return {line["number"]: line for line in map(json.loads, whole.splitlines())}
+
+
+def as_lines(rows: list[dict]) -> str:
+    """The rows as lines of JSON."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    command_line.run(Config, main)

@@ -1,0 +1,197 @@
+r"""Preference optimization of a policy's own completions: online DPO, XPO, Nash-MD.
+
+    python experiments/online_dpo.py --model DIR --prompts experiments/story_openings.jsonl --rewards animals
+    python experiments/online_dpo.py --model runs/sft/RUN/model --prompts FILE.jsonl \
+        --rewards runs/reward_model/RUN/model --method xpo
+
+A step samples completions, judges them by a reward model or verifiers, and learns which is better:
+
+    online_dpo   the best of a prompt's `num_generations` completions against the worst, by any loss of DPO's family
+    xpo          a completion against one of the reference's, and a bonus for leaving these (arXiv:2405.21046)
+    nash_md      P(y better than y'), σ of the difference of their rewards, y' from a mixture of the policy and the
+                 reference (arXiv:2312.00886)
+
+A prompt whose completions are equally good makes no pair. The reference is the model as it was at the start.
+
+Reached: not yet run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+
+from experiments.common import command_line, models, runs, settings, train
+from experiments.common.optimizer import make_optimizer
+from experiments.common.preferences import PAIR_LOSSES, PairLoss
+from experiments.common.rewards import load_score, read_rewards
+from experiments.common.sampling import make_sample_scored, training_sampling
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
+from experiments.grpo import VERIFIERS
+from rljax import algorithms as a
+from rljax.algorithms.common.credit import rewards_differ
+from rljax.models import decoder, hf, mixtures, policy
+from rljax.models.decoder import DecoderConfig
+from rljax.rewards.pool import Pool
+from rljax.train.mesh import make_mesh
+from rljax.train.metrics import rollout_metrics
+from rljax.train.objective import policy_objective
+from rljax.train.update import learn, make_update
+from rljax.types import Objective, PolicyFn, TrainState
+
+PROGRESS_METRICS = ("reward", "accuracy", "margin", "kl_sequence", "length", "tokens_per_second")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """How completions are compared and learned from."""
+
+    loss: PairLoss = "sigmoid"  # of DPO's family, for online_dpo and xpo
+    beta: float = 0.1  # β of the loss; for nash_md τ, the coefficient of the KL to the reference
+    missing_eos_penalty: Rare[float] = 0.0  # taken from the reward of a completion that was cut, for online_dpo
+    xpo_alpha: Rare[float] = 1e-5  # coefficient of XPO's bonus
+    nash_mixture: Rare[float] = 0.5  # the reference's share of the mixture that nash_md plays against
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Online DPO, XPO or Nash-MD on a pretrained model."""
+
+    model: str  # directory with config.json, *.safetensors and a tokenizer
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
+    rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
+    reward: Reward = Reward()
+    method: Literal["online_dpo", "xpo", "nash_md"] = "online_dpo"  # how to learn
+    preference: Preference = Preference()
+    seed: int = 0  # of the order of prompts and of sampling
+    steps: int = 20  # steps: sample, score, update
+    batches: Batches = Batches(prompts=32, num_generations=2)
+    sampling: Sampling = Sampling(max_tokens=128)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-4, schedule="cosine")
+    weights: Weights = Weights()
+    mesh: MeshShape = MeshShape()
+    eval_prompts: Rare[int] = 32  # prompts held out for evaluation
+    eval_samples: Rare[int] = 256  # completions to these in each evaluation
+    eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
+    save_every: int = 20  # steps between checkpoints
+    log_samples_every: Rare[int] = 10  # steps between samples in the report
+    directory: str = ""  # of the run; default runs/online_dpo/METHOD-MODEL-PROMPTS-seedSEED
+    debug: bool = False  # one small step without jit, with NaN checks
+
+
+def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
+    """Train; return reward and KL on the eval prompts before and after."""
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
+    cfg = one_small_step(cfg) if cfg.debug else cfg
+    mesh = make_mesh(**asdict(cfg.mesh))
+    train.check_whole_groups(cfg.batches)
+
+    # -- model and data
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
+    config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
+    model = policy.make_policy(config)
+    method = METHODS[cfg.method](cfg, config, model)
+    train.check_batches(method.rows, mesh)
+    sampling = training_sampling(cfg.sampling, cfg.batches.num_generations, tokenizer, config.vocab_size)
+
+    # -- training state
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps * cfg.batches.epochs * cfg.batches.minibatches)
+    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+
+    # -- the functions of a step
+    lm = decoder.language_model(config)
+    annotate = policy.make_annotate(model, ("ref_logp",))
+    make = partial(make_update, method.objective, optimizer, shardings=shardings)
+    max_tokens = cfg.sampling.max_tokens * method.completions_per_row
+    update = train.cut_update(make, method.rows, shardings, config, train_prompts.length, max_tokens)
+    run = runs.make_run(cfg, __file__, cfg.method, method.objective, rewards.verifiers, PROGRESS_METRICS)
+
+    # -- the loop
+    with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
+        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
+        sample_scored = make_sample_scored(lm, annotate, score, sampling, shardings, cfg.seed)
+        evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
+        state = jax.device_put(state, shardings.state)
+        before = evaluate(state)
+        state = run.restore(state)
+        for step in run.steps(state.step):
+            prompts = train_prompts.draw(state.cursor, cfg.batches.prompts)
+            traj = sample_scored(state, prompts, step)
+            other = method.opponent and sample_scored(state, prompts, step, method.opponent(state))
+            batch = method.make_batch(traj, other)
+            state, metrics = learn(update, state, batch, cfg.batches.epochs, cfg.batches.minibatches)
+            state = state.replace(step=step + 1, cursor=prompts.cursor)
+            state = models.sync_reference(state, cfg.weights)
+            if run.should_log_samples(step):
+                run.log_samples(step, runs.without_credit(traj), tokenizer.decode, score.names, prompts)
+            metrics = rollout_metrics(traj, score.names) | metrics
+            metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
+            run.record(step, state, metrics)
+        after = evaluate(state)
+        models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
+    return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+class Method(NamedTuple):
+    """What is learned from a rollout, and by which objective."""
+
+    objective: Objective
+    make_batch: Callable  # (rollout, the opponent's rollout) -> the batch of the objective
+    rows: Batches  # sizes of that batch
+    completions_per_row: int  # 2: a row is a pair
+    opponent: Callable | None = None  # (state) -> model and parameters that complete the same prompts
+
+
+def online_dpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
+    """The best completion of each prompt against the worst."""
+    n = cfg.batches.num_generations
+    if n < 2:
+        raise ValueError(f"num_generations = {n}: a pair is made of two completions of a prompt; legal: at least 2")
+
+    @jax.jit
+    def make_pairs(traj, other):
+        compared = traj.replace(mask=traj.mask & rewards_differ(traj)[:, None])
+        return a.online_pairs(compared, n, cfg.preference.missing_eos_penalty)
+
+    objective = a.dpo(model, PAIR_LOSSES[cfg.preference.loss], cfg.preference.beta)
+    return Method(objective, make_pairs, dataclasses.replace(cfg.batches, num_generations=1), 2)
+
+
+def xpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
+    """The policy's completion against the reference's."""
+    lm = decoder.language_model(config)
+    loss = PAIR_LOSSES[cfg.preference.loss]
+    objective = a.xpo(model, loss, cfg.preference.beta, cfg.preference.xpo_alpha)
+    return Method(objective, jax.jit(a.xpo_pairs), cfg.batches, 2, lambda state: (lm, state.frozen["reference"]))
+
+
+def nash_md(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
+    """The policy's completion against the mixture's."""
+    algorithm = a.nash_md(cfg.preference.beta)
+    train.check_algorithm(algorithm, cfg.batches, "nash_md")
+    mixture = mixtures.geometric_mixture(config, cfg.preference.nash_mixture)
+
+    @jax.jit
+    def credit(traj, other):
+        return algorithm.credit(traj.replace(rewards=a.preference_over(traj, other)), {})
+
+    return Method(policy_objective(model, algorithm), credit, cfg.batches, 1, lambda state: (mixture, state.params))
+
+
+METHODS = {"online_dpo": online_dpo, "xpo": xpo, "nash_md": nash_md}
+
+
+if __name__ == "__main__":
+    command_line.run(Config, main)
