@@ -136,16 +136,17 @@ def _call_verifiers(
     pool: Pool | None,
 ) -> list[list[Result]]:
     """The Results of each verifier on each completion, which answers the prompt with that index."""
-    results = []
+    work = []
     for name, verifier in verifiers.items():
         arguments = [_arguments(verifier, signatures[name], prompts, prompt) for prompt in indices]
         calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
-        if pool is None:
-            returned = [call_verifier(verifier, args, kwargs) for args, kwargs in calls]
-        else:
-            returned = pool.map(verifier, calls)
+        work.append((verifier, calls))
+    if pool is None:
+        results = [[call_verifier(verifier, *call) for call in calls] for verifier, calls in work]
+    else:
+        results = pool.map_each(work)
+    for (verifier, _), returned in zip(work, results, strict=True):
         _raise_first_error(verifier, returned, completions, prompts.number[indices])
-        results.append(returned)
     return results
 
 
