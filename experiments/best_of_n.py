@@ -29,7 +29,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import command_line, models, runs
+from experiments.common import command_line, models, runs, settings
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
@@ -52,8 +52,9 @@ class Config:
     """Completions of a model, the best of each prompt kept."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
-    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()

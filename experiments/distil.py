@@ -25,7 +25,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.common import command_line, micro_batches, models, runs, train
+from experiments.common import command_line, micro_batches, models, runs, settings, train
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import have_same_vocabulary
 from experiments.common.sampling import make_mix, training_sampling
@@ -57,8 +57,9 @@ class Config:
 
     model: str  # directory of the student: config.json, *.safetensors and a tokenizer
     teacher: str  # directory of the teacher, with the student's vocabulary
-    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
-    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "minillm"] = "reverse_kl"  # of student and teacher
     on_policy_fraction: float = 1.0  # share of rows that the student writes; the others are the column `completion`
@@ -71,7 +72,7 @@ class Config:
     weights: Weights = Weights()
     mesh: MeshShape = MeshShape()
     eval_prompts: int = 32  # prompts held out for evaluation
-    eval_samples: int = 128  # completions to these in each evaluation
+    eval_samples: Rare[int] = 128  # completions to these in each evaluation
     eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
     save_every: int = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report

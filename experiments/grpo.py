@@ -23,7 +23,7 @@ from functools import partial
 
 import jax
 
-from experiments.common import command_line, controllers, models, runs, train
+from experiments.common import command_line, controllers, models, runs, settings, train
 from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
@@ -51,8 +51,9 @@ class Config:
     """GRPO, or another critic-free algorithm, with a KL term, on a pretrained model."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
-    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()
@@ -67,7 +68,7 @@ class Config:
     weights: Weights = Weights()
     mesh: MeshShape = MeshShape()
     eval_prompts: int = 32  # prompts held out for evaluation
-    eval_samples: int = 256  # completions to these in each evaluation
+    eval_samples: Rare[int] = 256  # completions to these in each evaluation
     eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
     save_every: Rare[int] = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from experiments.common import command_line, models, runs, train
+from experiments.common import command_line, models, runs, settings, train
 from experiments.common.optimizer import make_optimizer
 from experiments.common.preferences import PAIR_LOSSES, PairLoss
 from experiments.common.rewards import load_score, read_rewards
@@ -61,8 +61,9 @@ class Config:
     """Online DPO, XPO or Nash-MD on a pretrained model."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
-    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: settings.PromptData = settings.PromptData()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()
@@ -76,7 +77,7 @@ class Config:
     weights: Weights = Weights()
     mesh: MeshShape = MeshShape()
     eval_prompts: Rare[int] = 32  # prompts held out for evaluation
-    eval_samples: int = 256  # completions to these in each evaluation
+    eval_samples: Rare[int] = 256  # completions to these in each evaluation
     eval_every: Rare[int] = 0  # steps between evaluations, the best model is kept; 0: before and after training only
     save_every: int = 20  # steps between checkpoints
     log_samples_every: Rare[int] = 10  # steps between samples in the report

@@ -104,7 +104,7 @@ def test_help_is_short_and_each_flag_has_a_meaning_and_a_default():
         assert len(meaning.split()) >= 3, entry
         assert re.fullmatch(r"required\)|default: .*\)", default), entry
     groups = re.findall(r"─ ([a-z.]+) options ─", done.stdout)
-    assert groups == ["batches", "sampling", "optimizer", "weights", "weights.adapter", "mesh"]
+    assert groups == ["data", "batches", "sampling", "optimizer", "weights", "weights.adapter", "mesh"]
 
 
 def entries(text: str) -> list[str]:

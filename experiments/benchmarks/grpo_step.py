@@ -133,7 +133,7 @@ def random_prompts(workload: Workload) -> Prompts:
     shape = (PROMPTS, workload.prompt_tokens)
     tokens = np.random.default_rng(0).integers(1, workload.config.vocab_size, shape)
     rows = [{"prompt": decode(ids)} for ids in tokens.tolist()]
-    return Prompts(rows, encode, lambda row: row["prompt"], workload.prompt_tokens)
+    return Prompts(rows, tokens.tolist(), workload.prompt_tokens)
 
 
 def encode(text: str) -> list[int]:

@@ -45,7 +45,7 @@ def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, la
     max_tokens = 1 + max(len(problem["answer"]) for problem in problems)
 
     def prompts(side: list[dict]) -> Prompts:
-        return Prompts(side, tokenizer.encode, lambda row: row["prompt"], prompt_tokens, seed)
+        return Prompts(side, [tokenizer.encode(row["prompt"]) for row in side], prompt_tokens, seed)
 
     config = decoder.DecoderConfig(
         tokenizer.size,

@@ -1,14 +1,25 @@
-"""Prompts and tokenizers, as a recipe's settings name them."""
+"""Rows, prompts and tokenizers, as a recipe's settings name them."""
 
-from rljax.data.prompts import Prompts, from_template, read_jsonl, train_eval_split
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from experiments.common.rows import Found, Read, limits_text, make_shape, read_rows, shorten
+from experiments.common.settings import Data, PromptData
+from rljax.data.examples import Example, prompt_ids
+from rljax.data.files import read_table
+from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
 from rljax.data.tokenizer import Tokenizer
 from rljax.data.tokenizer import load_tokenizer as load
+from rljax.models import hf
 from rljax.train.log import log_info
 
+T = TypeVar("T")
 
-def unescape(text: str) -> str:
-    """A text of the command line, in which \\n is a new line."""
-    return text.replace("\\n", "\n")
+# ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def load_tokenizer(directory: str, vocabulary: int) -> Tokenizer:
@@ -19,10 +30,133 @@ def load_tokenizer(directory: str, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def load_tokenizer_and_context(directory: str) -> tuple[Tokenizer, int]:
+    """The tokenizer of a model directory, and how many tokens the model can read."""
+    config = hf.read_config(directory)
+    return load_tokenizer(directory, config.vocab_size), config.max_positions
+
+
 def token_bytes(tokenizer: Tokenizer, vocabulary: int) -> list[bytes]:
     """The bytes of each of the model's ids; empty for ids that the tokenizer lacks."""
     known = tokenizer.token_bytes()
     return known + [b""] * (vocabulary - len(known))
+
+
+# ------------------------------------------------------------------------------------------------ files, split, mixture
+
+
+class Examples(NamedTuple):
+    """What was read from the rows, to train on and to evaluate on."""
+
+    train: list
+    eval: list
+
+
+def read_examples(settings: Data, read: Read, tokenizer: Tokenizer, context: int, seed: int) -> Examples:
+    """read(row, tokenizer) of the rows of all files, split by prompt; files with weights have that share of `train`.
+
+    Raises ValueError, with file and line, for a row that cannot be read.
+    """
+    if not settings.files:
+        raise ValueError("which rows? legal: --data.files FILE.jsonl, and more of them")
+    max_tokens = settings.max_tokens or context
+    max_prompt_tokens = settings.max_prompt_tokens or max_tokens
+    if not 0 < max_tokens <= context or not 0 < max_prompt_tokens <= max_tokens:
+        raise ValueError(
+            f"data.max_tokens = {settings.max_tokens}, max_prompt_tokens = {settings.max_prompt_tokens} (0: the most); "
+            f"legal: at most the model's context, {context}, with room for a completion"
+        )
+    shape = make_shape(settings.template, settings.completion, settings)
+    limits = (settings.overlong, max_prompt_tokens, max_tokens)
+    found = read_and_split(settings.files, shape, read, tokenizer, limits, settings.eval_size, seed)
+    return Examples(*([one.item for one in side] for side in found))
+
+
+def read_and_split(
+    files: Sequence[str],
+    shape: Callable[[dict], dict],
+    read: Read,
+    tokenizer: Tokenizer,
+    limits: tuple[str, int, int],
+    eval_size: int,
+    seed: int,
+    what: str = "rows",
+) -> tuple[list[Found], list[Found]]:
+    """The rows of the files in (training, evaluation). What was dropped, cut and found twice is counted in one line.
+
+    Args: limits: overlong, max_prompt_tokens and max_tokens of `shorten`.
+    """
+    paths, weights = zip(*map(split_weight, files), strict=True)
+    if any(weights) and not all(weights):
+        raise ValueError(f"weights for some files only ({', '.join(files)}); legal: FILE=WEIGHT for all or for none")
+    parts = [read_rows(read_table(path), shape, read, tokenizer) for path in paths]
+    file_of = [number for number, part in enumerate(parts) for _ in part]
+    source = {one.place: number for number, one in zip(file_of, (one for part in parts for one in part), strict=True)}
+    kept, dropped, cut = shorten([one for part in parts for one in part], *limits, what)
+    keys = [one.key for one in kept]
+    train, evaluation = ([kept[i] for i in side] for side in train_eval_split(keys, eval_size, seed))
+    repeated = len(keys) - len(set(keys))
+    notes = [
+        f"{dropped} dropped, longer than {limits_text(*limits[1:])}",
+        *([f"{cut} cut to that ({limits[0]})"] if cut else []),
+        *([f"{repeated} repeat the prompt of another, and are on its side"] if repeated else []),
+        *([f"all have one prompt: the same {what} train and evaluate"] if len(set(keys)) == 1 else []),
+    ]
+    log_info(f"{len(train)} {what} to train on, {len(evaluation)} to evaluate on; {'; '.join(notes)}")
+    if any(weights):
+        sides = [[one for one in train if source[one.place] == number] for number in range(len(files))]
+        train = mixed(sides, list(weights), paths, seed)
+    return train, evaluation
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """(file, weight) of FILE=WEIGHT; weight 0 where there is none."""
+    path, equals, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 0.0
+    if not equals:
+        return text, 0.0
+    if not (path and 0 < value < math.inf):
+        raise ValueError(f"{text}: the weight of a file must be a positive number")
+    return path, value
+
+
+def name_of(files: str | Sequence[str]) -> str:
+    """What the directory of a run is called after: the name of the first file."""
+    first = files if isinstance(files, str) else files[0]
+    path, _ = split_weight(first)
+    name = Path(path).name.removesuffix(".gz")
+    return Path(name).stem.replace(":", "-")
+
+
+def mixed(parts: Sequence[list], weights: Sequence[float], names: Sequence[str], seed: int) -> list:
+    """The rows of all parts, those of each part so often that its share of all is its weight's share; none is left out.
+
+    The order of draws over this list is that of any list: a pure function of seed and cursor.
+    """
+    if not all(parts):
+        raise ValueError(f"{names[[bool(part) for part in parts].index(False)]}: no row is left to train on")
+    shares = np.asarray(weights) / sum(weights)
+    total = max(len(part) / share for part, share in zip(parts, shares, strict=True))
+    if total > 100 * sum(map(len, parts)):
+        raise ValueError(
+            f"weights {list(weights)} would repeat rows {total / sum(map(len, parts)):.0f} times on average"
+        )
+    rows = []
+    for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        indices = shuffled_indices(len(part), seed + number, 0, round(total * share))
+        rows += [part[i] for i in indices]
+    return rows
+
+
+def draw(examples: Sequence[T], seed: int, cursor: int, count: int) -> list[T]:
+    """The next `count` examples of the shuffled order from draw number `cursor` on: a pure function."""
+    return [examples[i] for i in shuffled_indices(len(examples), seed, int(cursor), count)]
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
 
 
 def max_prompt_length(wanted: int, max_completion: int, context: int) -> int:
@@ -37,21 +171,46 @@ def max_prompt_length(wanted: int, max_completion: int, context: int) -> int:
     return longest
 
 
+def read_prompt(row: dict, tokenizer: Tokenizer) -> Example:
+    """A prompt that is yet to be answered."""
+    return Example(prompt_ids(row, tokenizer), [], [], row)
+
+
 def read_prompts(
-    path: str, template: str, tokenizer: Tokenizer, max_tokens: int, eval_prompts: int, seed: int
+    files: str | Sequence[str],
+    template: str,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    eval_prompts: int,
+    seed: int,
+    settings: PromptData,
 ) -> tuple[Prompts, Prompts]:
-    """Prompts to train on and to evaluate on; those of more than `max_tokens` tokens are dropped and counted."""
-    text = from_template(unescape(template))
-
-    def encode(rows: list[dict]) -> Prompts:
-        return Prompts(rows, tokenizer.encode, text, max_tokens, seed, tokenizer.pad)
-
-    train_rows, eval_rows = train_eval_split(read_jsonl(path), eval_prompts, seed)
-    train = encode(train_rows)
-    evaluation = encode(eval_rows)
-    dropped = train.dropped + evaluation.dropped
-    log_info(
-        f"{len(train)} prompts to train on, {len(evaluation)} to evaluate on; "
-        f"{dropped} dropped, longer than {max_tokens} tokens"
-    )
+    """Prompts to train on and to evaluate on; what becomes of those of more than `max_tokens` is counted."""
+    shape = make_shape(template, "", settings)
+    files = [files] if isinstance(files, str) else files
+    limits = (settings.overlong, max_tokens, max_tokens)
+    sides = read_and_split(files, shape, read_prompt, tokenizer, limits, eval_prompts, seed, "prompts")
+    train, evaluation = (as_prompts(side, tokenizer, max_tokens, seed) for side in sides)
     return train, evaluation
+
+
+def read_all_prompts(
+    files: str | Sequence[str],
+    shape: Callable[[dict], dict],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    overlong: str = "drop",
+) -> Prompts:
+    """The prompts of all files, none of them held out; what becomes of those of more than `max_tokens` is counted."""
+    files = [files] if isinstance(files, str) else files
+    found = [one for path in files for one in read_rows(read_table(path), shape, read_prompt, tokenizer)]
+    kept, dropped, cut = shorten(found, overlong, max_tokens, max_tokens, "prompts")
+    notes = f"{dropped} dropped, longer than {max_tokens} tokens" + f"; {cut} cut to that ({overlong})" * bool(cut)
+    log_info(f"{len(kept)} prompts; {notes}")
+    return as_prompts(kept, tokenizer, max_tokens, seed)
+
+
+def as_prompts(found: Sequence[Found], tokenizer: Tokenizer, max_tokens: int, seed: int = 0) -> Prompts:
+    """Prompts that were read, with the columns that their file has."""
+    return Prompts([one.row for one in found], [one.item.prompt for one in found], max_tokens, seed, tokenizer.pad)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models, settings
+from experiments.common.rows import unescape
 from rljax.data.examples import demonstration
 from rljax.data.formats import is_conversation, messages_of
 from rljax.data.prompts import pad_left
@@ -233,7 +234,7 @@ def load_process_reward_model(
     config, params, _ = _load_scorer(directory, mesh, dtype)
     score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
     token_bytes = data.token_bytes(tokenizer, config.vocab_size)
-    separator = data.unescape(rewards.options.step_separator)
+    separator = unescape(rewards.options.step_separator)
 
     def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
         ends = mark_step_ends(traj, token_bytes, separator)
@@ -311,7 +312,7 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
 
 def _as_row(text: RowText, columns: dict) -> dict:
     """A row as `data.formats` has them: a conversation where the prompt is one, else two texts."""
-    column = "prompt" if is_conversation(columns.get("prompt")) else "messages"
+    column = "prompt" if "prompt" in columns else "messages"
     if not is_conversation(columns.get(column)):
         return {"prompt": text.prompt, "completion": text.completion}
     messages = messages_of(columns, column)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from experiments.common import data
 from experiments.common.best import keep_best
-from rljax.data.prompts import Prompts, from_template, read_jsonl
+from experiments.common.rows import make_shape, text_of_prompt
+from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
@@ -23,7 +24,7 @@ def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
-    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed)
+    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
     return tokenizer, *prompts
 
 
@@ -32,15 +33,14 @@ def read_all_prompts(cfg: Any) -> tuple[Tokenizer, Prompts, Callable[[dict], str
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
-    text_of = from_template(data.unescape(cfg.template))
-    prompts = Prompts(read_jsonl(cfg.prompts), tokenizer.encode, text_of, max_tokens, cfg.seed, tokenizer.pad)
-    log_info(f"{len(prompts)} prompts; {prompts.dropped} dropped, longer than {max_tokens} tokens")
-    return tokenizer, prompts, text_of
+    shape = make_shape(cfg.template, "", cfg.data)
+    prompts = data.read_all_prompts(cfg.prompts, shape, tokenizer, max_tokens, cfg.seed, cfg.data.overlong)
+    return tokenizer, prompts, lambda row: text_of_prompt(shape(row))
 
 
 def name_of(cfg: Any, kind: str = "") -> str:
     """KIND-MODEL-PROMPTS-seedSEED: the default name of a run."""
-    parts = (kind, Path(cfg.model).resolve().name, Path(cfg.prompts).stem, f"seed{cfg.seed}")
+    parts = (kind, Path(cfg.model).resolve().name, data.name_of(cfg.prompts), f"seed{cfg.seed}")
     return "-".join(part for part in parts if part) + "-debug" * cfg.debug
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import data, settings
+from experiments.common.rows import unescape
 from experiments.common.settings import Batches
 from rljax.algorithms.gkd import mix_completions
 from rljax.data.demonstrations import demonstrations
@@ -25,7 +26,7 @@ from rljax.types import LM, Algorithm, AnnotateFn, Params, PromptBatch, Sampling
 
 def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
     """The sampler's settings for n completions per prompt; stop strings as an automaton over the model's ids."""
-    strings = [data.unescape(text) for text in options.stop_strings]
+    strings = [unescape(text) for text in options.stop_strings]
     automaton = None
     if strings:
         automaton = jnp.asarray(stop_strings(strings, data.token_bytes(tokenizer, vocabulary)))

@@ -82,6 +82,27 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptData:
+    """How rows become prompts."""
+
+    chat: bool = False  # a text is a user's message, and the model answers in its chat template
+    system: Rare[str] = ""  # system message that conversations begin with, unless they have their own
+    overlong: Rare[Literal["drop", "cut_left", "cut_right", "error"]] = "drop"  # what becomes of a row that is too long
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(PromptData):
+    """The rows to learn from, in TRL's dataset formats (docs/data.md)."""
+
+    files: tuple[str, ...] = ()  # jsonl, json, parquet, hf://OWNER/NAME; FILE=WEIGHT: its share of the draws
+    template: str = ""  # text of the prompt from other columns, in braces; \n is a new line; @FILE: read from there
+    completion: str = ""  # text of the completion from other columns, likewise
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt; 0: what the context leaves
+    max_tokens: int = 0  # tokens of a row, prompt and completion; 0: the model's context
+    eval_size: int = 64  # rows held out for evaluation, at most half of all; equal prompts are on one side
+
+
+@dataclasses.dataclass(frozen=True)
 class Controllers:
     """Coefficients that follow a measurement, step by step. Without a target a coefficient stays as it is."""
 

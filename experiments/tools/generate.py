@@ -21,15 +21,15 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from experiments.common import command_line, data, models
+from experiments.common.rows import make_shape, read_rows, text_of_prompt, unescape
 from experiments.common.sampling import make_sampling
-from experiments.common.settings import MeshShape, Sampling
-from rljax.data.chat import Chat, encode_prompt
-from rljax.data.prompts import Prompts, from_template, read_jsonl
+from experiments.common.settings import MeshShape, PromptData, Sampling
+from rljax.data.files import Table, read_table
+from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
@@ -113,27 +113,22 @@ def check_settings(cfg: Config) -> None:
 
 
 def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Prompts, Callable[[dict], str]]:
-    """The prompts, and how a row becomes one. Those that leave no room for a completion are dropped and counted."""
+    """The prompts, and how a row is shown. Those that leave no room for a completion are dropped and counted."""
     if cfg.chat and tokenizer.chat is None:
         raise ValueError(f"{cfg.model}: the tokenizer has no chat template; legal: without --chat")
-    columns = [{"prompt": cfg.prompt}] if cfg.prompt else read_jsonl(cfg.prompts)
-    text_of = from_template(data.unescape(cfg.template))
-    encode = partial(user_message, tokenizer.chat) if cfg.chat else tokenizer.encode
+    shape = make_shape(cfg.template, "", PromptData(chat=cfg.chat))
+    table = Table("--prompt", [{"prompt": cfg.prompt}], [1]) if cfg.prompt else read_table(cfg.prompts)
+    found = read_rows(table, shape, data.read_prompt, tokenizer)
     longest = data.max_prompt_length(0, cfg.sampling.max_tokens, context)
-    prompts = Prompts(columns, encode, text_of, longest, pad=tokenizer.pad)
+    prompts = data.as_prompts(found, tokenizer, longest)
     if prompts.dropped:
-        log_info(f"{prompts.dropped} of {len(columns)} prompts dropped, longer than {longest} tokens")
-    return prompts, text_of
-
-
-def user_message(chat: Chat, text: str) -> list[int]:
-    """The ids of a user's message, ready to be answered."""
-    return encode_prompt(chat, [{"role": "user", "content": text}])
+        log_info(f"{prompts.dropped} of {len(found)} prompts dropped, longer than {longest} tokens")
+    return prompts, lambda row: text_of_prompt(shape(row))
 
 
 def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Completions, int], str]:
     """read(answers, i) -> the text of completion i so far, without its stop token or string."""
-    strings = [data.unescape(string).encode() for string in cfg.sampling.stop_strings]
+    strings = [unescape(string).encode() for string in cfg.sampling.stop_strings]
     pieces = data.token_bytes(tokenizer, vocabulary)
     for token in tokenizer.stop:
         pieces[token] = b""

@@ -5,7 +5,8 @@
 with the last mean and deviation over the rows of the batch. Normalizing the sum instead, as GRPO does, lets completions
 with different components share one advantage. With one reward it is GRPO up to the rescaling over the batch. A
 component without a score for a row adds 0 to it. The loss is GRPO's. It reads `traj.scores`, not rewards: what
-`kl_in_reward` or `overlong_penalty` adds does not reach it. Left out: conditioning an easy reward on a hard one.
+`kl_in_reward` or `overlong_penalty` adds does not reach it. The paper's condition on an easy reward, that a hard one
+holds, is applied before, where scores are made.
 """
 
 from collections.abc import Sequence

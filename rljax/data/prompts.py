@@ -1,65 +1,63 @@
 """A dataset of prompts with their columns, in an order that is a pure function of (seed, cursor)."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import string
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
 from rljax.types import PromptBatch
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """One dict per line. Raises FileNotFoundError, or ValueError naming the file and line."""
-    rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_parse_object(line, f"{path}, line {number}"))
-    if not rows:
-        raise ValueError(f"{path} is empty: a dataset needs at least one row")
-    return rows
-
-
-def _parse_object(line: str, place: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: a {type(row).__name__}; each line must be an object")
-    return row
-
-
 def from_template(template: str) -> Callable[[dict], str]:
-    """columns of a row -> prompt, by a template with column names in braces: "{question}\n".
+    """columns of a row -> text, by a template with column names in braces: "{question}\n"; {{ and }} write a brace.
 
-    The function raises ValueError, naming the columns, where the template does not fit them.
+    Raises ValueError where the template does not parse. The function raises it, naming the columns, where the template
+    does not fit them, and for a column that is null or holds neither text nor a number.
     """
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"the template {template!r} does not parse ({error}); {{{{ and }}}} write a brace") from None
 
     def text(row: dict) -> str:
         try:
-            return template.format_map(row)
-        except (KeyError, IndexError, AttributeError, ValueError) as missing:
+            values = {name: string.Formatter().get_field(name, (), row)[0] for name in names}
+            written = template.format_map(row)
+        except (LookupError, AttributeError, ValueError, TypeError) as missing:
             raise ValueError(
                 f"the template {template!r} does not fit ({missing}); legal in braces: {', '.join(sorted(row))}"
             ) from None
+        for name, value in values.items():
+            if not isinstance(value, str | int | float):
+                found = "null" if value is None else f"a {type(value).__name__}"
+                raise ValueError(f"column {name!r} is {found}; legal in a template: text and numbers")
+        return written
 
     return text
 
 
-def train_eval_split(columns: list[dict], eval_size: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """A random split into (training, evaluation): `eval_size` rows for evaluation, at most half of all.
+def train_eval_split(keys: Sequence[Hashable], eval_size: int, seed: int) -> tuple[list[int], list[int]]:
+    """A random split of rows into (training, evaluation), as indices: `eval_size` for evaluation, at most half of all.
 
-    A single row is on both sides.
+    Rows of equal keys are on one side. Where all have one key they are on both.
     """
     if eval_size < 1:
         raise ValueError(f"{eval_size} prompts to hold out; at least 1 is needed to evaluate on")
-    order = np.random.default_rng([2, seed]).permutation(len(columns))
-    cut = min(eval_size, len(columns) // 2)
-    train = [columns[i] for i in order[cut:]]
-    evaluation = [columns[i] for i in order[: cut or None]]
-    return train, evaluation
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    if len(groups) == 1:
+        return list(range(len(keys))), list(range(len(keys)))
+    members = list(groups.values())
+    order = [members[i] for i in np.random.default_rng([2, seed]).permutation(len(members))]
+    room = min(eval_size, len(keys) // 2)
+    evaluation: list[int] = []
+    for group in order:
+        if len(evaluation) + len(group) <= room:
+            evaluation += group
+    evaluation = evaluation or min(order, key=len)  # every group is larger than asked for
+    chosen = set(evaluation)
+    return [i for group in order for i in group if i not in chosen], evaluation
 
 
 def shuffled_indices(size: int, seed: int, start: int, count: int) -> np.ndarray:
@@ -92,22 +90,14 @@ class Prompts:
     """A dataset of prompts. `draw(cursor, count)` is a pure function: resuming needs the cursor alone."""
 
     def __init__(
-        self,
-        columns: list[dict],
-        encode: Callable[[str], list[int]],
-        text: Callable[[dict], str],
-        max_tokens: int,
-        seed: int = 0,
-        pad: int = 0,
+        self, columns: Sequence[dict], encoded: Sequence[list[int]], max_tokens: int, seed: int = 0, pad: int = 0
     ):
-        """Encode every prompt once, and drop those longer than `max_tokens` (their number is `dropped`).
+        """Rows with the ids of their prompts; those of more than `max_tokens` are dropped (their number: `dropped`).
 
-        text: columns of a row -> the prompt. Raises ValueError for an empty dataset, for an empty prompt, and where
-        every prompt is too long.
+        Raises ValueError for an empty dataset, for an empty prompt, and where every prompt is too long.
         """
         if not columns:
             raise ValueError("the dataset is empty: at least one prompt is needed")
-        encoded = [encode(text(row)) for row in columns]
         if any(not ids for ids in encoded):
             raise ValueError(f"prompt {[bool(ids) for ids in encoded].index(False)} of the dataset has no tokens")
         kept = [i for i, ids in enumerate(encoded) if len(ids) <= max_tokens]

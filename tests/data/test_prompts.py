@@ -1,14 +1,13 @@
 """Prompts: an order that a cursor resumes, what is dropped, and demonstrations."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rljax.data.demonstrations import demonstrations
-from rljax.data.prompts import Prompts, from_template, pad_left, read_jsonl, shuffled_indices, train_eval_split
+from rljax.data.files import read_table
+from rljax.data.prompts import Prompts, from_template, pad_left, shuffled_indices, train_eval_split
 from rljax.types import check_shapes
 
 LETTERS = [{"text": text} for text in ("abc", "a", "abcdefg", "ab", "abcd", "zzzzzzzzz", "q")]
@@ -19,7 +18,7 @@ def encode(text):
 
 
 def make(columns=LETTERS, max_tokens=8, **options):
-    return Prompts(columns, encode, lambda row: row["text"], max_tokens, **options)
+    return Prompts(columns, [encode(row["text"]) for row in columns], max_tokens, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------- order
@@ -108,56 +107,55 @@ def test_pad_left():
 
 @pytest.mark.parametrize(("size", "count", "held"), [(10, 3, 3), (10, 9, 5), (3, 8, 1), (2, 1, 1)])
 def test_held_out_rows_are_not_trained_on(size, count, held):
-    train, eval_side = train_eval_split([{"n": i} for i in range(size)], count, 0)
+    train, eval_side = train_eval_split(range(size), count, 0)
     assert (len(train), len(eval_side)) == (size - held, held)
-    assert {row["n"] for row in train} | {row["n"] for row in eval_side} == set(range(size))
-    assert train_eval_split([{"n": i} for i in range(size)], count, 0) == (train, eval_side)
+    assert {*train} | {*eval_side} == set(range(size))
+    assert train_eval_split(range(size), count, 0) == (train, eval_side)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 40), st.integers(0, 9))
+def test_equal_keys_are_on_one_side(keys, eval_size, seed):
+    train, eval_side = train_eval_split(keys, eval_size, seed)
+    assert train
+    assert eval_side
+    if len(set(keys)) == 1:
+        assert train == eval_side == list(range(len(keys)))
+        return
+    assert sorted(train + eval_side) == list(range(len(keys)))
+    assert not {keys[i] for i in train} & {keys[i] for i in eval_side}
+    smallest = min(keys.count(key) for key in keys)
+    assert len(eval_side) <= max(min(eval_size, len(keys) // 2), smallest)
 
 
 def test_a_single_row_serves_both_sides():
-    assert train_eval_split([{"n": 1}], 4, 0) == ([{"n": 1}], [{"n": 1}])
+    assert train_eval_split("a", 4, 0) == ([0], [0])
     with pytest.raises(ValueError, match="0 prompts to hold out; at least 1"):
-        train_eval_split([{"n": 1}, {"n": 2}], 0, 0)
+        train_eval_split("ab", 0, 0)
 
 
 def test_template_names_columns():
     assert from_template("Q: {question}\nA:")({"question": "{1}?", "answer": 3}) == "Q: {1}?\nA:"
-    with pytest.raises(ValueError, match=r"legal in braces: answer, question"):
-        from_template("{q}")({"question": "", "answer": ""})
-    with pytest.raises(ValueError, match=r"legal in braces: answer, question"):
-        from_template("{question.text}")({"question": "", "answer": ""})
+    assert from_template(r"\boxed{{{n}}} of {x[y]}")({"n": 3, "x": {"y": 1.5}}) == r"\boxed{3} of 1.5"
+    for template in ("{q}", "{question.text}", "{}"):
+        with pytest.raises(ValueError, match=r"does not fit .*; legal in braces: answer, question"):
+            from_template(template)({"question": "", "answer": ""})
+    with pytest.raises(ValueError, match=r"'\\\\boxed\{' does not parse .*; \{\{ and \}\} write a brace"):
+        from_template(r"\boxed{")
 
 
-# ------------------------------------------------------------------------------------------------------------- jsonl
+@pytest.mark.parametrize(("value", "found"), [(None, "null"), ([{"role": "user"}], "a list"), ({"a": 1}, "a dict")])
+def test_template_takes_text_and_numbers(value, found):
+    with pytest.raises(ValueError, match=f"column 'q' is {found}; legal in a template: text and numbers"):
+        from_template("Q: {q}")({"q": value, "other": None})
+    assert from_template("Q: {other}")({"q": value, "other": 1}) == "Q: 1"
 
 
-def test_jsonl_is_read_line_by_line(tmp_path):
-    rows = [{"q": "é\n", "n": 1}, {"q": None}]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n  \n", encoding="utf-8")
-    assert read_jsonl(tmp_path / "a.jsonl") == rows
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"empty\.jsonl is empty"):
-        read_jsonl(tmp_path / "empty.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [('{"q": "a"', r"broken\.jsonl, line 3: not JSON"), ("[1, 2]", r"broken\.jsonl, line 3: a list; .* an object")],
-)
-def test_broken_lines_are_named(line, message, tmp_path):
-    (tmp_path / "broken.jsonl").write_text('{"q": 1}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_jsonl(tmp_path / "broken.jsonl")
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
-        read_jsonl(tmp_path / "absent.jsonl")
+# ------------------------------------------------------------------------------------------------------------- gsm8k
 
 
 def test_gsm8k_prompts_over_the_limit_are_dropped(shared):
-    rows = read_jsonl(shared / "data" / "gsm8k_test.jsonl")
-    prompts = Prompts(rows, encode, lambda row: row["question"], 200)
+    rows = read_table(shared / "data" / "gsm8k_test.jsonl").rows
+    prompts = Prompts(rows, [encode(row["question"]) for row in rows], 200)
     kept = [row for row in rows if len(row["question"]) <= 200]
     assert prompts.columns == kept
     assert prompts.dropped == len(rows) - len(kept) > 100

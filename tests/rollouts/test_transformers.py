@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from rljax.data.prompts import read_jsonl
+from rljax.data.files import read_table
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts import sample_token as step
@@ -45,7 +45,7 @@ def model(torch, stories):
 @pytest.fixture(scope="module")
 def ids(stories):
     """64 beginnings of texts, of 1 to 60 tokens: each opening with those after it, cut."""
-    openings = [row["prompt"] for row in read_jsonl(OPENINGS)]
+    openings = [row["prompt"] for row in read_table(OPENINGS).rows]
     tokenizer = load_tokenizer(stories)
     assert tokenizer.stop == (END,)
     assert tokenizer.decode([PERIOD]) == "."
