@@ -19,8 +19,11 @@ from rljax.train.run import Run
 from rljax.types import Batch, TrainState, Trajectory
 
 
-def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
-    """The tokenizer, prompts to train on, and prompts to evaluate on, as a script's Config says."""
+def read_data(cfg: Any, verifiers: Mapping[str, Callable] | None = None) -> tuple[Tokenizer, Prompts, Prompts]:
+    """The tokenizer, prompts to train on, and prompts to evaluate on, as a script's Config says.
+
+    Raises ValueError for rows whose answers the verifiers cannot judge by.
+    """
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
@@ -28,8 +31,10 @@ def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
     return tokenizer, *prompts
 
 
-def read_all_prompts(cfg: Any) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
-    """The tokenizer, all prompts of a script's Config, and the text of a row's prompt."""
+def read_all_prompts(
+    cfg: Any, verifiers: Mapping[str, Callable] | None = None
+) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
+    """The tokenizer, all prompts of a script's Config, and the text of a row's prompt. Raises as `read_data` does."""
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
