@@ -18,6 +18,7 @@ from rljax.models import heads, hf, lora, peft, policy
 from rljax.models.lora import LoraConfig
 from rljax.train.checkpoint import Checkpoints
 from rljax.types import TrainState, trajectory_of_tokens
+from test_grpo_experiment import write_tokenizer
 
 
 def saved_run(place: Path, params, frozen=None, adapter=None, about=None, steps=(1, 2)) -> Path:
@@ -221,3 +222,30 @@ def test_transformers_scores_as_the_reward_model_did(model, tmp_path):
     with torch.no_grad():
         want = theirs(torch.tensor(tokens)).logits[:, 0].numpy()
     np.testing.assert_allclose(heads.make_reward_model(config)(params, {}, traj), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parity
+def test_transformers_scores_a_padded_batch_at_the_last_tokens(tmp_path):
+    """Of a tokenizer without a padding token, whose completions end with EOS: padding with EOS would hide it."""
+    torch = pytest.importorskip("torch", reason="torch is absent")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    raw = tiny.config_of("plain") | {"architectures": ["LlamaForCausalLM"], "eos_token_id": 2, "pad_token_id": None}
+    directory = tiny.write(tmp_path / "model", raw, tiny.tensors_of(raw))
+    write_tokenizer(directory)
+    config = hf.read_config(directory)
+    params = heads.with_score_head({"decoder": hf.load(directory, config)}, config, jax.random.key(5))
+    hf.save(tmp_path / "out", config, params["decoder"], directory, score_head=params["score_head"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["once upon a time</s>", "no</s>"]
+    rows = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        want = theirs(**rows).logits[:, 0].numpy()
+    score = heads.make_reward_model(config)
+    for text, wanted in zip(texts, want, strict=True):
+        tokens = np.array([tokenizer(text)["input_ids"]])
+        assert tokens[0, -1] == 2
+        chosen = np.arange(tokens.shape[1])[None] > 0
+        traj = trajectory_of_tokens(tokens, np.ones_like(tokens), chosen, np.zeros(tokens.shape))
+        np.testing.assert_allclose(score(params, {}, traj)[0], wanted, rtol=0, atol=2e-5)

@@ -19,10 +19,15 @@ RECIPES = (
     "arithmetic_grpo",
     "arithmetic_sft",
     "best_of_n",
+    "collect",
     "distil",
+    "dpo",
     "grpo",
     "online_dpo",
     "ppo",
+    "process_reward",
+    "reward_model",
+    "sft",
 )
 
 

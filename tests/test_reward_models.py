@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import grpo
 from experiments.common import data
-from experiments.common.rewards import PIECE_TOKENS, load_process_reward_model, load_reward_model, read_rewards
+from experiments.common.reward_models import PIECE_TOKENS, load_process_reward_model, load_reward_model
+from experiments.common.rewards import read_rewards
 from experiments.common.settings import Batches, MeshShape, Reward, Sampling
 from models import tiny
 from rewards import servers
@@ -128,12 +129,11 @@ def test_steps_are_judged_where_they_end(directories):
     ]
     want = [1 / (1 + np.exp(-np.array(logits))) for logits in want]
 
-    def load(per_step):
-        rewards = read_rewards((), {}, Reward(step_separator=","))._replace(per_step=per_step)
+    def load(per_step, name="same"):
         mesh = make_mesh(fsdp=2, tensor=4)
-        return load_process_reward_model(directories / "same", mesh, policy, directories / "policy", rewards)(
-            traj, None
-        )
+        return load_process_reward_model(
+            directories / name, mesh, policy, directories / "policy", separator=",", per_step=per_step
+        )(traj, None)
 
     np.testing.assert_allclose(load(False), [min(probabilities) for probabilities in want], rtol=1e-4)
     found = load(True)
@@ -142,13 +142,7 @@ def test_steps_are_judged_where_they_end(directories):
     with pytest.raises(
         ValueError, match=r"other judges steps, and its vocabulary is not that of .*policy; legal: the sa"
     ):
-        load_process_reward_model(
-            directories / "other",
-            make_mesh(fsdp=2, tensor=4),
-            policy,
-            directories / "policy",
-            read_rewards((), {}, Reward()),
-        )
+        load(True, "other")
 
 
 def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, monkeypatch):
@@ -157,7 +151,7 @@ def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, mon
     reward = load_reward_model(directories / "same", make_mesh(fsdp=2, tensor=4), policy, directories / "policy")
     want = reward(traj, None)
     assert PIECE_TOKENS >= 12 * 24
-    monkeypatch.setattr("experiments.common.rewards.PIECE_TOKENS", 50)  # two rows a device: four, four and four
+    monkeypatch.setattr("experiments.common.reward_models.PIECE_TOKENS", 50)  # two rows a device: four, four and four
     np.testing.assert_allclose(reward(traj, None), want, rtol=1e-5, atol=1e-5)
 
 
@@ -238,7 +232,7 @@ def test_servers_are_tried_before_anything_is_loaded(directories, monkeypatch):
             read_rewards((f"judge:{server.url}",), {}, Reward())
         with pytest.raises(FileNotFoundError, match="absent"):
             read_rewards((judge,), {}, Reward(rubric="/absent"))
-        with pytest.raises(ValueError, match="server_requests; legal: above 0"):
+        with pytest.raises(ValueError, match=r"reward.server_requests = 0; legal: above 0"):
             read_rewards((remote,), {}, Reward(server_requests=0))
     for item in (judge, remote):
         with pytest.raises(ValueError, match=rf"no server at {server.url}.*; start it first"):

@@ -31,8 +31,8 @@ def load_tokenizer(directory: str, vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer_and_context(directory: str) -> tuple[Tokenizer, int]:
-    """The tokenizer of a model directory, and how many tokens the model can read."""
-    config = hf.read_config(directory)
+    """The tokenizer of a model directory, of a reward model's too, and how many tokens the model can read."""
+    config = hf.read_config(directory, reward_model=True)
     return load_tokenizer(directory, config.vocab_size), config.max_positions
 
 

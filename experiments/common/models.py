@@ -7,44 +7,63 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common.settings import Adapter, Weights
-from rljax.models import decoder, hf, lora, param_filters, policy
+from rljax.models import decoder, heads, hf, lora, param_filters, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
-from rljax.models.stored import holds_tensors
-from rljax.train.log import log_info
+from rljax.models.stored import holds_tensors, stored_files
 from rljax.train.mesh import param_shardings
 from rljax.types import Params, TrainState
 
 
 def load_pretrained(
-    directory: str, weights: Weights, mesh: jax.sharding.Mesh, context: int | None = None, seed: int = 0
+    directory: str,
+    weights: Weights,
+    mesh: jax.sharding.Mesh,
+    context: int | None = None,
+    seed: int = 0,
+    reference: bool = True,
+    reward_model: bool = False,
 ) -> tuple[DecoderConfig, Params, dict]:
     """The model's config, its trained parameters, and the frozen ones: the reference, and what is not trained.
 
     Trained parameters are float32. A base under an adapter is held in the dtype of the computation.
 
-    Args: context: tokens of the longest row. seed: of the adapter's initial values.
+    Args:
+      context: tokens of the longest row.
+      seed: of the adapter's initial values.
+      reference: keep a copy of the model as it is now; an adapter's base is there anyway.
+      reward_model: with a score head, that of the directory or a new one, drawn from the seed.
     Raises ValueError for an adapter together with `freeze`.
     """
     if weights.adapter.rank and weights.freeze:
         raise ValueError(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
-    config = hf.read_config(directory, context)
+    config = hf.read_config(directory, context, reward_model)
     adapter = lora_of(weights.adapter)
     config = dataclasses.replace(
         config, dtype=weights.dtype, remat=weights.remat, adapter=adapter, batch_invariant=weights.batch_invariant
     )
     stored = "float32" if adapter is None else weights.dtype
     params = load_decoder(directory, config, mesh, stored)
+    if reward_model:
+        params = _with_score_head(params, config, directory, seed)
     if adapter is not None:
         return config, *_with_adapter(params, config, weights, seed)
 
     frozen = {}
     if weights.freeze:
         params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
-    frozen["reference"] = jax.tree.map(jnp.copy, params)
+    if reference:
+        frozen["reference"] = jax.tree.map(jnp.copy, params)
     return config, params, frozen
+
+
+def _with_score_head(params: Params, config: DecoderConfig, directory: str, seed: int) -> Params:
+    """The parameters with the score head of a reward model's directory, or with a new one."""
+    if hf.SCORE in stored_files(Path(directory)):
+        return {**params, "score_head": hf.load_score_head(directory)}
+    return heads.with_score_head(params, config, jax.random.fold_in(jax.random.key(seed), 4))
 
 
 def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh, dtype: str) -> Params:
@@ -148,7 +167,6 @@ def save_pretrained(
     else:
         whole = _merged(low_rank, frozen, config, source)
     hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace)
-    log_info(f"written: {directory}")
 
 
 def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:

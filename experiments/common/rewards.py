@@ -1,6 +1,5 @@
 """What `--rewards` names: verifiers, reward models and servers, each with its weight; and rewards of a control."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -9,30 +8,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.common import data, models, settings
+from experiments.common import settings
+from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
-from rljax.data.examples import demonstration
-from rljax.data.formats import is_conversation, messages_of
-from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import Tokenizer
-from rljax.models import heads, hf
-from rljax.models.decoder import DecoderConfig
-from rljax.ops.ranking import min_over_steps
+from rljax.models import hf
 from rljax.ops.shaping import at_last_decision
 from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
-from rljax.rewards.score import ModelReward, RowText, Score, StepScores, decode_rows, make_score, prompt_indices
+from rljax.rewards.score import ModelReward, Score, make_score
 from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
-from rljax.rewards.steps import mark_step_ends
 from rljax.train.log import log_info
-from rljax.train.mesh import RULES, data_parallel_size
-from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
-
-PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
+from rljax.types import Trajectory
 
 
 class Rewards(NamedTuple):
@@ -133,7 +122,9 @@ def load_score(
     model_rewards = {}
     for name, place in rewards.directories.items():
         if name in rewards.process:
-            model_rewards[name] = load_process_reward_model(place, mesh, tokenizer, model, rewards, dtype)
+            model_rewards[name] = load_process_reward_model(
+                place, mesh, tokenizer, model, unescape(rewards.options.step_separator), rewards.per_step, dtype
+            )
         else:
             model_rewards[name] = load_reward_model(place, mesh, tokenizer, model, dtype)
     for number, (name, make) in enumerate(rewards.servers.items()):
@@ -182,144 +173,16 @@ SERVERS = {"judge": _judge, "remote": _remote}
 
 
 def _limits(options: settings.Reward) -> Limits:
-    if min(options.server_timeout_seconds, options.server_step_seconds, options.server_requests) <= 0:
-        raise ValueError("reward.server_timeout_seconds, server_step_seconds and server_requests; legal: above 0")
+    positive = ("server_timeout_seconds", "server_step_seconds", "server_requests", "scale", "judge_tokens")
+    wrong = [name for name in positive if not getattr(options, name) > 0]
+    if wrong:
+        raise ValueError(f"reward.{wrong[0]} = {getattr(options, wrong[0])}; legal: above 0")
     return Limits(
         timeout_seconds=options.server_timeout_seconds,
         step_timeout_seconds=options.server_step_seconds,
         max_concurrent=options.server_requests,
         retries=options.server_retries,
     )
-
-
-# -------------------------------------------------------------------------------------------------------- reward models
-
-
-def load_reward_model(
-    directory: str | Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, policy: str | Path, dtype: str = "float32"
-) -> ModelReward:
-    """reward(traj, prompts) -> the score of each completion [B], by the sequence classifier in `directory`.
-
-    A reward model with the vocabulary of the policy (a model directory too) reads the token ids that were sampled. One
-    with another vocabulary reads the text, in its own tokens and chat template. The
-    score is the head's output after the last token. A row that is longer than the model's context is not judged.
-
-    Args:
-      tokenizer: of the policy. dtype: in which the model is held and computes.
-    Raises ValueError for a directory that holds no reward model.
-    """
-    config, params, own = _load_scorer(directory, mesh, dtype)
-    score_rows = make_score_rows(config, params, mesh)
-    if have_same_vocabulary(directory, policy):
-        return lambda traj, prompts: score_rows(traj)
-    log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
-    return lambda traj, prompts: score_rows(encode_again(traj, prompts, tokenizer, own))
-
-
-def load_process_reward_model(
-    directory: str | Path,
-    mesh: jax.sharding.Mesh,
-    tokenizer: Tokenizer,
-    policy: str | Path,
-    rewards: Rewards,
-    dtype: str = "float32",
-) -> ModelReward:
-    """reward(traj, prompts) -> the probability that a step is right, σ(head's output), behind its last token.
-
-    With `rewards.per_step` that of each step, else [B]: the least of a completion's steps. Raises ValueError for a
-    model with another vocabulary than the policy's.
-    """
-    if not have_same_vocabulary(directory, policy):
-        raise ValueError(f"{directory} judges steps, and its vocabulary is not that of {policy}; legal: the same")
-    config, params, _ = _load_scorer(directory, mesh, dtype)
-    score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
-    token_bytes = data.token_bytes(tokenizer, config.vocab_size)
-    separator = unescape(rewards.options.step_separator)
-
-    def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
-        ends = mark_step_ends(traj, token_bytes, separator)
-        probability = jax.nn.sigmoid(score_tokens(traj))
-        return StepScores(probability, ends) if rewards.per_step else min_over_steps(probability, jnp.asarray(ends))
-
-    return reward
-
-
-def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[DecoderConfig, Params, Tokenizer]:
-    """Config, parameters and tokenizer of a sequence classifier."""
-    config = dataclasses.replace(hf.read_config(directory, reward_model=True), dtype=dtype)
-    tokenizer = data.load_tokenizer(str(directory), config.vocab_size)
-    params = models.load_decoder(str(directory), config, mesh, dtype)
-    return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer
-
-
-def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
-    """Whether every token id means the same to the tokenizers of two model directories."""
-    from transformers import AutoTokenizer  # a second of import: only where it is needed
-
-    one, two = (
-        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_vocab()
-        for path in (directory, other)
-    )
-    return one == two
-
-
-def make_score_rows(
-    config: DecoderConfig, params: Params, mesh: jax.sharding.Mesh, make: Callable = heads.make_reward_model
-) -> Callable[[Trajectory], np.ndarray]:
-    """score_rows(traj) -> float32 [B], or with heads.make_process_reward_model [B T].
-
-    PIECE_TOKENS tokens are on a device at a time. NaN for a row that is longer than the model's context.
-    """
-    score = jax.jit(make(config))
-    sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"]))
-    devices = data_parallel_size(mesh)
-    fields = ("inputs", "actions", "mask", "positions", "segments")
-
-    def score_rows(traj: Trajectory) -> np.ndarray:
-        B, T = traj.mask.shape
-        columns = {name: np.asarray(getattr(traj, name)) for name in fields}
-        at_once = max(1, PIECE_TOKENS // (T + 1))
-        rows = devices * min(at_once, math.ceil(B / devices))
-        scores = []
-        for start in range(0, B, rows):
-            here = np.minimum(np.arange(start, start + rows), B - 1)  # the last piece repeats the last row
-            piece = {name: jax.device_put(column[here], sharding) for name, column in columns.items()}
-            scores.append(score(params, {}, Trajectory(logp=jnp.zeros((rows, T)), **piece)))
-        found = np.concatenate(jax.device_get(scores))[:B]
-        tokens = np.where(columns["mask"], columns["positions"] + 2, 0).max(axis=1)  # of prompt and completion
-        found[tokens > config.max_positions] = np.nan
-        return found
-
-    return score_rows
-
-
-def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, other: Tokenizer) -> Trajectory:
-    """Prompts and completions as token ids of the other tokenizer, which encodes them as `data.demonstration` does.
-
-    Where the prompt is a conversation, its own chat template is used. A completion that was cut has no end.
-    """
-    rows = []
-    for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
-        example = demonstration(_as_row(text, prompts.columns[index]), other)
-        cut = not text.ended and example.completion[-1] in other.stop
-        rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
-    longest = max(map(len, rows))
-    width = max(16, 1 << (longest - 1).bit_length())  # a power of two: each new width is compiled
-    tokens, present = pad_left(rows, width, other.pad)
-    last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
-    return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
-
-
-def _as_row(text: RowText, columns: dict) -> dict:
-    """A row as `data.formats` has them: a conversation where the prompt is one, else two texts."""
-    column = "prompt" if "prompt" in columns else "messages"
-    if not is_conversation(columns.get(column)):
-        return {"prompt": text.prompt, "completion": text.completion}
-    messages = messages_of(columns, column)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    answer = [{"role": "assistant", "content": text.completion}]
-    return {"prompt": messages, "completion": answer, "tools": columns.get("tools")}
 
 
 # ------------------------------------------------------------------------------------------------------------- controls

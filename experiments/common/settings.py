@@ -142,6 +142,17 @@ class MeshShape:
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
 
 
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A simulated panel of annotators (experiments/common/panel.py)."""
+
+    annotators: int = 3  # how many compare each pair
+    flip: float = 0.0  # share of votes that are turned round
+    temperature: float = 0.0  # of Bradley-Terry: differences of worth below it are seen uncertainly; 0: all are seen
+    length_bias: float = 0.0  # worth that a completion gains by 100 tokens
+    disagreement: float = 0.0  # standard deviation of an annotator's own taste
+
+
 def debug_batches(batches: Batches) -> Batches:
     """Two prompts with two completions each: a step small enough to run without jit."""
     return dataclasses.replace(batches, prompts=2, num_generations=2, oversample=1, minibatches=1, micro_batches=1)

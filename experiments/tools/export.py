@@ -49,22 +49,22 @@ def main(cfg: Config) -> None:
     base_is_there = base_directory != model_files
     needed = ("params",) if separate or base_is_there else ("params", "frozen")
     step, parts = restore_items(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
-    log_info(f"checkpoint of step {step}")
     if separate:
         peft.save_adapter(cfg.out, config, parts["params"]["lora"], base_directory)
-        return
-    if adapter is not None and not base_is_there:
-        log_info("the base is no longer in its directory: the checkpoint's copy of it is used")
-    save_pretrained(
-        parts["params"],
-        parts.get("frozen", {}),
-        config,
-        base_directory,
-        cfg.out,
-        dtype=cfg.dtype or None,
-        shard_bytes=int(cfg.shard_gigabytes * 10**9),
-        replace=False,
-    )
+    else:
+        if adapter is not None and not base_is_there:
+            log_info("the base is no longer in its directory: the checkpoint's copy of it is used")
+        save_pretrained(
+            parts["params"],
+            parts.get("frozen", {}),
+            config,
+            base_directory,
+            cfg.out,
+            dtype=cfg.dtype or None,
+            shard_bytes=int(cfg.shard_gigabytes * 10**9),
+            replace=False,
+        )
+    log_info(f"written: {cfg.out}, of step {step}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.algorithms.common.pairs import checked_zero_masked, has_tokens, sum_and_count, uniform_row_weights
+from rljax.algorithms.common.pairs import (
+    checked_zero_masked,
+    evaluate_both,
+    has_tokens,
+    sum_and_count,
+    uniform_row_weights,
+)
 from rljax.ops import ranking
 from rljax.ops.ranking import RankedMask, RankedScores
 from rljax.types import Objective, Pairs, ScoreFn, Trajectory
@@ -35,8 +41,9 @@ def reward_model(score: ScoreFn, center_rewards_coefficient: float = 0.0) -> Obj
 
     def loss(params, frozen, batch: Pairs):
         present = has_tokens(batch.chosen) & has_tokens(batch.rejected)
-        chosen = jnp.where(present, score(params, frozen, batch.chosen), 0.0)
-        rejected = jnp.where(present, score(params, frozen, batch.rejected), 0.0)
+        chosen, rejected = evaluate_both(score, params, frozen, batch.chosen, batch.rejected)
+        chosen = jnp.where(present, chosen, 0.0)
+        rejected = jnp.where(present, rejected, 0.0)
         margin = 0.0 if batch.margin is None else batch.margin
         penalty = ranking.center_rewards_penalty(chosen, rejected)
         terms = ranking.bradley_terry(chosen, rejected, margin) + center_rewards_coefficient * penalty
@@ -80,7 +87,11 @@ def ranked_reward_model(score: ScoreFn, loss: RankingLossFn = ranking.plackett_l
         scores = score(params, frozen, rows).reshape(P, K)
         valid = has_tokens(rows).reshape(P, K)
         terms = loss(jnp.where(valid, scores, 0.0), valid)
-        metrics = {"reward": sum_and_count(scores.reshape(-1), valid.reshape(-1))}
+        right, pairs = ranking.pairs_in_order(scores, valid)
+        metrics = {
+            "reward": sum_and_count(scores.reshape(-1), valid.reshape(-1)),
+            "accuracy": (right.sum().astype(float), pairs.sum().astype(float)),
+        }
         return jnp.where(batch.weight > 0, batch.weight * terms, 0.0).sum(), metrics
 
     return Objective(prepare, total_loss)

@@ -5,8 +5,49 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.data.prompts import pad_left
+from rljax.data.examples import Example
 from rljax.types import PromptBatch, Trajectory, trajectory_of_tokens
+
+EMPTY = Example([], [], [], {})  # a row without a token: it fills up a batch, and teaches nothing
+
+
+def collate(examples: Sequence[Example], width: int, pad: int = 0) -> Trajectory:
+    """Examples, each in a row of `width` tokens (width - 1 decisions), padded on the right.
+
+    Decisions are the tokens that the mask of an example marks. Raises ValueError for an example that is longer.
+    """
+    return collate_after_prompts(examples, 0, width, pad)
+
+
+def collate_after_prompts(examples: Sequence[Example], prompt_tokens: int, max_tokens: int, pad: int = 0) -> Trajectory:
+    """Examples whose completions all begin in the same column, so that completions of one prompt can share it.
+
+    Prompts are padded on the left to `prompt_tokens`, completions on the right to `max_tokens`. With prompt_tokens = 0
+    a row is padded on the right only. Raises ValueError for an example that does not fit.
+    """
+    shape = (len(examples), prompt_tokens + max_tokens)
+    tokens = np.full(shape, pad, np.int32)
+    segments = np.zeros(shape, np.int32)
+    chosen = np.zeros(shape, bool)
+    for row, example in enumerate(examples):
+        start = prompt_tokens - len(example.prompt) if prompt_tokens else 0
+        middle = start + len(example.prompt)
+        end = middle + len(example.completion)
+        if start < 0 or end > shape[1]:
+            lengths = f"{len(example.prompt)} tokens and {len(example.completion)} of completion"
+            room = f"{prompt_tokens} and {max_tokens}" if prompt_tokens else f"{max_tokens} together"
+            raise ValueError(f"example {row} of the batch has a prompt of {lengths}; at most {room} fit")
+        tokens[row, start:end] = [*example.prompt, *example.completion]
+        segments[row, start:end] = 1
+        chosen[row, middle:end] = example.mask
+    return trajectory_of_tokens(
+        tokens,
+        segments,
+        jnp.asarray(chosen),
+        logp=jnp.zeros(shape),
+        temperature=jnp.ones(shape),
+        group=jnp.arange(len(examples)),
+    )
 
 
 def demonstrations(rows: PromptBatch, completions: Sequence[list[int]], max_tokens: int) -> Trajectory:
@@ -14,20 +55,9 @@ def demonstrations(rows: PromptBatch, completions: Sequence[list[int]], max_toke
 
     Raises ValueError for a completion that is longer.
     """
-    longest = max(map(len, completions))
-    if longest > max_tokens:
-        raise ValueError(f"a completion has {longest} tokens; at most {max_tokens} fit")
-    reversed_tokens, reversed_mask = pad_left([list(ids)[::-1] for ids in completions], max_tokens, 0)
-    completion_tokens = reversed_tokens[:, ::-1]
-    completion_mask = reversed_mask[:, ::-1]
-    tokens = np.concatenate([rows.tokens, completion_tokens], axis=1)
-    chosen = np.concatenate([np.zeros_like(rows.mask), completion_mask], axis=1)
-    segments = np.concatenate([rows.mask, completion_mask], axis=1).astype(np.int32)
-    return trajectory_of_tokens(
-        tokens,
-        segments,
-        jnp.asarray(chosen),
-        logp=jnp.zeros(tokens.shape),
-        temperature=jnp.ones(tokens.shape),
-        group=jnp.arange(len(completions)),
-    )
+    prompts = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask, strict=True)]
+    examples = [
+        Example(prompt, list(ids), [True] * len(ids), columns)
+        for prompt, ids, columns in zip(prompts, completions, rows.columns, strict=True)
+    ]
+    return collate_after_prompts(examples, rows.tokens.shape[1], max_tokens)

@@ -57,7 +57,7 @@ def prompt_ids(row: Row, tokenizer: Tokenizer) -> list[int]:
 def _prompt(row: Row, tokenizer: Tokenizer) -> tuple[str, Callable[[str], list[int]]]:
     """The text of a row's prompt, and what makes ids of it: a chat template writes its special tokens itself."""
     if "prompt" not in row and "messages" in row:
-        messages = _before_last_turn(messages_of(row, "messages"))
+        messages = before_last_turn(messages_of(row, "messages"))
     elif is_conversational(row, "prompt"):
         messages = messages_of(row, "prompt")
         if messages[-1]["role"] == "assistant":
@@ -73,7 +73,7 @@ def _chat(tokenizer: Tokenizer) -> Chat:
     return tokenizer.chat
 
 
-def _before_last_turn(messages: list[dict]) -> list[dict]:
+def before_last_turn(messages: list[dict]) -> list[dict]:
     """The messages before those of the assistant that end the conversation."""
     end = len(messages)
     while end and messages[end - 1]["role"] == "assistant":

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.data.examples import Example
 from rljax.ops.first_fit import first_fit_decreasing
 from rljax.types import Trajectory, trajectory_of_tokens
 
-Demonstration = tuple[Sequence[int], Sequence[int]]  # ids of the prompt, ids of the completion (EOS included)
 
-
-def pack_demonstrations(demonstrations: Sequence[Demonstration], width: int, pad: int = 0) -> Trajectory:
+def pack_demonstrations(demonstrations: Sequence[Example], width: int, pad: int = 0) -> Trajectory:
     """Demonstrations in rows of `width` tokens (width - 1 decisions), numbered 1, 2, ... in `segments` of each row.
 
-    Rows hold several prompts, so `group` is None. A demonstration without a prompt loses its first token as a target.
+    Decisions are the tokens that the mask of an example marks. Rows hold several prompts, so `group` is None. A
+    demonstration without a prompt loses its first token as a target.
 
     Raises ValueError for no demonstrations, and for one that is longer than `width` or has no tokens.
     """
@@ -33,7 +33,7 @@ def pack_demonstrations(demonstrations: Sequence[Demonstration], width: int, pad
     filled = [0] * count  # tokens of each row
     members = [0] * count  # demonstrations of each row
     for index in _longest_first(demonstrations):
-        prompt, completion = demonstrations[index]
+        prompt, completion, mask, _ = demonstrations[index]
         row = row_of[index]
         start = filled[row]
         middle = start + len(prompt)
@@ -41,13 +41,13 @@ def pack_demonstrations(demonstrations: Sequence[Demonstration], width: int, pad
         members[row] += 1
         tokens[row, start:end] = [*prompt, *completion]
         segments[row, start:end] = members[row]
-        chosen[row, middle:end] = True
+        chosen[row, middle:end] = mask
         filled[row] = end
     ones = jnp.ones(tokens.shape)
     return trajectory_of_tokens(tokens, segments, jnp.asarray(chosen), jnp.zeros(tokens.shape), temperature=ones)
 
 
-def padding_fractions(demonstrations: Sequence[Demonstration], width: int) -> tuple[float, float]:
+def padding_fractions(demonstrations: Sequence[Example], width: int) -> tuple[float, float]:
     """Fraction of padding among the tokens computed: unpacked, in rows as wide as the longest one; and packed."""
     lengths = _lengths(demonstrations)
     rows = max(_assign_rows(demonstrations, width)) + 1
@@ -56,17 +56,17 @@ def padding_fractions(demonstrations: Sequence[Demonstration], width: int) -> tu
     return unpacked, packed
 
 
-def _lengths(demonstrations: Sequence[Demonstration]) -> list[int]:
-    return [len(prompt) + len(completion) for prompt, completion in demonstrations]
+def _lengths(demonstrations: Sequence[Example]) -> list[int]:
+    return [len(example.prompt) + len(example.completion) for example in demonstrations]
 
 
-def _longest_first(demonstrations: Sequence[Demonstration]) -> list[int]:
+def _longest_first(demonstrations: Sequence[Example]) -> list[int]:
     """Indices by decreasing length; equal ones in their own order."""
     lengths = _lengths(demonstrations)
     return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
-def _assign_rows(demonstrations: Sequence[Demonstration], width: int) -> list[int]:
+def _assign_rows(demonstrations: Sequence[Example], width: int) -> list[int]:
     """The row of each demonstration."""
     if not demonstrations:
         raise ValueError("there are no demonstrations: at least one is needed")

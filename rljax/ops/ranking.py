@@ -31,13 +31,19 @@ def plackett_luce(scores: RankedScores, valid: RankedMask) -> Float[Array, "*P"]
     return jnp.where(valid, rest - scores, 0.0).sum(axis=-1)
 
 
+def pairs_in_order(scores: RankedScores, valid: RankedMask) -> tuple[Bool[Array, "*P K K"], Bool[Array, "*P K K"]]:
+    """Of candidates i and j, i ranked before j: whether the scores agree, and whether both are there."""
+    before = jnp.triu(jnp.ones((scores.shape[-1],) * 2, bool), 1)
+    pairs = valid[..., :, None] & valid[..., None, :] & jnp.expand_dims(before, range(scores.ndim - 1))
+    return pairs & (scores[..., :, None] > scores[..., None, :]), pairs
+
+
 def kwise(scores: RankedScores, valid: RankedMask) -> Float[Array, "*P"]:
     """Mean of -log σ(r_i - r_j) over the C(K, 2) pairs, i ranked before j, of one prompt (InstructGPT); 0 without a
     pair.
     """
     scores = jnp.where(valid, scores, 0.0)
-    before = jnp.triu(jnp.ones((scores.shape[-1],) * 2, bool), 1)
-    pairs = valid[..., :, None] & valid[..., None, :] & jnp.expand_dims(before, range(scores.ndim - 1))
+    _, pairs = pairs_in_order(scores, valid)
     terms = jnp.where(pairs, -log_sigmoid(scores[..., :, None] - scores[..., None, :]), 0.0)
     return terms.sum(axis=(-2, -1)) / jnp.maximum(pairs.sum(axis=(-2, -1)), 1)
 

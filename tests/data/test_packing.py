@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rljax.algorithms.sft import sft
 from rljax.data.demonstrations import demonstrations
+from rljax.data.examples import Example
 from rljax.data.packing import pack_demonstrations, padding_fractions
 from rljax.data.prompts import pad_left
 from rljax.models import decoder, policy
@@ -16,12 +17,19 @@ from rljax.train.objective import policy_objective
 from rljax.types import PromptBatch, check_shapes
 
 IDS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
+
+
+def examples(pairs):
+    """From pairs (ids of the prompt, ids of the completion)."""
+    return [Example(prompt, completion, [True] * len(completion), {}) for prompt, completion in pairs]
+
+
 WIDTHS = st.sampled_from([12, 19, 30])  # each new shape compiles
 
 
 def test_two_rows_by_hand():
     """Lengths 3, 4, 5 in rows of 8: 5 and 3, then 4."""
-    traj = pack_demonstrations([([1], [2, 3]), ([4, 5, 6], [7]), ([8, 9], [10, 11, 12])], 8, pad=99)
+    traj = pack_demonstrations(examples([([1], [2, 3]), ([4, 5, 6], [7]), ([8, 9], [10, 11, 12])]), 8, pad=99)
     check_shapes(traj)
     assert traj.inputs.tolist() == [[8, 9, 10, 11, 12, 1, 2], [4, 5, 6, 7, 99, 99, 99]]
     assert traj.actions.tolist() == [[9, 10, 11, 12, 1, 2, 3], [5, 6, 7, 99, 99, 99, 99]]
@@ -32,9 +40,17 @@ def test_two_rows_by_hand():
     assert traj.group is None
 
 
+def test_only_tokens_of_the_mask_are_decisions():
+    """A conversation of two turns: what the user says in between is context."""
+    turns = Example([1, 2], [3, 4, 5, 6], [True, False, False, True], {})
+    traj = pack_demonstrations([turns], 7)
+    assert traj.mask.astype(int).tolist() == [[0, 1, 0, 0, 1, 0]]
+    assert traj.segments.tolist() == [[1, 1, 1, 1, 1, 0]]
+
+
 def test_first_token_after_a_segment_is_nobodys_target():
     """Without prompts a mask of the answers alone would let one demonstration predict the next one's start."""
-    traj = pack_demonstrations([([], [1, 2, 3]), ([], [4, 5])], 5)
+    traj = pack_demonstrations(examples([([], [1, 2, 3]), ([], [4, 5])]), 5)
     assert traj.mask.astype(int).tolist() == [[1, 1, 0, 1]]
     assert traj.actions[0, 2] == 4
 
@@ -42,7 +58,7 @@ def test_first_token_after_a_segment_is_nobodys_target():
 @settings(max_examples=20)
 @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=12), WIDTHS)
 def test_every_demonstration_is_there_once_and_whole(rows, width):
-    traj = pack_demonstrations(rows, width)
+    traj = pack_demonstrations(examples(rows), width)
     assert traj.inputs.shape[1] == width - 1
     found = []
     for ids, actions, mask, segments in zip(traj.inputs, traj.actions, traj.mask, traj.segments, strict=True):
@@ -62,7 +78,7 @@ def test_every_demonstration_is_there_once_and_whole(rows, width):
 @given(st.lists(st.tuples(IDS, IDS), min_size=2, max_size=12), WIDTHS)
 def test_at_most_one_row_is_less_than_half_full(rows, width):
     """First fit opens a row only where no other has room."""
-    traj, (_, after) = pack_demonstrations(rows, width), padding_fractions(rows, width)
+    traj, (_, after) = pack_demonstrations(examples(rows), width), padding_fractions(examples(rows), width)
     whole = np.zeros(len(traj.segments), int)
     for row, segments in enumerate(np.asarray(traj.segments)):
         whole[row] = (segments > 0).sum() + segments.max()  # each segment has one token more than decisions inside
@@ -72,9 +88,9 @@ def test_at_most_one_row_is_less_than_half_full(rows, width):
 
 def test_padding_before_and_after():
     """12 tokens: in three rows as wide as the longest, 5; in one of 12; in two of 8."""
-    before, after = padding_fractions([([1], [2, 3]), ([4, 5], [7, 8]), ([8, 9], [10, 11, 12])], 12)
+    before, after = padding_fractions(examples([([1], [2, 3]), ([4, 5], [7, 8]), ([8, 9], [10, 11, 12])]), 12)
     np.testing.assert_allclose((before, after), (3 / 15, 0.0), atol=1e-12)
-    before, after = padding_fractions([([1], [2, 3]), ([4, 5], [7, 8]), ([8, 9], [10, 11, 12])], 8)
+    before, after = padding_fractions(examples([([1], [2, 3]), ([4, 5], [7, 8]), ([8, 9], [10, 11, 12])]), 8)
     np.testing.assert_allclose((before, after), (3 / 15, 4 / 16), atol=1e-12)
 
 
@@ -89,7 +105,7 @@ def test_padding_before_and_after():
 def test_demonstrations_that_cannot_be_packed(rows, message):
     for function in (pack_demonstrations, padding_fractions):
         with pytest.raises(ValueError, match=message):
-            function(rows, 4)
+            function(examples(rows), 4)
 
 
 @pytest.mark.parametrize("weights", [token_mean, seq_mean_token_mean])
@@ -102,7 +118,7 @@ def test_sft_learns_the_same_from_packed_and_unpacked_demonstrations(weights):
     alone = demonstrations(
         PromptBatch(tokens, mask, np.arange(6, dtype=np.int32), [{}] * 6, 6), [a for _, a in rows], 9
     )
-    together = pack_demonstrations(rows, 16)
+    together = pack_demonstrations(examples(rows), 16)
     assert together.mask.shape[0] < 6
 
     algorithm = sft(weights)

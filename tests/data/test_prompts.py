@@ -178,5 +178,7 @@ def test_demonstrations_are_prompt_and_completion():
 
 
 def test_demonstrations_that_are_too_long():
-    with pytest.raises(ValueError, match="a completion has 3 tokens; at most 2 fit"):
+    with pytest.raises(
+        ValueError, match="example 1 of the batch has a prompt of 1 tokens and 3 of completion; at most 7 and 2 fit"
+    ):
         demonstrations(make().first(2), [[1], [1, 2, 3]], 2)

@@ -6,7 +6,7 @@ sums. Rows are not packed.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from rljax.types import (
     Params,
     PolicyFn,
     PolicyOutput,
+    ScoreFn,
     Trajectory,
     Unpaired,
     check_shapes,
@@ -115,17 +116,17 @@ def entropy_metric(*evaluated: tuple[PolicyOutput, Trajectory]) -> dict[str, Sum
 
 
 def evaluate_both(
-    policy: PolicyFn, params: Params, frozen: Params, chosen: Trajectory, rejected: Trajectory
-) -> tuple[PolicyOutput, PolicyOutput]:
-    """The policy's outputs for two completions; from one pass where they continue one prefix."""
+    evaluate: PolicyFn | ScoreFn, params: Params, frozen: Params, chosen: Trajectory, rejected: Trajectory
+) -> tuple[Any, Any]:
+    """What a policy or a reward model says of two completions; from one pass where they continue one prefix."""
     if chosen.prefix is None:
-        return policy(params, frozen, chosen), policy(params, frozen, rejected)
+        return evaluate(params, frozen, chosen), evaluate(params, frozen, rejected)
 
     def interleave(x, y):
         return jnp.stack([x, y], axis=1).reshape(2 * len(x), *x.shape[1:])
 
     rows = jax.tree.map(interleave, chosen.replace(prefix=None), rejected.replace(prefix=None))
-    output = policy(params, frozen, rows.replace(prefix=chosen.prefix))
+    output = evaluate(params, frozen, rows.replace(prefix=chosen.prefix))
     return jax.tree.map(lambda x: x[::2], output), jax.tree.map(lambda x: x[1::2], output)
 
 

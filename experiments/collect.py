@@ -1,0 +1,175 @@
+r"""Human feedback: K completions of each prompt, compared by a person in the terminal, or by a simulated panel.
+
+    python experiments/collect.py --model DIR --prompts prompts.jsonl --out preferences.jsonl
+    python experiments/collect.py --model DIR --prompts prompts.jsonl --out preferences.jsonl --n 4 --ask scores
+    python experiments/collect.py --model DIR --prompts experiments/story_openings.jsonl --out preferences.jsonl \
+        --rewards animals --panel.annotators 3 --panel.flip 0.2
+
+A person ranks the completions of a prompt ("2 1 3", the best first) or scores them ("7 3 5"), leaves one out with an
+empty line, and stops with q. With --rewards a panel of annotators compares them, who know these rewards but for their
+noise, bias and taste (experiments/common/panel.py has the equation). The file may be appended to at any time: the same
+command goes on after its last prompt, with the same completions and votes as if it had never stopped.
+
+A line of --out is a pair: "prompt", "chosen", "rejected", and "margin": the difference of scores, or of the shares of
+votes. With it are the "votes" of a panel (true: for the chosen one; equal votes are decided by a coin), the number of
+the prompt ("row") and of both completions ("pair"). dpo.py and reward_model.py read it. At the end stand the raw
+agreement of the panel and Cohen's kappa, of more than two annotators Fleiss'.
+
+Reached: not yet run.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from experiments.common import command_line, models, runs
+from experiments.common.feedback import (
+    Candidates,
+    append,
+    compare_by_person,
+    first_open,
+    line_of,
+    report_agreement,
+    whole_lines,
+)
+from experiments.common.panel import check_panel, votes
+from experiments.common.rewards import Rewards, load_score, read_rewards
+from experiments.common.rows import make_shape
+from experiments.common.sampling import make_sampling
+from experiments.common.settings import MeshShape, Panel, PromptData, Rare, Reward, Sampling
+from experiments.grpo import VERIFIERS
+from rljax.data.examples import before_last_turn
+from rljax.data.prompts import Prompts
+from rljax.data.tokenizer import Tokenizer, text_after
+from rljax.models import decoder, hf
+from rljax.rewards.pool import Pool
+from rljax.rollouts.sampler import sample
+from rljax.train.log import log_info
+from rljax.train.mesh import make_mesh
+from rljax.train.samples import Decode
+from rljax.types import PromptBatch, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which completions of which prompts are compared, and by whom."""
+
+    model: str  # directory with config.json, *.safetensors and a tokenizer
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt
+    out: str  # jsonl file of preferences, to write or to go on with
+    template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
+    data: PromptData = PromptData()
+    max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
+    count: int = 0  # prompts to collect for; 0: all
+    n: int = 2  # completions per prompt; every two of them are compared
+    ask: Literal["ranking", "scores"] = "ranking"  # what a person is asked for
+    rewards: tuple[str, ...] = ()  # what a panel knows, NAME or NAME=WEIGHT each (docs/rewards.md); none: ask a person
+    reward: Reward = Reward()
+    panel: Panel = Panel()
+    seed: int = 0  # of the order of prompts, of sampling and of votes
+    sampling: Sampling = Sampling(max_tokens=128)
+    rows: Rare[int] = 64  # completions sampled at a time; all of one prompt are sampled together
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and computation
+    mesh: MeshShape = MeshShape(fsdp=1, tensor=-1)
+
+
+def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = input) -> list[dict]:
+    """Collect, and return all lines of the file."""
+    if cfg.n < 2:
+        raise ValueError(f"n = {cfg.n}; at least 2 completions are compared")
+    check_panel(cfg.panel)
+    rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
+    tokenizer, prompts, prompt_of = read_prompts(cfg)
+    lines = whole_lines(cfg.out)
+    voters = cfg.panel.annotators if cfg.rewards else 0
+    start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.columns_of([number])[0]), voters)
+    for candidates in sample_candidates(cfg, tokenizer, prompts, prompt_of, rewards, start):
+        found = compare_by_panel(cfg, candidates) if cfg.rewards else compare_by_person(candidates, cfg.ask, ask)
+        if found is None:
+            break
+        append(cfg.out, found)
+        lines += found
+    log_info(f"{len(lines)} comparisons in {cfg.out}")
+    report_agreement(lines)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------- prompts and completions
+
+
+def read_prompts(cfg: Config) -> tuple[Tokenizer, Prompts, Callable[[dict], str | list[dict]]]:
+    """The tokenizer, all prompts, and the prompt of a row as it is written: a text, or a conversation."""
+    tokenizer, prompts, _ = runs.read_all_prompts(cfg)
+    shape = make_shape(cfg.template, "", cfg.data)
+
+    def prompt_of(row: dict) -> str | list[dict]:
+        row = shape(row)
+        return row["prompt"] if "prompt" in row else before_last_turn(row["messages"])
+
+    return tokenizer, prompts, prompt_of
+
+
+def sample_candidates(
+    cfg: Config, tokenizer: Tokenizer, prompts: Prompts, prompt_of: Callable, rewards: Rewards, start: int
+) -> Iterator[Candidates]:
+    """The completions of each prompt from number `start` on; what is sampled beside them does not depend on it."""
+    total = min(cfg.count or len(prompts), len(prompts))
+    if start >= total:
+        return
+    context = prompts.length + cfg.sampling.max_tokens
+    config = dataclasses.replace(hf.read_config(cfg.model, context), dtype=cfg.dtype)
+    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    params = models.load_decoder(cfg.model, config, mesh, cfg.dtype)
+    lm = decoder.language_model(config)
+    sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
+    size = max(cfg.rows // cfg.n, 1)
+    with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
+        answers = Path(f"{cfg.out}.answers")
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.dtype, cfg.model, answers) if cfg.rewards else None
+        for begin in range(start // size * size, total, size):
+            rows = prompts.draw(begin, min(size, total - begin))
+            traj = sample(lm, params, {}, rows, sampling, cfg.seed, 0)
+            traj = traj if score is None else score(traj, rows)
+            for p in range(len(rows.number)):
+                if rows.number[p] >= start:
+                    yield candidates_of(traj, rows, p, cfg.n, tokenizer.decode, prompt_of(rows.columns[p]))
+
+
+def candidates_of(
+    traj: Trajectory, rows: PromptBatch, p: int, n: int, decode: Decode, prompt: str | list[dict]
+) -> Candidates:
+    """The completions of the batch's prompt p."""
+    own = range(p * n, (p + 1) * n)
+    actions, mask = np.asarray(traj.actions), np.asarray(traj.mask)
+    before = rows.tokens[p][rows.mask[p]].tolist()
+    texts = [text_after(decode, before, actions[b][mask[b]].tolist()) for b in own]
+    scores = None if traj.rewards is None else np.asarray(traj.rewards).sum(axis=1)[list(own)]
+    return Candidates(int(rows.number[p]), prompt, texts, mask[list(own)].sum(axis=1), scores)
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing
+
+
+def compare_by_panel(cfg: Config, candidates: Candidates) -> list[dict]:
+    """A line for each pair, by the majority of votes. Completions that could not be judged are left out."""
+    judged = np.flatnonzero(~np.isnan(candidates.scores))
+    if len(judged) < 2:
+        return []
+    all_votes = votes(candidates.scores[judged], candidates.lengths[judged], cfg.panel, cfg.seed, candidates.number)
+    lines = []
+    for (i, j), for_first in zip(itertools.combinations(judged.tolist(), 2), all_votes, strict=True):
+        balance = 2 * int(for_first.sum()) - len(for_first)
+        coin = np.random.default_rng([cfg.seed, candidates.number, i, j]).random() < 0.5
+        first_wins = balance > 0 or (balance == 0 and coin)
+        better, worse = (i, j) if first_wins else (j, i)
+        found = {"margin": abs(balance) / len(for_first), "votes": (for_first == first_wins).tolist()}
+        lines.append(line_of(candidates, better, worse) | found)
+    return lines
+
+
+if __name__ == "__main__":
+    command_line.run(Config, main)

@@ -1,0 +1,154 @@
+"""Reward models and process reward models of a directory, as rewards of a rollout."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.common import data, models
+from rljax.data.examples import demonstration
+from rljax.data.formats import is_conversation, messages_of
+from rljax.data.prompts import pad_left
+from rljax.data.tokenizer import Tokenizer
+from rljax.models import heads, hf
+from rljax.models.decoder import DecoderConfig
+from rljax.ops.ranking import min_over_steps
+from rljax.rewards.score import ModelReward, RowText, StepScores, decode_rows, prompt_indices
+from rljax.rewards.steps import mark_step_ends
+from rljax.train.log import log_info
+from rljax.train.mesh import RULES, data_parallel_size
+from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
+
+PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
+
+
+def load_reward_model(
+    directory: str | Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, policy: str | Path, dtype: str = "float32"
+) -> ModelReward:
+    """reward(traj, prompts) -> the score of each completion [B], by the sequence classifier in `directory`.
+
+    A reward model with the vocabulary of the policy (a model directory too) reads the token ids that were sampled. One
+    with another vocabulary reads the text, in its own tokens and chat template. The score is the head's output after
+    the last token. A row that is longer than the model's context is not judged.
+
+    Args:
+      tokenizer: of the policy. dtype: in which the model is held and computes.
+    Raises ValueError for a directory that holds no reward model.
+    """
+    config, params, own = _load_scorer(directory, mesh, dtype)
+    score_rows = make_score_rows(config, params, mesh)
+    if have_same_vocabulary(directory, policy):
+        return lambda traj, prompts: score_rows(traj)
+    log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
+    return lambda traj, prompts: score_rows(encode_again(traj, prompts, tokenizer, own))
+
+
+def load_process_reward_model(
+    directory: str | Path,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    policy: str | Path,
+    separator: str,
+    per_step: bool,
+    dtype: str = "float32",
+) -> ModelReward:
+    """reward(traj, prompts) -> the probability that a step is right, σ(head's output), behind its last token.
+
+    With `per_step` that of each step, else [B]: the least of a completion's steps. Steps end with the separator. Raises
+    ValueError for a model with another vocabulary than the policy's.
+    """
+    if not have_same_vocabulary(directory, policy):
+        raise ValueError(f"{directory} judges steps, and its vocabulary is not that of {policy}; legal: the same")
+    config, params, _ = _load_scorer(directory, mesh, dtype)
+    score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
+    token_bytes = data.token_bytes(tokenizer, config.vocab_size)
+
+    def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
+        ends = mark_step_ends(traj, token_bytes, separator)
+        probability = jax.nn.sigmoid(score_tokens(traj))
+        return StepScores(probability, ends) if per_step else min_over_steps(probability, jnp.asarray(ends))
+
+    return reward
+
+
+def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[DecoderConfig, Params, Tokenizer]:
+    """Config, parameters and tokenizer of a sequence classifier."""
+    config = dataclasses.replace(hf.read_config(directory, reward_model=True), dtype=dtype)
+    tokenizer = data.load_tokenizer(str(directory), config.vocab_size)
+    params = models.load_decoder(str(directory), config, mesh, dtype)
+    return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer
+
+
+def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
+    """Whether every token id means the same to the tokenizers of two model directories."""
+    from transformers import AutoTokenizer  # a second of import: only where it is needed
+
+    one, two = (
+        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_vocab()
+        for path in (directory, other)
+    )
+    return one == two
+
+
+def make_score_rows(
+    config: DecoderConfig, params: Params, mesh: jax.sharding.Mesh, make: Callable = heads.make_reward_model
+) -> Callable[[Trajectory], np.ndarray]:
+    """score_rows(traj) -> float32 [B], or with heads.make_process_reward_model [B T].
+
+    PIECE_TOKENS tokens are on a device at a time. NaN for a row that is longer than the model's context.
+    """
+    score = jax.jit(make(config))
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"]))
+    devices = data_parallel_size(mesh)
+    fields = ("inputs", "actions", "mask", "positions", "segments")
+
+    def score_rows(traj: Trajectory) -> np.ndarray:
+        B, T = traj.mask.shape
+        columns = {name: np.asarray(getattr(traj, name)) for name in fields}
+        at_once = max(1, PIECE_TOKENS // (T + 1))
+        rows = devices * min(at_once, math.ceil(B / devices))
+        scores = []
+        for start in range(0, B, rows):
+            here = np.minimum(np.arange(start, start + rows), B - 1)  # the last piece repeats the last row
+            piece = {name: jax.device_put(column[here], sharding) for name, column in columns.items()}
+            scores.append(score(params, {}, Trajectory(logp=jnp.zeros((rows, T)), **piece)))
+        found = np.concatenate(jax.device_get(scores))[:B]
+        tokens = np.where(columns["mask"], columns["positions"] + 2, 0).max(axis=1)  # of prompt and completion
+        found[tokens > config.max_positions] = np.nan
+        return found
+
+    return score_rows
+
+
+def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, other: Tokenizer) -> Trajectory:
+    """Prompts and completions as token ids of the other tokenizer, which encodes them as `data.demonstration` does.
+
+    Where the prompt is a conversation, its own chat template is used. A completion that was cut has no end.
+    """
+    rows = []
+    for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
+        example = demonstration(_as_row(text, prompts.columns[index]), other)
+        cut = not text.ended and example.completion[-1] in other.stop
+        rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
+    longest = max(map(len, rows))
+    width = max(16, 1 << (longest - 1).bit_length())  # a power of two: each new width is compiled
+    tokens, present = pad_left(rows, width, other.pad)
+    last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
+    return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
+
+
+def _as_row(text: RowText, columns: dict) -> dict:
+    """A row as `data.formats` has them: a conversation where the prompt is one, else two texts."""
+    column = "prompt" if "prompt" in columns else "messages"
+    if not is_conversation(columns.get(column)):
+        return {"prompt": text.prompt, "completion": text.completion}
+    messages = messages_of(columns, column)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    answer = [{"role": "assistant", "content": text.completion}]
+    return {"prompt": messages, "completion": answer, "tools": columns.get("tools")}

@@ -1,0 +1,84 @@
+"""Comparisons, judgments and rankings of completions, as batches of the DPO family, of KTO and of reward models."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax.data.demonstrations import EMPTY, collate, collate_after_prompts
+from rljax.data.examples import Comparison, Example, Judgment
+from rljax.types import Pairs, Trajectory, Unpaired
+
+
+def collate_pairs(
+    comparisons: Sequence[Comparison], prompt_tokens: int, max_tokens: int, with_margin: bool = False, pad: int = 0
+) -> Pairs:
+    """Pairs [B] whose completions all begin in the same column, so that the two of a pair can share their prompt.
+
+    Args:
+      prompt_tokens, max_tokens: widths of prompts and of completions; what is longer is a ValueError.
+      with_margin: fill `Pairs.margin`; NaN where a comparison has none.
+    """
+
+    def rows(examples: list[Example]) -> Trajectory:
+        return collate_after_prompts(examples, prompt_tokens, max_tokens, pad)
+
+    margin = None
+    if with_margin:
+        margin = jnp.asarray([np.nan if c.margin is None else c.margin for c in comparisons], jnp.float32)
+    return Pairs(rows([c.chosen for c in comparisons]), rows([c.rejected for c in comparisons]), margin)
+
+
+def judgments_of(comparison: Comparison) -> tuple[Judgment, Judgment]:
+    """The chosen completion as a desirable one, the rejected as an undesirable one (as TRL's KTO reads pairs)."""
+    return Judgment(comparison.chosen, True), Judgment(comparison.rejected, False)
+
+
+def collate_unpaired(
+    judgments: Sequence[Judgment], width: int, mismatched: Sequence[Example] | None = None, pad: int = 0
+) -> Unpaired:
+    """Unpaired [B], a row of `width` tokens each; with the rows of KTO's z, as `mismatched` makes them."""
+    desirable = jnp.asarray([judgment.desirable for judgment in judgments])
+    traj = collate([judgment.example for judgment in judgments], width, pad)
+    return Unpaired(traj, desirable, None if mismatched is None else collate(mismatched, width, pad))
+
+
+def mismatched_examples(examples: Sequence[Example], width: int) -> list[Example]:
+    """Each prompt with the completion of the next example that has another prompt (KTO's z), the first after the last.
+
+    What exceeds `width` tokens is cut off. Raises ValueError where all prompts are equal.
+    """
+    count = len(examples)
+    if all(example.prompt == examples[0].prompt for example in examples):
+        raise ValueError(f"{count} completions of one prompt; legal for KTO's reference point: of two prompts at least")
+    found = []
+    for row, example in enumerate(examples):
+        others = (examples[(row + k) % count] for k in range(1, count))
+        other = next(other for other in others if other.prompt != example.prompt)
+        room = width - len(example.prompt)
+        found.append(example._replace(completion=other.completion[:room], mask=other.mask[:room]))
+    return found
+
+
+def ranking(row: dict, read: Callable[[dict], Example]) -> list[Example]:
+    """The completions of a row, best first, from its columns `prompt` and `completions`.
+
+    `read`: {prompt, completion} -> Example. Raises ValueError for fewer than two completions.
+    """
+    completions = row.get("completions")
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise ValueError(f"completions is {completions!r}; legal: a list of at least two, best first")
+    return [read({"prompt": row["prompt"], "completion": completion}) for completion in completions]
+
+
+def collate_rankings(
+    rankings: Sequence[Sequence[Example]], most: int, prompt_tokens: int, max_tokens: int, pad: int = 0
+) -> Trajectory:
+    """A trajectory [P K T] of rankings, best completion first; rows that a prompt lacks have no decision.
+
+    Args: most: K, the completions of the longest ranking.
+    """
+    rows = [example for found in rankings for example in [*found, *[EMPTY] * (most - len(found))]]
+    traj = collate_after_prompts(rows, prompt_tokens, max_tokens, pad)
+    return jax.tree.map(lambda x: x.reshape(len(rankings), most, *x.shape[1:]), traj)

@@ -1,0 +1,163 @@
+"""collect.py: votes follow the equation, a person's words are read, the file goes on where it stopped."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import collect
+from experiments.common.feedback import whole_lines, worth_of
+from experiments.common.panel import preference_probability, votes
+from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
+from models import tiny
+from rewards import hostile
+from test_grpo_experiment import RAW, ROWS, write_prompts, write_tokenizer
+
+VERIFIERS = {"length": hostile.length, "share": hostile.share_of}
+
+
+# --------------------------------------------------------------------------------------------------------------- panel
+
+
+def test_the_share_of_votes_is_the_probability_of_the_equation():
+    """(1 - f) σ(d/T) + f (1 - σ(d/T)) in float64, over 4,000 annotators: within 4 standard errors."""
+    panel = Panel(annotators=4000, flip=0.1, temperature=0.5, length_bias=2.0)
+    scores, lengths = np.array([0.3, 0.1, 0.6]), np.array([10, 40, 20])
+    shares = votes(scores, lengths, panel, seed=3, number=5).mean(axis=1)
+    worth = scores + 2.0 * lengths / 100
+    differences = np.array([worth[0] - worth[1], worth[0] - worth[2], worth[1] - worth[2]])
+    p = 1 / (1 + np.exp(-differences / 0.5))
+    np.testing.assert_allclose(shares, 0.9 * p + 0.1 * (1 - p), rtol=0, atol=4 * 0.5 / np.sqrt(4000))
+
+
+def test_taste_makes_annotators_disagree_as_a_normal_distribution_says():
+    """u_a0 - u_a1 = 1 + √2 · 1 · ε: preferred with probability Φ(1/√2) = 0.7602."""
+    panel = Panel(annotators=4000, disagreement=1.0)
+    share = votes(np.array([1.0, 0.0]), np.array([1, 1]), panel, seed=0, number=0).mean()
+    assert share == pytest.approx(0.7602, abs=4 * 0.43 / np.sqrt(4000))
+
+
+@given(st.floats(-50, 50), st.floats(0, 0.5), st.sampled_from([0.0, 0.1, 2.0]))
+def test_a_pair_turned_round_turns_its_probability_round(difference, flip, temperature):
+    panel = Panel(flip=flip, temperature=temperature)
+    one = preference_probability(np.float64(difference), panel)
+    other = preference_probability(np.float64(-difference), panel)
+    np.testing.assert_allclose(one + other, 1.0, atol=1e-12)
+
+
+def test_a_perfect_panel_prefers_the_higher_score_and_votes_depend_on_nothing_else():
+    found = votes(np.array([1.0, 3.0, 2.0]), np.array([1, 1, 1]), Panel(annotators=2), seed=0, number=7)
+    assert found.tolist() == [[False] * 2, [False] * 2, [True] * 2]
+    noisy = Panel(annotators=5, flip=0.5)
+    one, again, other = (votes(np.zeros(2), np.ones(2), noisy, seed=0, number=n).tolist() for n in (7, 7, 8))
+    assert one == again != other
+
+
+# -------------------------------------------------------------------------------------------------------------- person
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "worth"),
+    [
+        ("2 3 1", "ranking", [-2, 0, -1]),
+        ("1 2", "ranking", None),
+        ("1 2 2", "ranking", None),
+        ("a b c", "ranking", None),
+        ("7 3.5 -1", "scores", [7, 3.5, -1]),
+        ("7 3", "scores", None),
+        ("7 nan 1", "scores", None),
+    ],
+)
+def test_what_a_person_types(answer, kind, worth):
+    assert worth_of(answer.split(), 3, kind) == worth
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    root = tmp_path_factory.mktemp("collect")
+    write_tokenizer(tiny.write(root / "model", RAW, tiny.tensors_of(RAW)))
+    return collect.Config(
+        model=str(root / "model"),
+        prompts=write_prompts(root / "prompts.jsonl", ROWS),
+        out=str(root / "preferences.jsonl"),
+        n=3,
+        rewards=("length", "share=0.01"),
+        panel=Panel(annotators=2, flip=0.2),
+        sampling=Sampling(max_tokens=6),
+        rows=6,
+        mesh=MeshShape(fsdp=1, tensor=-1),
+    )
+
+
+def test_a_panel_fills_a_file_that_goes_on_where_it_stopped(cfg, capsys):
+    lines = collect.main(cfg, VERIFIERS)
+    assert len(lines) == len(ROWS) * 3
+    out = capsys.readouterr().out
+    assert re.search(r"2 annotators agree on \d+\.\d% of 18 pairs; Cohen's kappa -?\d\.\d{3}\n", out)
+    for line in lines:
+        assert line["prompt"] in {row["prompt"] for row in ROWS}
+        for_chosen = sum(line["votes"])
+        assert for_chosen >= 1
+        assert line["margin"] == (2 * for_chosen - 2) / 2
+    file = Path(cfg.out)
+    whole = file.read_bytes()
+    for stop in (0, len(whole) // 2, len(whole) - 1, len(whole)):
+        file.write_bytes(whole[:stop])
+        collect.main(cfg, VERIFIERS)
+        assert file.read_bytes() == whole
+
+
+def test_other_prompts_or_votes_are_not_mixed_into_a_file(cfg, tmp_path):
+    collect.main(cfg, VERIFIERS)
+    for change in ({"seed": 5}, {"panel": Panel(annotators=3)}, {"rewards": ()}):
+        with pytest.raises(ValueError, match="holds other preferences; legal: a new file, or the command that wrote"):
+            collect.main(dataclasses.replace(cfg, **change), VERIFIERS)
+
+
+def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
+    answers = iter(["3 1 2", "no", "", "1 3 2", "q"])
+    asked = []
+
+    def ask(text):
+        asked.append(text)
+        return next(answers)
+
+    mine = dataclasses.replace(cfg, rewards=(), out=str(tmp_path / "mine.jsonl"), count=5)
+    lines = collect.main(mine, VERIFIERS, ask)
+    assert len(asked) == 5
+    assert [line["row"] for line in lines] == [0, 0, 0, 2, 2, 2]
+    assert [line["pair"] for line in lines[:3]] == [[0, 1], [2, 0], [2, 1]]
+    assert "margin" not in lines[0]
+    assert whole_lines(mine.out) == lines
+
+    def stop(text):
+        raise EOFError
+
+    scored = dataclasses.replace(mine, ask="scores")
+    assert collect.main(scored, VERIFIERS, stop) == lines
+    answers = iter(["1 1 3", "2 1 0"])
+    lines = collect.main(scored, VERIFIERS, lambda text: next(answers))
+    assert [line["margin"] for line in lines[6:]] == [2, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": 1}, "n = 1; at least 2 completions"),
+        ({"panel": Panel(flip=0.6)}, r"flip = 0\.6; from 0 to 0\.5"),
+        ({"panel": Panel(annotators=0, temperature=-1)}, "annotators = 0; at least 1; temperature = -1"),
+        ({"rewards": ("beauty",)}, "reward 'beauty'; legal"),
+        ({"data": PromptData(chat=True)}, "chat template"),
+    ],
+)
+def test_what_is_refused(fields, message, cfg, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        collect.main(dataclasses.replace(cfg, out=str(tmp_path / "out.jsonl"), **fields), VERIFIERS)
+    assert not (tmp_path / "out.jsonl").exists()

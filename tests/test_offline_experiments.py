@@ -1,0 +1,138 @@
+"""Scripts that learn from a file: what a run leaves, that it goes on as if never stopped, what it refuses."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import dpo, process_reward, reward_model, sft
+from experiments.common.settings import Adapter, Data, MeshShape, Optimizer, Weights
+from models import tiny
+from rljax.models import hf
+from rljax.train.checkpoint import restore_items
+from test_grpo_experiment import RAW, contents, metrics, write_tokenizer
+
+ANIMALS = ("a cat", "a dog", "a bird", "a fish", "a cow", "a hen")
+PROMPTS = [f"there was {animal}" for animal in ANIMALS]
+PAIRS = [{"prompt": prompt, "chosen": " who ran.", "rejected": " who slept."} for prompt in PROMPTS]
+ROWS = {
+    "demonstrations": [{"prompt": prompt, "completion": " who ran."} for prompt in PROMPTS],
+    "pairs": PAIRS,
+    "rated": [row | {"margin": 0.5 + i} for i, row in enumerate(PAIRS)],
+    "gold": [row | {"gold": " who flew."} for row in PAIRS],
+    "rankings": [
+        {"prompt": p, "completions": [" ran.", " sat.", " slept."][: 2 + i % 2]} for i, p in enumerate(PROMPTS)
+    ],
+    "judgments": [
+        {"prompt": p, "completion": " ran." if i % 2 else " sat.", "label": i % 2 == 1} for i, p in enumerate(PROMPTS)
+    ],
+    "steps": [
+        {"prompt": p, "completions": ["ran.", "sat."], "labels": [True, i % 2 == 0]} for i, p in enumerate(PROMPTS)
+    ],
+}
+CASES = {
+    "dft, packed": (sft, "demonstrations", {"loss": "dft", "max_tokens_per_device": 64}),
+    "reward_model": (reward_model, "rated", {"center_rewards_coefficient": 0.01}),
+    "reward_model, rankings": (reward_model, "rankings", {"ranking_loss": "kwise"}),
+    "process_reward": (process_reward, "steps", {"separator": ","}),
+    "dpo, an adapter": (dpo, "pairs", {"weights": Weights(adapter=Adapter(rank=2))}),
+    "kto": (dpo, "judgments", {"loss": "kto"}),
+    "bco of pairs": (dpo, "pairs", {"loss": "bco"}),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A directory with a model and a file of each kind of rows."""
+    root = tmp_path_factory.mktemp("offline")
+    write_tokenizer(tiny.write(root / "model", RAW, tiny.tensors_of(RAW)))
+    for name, rows in ROWS.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def config_of(root: Path, script, rows: str, fields: dict, directory: Path):
+    """Two steps of two rows each on one row's share of the devices; two rows are held out."""
+    return script.Config(
+        model=str(root / "model"),
+        data=Data(files=(str(root / f"{rows}.jsonl"),), eval_size=2),
+        steps=2,
+        batch_size=2,
+        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=0),
+        mesh=MeshShape(fsdp=1, tensor=-1),
+        eval_every=1,
+        save_every=1,
+        directory=str(directory),
+        **fields,
+    )
+
+
+@pytest.mark.parametrize(("script", "rows", "fields"), CASES.values(), ids=CASES)
+def test_a_run_goes_on_where_it_stopped_and_leaves_a_model(script, rows, fields, root, tmp_path):
+    cfg = config_of(root, script, rows, fields, tmp_path / "run")
+    result = script.main(cfg)
+    assert result["after"]["eval_loss"] != result["before"]["eval_loss"]
+    left = contents(tmp_path / "run" / "model")
+    before = metrics(cfg.directory)
+    assert before[-1]["eval_loss"] == result["after"]["eval_loss"]
+
+    is_reward_model = script in (reward_model, process_reward)
+    config = hf.read_config(tmp_path / "run" / "model", reward_model=is_reward_model)
+    written = hf.load(tmp_path / "run" / "model", config)
+    _, saved = restore_items(tmp_path / "run" / "checkpoints", "params", step=2)
+    if "decoder" in saved["params"]:
+        trained = {name: saved["params"]["decoder"][name] for name in written}
+        jax.tree.map(np.testing.assert_array_equal, written, jax.device_get(trained))
+    if is_reward_model:
+        np.testing.assert_array_equal(hf.load_score_head(tmp_path / "run" / "model"), saved["params"]["score_head"])
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    (tmp_path / "run" / "checkpoints" / "2.sha256.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert script.main(cfg) == result
+    assert metrics(cfg.directory) == before
+    assert contents(tmp_path / "run" / "model") == left
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["value"] == before[best["step"] - 1][best["metric"]]
+
+
+def test_packed_demonstrations_make_the_same_first_step(root, tmp_path):
+    cfg = config_of(root, sft, "demonstrations", {}, tmp_path / "alone")
+    sft.main(cfg)
+    sft.main(dataclasses.replace(cfg, max_tokens_per_device=64, directory=str(tmp_path / "packed")))
+    one, other = (metrics(tmp_path / name)[0] for name in ("alone", "packed"))
+    assert one["eval_loss"] > metrics(tmp_path / "alone")[1]["eval_loss"]
+    for name in ("loss", "grad_norm", "tokens"):
+        assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("script", "rows", "fields", "message"),
+    [
+        (sft, "demonstrations", {"batch_size": 0}, "batch_size = 0, .* a multiple of 1"),
+        (sft, "demonstrations", {"batch_size": 3, "micro_batches": 2}, "batch_size = 3, micro_batches = 2 .* of 2"),
+        (sft, "demonstrations", {"max_tokens_per_device": 4}, "4 tokens at a time hold no row of"),
+        (sft, "demonstrations", {"weights": Weights(ref_sync_steps=2)}, "ref_sync_steps = 2; legal when .*: 0"),
+        (sft, "pairs", {}, "column"),
+        (dpo, "pairs", {"loss": "odpo"}, "a pair without a margin; this method wants one"),
+        (dpo, "pairs", {"loss": "tpo"}, "a pair without a column gold"),
+        (dpo, "demonstrations", {}, "column"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(script, rows, fields, message, root, tmp_path):
+    cfg = config_of(root, script, rows, {}, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        script.main(dataclasses.replace(cfg, **fields))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_two_kinds_are_refused(root, tmp_path):
+    mixed = [*ROWS["pairs"][:3], ROWS["rankings"][3], *ROWS["rated"][4:]]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    cfg = config_of(root, reward_model, "pairs", {}, tmp_path / "run")
+    with pytest.raises(ValueError, match="of 6 rows 5 are pairs, and 2 have a margin; legal: all or none"):
+        reward_model.main(dataclasses.replace(cfg, data=Data(files=(str(tmp_path / "mixed.jsonl"),), eval_size=2)))

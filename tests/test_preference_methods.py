@@ -1,0 +1,101 @@
+"""The methods of dpo.py: each learns what its rows say, from any rows that it reads, with the log-probs it is given."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algorithms.tiny import table_params, table_policy
+from experiments.common.preference_methods import METHODS
+from experiments.common.preference_rows import Row, collate_rows, empty_row
+from rljax.data.demonstrations import EMPTY
+from rljax.data.examples import Example
+
+BEST, WORST = [1, 2, 1], [3, 4, 3, 4]
+
+
+def example(prompt, completion):
+    return Example(prompt, completion, [True] * len(completion), {})
+
+
+def rows_of(method):
+    """Three comparisons, or six judgments, of completions whose tokens tell which is better."""
+    prompts = [[0], [1, 0], [2, 0]]
+    better = [example(prompt, BEST) for prompt in prompts]
+    worse = [example(prompt, WORST) for prompt in prompts]
+    if method.rows == "judgments":
+        judged = [Row((one,), label) for label, side in ((True, better), (False, worse)) for one in side]
+        if method.mismatched:
+            others = [row.completions[0] for row in judged[1:] + judged[:1]]
+            judged = [
+                row._replace(completions=(*row.completions, other)) for row, other in zip(judged, others, strict=True)
+            ]
+        return judged
+    rated = 2.0 if method.rows == "rated pairs" else None
+    gold = method.rows == "pairs with gold"
+    return [Row((b, w, b) if gold else (b, w), rated) for b, w in zip(better, worse, strict=True)]
+
+
+def table_logps(row):
+    """The log-probs of the completions' tokens under the table at the start, in numpy."""
+    table = np.float64(table_params()["table"])
+    logits = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
+    found = []
+    for one in row.completions:
+        seen = [*one.prompt, *one.completion]
+        found.append(np.float32([logits[seen[i - 1], seen[i]] for i in range(len(one.prompt), len(seen))]))
+    return tuple(found)
+
+
+def advantage(params):
+    """By how much the better tokens are more likely."""
+    logp = jax.nn.log_softmax(params["table"])
+    return float(logp[0, 1] + logp[1, 2] + logp[2, 1] - logp[0, 3] - logp[3, 4] - logp[4, 3])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_prefers_what_is_better(name):
+    method = METHODS[name]
+    rows = rows_of(method)
+    if method.reference:
+        rows = [row._replace(ref_logps=table_logps(row)) for row in rows]
+    objective = method.make(table_policy, method.beta)
+    batch = collate_rows([*rows, empty_row(rows[0])], method, 2, 4)
+    batch = batch.replace(coefficients={name: jnp.zeros(()) for name in objective.state})
+    params = table_params()
+    batch = objective.prepare(params, {}, batch, jax.random.key(0))
+    (_, found), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, {}, batch)
+    metrics = {key: float(total / count) for key, (total, count) in found.items()}
+    moved = jax.tree.map(lambda x, slope: x - 1e-3 / max(float(abs(slope).max()), 1e-9) * slope, params, gradient)
+    # DiscoPOP's loss has a local minimum below a difference of 0: it steps back first (arXiv:2406.08414).
+    assert (advantage(moved) > advantage(params)) == (name != "discopop")
+    if method.reference:
+        np.testing.assert_allclose(metrics["rewards/chosen"], 0.0, atol=1e-5 * max(method.beta, 1.0))
+    if method.reference and name != "ld_dpo":  # which weighs tokens
+        assert (metrics["logps/chosen"], metrics["logps/rejected"]) == (
+            pytest.approx(np.mean([x.sum() for x in labeled(rows, method, True)]), rel=1e-5),
+            pytest.approx(np.mean([x.sum() for x in labeled(rows, method, False)]), rel=1e-5),
+        )
+
+
+def labeled(rows, method, desirable):
+    """The reference's log-probs of the better or of the worse completions."""
+    if method.rows == "judgments":
+        return [row.ref_logps[0] for row in rows if row.label == desirable]
+    return [row.ref_logps[0 if desirable else 1] for row in rows]
+
+
+def test_an_empty_row_holds_nothing():
+    row = empty_row(Row((EMPTY, EMPTY), True, (np.ones(2), np.ones(3))))
+    assert row.completions == (EMPTY, EMPTY)
+    assert row.label is False
+    assert [x.size for x in row.ref_logps] == [0, 0]
+
+
+def test_the_page_names_every_method():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "road.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| words \| rows \|\n.*?\n\n", page, flags=re.DOTALL)
+    assert set(METHODS) <= set(re.findall(r"\w+", table))
