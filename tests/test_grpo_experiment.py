@@ -367,7 +367,7 @@ def test_answers_that_cannot_be_judged_by_are_counted_before_the_model_is_loaded
         ),
         (
             "says",
-            r"hostile:says failed on an empty completion, .*line 1: .* returned 'yes' \(str\)\nLegal: a finite number",
+            r"hostile:says failed on an empty completion, .*line 1, .* returned 'yes' \(str\)\nLegal: a finite number",
         ),
         (
             "number",

@@ -38,13 +38,13 @@ def check_answers(table: Table, verifiers: Mapping[str, Callable], pool: Pool) -
             continue
         detail = results[bad[0]].detail
         columns = sorted(read_signature(verifier).required)
-        place = table.place(bad[0], *columns[:1])
+        place = table.place(bad[0], *columns) if len(columns) == 1 else table.place(bad[0])
         if verifier not in VERIFIERS.values():
             raise RewardError(f"{function_name(verifier)} failed on an empty completion, {place}: {detail}\n{LEGAL}")
-        said = detail.splitlines()[-1].partition("Error: ")[2]
+        message = detail.splitlines()[-1].partition("Error: ")[2]
         others = _that_take(table, bad, columns, pool)
         advice = f" ({' or '.join(others)} would take them all)" if others else ""
-        raise ValueError(f"{place}: {name} cannot judge {len(bad)} of {len(results)} rows{advice}; here {said}")
+        raise ValueError(f"{place}: {name} cannot judge {len(bad)} of {len(results)} rows{advice}; here {message}")
 
 
 def _empty_call(verifier: Callable, table: Table, i: int) -> tuple[tuple, dict]:

@@ -10,7 +10,7 @@ Its own deadlines, which need signals, are off: the pool's deadline counts. The 
 import functools
 import logging
 
-from rljax.rewards.number import _last_box as last_box
+from rljax.rewards.number import last_box
 
 try:  # with this module, so that the import of sympy is not part of a call's deadline
     import math_verify
@@ -28,7 +28,7 @@ def equal_math(completion: str, answer: object) -> float:
     """
     if math_verify is None:
         raise ImportError("the verifier of mathematics needs math-verify: pip install 'rljax[verify]'")
-    correct = _read_answer(str(answer))
+    correct = _read_answer("" if answer is None or isinstance(answer, bool) else str(answer))
     box = last_box(completion)
     found = _read(completion if box is None else r"\boxed{" + box + "}")
     return float(math_verify.verify(correct, found, timeout_seconds=None))
