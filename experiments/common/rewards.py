@@ -51,8 +51,8 @@ def read_rewards(
     """
     found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
-        plain, _, condition = item.rpartition("@")
-        is_conditioned = condition in found.weights
+        plain, at, condition = item.rpartition("@")
+        is_conditioned = bool(at) and condition in found.weights
         name, weight = _split_weight(plain if is_conditioned else item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
@@ -68,16 +68,16 @@ def read_rewards(
 def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Callable], options: settings.Reward) -> None:
     """Puts the reward where `found` has those of its kind. Raises ValueError where it is of none."""
     kind, _, place = name.partition(":")
+    directory = place if kind == "process" else name
     if name in verifiers:
         found.verifiers[name] = verifiers[name]
     elif kind in SERVERS and place:
         check_url(place)
         found.servers[name] = SERVERS[kind](place, options)
-    elif Path(place if kind == "process" else name).is_dir():
-        directory = Path(place if kind == "process" else name)
+    elif directory and Path(directory).is_dir():
         hf.read_config(directory, reward_model=True)
         hf.load_score_head(directory)
-        found.directories[name] = directory
+        found.directories[name] = Path(directory)
         if kind == "process":
             found.process.add(name)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.common import data
+from experiments.common import data, hub
 from experiments.common.best import keep_best
 from experiments.common.rows import make_shape, text_of_prompt
 from experiments.common.verifiers import check_answers
@@ -60,7 +60,7 @@ def _check_answers(cfg: Any, verifiers: Mapping[str, Callable] | None) -> None:
 
 def name_of(cfg: Any, kind: str = "") -> str:
     """KIND-MODEL-PROMPTS-seedSEED: the default name of a run."""
-    parts = (kind, Path(cfg.model).resolve().name, data.name_of(cfg.prompts), f"seed{cfg.seed}")
+    parts = (kind, hub.model_name(cfg.model), data.name_of(cfg.prompts), f"seed{cfg.seed}")
     return "-".join(part for part in parts if part) + "-debug" * cfg.debug
 
 
