@@ -199,6 +199,9 @@ def test_conditions_of_items(directories):
         ("one=a=2", "reward 'one=a=2'; legal: one, the"),
         ("one=", "reward 'one='; legal: one, the"),
         ("one=nan", "reward 'one=nan'; legal: one, the"),
+        ("no/model", "no directory no/model, and it cannot be had from the hub"),
+        ("process:", "reward 'process:'; legal: one, the"),
+        ("", "reward ''; legal: one, the"),
         ("judge:localhost", "'localhost' is no address of a server; legal: http://HOST:PORT/PATH"),
         ("remote:http://host/?a=b", "reward 'remote:http://host/.a=b'; .*with one where the name holds a ="),
         ("policy", "holds no score.weight: it is no reward model"),
@@ -218,8 +221,9 @@ def test_what_is_no_reward_is_refused(item, message, directories, tmp_path):
 
 
 def test_a_reward_named_twice_is_refused():
-    with pytest.raises(ValueError, match="'one' is named twice"):
-        read_rewards(("one", "one=2"), {"one": len}, Reward())
+    for second in ("one", "one=2", "one@one"):
+        with pytest.raises(ValueError, match="'one' is named twice"):
+            read_rewards(("one", second), {"one": len}, Reward())
 
 
 def test_servers_are_tried_before_anything_is_loaded(directories, monkeypatch):

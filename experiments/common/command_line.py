@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import tyro
 
+from experiments.common import hub
 from rljax.rewards.score import RewardError
 from rljax.train.log import log_info
 
@@ -29,7 +30,7 @@ def run(config_type: type, main: Callable) -> None:
     debug = getattr(config, "debug", False)
     configure_jax(debug)
     try:
-        main(config)
+        main(hub.with_local_models(config))
     except jax.errors.JaxRuntimeError:
         raise
     except (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError) as error:

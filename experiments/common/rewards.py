@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import settings
+from experiments.common.hub import find_model
 from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
 from rljax.data.tokenizer import Tokenizer
@@ -51,8 +52,8 @@ def read_rewards(
     """
     found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
-        plain, _, condition = item.rpartition("@")
-        is_conditioned = condition in found.weights
+        plain, at, condition = item.rpartition("@")
+        is_conditioned = bool(at) and condition in found.weights
         name, weight = _split_weight(plain if is_conditioned else item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
@@ -73,15 +74,15 @@ def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Calla
     elif kind in SERVERS and place:
         check_url(place)
         found.servers[name] = SERVERS[kind](place, options)
-    elif Path(place if kind == "process" else name).is_dir():
-        directory = Path(place if kind == "process" else name)
+    else:
+        directory = find_model(place if kind == "process" else name)
+        if not (directory and Path(directory).is_dir()):
+            raise ValueError(_not_legal(item, tuple(verifiers)))
         hf.read_config(directory, reward_model=True)
         hf.load_score_head(directory)
-        found.directories[name] = directory
+        found.directories[name] = Path(directory)
         if kind == "process":
             found.process.add(name)
-    else:
-        raise ValueError(_not_legal(item, tuple(verifiers)))
 
 
 def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:

@@ -197,24 +197,26 @@ def shorten(
             continue
         if overlong == "error":
             raise ValueError(
-                f"{one.place}: {_length(one.item)} tokens; at most {limits_text(max_prompt_tokens, max_tokens)}"
+                f"{one.place}: {length_of(one.item)} tokens; at most {limits_text(max_prompt_tokens, max_tokens)}"
             )
         shorter = CUTS[overlong](one.item, max_prompt_tokens, max_tokens)
         if shorter is not None:
             kept.append(one._replace(item=shorter))
             cut += 1
     if not kept:
-        shortest = min(_length(one.item) for one in found)
+        shortest = min(length_of(one.item) for one in found)
         limits = limits_text(max_prompt_tokens, max_tokens)
         raise ValueError(f"every {what.removesuffix('s')} is longer than {limits}; the shortest has {shortest}")
     return kept, len(found) - len(kept), cut
 
 
-def _length(item: Any) -> int:
+def length_of(item: Any) -> int:
+    """Tokens of the longest text of what was read from a row."""
     return max(len(example.prompt) + len(example.completion) for example in examples_in(item))
 
 
 def limits_text(max_prompt_tokens: int, max_tokens: int) -> str:
+    """The limits in words."""
     if max_prompt_tokens >= max_tokens:
         return f"{max_tokens} tokens"
     return f"{max_tokens} tokens, {max_prompt_tokens} of them the prompt"

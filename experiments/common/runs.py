@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.common import data
+from experiments.common import data, hub
 from experiments.common.best import keep_best
 from experiments.common.rows import make_shape, text_of_prompt
 from rljax.data.prompts import Prompts
@@ -40,7 +40,7 @@ def read_all_prompts(cfg: Any) -> tuple[Tokenizer, Prompts, Callable[[dict], str
 
 def name_of(cfg: Any, kind: str = "") -> str:
     """KIND-MODEL-PROMPTS-seedSEED: the default name of a run."""
-    parts = (kind, Path(cfg.model).resolve().name, data.name_of(cfg.prompts), f"seed{cfg.seed}")
+    parts = (kind, hub.model_name(cfg.model), data.name_of(cfg.prompts), f"seed{cfg.seed}")
     return "-".join(part for part in parts if part) + "-debug" * cfg.debug
 
 

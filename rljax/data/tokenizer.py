@@ -10,7 +10,7 @@ from rljax.data.chat import Chat
 from rljax.data.chat_template import read_chat
 from rljax.data.token_bytes import read_token_bytes
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 class Tokenizer(NamedTuple):
@@ -146,7 +146,10 @@ def _check_tokenizer_files(directory: Path) -> None:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such model directory")
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise FileNotFoundError(f"{directory}: no tokenizer; legal: one of {', '.join(TOKENIZER_FILES)}")
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}; copy it from the model that this one "
+            "was made from"
+        )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         read_json(directory / name, optional=True)
 
@@ -154,19 +157,20 @@ def _check_tokenizer_files(directory: Path) -> None:
 def read_json(file: Path, optional: bool = False) -> dict:
     """The object in a JSON file of a model directory; {} where it is absent and `optional`.
 
-    Raises ValueError, saying what is wrong and what to do, for a Git LFS pointer and for one that is cut short.
+    Raises ValueError, saying what is wrong and what to do, for a Git LFS pointer and a file that is empty or cut short.
     """
     if optional and not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8")
     if text.startswith("version https://git-lfs"):
-        raise ValueError(f"{file}: a Git LFS pointer, not the file: get the file itself from where the model came from")
+        raise ValueError(f"{file} is a Git LFS pointer, not the file itself; get it with: git lfs pull")
     try:
-        content = json.loads(text or "{}")
+        content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON ({error}): cut short? copy or download it again") from None
+        wrong = f"is not JSON ({error}): cut short?" if text.strip() else "is empty"
+        raise ValueError(f"{file} {wrong}; copy or download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: a {type(content).__name__}; legal: an object")
+        raise ValueError(f"{file} holds a {type(content).__name__}; legal: an object")
     return content
 
 

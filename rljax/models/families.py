@@ -4,7 +4,6 @@ transformers' own config classes fill in what a file leaves out and convert old 
 and new ones mean the same. What this decoder would compute wrongly is refused by name.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 from rljax.models import rope
 from rljax.models.decoder import DecoderConfig
 from rljax.models.moe import MoEConfig
-from rljax.models.stored import EMBEDDING, HEAD, are_equal, holds_tensors, stored_files
+from rljax.models.stored import EMBEDDING, HEAD, are_equal, holds_tensors, read_object, stored_files
 
 REQUIRED_FIELDS = (
     "vocab_size",
@@ -99,10 +98,7 @@ def read_raw(directory: str | Path) -> dict:
         raise FileNotFoundError(
             f"no model in {directory}: config.json is missing (a Hugging Face model directory holds it)"
         )
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    return read_object(file)
 
 
 def _is_classifier(raw: dict) -> bool:

@@ -35,7 +35,7 @@ from rljax.models.layout import (
     tensor_slices,
 )
 from rljax.models.lora import LoraConfig
-from rljax.models.stored import HEAD, INDEX, stored_files
+from rljax.models.stored import HEAD, INDEX, read_object, stored_files
 from rljax.types import Params
 
 SCORE = "score.weight"  # the head of a reward model
@@ -365,7 +365,7 @@ def _name_pad(directory: Path, pad: int) -> None:
 def _read_json(directory: str | Path, name: str) -> dict:
     """What a file of the directory holds; nothing where there is none."""
     file = Path(directory) / name
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 def _write_shards(directory: Path, named: Iterator[tuple[str, np.ndarray]], dtype, shard_bytes: int) -> None:

@@ -11,6 +11,7 @@ from rljax.models.layout import preview
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
 ROWS = 4096  # of a table that are compared at a time
 
 
@@ -22,7 +23,12 @@ def stored_files(directory: Path) -> dict[str, Path]:
     index = directory / INDEX
     single = directory / "model.safetensors"
     if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(
+                f"{index} has no weight_map, which names the file of each tensor; copy or download it again"
+            )
+        files = [directory / name for name in sorted(set(weight_map.values()))]
         absent = {file.name for file in files if not file.is_file()}
         if absent:
             raise FileNotFoundError(f"{directory}: its index names {preview(absent)}, which are missing")
@@ -32,12 +38,35 @@ def stored_files(directory: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"no *.safetensors in {directory}; pickled weights (.bin, .pt) are not read")
     file_of = {}
     for file in files:
+        _refuse_lfs_pointer(file)
         try:
             with safe_open(file, framework="numpy") as opened:
                 file_of |= {name: file for name in opened.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{file} is no whole safetensors file: {error}") from None
     return file_of
+
+
+def read_object(file: Path) -> dict:
+    """The object in a JSON file of a model directory.
+
+    Raises ValueError, saying what is wrong and what to do, for a Git LFS pointer and a file that is empty or cut short.
+    """
+    _refuse_lfs_pointer(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        wrong = "is empty" if not file.stat().st_size else f"is not JSON ({error}): cut short?"
+        raise ValueError(f"{file} {wrong}; copy or download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; legal: an object")
+    return content
+
+
+def _refuse_lfs_pointer(file: Path) -> None:
+    with open(file, "rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself; get it with: git lfs pull")
 
 
 def holds_tensors(directory: Path) -> bool:

@@ -1,0 +1,176 @@
+r"""Rows of a file as the model sees them: tokens, which of them are learned, lengths, and what is dropped and why.
+
+    python experiments/preview.py --model DIR --data.files demonstrations.jsonl
+    python experiments/preview.py --model DIR --data.files gsm8k_train.jsonl --kind prompt \
+        --data.template "{question}\nAnswer:" --data.chat --rows 3
+    python experiments/preview.py --model DIR --data.files pairs.jsonl --json > rows.jsonl
+
+The settings are those of the scripts that learn from rows (docs/data.md). On a terminal the tokens are colored: green
+ones are learned, dim ones are read only. In a pipe, and with --json, each text is its ids and its mask (1: learned).
+All rows are counted, --rows of them are shown. DIR needs no more than a tokenizer.
+
+Reached: the ids of 39 recorded conversations under five chat templates, as TRL 1.16 trains on (tests/test_preview.py).
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.text import Text
+
+from experiments.common import command_line, data, hub
+from experiments.common.rows import CUTS, Read, is_overlong, length_of, limits_text, make_shape
+from experiments.common.settings import Data
+from rljax.data.examples import Comparison, Example, Judgment, Steps, comparison, demonstration, judgment, steps
+from rljax.data.files import Table, read_table
+from rljax.data.formats import format_of
+from rljax.data.tokenizer import Tokenizer, load_tokenizer
+from rljax.models import hf
+from rljax.train.log import console, is_interactive, log_info
+
+READERS: dict[str, Read] = {
+    "prompt": data.read_prompt,
+    "demonstration": demonstration,
+    "comparison": comparison,
+    "judgment": judgment,
+    "steps": steps,
+}
+KIND_OF_FORMAT = {  # what a row is read as, unless --kind says otherwise
+    "preference": "comparison",
+    "unpaired preference": "judgment",
+    "stepwise supervision": "steps",
+    "prompt": "prompt",
+}
+NO_LIMIT = 10**9  # tokens of a row where the model's context is unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which rows to look at, and as what."""
+
+    model: str  # directory with a tokenizer, or OWNER/NAME on the hub
+    data: Data  # the rows
+    kind: Literal["auto", "prompt", "demonstration", "comparison", "judgment", "steps"] = (
+        "auto"  # what a row is read as
+    )
+    rows: int = 10  # rows to show; all are counted
+    json: bool = False  # one object a line
+
+
+def main(cfg: Config) -> list[dict]:
+    """Print the rows; return what --json prints of them. Raises ValueError, after all rows, if some cannot be read."""
+    if not cfg.data.files:
+        raise ValueError("which rows? legal: --data.files FILE.jsonl, and more of them")
+    model = hub.find_model(cfg.model)
+    tokenizer = load_tokenizer(model)
+    context = hf.read_config(model).max_positions if (Path(model) / "config.json").is_file() else NO_LIMIT
+    max_tokens = cfg.data.max_tokens or context
+    limits = (cfg.data.max_prompt_tokens or max_tokens, max_tokens)
+    records = []
+    counts: Counter = Counter()
+    lengths = []
+    for path in cfg.data.files:
+        table = read_table(data.split_weight(path)[0])
+        for i, found in enumerate(read(table, cfg, tokenizer)):
+            record = as_record(found, table.place(i), cfg.data.overlong, limits)
+            counts[record["status"]] += 1
+            lengths.append(record.pop("length", 0))
+            if len(records) < cfg.rows:
+                records.append(record)
+                show(record, tokenizer, cfg.json)
+    if not cfg.json:
+        became = ", ".join(f"{count} {status}" for status, count in counts.items())
+        allowed = f", {limits_text(*limits)} allowed" if max_tokens < NO_LIMIT else ""
+        log_info(f"{sum(counts.values())} rows: {became}; at most {max(lengths)} tokens{allowed}")
+    if counts["cannot be read"]:
+        raise ValueError(f"{counts['cannot be read']} of {sum(counts.values())} rows cannot be read")
+    return records
+
+
+def read(table: Table, cfg: Config, tokenizer: Tokenizer) -> Iterator[tuple[str, Any]]:
+    """(format, what was read) of each row; of a row that cannot be read ("", why)."""
+    shape = make_shape(cfg.data.template, cfg.data.completion, cfg.data)
+    for row in table.rows:
+        try:
+            shaped = shape(row)
+            name = format_of(shaped)
+            kind = KIND_OF_FORMAT.get(name, "demonstration") if cfg.kind == "auto" else cfg.kind
+            yield name, READERS[kind](shaped, tokenizer)
+        except ValueError as error:
+            yield "", str(error)
+
+
+def as_record(found: tuple[str, Any], place: str, overlong: str, limits: tuple[int, int]) -> dict:
+    """What --json prints of a row: its place, its format, what became of it, and its texts as ids and masks."""
+    name, item = found
+    if not name:
+        return {"place": place, "status": "cannot be read", "why": item}
+    record = {"place": place, "format": name, "status": "kept", "length": length_of(item)}
+    if is_overlong(item, *limits):
+        why = f"{length_of(item)} tokens; at most {limits_text(*limits)}"
+        shorter = None if overlong == "error" else CUTS[overlong](item, *limits)
+        record |= {"status": "dropped" if shorter is None else overlong, "why": why}
+        item = item if shorter is None else shorter
+    return record | texts_of(item)
+
+
+def texts_of(item: Any) -> dict:
+    """The texts of what was read from a row, as ids and masks, with what else it holds."""
+    if isinstance(item, Comparison):
+        return {"chosen": as_ids(item.chosen), "rejected": as_ids(item.rejected), "margin": item.margin}
+    if isinstance(item, Judgment):
+        return as_ids(item.example) | {"label": item.desirable}
+    if isinstance(item, Steps):
+        before = [0] * len(item.example.prompt)
+        labels = [label if ends else None for ends, label in zip(item.step_ends, item.labels, strict=True)]
+        return as_ids(item.example) | {"step_ends": [*before, *map(int, item.step_ends)], "labels": [*before, *labels]}
+    return as_ids(item)
+
+
+def as_ids(example: Example) -> dict:
+    """The ids of a text, and 1 where one is learned."""
+    return {
+        "ids": [*example.prompt, *example.completion],
+        "mask": [0] * len(example.prompt) + [int(learned) for learned in example.mask],
+        "prompt_tokens": len(example.prompt),
+        "completion_tokens": len(example.completion),
+    }
+
+
+def show(record: dict, tokenizer: Tokenizer, as_json: bool) -> None:
+    """Print a row."""
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    why = f": {record['why']}" if "why" in record else ""
+    log_info(f"{record['place']} ({record.get('format', 'no format')}, {record['status']}{why})", "bold")
+    for name, text in [("", record)] + [(name, record[name]) for name in ("chosen", "rejected") if name in record]:
+        if "ids" not in text:
+            continue
+        rest = {key: record[key] for key in ("margin", "label") if record.get(key) is not None}
+        notes = "".join(f", {key} {value}" for key, value in rest.items())
+        log_info(f"{name} {text['prompt_tokens']} prompt + {text['completion_tokens']} tokens{notes}".strip(), "dim")
+        if is_interactive():
+            console.print(colored(text, tokenizer), soft_wrap=True)
+        else:
+            log_info(f"ids: {' '.join(map(str, text['ids']))}")
+            log_info(f"mask: {' '.join(map(str, text['mask']))}")
+
+
+def colored(text: dict, tokenizer: Tokenizer) -> Text:
+    """The tokens of a text, every second one on a shade; what is learned in green, ends of steps underlined."""
+    shown = Text()
+    pieces = tokenizer.token_bytes()
+    ends = text.get("step_ends", [0] * len(text["ids"]))
+    for i, (token, learned, is_end) in enumerate(zip(text["ids"], text["mask"], ends, strict=True)):
+        style = ("green" if learned else "dim") + (" on grey15" if i % 2 else "") + (" underline" if is_end else "")
+        piece = pieces[token].decode("utf-8", "replace") or tokenizer.decode_all([token])
+        shown.append(piece.replace("\n", "\N{RETURN SYMBOL}\n"), style)
+    return shown
+
+
+if __name__ == "__main__":
+    command_line.run(Config, main)
