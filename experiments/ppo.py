@@ -110,7 +110,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     updates = cfg.steps * batches.epochs * batches.minibatches
     critic_learning_rate = cfg.critic_learning_rate or cfg.optimizer.learning_rate
     optimizer = make_actor_critic_optimizer(cfg.optimizer, critic_learning_rate, updates, params)
-    coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, "kl_reward")
+    coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, kl_in_reward=True)
     key = jax.random.key(cfg.seed)
     state = TrainState(0, params, optimizer.init(params), key, frozen=frozen, coefficients=coefficients)
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)

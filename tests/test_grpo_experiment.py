@@ -250,6 +250,19 @@ def test_remax_compares_with_the_greedy_completion(tiny_run, tmp_path):
         grpo.main(change(cfg, batches__carry_over=2, directory=str(tmp_path / "other")), verifiers=VERIFIERS)
 
 
+def test_the_kl_may_be_in_the_reward(tiny_run, tmp_path):
+    fields = {"algorithm": "rloo", "kl_in_reward": True, "optimizer__learning_rate": 0.1}
+    cfg = change(tiny_run, directory=str(tmp_path / "run"), **fields)
+    cfg = change(cfg, controllers=Controllers(kl_target=0.01, kl_horizon=10))
+    grpo.main(cfg, verifiers=VERIFIERS)
+    first, last = metrics(cfg.directory)
+    assert "kl" not in last
+    assert last["kl_sequence"] != 0
+    assert first["kl_coef"] != last["kl_coef"]
+    with pytest.raises(ValueError, match="gdpo does not read the sum of rewards; legal: without --kl_in_reward"):
+        grpo.main(change(cfg, algorithm="gdpo"), verifiers=VERIFIERS)
+
+
 def test_gdpo_normalizes_each_of_several_rewards(tiny_run, tmp_path):
     """A reward that is a thousand times another: GRPO learns from it alone, GDPO from both alike."""
     cfg = change(tiny_run, rewards=("share=1000", "length"), steps=1)
