@@ -30,19 +30,16 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
+from experiments.common.verifiers import VERIFIERS
 from rljax.algorithms import kl_in_reward, with_kl
 from rljax.models import decoder, hf, policy
-from rljax.rewards.format import think_then_answer
-from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.text import animals
 from rljax.train.mesh import make_mesh
 from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, TrainState
 
-VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
 PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "length", "kl_sequence", "tokens_per_second")
 
 
@@ -94,7 +91,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
 
     # -- model and data
-    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)

@@ -44,7 +44,7 @@ def exact_number(completion: str, answer: object) -> float:
 def final_number(text: str) -> Fraction | None:
     """The final number of the text (see the module); None if there is none or the last box is not one number."""
     text = _after_mark(text)
-    box = _last_box(text)
+    box = last_box(text)
     if box is not None:
         return _only_number(box)
     found = list(_NUMBER.finditer(_plain(text)))
@@ -54,7 +54,7 @@ def final_number(text: str) -> Fraction | None:
 def _read_answer(answer: object) -> Fraction:
     text = str(answer)
     part = _after_mark(text)
-    box = _last_box(part)
+    box = last_box(part)
     number = None if isinstance(answer, bool) else _only_number(part if box is None else box)
     if number is None:
         shown = text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
@@ -69,7 +69,7 @@ def _after_mark(text: str) -> str:
     return text.rpartition("####")[2]
 
 
-def _last_box(text: str) -> str | None:
+def last_box(text: str) -> str | None:
     """The content of the last `\\boxed{}` (to the end of the text if it is never closed), None without one."""
     _, mark, rest = text.rpartition("\\boxed{")
     if not mark:
