@@ -41,7 +41,7 @@ from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.rows import make_shape
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Panel, PromptData, Rare, Reward, Sampling
-from experiments.grpo import VERIFIERS
+from experiments.common.verifiers import VERIFIERS
 from rljax.data.examples import before_last_turn
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer, text_after

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from experiments.common import command_line, micro_batches, models, runs, settings, train
 from experiments.common.optimizer import make_optimizer
-from experiments.common.rewards import have_same_vocabulary
+from experiments.common.reward_models import have_same_vocabulary
 from experiments.common.sampling import make_mix, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
 from rljax.algorithms import gkd, minillm

@@ -30,19 +30,16 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import initial_extra, make_draw, make_greedy_baseline, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
-from rljax.algorithms import with_kl
+from experiments.common.verifiers import VERIFIERS
+from rljax.algorithms import kl_in_reward, with_kl
 from rljax.models import decoder, hf, policy
-from rljax.rewards.format import think_then_answer
-from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
-from rljax.rewards.text import animals
 from rljax.train.mesh import make_mesh
 from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, TrainState
 
-VERIFIERS = {"animals": animals, "number": exact_number, "think": think_then_answer}
 PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "length", "kl_sequence", "tokens_per_second")
 
 
@@ -61,6 +58,7 @@ class Config:
     seed: int = 0  # of the order of prompts and of sampling
     steps: int = 20  # steps: sample, score, update
     kl_coef: float = 0.04  # coefficient of the KL to the reference
+    kl_in_reward: Rare[bool] = False  # the KL is in the rewards (RLOO, ReMax, REINFORCE++), not in the loss
     controllers: Controllers = Controllers()
     batches: Batches = Batches(prompts=16, num_generations=8)
     sampling: Sampling = Sampling(max_tokens=128)
@@ -83,8 +81,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     """
     train.check_directory(cfg.directory, algorithm)
     name = cfg.algorithm if algorithm is None else ""
-    algorithms = critic_free(cfg.sampling.max_tokens) | PER_STEP
-    algorithm = algorithm or with_kl(algorithms[cfg.algorithm](), cfg.kl_coef)
+    algorithm = algorithm or named_algorithm(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward, per_step=cfg.algorithm in PER_STEP)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
@@ -94,7 +91,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
 
     # -- model and data
-    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
@@ -106,13 +103,12 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
     extra = initial_extra(cfg.data, batches, train_prompts, sampling)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=extra)
-    state = state.replace(coefficients=controllers.initial_coefficients(cfg.controllers, cfg.kl_coef))
+    state = state.replace(coefficients=controllers.initial_coefficients(cfg.controllers, cfg.kl_coef, cfg.kl_in_reward))
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
 
     # -- the functions of a step
     lm = decoder.language_model(config)
-    next_prompts = difficulty.make_next_prompts(cfg.data, train_prompts)
-    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, next_prompts)
+    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data)
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     # ref_logp: the KL to the reference is always logged
     annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
@@ -152,6 +148,17 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
+
+
+def named_algorithm(cfg: Config) -> Algorithm:
+    """The algorithm that cfg names, with the KL to the reference in its loss or in its reward."""
+    algorithms = critic_free(cfg.sampling.max_tokens) | PER_STEP
+    algorithm = algorithms[cfg.algorithm]()
+    if not cfg.kl_in_reward:
+        return with_kl(algorithm, cfg.kl_coef)
+    if cfg.algorithm in ("gdpo", *PER_STEP):
+        raise ValueError(f"{cfg.algorithm} does not read the sum of rewards; legal: without --kl_in_reward")
+    return kl_in_reward(algorithm, cfg.kl_coef)
 
 
 if __name__ == "__main__":

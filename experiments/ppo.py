@@ -27,7 +27,7 @@ from experiments.common.optimizer import make_actor_critic_optimizer
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_draw, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
-from experiments.grpo import VERIFIERS
+from experiments.common.verifiers import VERIFIERS
 from rljax import algorithms as a
 from rljax.models import decoder, hf, policy
 from rljax.rewards.pool import Pool
@@ -98,7 +98,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     train.check_algorithm(algorithm, batches, "ppo")
 
     # -- model, critic and data
-    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     params = models.add_critic(params, frozen, config, cfg.critic, cfg.critic_model, mesh)
@@ -110,7 +110,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     updates = cfg.steps * batches.epochs * batches.minibatches
     critic_learning_rate = cfg.critic_learning_rate or cfg.optimizer.learning_rate
     optimizer = make_actor_critic_optimizer(cfg.optimizer, critic_learning_rate, updates, params)
-    coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, "kl_reward")
+    coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, kl_in_reward=True)
     key = jax.random.key(cfg.seed)
     state = TrainState(0, params, optimizer.init(params), key, frozen=frozen, coefficients=coefficients)
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)

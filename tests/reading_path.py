@@ -33,6 +33,7 @@ GRPO = (
     "rljax.train.objective._reduce",
     "rljax.models.policy.make_policy",
     # the algorithm: advantages and weights, ratio and clipping, the KL term
+    "experiments.grpo.named_algorithm",
     "experiments.common.algorithms.critic_free",
     "rljax.algorithms.grpo.grpo",
     "rljax.algorithms.common.credit.group_relative",

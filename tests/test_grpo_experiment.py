@@ -275,6 +275,19 @@ def test_remax_compares_with_the_greedy_completion(tiny_run, tmp_path):
         grpo.main(change(cfg, batches__carry_over=2, directory=str(tmp_path / "other")), verifiers=VERIFIERS)
 
 
+def test_the_kl_may_be_in_the_reward(tiny_run, tmp_path):
+    fields = {"algorithm": "rloo", "kl_in_reward": True, "optimizer__learning_rate": 0.1}
+    cfg = change(tiny_run, directory=str(tmp_path / "run"), **fields)
+    cfg = change(cfg, controllers=Controllers(kl_target=0.01, kl_horizon=10))
+    grpo.main(cfg, verifiers=VERIFIERS)
+    first, last = metrics(cfg.directory)
+    assert "kl" not in last
+    assert last["kl_sequence"] != 0
+    assert first["kl_coef"] != last["kl_coef"]
+    with pytest.raises(ValueError, match="gdpo does not read the sum of rewards; legal: without --kl_in_reward"):
+        grpo.main(change(cfg, algorithm="gdpo"), verifiers=VERIFIERS)
+
+
 def test_gdpo_normalizes_each_of_several_rewards(tiny_run, tmp_path):
     """A reward that is a thousand times another: GRPO learns from it alone, GDPO from both alike."""
     cfg = change(tiny_run, rewards=("share=1000", "length"), steps=1)
@@ -315,7 +328,8 @@ def settings(**fields):
 
 NORM = "model.layers.0.input_layernorm.weight"
 LEGAL_REWARDS = (
-    "legal: animals, number, think, share, raises, says, the directory of a reward model, process:DIRECTORY, judge:URL"
+    "legal: animals, math, number, text, think, share, raises, says, the directory of a reward model, "
+    "process:DIRECTORY, judge:URL"
 )
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),
@@ -371,18 +385,32 @@ def test_bad_input_harms_no_run(make, kind, message, finished, tmp_path):
     assert contents(cfg.directory) == left
 
 
+def test_answers_that_cannot_be_judged_by_are_counted_before_the_model_is_loaded(tiny_run, tmp_path, monkeypatch):
+    rows = [{"prompt": "once", "answer": answer} for answer in ("4", "12:00", "1,080", "noon", "#### 5")]
+    prompts = write_prompts(tmp_path / "times.jsonl", rows)
+    cfg = change(tiny_run, rewards=("number",), prompts=prompts, directory=str(tmp_path / "run"))
+    monkeypatch.setattr(common_models, "load_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    message = r"times\.jsonl, line 2, column 'answer': number cannot judge 2 of 5 rows \(text would .*'12:00'\. Legal: "
+    with pytest.raises(ValueError, match=message) as error:
+        grpo.main(cfg)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
         (
             "raises",
-            r"hostile:raises failed on prompt \d, completion '[\s\S]*no such rubric[\s\S]*Legal: a finite number",
+            r"hostile:raises failed on an empty completion, .*line 1: [\s\S]*no such rubric[\s\S]*\nLegal: a finite",
         ),
         (
             "says",
-            r"hostile:says failed on prompt \d, completion '[\s\S]*returned 'yes' \(str\)\nLegal: a finite number",
+            r"hostile:says failed on an empty completion, .*line 1, .* returned 'yes' \(str\)\nLegal: a finite number",
         ),
-        ("number", r"exact_number asks for answer, .* its columns are prompt, letters, what"),
+        (
+            "number",
+            r"exact_number asks for answer, which .*line 1 does not have; .* prompt, letters, what",
+        ),
     ],
     ids=["raises", "says", "number"],
 )
@@ -397,7 +425,7 @@ def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, t
     ("fields", "code", "message"),
     [
         ({"model": "/absent"}, 1, r"error: no model in /absent: .*\n"),
-        ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, number, think, .*\n"),
+        ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, math, number, .*\n"),
         ({"batches.num_generations": 0}, 1, r"error: .*num_generations = 0; at least 1\n"),
         ({"weights.remat": "some"}, 2, r"[\s\S]*--weights.remat[\s\S]*dots[\s\S]*"),
     ],

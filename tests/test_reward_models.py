@@ -199,6 +199,7 @@ def test_conditions_of_items(directories):
         ("one=a=2", "reward 'one=a=2'; legal: one, the"),
         ("one=", "reward 'one='; legal: one, the"),
         ("one=nan", "reward 'one=nan'; legal: one, the"),
+        ("no/model", "no directory no/model, and it cannot be had from the hub"),
         ("process:", "reward 'process:'; legal: one, the"),
         ("", "reward ''; legal: one, the"),
         ("judge:localhost", "'localhost' is no address of a server; legal: http://HOST:PORT/PATH"),

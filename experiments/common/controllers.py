@@ -1,7 +1,5 @@
 """The adaptive coefficients of a recipe, kept in `TrainState.coefficients`: of the KL term and of the entropy bonus."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 
 from experiments.common.settings import Controllers
@@ -9,21 +7,17 @@ from rljax.algorithms import with_entropy
 from rljax.algorithms.common.controllers import adaptive_entropy, adaptive_kl, applied_entropy_coefficient
 from rljax.types import Algorithm, Array, TrainState
 
-KLTerm = Literal["kl", "kl_reward"]
-
 
 def with_controlled_terms(algorithm: Algorithm, cfg: Controllers) -> Algorithm:
     """The algorithm with the entropy bonus, if there is a target for it."""
     return algorithm if cfg.entropy_target is None else with_entropy(algorithm, 0.0)
 
 
-def initial_coefficients(cfg: Controllers, kl_coef: float, kl_term: KLTerm = "kl") -> dict[str, Array]:
-    """The first `TrainState.coefficients`. `kl_term`: "kl" is the one of `with_kl`, "kl_reward" that of
-    `kl_in_reward`.
-    """
+def initial_coefficients(cfg: Controllers, kl_coef: float, kl_in_reward: bool = False) -> dict[str, Array]:
+    """The first `TrainState.coefficients`: that of the KL is the one of `kl_in_reward`, or else of `with_kl`."""
     coefficients = {}
     if cfg.kl_target is not None:
-        coefficients[kl_term] = jnp.float32(kl_coef)
+        coefficients["kl_reward" if kl_in_reward else "kl"] = jnp.float32(kl_coef)
     if cfg.entropy_target is not None:
         coefficients |= {"entropy": jnp.float32(0.0), "last_entropy": jnp.float32(jnp.inf)}
     return coefficients

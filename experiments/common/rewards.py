@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import settings
+from experiments.common.hub import find_model
 from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
 from rljax.data.tokenizer import Tokenizer
@@ -68,20 +69,20 @@ def read_rewards(
 def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Callable], options: settings.Reward) -> None:
     """Puts the reward where `found` has those of its kind. Raises ValueError where it is of none."""
     kind, _, place = name.partition(":")
-    directory = place if kind == "process" else name
     if name in verifiers:
         found.verifiers[name] = verifiers[name]
     elif kind in SERVERS and place:
         check_url(place)
         found.servers[name] = SERVERS[kind](place, options)
-    elif directory and Path(directory).is_dir():
+    else:
+        directory = find_model(place if kind == "process" else name)
+        if not (directory and Path(directory).is_dir()):
+            raise ValueError(_not_legal(item, tuple(verifiers)))
         hf.read_config(directory, reward_model=True)
         hf.load_score_head(directory)
         found.directories[name] = Path(directory)
         if kind == "process":
             found.process.add(name)
-    else:
-        raise ValueError(_not_legal(item, tuple(verifiers)))
 
 
 def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:

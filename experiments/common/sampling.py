@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import data, settings
-from experiments.common.difficulty import initial_rates
+from experiments.common.difficulty import initial_rates, make_next_prompts
 from experiments.common.rows import unescape
 from experiments.common.settings import Batches
 from rljax.algorithms.gkd import mix_completions
@@ -100,16 +100,16 @@ def make_draw(
     sampling: Sampling,
     shardings: Shardings,
     seed: int,
-    next_prompts: Callable[[TrainState, int, int], PromptBatch] | None = None,
+    options: settings.PromptData = settings.PromptData(),  # noqa: B008 (frozen)
 ) -> Callable[[TrainState, int], tuple[Trajectory, PromptBatch, TrainState]]:
     """draw(state, step) -> trajectory of prompts x oversample whole groups, their prompts, the state.
 
     With `carry_over` the state holds the unfinished groups, which the next step continues.
 
-    next_prompts: of `difficulty.make_next_prompts`; default: all prompts in their order.
+    options: which prompts are left out by their pass rate; default: none.
     """
     count = batches.prompts * batches.oversample
-    next_prompts = next_prompts or (lambda state, step, count: prompts.draw(state.cursor, count))
+    next_prompts = make_next_prompts(options, prompts)
     carry = batches.carry_over
 
     def sample_rows(state: TrainState, step: int, rows: PromptBatch, sampling: Sampling) -> Trajectory:
