@@ -3,7 +3,7 @@ r"""Can a small reward model tell right solutions of GSM8K from wrong ones bette
     python experiments/tables/gsm8k_reward_model.py --model DIR --data gsm8k_solutions_6b.jsonl
 
 The file holds solutions that language models wrote, labeled right or wrong by its publishers (Cobbe et al.,
-arXiv:2110.14168). A pair is a right and a wrong solution of one question. The questions are split at random five times: a
+arXiv:2110.14168). A pair is a right and a wrong solution of one question. The questions are split five times: a
 fifth of the pairs is held out, the others teach
 
     length          logistic regression on the difference of lengths
