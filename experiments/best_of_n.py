@@ -33,7 +33,7 @@ from experiments.common import command_line, models, runs, settings
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
-from experiments.grpo import VERIFIERS
+from experiments.common.verifiers import VERIFIERS
 from rljax.data.tokenizer import text_after
 from rljax.models import decoder
 from rljax.ops.pass_at_k import best_of_n_kl, expected_best
@@ -54,7 +54,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
-    data: settings.PromptData = settings.PromptData()
+    data: settings.Rows = settings.Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()
@@ -78,7 +78,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
     mesh = make_mesh(**asdict(cfg.mesh))
 
     # -- model and data
-    tokenizer, prompts, text_of = runs.read_all_prompts(cfg)
+    tokenizer, prompts, text_of = runs.read_all_prompts(cfg, rewards.verifiers)
     context = prompts.length + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context)
     lm = decoder.language_model(config)

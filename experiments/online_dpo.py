@@ -30,7 +30,7 @@ from experiments.common.preference_methods import PAIR_METHODS, PairLoss
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sample_scored, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
-from experiments.grpo import VERIFIERS
+from experiments.common.verifiers import VERIFIERS
 from rljax import algorithms as a
 from rljax.algorithms.common.credit import rewards_differ
 from rljax.models import decoder, hf, mixtures, policy
@@ -63,7 +63,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
-    data: settings.PromptData = settings.PromptData()
+    data: settings.Rows = settings.Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()
@@ -93,7 +93,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     train.check_whole_groups(cfg.batches)
 
     # -- model and data
-    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     model = policy.make_policy(config)

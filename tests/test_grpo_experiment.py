@@ -19,7 +19,16 @@ from experiments.common import command_line
 from experiments.common import models as common_models
 from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.optimizer import make_optimizer
-from experiments.common.settings import Adapter, Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
+from experiments.common.settings import (
+    Adapter,
+    Batches,
+    Controllers,
+    MeshShape,
+    Optimizer,
+    PromptData,
+    Sampling,
+    Weights,
+)
 from experiments.common.train import check_algorithm
 from experiments.tools import export
 from models import tiny
@@ -173,6 +182,22 @@ def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
     assert metrics(cfg.directory) == before
 
 
+def test_pass_rates_survive_a_stop(tiny_run, tmp_path):
+    """Prompts that always pass are left out; stopped after step three, the fourth is the same to the last bit."""
+    rows = [row | {"letters": row["letters"] * (i % 2)} for i, row in enumerate(ROWS)]  # no letter passes, or most do
+    file = write_prompts(tmp_path / "prompts.jsonl", rows)
+    data = PromptData(max_pass_rate=0.9)
+    cfg = change(tiny_run, prompts=file, steps=4, data=data, directory=str(tmp_path / "run"))
+    result = grpo.main(cfg, verifiers=VERIFIERS)
+    before = metrics(cfg.directory)
+    assert before[0]["prompts_left_out"] == 0 < max(record["prompts_left_out"] for record in before)
+    assert 0 < before[0]["pass_rate"] <= 1
+    shutil.rmtree(Path(cfg.directory) / "checkpoints" / "4")
+    (Path(cfg.directory) / "checkpoints" / "4.sha256.json").unlink()
+    assert grpo.main(cfg, verifiers=VERIFIERS) == result
+    assert metrics(cfg.directory) == before
+
+
 def test_packed_it_makes_the_same_first_step(finished, tmp_path):
     cfg, _ = finished
     packed = change(cfg, batches__max_tokens_per_device=90, directory=str(tmp_path / "run"))
@@ -303,7 +328,8 @@ def settings(**fields):
 
 NORM = "model.layers.0.input_layernorm.weight"
 LEGAL_REWARDS = (
-    "legal: animals, number, think, share, raises, says, the directory of a reward model, process:DIRECTORY, judge:URL"
+    "legal: animals, math, number, text, think, share, raises, says, the directory of a reward model, "
+    "process:DIRECTORY, judge:URL"
 )
 BAD = {
     "no model": (settings(model="/absent"), OSError, r"no model in /absent: config\.json is missing"),
@@ -359,18 +385,32 @@ def test_bad_input_harms_no_run(make, kind, message, finished, tmp_path):
     assert contents(cfg.directory) == left
 
 
+def test_answers_that_cannot_be_judged_by_are_counted_before_the_model_is_loaded(tiny_run, tmp_path, monkeypatch):
+    rows = [{"prompt": "once", "answer": answer} for answer in ("4", "12:00", "1,080", "noon", "#### 5")]
+    prompts = write_prompts(tmp_path / "times.jsonl", rows)
+    cfg = change(tiny_run, rewards=("number",), prompts=prompts, directory=str(tmp_path / "run"))
+    monkeypatch.setattr(common_models, "load_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    message = r"times\.jsonl, line 2, column 'answer': number cannot judge 2 of 5 rows \(text would .*'12:00'\. Legal: "
+    with pytest.raises(ValueError, match=message) as error:
+        grpo.main(cfg)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
         (
             "raises",
-            r"hostile:raises failed on prompt \d, completion '[\s\S]*no such rubric[\s\S]*Legal: a finite number",
+            r"hostile:raises failed on an empty completion, .*line 1: [\s\S]*no such rubric[\s\S]*\nLegal: a finite",
         ),
         (
             "says",
-            r"hostile:says failed on prompt \d, completion '[\s\S]*returned 'yes' \(str\)\nLegal: a finite number",
+            r"hostile:says failed on an empty completion, .*line 1, .* returned 'yes' \(str\)\nLegal: a finite number",
         ),
-        ("number", r"exact_number asks for answer, .* its columns are prompt, letters, what"),
+        (
+            "number",
+            r"exact_number asks for answer, which .*line 1 does not have; .* prompt, letters, what",
+        ),
     ],
     ids=["raises", "says", "number"],
 )
@@ -385,7 +425,7 @@ def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, t
     ("fields", "code", "message"),
     [
         ({"model": "/absent"}, 1, r"error: no model in /absent: .*\n"),
-        ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, number, think, .*\n"),
+        ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, math, number, .*\n"),
         ({"batches.num_generations": 0}, 1, r"error: .*num_generations = 0; at least 1\n"),
         ({"weights.remat": "some"}, 2, r"[\s\S]*--weights.remat[\s\S]*dots[\s\S]*"),
     ],

@@ -10,32 +10,52 @@ import jax.numpy as jnp
 from experiments.common import data, hub
 from experiments.common.best import keep_best
 from experiments.common.rows import make_shape, text_of_prompt
+from experiments.common.verifiers import check_answers
+from rljax.data.files import read_table
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
+from rljax.rewards.pool import Pool
 from rljax.train.log import log_info
 from rljax.train.run import Run
 from rljax.types import Batch, TrainState, Trajectory
 
 
-def read_data(cfg: Any) -> tuple[Tokenizer, Prompts, Prompts]:
-    """The tokenizer, prompts to train on, and prompts to evaluate on, as a script's Config says."""
+def read_data(cfg: Any, verifiers: Mapping[str, Callable] | None = None) -> tuple[Tokenizer, Prompts, Prompts]:
+    """The tokenizer, prompts to train on, and prompts to evaluate on, as a script's Config says.
+
+    Raises ValueError for rows whose answers the verifiers cannot judge by.
+    """
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
     prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
+    _check_answers(cfg, verifiers)
     return tokenizer, *prompts
 
 
-def read_all_prompts(cfg: Any) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
-    """The tokenizer, all prompts of a script's Config, and the text of a row's prompt."""
+def read_all_prompts(
+    cfg: Any, verifiers: Mapping[str, Callable] | None = None
+) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
+    """The tokenizer, all prompts of a script's Config, and the text of a row's prompt. Raises as `read_data` does."""
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
     shape = make_shape(cfg.template, "", cfg.data)
     prompts = data.read_all_prompts(cfg.prompts, shape, tokenizer, max_tokens, cfg.seed, cfg.data.overlong)
+    _check_answers(cfg, verifiers)
     return tokenizer, prompts, lambda row: text_of_prompt(shape(row))
+
+
+def _check_answers(cfg: Any, verifiers: Mapping[str, Callable] | None) -> None:
+    if not verifiers:
+        return
+    files = [cfg.prompts] if isinstance(cfg.prompts, str) else cfg.prompts
+    with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
+        for file in files:
+            path, _ = data.split_weight(file)
+            check_answers(read_table(path), verifiers, pool)
 
 
 def name_of(cfg: Any, kind: str = "") -> str:

@@ -16,22 +16,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from rljax.rewards.function_path import function_name, pickle_function
 from rljax.rewards.worker import Result
 
-LOADING = -1  # the task of a worker that is starting, or importing its function
+LOADING = (-1, -1)  # the task of a worker that is starting, or importing its function
 LOADING_SECONDS = 120.0  # deadline for that; a script may import much
 
 Call = tuple[tuple, dict[str, Any]]  # (args, kwargs)
 
 
+class _Queue(NamedTuple):
+    """A function and which of its calls no worker has been given yet."""
+
+    function: bytes  # pickled
+    name: str
+    calls: list[Call]
+    waiting: deque[int]
+
+
 class Pool:
-    """`workers` processes, started when first needed. One `map` at a time.
+    """`workers` processes, started when first needed. One `map` or `map_each` at a time.
 
     Call `map` from a thread that lives as long as the pool: Linux ends a worker with the thread that started it.
 
@@ -76,22 +85,34 @@ class Pool:
         Raises ValueError if the function cannot be pickled (see `function_path`), RuntimeError if no worker can load
         it.
         """
-        pickled = pickle_function(function)
-        calls = list(calls)
-        results: list[Result | None] = [None] * len(calls)
-        waiting = deque(range(len(calls)))
+        (results,) = self.map_each([(function, calls)])
+        return results
+
+    def map_each(self, work: Sequence[tuple[Callable, Sequence[Call]]]) -> list[list[Result]]:
+        """Each function on its own calls, all of them side by side: for each function its Results, as of `map`.
+
+        A worker that is free takes a call of the function that the fewest workers are busy with: a slow function keeps
+        no other from being called. The Results are those of one function after another.
+        """
+        queues = []
+        for function, calls in work:
+            calls = list(calls)
+            queues.append(_Queue(pickle_function(function), function_name(function), calls, deque(range(len(calls)))))
+        results: list[list[Result | None]] = [[None] * len(queue.calls) for queue in queues]
+        names = {queue.function: queue.name for queue in queues}
         try:
             self._remove_ended()
-            while waiting or self._busy():
-                self._start_workers(len(waiting))
-                self._assign(pickled, calls, waiting)
+            while any(queue.waiting for queue in queues) or self._busy():
+                self._start_workers(sum(len(queue.waiting) for queue in queues))
+                self._assign(queues)
                 for worker, has_answered in self._wait():
                     task = worker.task
                     worker.task = None
                     if task == LOADING:
-                        self._check_loaded(worker, has_answered, function)
+                        self._check_loaded(worker, has_answered, names[worker.function])
                     else:
-                        results[task] = self._finish(worker, has_answered)
+                        which, call = task
+                        results[which][call] = self._finish(worker, has_answered)
         finally:  # when interrupted: an answer still to come would be taken for that of a later call
             for worker in self._busy():
                 self._remove(worker)
@@ -111,17 +132,29 @@ class Pool:
         for _ in range(min(self.workers - len(self._workers), waiting - available)):
             self._workers.append(_Worker(self.memory_megabytes))
 
-    def _assign(self, pickled: bytes, calls: list[Call], waiting: deque) -> None:
+    def _assign(self, queues: list[_Queue]) -> None:
         """Give every idle worker its next message: the function to load, or a call."""
         for worker in self._workers:
-            if worker.task is not None or not waiting:
+            which = None if worker.task is not None else self._next_queue(worker, queues)
+            if which is None:
                 continue
-            if worker.function != pickled:
-                worker.function = pickled
-                worker.send(LOADING, LOADING_SECONDS, ("load", pickled))
+            queue = queues[which]
+            if worker.function != queue.function:
+                worker.function = queue.function
+                worker.send(LOADING, LOADING_SECONDS, ("load", queue.function))
             else:
-                args, kwargs = calls[waiting[0]]
-                worker.send(waiting.popleft(), self.timeout_seconds, ("call", args, kwargs))
+                call = queue.waiting.popleft()
+                worker.send((which, call), self.timeout_seconds, ("call", *queue.calls[call]))
+
+    def _next_queue(self, worker: "_Worker", queues: list[_Queue]) -> int | None:
+        """The queue with calls left at whose function the fewest workers are; of several, that which is loaded."""
+        at = Counter(other.function for other in self._busy())
+        with_calls = [i for i, queue in enumerate(queues) if queue.waiting]
+        return min(
+            with_calls,
+            key=lambda i: (at[queues[i].function], queues[i].function != worker.function),
+            default=None,
+        )
 
     def _wait(self) -> list[tuple["_Worker", bool]]:
         """Wait for an answer or a deadline: the workers that answered or ended (True), and those past it (False)."""
@@ -142,11 +175,11 @@ class Pool:
             self._remove(worker)
         return result
 
-    def _check_loaded(self, worker: "_Worker", has_answered: bool, function: Callable) -> None:
+    def _check_loaded(self, worker: "_Worker", has_answered: bool, name: str) -> None:
         problem = worker.receive_problem() if has_answered else f"no answer within {LOADING_SECONDS:g} s"
         if problem is not None:
             self._remove(worker)
-            raise RuntimeError(f"a worker process could not load {function_name(function)}: {problem}")
+            raise RuntimeError(f"a worker process could not load {name}: {problem}")
 
     def _remove(self, worker: "_Worker") -> None:
         self._workers.remove(worker)
@@ -171,11 +204,11 @@ class _Worker:
             )
         self.pipe = Connection(ours.detach())
         self.function: bytes | None = None  # the pickled function that it has loaded
-        self.task: int | None = None  # index of its current call; LOADING; None: idle
+        self.task: tuple[int, int] | None = None  # its call, as (queue, index); LOADING; None: idle
         self.deadline = 0.0
         self.calls = 0
 
-    def send(self, task: int, seconds: float, message: tuple) -> None:
+    def send(self, task: tuple[int, int], seconds: float, message: tuple) -> None:
         self.task = task
         self.deadline = time.monotonic() + seconds
         try:

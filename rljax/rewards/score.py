@@ -48,6 +48,9 @@ class StepScores(NamedTuple):
 ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result] | StepScores]
 
 
+LEGAL = "Legal: a finite number, or None where the verifier does not apply"
+
+
 class RewardError(Exception):
     """A verifier has a bug, or asks for a column that the dataset does not have."""
 
@@ -95,7 +98,7 @@ def make_score(
     names = (*verifiers, *model_rewards)
     factors = _factors(names, weights or {})
     pairs = _column_pairs(names, conditions or {})
-    signatures = {name: _read_signature(verifier) for name, verifier in verifiers.items()}
+    signatures = {name: read_signature(verifier) for name, verifier in verifiers.items()}
 
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
         mask = np.asarray(traj.mask)
@@ -129,23 +132,27 @@ def make_score(
 
 def _call_verifiers(
     verifiers: Mapping[str, RewardFn],
-    signatures: Mapping[str, "_Signature"],
+    signatures: Mapping[str, "Signature"],
     completions: Sequence[str],
     prompts: PromptBatch,
     indices: np.ndarray,
     pool: Pool | None,
 ) -> list[list[Result]]:
     """The Results of each verifier on each completion, which answers the prompt with that index."""
-    results = []
+    work = []
     for name, verifier in verifiers.items():
-        arguments = [_arguments(verifier, signatures[name], prompts, prompt) for prompt in indices]
+        arguments = [
+            columns_taken(verifier, signatures[name], prompts.columns[i], f"prompt {prompts.number[i]}")
+            for i in indices
+        ]
         calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
-        if pool is None:
-            returned = [call_verifier(verifier, args, kwargs) for args, kwargs in calls]
-        else:
-            returned = pool.map(verifier, calls)
+        work.append((verifier, calls))
+    if pool is None:
+        results = [[call_verifier(verifier, *call) for call in calls] for verifier, calls in work]
+    else:
+        results = pool.map_each(work)
+    for (verifier, _), returned in zip(work, results, strict=True):
         _raise_first_error(verifier, returned, completions, prompts.number[indices])
-        results.append(returned)
     return results
 
 
@@ -262,7 +269,7 @@ def _decode_completions(actions: np.ndarray, mask: np.ndarray, decode: Callable[
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-class _Signature(NamedTuple):
+class Signature(NamedTuple):
     """The dataset columns that a verifier takes."""
 
     required: set[str]  # named, without a default
@@ -271,13 +278,14 @@ class _Signature(NamedTuple):
     taken: set[str]  # the name of the completion's parameter, and what a partial has bound
 
 
-def _read_signature(verifier: RewardFn) -> _Signature:
+def read_signature(verifier: RewardFn) -> Signature:
+    """Which columns a verifier takes. Raises ValueError for a function that takes no completion."""
     parameters = list(inspect.signature(verifier).parameters.values())
     if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
         raise ValueError(f"{function_name(verifier)}: a verifier takes the completion as its first argument")
     bound = verifier.keywords if isinstance(verifier, partial) else {}
     named = [p for p in parameters[1:] if p.name not in bound and p.kind in _BY_NAME]
-    return _Signature(
+    return Signature(
         required={p.name for p in named if p.default is p.empty},
         named={p.name for p in named},
         takes_all=any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters),
@@ -285,14 +293,13 @@ def _read_signature(verifier: RewardFn) -> _Signature:
     )
 
 
-def _arguments(verifier: RewardFn, signature: _Signature, prompts: PromptBatch, prompt: int) -> dict[str, Any]:
-    """The columns of one prompt that the verifier takes."""
-    columns = prompts.columns[prompt]
+def columns_taken(verifier: RewardFn, signature: Signature, columns: Mapping[str, Any], row: str) -> dict[str, Any]:
+    """The columns of a row that the verifier takes. Raises RewardError, naming the row, where one is missing."""
     missing = sorted(signature.required - columns.keys())
     if missing:
         raise RewardError(
-            f"{function_name(verifier)} asks for {', '.join(missing)}, which prompt {prompts.number[prompt]} does not "
-            f"have; its columns are {', '.join(columns) or 'none'}"
+            f"{function_name(verifier)} asks for {', '.join(missing)}, which {row} does not have; its columns are "
+            f"{', '.join(columns) or 'none'}"
         )
     names = set(signature.named)
     if signature.takes_all:
@@ -319,8 +326,7 @@ def _raise_first_error(
         if result.status == "error":
             shown = completion if len(completion) <= 200 else f"{completion[:100]} ... {completion[-100:]}"
             raise RewardError(
-                f"{function_name(verifier)} failed on prompt {number}, completion {shown!r}: {result.detail}\n"
-                "Legal: a finite number, or None where the verifier does not apply"
+                f"{function_name(verifier)} failed on prompt {number}, completion {shown!r}: {result.detail}\n{LEGAL}"
             )
 
 

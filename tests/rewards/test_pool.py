@@ -262,6 +262,39 @@ def test_busy_workers_end_with_a_parent_that_was_killed(tmp_path):
     assert gone(*pids)
 
 
+def test_functions_are_called_side_by_side(tmp_path):
+    """Each waits until the other was called: one after another, both would run into the deadline."""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    work = [
+        (hostile.waits_for, items(*"abcd", mine=one, other=two)),  # four: they do not take both workers
+        (functools.partial(hostile.waits_for, mine=two), items("b", other=one)),
+    ]
+    with Pool(workers=2, timeout_seconds=60) as pool:
+        assert pool.map_each(work) == [[(1.0, "ok", "")] * 4, [(1.0, "ok", "")]]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_side_by_side_the_results_are_those_of_one_after_another(workers):
+    work = [
+        (hostile.length, items(*TEXTS)),
+        (hostile.nothing, []),
+        (hostile.sometimes_endless, items("x", "a", "bb")),
+        (hostile.exits, items("a")),
+        (hostile.length, items("dddd")),
+    ]
+    with Pool(workers=workers, timeout_seconds=SECONDS) as pool:
+        together = pool.map_each(work)
+        assert together == [pool.map(function, calls) for function, calls in work]
+    assert [[result.value for result in results] for results in together] == [
+        [0, 1, 2, 3],
+        [],
+        [None, 1, 2],
+        [None],
+        [4],
+    ]
+    assert pool.map_each([]) == []
+
+
 def test_impossible_pools_are_refused():
     with pytest.raises(ValueError, match="workers=0"):
         Pool(workers=0)
