@@ -11,11 +11,11 @@ import pytest
 from experiments import evaluate, score
 from experiments.common.settings import MeshShape, Reward, Sampling
 from experiments.evaluate import summarize
+from models import tiny
 from rewards import hostile
 from rljax.rewards.score import RewardError
 from rljax.rewards.text import exact_text
 from test_grpo_experiment import RAW, VERIFIERS, change, write_prompts, write_tokenizer
-from models import tiny
 
 SOLUTIONS = [
     {"question": "1 + 1", "solution": "it is 2", "answer": "#### 2", "is_correct": True},
