@@ -59,7 +59,7 @@ class Config:
     teacher: str  # directory of the teacher, with the student's vocabulary
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
-    data: settings.PromptData = settings.PromptData()
+    data: settings.Rows = settings.Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "minillm"] = "reverse_kl"  # of student and teacher
     on_policy_fraction: float = 1.0  # share of rows that the student writes; the others are the column `completion`

@@ -23,12 +23,12 @@ from functools import partial
 
 import jax
 
-from experiments.common import command_line, controllers, models, runs, settings, train
+from experiments.common import command_line, controllers, difficulty, models, runs, settings, train
 from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import load_score, read_rewards
-from experiments.common.sampling import initial_carry, make_draw, make_greedy_baseline, training_sampling
+from experiments.common.sampling import initial_extra, make_draw, make_greedy_baseline, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.common.verifiers import VERIFIERS
 from rljax.algorithms import kl_in_reward, with_kl
@@ -101,14 +101,14 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
 
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
-    carry = initial_carry(batches, train_prompts, sampling)
-    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=carry)
+    extra = initial_extra(cfg.data, batches, train_prompts, sampling)
+    state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=extra)
     state = state.replace(coefficients=controllers.initial_coefficients(cfg.controllers, cfg.kl_coef, cfg.kl_in_reward))
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
 
     # -- the functions of a step
     lm = decoder.language_model(config)
-    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
+    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data)
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     # ref_logp: the KL to the reference is always logged
     annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
@@ -132,6 +132,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)
             traj = fill_baseline(state, score(annotate(state, traj), prompts), prompts)
+            state, pass_rates = difficulty.after_scores(cfg.data, state, traj, prompts, train_prompts)
             batch = credit(keep(traj), controllers.applied_coefficients(cfg.controllers, state.coefficients))
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
             if run.is_first_step(step) and not (batches.carry_over and step):  # what is carried over is off-policy
@@ -140,7 +141,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state = models.sync_reference(state, cfg.weights)
             if run.should_log_samples(step):
                 run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
-            metrics = rollout_metrics(traj, score.names) | metrics
+            metrics = rollout_metrics(traj, score.names) | metrics | pass_rates
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
             run.record(step, state, metrics)

@@ -19,7 +19,16 @@ from experiments.common import command_line
 from experiments.common import models as common_models
 from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.optimizer import make_optimizer
-from experiments.common.settings import Adapter, Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
+from experiments.common.settings import (
+    Adapter,
+    Batches,
+    Controllers,
+    MeshShape,
+    Optimizer,
+    PromptData,
+    Sampling,
+    Weights,
+)
 from experiments.common.train import check_algorithm
 from experiments.tools import export
 from models import tiny
@@ -169,6 +178,22 @@ def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
     assert before[0]["version_lag"] == 0 < max(record["version_lag"] for record in before)
     shutil.rmtree(Path(cfg.directory) / "checkpoints" / "3")
     (Path(cfg.directory) / "checkpoints" / "3.sha256.json").unlink()
+    assert grpo.main(cfg, verifiers=VERIFIERS) == result
+    assert metrics(cfg.directory) == before
+
+
+def test_pass_rates_survive_a_stop(tiny_run, tmp_path):
+    """Prompts that always pass are left out; stopped after step three, the fourth is the same to the last bit."""
+    rows = [row | {"letters": row["letters"] * (i % 2)} for i, row in enumerate(ROWS)]  # no letter passes, or most do
+    file = write_prompts(tmp_path / "prompts.jsonl", rows)
+    data = PromptData(max_pass_rate=0.9)
+    cfg = change(tiny_run, prompts=file, steps=4, data=data, directory=str(tmp_path / "run"))
+    result = grpo.main(cfg, verifiers=VERIFIERS)
+    before = metrics(cfg.directory)
+    assert before[0]["prompts_left_out"] == 0 < max(record["prompts_left_out"] for record in before)
+    assert 0 < before[0]["pass_rate"] <= 1
+    shutil.rmtree(Path(cfg.directory) / "checkpoints" / "4")
+    (Path(cfg.directory) / "checkpoints" / "4.sha256.json").unlink()
     assert grpo.main(cfg, verifiers=VERIFIERS) == result
     assert metrics(cfg.directory) == before
 

@@ -12,7 +12,7 @@ import pytest
 from experiments import dpo, process_reward, reward_model, sft
 from experiments.common.settings import Adapter, Data, MeshShape, Optimizer, Weights
 from models import tiny
-from rljax.models import hf
+from rljax.models import decoder, hf
 from rljax.train.checkpoint import restore_items
 from test_grpo_experiment import RAW, contents, metrics, write_tokenizer
 
@@ -136,3 +136,29 @@ def test_rows_of_two_kinds_are_refused(root, tmp_path):
     cfg = config_of(root, reward_model, "pairs", {}, tmp_path / "run")
     with pytest.raises(ValueError, match="of 6 rows 5 are pairs, and 2 have a margin; legal: all or none"):
         reward_model.main(dataclasses.replace(cfg, data=Data(files=(str(tmp_path / "mixed.jsonl"),), eval_size=2)))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("script", "rows"), [(sft, "demonstrations"), (reward_model, "pairs"), (dpo, "pairs")])
+def test_transformers_loads_what_a_run_leaves(script, rows, root, tmp_path):
+    """With the logits, or the scores, that this project computes."""
+    torch = pytest.importorskip("torch", reason="torch is absent")
+    import transformers
+
+    script.main(config_of(root, script, rows, {}, tmp_path / "run"))
+    directory = tmp_path / "run" / "model"
+    is_reward_model = script is reward_model
+    load = transformers.AutoModelForSequenceClassification if is_reward_model else transformers.AutoModelForCausalLM
+    tokens = transformers.AutoTokenizer.from_pretrained(directory)("there was a cat", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        theirs = load.from_pretrained(directory, attn_implementation="eager")(tokens).logits.numpy()[0]
+    config = hf.read_config(directory, reward_model=is_reward_model)
+    params = hf.load(directory, config)
+    ids = np.asarray(tokens)
+    everywhere = np.ones(ids.shape, np.int32)
+    hidden, _ = decoder.forward(config, params, ids, np.arange(ids.shape[1])[None], everywhere)
+    if is_reward_model:
+        ours = hidden[0, -1] @ hf.load_score_head(directory)
+    else:
+        ours = decoder.logits(config, params, hidden)[0]
+    np.testing.assert_allclose(np.asarray(ours), theirs.squeeze(), rtol=0, atol=2e-5)

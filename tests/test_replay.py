@@ -3,7 +3,8 @@
     python -m pytest tests/test_replay.py --replay-dir DIR -rP   # default: peers/trl_replay/ of the shared folder
 
 Of every case of DIR/manifest.json: each step's loss, each gradient norm before clipping, and the weights at the end,
-written as DIR/<model> stores them. Case by case the manifest says trainer (by the keys of its batches), arguments and
+written as DIR/<model> stores them. Where a run asks for nothing else, the objective is that of experiments/sft.py,
+dpo.py or grpo.py itself. Case by case the manifest says trainer (by the keys of its batches), arguments and
 model; tests/replay holds the tables from TRL's names to our functions, and refuses by name what they lack. With
 gradient_accumulation_steps A, step s is one optimizer batch of ours, cut into A micro-batches.
 """

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from experiments.common.rows import Found, Read, limits_text, make_shape, read_rows, shorten
-from experiments.common.settings import Data, PromptData
+from experiments.common.settings import Data, Rows
 from rljax.data.examples import Example, prompt_ids
 from rljax.data.files import read_table
 from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
@@ -183,7 +183,7 @@ def read_prompts(
     max_tokens: int,
     eval_prompts: int,
     seed: int,
-    settings: PromptData,
+    settings: Rows,
 ) -> tuple[Prompts, Prompts]:
     """Prompts to train on and to evaluate on; what becomes of those of more than `max_tokens` is counted."""
     shape = make_shape(template, "", settings)

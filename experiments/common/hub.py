@@ -31,7 +31,10 @@ def find_model(model: str) -> str:
         return cached
     log_info(f"{model}: looked for on the hub")
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=list(FILES))
+        directory = snapshot_download(name, revision=revision, allow_patterns=list(FILES))
+        if not _is_whole(directory):
+            raise FileNotFoundError(f"{directory} lacks config.json or *.safetensors")
+        return directory
     except Exception as error:  # of the network, of the hub, of a name that it refuses
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         pinned = f" --revision {revision}" if revision else ""
@@ -49,8 +52,11 @@ def _cached(name: str, revision: str | None) -> str | None:
         directory = snapshot_download(name, revision=revision, local_files_only=True)
     except (OSError, ValueError):  # not there, or no name that the hub has
         return None
-    is_whole = (Path(directory) / "config.json").is_file() and any(Path(directory).glob("*.safetensors"))
-    return directory if is_whole else None
+    return directory if _is_whole(directory) else None
+
+
+def _is_whole(directory: str) -> bool:
+    return (Path(directory) / "config.json").is_file() and any(Path(directory).glob("*.safetensors"))
 
 
 def with_local_models(config: T) -> T:

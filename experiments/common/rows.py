@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from experiments.common.settings import PromptData
+from experiments.common.settings import Rows
 from rljax.data.examples import Example, Steps
 from rljax.data.files import Table
 from rljax.data.formats import TEXTS, is_conversation, messages_of
@@ -37,7 +37,7 @@ def read_template(text: str) -> Callable[[dict], str]:
     return from_template(file.read_text(encoding="utf-8").removesuffix("\n"))
 
 
-def make_shape(template: str, completion: str, settings: PromptData) -> Callable[[dict], dict]:
+def make_shape(template: str, completion: str, settings: Rows) -> Callable[[dict], dict]:
     """row -> the row with the columns that its format wants: texts from templates, and conversations from texts."""
     templates = {"prompt": template, "completion": completion}
     written = {name: read_template(text) for name, text in templates.items() if text not in ("", f"{{{name}}}")}

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.common import data, settings
+from experiments.common.difficulty import initial_rates, make_next_prompts
 from experiments.common.rows import unescape
 from experiments.common.settings import Batches
 from rljax.algorithms.gkd import mix_completions
@@ -80,22 +82,34 @@ def row_tokens(prompts: Prompts, sampling: Sampling) -> int:
     return prompts.length + sampling.max_tokens
 
 
-def initial_carry(batches: Batches, prompts: Prompts, sampling: Sampling) -> dict | None:
-    """`TrainState.extra` before the first step: nothing is carried over yet."""
+def initial_extra(
+    options: settings.PromptData, batches: Batches, prompts: Prompts, sampling: Sampling
+) -> dict[str, Any] | None:
+    """`TrainState.extra` before the first step: nothing is carried over yet, no pass rate is known."""
+    rates = initial_rates(options, prompts, batches.carry_over)
     if not batches.carry_over:
-        return None
+        return rates
     columns = row_tokens(prompts, sampling)
     return rollouts.empty_carry(batches.carry_over, batches.num_generations, columns, sampling.support)
 
 
 def make_draw(
-    lm: LM, prompts: Prompts, batches: Batches, sampling: Sampling, shardings: Shardings, seed: int
+    lm: LM,
+    prompts: Prompts,
+    batches: Batches,
+    sampling: Sampling,
+    shardings: Shardings,
+    seed: int,
+    options: settings.PromptData = settings.PromptData(),  # noqa: B008 (frozen)
 ) -> Callable[[TrainState, int], tuple[Trajectory, PromptBatch, TrainState]]:
     """draw(state, step) -> trajectory of prompts x oversample whole groups, their prompts, the state.
 
     With `carry_over` the state holds the unfinished groups, which the next step continues.
+
+    options: which prompts are left out by their pass rate; default: none.
     """
     count = batches.prompts * batches.oversample
+    next_prompts = make_next_prompts(options, prompts)
     carry = batches.carry_over
 
     def sample_rows(state: TrainState, step: int, rows: PromptBatch, sampling: Sampling) -> Trajectory:
@@ -103,7 +117,7 @@ def make_draw(
         return sample(lm, state.params, state.frozen, placed, sampling, seed, step)
 
     def draw(state: TrainState, step: int):
-        rows = prompts.draw(state.cursor, count)
+        rows = next_prompts(state, step, count)
         return sample_rows(state, step, rows, sampling), rows, state
 
     if not carry:

@@ -82,8 +82,8 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptData:
-    """How rows become prompts."""
+class Rows:
+    """How rows become token ids."""
 
     chat: bool = False  # a text is a user's message, and the model answers in its chat template
     system: Rare[str] = ""  # system message that conversations begin with, unless they have their own
@@ -91,7 +91,17 @@ class PromptData:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(PromptData):
+class PromptData(Rows):
+    """How rows become prompts, and which are drawn."""
+
+    min_pass_rate: Rare[float] = 0.0  # prompts of which a smaller share of completions passes are left out
+    max_pass_rate: Rare[float] = 1.0  # and those of a larger one; a completion passes where the first reward is above 0
+    curriculum_steps: Rare[int] = 0  # steps in which the least pass rate falls from 1/2 to min_pass_rate; 0: at once
+    skip_epochs: Rare[int] = 3  # epochs after which a prompt that was left out is drawn again
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Rows):
     """The rows to learn from, in TRL's dataset formats (docs/data.md)."""
 
     files: tuple[str, ...] = ()  # jsonl, json, parquet, hf://OWNER/NAME; FILE=WEIGHT: its share of the draws

@@ -27,7 +27,7 @@ from typing import Literal
 from experiments.common import command_line, data, models
 from experiments.common.rows import make_shape, read_rows, text_of_prompt, unescape
 from experiments.common.sampling import make_sampling
-from experiments.common.settings import MeshShape, PromptData, Sampling
+from experiments.common.settings import MeshShape, Rows, Sampling
 from rljax.data.files import Table, read_table
 from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import streamed_text
@@ -116,7 +116,7 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     """The prompts, and how a row is shown. Those that leave no room for a completion are dropped and counted."""
     if cfg.chat and tokenizer.chat is None:
         raise ValueError(f"{cfg.model}: the tokenizer has no chat template; legal: without --chat")
-    shape = make_shape(cfg.template, "", PromptData(chat=cfg.chat))
+    shape = make_shape(cfg.template, "", Rows(chat=cfg.chat))
     table = Table("--prompt", [{"prompt": cfg.prompt}], [1]) if cfg.prompt else read_table(cfg.prompts)
     found = read_rows(table, shape, data.read_prompt, tokenizer)
     longest = data.max_prompt_length(0, cfg.sampling.max_tokens, context)

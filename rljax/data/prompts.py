@@ -131,6 +131,22 @@ class Prompts:
         """Which prompts of the dataset have these draw numbers."""
         return _indices_of_draws(len(self), self.seed, np.asarray(numbers))
 
+    def draw_unless(
+        self, cursor: int, count: int, is_left_out: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> PromptBatch:
+        """The next `count` prompts from draw number `cursor` on that are not left out.
+
+        Where one epoch and `count` more draws hold too few, the first that were left out fill the batch.
+
+        Args: is_left_out: (indices in the dataset, their epochs) -> bool, of many draws at a time.
+        """
+        first = int(cursor)
+        numbers = np.arange(first, first + len(self) + count)
+        left_out = is_left_out(self.indices_of(numbers), numbers // len(self))
+        kept = numbers[~left_out][:count]
+        chosen = np.sort(np.concatenate([kept, numbers[left_out][: count - len(kept)]]))
+        return self._batch(self.indices_of(chosen), chosen, int(chosen[-1]) + 1)
+
     def columns_of(self, numbers: np.ndarray) -> list[dict]:
         """The columns of the prompts with these draw numbers."""
         return [self.columns[i] for i in self.indices_of(numbers)]

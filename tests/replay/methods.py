@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.common.algorithms import critic_free
+from experiments.common.preference_methods import METHODS
+from experiments.sft import LOSSES
 from rljax import algorithms as a
 from rljax.algorithms.aot import aot, aot_unpaired
 from rljax.algorithms.common import controllers
@@ -68,7 +71,7 @@ def unchanged(state: TrainState, metrics: dict) -> TrainState:
 
 # ----------------------------------------------------------------------------------------------------------------- SFT
 
-SFT = {"nll": a.sft, "chunked_nll": a.sft, "dft": a.dft}
+SFT = {"nll": LOSSES["sft"], "chunked_nll": LOSSES["sft"], "dft": LOSSES["dft"]}  # what sft.py learns by
 
 
 def sft_method(policy: Callable, args: SimpleNamespace) -> Method:
@@ -110,6 +113,8 @@ def dpo_objective(policy: Callable, args: SimpleNamespace, loss_type: str) -> Ob
     if loss_type in MATCHED:
         return MATCHED[loss_type](policy, args.beta, args.label_smoothing)
     slope = choose(SLOPES, "f_divergence_type", args.f_divergence_type)
+    if loss_type == "sigmoid" and is_plain_dpo(args):
+        return METHODS["sigmoid"].make(policy, args.beta)  # what dpo.py learns by
     if slope is preferences.alpha_divergence:
         slope = dialects.trl_alpha_divergence(args.f_alpha_divergence_coef)
     loss, measure = trl_term(loss_type, vars(args))
@@ -123,6 +128,12 @@ def dpo_objective(policy: Callable, args: SimpleNamespace, loss_type: str) -> Ob
         pair_weight=wpo if args.use_weighting else uniform_pair_weight,
         token_weights=uniform_token_weights if args.ld_alpha is None else ld_dpo_weights(args.ld_alpha),
     )
+
+
+def is_plain_dpo(args: SimpleNamespace) -> bool:
+    """Whether the run asks for none of TRL's additions to DPO."""
+    additions = (args.use_weighting, args.label_smoothing, args.ld_alpha is not None)
+    return args.f_divergence_type == "reverse_kl" and not any(additions)
 
 
 def dpo_method(policy: Callable, args: SimpleNamespace, initial: Params, uneven: bool) -> Method:
@@ -172,8 +183,16 @@ def grpo_policy(args: SimpleNamespace) -> Algorithm:
     choose(dict.fromkeys((*CLIPPED, "cispo", "sapo", "vespo")), "loss_type", args.loss_type)
     if args.loss_type == "vespo":
         return a.vespo((args.vespo_k_pos, args.vespo_lambda_pos), (args.vespo_k_neg, args.vespo_lambda_neg))
+    if args.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo") and is_plain_grpo(args):
+        return critic_free(args.max_completion_length)["grpo"]()  # what grpo.py learns by; the reduction is TRL's
     two_sided = args.delta is not None and args.loss_type in CLIPPED
     return (trl_two_sided if two_sided else trl_policy)(grpo_case(args))
+
+
+def is_plain_grpo(args: SimpleNamespace) -> bool:
+    """Whether the run clips the ratio of each token at GRPO's own 0.2."""
+    clips = {args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high}
+    return clips == {0.2} and args.importance_sampling_level == "token" and args.delta is None
 
 
 def has_bonus(args: SimpleNamespace) -> bool:

@@ -19,9 +19,9 @@ from rljax.rewards.number import exact_number, final_number
         *[("72", 72), ("so it is 72.", 72), ("**72**", 72), ("72!", 72), ("(72)", 72), ("=72", 72), ("72\n", 72)],
         *[("1,080", 1080), ("$1,080,000.50.", "1080000.50"), ("12, 13", 13), ("1,2", 2), ("1,2345", 2345)],
         *[("$18", 18), ("-$18", -18), ("$-18", -18), ("50%", 50), ("18km", 18), ("€5", 5)],
-        *[("-3", -3), ("(-3)", -3), ("= \N{MINUS SIGN}3", -3), ("7-4", 4), ("7 - 4", 4), ("- 4", 4), ("5-10 days", 10)],
+        *[("-3", -3), ("(-3)", -3), ("= \N{MINUS SIGN}3", -3), ("- 4", -4), ("it is - 4", -4)],
         *[("3.0", 3), (".5", "1/2"), ("-.5", "-1/2"), ("0.10", "1/10"), ("1/2", "1/2"), ("6/4", "3/2"), ("1e3", 1000)],
-        *[("<<48/2=24>>24 clips", 24), ("10:30", 30), ("H2O", None), ("", None), ("none", None), ("nan", None)],
+        *[("<<48/2=24>>24 clips", 24), ("H2O", None), ("", None), ("none", None), ("nan", None)],
         *[("inf", None), ("1/0", None), ("5 and 1/0", None), ("9" * 5000, None), ("0." + "9" * 5000, None)],
         *[("2\n#### 1,080", 1080), ("#### 5\n6", 6), ("7 ####", None), ("#### 1 #### 2", 2)],
         *[(r"\boxed{72}", 72), (r"\boxed{72}. In 3 steps.", 72), (r"\boxed{1} and \boxed{2}", 2), (r"\boxed{4", 4)],
@@ -29,7 +29,20 @@ from rljax.rewards.number import exact_number, final_number
         *[(r"\boxed{\frac{1}{2}}", "1/2"), (r"-\dfrac{1}{2}", "-1/2"), (r"\boxed{18 \text{ eggs}}", 18)],
         *[(r"\boxed{x = 5}", 5), (r"\boxed{90^\circ}", 90), (r"\boxed{18 dollars}", 18)],
         *[(r"5 \boxed{x}", None), (r"\boxed{2\sqrt{3}}", None), (r"\boxed{\sqrt{2}}", None), (r"\boxed{x^2}", None)],
-        *[(r"\boxed{3x}", None), (r"\boxed{1 1/2}", None), (r"\boxed{(3, 4)}", None), (r"\boxed{}", None)],
+        # digits in groups, mixed numbers, signs and fractions as LaTeX has them
+        *[("5 000", 5000), ("5\N{THIN SPACE}000", 5000), ("$5\N{NO-BREAK SPACE}000.50", "5000.5"), ("5 0000", 0)],
+        *[("1 234 567", 1234567), ("in 2010 500", 500), (r"1\ 000", 1000), (r"\boxed{5 000}", 5000)],
+        *[("2 2/3", "8/3"), ("-2 2/3", "-8/3"), ("4 10/3", None)],
+        *[(r"2\frac{2}{3}", "8/3"), (r"\boxed{2\frac23}", "8/3")],
+        *[(r"\boxed{- 5}", -5), (r"\boxed{\frac12}", "1/2"), (r"-\frac12", "-1/2"), (r"\frac{3}4", "3/4")],
+        # part of a larger expression
+        *[("10^3", None), ("10^{3}", None), ("2^-3", None), ("7-4", None), ("7 - 4", None), ("5-10 days", None)],
+        *[("2 * 5", None), ("2 x 5", None), ("2 + 5", None), ("2 × 5", None), (r"2 \times 5", None), ("x - 5", None)],
+        *[("10:30", None), ("12:00", None), ("16/2/4", None), ("6/2.5", None), ("2/3/2020", None), ("√2", None)],
+        *[(r"\sqrt{2}", None), (r"2\sqrt{n}", None), (r"3\pi", None), ("(1+2)/3", None), ("n^2", None)],
+        *[("7 - 4 = 3", 3), ("2 * 5 is 10", 10), ("page 3: 12", 12), ("COVID-19", 19), ("**72**", 72), ("+5", 5)],
+        *[("so 2\nA: 18", 18), ("Answer: 7", 7), ("A: 3\nA: 4", 4), ("A: none of 7 - 4", None), ("DNA: 5", 5)],
+        *[(r"\boxed{3x}", None), (r"\boxed{1 1/2}", "3/2"), (r"\boxed{(3, 4)}", None), (r"\boxed{}", None)],
     ],
 )
 def test_final_number(text, number):
