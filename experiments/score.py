@@ -140,7 +140,7 @@ def count(records: list[dict], name: str, label: str | None, right: float) -> di
     scores = [record["scores"][name] for record in records]
     counts = {
         "rows": len(records),
-        "not_judged": scores.count(None),
+        "failed": scores.count(None),
         "right": sum(score is not None and score >= right for score in scores),
     }
     if label is None:
@@ -157,8 +157,8 @@ def count(records: list[dict], name: str, label: str | None, right: float) -> di
 
 def sentence(name: str, found: dict[str, int], label: str | None) -> str:
     """The counts in one line."""
-    judged = found["rows"] - found["not_judged"]
-    line = f"{name}: {found['right']:,} of {judged:,} right, {found['not_judged']:,} not judged"
+    judged = found["rows"] - found["failed"]
+    line = f"{name}: {found['right']:,} of {judged:,} right, {found['failed']:,} not judged"
     if label is None:
         return line
     agreed = found["both_right"] + found["both_wrong"]

@@ -38,7 +38,7 @@ def test_solutions_are_judged_and_compared_with_their_labels(tmp_path, capsys):
     counts = score.main(cfg, verifiers)
     assert counts["number"] == {
         "rows": 5,
-        "not_judged": 0,
+        "failed": 0,
         "right": 3,
         "both_right": 2,
         "only_the_verifier": 1,
@@ -59,11 +59,11 @@ def test_solutions_are_judged_and_compared_with_their_labels(tmp_path, capsys):
     assert (tmp_path / "run" / "scores.jsonl").read_text() == written
 
 
-def test_what_is_not_judged_is_counted(tmp_path):
+def test_what_is_failed_is_counted(tmp_path):
     rows = [{"completion": "a x"}, {"completion": "bb"}]
     cfg = score_settings(tmp_path, rows, rewards=("sometimes",), reward=Reward(timeout_seconds=2.0))
     counts = score.main(cfg, {"sometimes": hostile.sometimes_endless})
-    assert counts == {"sometimes": {"rows": 2, "not_judged": 1, "right": 1}}
+    assert counts == {"sometimes": {"rows": 2, "failed": 1, "right": 1}}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_bad_files_are_one_error(rows, fields, kind, message, tmp_path):
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs $RLJAX_SHARED/data/gsm8k_solutions_6b.jsonl")
 def test_the_published_labels_of_2638_solutions(tmp_path):
     counts = score.main(score.Config(data=str(GSM8K), directory=str(tmp_path / "run")))["number"]
-    assert (counts["rows"], counts["not_judged"]) == (2638, 0)
+    assert (counts["rows"], counts["failed"]) == (2638, 0)
     assert (counts["only_the_verifier"], counts["only_the_label"]) == (0, 0)
 
 

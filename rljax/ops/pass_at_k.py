@@ -46,8 +46,8 @@ def best_of_n_kl(n: int) -> float:
 def majority_at_k(answers: Int[Array, "P n"], correct: Bool[Array, "P n"], k: int) -> Float[Array, " P"]:
     """maj@k: how often the answer that most of k completions give is correct (self-consistency, arXiv:2203.11171).
 
-    The mean over the n // k blocks of k consecutive completions. Of answers that are equally frequent one is drawn: their
-    mean counts. A block without an answer is wrong.
+    The mean over the n // k blocks of k consecutive completions. Of answers that are equally frequent one is
+    drawn: their mean counts. A block without an answer is wrong.
 
     Args:
       answers: an id for each different answer of a prompt, -1 for none. Raises ValueError for k below 1 or above n.
