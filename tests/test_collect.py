@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 
 from experiments import collect
 from experiments.common.feedback import whole_lines, worth_of
-from experiments.common.panel import preference_probability, votes
+from experiments.common.panel import preference_probability, votes, worths
 from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
 from models import tiny
 from rewards import hostile
+from rljax.data.examples import comparison
+from rljax.data.tokenizer import load_tokenizer
 from test_grpo_experiment import RAW, ROWS, write_prompts, write_tokenizer
 
+ROLES = ["user", "assistant", "assistant"]
 VERIFIERS = {"length": hostile.length, "share": hostile.share_of}
 
 
@@ -27,7 +31,8 @@ def test_the_share_of_votes_is_the_probability_of_the_equation():
     """(1 - f) σ(d/T) + f (1 - σ(d/T)) in float64, over 4,000 annotators: within 4 standard errors."""
     panel = Panel(annotators=4000, flip=0.1, temperature=0.5, length_bias=2.0)
     scores, lengths = np.array([0.3, 0.1, 0.6]), np.array([10, 40, 20])
-    shares = votes(scores, lengths, panel, seed=3, number=5).mean(axis=1)
+    found = votes(worths(scores, lengths, panel, 3, 5), panel, 3, 5)
+    shares = [found[pair].mean() for pair in ((0, 1), (0, 2), (1, 2))]
     worth = scores + 2.0 * lengths / 100
     differences = np.array([worth[0] - worth[1], worth[0] - worth[2], worth[1] - worth[2]])
     p = 1 / (1 + np.exp(-differences / 0.5))
@@ -37,7 +42,8 @@ def test_the_share_of_votes_is_the_probability_of_the_equation():
 def test_taste_makes_annotators_disagree_as_a_normal_distribution_says():
     """u_a0 - u_a1 = 1 + √2 · 1 · ε: preferred with probability Φ(1/√2) = 0.7602."""
     panel = Panel(annotators=4000, disagreement=1.0)
-    share = votes(np.array([1.0, 0.0]), np.array([1, 1]), panel, seed=0, number=0).mean()
+    found = votes(worths(np.array([1.0, 0.0]), np.array([1, 1]), panel, 0, 0), panel, 0, 0)
+    share = found[0, 1].mean()
     assert share == pytest.approx(0.7602, abs=4 * 0.43 / np.sqrt(4000))
 
 
@@ -50,10 +56,13 @@ def test_a_pair_turned_round_turns_its_probability_round(difference, flip, tempe
 
 
 def test_a_perfect_panel_prefers_the_higher_score_and_votes_depend_on_nothing_else():
-    found = votes(np.array([1.0, 3.0, 2.0]), np.array([1, 1, 1]), Panel(annotators=2), seed=0, number=7)
-    assert found.tolist() == [[False] * 2, [False] * 2, [True] * 2]
-    noisy = Panel(annotators=5, flip=0.5)
-    one, again, other = (votes(np.zeros(2), np.ones(2), noisy, seed=0, number=n).tolist() for n in (7, 7, 8))
+    panel = Panel(annotators=2)
+    worth = worths(np.array([1.0, 3.0, 2.0, 3.0]), np.ones(4), panel, 0, 7)
+    found = {pair: for_first.tolist() for pair, for_first in votes(worth, panel, 0, 7).items()}
+    no, yes = [False] * 2, [True] * 2
+    assert found == {(0, 1): no, (0, 2): no, (0, 3): no, (1, 2): yes, (2, 3): no}  # 1 and 3 are worth the same
+    noisy = Panel(annotators=9, flip=0.5)
+    one, again, other = (votes(np.eye(9), noisy, 0, number)[0, 1].tolist() for number in (7, 7, 8))
     assert one == again != other
 
 
@@ -98,9 +107,9 @@ def cfg(tmp_path_factory):
 
 def test_a_panel_fills_a_file_that_goes_on_where_it_stopped(cfg, capsys):
     lines = collect.main(cfg, VERIFIERS)
-    assert len(lines) == len(ROWS) * 3
+    assert len(ROWS) < len(lines) <= len(ROWS) * 3
     out = capsys.readouterr().out
-    assert re.search(r"2 annotators agree on \d+\.\d% of 18 pairs; Cohen's kappa -?\d\.\d{3}\n", out)
+    assert re.search(r"2 annotators agree on \d+\.\d% of \d+ pairs; Cohen's kappa -?\d\.\d{3}\n", out)
     for line in lines:
         assert line["prompt"] in {row["prompt"] for row in ROWS}
         for_chosen = sum(line["votes"])
@@ -145,6 +154,22 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
     answers = iter(["1 1 3", "2 1 0"])
     lines = collect.main(scored, VERIFIERS, lambda text: next(answers))
     assert [line["margin"] for line in lines[6:]] == [2, 2, 1, 2, 1]
+
+
+def test_a_chat_is_written_as_messages(cfg, tmp_path):
+    """And read back: the prompt in the template, the completion as the assistant's turn."""
+    shutil.copytree(cfg.model, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role[0] }}-{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}a-{% endif %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    fields = {"model": str(tmp_path / "model"), "out": str(tmp_path / "chat.jsonl"), "data": PromptData(chat=True)}
+    lines = collect.main(dataclasses.replace(cfg, count=2, **fields), VERIFIERS)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    for line in lines:
+        assert [message["role"] for message in (*line["prompt"], *line["chosen"], *line["rejected"])] == ROLES
+        found = comparison(line, tokenizer)
+        assert tokenizer.decode(found.chosen.prompt) == f"u-{line['prompt'][0]['content']}a-"
+        assert tokenizer.decode(found.rejected.completion) == line["rejected"][0]["content"]
 
 
 @pytest.mark.parametrize(

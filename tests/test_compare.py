@@ -9,7 +9,9 @@ RECORD = {"task": "sortings", "steps": 40, "git": "abc+", "jax": "0.10.2"}
 
 
 def result(algorithm, seed, before, after, seconds):
-    return {**RECORD, "algorithm": algorithm, "seed": seed, "before": before, "after": after, "seconds": seconds}
+    curve = [[0, before], [40, after]]
+    facts = {"algorithm": algorithm, "seed": seed, "before": before, "after": after, "seconds": seconds}
+    return {**RECORD, **facts, "curve": curve}
 
 
 def test_every_algorithm_runs_with_every_seed():
@@ -42,7 +44,7 @@ def test_the_page_orders_algorithms_by_the_median_of_their_seeds():
         result("ppo", 1, 0.125, 0.95, 49.0),
         result("rloo", 1, 0.125, 0.7, 39.0),
     ]
-    page = compare.results_page(results)
+    page = compare.results_page(results, "results")
     assert "40 steps; eval accuracy after the warm-up, by seed: 0.250, 0.125." in page
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert table == [
@@ -52,7 +54,16 @@ def test_the_page_orders_algorithms_by_the_median_of_their_seeds():
         "| grpo | 0.900 | 0.700 | 0.800 | 41 |",
         "| rloo |  | 0.700 | 0.700 | 39 |",
     ]
+    assert "(results/sortings-1.svg)" in page
     assert page.endswith("Commits and jax of the runs: abc; 0.10.2.\n")
+
+
+def test_a_picture_shows_five_algorithms_the_best_first():
+    rows = [result(f"a{i}", seed, 0.0, 0.1 * i, 1.0) for i in range(7) for seed in (0, 1)]
+    pictures = compare.pictures("sortings", rows)
+    assert list(pictures) == ["sortings-1.svg", "sortings-2.svg"]
+    shown = [[f"a{i}" for i in range(7) if f">a{i}<" in picture] for picture in pictures.values()]
+    assert shown == [["a2", "a3", "a4", "a5", "a6"], ["a0", "a1"]]
 
 
 def test_an_interrupted_comparison_reads_back_what_is_finished(tmp_path, monkeypatch):

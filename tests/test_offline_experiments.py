@@ -40,7 +40,6 @@ CASES = {
     "reward_model, rankings": (reward_model, "rankings", {"ranking_loss": "kwise"}),
     "process_reward": (process_reward, "steps", {"separator": ","}),
     "dpo, an adapter": (dpo, "pairs", {"weights": Weights(adapter=Adapter(rank=2))}),
-    "kto": (dpo, "judgments", {"loss": "kto"}),
     "bco of pairs": (dpo, "pairs", {"loss": "bco"}),
 }
 

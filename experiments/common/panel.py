@@ -8,8 +8,9 @@ and prefers i to j with probability
 
     (1 - flip) p + flip (1 - p),        p = σ((u_ai - u_aj)/temperature)                   Bradley-Terry
 
-A temperature of 0 makes p 1 where u_ai > u_aj, 0 where it is below, and 1/2 where both are equal. All draws are a
-function of the seed and of the number of the prompt.
+A temperature of 0 makes p 1 where u_ai > u_aj, 0 where it is below, and 1/2 where both are equal. A pair whose
+completions are worth the same to every annotator is left out. All draws are a function of the seed, the number of the
+prompt and the pair.
 """
 
 import itertools
@@ -28,18 +29,24 @@ def preference_probability(difference: np.ndarray, panel: Panel) -> np.ndarray:
     return (1.0 - panel.flip) * p + panel.flip * (1.0 - p)
 
 
-def votes(scores: np.ndarray, lengths: np.ndarray, panel: Panel, seed: int, number: int) -> np.ndarray:
-    """bool [pairs, annotators]: whether each annotator prefers the first of each pair (0, 1), (0, 2), ... (1, 2), ...
+def worths(scores: np.ndarray, lengths: np.ndarray, panel: Panel, seed: int, number: int) -> np.ndarray:
+    """u [annotators, K] of the completions of prompt `number`. Args: scores, lengths: [K]."""
+    taste = np.random.default_rng([seed, number, 0]).standard_normal((panel.annotators, len(scores)))
+    return scores + panel.length_bias * lengths / 100.0 + panel.disagreement * taste
 
-    Args: scores, lengths: [K] of the completions of prompt `number`.
+
+def votes(worth: np.ndarray, panel: Panel, seed: int, number: int) -> dict[tuple[int, int], np.ndarray]:
+    """Pair (i, j), i < j -> bool [annotators]: whether each prefers i. A pair of equal worth to all is left out.
+
+    Args: worth: u [annotators, K] of the completions of prompt `number`.
     """
-    rng = np.random.default_rng([seed, number])
-    K = len(scores)
-    taste = rng.standard_normal((panel.annotators, K))
-    worth = scores + panel.length_bias * lengths / 100.0 + panel.disagreement * taste
-    first, second = np.array(list(itertools.combinations(range(K), 2))).T
-    probability = preference_probability(worth[:, first] - worth[:, second], panel)
-    return (rng.random(probability.shape) < probability).T
+    found = {}
+    for i, j in itertools.combinations(range(worth.shape[1]), 2):
+        difference = worth[:, i] - worth[:, j]
+        drawn = np.random.default_rng([seed, number, 1, i, j]).random(len(difference))
+        if difference.any():
+            found[i, j] = drawn < preference_probability(difference, panel)
+    return found
 
 
 def check_panel(panel: Panel) -> None:

@@ -50,7 +50,13 @@ def confidence_interval(runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, mean - half_width, mean + half_width
 
 
-def learning_curves(title: str, steps: Sequence[float], runs: Mapping[str, np.ndarray], y_label: str = "return") -> str:
+def learning_curves(
+    title: str,
+    steps: Sequence[float],
+    runs: Mapping[str, np.ndarray],
+    y_label: str = "return",
+    x_label: str = "steps of the environment",
+) -> str:
     """For each method a line: the mean over its seeds, in its 95 % confidence interval. Each seed is a faint line.
 
     Args: steps: [points]. runs: method -> [seeds points].
@@ -76,7 +82,7 @@ def learning_curves(title: str, steps: Sequence[float], runs: Mapping[str, np.nd
         parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>')
         parts.append(text(left - 6, y + 4, f"{lowest + share * y_range:.4g}", "end"))
         parts.append(text(left + width * share, top + height + 16, f"{share * last_step:,.0f}"))
-    parts.append(text(left + width / 2, top + height + 34, f"steps of the environment; {y_label}"))
+    parts.append(text(left + width / 2, top + height + 34, f"{x_label}; {y_label}"))
     for n, (name, values) in enumerate(runs.items()):
         color = COLORS[n % len(COLORS)]
         mean, low, high = confidence_interval(values)

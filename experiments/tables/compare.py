@@ -1,4 +1,4 @@
-r"""Every algorithm on the same task from the same warm-up: docs/results.md.
+r"""Every algorithm on the same task from the same warm-up: docs/results.md, and the curves in docs/results/.
 
     python experiments/tables/compare.py        # runs that are finished are read back, an interrupted one goes on
     python experiments/tables/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
@@ -19,33 +19,24 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
+
 from experiments import arithmetic_grpo
 from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
 from experiments.common.command_line import run as run_command
+from experiments.common.pictures import learning_curves
 from experiments.common.settings import Batches, Optimizer
-from rljax.train.log import log_info, table
+from rljax.train.log import log_info, table, write_atomically
 from rljax.train.provenance import function_source
 
 BATCHES = Batches(prompts=32, num_generations=8, oversample=2, minibatches=2)
 OPTIMIZER = Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's rate: two updates per rollout
 SORTING = arithmetic_grpo.Config(
-    task="sortings", steps=40, batches=BATCHES, optimizer=OPTIMIZER, sft_target=0.25, sft_check_every=1
+    task="sortings", steps=40, batches=BATCHES, optimizer=OPTIMIZER, sft_target=0.25, sft_check_every=1, eval_every=8
 )
 ADDITION = arithmetic_grpo.Config(steps=100, batches=BATCHES, optimizer=OPTIMIZER)
-COMPARED = (
-    "grpo",
-    "dapo",
-    "gspo",
-    "cispo",
-    "sapo",
-    "gdpo",
-    "dr_grpo",
-    "reinforce",
-    "rloo",
-    "remax",
-    "reinforce_pp",
-    "ppo",
-)
+IN_MINIBATCHES = tuple(name for name in ALGORITHMS if name != "trpo")  # trpo takes one step on all rows
+LINES = 5  # in a picture
 EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the page begins with it
 
 
@@ -53,9 +44,9 @@ EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the 
 class Config:
     """Algorithms x seeds on sorting; a few on addition."""
 
-    algorithms: tuple[AlgorithmName, ...] = COMPARED  # on sorting
+    algorithms: tuple[AlgorithmName, ...] = IN_MINIBATCHES  # on sorting
     additions: tuple[AlgorithmName, ...] = ("dapo", "gspo", "rloo")  # on addition
-    seeds: tuple[int, ...] = (0, 1, 2)  # of the runs
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs
     sorting: arithmetic_grpo.Config = SORTING  # what its runs share
     addition: arithmetic_grpo.Config = ADDITION  # what its runs share
     directory: str = "runs/compare"  # of the runs and of results.jsonl
@@ -76,7 +67,7 @@ def main(cfg: Config) -> list[dict]:
             with log.open("a") as file:
                 file.write(json.dumps(result) + "\n")
         results.append(result)
-        Path(cfg.out).write_text(results_page(results))
+        write_page(Path(cfg.out), results)
     columns = ("algorithm", "seed", "steps", "before", "after", "seconds", "git")
     for task in tasks_of(results):
         rows = [{name: result[name] for name in columns} for result in results if result["task"] == task]
@@ -120,12 +111,15 @@ def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
     reached = arithmetic_grpo.main(run)
     seconds = time.monotonic() - start
     recorded = json.loads(Path(run_directory, "config.json").read_text())
+    logged = map(json.loads, Path(run_directory, "metrics.jsonl").read_text().splitlines())
+    curve = [[0, reached["before"]]] + [[m["step"] + 1, m["eval_reward"]] for m in logged if "eval_reward" in m]
     return {
         "task": run.task,
         "algorithm": run.algorithm,
         "seed": run.seed,
         "steps": run.steps,
         **reached,
+        "curve": curve,  # [steps, eval accuracy]
         "git": recorded["git"],
         "jax": recorded["jax"],
         "seconds": seconds,
@@ -135,15 +129,51 @@ def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
 # --------------------------------------------------------------------------------------------------------------- page
 
 
+def write_page(page: Path, results: list[dict]) -> None:
+    """The page, and beside it a folder of its name with the pictures."""
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in tasks_of(results):
+        rows = [result for result in results if result["task"] == task]
+        for name, content in pictures(task, rows).items():
+            write_atomically(folder / name, content)
+    write_atomically(page, results_page(results, folder.name))
+
+
+def pictures(task: str, rows: list[dict]) -> dict[str, str]:
+    """File name -> learning curves of five algorithms, the best first: means over seeds, 95 % intervals."""
+    steps = [step for step, _ in rows[0]["curve"]]
+    names = list(by_median(rows))
+    found = {}
+    for start in range(0, len(names), LINES):
+        runs = {}
+        for name in names[start : start + LINES]:
+            runs[name] = np.array([[y for _, y in row["curve"]] for row in rows if row["algorithm"] == name])
+        title = f"{task}: places {start + 1} to {start + len(runs)}"
+        number = start // LINES + 1
+        found[f"{task}-{number}.svg"] = learning_curves(title, steps, runs, "eval accuracy", "steps")
+    return found
+
+
+def by_median(rows: list[dict]) -> dict[str, float]:
+    """The median of what each algorithm reached, the best first."""
+    names = dict.fromkeys(row["algorithm"] for row in rows)
+    reached = {name: statistics.median(row["after"] for row in rows if row["algorithm"] == name) for name in names}
+    return dict(sorted(reached.items(), key=lambda item: (-item[1], item[0])))
+
+
 def tasks_of(results: list[dict]) -> list[str]:
     return list(dict.fromkeys(result["task"] for result in results))
 
 
-def results_page(results: list[dict]) -> str:
-    """Markdown: a table for each task, algorithms by the median of what they reached."""
+def results_page(results: list[dict], folder: str) -> str:
+    """Markdown: a table for each task, algorithms by the median of what they reached. folder: of the pictures."""
     lines = ["# Results", "", "Written by `python experiments/tables/compare.py`; do not edit.", "", EXPLANATION, ""]
     for task in tasks_of(results):
-        lines += task_section(task, [result for result in results if result["task"] == task])
+        rows = [result for result in results if result["task"] == task]
+        lines += task_section(task, rows)
+        names = pictures(task, rows)
+        lines += [f"![eval accuracy after so many steps]({folder}/{name})" for name in names] + [""]
     jax_of_commit = {result["git"].rstrip("+"): result["jax"] for result in results if result["git"]}
     commits = ", ".join(jax_of_commit)
     versions = ", ".join(dict.fromkeys(jax_of_commit.values()))
@@ -156,9 +186,7 @@ def task_section(task: str, rows: list[dict]) -> list[str]:
     seeds = sorted({row["seed"] for row in rows})
     before_of_seed = {row["seed"]: row["before"] for row in rows}
     before = ", ".join(f"{accuracy:.3f}" for accuracy in before_of_seed.values())
-    names = dict.fromkeys(row["algorithm"] for row in rows)
-    by_algorithm = {name: {row["seed"]: row for row in rows if row["algorithm"] == name} for name in names}
-    median = {name: statistics.median(row["after"] for row in found.values()) for name, found in by_algorithm.items()}
+    median = by_median(rows)
     lines = [
         f"## {task}",
         "",
@@ -167,8 +195,8 @@ def task_section(task: str, rows: list[dict]) -> list[str]:
         "| algorithm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | median | longest run, s |",
         "|---" * (len(seeds) + 3) + "|",
     ]
-    for name in sorted(median, key=lambda name: (-median[name], name)):
-        found = by_algorithm[name]
+    for name in median:
+        found = {row["seed"]: row for row in rows if row["algorithm"] == name}
         cells = [f"{found[seed]['after']:.3f}" if seed in found else "" for seed in seeds]
         longest = max(row["seconds"] for row in found.values())
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {median[name]:.3f} | {longest:.0f} |")

@@ -3,7 +3,7 @@ r"""Can a small reward model tell right solutions of GSM8K from wrong ones bette
     python experiments/tables/gsm8k_reward_model.py --model DIR --data gsm8k_solutions_6b.jsonl
 
 The file holds solutions that language models wrote, labeled right or wrong by its publishers (Cobbe et al.,
-arXiv:2110.14168). A pair is a right and a wrong solution of one question. Five times the questions are split anew: a
+arXiv:2110.14168). A pair is a right and a wrong solution of one question. The questions are split five times: a
 fifth of the pairs is held out, the others teach
 
     length          logistic regression on the difference of lengths
@@ -57,14 +57,14 @@ def main(cfg: Config) -> dict[str, list[float]]:
     file = Path(cfg.directory, "pairs.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, "".join(json.dumps(pair) + "\n" for pair in pairs))
-    held_out = len(pairs) // 5
+    eval_size = len(pairs) // 5
     accuracies = {"length": [], "bag of words": [], "reward model": []}
     for seed in cfg.splits:
-        train, test = ([pairs[i] for i in side] for side in split(pairs, held_out, seed))
+        train, test = ([pairs[i] for i in side] for side in split(pairs, eval_size, seed))
         accuracies["length"].append(accuracy(length(train)(test)))
         accuracies["bag of words"].append(accuracy(bag_of_words(train)(test)))
-        accuracies["reward model"].append(accuracy_of_reward_model(cfg, str(file), held_out, seed))
-    log_info(f"{len(pairs)} pairs, {held_out} of them held out in each of {len(cfg.splits)} splits")
+        accuracies["reward model"].append(accuracy_of_reward_model(cfg, str(file), eval_size, seed))
+    log_info(f"{len(pairs)} pairs, {eval_size} of them held out in each of {len(cfg.splits)} splits")
     table("accuracy on held-out pairs", [summary(name, shares) for name, shares in accuracies.items()])
     return accuracies
 
@@ -94,19 +94,19 @@ def fitting(pairs: Sequence[Pair], model: str) -> list[Pair]:
     return kept
 
 
-def split(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[int], list[int]]:
+def split(pairs: Sequence[Pair], eval_size: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices of the pairs to learn from, and of those held out: the split that reward_model.py makes."""
-    return train_eval_split([pair["prompt"] for pair in pairs], held_out, seed)
+    return train_eval_split([pair["prompt"] for pair in pairs], eval_size, seed)
 
 
-def accuracy_of_reward_model(cfg: Config, file: str, held_out: int, seed: int) -> float:
+def accuracy_of_reward_model(cfg: Config, file: str, eval_size: int, seed: int) -> float:
     """Accuracy on the held-out pairs after training, or as it was when it was trained."""
     directory = Path(cfg.directory, f"split{seed}")
     record = directory / "accuracy.json"
     if not record.is_file():
         settings = reward_model.Config(
             model=cfg.model,
-            data=Data(files=(file,), eval_size=held_out),
+            data=Data(files=(file,), eval_size=eval_size),
             seed=seed,
             steps=cfg.steps,
             batch_size=cfg.batch_size,
