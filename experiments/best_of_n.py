@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import command_line, models, runs, settings
+from experiments.common.records import append_lines, as_lines, judge_prompt, read_lines
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
