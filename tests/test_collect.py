@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from experiments.common.panel import preference_probability, votes, worths
 from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
 from models import tiny
 from rewards import hostile
+from rljax.data.examples import comparison
+from rljax.data.tokenizer import load_tokenizer
 from test_grpo_experiment import RAW, ROWS, write_prompts, write_tokenizer
 
+ROLES = ["user", "assistant", "assistant"]
 VERIFIERS = {"length": hostile.length, "share": hostile.share_of}
 
 
@@ -150,6 +154,22 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
     answers = iter(["1 1 3", "2 1 0"])
     lines = collect.main(scored, VERIFIERS, lambda text: next(answers))
     assert [line["margin"] for line in lines[6:]] == [2, 2, 1, 2, 1]
+
+
+def test_a_chat_is_written_as_messages(cfg, tmp_path):
+    """And read back: the prompt in the template, the completion as the assistant's turn."""
+    shutil.copytree(cfg.model, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role[0] }}-{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}a-{% endif %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    fields = {"model": str(tmp_path / "model"), "out": str(tmp_path / "chat.jsonl"), "data": PromptData(chat=True)}
+    lines = collect.main(dataclasses.replace(cfg, count=2, **fields), VERIFIERS)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    for line in lines:
+        assert [message["role"] for message in (*line["prompt"], *line["chosen"], *line["rejected"])] == ROLES
+        found = comparison(line, tokenizer)
+        assert tokenizer.decode(found.chosen.prompt) == f"u-{line['prompt'][0]['content']}a-"
+        assert tokenizer.decode(found.rejected.completion) == line["rejected"][0]["content"]
 
 
 @pytest.mark.parametrize(
