@@ -17,8 +17,8 @@ The table at the end gives the expected reward of the best of 1, 2, 4 .. n, each
 a bound of its KL to the policy, log n - (n - 1)/n nats a completion (arXiv:2401.01879). An interrupted run goes on with
 the next prompts.
 
-Reached: stories260k, the first command with --sampling.max_tokens 200: expected reward 0.263 0.410 0.565 0.710 0.833 of the
-best of 1 2 4 8 16, standard errors 0.009 to 0.024. None of these stories ends by itself: --keep_cut chooses them.
+Reached: stories260k, the first command with --sampling.max_tokens 200: expected reward 0.263 0.410 0.565 0.710 0.833 of
+the best of 1 2 4 8 16, standard errors 0.009 to 0.024. None of these stories ends by itself: --keep_cut chooses them.
 """
 
 import dataclasses
