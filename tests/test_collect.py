@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import collect
-from experiments.common.feedback import whole_lines, worth_of
+from experiments.common.feedback import report_agreement, whole_lines, worth_of
 from experiments.common.panel import preference_probability, votes, worths
 from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
 from models import tiny
@@ -64,6 +64,16 @@ def test_a_perfect_panel_prefers_the_higher_score_and_votes_depend_on_nothing_el
     noisy = Panel(annotators=9, flip=0.5)
     one, again, other = (votes(np.eye(9), noisy, 0, number)[0, 1].tolist() for number in (7, 7, 8))
     assert one == again != other
+
+
+def test_agreement_is_of_votes_for_a_completion_not_for_the_winner(capsys):
+    """Two annotators who agree on three pairs of four; for the first of a pair they vote 2 and 1 times."""
+    first = [(True, True), (False, False), (False, False), (True, False)]
+    lines = [{"votes": list(votes) if votes[0] else [not v for v in votes], "pair": [0, 1]} for votes in first]
+    lines = [line | {"pair": [0, 1] if votes[0] else [1, 0]} for line, votes in zip(lines, first, strict=True)]
+    report_agreement(lines)
+    # p_o = 3/4, p_e = 1/2 · 1/4 + 1/2 · 3/4 = 1/2
+    assert capsys.readouterr().out == "2 annotators agree on 75.0% of 4 pairs; Cohen's kappa 0.500\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- person
