@@ -17,7 +17,8 @@ number is in the last line. DIRECTORY/samples.jsonl has every completion with it
 numbers. An interrupted run goes on with the next prompts; a completion depends on the seed, not on what is sampled
 beside it.
 
-Reached: not yet run.
+Reached: stories260k, 40 story openings x 4 completions of 40 tokens, animals, --right 0.5: avg@4 0.013 ± 0.017,
+pass@4 0.050 ± 0.068, greedy 0.000.
 """
 
 import dataclasses
