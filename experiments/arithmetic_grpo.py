@@ -78,6 +78,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     own = algorithm
     algorithm = algorithm or ALGORITHMS[cfg.algorithm]()
     train.check_algorithm(algorithm, batches, "" if own else cfg.algorithm)
+    algorithm = train.with_filtered_groups(algorithm, batches)
     run = make_run(cfg, algorithm)
 
     # -- model and data

@@ -13,7 +13,8 @@ teacher, the loss of a token is, by --divergence,
 over the whole vocabulary, at the temperature of sampling. A share --on_policy_fraction of the rows of a step is the
 student's own (GKD's λ, arXiv:2306.13649); the others are the column `completion` of the file.
 
-Reached: not yet run.
+Reached: stories260k as the teacher, as the student a copy whose every array has noise of 0.3 of its deviation, 10 steps
+of 32 completions of 64 tokens: KL to the teacher 313 -> 227 nats a sequence with reverse_kl, 246 with minillm.
 """
 
 import dataclasses

@@ -88,7 +88,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
     train.check_algorithm(algorithm, batches, name)
-    algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
+    algorithm = train.with_filtered_groups(controllers.with_controlled_terms(algorithm, cfg.controllers), batches)
 
     # -- model and data
     tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)

@@ -26,7 +26,7 @@ import jax
 
 from experiments.common import command_line, models, runs, settings, train
 from experiments.common.optimizer import make_optimizer
-from experiments.common.preferences import PAIR_LOSSES, PairLoss
+from experiments.common.preference_methods import PAIR_METHODS, PairLoss
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sample_scored, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
@@ -49,8 +49,8 @@ PROGRESS_METRICS = ("reward", "accuracy", "margin", "kl_sequence", "length", "to
 class Preference:
     """How completions are compared and learned from."""
 
-    loss: PairLoss = "sigmoid"  # of DPO's family, for online_dpo and xpo
-    beta: float = 0.1  # β of the loss; for nash_md τ, the coefficient of the KL to the reference
+    loss: PairLoss = "sigmoid"  # of online_dpo: any that dpo.py has for pairs
+    beta: float | None = None  # β of the loss, τ of nash_md; default: that of the method's paper
     missing_eos_penalty: Rare[float] = 0.0  # taken from the reward of a completion that was cut, for online_dpo
     xpo_alpha: Rare[float] = 1e-5  # coefficient of XPO's bonus
     nash_mixture: Rare[float] = 0.5  # the reference's share of the mixture that nash_md plays against
@@ -165,21 +165,22 @@ def online_dpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
         compared = traj.replace(mask=traj.mask & rewards_differ(traj)[:, None])
         return a.online_pairs(compared, n, cfg.preference.missing_eos_penalty)
 
-    objective = a.dpo(model, PAIR_LOSSES[cfg.preference.loss], cfg.preference.beta)
+    method = PAIR_METHODS[cfg.preference.loss]
+    objective = method.make(model, method.beta if cfg.preference.beta is None else cfg.preference.beta)
     return Method(objective, make_pairs, dataclasses.replace(cfg.batches, num_generations=1), 2)
 
 
 def xpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
     """The policy's completion against the reference's."""
     lm = decoder.language_model(config)
-    loss = PAIR_LOSSES[cfg.preference.loss]
-    objective = a.xpo(model, loss, cfg.preference.beta, cfg.preference.xpo_alpha)
+    beta = 0.1 if cfg.preference.beta is None else cfg.preference.beta
+    objective = a.xpo(model, beta=beta, alpha=cfg.preference.xpo_alpha)
     return Method(objective, jax.jit(a.xpo_pairs), cfg.batches, 2, lambda state: (lm, state.frozen["reference"]))
 
 
 def nash_md(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
     """The policy's completion against the mixture's."""
-    algorithm = a.nash_md(cfg.preference.beta)
+    algorithm = a.nash_md(0.1 if cfg.preference.beta is None else cfg.preference.beta)
     train.check_algorithm(algorithm, cfg.batches, "nash_md")
     mixture = mixtures.geometric_mixture(config, cfg.preference.nash_mixture)
 

@@ -134,6 +134,7 @@ SECTIONS: dict[str, dict[str, Classification]] = {
         "filter_overlong": Classification(*ANY, "which completions were truncated"),
         "distill": Classification(*ANY, "", "KL to teacher in advantages"),
         "dynamic_sampling": Classification(*ANY, OUTCOME),
+        "dynamic_sampling.filter_groups": Classification(*ANY, OUTCOME),
         "reinforce_ada.balanced_subsample": Classification(*ANY, OUTCOME),
     },
     "Wrappers: another policy sampled": {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import collect
-from experiments.common.feedback import whole_lines, worth_of
+from experiments.common.feedback import report_agreement, whole_lines, worth_of
 from experiments.common.panel import preference_probability, votes, worths
 from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
 from models import tiny
 from rewards import hostile
+from rljax.data.examples import comparison
+from rljax.data.tokenizer import load_tokenizer
 from test_grpo_experiment import RAW, ROWS, write_prompts, write_tokenizer
 
+ROLES = ["user", "assistant", "assistant"]
 VERIFIERS = {"length": hostile.length, "share": hostile.share_of}
 
 
@@ -60,6 +64,16 @@ def test_a_perfect_panel_prefers_the_higher_score_and_votes_depend_on_nothing_el
     noisy = Panel(annotators=9, flip=0.5)
     one, again, other = (votes(np.eye(9), noisy, 0, number)[0, 1].tolist() for number in (7, 7, 8))
     assert one == again != other
+
+
+def test_agreement_is_of_votes_for_a_completion_not_for_the_winner(capsys):
+    """Two annotators who agree on three pairs of four; for the first of a pair they vote 2 and 1 times."""
+    first = [(True, True), (False, False), (False, False), (True, False)]
+    lines = [{"votes": list(votes) if votes[0] else [not v for v in votes], "pair": [0, 1]} for votes in first]
+    lines = [line | {"pair": [0, 1] if votes[0] else [1, 0]} for line, votes in zip(lines, first, strict=True)]
+    report_agreement(lines)
+    # p_o = 3/4, p_e = 1/2 · 1/4 + 1/2 · 3/4 = 1/2
+    assert capsys.readouterr().out == "2 annotators agree on 75.0% of 4 pairs; Cohen's kappa 0.500\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- person
@@ -150,6 +164,22 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
     answers = iter(["1 1 3", "2 1 0"])
     lines = collect.main(scored, VERIFIERS, lambda text: next(answers))
     assert [line["margin"] for line in lines[6:]] == [2, 2, 1, 2, 1]
+
+
+def test_a_chat_is_written_as_messages(cfg, tmp_path):
+    """And read back: the prompt in the template, the completion as the assistant's turn."""
+    shutil.copytree(cfg.model, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role[0] }}-{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}a-{% endif %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    fields = {"model": str(tmp_path / "model"), "out": str(tmp_path / "chat.jsonl"), "data": PromptData(chat=True)}
+    lines = collect.main(dataclasses.replace(cfg, count=2, **fields), VERIFIERS)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    for line in lines:
+        assert [message["role"] for message in (*line["prompt"], *line["chosen"], *line["rejected"])] == ROLES
+        found = comparison(line, tokenizer)
+        assert tokenizer.decode(found.chosen.prompt) == f"u-{line['prompt'][0]['content']}a-"
+        assert tokenizer.decode(found.rejected.completion) == line["rejected"][0]["content"]
 
 
 @pytest.mark.parametrize(

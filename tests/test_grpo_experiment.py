@@ -34,7 +34,7 @@ from experiments.tools import export
 from models import tiny
 from rewards import hostile
 from rljax.algorithms import grpo as plain_grpo
-from rljax.algorithms import gspo, real, remax, with_kl
+from rljax.algorithms import gspo, real, remax, rloo, with_kl
 from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
 from rljax.rollouts import self_check
@@ -552,4 +552,10 @@ def test_weight_decay_is_for_matrices():
 def test_a_loss_that_compares_completions_is_not_cut_into_minibatches():
     with pytest.raises(ValueError, match=r"real compares .* minibatches = 2 .*; legal: 1$"):
         check_algorithm(real(), Batches(minibatches=2))
+    for make in (plain_grpo, rloo, gspo):
+        with pytest.raises(ValueError, match=r"compares the completions .* num_generations = 1 .*; legal: 2 or more$"):
+            check_algorithm(make(), Batches(num_generations=1))
+    check_algorithm(remax(), Batches(num_generations=1))
+    with pytest.raises(ValueError, match=r"remax learns from every completion: filter_groups .*; legal: without it"):
+        check_algorithm(remax(), Batches(filter_groups=True), "remax")
     check_algorithm(real(), Batches(epochs=2))

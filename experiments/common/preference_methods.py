@@ -83,3 +83,5 @@ METHODS = {
     "apo_zero_unpaired": of_pairs(algorithms.kto, 0.1, rows="judgments"),
     "bco": of_pairs(algorithms.bco, 0.1, rows="judgments"),
 }
+PAIR_METHODS = {name: method for name, method in METHODS.items() if method.rows == "pairs"}
+PairLoss = Literal[tuple(PAIR_METHODS)]

@@ -44,7 +44,8 @@ def read_rows(settings: Data, method: Method, tokenizer: Tokenizer, context: int
     sides = [[row for rows in side for row in rows] for side in found]
     if method.mismatched:
         prompt_tokens, max_tokens = offline.widths(row.completions[0] for side in sides for row in side)
-        sides = [_with_mismatched(side, prompt_tokens + max_tokens) for side in sides]
+        both = _with_mismatched([*sides[0], *sides[1]], prompt_tokens + max_tokens)
+        sides = [both[: len(sides[0])], both[len(sides[0]) :]]
     return Examples(*sides)
 
 

@@ -20,6 +20,7 @@ class Batches:
     prompts: int = 32  # prompts per step
     num_generations: int = 8  # completions per prompt: the group, G
     oversample: int = 1  # prompts sampled for each one kept; groups whose rewards differ are kept first
+    filter_groups: Rare[bool] = False  # groups of equal rewards count in no divisor and have no KL term
     carry_over: Rare[int] = 0  # prompts whose unfinished completions continue in the next step; 0: none
     epochs: int = 1  # passes over the rows of a step
     minibatches: int = 1  # number of optimizer updates in a pass, each on its share of the rows

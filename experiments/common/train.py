@@ -13,7 +13,7 @@ from experiments.common import micro_batches
 from experiments.common.settings import Batches
 from rljax.algorithms import truncate_is
 from rljax.algorithms.common.wrappers import with_needs
-from rljax.algorithms.dynamic_sampling import dynamic_sampling
+from rljax.algorithms.dynamic_sampling import dynamic_sampling, filter_groups
 from rljax.data.prompts import Prompts
 from rljax.models import policy
 from rljax.models.decoder import DecoderConfig
@@ -56,7 +56,7 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool 
 
 def check_whole_groups(batches: Batches) -> None:
     """Raise ValueError for settings of rollouts that a recipe does not have which learns from all rows of each step."""
-    for name, legal in (("oversample", 1), ("carry_over", 0), ("max_tokens_per_device", 0)):
+    for name, legal in (("oversample", 1), ("filter_groups", False), ("carry_over", 0), ("max_tokens_per_device", 0)):
         value = getattr(batches, name)
         if value != legal:
             raise ValueError(f"{name} = {value}, but this recipe learns from all completions of a step; legal: {legal}")
@@ -78,9 +78,21 @@ def check_algorithm(algorithm: Algorithm, batches: Batches, name: str = "") -> N
     if algorithm.whole_groups and batches.minibatches != 1:
         sizes = f"minibatches = {batches.minibatches}"
         raise ValueError(f"{name} compares the completions of a prompt in its loss: {sizes} separate them; legal: 1")
+    if algorithm.group_signal is not None and batches.num_generations == 1:
+        sizes = "num_generations = 1"
+        raise ValueError(
+            f"{name} compares the completions of a prompt: {sizes} leaves it no baseline; legal: 2 or more"
+        )
+    if algorithm.group_signal is None and batches.filter_groups:
+        raise ValueError(f"{name} learns from every completion: filter_groups would leave some out; legal: without it")
     if algorithm.group_signal is None and batches.oversample != 1:
         sizes = f"oversample = {batches.oversample}"
         raise ValueError(f"{name} learns from every completion: {sizes} would select prompts by outcome; legal: 1")
+
+
+def with_filtered_groups(algorithm: Algorithm, batches: Batches) -> Algorithm:
+    """The algorithm that leaves out groups without a signal, where the settings say so."""
+    return filter_groups(algorithm) if batches.filter_groups else algorithm
 
 
 def make_keep(algorithm: Algorithm, batches: Batches) -> Callable[[Trajectory], Trajectory]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from rljax.data.files import Table
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.function_path import function_name
-from rljax.rewards.number import exact_number
+from rljax.rewards.number import exact_number, final_number, last_box
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import LEGAL, RewardError, columns_taken, read_signature
 from rljax.rewards.symbolic import equal_math
@@ -18,6 +18,8 @@ VERIFIERS = {
     "text": exact_text,
     "think": think_then_answer,
 }
+# What a majority is taken of. Of mathematics it is the text in the last box: 1/2 and 0.5 are two answers there.
+FINAL_ANSWERS = {exact_number: final_number, exact_text: str.strip, equal_math: last_box}
 TRIED = 64  # rows on which a verifier of somebody else's is tried: it may be slow
 
 
@@ -58,3 +60,8 @@ def _that_take(table: Table, rows: list[int], columns: list[str], pool: Pool) ->
     calls = [(other, [_empty_call(other, table, i) for i in rows]) for other in others.values()]
     judged = zip(others, pool.map_each(calls), strict=True) if columns else ()
     return [name for name, results in judged if all(result.status != "error" for result in results)]
+
+
+def find_final_answer(verifiers: Mapping[str, Callable]) -> Callable[[str], object] | None:
+    """completion -> its final answer, or None where it has none, as the first verifier that knows of one reads it."""
+    return next((FINAL_ANSWERS[verifier] for verifier in verifiers.values() if verifier in FINAL_ANSWERS), None)

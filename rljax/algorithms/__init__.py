@@ -46,6 +46,7 @@ from rljax.algorithms.dqn import dqn as dqn
 from rljax.algorithms.dr_grpo import dr_grpo as dr_grpo
 from rljax.algorithms.dro import dro as dro
 from rljax.algorithms.dynamic_sampling import dynamic_sampling as dynamic_sampling
+from rljax.algorithms.dynamic_sampling import filter_groups as filter_groups
 from rljax.algorithms.fipo import fipo as fipo
 from rljax.algorithms.gdpo import gdpo as gdpo
 from rljax.algorithms.gkd import gkd as gkd

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rljax.algorithms.common.credit import rewards_differ
-from rljax.types import SignalFn, Trajectory
+from rljax.types import Algorithm, SignalFn, Trajectory
 
 
 def dynamic_sampling(traj: Trajectory, rows: int, group_signal: SignalFn = rewards_differ) -> Trajectory:
@@ -25,3 +25,21 @@ def dynamic_sampling(traj: Trajectory, rows: int, group_signal: SignalFn = rewar
     """
     kept = jnp.lexsort((traj.group, ~group_signal(traj)))[:rows]
     return jax.tree.map(lambda x: x[kept], traj)
+
+
+def filter_groups(algorithm: Algorithm) -> Algorithm:
+    """Takes groups without a signal out of the batch: out of every sum, of its divisors, and of the KL term.
+
+    Without it such groups have advantage 0 and still count in the divisors, as in TRL and verl. The update is that of
+    the other groups alone (but GDPO's, which normalizes advantages over the batch). Apply it after all other wrappers:
+    the rewards are then those of the verifiers. Raises ValueError for a method that learns from every completion.
+    """
+    signal = algorithm.group_signal
+    if signal is None:
+        raise ValueError("filter_groups wants a method that compares completions of a prompt; this one learns from all")
+
+    def credit(traj, coefficients):
+        batch = algorithm.credit(traj, coefficients)
+        return batch.replace(mask=batch.mask & signal(traj)[:, None])
+
+    return algorithm._replace(credit=credit)

@@ -1,9 +1,9 @@
-"""pass@k: the probability that k completions of a prompt contain a correct one (arXiv:2107.03374, eq. 1)."""
+"""pass@k: the probability that k completions of a prompt contain a correct one (arXiv:2107.03374, eq. 1); maj@k."""
 
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Counts = int | Int[Array, "*P"] | Float[Array, "*P"]
 
@@ -41,3 +41,26 @@ def best_of_n_kl(n: int) -> float:
     and no two rewards; in general an upper bound (arXiv:2401.01879).
     """
     return math.log(n) - (n - 1) / n
+
+
+def majority_at_k(answers: Int[Array, "P n"], correct: Bool[Array, "P n"], k: int) -> Float[Array, " P"]:
+    """maj@k: how often the answer that most of k completions give is correct (self-consistency, arXiv:2203.11171).
+
+    The mean over the n // k blocks of k consecutive completions. Of answers that are equally frequent one is
+    drawn: their mean counts. A block without an answer is wrong.
+
+    Args:
+      answers: an id for each different answer of a prompt, -1 for none. Raises ValueError for k below 1 or above n.
+    """
+    P, n = answers.shape
+    if not 1 <= k <= n:
+        raise ValueError(f"the majority of {k} of {n} completions; legal: 1 to {n}")
+    blocks = n // k
+    answer = answers[:, : blocks * k].reshape(P, blocks, k)
+    right = correct[:, : blocks * k].reshape(P, blocks, k)
+    equal = (answer[..., :, None] == answer[..., None, :]) & (answer >= 0)[..., None]
+    votes = equal.sum(axis=-1)  # of each completion's answer
+    is_most = (votes > 0) & (votes == votes.max(axis=-1, keepdims=True))
+    share = jnp.where(is_most, 1.0 / jnp.maximum(votes, 1), 0.0)  # an answer's completions make 1 together
+    won = (share * right).sum(axis=-1) / jnp.maximum(share.sum(axis=-1), 1.0)
+    return won.mean(axis=-1)

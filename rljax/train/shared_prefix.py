@@ -53,6 +53,8 @@ def make_shared_prefix_update(
 @partial(jax.jit, static_argnames=("columns", "group_size"))
 def is_prefix_shared(traj: Trajectory, columns: int, group_size: int) -> Array:
     """Whether the first `columns` of each `group_size` neighboring rows are the same, and hold no decision. bool []"""
+    if traj.inputs.shape[1] <= columns:  # rows of shorter prompts, as an evaluation may have
+        return jnp.array(False)
     same = ~traj.mask[:, :columns].any()
     for field in (traj.inputs, traj.positions, traj.segments):
         by_group = field[:, :columns].reshape(-1, group_size, columns)

@@ -2,12 +2,14 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rljax.algorithms import (
     clip_reward,
+    dapo,
     filter_overlong,
     gdpo,
     grpo,
@@ -26,7 +28,7 @@ from rljax.algorithms import (
 )
 from rljax.algorithms.common.corrections import staleness_filter
 from rljax.algorithms.common.credit import outcome_rewards
-from rljax.algorithms.dynamic_sampling import dynamic_sampling
+from rljax.algorithms.dynamic_sampling import dynamic_sampling, filter_groups
 from rljax.algorithms.reinforce import group_mean_baseline, leave_one_out_baseline, no_baseline
 from rljax.algorithms.reinforce_ada import balanced_subsample
 from rljax.ops import kl
@@ -284,3 +286,35 @@ def test_process_grpo_loses_no_reward_on_a_token_that_ends_no_step():
     z = (steps - steps.mean()) / (steps.std(ddof=1) + 1e-6)
     want = np.repeat(z[:, ::-1].cumsum(axis=1)[:, ::-1], 2, axis=1)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [grpo, dapo, rloo])
+def test_without_groups_of_no_signal_the_update_is_that_of_the_others(make):
+    """Their divisors and KL terms too: as if these rows had never been sampled."""
+    traj = rollout()
+    group = jnp.asarray(traj.group)
+    flat = jnp.where((group == group[0])[:, None], 0.0, traj.rewards)  # all rows of one group have reward 0
+    scores = jnp.where((group == group[0])[:, None], 0.0, traj.scores)
+    traj = traj.replace(rewards=flat, scores=scores)
+    algorithm = with_kl(make(), 0.3)
+    with_signal = np.flatnonzero(np.asarray(algorithm.group_signal(traj)))
+    assert 0 < len(with_signal) < len(group)
+    others = jax.tree.map(lambda x: x[with_signal], traj)
+    params = table_params()
+    want, _ = learn(algorithm, algorithm.credit(others, {}), params)
+    got, _ = learn(filter_groups(algorithm), filter_groups(algorithm).credit(traj, {}), params)
+    agree(got, want)
+    usual, _ = learn(algorithm, algorithm.credit(traj, {}), params)
+    differences = jax.tree.map(lambda x, y: np.abs(x - y).max(), usual, got)
+    assert max(jax.tree.leaves(differences)) > 1e-3
+
+
+def test_a_batch_of_groups_without_signal_teaches_nothing_when_they_are_filtered():
+    traj = rollout()
+    traj = traj.replace(rewards=jnp.zeros_like(traj.rewards))
+    algorithm = filter_groups(with_kl(grpo(), 0.3))
+    gradient, metrics = learn(algorithm, algorithm.credit(traj, {}), table_params())
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    assert metrics["loss"] == 0
+    with pytest.raises(ValueError, match="filter_groups wants a method that compares completions of a prompt"):
+        filter_groups(ppo())

@@ -114,6 +114,7 @@ LISTED = {
     "grpo + normalized is": a.normalized_is(a.grpo(), token_mean),
     "grpo + normalized is by sequence": a.normalized_is(a.grpo(), seq_mean_token_mean, level=sequence_product),
     "grpo + reject": a.reject(a.grpo(), high=0.6, level=sequences.sequence_max),
+    "grpo + filter groups": a.filter_groups(a.grpo()),
     "grpo + staleness filter": of_version(a.staleness_filter(a.grpo(), 1), 3),
     "grpo + off-policy sequence mask": a.off_policy_sequence_mask(a.grpo(), 0.0),
     "dapo + high entropy mask": a.high_entropy_mask(a.dapo(), 0.5),

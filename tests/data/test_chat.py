@@ -1,6 +1,8 @@
 """Conversations as token ids and masks, against what TRL 1.16 trains on under five chat templates."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -64,6 +66,18 @@ def test_the_ids_and_masks_that_trl_trains_on(name, case, shared):
     if name != "qwen3" or case != "two_turns":  # a prompt of Qwen3's leaves out earlier thoughts
         prompt = tokenizer.encode_more(recording["prompt_with_generation_prompt"])
         assert prompt_ids(row, tokenizer) == prompt == recording["ids"][:start]
+
+
+def test_the_page_names_each_difference():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = dict(re.findall(r"^\| (Llama 3|Gemma|Phi-3|Qwen2\.5|Qwen3) \| (.*) \|$", page, flags=re.MULTILINE))
+    names = {"Llama 3": "llama3", "Gemma": "gemma", "Phi-3": "phi3", "Qwen2.5": "qwen2_5", "Qwen3": "qwen3"}
+    assert {names[row] for row in rows} == set(NOT_DRAWN)
+    for row, text in rows.items():
+        before, after, at_end = NOT_DRAWN[names[row]]
+        assert ("before each answer" in text) == bool(before)
+        assert ("after each" in text) == bool(after)
+        assert ("after the last" in text) == (at_end != after)
 
 
 # ----------------------------------------------------------------------------------------------- templates of all kinds

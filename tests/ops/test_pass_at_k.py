@@ -1,12 +1,13 @@
 """pass@k and the reward of the best of k against all subsets; the KL of best-of-n against a sum over its outcomes."""
 
+from collections import Counter
 from itertools import combinations
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops.pass_at_k import best_of_n_kl, expected_best, pass_at_k
+from rljax.ops.pass_at_k import best_of_n_kl, expected_best, majority_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -49,3 +50,25 @@ def test_the_kl_of_best_of_n_is_reached_where_all_outcomes_are_rare(n):
 
     assert exact(4) <= best_of_n_kl(n) + 1e-12
     assert exact(100_000) == pytest.approx(best_of_n_kl(n), abs=1e-4)
+
+
+def test_the_majority_is_what_a_count_of_votes_says():
+    """The most frequent answers of each block by a Counter; equally frequent ones share."""
+    rng = np.random.default_rng(0)
+    answers = rng.integers(-1, 3, (20, 7))
+    right_answer = rng.integers(0, 3, 20)
+    correct = answers == right_answer[:, None]
+    for k in range(1, 8):
+        want = []
+        for row, right in zip(answers.tolist(), right_answer, strict=True):
+            shares = []
+            for start in range(0, 7 // k * k, k):
+                votes = Counter(answer for answer in row[start : start + k] if answer >= 0)
+                most = [answer for answer, count in votes.items() if count == max(votes.values())]
+                shares.append(most.count(right) / len(most) if most else 0.0)
+            want.append(np.mean(shares))
+        found = majority_at_k(jnp.asarray(answers), jnp.asarray(correct), k)
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-7)
+    for k in (0, 8):
+        with pytest.raises(ValueError, match=f"the majority of {k} of 7 completions; legal: 1 to 7"):
+            majority_at_k(jnp.asarray(answers), jnp.asarray(correct), k)

@@ -114,6 +114,9 @@ def test_rows_that_do_not_share_are_updated_as_they_are(change):
     algorithm = ALGORITHMS["grpo"]
     batch = after_a_prompt(credited(algorithm, rollout()), 2)
     assert is_prefix_shared(batch.traj, COLUMNS, 2)
+    width = batch.traj.inputs.shape[1]  # rows no wider than the prompt would be: an evaluation's, of shorter prompts
+    assert not is_prefix_shared(batch.traj, width, 2)
+    assert not is_prefix_shared(batch.traj, width + 1, 2)
     batch = batch.replace(traj=change(batch.traj))
     assert not is_prefix_shared(batch.traj, COLUMNS, 2)
     seen = []

@@ -1,0 +1,63 @@
+"""rlhf.py: the data between its stages, and on a tiny model that each stage takes what the last one left."""
+
+import dataclasses
+
+import pytest
+
+from experiments import rlhf
+from models import tiny
+from rljax.models import hf
+from test_grpo_experiment import RAW, write_prompts, write_tokenizer
+
+JUDGED = [
+    {"number": 0, "prompt": "a", "completions": [" b. c! d? e.", " b.", ' "b." c. "d!" e'], "rewards": [0.0, 1.0, 1.0]},
+    {"number": 1, "prompt": "b", "completions": [" x. y. z."], "rewards": [0.5]},
+]
+
+
+def test_a_demonstration_is_the_first_sentences():
+    assert rlhf.first_sentences(JUDGED, 3) == [
+        {"prompt": "a", "completion": " b. c! d?"},
+        {"prompt": "a", "completion": ' "b." c. "d!"'},
+        {"prompt": "b", "completion": " x. y. z."},
+    ]
+
+
+def test_equal_completions_are_no_comparison():
+    worse = JUDGED[0]["completions"][0]
+    rows = rlhf.comparisons(JUDGED, most=5, seed=0)
+    assert sorted(row.pop("chosen") for row in rows) == sorted(JUDGED[0]["completions"][1:])
+    assert rows == [{"prompt": "a", "rejected": worse}] * 2
+    assert len(rlhf.comparisons(JUDGED, most=1, seed=0)) == 1
+
+
+def test_nothing_to_write_is_one_error(tmp_path):
+    with pytest.raises(ValueError, match="no row to write; legal: other prompts"):
+        rlhf.write_rows(tmp_path / "rows.jsonl", [])
+
+
+def test_each_stage_takes_what_the_last_one_left(tmp_path, monkeypatch):
+    """The model writes single letters: sentences and animals are made up here."""
+    write_tokenizer(tiny.write(tmp_path / "model", RAW, tiny.tensors_of(RAW)))
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "once upon a"[: 3 + i]} for i in range(8)])
+    monkeypatch.setattr(rlhf, "SENTENCE", rlhf.re.compile(r"[a-z]"))
+    cfg = rlhf.Config(
+        model=str(tmp_path / "model"), prompts=prompts, eval_prompts=4, eval_samples=8, sentences=2, n=4, compared=4
+    )
+    cfg = dataclasses.replace(cfg, max_tokens=8, batch_size=32, sft_steps=1, reward_steps=1, steps=1)
+    cfg = dataclasses.replace(cfg, rule="think", directory=str(tmp_path / "road"))
+    monkeypatch.setattr(rlhf, "comparisons", lambda judged, most, seed: [two_of(record) for record in judged])
+    found = rlhf.main(cfg)
+    assert found["after"]["kl"] != 0
+    for stage in ("sft", "reward_model", "ppo"):
+        assert (tmp_path / "road" / stage / "model" / "config.json").is_file()
+    assert hf.load_score_head(tmp_path / "road" / "reward_model" / "model").any()
+    openings = (tmp_path / "road" / "openings.jsonl").read_text().splitlines()
+    assert len(openings) == 4
+    again = rlhf.main(dataclasses.replace(cfg, algorithm="rloo"))  # from the stages that are there
+    assert again["before"] == found["before"]
+
+
+def two_of(record: dict) -> dict:
+    first, second, *_ = record["completions"]
+    return {"prompt": record["prompt"], "chosen": first, "rejected": second}
