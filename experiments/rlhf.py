@@ -11,7 +11,8 @@ writes and a rule, so that the whole road can be walked with any small model tha
     comparisons/    completions of the fine-tuned model; of two of an opening the one is preferred that names more
                     different animals (--rule), and equal ones are no comparison
     reward_model/   reward_model.py on these comparisons
-    ppo/            ppo.py from the fine-tuned model against the reward model, or grpo.py with --algorithm
+    ppo/            ppo.py from the fine-tuned model against the reward model; with --algorithm grpo.py, or dpo.py on the
+                    comparisons themselves
 
 Half of the openings are held out from every stage; the last line is the reward of 256 stories that begin with these.
 
@@ -28,8 +29,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from experiments import best_of_n, grpo, ppo, reward_model, sft
-from experiments.common import command_line
+from experiments import best_of_n, dpo, grpo, ppo, reward_model, sft
+from experiments.common import command_line, runs
+from experiments.common.judging import judge_model
 from experiments.common.settings import Batches, Data, Optimizer, Sampling
 from rljax.data.files import read_table
 from rljax.data.prompts import train_eval_split
@@ -58,8 +60,9 @@ class Config:
     batch_size: int = 64  # demonstrations, comparisons or completions per step
     sft_steps: int = 60  # updates of the supervised fine-tuning
     reward_steps: int = 80  # updates of the reward model
-    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"  # of the last stage
+    algorithm: Literal["ppo", "rloo", "grpo", "dpo"] = "ppo"  # of the last stage
     steps: int = 20  # steps of the last stage
+    dpo_steps: int = 60  # updates of the last stage, if that is dpo
     seed: int = 0  # of everything
     directory: str = ""  # of all stages; default runs/rlhf/MODEL-seedSEED
 
@@ -82,8 +85,11 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     files = write_rows(root / "preferences.jsonl", preferences)
     learn_rewards(cfg, tuned, files, root / "reward_model")
 
-    log_info(f"== {cfg.algorithm} against the reward model")
-    return reinforce(cfg, tuned, str(root / "reward_model" / "model"), root / cfg.algorithm)
+    log_info(f"== {cfg.algorithm}")
+    judge = str(root / "reward_model" / "model")
+    if cfg.algorithm == "dpo":
+        return learn_from_comparisons(cfg, tuned, files, judge, root / "dpo")
+    return reinforce(cfg, tuned, judge, root / cfg.algorithm)
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -121,9 +127,19 @@ def offline(cfg: Config, directory: Path) -> dict:
     return dict(batch_size=cfg.batch_size, optimizer=optimizer, seed=cfg.seed, directory=str(directory))
 
 
-def reinforce(cfg: Config, model: str, judge: str, directory: Path) -> dict[str, dict[str, float]]:
-    """The fine-tuned model against the reward model; the rule is recorded beside it, with weight 0."""
-    shared = dict(
+def learn_from_comparisons(
+    cfg: Config, model: str, preferences: str, judge: str, directory: Path
+) -> dict[str, dict[str, float]]:
+    """DPO on the comparisons, from the fine-tuned model; judged like the methods that learn from the reward model."""
+    settings = offline(cfg, directory) | dict(optimizer=Optimizer(learning_rate=3e-4, schedule="cosine"))
+    dpo.main(dpo.Config(model, Data(files=(preferences,)), steps=cfg.dpo_steps, **settings))
+    sampled = grpo.Config(**online(cfg, model, judge, directory))
+    return runs.summarize(judge_model(sampled, model), judge_model(sampled, str(directory / "model")))
+
+
+def online(cfg: Config, model: str, judge: str, directory: Path) -> dict:
+    """Settings that the stages share whose completions the reward model judges; the rule is recorded, with weight 0."""
+    return dict(
         model=model,
         prompts=cfg.prompts,
         rewards=(judge, f"{cfg.rule}=0"),
@@ -135,6 +151,11 @@ def reinforce(cfg: Config, model: str, judge: str, directory: Path) -> dict[str,
         seed=cfg.seed,
         directory=str(directory),
     )
+
+
+def reinforce(cfg: Config, model: str, judge: str, directory: Path) -> dict[str, dict[str, float]]:
+    """The fine-tuned model against the reward model."""
+    shared = online(cfg, model, judge, directory)
     if cfg.algorithm == "ppo":
         batches = Batches(prompts=cfg.batch_size, num_generations=1, epochs=2, minibatches=2)
         critic = dict(critic="separate", critic_model=judge, ppo=ppo.Ppo(kl_coef=KL_COEF["ppo"]))

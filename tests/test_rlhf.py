@@ -56,6 +56,10 @@ def test_each_stage_takes_what_the_last_one_left(tmp_path, monkeypatch):
     assert len(openings) == 4
     again = rlhf.main(dataclasses.replace(cfg, algorithm="rloo"))  # from the stages that are there
     assert again["before"] == found["before"]
+    compared = rlhf.main(dataclasses.replace(cfg, algorithm="dpo", dpo_steps=1))
+    for name in ("reward", "error"):  # the same completions, judged in another program
+        assert compared["before"][name] == pytest.approx(found["before"][name], abs=1e-5)
+    assert compared["before"]["kl"] == pytest.approx(0, abs=1e-5) != compared["after"]["kl"]
 
 
 def two_of(record: dict) -> dict:
