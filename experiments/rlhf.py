@@ -11,8 +11,8 @@ writes and a rule, so that the whole road can be walked with any small model tha
     comparisons/    completions of the fine-tuned model; of two of an opening the one is preferred that names more
                     different animals (--rule), and equal ones are no comparison
     reward_model/   reward_model.py on these comparisons
-    ppo/            ppo.py from the fine-tuned model against the reward model; with --algorithm grpo.py, or dpo.py on the
-                    comparisons themselves
+    ppo/            ppo.py from the fine-tuned model against the reward model; with --algorithm grpo.py, or dpo.py on
+                    the comparisons themselves
 
 Half of the openings are held out from every stage; the last line is the reward of 256 stories that begin with these.
 
@@ -131,7 +131,7 @@ def learn_from_comparisons(
     cfg: Config, model: str, preferences: str, judge: str, directory: Path
 ) -> dict[str, dict[str, float]]:
     """DPO on the comparisons, from the fine-tuned model; judged like the methods that learn from the reward model."""
-    settings = offline(cfg, directory) | dict(optimizer=Optimizer(learning_rate=3e-4, schedule="cosine"))
+    settings = offline(cfg, directory) | dict(optimizer=Optimizer(learning_rate=1e-4, schedule="cosine"))
     dpo.main(dpo.Config(model, Data(files=(preferences,)), steps=cfg.dpo_steps, **settings))
     sampled = grpo.Config(**online(cfg, model, judge, directory))
     return runs.summarize(judge_model(sampled, model), judge_model(sampled, str(directory / "model")))
