@@ -3,10 +3,10 @@ r"""How much reward for how much KL: PPO, RLOO, GRPO and DPO from one fine-tuned
     python experiments/tables/rlhf_frontier.py --model DIR        # runs that are finished are read back: docs/rlhf.md
 
 For each seed rlhf.py walks the road once to a fine-tuned model and a reward model, then each method goes on from there:
-PPO, RLOO and GRPO against the reward model, DPO on the comparisons that it was trained on. Reward and KL to the fine-tuned
-model are means over 256 stories that begin with openings held out from every stage; the lines of the picture are the
-training steps on the way, means over a step's stories. Nothing is tuned to make methods equal: each has the coefficient of
-the KL that rlhf.py gives it.
+PPO, RLOO and GRPO against the reward model, DPO on the comparisons that it was trained on. Reward and KL to the
+fine-tuned model are means over 256 stories that begin with openings held out from every stage; the lines of the picture
+are the training steps on the way, means over a step's stories. Nothing is tuned to make methods equal: each has the
+coefficient of the KL that rlhf.py gives it.
 
 Reached: docs/rlhf.md.
 """
