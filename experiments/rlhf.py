@@ -70,26 +70,29 @@ class Config:
 def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Walk the road; return the reward and the KL to the fine-tuned model before and after the last stage."""
     root = Path(cfg.directory or f"runs/rlhf/{Path(cfg.model).resolve().name}-seed{cfg.seed}")
-    openings = write_rows(root / "openings.jsonl", openings_to_train_on(cfg))
-
-    log_info("== demonstrations and supervised fine-tuning")
-    write_completions(cfg, cfg.model, openings, cfg.n, root / "pretrained")
-    demonstrations = first_sentences(read_judged(root / "pretrained"), cfg.sentences)
-    files = write_rows(root / "demonstrations.jsonl", demonstrations)
-    fine_tune(cfg, files, root / "sft")
-
-    log_info("== comparisons and reward model")
-    tuned = str(root / "sft" / "model")
-    write_completions(cfg, tuned, openings, cfg.compared, root / "comparisons")
-    preferences = comparisons(read_judged(root / "comparisons"), cfg.comparisons, cfg.seed)
-    files = write_rows(root / "preferences.jsonl", preferences)
-    learn_rewards(cfg, tuned, files, root / "reward_model")
-
+    tuned, preferences = compare_completions(cfg, root)
+    log_info("== reward model")
+    learn_rewards(cfg, tuned, preferences, root / "reward_model")
     log_info(f"== {cfg.algorithm}")
     judge = str(root / "reward_model" / "model")
     if cfg.algorithm == "dpo":
-        return learn_from_comparisons(cfg, tuned, files, judge, root / "dpo")
+        return learn_from_comparisons(cfg, tuned, preferences, judge, root / "dpo")
     return reinforce(cfg, tuned, judge, root / cfg.algorithm)
+
+
+def compare_completions(cfg: Config, root: Path) -> tuple[str, str]:
+    """The stages before the reward model; the directory of the fine-tuned model, and the file of comparisons."""
+    openings = write_rows(root / "openings.jsonl", openings_to_train_on(cfg))
+    log_info("== demonstrations and supervised fine-tuning")
+    write_completions(cfg, cfg.model, openings, cfg.n, root / "pretrained")
+    demonstrations = first_sentences(read_judged(root / "pretrained"), cfg.sentences)
+    fine_tune(cfg, write_rows(root / "demonstrations.jsonl", demonstrations), root / "sft")
+
+    log_info("== comparisons")
+    tuned = str(root / "sft" / "model")
+    write_completions(cfg, tuned, openings, cfg.compared, root / "comparisons")
+    preferences = comparisons(read_judged(root / "comparisons"), cfg.comparisons, cfg.seed)
+    return tuned, write_rows(root / "preferences.jsonl", preferences)
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -115,10 +118,10 @@ def fine_tune(cfg: Config, demonstrations: str, directory: Path) -> None:
     sft.main(sft.Config(cfg.model, data, steps=cfg.sft_steps, **offline(cfg, directory)))
 
 
-def learn_rewards(cfg: Config, model: str, preferences: str, directory: Path) -> None:
-    """A reward model, which begins as the fine-tuned model."""
+def learn_rewards(cfg: Config, model: str, preferences: str, directory: Path) -> dict[str, dict[str, float]]:
+    """A reward model, which begins as the fine-tuned model; its accuracy before and after."""
     data = Data(files=(preferences,))
-    reward_model.main(reward_model.Config(model, data, steps=cfg.reward_steps, **offline(cfg, directory)))
+    return reward_model.main(reward_model.Config(model, data, steps=cfg.reward_steps, **offline(cfg, directory)))
 
 
 def offline(cfg: Config, directory: Path) -> dict:
