@@ -42,7 +42,7 @@ from experiments.common.panel import check_panel, votes, worths
 from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.rows import make_shape
 from experiments.common.sampling import make_sampling
-from experiments.common.settings import MeshShape, Panel, PromptData, Rare, Reward, Sampling
+from experiments.common.settings import MeshShape, Panel, Rare, Reward, Rows, Sampling
 from experiments.common.verifiers import VERIFIERS
 from rljax.data.examples import before_last_turn
 from rljax.data.prompts import Prompts
@@ -64,7 +64,7 @@ class Config:
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt
     out: str  # jsonl file of preferences, to write or to go on with
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
-    data: PromptData = PromptData()
+    data: Rows = Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     count: int = 0  # prompts to collect for; 0: all
     n: int = 2  # completions per prompt; every two of them are compared

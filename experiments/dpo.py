@@ -104,8 +104,9 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
         if method.reference:
             annotate = policy.make_annotate(model, ("old_logp",))
             rows = with_reference(rows, annotate, state, widths, cfg.batch_size // pieces, shardings)
-        eval_rows = offline.filled(rows.eval, cfg.batch_size // pieces, empty_row(rows.eval[0]))
-        evaluate = offline.make_evaluate(objective, list(map(collate, eval_rows)), eval_metrics(method), shardings)
+        eval_rows = offline.filled(rows.eval, cfg.batch_size, empty_row(rows.eval[0]))
+        eval_batches = list(map(collate, eval_rows))
+        evaluate = offline.make_evaluate(objective, eval_batches, eval_metrics(method), pieces, shardings)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

@@ -33,7 +33,7 @@ from experiments.common import command_line, models, runs
 from experiments.common.records import append_lines, judge_prompt, read_lines
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
-from experiments.common.settings import MeshShape, PromptData, Rare, Reward, Sampling, Weights
+from experiments.common.settings import MeshShape, Rare, Reward, Rows, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS, find_final_answer
 from rljax.models import decoder
 from rljax.ops.pass_at_k import majority_at_k, pass_at_k
@@ -51,7 +51,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str  # jsonl file; each line an object, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
-    data: PromptData = PromptData()
+    data: Rows = Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()

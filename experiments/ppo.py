@@ -63,7 +63,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
-    data: settings.Rows = settings.PromptData()
+    data: settings.Rows = settings.Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
     rewards: tuple[str, ...] = ("number",)  # NAME or NAME=WEIGHT each; see docs/rewards.md
     reward: Reward = Reward()

@@ -79,9 +79,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     objective = process_reward_model(heads.make_process_reward_model(config))
     pieces = offline.choose_micro_batches(config, cfg.batch_size, cfg.micro_batches, 1, width, shardings)
     update = make_update(objective, optimizer, pieces, shardings)
-    eval_rows = offline.filled(rows.eval, cfg.batch_size // pieces, Steps(EMPTY, [], []))
+    eval_rows = offline.filled(rows.eval, cfg.batch_size, Steps(EMPTY, [], []))
     eval_batches = [collate_steps(part, width) for part in eval_rows]
-    evaluate = offline.make_evaluate(objective, eval_batches, ("accuracy",), shardings)
+    evaluate = offline.make_evaluate(objective, eval_batches, ("accuracy",), pieces, shardings)
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:

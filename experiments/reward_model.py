@@ -92,8 +92,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     update = make_update(objective, optimizer, pieces, shardings)
     if isinstance(empty, Comparison) and prompt_tokens > 1:
         update = make_shared_prefix_update(update, prompt_tokens - 1, 2, shardings)
-    eval_batches = [collate(part) for part in offline.filled(rows.eval, cfg.batch_size // pieces, empty)]
-    evaluate = offline.make_evaluate(objective, eval_batches, ("accuracy", "reward"), shardings)
+    eval_batches = [collate(part) for part in offline.filled(rows.eval, cfg.batch_size, empty)]
+    evaluate = offline.make_evaluate(objective, eval_batches, ("accuracy", "reward"), pieces, shardings)
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:

@@ -92,9 +92,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     update = make(pieces)
     if cfg.max_tokens_per_device:
         update = make_packed_update(make, cfg.max_tokens_per_device, width - 1, shardings)
-    eval_batches = [make_batch(part) for part in offline.filled(examples.eval, cfg.batch_size // pieces, EMPTY)]
+    eval_batches = [make_batch(part) for part in offline.filled(examples.eval, cfg.batch_size, EMPTY)]
     # A token's loss in DFT falls as it becomes more likely or less likely: maximum likelihood is what is evaluated.
-    evaluate = offline.make_evaluate(policy_objective(model, sft()), eval_batches, (), shardings)
+    evaluate = offline.make_evaluate(policy_objective(model, sft()), eval_batches, (), pieces, shardings)
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, algorithm=algorithm) as run:

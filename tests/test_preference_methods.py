@@ -6,13 +6,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from algorithms.tiny import table_params, table_policy
+from experiments.common.offline import make_evaluate
 from experiments.common.preference_methods import METHODS
 from experiments.common.preference_rows import Row, collate_rows, empty_row
 from rljax.data.demonstrations import EMPTY
 from rljax.data.examples import Example
+from rljax.train.mesh import make_mesh, state_shardings
+from rljax.types import TrainState
 
 BEST, WORST = [1, 2, 1], [3, 4, 3, 4]
 
@@ -99,3 +103,21 @@ def test_the_page_names_every_method():
     page = (Path(__file__).resolve().parents[1] / "docs" / "road.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"\| words \| rows \|\n.*?\n\n", page, flags=re.DOTALL)
     assert set(METHODS) <= set(re.findall(r"\w+", table))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "kto", "kto_balanced", "bco", "aot", "cpo"])
+def test_what_is_measured_on_rows_held_out_does_not_depend_on_the_pieces(name):
+    """z, λ, ranks, shifts and the tokens' mean are those of a whole batch."""
+    method = METHODS[name]
+    rows = rows_of(method)
+    rows = [row._replace(ref_logps=tuple(x + 0.1 * i for x in table_logps(row))) for i, row in enumerate(rows)]
+    rows += [empty_row(rows[0])] * (16 - len(rows))
+    objective = method.make(table_policy, method.beta)
+    start = {name: jnp.zeros(()) for name in objective.state}
+    params = table_params()
+    state = TrainState(0, params, optax.identity().init(params), jax.random.key(0), coefficients=start)
+    shardings = state_shardings(make_mesh(), state, optax.identity(), jax.tree.map(lambda x: (None,) * x.ndim, params))
+    batches = [collate_rows(rows, method, 2, 4)]
+    metrics = ("rewards/chosen", "rewards/rejected")
+    whole, cut = (make_evaluate(objective, batches, metrics, pieces, shardings)(state) for pieces in (1, 2))
+    assert whole == pytest.approx(cut, rel=1e-5, abs=1e-6)

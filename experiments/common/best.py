@@ -1,6 +1,7 @@
 """The best model of a run so far, by a metric of its evaluations."""
 
 import json
+import math
 from pathlib import Path
 
 from experiments.common.models import save_pretrained
@@ -31,7 +32,7 @@ def keep_best(
     if record.is_file():
         best = json.loads(record.read_text())
         is_better = value < best["value"] if lower_is_better else value > best["value"]
-        if not is_better and best["step"] != step:
+        if not (is_better or math.isnan(best["value"]) or best["step"] == step):
             return
     save_pretrained(state.params, state.frozen, config, source, directory / "best")
     write_atomically(record, json.dumps({"step": step, "metric": metric, "value": value}))

@@ -15,6 +15,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, shard_rows
 from rljax.train.run import Run
+from rljax.train.update import sum_over_micro_batches
 from rljax.types import Objective, TrainState
 
 
@@ -78,19 +79,25 @@ def filled(examples: Sequence, size: int, empty: Any) -> list[list]:
 
 
 def make_evaluate(
-    objective: Objective, batches: Sequence, metrics: Sequence[str], shardings: Shardings
+    objective: Objective, batches: Sequence, metrics: Sequence[str], pieces: int, shardings: Shardings
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> the loss and the objective's `metrics` over all rows of the batches, each as eval_NAME.
 
-    With "accuracy" among them, its standard error too.
+    With "accuracy" among them, its standard error too. As in an update, statistics of a batch are those of the whole
+    batch, which is then cut into `pieces`.
     """
 
     @jax.jit
     def measure(params, frozen, batch):
         batch = objective.prepare(params, frozen, batch, jax.random.key(0))
-        loss, found = objective.loss(params, frozen, batch)
+
+        def loss_of_piece(piece):
+            loss, found = objective.loss(params, frozen, piece)
+            return loss, {name: found[name] for name in metrics}
+
+        loss, found = sum_over_micro_batches(loss_of_piece, batch, pieces)
         count = (batch.weight > 0).sum().astype(float)
-        return {"loss": (loss * count, count)} | {name: found[name] for name in metrics}
+        return {"loss": (loss * count, count)} | found
 
     def evaluate(state: TrainState) -> dict[str, float]:
         totals = {name: (0.0, 0.0) for name in ("loss", *metrics)}

@@ -44,8 +44,7 @@ def read_rows(settings: Data, method: Method, tokenizer: Tokenizer, context: int
     sides = [[row for rows in side for row in rows] for side in found]
     if method.mismatched:
         prompt_tokens, max_tokens = offline.widths(row.completions[0] for side in sides for row in side)
-        both = _with_mismatched([*sides[0], *sides[1]], prompt_tokens + max_tokens)
-        sides = [both[: len(sides[0])], both[len(sides[0]) :]]
+        sides = [_with_mismatched(side, sides[0], prompt_tokens + max_tokens) for side in sides]
     return Examples(*sides)
 
 
@@ -74,8 +73,10 @@ def _judged(row: dict, tokenizer: Tokenizer) -> list[Row]:
     return [Row((one.example,), one.desirable) for one in judged]
 
 
-def _with_mismatched(rows: list[Row], width: int) -> list[Row]:
-    others = mismatched_examples([row.completions[0] for row in rows], width)
+def _with_mismatched(rows: list[Row], pool: list[Row], width: int) -> list[Row]:
+    """The rows with a completion of the pool, that of another prompt."""
+    examples, in_pool = ([row.completions[0] for row in side] for side in (rows, pool))
+    others = mismatched_examples(examples, in_pool, width)
     return [row._replace(completions=(*row.completions, other)) for row, other in zip(rows, others, strict=True)]
 
 

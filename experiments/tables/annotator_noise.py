@@ -3,9 +3,10 @@ r"""How accurate does a reward model become when annotators err? Beside the exac
     python experiments/tables/annotator_noise.py --model DIR     # runs that are finished are read back
 
 The comparisons are those of rlhf.py, whose rule (which story names more animals) says which completion is better; each
-is turned round with probability ε, in training and among those held out. On held-out comparisons no model can agree with
-such an annotator more often than 1 - ε: that is the limit, reached by who knows the rule. A model that follows the rule
-in a share a of all comparisons agrees in a (1 - ε) + (1 - a) ε of them, so what it has learned of the rule itself is
+is turned round with probability ε, in training and among those held out. No model can agree with such an annotator more
+often than 1 - ε on comparisons that it has not seen: that is the limit, reached by who knows the rule. A model that
+follows the rule in a share a of all comparisons agrees in a (1 - ε) + (1 - a) ε of them, so what it has learned of the
+rule itself is
 
     a = (agreement - ε) / (1 - 2ε)
 

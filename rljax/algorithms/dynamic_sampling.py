@@ -30,16 +30,24 @@ def dynamic_sampling(traj: Trajectory, rows: int, group_signal: SignalFn = rewar
 def filter_groups(algorithm: Algorithm) -> Algorithm:
     """Takes groups without a signal out of the batch: out of every sum, of its divisors, and of the KL term.
 
-    Without it such groups have advantage 0 and still count in the divisors, as in TRL and verl. The update is that of
-    the other groups alone (but GDPO's, which normalizes advantages over the batch). Apply it after all other wrappers:
-    the rewards are then those of the verifiers. Raises ValueError for a method that learns from every completion.
+    Without it such groups have advantage 0 and still count in divisors and in statistics of the batch, as in TRL and
+    verl. With it their rows are rows without a reward, and the update is that of the other groups alone. Apply it after
+    all other wrappers: the rewards are then those of the verifiers. Raises ValueError for a method that learns from
+    every completion.
     """
     signal = algorithm.group_signal
     if signal is None:
         raise ValueError("filter_groups wants a method that compares completions of a prompt; this one learns from all")
 
     def credit(traj, coefficients):
-        batch = algorithm.credit(traj, coefficients)
-        return batch.replace(mask=batch.mask & signal(traj)[:, None])
+        kept = signal(traj)[:, None]
+
+        def without_others(values):
+            return None if values is None else jnp.where(kept, values, jnp.nan)
+
+        judged = traj.replace(rewards=without_others(traj.rewards), scores=without_others(traj.scores))
+        batch = algorithm.credit(judged, coefficients)
+        rewards = jnp.where(kept, batch.traj.rewards, traj.rewards)  # of every row again, for the report
+        return batch.replace(traj=batch.traj.replace(rewards=rewards, scores=traj.scores), mask=batch.mask & kept)
 
     return algorithm._replace(credit=credit)

@@ -44,18 +44,20 @@ def collate_unpaired(
     return Unpaired(traj, desirable, None if mismatched is None else collate(mismatched, width, pad))
 
 
-def mismatched_examples(examples: Sequence[Example], width: int) -> list[Example]:
-    """Each prompt with the completion of the next example that has another prompt (KTO's z), the first after the last.
+def mismatched_examples(examples: Sequence[Example], pool: Sequence[Example], width: int) -> list[Example]:
+    """Each prompt with the completion of one of the pool that has another prompt (KTO's z), taken in turn from the pool
+    in a fixed random order: chosen and rejected ones are mixed as they are in the pool.
 
-    What exceeds `width` tokens is cut off. Raises ValueError where all prompts are equal.
+    What exceeds `width` tokens is cut off. Raises ValueError where the pool has no other prompt.
     """
-    count = len(examples)
-    if all(example.prompt == examples[0].prompt for example in examples):
-        raise ValueError(f"{count} completions of one prompt; legal for KTO's reference point: of two prompts at least")
+    count = len(pool)
+    order = np.random.default_rng([4, count]).permutation(count)
     found = []
     for row, example in enumerate(examples):
-        others = (examples[(row + k) % count] for k in range(1, count))
-        other = next(other for other in others if other.prompt != example.prompt)
+        in_turn = (pool[order[(row + k) % count]] for k in range(count))
+        other = next((other for other in in_turn if other.prompt != example.prompt), None)
+        if other is None:
+            raise ValueError(f"{count} completions of one prompt; legal for KTO's reference point: two prompts or more")
         room = width - len(example.prompt)
         found.append(example._replace(completion=other.completion[:room], mask=other.mask[:room]))
     return found

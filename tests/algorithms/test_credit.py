@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax import algorithms as a
 from rljax.algorithms import (
     clip_reward,
     dapo,
@@ -288,7 +289,7 @@ def test_process_grpo_loses_no_reward_on_a_token_that_ends_no_step():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [grpo, dapo, rloo])
+@pytest.mark.parametrize("make", [grpo, dapo, rloo, a.lite_ppo, a.gpg, a.maxrl, a.reinforce_pp_baseline, a.gspo, a.opo])
 def test_without_groups_of_no_signal_the_update_is_that_of_the_others(make):
     """Their divisors and KL terms too: as if these rows had never been sampled."""
     traj = rollout()

@@ -89,20 +89,28 @@ def test_pairs_share_the_columns_of_their_prompt():
 
 
 def test_mismatched_rows_hold_the_completion_of_another_prompt():
-    """The next row has the same prompt: the one after it is taken, and the last row goes on at the first."""
     found = [example([1], [2, 3]), example([1], [4]), example([5, 6], [7, 8, 9], [True, False, True])]
-    others = mismatched_examples(found, 5)
+    others = mismatched_examples(found, found, 5)
     judged = [Judgment(one, desirable) for one, desirable in zip(found, (True, False, True), strict=True)]
     unpaired = collate_unpaired(judged, 5, others)
     assert unpaired.desirable.tolist() == [True, False, True]
     assert unpaired.traj.actions.tolist() == [[2, 3, 0, 0], [4, 0, 0, 0], [6, 7, 8, 9]]
-    assert unpaired.mismatched.inputs.tolist() == [[1, 7, 8, 9], [1, 7, 8, 9], [5, 6, 2, 3]]
-    assert unpaired.mismatched.mask.astype(int).tolist() == [[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 1, 0]]
+    rows = list(zip(unpaired.mismatched.inputs.tolist(), unpaired.mismatched.mask.astype(int).tolist(), strict=True))
+    assert rows[:2] == [([1, 7, 8, 9], [1, 0, 1, 0])] * 2
+    assert rows[2] in [([5, 6, 2, 3], [0, 1, 1, 0]), ([5, 6, 4, 0], [0, 1, 0, 0])]
     assert collate_unpaired(judged, 5).mismatched is None
-    cut = mismatched_examples([example([1] * 4, [2]), example([3], [4] * 4)], 5)
+    long = [example([1] * 4, [2]), example([3], [4] * 4)]
+    cut = mismatched_examples(long, long, 5)
     assert [one.completion for one in cut] == [[4], [2]]
-    with pytest.raises(ValueError, match=r"2 completions of one prompt; legal .* of two prompts at least"):
-        mismatched_examples(found[:2], 5)
+    with pytest.raises(ValueError, match=r"2 completions of one prompt; legal .* two prompts or more"):
+        mismatched_examples(found[:1], found[:2], 5)
+
+
+def test_mismatched_completions_are_chosen_and_rejected_ones():
+    """In a file of pairs they alternate, and every next row with another prompt holds a chosen one."""
+    found = [example([p], [side]) for p in range(1, 40) for side in (100, 200)]
+    sides = [one.completion[0] for one in mismatched_examples(found, found, 3)]
+    assert sides.count(100) == sides.count(200)
 
 
 def test_rankings_are_filled_up_with_rows_without_a_decision():
