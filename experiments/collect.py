@@ -32,6 +32,7 @@ from experiments.common import command_line, models, runs
 from experiments.common.feedback import (
     Candidates,
     append,
+    check_settings,
     compare_by_person,
     first_open,
     line_of,
@@ -46,14 +47,17 @@ from experiments.common.settings import MeshShape, Panel, Rare, Reward, Rows, Sa
 from experiments.common.verifiers import VERIFIERS
 from rljax.data.examples import before_last_turn
 from rljax.data.prompts import Prompts
-from rljax.data.tokenizer import Tokenizer, text_after
+from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
 from rljax.rewards.pool import Pool
+from rljax.rewards.score import text_after
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 from rljax.train.samples import Decode
 from rljax.types import PromptBatch, Trajectory
+
+FREE = ("out", "count", "rows", "mesh")  # settings that may change when a file is continued
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     tokenizer, prompts, prompt_of = read_prompts(cfg)
     lines = whole_lines(cfg.out)
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
+    check_settings(cfg.out, settings, lines)
     voters = cfg.panel.annotators if cfg.rewards else 0
     start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.columns_of([number])[0]), voters)
     for candidates in sample_candidates(cfg, tokenizer, prompts, prompt_of, rewards, start):

@@ -147,7 +147,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             run.record(step, state, metrics)
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
-    return runs.summarize(before, after, "its last update" if cfg.weights.ref_sync_steps else "the start")
+    return runs.summarize(cfg, before, after, run.directory / "model")
 
 
 def named_algorithm(cfg: Config) -> Algorithm:

@@ -70,6 +70,7 @@ def main(cfg: Config) -> list[dict]:
     max_tokens = cfg.data.max_tokens or context
     limits = (cfg.data.max_prompt_tokens or max_tokens, max_tokens)
     records = []
+    first_error = ""
     counts: Counter = Counter()
     lengths = []
     for path in cfg.data.files:
@@ -77,6 +78,8 @@ def main(cfg: Config) -> list[dict]:
         for i, found in enumerate(read(table, cfg, tokenizer)):
             record = as_record(found, table.place(i), cfg.data.overlong, limits)
             counts[record["status"]] += 1
+            if record["status"] == "cannot be read" and not first_error:
+                first_error = f"{record['place']}: {record['why']}"
             lengths.append(record.pop("length", 0))
             if len(records) < cfg.rows:
                 records.append(record)
@@ -86,7 +89,8 @@ def main(cfg: Config) -> list[dict]:
         allowed = f", {limits_text(*limits)} allowed" if max_tokens < NO_LIMIT else ""
         log_info(f"{sum(counts.values())} rows: {became}; at most {max(lengths)} tokens{allowed}")
     if counts["cannot be read"]:
-        raise ValueError(f"{counts['cannot be read']} of {sum(counts.values())} rows cannot be read")
+        unread = counts["cannot be read"]
+        raise ValueError(f"{unread} of {sum(counts.values())} rows cannot be read; the first: {first_error}")
     return records
 
 

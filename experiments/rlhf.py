@@ -137,7 +137,8 @@ def learn_from_comparisons(
     settings = offline(cfg, directory) | dict(optimizer=Optimizer(learning_rate=1e-4, schedule="cosine"))
     dpo.main(dpo.Config(model, Data(files=(preferences,)), steps=cfg.dpo_steps, **settings))
     sampled = grpo.Config(**online(cfg, model, judge, directory))
-    return runs.summarize(judge_model(sampled, model), judge_model(sampled, str(directory / "model")))
+    tuned = directory / "model"
+    return runs.summarize(sampled, judge_model(sampled, model), judge_model(sampled, str(tuned)), tuned)
 
 
 def online(cfg: Config, model: str, judge: str, directory: Path) -> dict:

@@ -146,7 +146,7 @@ def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
     assert grpo.main(cfg, verifiers=VERIFIERS) == result
     printed = capsys.readouterr().out
     assert "resumed after step 1 of 2" in printed
-    assert re.search(r"eval reward: [01]\.\d{3} ± [01]\.\d{3} -> .* nats a sequence\n$", printed)
+    assert re.search(r"eval reward: [01]\.\d{3} ± [01]\.\d{3} -> .* nats a sequence; model: .*model\n$", printed)
     assert metrics(cfg.directory) == before
     assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from rljax.ops.agreement import cohen_kappa, fleiss_kappa, raw_agreement
 from rljax.train.log import log_info, write_atomically
+from rljax.train.report import flatten_settings
 
 
 class Candidates(NamedTuple):
@@ -128,6 +129,21 @@ def first_open(path: str, lines: list[dict], prompt_of: Callable[[int], str | li
         raise ValueError(f"{path} holds other preferences; legal: a new file, or the command that wrote this one")
     log_info(f"{path}: goes on after prompt {last + 1}")
     return last + 1
+
+
+def check_settings(path: str, settings: dict, lines: list[dict]) -> None:
+    """Keep the settings beside the file. Raises ValueError, naming what differs, where others wrote its lines."""
+    record = Path(f"{path}.config.json")
+    now = flatten_settings(json.loads(json.dumps(settings)))
+    if not lines or not record.is_file():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(now, indent=1))
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        shown = "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
+        raise ValueError(f"{path} holds preferences of other settings: {shown}; legal: a new --out, or these settings")
 
 
 def append(path: str, lines: list[dict]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.data.tokenizer import text_after
 from rljax.ops.returns import episode_rewards
+from rljax.rewards.score import text_after
 from rljax.train.log import write_atomically
 from rljax.train.samples import Decode
 from rljax.types import PromptBatch, Trajectory

@@ -88,12 +88,12 @@ def make_run(
     )
 
 
-def summarize(
-    before: dict[str, float], after: dict[str, float], reference: str = "the start"
-) -> dict[str, dict[str, float]]:
-    """Print the reward before and after, and how far the policy went from the reference; what `main` returns."""
+def summarize(cfg: Any, before: dict[str, float], after: dict[str, float], model: Path) -> dict[str, dict[str, float]]:
+    """Print the reward before and after, how far the policy went, and where the model is; what `main` returns."""
     rewards = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
-    log_info(f"eval reward: {rewards}, at a KL to {reference} of {max(after['kl'], 0):.1f} nats a sequence")
+    reference = "its last update" if cfg.weights.ref_sync_steps else "the start"
+    distance = f"at a KL to {reference} of {max(after['kl'], 0):.1f} nats a sequence"
+    log_info(f"eval reward: {rewards}, {distance}; model: {model}")
     return {"before": before, "after": after}
 
 

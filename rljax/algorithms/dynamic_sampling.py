@@ -45,8 +45,8 @@ def filter_groups(algorithm: Algorithm) -> Algorithm:
         def without_others(values):
             return None if values is None else jnp.where(kept, values, jnp.nan)
 
-        judged = traj.replace(rewards=without_others(traj.rewards), scores=without_others(traj.scores))
-        batch = algorithm.credit(judged, coefficients)
+        known = traj.replace(rewards=without_others(traj.rewards), scores=without_others(traj.scores))
+        batch = algorithm.credit(known, coefficients)
         rewards = jnp.where(kept, batch.traj.rewards, traj.rewards)  # of every row again, for the report
         return batch.replace(traj=batch.traj.replace(rewards=rewards, scores=traj.scores), mask=batch.mask & kept)
 

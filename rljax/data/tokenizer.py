@@ -62,13 +62,6 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     )
 
 
-def text_after(decode: Callable[[Sequence[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to the ids before them: decoded alone, their first space may be lost."""
-    head = decode(before)
-    whole = decode([*before, *ids])
-    return whole[len(head) :] if whole.startswith(head) else decode(ids)
-
-
 def save_characters(alphabet: str, directory: str | Path) -> None:
     """Write the character tokenizer as files that transformers reads. It is not imported: that takes a second."""
     from tokenizers import Tokenizer as HFTokenizer

@@ -85,5 +85,6 @@ def _of_row(reply: Reply, row: int) -> Reply:
         return reply
     value = finite_number(reply.value[row])
     if value is None:
-        return Reply(None, "invalid", f"the reward is {json.dumps(reply.value[row])[:100]}; legal: a finite number")
+        shown = json.dumps(reply.value[row])[:100]
+        return Reply(None, "invalid", f"the reward is {shown}; a finite number is one, null is none")
     return Reply(value, "ok")

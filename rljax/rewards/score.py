@@ -51,6 +51,9 @@ ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result] | Ste
 LEGAL = "Legal: a finite number, or None where the verifier does not apply"
 
 
+CONTEXT_TOKENS = 4  # of a prompt that a completion is decoded with: more than a character has
+
+
 class RewardError(Exception):
     """A verifier has a bug, or asks for a column that the dataset does not have."""
 
@@ -103,7 +106,7 @@ def make_score(
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
         mask = np.asarray(traj.mask)
         indices = prompt_indices(traj, prompts)
-        completions = _decode_completions(np.asarray(traj.actions), mask, decode)
+        completions = [row.completion for row in decode_rows(traj, decode)]
         results = _call_verifiers(verifiers, signatures, completions, prompts, indices, pool)
         steps = {}
         for name, model_reward in model_rewards.items():
@@ -254,13 +257,20 @@ def decode_rows(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[Ro
     ended = np.zeros(len(mask), bool)
     if traj.terminated is not None:
         ended = (np.asarray(traj.terminated) & mask).any(axis=1)
-    completions = _decode_completions(np.asarray(traj.actions), mask, decode)
-    prompts = [decode(inputs[b][before[b] & present[b]].tolist()) for b in range(len(mask))]
-    return [RowText(*row) for row in zip(prompts, completions, ended.tolist(), strict=True)]
+    rows = []
+    for b, actions in enumerate(np.asarray(traj.actions)):
+        prompt = inputs[b][before[b] & present[b]].tolist()
+        completion = text_after(decode, prompt, actions[mask[b]].tolist())
+        rows.append(RowText(decode(prompt), completion, bool(ended[b])))
+    return rows
 
 
-def _decode_completions(actions: np.ndarray, mask: np.ndarray, decode: Callable[[list[int]], str]) -> list[str]:
-    return [decode(chosen[kept].tolist()) for chosen, kept in zip(actions, mask, strict=True)]
+def text_after(decode: Callable[[list[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that `ids` add to the ids before them: decoded alone, their first space may be lost."""
+    last = list(before[-CONTEXT_TOKENS:])
+    head = decode(last)
+    whole = decode([*last, *ids])
+    return whole[len(head) :] if whole.startswith(head) else decode(list(ids))
 
 
 # ---------------------------------------------------------------------------------------- the arguments of a verifier

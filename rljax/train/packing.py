@@ -47,7 +47,7 @@ def make_packed_update(
       tokens: columns that a device computes at a time; width: of a row. Raises ValueError where no row fits.
     """
     if not 0 < width <= tokens:
-        raise ValueError(f"{tokens} tokens at a time hold no row of {width}; legal: rows of 1 to {tokens}")
+        raise ValueError(f"{tokens} tokens at a time hold no row of {width}; legal: at least {max(width, 1)} tokens")
     make = lru_cache(maxsize=None)(make)
     if shardings is None:
         devices = 1

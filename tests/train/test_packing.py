@@ -267,7 +267,7 @@ def test_what_cannot_be_packed_is_refused(change, message):
 def test_a_text_that_is_too_long_and_a_budget_that_is_too_small():
     with pytest.raises(ValueError, match="row 1 holds a sequence of 5 decisions; a packed row holds 4"):
         pack_batch(texts([4, 5, 2]), 4, rows=1)
-    with pytest.raises(ValueError, match="3 tokens at a time hold no row of 4; legal: rows of 1 to 3"):
+    with pytest.raises(ValueError, match="3 tokens at a time hold no row of 4; legal: at least 4 tokens"):
         make_packed_update(lambda micro_batches: None, 3, 4)
 
 
