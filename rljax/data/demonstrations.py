@@ -57,7 +57,6 @@ def demonstrations(rows: PromptBatch, completions: Sequence[list[int]], max_toke
     """
     prompts = [tokens[mask].tolist() for tokens, mask in zip(rows.tokens, rows.mask, strict=True)]
     examples = [
-        Example(prompt, list(ids), [True] * len(ids), columns)
-        for prompt, ids, columns in zip(prompts, completions, rows.columns, strict=True)
+        Example(prompt, list(ids), [True] * len(ids), {}) for prompt, ids in zip(prompts, completions, strict=True)
     ]
     return collate_after_prompts(examples, rows.tokens.shape[1], max_tokens)
