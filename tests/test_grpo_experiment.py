@@ -390,7 +390,8 @@ def test_answers_that_cannot_be_judged_by_are_counted_before_the_model_is_loaded
     prompts = write_prompts(tmp_path / "times.jsonl", rows)
     cfg = change(tiny_run, rewards=("number",), prompts=prompts, directory=str(tmp_path / "run"))
     monkeypatch.setattr(common_models, "load_pretrained", lambda *_: pytest.fail("the model was loaded"))
-    message = r"times\.jsonl, line 2, column 'answer': number cannot judge 2 of 5 rows \((math or )?text would .*'12:00'\. Legal: "
+    message = r"times\.jsonl, line 2, column 'answer': number cannot judge 2 of 5 rows "
+    message += r"\((math or )?text would .*'12:00'\. Legal: "
     with pytest.raises(ValueError, match=message) as error:
         grpo.main(cfg)
     assert "\n" not in str(error.value)
