@@ -59,8 +59,8 @@ def examples(tokenizer, *files, read=demonstration, seed=0, context=64, **option
         ({"prompt": None, "answer": "4"}, "column 'prompt' holds null"),
         ({"question": "2+2?"}, "no column 'prompt'; the row has question|column"),
         ({"prompt": ""}, None),
-        ({"prompt": [{"role": "user", "content": None}]}, r"column 'prompt', message 0 has as its content null"),
-        ({"prompt": [{"content": "hi"}]}, "column 'prompt', message 0 has no role"),
+        ({"prompt": [{"role": "user", "content": None}]}, r"column 'prompt', message 1 has as its content null"),
+        ({"prompt": [{"content": "hi"}]}, "column 'prompt', message 1 has no role"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "has the part .*legal: {'type': 'text'"),
         ({"prompt": 5}, "column 'prompt' holds a int, 5; legal: a text, or a list of messages"),
         (

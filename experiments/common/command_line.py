@@ -77,7 +77,6 @@ def configure_jax(debug: bool = False) -> None:
     if cache and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # The default is TF32 on GPUs and bfloat16 on TPUs, where sampler and trainer would no longer agree.
     jax.config.update("jax_default_matmul_precision", "float32")
     if debug:

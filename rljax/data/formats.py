@@ -32,7 +32,11 @@ Message = Mapping[str, Any]
 
 
 def format_of(row: Row) -> str:
-    """The name of the row's format. Raises ValueError, listing what would be one, where the columns are of none."""
+    """The name of the row's format. Raises ValueError, listing what would be one, where the columns are of none, or
+    where one of chosen and rejected is missing.
+    """
+    if ("chosen" in row) != ("rejected" in row):
+        raise ValueError(f"columns {', '.join(row)}; legal: chosen with rejected, both or neither")
     for name, columns in FORMATS.items():
         if columns <= row.keys():
             return name
@@ -77,7 +81,7 @@ def messages_of(row: Row, column: str) -> list[dict]:
     value = row.get(column)
     if not is_conversation(value):
         raise ValueError(f"column {column!r} holds {_shown(value)}; legal: a list of messages")
-    return [_message(message, f"column {column!r}, message {i}") for i, message in enumerate(value)]
+    return [_message(message, f"column {column!r}, message {i}") for i, message in enumerate(value, 1)]
 
 
 def _message(message: Message, place: str) -> dict:

@@ -1,6 +1,7 @@
 """Text <-> token ids: characters for models trained from scratch, a Hugging Face tokenizer for all others."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     directory = Path(directory)
     _check_tokenizer_files(directory)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice to install torch, which is not needed
     from transformers import AutoTokenizer  # a second of import: only where it is needed
 
     try:

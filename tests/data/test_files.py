@@ -8,6 +8,7 @@ import types
 import pytest
 
 from rljax.data.files import read_table
+from rljax.data.formats import format_of
 
 ROWS = [{"q": "é\n\u2028", "n": 1}, {"q": None}]
 LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n  \n"
@@ -122,3 +123,12 @@ def test_without_the_package(monkeypatch, tmp_path):
     for name in (tmp_path / "a.parquet", "hf://trl-lib/tldr"):
         with pytest.raises(ImportError, match=r"needs the package `datasets`: pip install 'rljax\[data\]'"):
             read_table(name)
+
+
+@pytest.mark.parametrize("missing", ["chosen", "rejected"])
+def test_half_a_preference_is_no_prompt(missing):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert format_of(row) == "preference"
+    del row[missing]
+    with pytest.raises(ValueError, match="legal: chosen with rejected, both or neither"):
+        format_of(row)
