@@ -13,7 +13,9 @@ fifth of the pairs is held out, the others teach
 Accuracy is the share of held-out pairs whose right solution scores higher, a tie counting one half; with the 95 %
 interval of Student's t over the splits. Half is chance. Each split is a run of its own, which goes on where it stopped.
 
-Reached: not yet run.
+Reached: stories260k (which knows stories of small children, no arithmetic), 326 pairs that fit its 512 tokens, 65 of
+them held out: length 0.468 ± 0.032, bag of words 0.554 ± 0.043, reward model 0.631 ± 0.104 (its splits 0.662 0.615 0.692
+0.492 0.692): above chance, not surely above the words. About 3 minutes a split on 2 busy cores.
 """
 
 import collections
@@ -45,8 +47,8 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     data: str  # jsonl file with the columns question, solution, is_correct
     splits: tuple[int, ...] = (0, 1, 2, 3, 4)  # seeds of the splits
-    steps: int = 60  # updates of the reward model
-    batch_size: int = 32  # pairs per update
+    steps: int = 40  # updates of the reward model
+    batch_size: int = 16  # pairs per update
     learning_rate: float = 3e-4  # its maximum
     directory: str = "runs/gsm8k_reward_model"  # of the runs and of pairs.jsonl
 
