@@ -57,7 +57,7 @@ from rljax.train.mesh import make_mesh
 from rljax.train.samples import Decode
 from rljax.types import PromptBatch, Trajectory
 
-FREE = ("out", "count", "rows", "mesh")  # settings that may change when a file is continued
+FREE = ("out", "count", "rows", "mesh", "ask")  # settings that may change when a file is continued
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,5 +86,5 @@ def _of_row(reply: Reply, row: int) -> Reply:
     value = finite_number(reply.value[row])
     if value is None:
         shown = json.dumps(reply.value[row])[:100]
-        return Reply(None, "invalid", f"the reward is {shown}; a finite number is one, null is none")
+        return Reply(None, "invalid", f"the reward is {shown}; legal: a finite number; null: could not be judged")
     return Reply(value, "ok")
