@@ -136,7 +136,7 @@ def test_a_panel_fills_a_file_that_goes_on_where_it_stopped(cfg, capsys):
 def test_other_prompts_or_votes_are_not_mixed_into_a_file(cfg, tmp_path):
     collect.main(cfg, VERIFIERS)
     for change in ({"seed": 5}, {"panel": Panel(annotators=3)}, {"rewards": ()}):
-        with pytest.raises(ValueError, match="holds preferences of other settings: .*; legal: a new --out, or these settings"):
+        with pytest.raises(ValueError, match="holds preferences of other settings: "):
             collect.main(dataclasses.replace(cfg, **change), VERIFIERS)
 
 
