@@ -29,13 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import command_line, models, runs, settings
-from experiments.common.records import append_lines, as_lines, judge_prompt, read_lines
+from experiments.common.records import append_lines, as_lines, judged_prompts, read_lines
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS
 from rljax.models import decoder
-from rljax.ops.pass_at_k import best_of_n_kl, expected_best
+from rljax.ops.pass_at_k import best_of_n_kl, expected_best, powers_of_two
 from rljax.rewards.pool import Pool
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table, write_atomically
@@ -91,7 +91,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
             if done.keys() >= set(rows.number.tolist()):
                 continue
             traj = score(sample(lm, params, frozen, rows, sampling, cfg.seed, step=0), rows)
-            new = [judge_prompt(traj, rows, i, text_of(rows.columns[i]), tokenizer.decode) for i in range(len(rows[0]))]
+            new = judged_prompts(traj, rows, list(map(text_of, rows.columns)), tokenizer.decode)
             append_lines(log, [record for record in new if record["number"] not in done])
             done = {record["number"]: record for record in new} | done
             log_info(f"{len(done)} of {len(prompts)} prompts")
@@ -131,9 +131,8 @@ def gains(records: list[dict], n: int) -> list[dict[str, float]]:
     rewards = np.array([record["rewards"] for record in records if None not in record["rewards"]]).reshape(-1, n)
     if not len(rewards):
         return []
-    sizes = sorted({*(2**j for j in range(n.bit_length()) if 2**j <= n), n})
     rows = []
-    for k in sizes:
+    for k in powers_of_two(n):
         best = np.asarray(expected_best(jnp.asarray(rewards), k))
         error = best.std(ddof=1) / len(best) ** 0.5 if len(best) > 1 else math.nan
         rows.append({"n": k, "KL at most": best_of_n_kl(k), "reward": float(best.mean()), "error": float(error)})

@@ -31,7 +31,6 @@ import numpy as np
 from experiments.common import command_line, models, runs
 from experiments.common.feedback import (
     Candidates,
-    append,
     check_settings,
     compare_by_person,
     first_open,
@@ -40,6 +39,7 @@ from experiments.common.feedback import (
     whole_lines,
 )
 from experiments.common.panel import check_panel, votes, worths
+from experiments.common.records import append_lines
 from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.rows import make_shape
 from experiments.common.sampling import make_sampling
@@ -50,12 +50,10 @@ from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
 from rljax.rewards.pool import Pool
-from rljax.rewards.score import text_after
+from rljax.rewards.score import decode_completions
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
-from rljax.train.samples import Decode
-from rljax.types import PromptBatch, Trajectory
 
 FREE = ("out", "count", "rows", "mesh", "ask")  # settings that may change when a file is continued
 
@@ -99,7 +97,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
         found = compare_by_panel(cfg, candidates) if cfg.rewards else compare_by_person(candidates, cfg.ask, ask)
         if found is None:
             break
-        append(cfg.out, found)
+        append_lines(Path(cfg.out), found)
         lines += found
     log_info(f"{len(lines)} comparisons in {cfg.out}")
     report_agreement(lines)
@@ -142,21 +140,14 @@ def sample_candidates(
             rows = prompts.draw(begin, min(size, total - begin))
             traj = sample(lm, params, {}, rows, sampling, cfg.seed, 0)
             traj = traj if score is None else score(traj, rows)
-            for p in range(len(rows.number)):
-                if rows.number[p] >= start:
-                    yield candidates_of(traj, rows, p, cfg.n, tokenizer.decode, prompt_of(rows.columns[p]))
-
-
-def candidates_of(
-    traj: Trajectory, rows: PromptBatch, p: int, n: int, decode: Decode, prompt: str | list[dict]
-) -> Candidates:
-    """The completions of the batch's prompt p."""
-    own = range(p * n, (p + 1) * n)
-    actions, mask = np.asarray(traj.actions), np.asarray(traj.mask)
-    before = rows.tokens[p][rows.mask[p]].tolist()
-    texts = [text_after(decode, before, actions[b][mask[b]].tolist()) for b in own]
-    scores = None if traj.rewards is None else np.asarray(traj.rewards).sum(axis=1)[list(own)]
-    return Candidates(int(rows.number[p]), prompt, texts, mask[list(own)].sum(axis=1), scores)
+            texts = decode_completions(traj, tokenizer.decode)
+            lengths = np.asarray(traj.mask).sum(axis=1)
+            scores = None if traj.rewards is None else np.asarray(traj.rewards).sum(axis=1)
+            for p, number in enumerate(rows.number.tolist()):
+                if number >= start:
+                    own = slice(p * cfg.n, (p + 1) * cfg.n)
+                    known = None if scores is None else scores[own]
+                    yield Candidates(number, prompt_of(rows.columns[p]), texts[own], lengths[own], known)
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing

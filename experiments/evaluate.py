@@ -30,13 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import command_line, models, runs
-from experiments.common.records import append_lines, judge_prompt, read_lines
+from experiments.common.records import append_lines, judged_prompts, read_lines
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Rows, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS, find_final_answer
 from rljax.models import decoder
-from rljax.ops.pass_at_k import majority_at_k, pass_at_k
+from rljax.ops.pass_at_k import majority_at_k, pass_at_k, powers_of_two
 from rljax.rewards.pool import Pool
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table, write_atomically
@@ -97,8 +97,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
                 if done >= {(kind, number) for number in rows.number.tolist()}:
                     continue
                 traj = score(sample(lm, params, frozen, rows, how, cfg.seed, step=0), rows)
-                texts = [text_of(columns) for columns in rows.columns]
-                judged = [judge_prompt(traj, rows, i, text, tokenizer.decode) for i, text in enumerate(texts)]
+                judged = judged_prompts(traj, rows, list(map(text_of, rows.columns)), tokenizer.decode)
                 new = [{"kind": kind} | one for one in judged if (kind, one["number"]) not in done]
                 append_lines(log, new)
                 records += new
@@ -177,11 +176,6 @@ def answer_ids(records: list[dict], final_answer: Callable[[str], object]) -> np
         ids: dict[object, int] = {None: -1}
         rows.append([ids.setdefault(final_answer(text), len(ids)) for text in record["completions"]])
     return np.array(rows)
-
-
-def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4 .. and n."""
-    return sorted({*(2**j for j in range(n.bit_length()) if 2**j <= n), n})
 
 
 def sentence(found: Mapping[str, Mapping[str, float]], records: list[dict]) -> str:

@@ -27,7 +27,6 @@ from rljax.data.demonstrations import EMPTY
 from rljax.data.examples import Steps, steps
 from rljax.data.steps import collate_steps
 from rljax.models import heads, hf
-from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 from rljax.train.update import make_update
 from rljax.types import TrainState
@@ -101,9 +100,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
             run.record(step, state, metrics)
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
-    shares = " -> ".join(f"{at['eval_accuracy']:.3f} ± {at['eval_accuracy_error']:.3f}" for at in (before, after))
-    log_info(f"eval accuracy: {shares}; model: {run.directory / 'model'}")
-    return {"before": before, "after": after}
+    return offline.summarize(before, after, run.directory / "model")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from rljax.data.preferences import collate_pairs, collate_rankings, ranking
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads, hf
 from rljax.ops.ranking import kwise, plackett_luce
-from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 from rljax.train.shared_prefix import make_shared_prefix_update
 from rljax.train.update import make_update
@@ -112,9 +111,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
             run.record(step, state, metrics)
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
-    shares = " -> ".join(f"{at['eval_accuracy']:.3f} ± {at['eval_accuracy_error']:.3f}" for at in (before, after))
-    log_info(f"eval accuracy: {shares}; model: {run.directory / 'model'}")
-    return {"before": before, "after": after}
+    return offline.summarize(before, after, run.directory / "model")
 
 
 def read_row(row: dict, tokenizer: Tokenizer) -> Comparison | list[Example]:

@@ -23,7 +23,6 @@ accuracy of the reward model on held-out comparisons 0.970 ± 0.012; the road to
 
 import dataclasses
 import itertools
-import json
 import random
 import re
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Literal
 from experiments import best_of_n, dpo, grpo, ppo, reward_model, sft
 from experiments.common import command_line, runs
 from experiments.common.judging import judge_model
+from experiments.common.records import as_lines
 from experiments.common.settings import Batches, Data, Optimizer, Sampling
 from rljax.data.files import read_table
 from rljax.data.prompts import train_eval_split
@@ -212,7 +212,7 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     if not rows:
         raise ValueError(f"{path}: no row to write; legal: other prompts, more completions or longer ones")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, as_lines(rows))
     log_info(f"{path}: {len(rows)} rows")
     return str(path)
 

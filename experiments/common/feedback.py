@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.common.records import as_lines, read_lines
 from rljax.ops.agreement import cohen_kappa, fleiss_kappa, raw_agreement
 from rljax.train.log import log_info, write_atomically
-from rljax.train.report import flatten_settings
+from rljax.train.report import changed_settings
 
 
 class Candidates(NamedTuple):
@@ -104,15 +105,11 @@ def whole_lines(path: str) -> list[dict]:
     Where the last one was cut short, it is removed from the file with all lines of the prompt before it.
     """
     file = Path(path)
-    if not file.is_file() or not file.read_text().strip():
-        return []
-    text = file.read_text(encoding="utf-8")
-    whole, _, rest = text.rpartition("\n")
-    lines = [json.loads(line) for line in whole.split("\n") if line.strip()]
-    if rest:
-        last = lines[-1]["row"] if lines else None
-        lines = [line for line in lines if line["row"] != last]
-        write_atomically(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    was_cut = file.is_file() and not file.read_bytes().endswith(b"\n")
+    lines = read_lines(file)
+    if was_cut and lines:
+        lines = [line for line in lines if line["row"] != lines[-1]["row"]]
+        write_atomically(file, as_lines(lines))
     return lines
 
 
@@ -134,22 +131,16 @@ def first_open(path: str, lines: list[dict], prompt_of: Callable[[int], str | li
 def check_settings(path: str, settings: dict, lines: list[dict]) -> None:
     """Keep the settings beside the file. Raises ValueError, naming what differs, where others wrote its lines."""
     record = Path(f"{path}.config.json")
-    now = flatten_settings(json.loads(json.dumps(settings)))
+    now = json.loads(json.dumps(settings))
     if not lines or not record.is_file():
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps(now, indent=1))
         return
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    changed = changed_settings(json.loads(record.read_text(encoding="utf-8")), now)
     if changed:
-        shown = "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
-        raise ValueError(f"{path} holds preferences of other settings: {shown}; legal: a new --out, or these settings")
-
-
-def append(path: str, lines: list[dict]) -> None:
-    """Append the lines of one prompt at once."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        raise ValueError(
+            f"{path} holds preferences of other settings: {changed}; legal: a new --out, or these settings"
+        )
 
 
 def report_agreement(lines: list[dict]) -> None:

@@ -120,3 +120,10 @@ def is_due(every: int, step: int, steps: int) -> bool:
     """Whether an evaluation is due after this step: after every `every` of them (0: none), and after the last."""
     done = step + 1
     return done == steps or (every > 0 and done % every == 0)
+
+
+def summarize(before: dict[str, float], after: dict[str, float], model: Path) -> dict[str, dict[str, float]]:
+    """Print the accuracy on held-out rows before and after, and where the model is; what `main` returns."""
+    shares = " -> ".join(f"{at['eval_accuracy']:.3f} ± {at['eval_accuracy_error']:.3f}" for at in (before, after))
+    log_info(f"eval accuracy: {shares}; model: {model}")
+    return {"before": before, "after": after}

@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 from rljax.train.log import write_atomically
 
+GRID = (0, 0.25, 0.5, 0.75, 1)  # shares of a frame at which numbers stand
 COLORS = ("#3366cc", "#cc5533", "#2f8f5b", "#8a5bc2", "#b08d1e")
 ACTION_DIRECTIONS = ((0, -1), (0, 1), (-1, 0), (1, 0))  # up, down, left, right, as x and y on the page
 TITLE_HEIGHT = 30
@@ -50,6 +51,20 @@ def confidence_interval(runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, mean - half_width, mean + half_width
 
 
+def grid(
+    frame: tuple[float, float, float, float], x_numbers: Sequence[str], y_numbers: Sequence[str], label: str
+) -> list[str]:
+    """Lines across a frame (left, top, width, height) with the numbers of its axes, which stand at GRID of it."""
+    left, top, width, height = frame
+    parts = []
+    for share, x_number, y_number in zip(GRID, x_numbers, y_numbers, strict=True):
+        y = top + height * (1 - share)
+        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>')
+        parts.append(text(left - 6, y + 4, y_number, "end"))
+        parts.append(text(left + width * share, top + height + 16, x_number))
+    return [*parts, text(left + width / 2, top + height + 34, label)]
+
+
 def learning_curves(
     title: str,
     steps: Sequence[float],
@@ -77,12 +92,9 @@ def learning_curves(
         ]
 
     parts = [title_text(title, left)]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = top + height * (1 - share)
-        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>')
-        parts.append(text(left - 6, y + 4, f"{lowest + share * y_range:.4g}", "end"))
-        parts.append(text(left + width * share, top + height + 16, f"{share * last_step:,.0f}"))
-    parts.append(text(left + width / 2, top + height + 34, f"{x_label}; {y_label}"))
+    x_numbers = [f"{share * last_step:,.0f}" for share in GRID]
+    y_numbers = [f"{lowest + share * y_range:.4g}" for share in GRID]
+    parts += grid((left, top, width, height), x_numbers, y_numbers, f"{x_label}; {y_label}")
     for n, (name, values) in enumerate(runs.items()):
         color = COLORS[n % len(COLORS)]
         mean, low, high = confidence_interval(values)

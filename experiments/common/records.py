@@ -1,36 +1,40 @@
 """Completions with their rewards, and the jsonl files that a script goes on with where it was stopped."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from rljax.ops.returns import episode_rewards
-from rljax.rewards.score import text_after
+from rljax.rewards.score import decode_completions
 from rljax.train.log import write_atomically
 from rljax.train.samples import Decode
 from rljax.types import PromptBatch, Trajectory
 
 
-def judge_prompt(traj: Trajectory, rows: PromptBatch, i: int, prompt_text: str, decode: Decode) -> dict:
-    """A record of prompt i of the batch with all of its completions and their rewards."""
+def judged_prompts(traj: Trajectory, rows: PromptBatch, texts: Sequence[str], decode: Decode) -> list[dict]:
+    """A record of each prompt of the batch with all of its completions and their rewards. texts: of the prompts."""
     total, valid = (np.asarray(x) for x in episode_rewards(jnp.asarray(traj.rewards), traj.mask))
-    n = len(total) // len(rows.number)
-    own = range(i * n, (i + 1) * n)
-    prompt_ids = rows.tokens[i][rows.mask[i]].tolist()
-    mask = np.asarray(traj.mask)
-    actions = np.asarray(traj.actions)
-    ended = (np.asarray(traj.terminated) & mask).any(axis=1)
-    return {
-        "number": int(rows.number[i]),
-        "columns": rows.columns[i],
-        "prompt": prompt_text,
-        "completions": [text_after(decode, prompt_ids, actions[b][mask[b]].tolist()) for b in own],
-        "rewards": [float(total[b]) if valid[b] else None for b in own],
-        "ended": [bool(ended[b]) for b in own],
-    }
+    rewards = [float(reward) if known else None for reward, known in zip(total, valid, strict=True)]
+    completions = decode_completions(traj, decode)
+    ended = (np.asarray(traj.terminated) & np.asarray(traj.mask)).any(axis=1).tolist()
+    n = len(rewards) // len(rows.number)
+    records = []
+    for i, number in enumerate(rows.number.tolist()):
+        own = slice(i * n, (i + 1) * n)
+        records.append(
+            {
+                "number": number,
+                "columns": rows.columns[i],
+                "prompt": texts[i],
+                "completions": completions[own],
+                "rewards": rewards[own],
+                "ended": ended[own],
+            }
+        )
+    return records
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -40,13 +44,20 @@ def read_lines(path: Path) -> list[dict]:
     whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
     if rest:
         write_atomically(path, whole + "\n" * bool(whole))
-    return [json.loads(line) for line in whole.split("\n") if line]
+    return [json.loads(line) for line in whole.split("\n") if line.strip()]
 
 
 def append_lines(path: Path, rows: Iterable[dict]) -> None:
     """Append the rows as lines of JSON."""
     with path.open("a", encoding="utf-8") as file:
         file.write(as_lines(rows))
+
+
+def read_or_make(path: Path, make: Callable[[], dict]) -> dict:
+    """The record in a file of JSON; where there is none, `make()` is called and its result is kept there."""
+    if not path.is_file():
+        write_atomically(path, json.dumps(make()))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def as_lines(rows: Iterable[dict]) -> str:

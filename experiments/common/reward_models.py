@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models
-from rljax.data.examples import demonstration
+from rljax.data.examples import before_last_turn, demonstration
 from rljax.data.formats import is_conversation, messages_of
-from rljax.data.prompts import pad_left
+from rljax.data.prompts import pad_left, padded_width
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads, hf
 from rljax.models.decoder import DecoderConfig
@@ -135,8 +135,7 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
         example = demonstration(_as_row(text, prompts.columns[index]), other)
         cut = not text.ended and example.completion[-1] in other.stop
         rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
-    longest = max(map(len, rows))
-    width = max(16, 1 << (longest - 1).bit_length())  # a power of two: each new width is compiled
+    width = padded_width(max(map(len, rows)))
     tokens, present = pad_left(rows, width, other.pad)
     last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
     return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
@@ -147,8 +146,6 @@ def _as_row(text: RowText, columns: dict) -> dict:
     column = "prompt" if "prompt" in columns else "messages"
     if not is_conversation(columns.get(column)):
         return {"prompt": text.prompt, "completion": text.completion}
-    messages = messages_of(columns, column)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+    messages = before_last_turn(messages_of(columns, column))
     answer = [{"role": "assistant", "content": text.completion}]
     return {"prompt": messages, "completion": answer, "tools": columns.get("tools")}

@@ -27,9 +27,7 @@ def read_data(cfg: Any, verifiers: Mapping[str, Callable] | None = None) -> tupl
 
     Raises ValueError for rows whose answers the verifiers cannot judge by.
     """
-    config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
-    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
+    tokenizer, max_tokens = _tokenizer_and_limit(cfg)
     prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
     _check_answers(cfg, verifiers)
     return tokenizer, *prompts
@@ -39,13 +37,18 @@ def read_all_prompts(
     cfg: Any, verifiers: Mapping[str, Callable] | None = None
 ) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
     """The tokenizer, all prompts of a script's Config, and the text of a row's prompt. Raises as `read_data` does."""
-    config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
-    max_tokens = data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
+    tokenizer, max_tokens = _tokenizer_and_limit(cfg)
     shape = make_shape(cfg.template, "", cfg.data)
     prompts = data.read_all_prompts(cfg.prompts, shape, tokenizer, max_tokens, cfg.seed, cfg.data.overlong)
     _check_answers(cfg, verifiers)
     return tokenizer, prompts, lambda row: text_of_prompt(shape(row))
+
+
+def _tokenizer_and_limit(cfg: Any) -> tuple[Tokenizer, int]:
+    """The tokenizer, and how many tokens a prompt may have."""
+    config = hf.read_config(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    return tokenizer, data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
 
 
 def _check_answers(cfg: Any, verifiers: Mapping[str, Callable] | None) -> None:

@@ -14,7 +14,6 @@ Reached: docs/annotator_noise.md.
 """
 
 import dataclasses
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from statistics import mean
 
 from experiments import rlhf
 from experiments.common import command_line
+from experiments.common.records import read_or_make
 from rljax.data.files import read_table
 from rljax.train.log import log_info, write_atomically
 from rljax.train.provenance import git_revision
@@ -56,16 +56,16 @@ def main(cfg: Config) -> list[dict]:
 def measure(cfg: Config, noise: float, seed: int) -> dict:
     """Agreement of a reward model with held-out comparisons; read back where the run is finished."""
     root = Path(cfg.directory, f"seed{seed}")
-    record = root / f"noise{noise:g}.json"
-    if not record.is_file():
+
+    def make() -> dict:
         road = rlhf.Config(cfg.model, seed=seed, directory=str(root))
         tuned, preferences = rlhf.compare_completions(road, root)
         rows = with_errors(read_table(preferences).rows, noise, seed)
         file = rlhf.write_rows(root / f"preferences-noise{noise:g}.jsonl", rows)
         reached = rlhf.learn_rewards(road, tuned, file, root / f"reward_model-noise{noise:g}")["after"]
-        found = {"noise": noise, "seed": seed, "git": git_revision(), **reached}
-        write_atomically(record, json.dumps(found))
-    return json.loads(record.read_text())
+        return {"noise": noise, "seed": seed, "git": git_revision(), **reached}
+
+    return read_or_make(root / f"noise{noise:g}.json", make)
 
 
 def with_errors(rows: Sequence[dict], noise: float, seed: int) -> list[dict]:

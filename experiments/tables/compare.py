@@ -15,6 +15,7 @@ Reached: docs/results.md.
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -145,14 +146,19 @@ def pictures(task: str, rows: list[dict]) -> dict[str, str]:
     steps = [step for step, _ in rows[0]["curve"]]
     names = list(by_median(rows))
     found = {}
-    for start in range(0, len(names), LINES):
+    for start, file in zip(range(0, len(names), LINES), picture_names(task, rows), strict=True):
         runs = {}
         for name in names[start : start + LINES]:
             runs[name] = np.array([[y for _, y in row["curve"]] for row in rows if row["algorithm"] == name])
         title = f"{task}: places {start + 1} to {start + len(runs)}"
-        number = start // LINES + 1
-        found[f"{task}-{number}.svg"] = learning_curves(title, steps, runs, "eval accuracy", "steps")
+        found[file] = learning_curves(title, steps, runs, "eval accuracy", "steps")
     return found
+
+
+def picture_names(task: str, rows: list[dict]) -> list[str]:
+    """The files of `pictures`."""
+    count = math.ceil(len({row["algorithm"] for row in rows}) / LINES)
+    return [f"{task}-{number}.svg" for number in range(1, count + 1)]
 
 
 def by_median(rows: list[dict]) -> dict[str, float]:
@@ -172,8 +178,8 @@ def results_page(results: list[dict], folder: str) -> str:
     for task in tasks_of(results):
         rows = [result for result in results if result["task"] == task]
         lines += task_section(task, rows)
-        names = pictures(task, rows)
-        lines += [f"![eval accuracy after so many steps]({folder}/{name})" for name in names] + [""]
+        lines += [f"![eval accuracy after so many steps]({folder}/{name})" for name in picture_names(task, rows)]
+        lines.append("")
     jax_of_commit = {result["git"].rstrip("+"): result["jax"] for result in results if result["git"]}
     commits = ", ".join(jax_of_commit)
     versions = ", ".join(dict.fromkeys(jax_of_commit.values()))

@@ -20,7 +20,6 @@ them held out: length 0.468 ± 0.032, bag of words 0.554 ± 0.043, reward model 
 
 import collections
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,8 @@ import numpy as np
 
 from experiments import reward_model
 from experiments.common import command_line, data
+from experiments.common.pictures import confidence_interval
+from experiments.common.records import as_lines, read_or_make
 from experiments.common.settings import Data, Optimizer
 from rljax.data.examples import comparison
 from rljax.data.files import read_table
@@ -37,7 +38,6 @@ from rljax.train.log import log_info, table, write_atomically
 
 Pair = dict[str, str]  # prompt, chosen, rejected
 ScoreDifference = Callable[[Sequence[Pair]], np.ndarray]  # pairs -> score of the chosen less that of the rejected
-STUDENT = 2.776  # 97.5 % quantile of Student's t with the 4 degrees of freedom of five splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def main(cfg: Config) -> dict[str, list[float]]:
     pairs = fitting(read_pairs(cfg.data), cfg.model)
     file = Path(cfg.directory, "pairs.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, "".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_atomically(file, as_lines(pairs))
     eval_size = len(pairs) // 5
     accuracies = {"length": [], "bag of words": [], "reward model": []}
     for seed in cfg.splits:
@@ -104,21 +104,17 @@ def split(pairs: Sequence[Pair], eval_size: int, seed: int) -> tuple[list[int], 
 def accuracy_of_reward_model(cfg: Config, file: str, eval_size: int, seed: int) -> float:
     """Accuracy on the held-out pairs after training, or as it was when it was trained."""
     directory = Path(cfg.directory, f"split{seed}")
-    record = directory / "accuracy.json"
-    if not record.is_file():
-        settings = reward_model.Config(
-            model=cfg.model,
-            data=Data(files=(file,), eval_size=eval_size),
-            seed=seed,
-            steps=cfg.steps,
-            batch_size=cfg.batch_size,
-            optimizer=Optimizer(learning_rate=cfg.learning_rate, schedule="cosine"),
-            eval_every=0,
-            directory=str(directory),
-        )
-        reached = reward_model.main(settings)["after"]
-        write_atomically(record, json.dumps(reached))
-    return json.loads(record.read_text())["eval_accuracy"]
+    settings = reward_model.Config(
+        model=cfg.model,
+        data=Data(files=(file,), eval_size=eval_size),
+        seed=seed,
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        optimizer=Optimizer(learning_rate=cfg.learning_rate, schedule="cosine"),
+        eval_every=0,
+        directory=str(directory),
+    )
+    return read_or_make(directory / "accuracy.json", lambda: reward_model.main(settings)["after"])["eval_accuracy"]
 
 
 def accuracy(difference: np.ndarray) -> float:
@@ -128,9 +124,10 @@ def accuracy(difference: np.ndarray) -> float:
 
 def summary(name: str, shares: Sequence[float]) -> dict:
     """A line of the table."""
-    half = STUDENT * np.std(shares, ddof=1) / np.sqrt(len(shares)) if len(shares) > 1 else np.nan
+    (mean,), (low,), _ = confidence_interval([[share] for share in shares])
+    half = mean - low if len(shares) > 1 else np.nan
     of_splits = {f"split {i}": share for i, share in enumerate(shares)}
-    return {"": name, "mean": float(np.mean(shares)), "± (95 %)": float(half), **of_splits}
+    return {"": name, "mean": float(mean), "± (95 %)": float(half), **of_splits}
 
 
 # ----------------------------------------------------------------------------------------------------------- baselines

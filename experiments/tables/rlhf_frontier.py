@@ -18,7 +18,8 @@ from pathlib import Path
 
 from experiments import rlhf
 from experiments.common import command_line
-from experiments.common.pictures import COLORS, svg, text, title_text
+from experiments.common.pictures import COLORS, GRID, grid, svg, text, title_text
+from experiments.common.records import read_or_make
 from rljax.train.log import log_info, write_atomically
 from rljax.train.provenance import git_revision
 
@@ -54,13 +55,13 @@ def main(cfg: Config) -> list[dict]:
 def measure(cfg: Config, method: str, seed: int) -> dict:
     """Reward and KL before and after, and at every step; read back where the run is finished."""
     root = Path(cfg.directory, f"seed{seed}")
-    record = root / f"{method}.json"
-    if not record.is_file():
+
+    def make() -> dict:
         log_info(f"== {method}, seed {seed}")
         reached = rlhf.main(rlhf.Config(cfg.model, algorithm=method, seed=seed, directory=str(root)))
-        found = {"method": method, "seed": seed, "git": git_revision(), **reached, "path": path_of(root / method)}
-        write_atomically(record, json.dumps(found))
-    return json.loads(record.read_text())
+        return {"method": method, "seed": seed, "git": git_revision(), **reached, "path": path_of(root / method)}
+
+    return read_or_make(root / f"{method}.json", make)
 
 
 def path_of(run: Path) -> list[Point]:
@@ -101,12 +102,9 @@ def picture(results: Sequence[dict]) -> str:
         return left + width * max(kl, 0.0) / most_kl, top + height * (1 - (reward - lowest) / reward_range)
 
     parts = [title_text("reward against KL to the fine-tuned model", left)]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = top + height * (1 - share)
-        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/>')
-        parts.append(text(left - 6, y + 4, f"{lowest + share * reward_range:.2f}", "end"))
-        parts.append(text(left + width * share, top + height + 16, f"{share * most_kl:.1f}"))
-    parts.append(text(left + width / 2, top + height + 34, "KL, nats a story"))
+    x_numbers = [f"{share * most_kl:.1f}" for share in GRID]
+    y_numbers = [f"{lowest + share * reward_range:.2f}" for share in GRID]
+    parts += grid((left, top, width, height), x_numbers, y_numbers, "KL, nats a story")
     for n, method in enumerate(METHODS):
         for result in results:
             if result["method"] == method:

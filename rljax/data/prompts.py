@@ -86,6 +86,14 @@ def pad_left(rows: list[list[int]], length: int, pad: int) -> tuple[np.ndarray, 
     return tokens, mask
 
 
+def padded_width(longest: int) -> int:
+    """The width of a batch whose longest row has so many tokens: a power of two, at least 16.
+
+    Each new width is compiled, so there should be few.
+    """
+    return max(16, 1 << (longest - 1).bit_length())
+
+
 class Prompts:
     """A dataset of prompts. `draw(cursor, count)` is a pure function: resuming needs the cursor alone."""
 
@@ -159,11 +167,9 @@ class Prompts:
     def batches(self, count: int) -> Iterator[PromptBatch]:
         """Every prompt once, `count` at a time, the shortest first; `number` is its index in the dataset.
 
-        The width of a batch is a power of two, at least 16: each new width is compiled, so there should be few.
+        The width of a batch is a `padded_width`.
         """
         order = sorted(range(len(self)), key=lambda i: len(self.encoded[i]))
         for start in range(0, len(order), count):
             indices = order[start : start + count]
-            longest = len(self.encoded[indices[-1]])
-            width = max(16, 1 << (longest - 1).bit_length())
-            yield self._batch(indices, indices, len(self), width)
+            yield self._batch(indices, indices, len(self), padded_width(len(self.encoded[indices[-1]])))

@@ -64,3 +64,8 @@ def majority_at_k(answers: Int[Array, "P n"], correct: Bool[Array, "P n"], k: in
     share = jnp.where(is_most, 1.0 / jnp.maximum(votes, 1), 0.0)  # an answer's completions make 1 together
     won = (share * right).sum(axis=-1) / jnp.maximum(share.sum(axis=-1), 1.0)
     return won.mean(axis=-1)
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4 .. and n: the k that are looked at."""
+    return sorted({*(2**j for j in range(n.bit_length()) if 2**j <= n), n})

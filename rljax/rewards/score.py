@@ -49,8 +49,6 @@ ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result] | Ste
 
 
 LEGAL = "Legal: a finite number, or None where the verifier does not apply"
-
-
 CONTEXT_TOKENS = 4  # of a prompt that a completion is decoded with: more than a character has
 
 
@@ -106,7 +104,7 @@ def make_score(
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
         mask = np.asarray(traj.mask)
         indices = prompt_indices(traj, prompts)
-        completions = [row.completion for row in decode_rows(traj, decode)]
+        completions = decode_completions(traj, decode)
         results = _call_verifiers(verifiers, signatures, completions, prompts, indices, pool)
         steps = {}
         for name, model_reward in model_rewards.items():
@@ -250,27 +248,34 @@ class RowText(NamedTuple):
 
 def decode_rows(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[RowText]:
     """Prompt and completion of each row. decode: token ids -> text without special tokens."""
-    inputs = np.asarray(traj.inputs)
     mask = np.asarray(traj.mask)
-    present = np.ones(mask.shape, bool) if traj.segments is None else np.asarray(traj.segments) > 0
-    before = np.cumsum(mask, axis=1) - mask == 0  # up to and with the input of the first decision
     ended = np.zeros(len(mask), bool)
     if traj.terminated is not None:
         ended = (np.asarray(traj.terminated) & mask).any(axis=1)
-    rows = []
-    for b, actions in enumerate(np.asarray(traj.actions)):
-        prompt = inputs[b][before[b] & present[b]].tolist()
-        completion = text_after(decode, prompt, actions[mask[b]].tolist())
-        rows.append(RowText(decode(prompt), completion, bool(ended[b])))
-    return rows
+    prompts = [decode(prompt) for prompt in _prompt_ids(traj)]
+    return [RowText(*row) for row in zip(prompts, decode_completions(traj, decode), ended.tolist(), strict=True)]
 
 
-def text_after(decode: Callable[[list[int]], str], before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to the ids before them: decoded alone, their first space may be lost."""
-    last = list(before[-CONTEXT_TOKENS:])
+def decode_completions(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[str]:
+    """The completion of each row, as it continues its prompt: decoded alone, its first space may be lost."""
+    chosen = [actions[kept].tolist() for actions, kept in zip(*map(np.asarray, (traj.actions, traj.mask)), strict=True)]
+    return [_text_after(decode, prompt, ids) for prompt, ids in zip(_prompt_ids(traj), chosen, strict=True)]
+
+
+def _prompt_ids(traj: Trajectory) -> list[list[int]]:
+    """The ids of each row that were read before its first decision."""
+    mask = np.asarray(traj.mask)
+    present = np.ones(mask.shape, bool) if traj.segments is None else np.asarray(traj.segments) > 0
+    before = np.cumsum(mask, axis=1) - mask == 0  # up to and with the input of the first decision
+    return [ids[kept].tolist() for ids, kept in zip(np.asarray(traj.inputs), before & present, strict=True)]
+
+
+def _text_after(decode: Callable[[list[int]], str], before: list[int], ids: list[int]) -> str:
+    """The text that `ids` add to the ids before them."""
+    last = before[-CONTEXT_TOKENS:]
     head = decode(last)
     whole = decode([*last, *ids])
-    return whole[len(head) :] if whole.startswith(head) else decode(list(ids))
+    return whole[len(head) :] if whole.startswith(head) else decode(ids)
 
 
 # ---------------------------------------------------------------------------------------- the arguments of a verifier

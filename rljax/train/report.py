@@ -149,6 +149,14 @@ def flatten_settings(settings: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changed_settings(before: dict, now: dict) -> str:
+    """The settings that differ, as "seed = 0, now 1; ..."; empty where none does."""
+    before = flatten_settings(before)
+    now = flatten_settings(now)
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
+
+
 def _settings_as_text(settings: dict) -> list[list[str]]:
     flat = flatten_settings(settings)
     return [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in flat.items()]

@@ -26,7 +26,7 @@ import numpy as np
 from rljax.train.checkpoint import Checkpoints
 from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
 from rljax.train.provenance import git_revision, record_sources, run_sources
-from rljax.train.report import flatten_settings, write_report
+from rljax.train.report import changed_settings, write_report
 from rljax.train.samples import Decode, sample_records
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
@@ -199,13 +199,10 @@ class Run:
         stored = json.loads(path.read_text()).get("config")
         if stored is None:
             raise ValueError(f"{self.directory} is no run directory: its config.json is not of a run; name another")
-        before = flatten_settings(stored)
-        now = flatten_settings(self._config)
-        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        changed = changed_settings(stored, self._config)
         if changed:
-            shown = "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
             raise ValueError(
-                f"{self.directory} holds a run with other settings: {shown}. "
+                f"{self.directory} holds a run with other settings: {changed}. "
                 "Resume it with its own settings, or name another with --directory"
             )
 
