@@ -122,7 +122,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = jax.device_put(state, shardings.state)

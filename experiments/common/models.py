@@ -149,6 +149,7 @@ def save_pretrained(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     replace: bool = True,
+    reward_kind: hf.RewardKind = "outcome",
 ) -> None:
     """Write what was trained as a model directory that transformers and every script load: weights, config, tokenizer.
 
@@ -159,6 +160,7 @@ def save_pretrained(
       source: the model directory from which config and tokenizer are copied.
       dtype: of the weights; None: that of the source.
       replace: a directory that is there is replaced by a whole one; else ValueError.
+      reward_kind: of a reward model; config.json keeps it.
     """
     trained = dict(params)
     low_rank = trained.pop("lora", None)
@@ -166,7 +168,7 @@ def save_pretrained(
         whole = decoder.full_params(config, trained, jax.device_get(frozen))["decoder"]
     else:
         whole = _merged(low_rank, frozen, config, source)
-    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace)
+    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
 
 
 def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:
