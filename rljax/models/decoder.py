@@ -170,8 +170,8 @@ def _of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
     """The sharding of hidden states in which the mesh axes of columns shard the rows too."""
     if sharding is None:
         return None
-    rows, columns, features = sharding.spec
-    return NamedSharding(sharding.mesh, PartitionSpec((*rows, *columns), None, features))
+    rows, columns, features = (axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(rows + columns, None, features[0]))
 
 
 @lru_cache
