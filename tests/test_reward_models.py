@@ -138,7 +138,7 @@ def test_steps_are_judged_where_they_end(directories):
     for row, probabilities in enumerate(want):
         np.testing.assert_allclose(found.scores[row][found.ends[row]], probabilities, rtol=1e-4)
     with pytest.raises(
-        ValueError, match=r"other judges steps, and its vocabulary is not that of .*policy; legal: the sa"
+        ValueError, match=r"other judges steps, and its vocabulary is not the policy's; legal: the same"
     ):
         load(True, "other")
 
