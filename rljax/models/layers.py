@@ -306,13 +306,14 @@ class Decoder(nnx.Module):
         flat = hidden.reshape(-1, hidden.shape[-1])
         table = table.astype(hidden.dtype)
         if config.hidden_sharding is not None:
-            flat, table, by_token = _place_logits(config, flat, table)
+            flat, table, placements = _place_logits(config, flat, table)
         if config.batch_invariant:
             logits = invariant.matmul(flat, table, jnp.float32)
         else:
             logits = jnp.matmul(flat, table, preferred_element_type=jnp.float32)
         if config.hidden_sharding is not None:
-            logits = _with_sharding(logits, by_token)
+            for placement in placements:
+                logits = _with_sharding(logits, placement)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)
@@ -323,7 +324,8 @@ def _with_sharding(x, sharding):
 
 
 def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):
-    """Hidden states and table as their product is best computed on the mesh, and the sharding of the logits [N V].
+    """Hidden states and table as their product is best computed on the mesh, and the shardings of the logits [N V]: that
+    of the product, then the final one.
 
     Each device gets whole rows of logits: sums over the vocabulary then stay on a device. Where tokens are many they
     stay where they are and the table comes to them; where they are few (decoding) they go to each part of the table.
@@ -331,13 +333,14 @@ def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Flo
     mesh = config.hidden_sharding.mesh
     axes = _all_axes(config.hidden_sharding)
     by_token = NamedSharding(mesh, PartitionSpec(axes, None))
+    whole = NamedSharding(mesh, PartitionSpec())
     N, D = hidden.shape
     V = table.shape[1]
     half, single = 2, 4  # bytes
     if N * D * half + N * V * single // mesh.size < D * V * half:
         by_vocabulary = NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp")))
-        return _with_sharding(hidden, NamedSharding(mesh, PartitionSpec())), _with_sharding(table, by_vocabulary), by_token
-    return _with_sharding(hidden, by_token), _with_sharding(table, NamedSharding(mesh, PartitionSpec())), by_token
+        return _with_sharding(hidden, whole), _with_sharding(table, by_vocabulary), (by_vocabulary, by_token)
+    return _with_sharding(hidden, by_token), _with_sharding(table, whole), (by_token,)
 
 
 def _all_axes(sharding: NamedSharding) -> tuple[str, ...]:
