@@ -25,7 +25,7 @@ def model(shared, tmp_path_factory) -> Path:
 
 def test_it_runs_from_the_prompts_to_a_model(model, shared, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join((shared / "data" / "gsm8k_train.jsonl").open().readlines()[:32]))
+    prompts.write_bytes(b"".join((shared / "data" / "gsm8k_train.jsonl").read_bytes().splitlines(True)[:32]))
     cfg = gsm8k_grpo.Config(
         model=str(model),
         prompts=str(prompts),
