@@ -211,15 +211,21 @@ def cut_annotate(
     """
     if prompt_tokens == 1:
         return annotate
+    pieces = annotate_pieces(batches, config, prompt_tokens, max_tokens, shardings.rows.mesh)
+    return make_shared_prefix_annotate(annotate, prompt_tokens - 1, pieces.group_size, pieces.micro_batches, shardings)
+
+
+def annotate_pieces(
+    batches: Batches, config: DecoderConfig, prompt_tokens: int, max_tokens: int, mesh: jax.sharding.Mesh
+) -> micro_batches.Pieces:
+    """The cut of a whole rollout, of which a piece has no more rows than a micro-batch of an update."""
     rollout = dataclasses.replace(
         batches,
         prompts=batches.prompts * batches.oversample,
         minibatches=1,
         micro_batches=batches.micro_batches * batches.minibatches * batches.oversample,
     )
-    devices = data_parallel_size(shardings.rows.mesh)
-    pieces = micro_batches.cut(config, rollout, prompt_tokens, max_tokens, devices)
-    return make_shared_prefix_annotate(annotate, prompt_tokens - 1, pieces.group_size, pieces.micro_batches, shardings)
+    return micro_batches.cut(config, rollout, prompt_tokens, max_tokens, data_parallel_size(mesh))
 
 
 def shardings_of(
