@@ -42,7 +42,12 @@ def load_pretrained(
     config = hf.read_config(directory, context, reward_model)
     adapter = lora_of(weights.adapter)
     config = dataclasses.replace(
-        config, dtype=weights.dtype, remat=weights.remat, adapter=adapter, batch_invariant=weights.batch_invariant
+        config,
+        dtype=weights.dtype,
+        remat=weights.remat,
+        scan_layers=weights.scan_layers,
+        adapter=adapter,
+        batch_invariant=weights.batch_invariant,
     )
     stored = "float32" if adapter is None else weights.dtype
     params = load_decoder(directory, config, mesh, stored)
@@ -79,7 +84,7 @@ def load_teacher(
 
     Raises ValueError where it has another number of token ids than the student.
     """
-    config = dataclasses.replace(hf.read_config(directory, context), dtype=dtype)
+    config = dataclasses.replace(hf.read_config(directory, context), dtype=dtype, scan_layers=student.scan_layers)
     if config.vocab_size != student.vocab_size:
         raise ValueError(
             f"{directory}: a teacher of {config.vocab_size} token ids, the student has {student.vocab_size}; "
@@ -109,7 +114,9 @@ def add_critic(
     if not directory:
         return {**params, "critic": critic}
 
-    loaded = load_decoder(directory, hf.read_config(directory, reward_model=True), mesh, "float32")
+    reward_config = hf.read_config(directory, reward_model=True)
+    reward_config = dataclasses.replace(reward_config, scan_layers=config.scan_layers)
+    loaded = load_decoder(directory, reward_config, mesh, "float32")
     # A reward model may lack the table of logits, which a critic does not use.
     trunk = {**critic["decoder"], **loaded["decoder"]}
     if jax.tree.map(jnp.shape, trunk) != jax.tree.map(jnp.shape, critic["decoder"]):
