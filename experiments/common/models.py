@@ -11,7 +11,7 @@ from rljax.models import decoder, heads, hf, lora, param_filters, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
-from rljax.train.mesh import param_shardings
+from rljax.train.mesh import hidden_sharding, param_shardings
 from rljax.types import Params, TrainState
 
 
@@ -39,29 +39,43 @@ def load_pretrained(
         raise ValueError(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
-    config = hf.read_config(directory, context, reward_model)
-    adapter = lora_of(weights.adapter)
-    config = dataclasses.replace(
+    config = trained_config(hf.read_config(directory, context, reward_model), weights, mesh)
+    params = load_decoder(directory, config, mesh, stored_dtype(weights))
+    if reward_model:
+        params = _with_score_head(params, config, directory, seed)
+    return config, *trained_and_frozen(params, config, weights, seed, reference)
+
+
+def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.Mesh) -> DecoderConfig:
+    """The config of a model that is trained as `weights` says."""
+    return dataclasses.replace(
         config,
         dtype=weights.dtype,
         remat=weights.remat,
         scan_layers=weights.scan_layers,
-        adapter=adapter,
+        adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
+        hidden_sharding=hidden_sharding(mesh),
     )
-    stored = "float32" if adapter is None else weights.dtype
-    params = load_decoder(directory, config, mesh, stored)
-    if reward_model:
-        params = _with_score_head(params, config, directory, seed)
-    if adapter is not None:
-        return config, *_with_adapter(params, config, weights, seed)
 
+
+def stored_dtype(weights: Weights) -> str:
+    """Dtype of a model's parameters: the trained ones are float32, an adapter's base is as it is computed with."""
+    return weights.dtype if weights.adapter.rank else "float32"
+
+
+def trained_and_frozen(
+    params: Params, config: DecoderConfig, weights: Weights, seed: int = 0, reference: bool = True
+) -> tuple[Params, dict]:
+    """A model's parameters as those that are trained and the frozen ones; see `load_pretrained`."""
+    if config.adapter is not None:
+        return _with_adapter(params, config, weights, seed)
     frozen = {}
     if weights.freeze:
         params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
     if reference:
         frozen["reference"] = jax.tree.map(jnp.copy, params)
-    return config, params, frozen
+    return params, frozen
 
 
 def _with_score_head(params: Params, config: DecoderConfig, directory: str, seed: int) -> Params:
@@ -77,20 +91,29 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
     return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
 
 
+def load_model(
+    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None, scan_layers: bool = False
+) -> tuple[DecoderConfig, Params]:
+    """Config and parameters of a model that is not trained, in the dtype of the computation."""
+    config = hf.read_config(directory, context)
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, hidden_sharding=hidden_sharding(mesh))
+    return config, load_decoder(directory, config, mesh, dtype)
+
+
 def load_teacher(
     directory: str, student: DecoderConfig, dtype: str, mesh: jax.sharding.Mesh, context: int
 ) -> tuple[DecoderConfig, Params]:
-    """A teacher for distillation, in the dtype of the computation: its config and its parameters.
+    """A teacher for distillation: its config and its parameters.
 
     Raises ValueError where it has another number of token ids than the student.
     """
-    config = dataclasses.replace(hf.read_config(directory, context), dtype=dtype, scan_layers=student.scan_layers)
-    if config.vocab_size != student.vocab_size:
+    vocab_size = hf.read_config(directory, context).vocab_size
+    if vocab_size != student.vocab_size:
         raise ValueError(
-            f"{directory}: a teacher of {config.vocab_size} token ids, the student has {student.vocab_size}; "
+            f"{directory}: a teacher of {vocab_size} token ids, the student has {student.vocab_size}; "
             "legal: the same vocabulary"
         )
-    return config, load_decoder(directory, config, mesh, dtype)
+    return load_model(directory, mesh, dtype, context, student.scan_layers)
 
 
 def add_critic(
@@ -156,6 +179,7 @@ def save_pretrained(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     replace: bool = True,
+    reward_kind: hf.RewardKind = "outcome",
 ) -> None:
     """Write what was trained as a model directory that transformers and every script load: weights, config, tokenizer.
 
@@ -166,6 +190,7 @@ def save_pretrained(
       source: the model directory from which config and tokenizer are copied.
       dtype: of the weights; None: that of the source.
       replace: a directory that is there is replaced by a whole one; else ValueError.
+      reward_kind: of a reward model; config.json keeps it.
     """
     trained = dict(params)
     low_rank = trained.pop("lora", None)
@@ -173,7 +198,7 @@ def save_pretrained(
         whole = decoder.full_params(config, trained, jax.device_get(frozen))["decoder"]
     else:
         whole = _merged(low_rank, frozen, config, source)
-    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace)
+    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
 
 
 def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:

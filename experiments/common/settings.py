@@ -74,7 +74,9 @@ class Weights:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of an adapter's base
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes, to save memory
-    scan_layers: Rare[bool] = False  # layers as one loop: deep models compile in a fraction of the time, small ones slow
+    scan_layers: Rare[bool] = (
+        False  # layers as one loop: deep models compile in a fraction of the time, small ones slow
+    )
     batch_invariant: Rare[bool] = False  # sampler and trainer agree to the bit; refused where this machine cannot
     adapter: Adapter = Adapter()
     freeze: Rare[tuple[str, ...]] = ()  # regular expressions of paths (decoder/layers/3/mlp/up) that are not trained
@@ -147,10 +149,12 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices as data x fsdp x tensor; one of them may be -1: all that are left."""
+    """Devices as data x fsdp x sequence x expert x tensor; one of them may be -1: all that are left."""
 
     data: Rare[int] = 1  # copies of the parameters, each with its share of the rows
     fsdp: int = -1  # devices over which the rows and the parameters of a copy are split
+    sequence: Rare[int] = 1  # devices over which the columns of a row are split in scoring and update
+    expert: Rare[int] = 1  # devices over which the experts of a mixture are split, and rows
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
 
 

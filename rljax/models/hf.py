@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,13 @@ from rljax.models.stored import HEAD, INDEX, read_object, stored_files
 from rljax.types import Params
 
 SCORE = "score.weight"  # the head of a reward model
+REWARD_KIND = "reward_model"  # key of config.json, which transformers ignores
+RewardKind = Literal["outcome", "process"]  # whether the head judges a completion by its last token, or every step
+
+
+def reward_kind(directory: str | Path) -> RewardKind | None:
+    """What the reward model in the directory judges; None where its config.json, which others wrote, does not say."""
+    return read_raw(directory).get(REWARD_KIND)
 
 
 def has_fused_projections(directory: str | Path) -> bool:
@@ -182,9 +190,20 @@ def copy_config_and_tokenizer(source: str | Path, directory: str | Path) -> None
         (Path(directory) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def copy_sidecar_files(source: str | Path, directory: str | Path, adapter: LoraConfig | None = None) -> None:
-    """Writes beside a run's checkpoints all that an export of them needs: config, tokenizer, and adapter.json."""
+def copy_sidecar_files(
+    source: str | Path,
+    directory: str | Path,
+    adapter: LoraConfig | None = None,
+    reward_kind: RewardKind | None = None,
+) -> None:
+    """Writes beside a run's checkpoints all that an export of them needs: config, tokenizer, and adapter.json.
+
+    reward_kind: of a reward model, which config.json then says.
+    """
     copy_config_and_tokenizer(source, directory)
+    if reward_kind is not None:
+        raw = read_raw(directory) | {REWARD_KIND: reward_kind}
+        (Path(directory) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     if adapter is not None:
         fields = {ADAPTER_NAMES.get(name, name): value for name, value in dataclasses.asdict(adapter).items()}
         record = {"base": str(Path(source).resolve()), "lora": fields}
@@ -214,7 +233,8 @@ def to_hf_config(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "flo
       stop: token ids that end a completion.
     """
     shape = [getattr(config, field.name) for field in dataclasses.fields(config)[:8]]
-    free = ("rms_norm_eps", "tie_word_embeddings", "dtype", "attn_implementation", "remat", "scan_layers", "adapter")
+    free = ("rms_norm_eps", "tie_word_embeddings", "dtype", "attn_implementation", "adapter")
+    free += ("remat", "scan_layers", "hidden_sharding")  # of how it is computed
     llama = dataclasses.replace(DecoderConfig(*shape), **{name: getattr(config, name) for name in free})
     if llama != config:
         raise ValueError("only a Llama can be written; a decoder that was loaded keeps its own config.json")
@@ -249,6 +269,7 @@ def save(
     shard_bytes: int = 5 * 10**9,
     score_head: Float[Array, "D"] | None = None,
     replace: bool = False,
+    reward_kind: RewardKind = "outcome",
 ) -> None:
     """Writes a model directory that transformers loads.
 
@@ -262,9 +283,11 @@ def save(
       dtype: of the weights; None: that of the config.json.
       score_head: makes it a reward model (transformers' sequence classification with one label), without a table of
       logits. Its files name a padding token that ends no completion (`reward_model_pad`).
+      reward_kind: of a reward model, for `reward_kind()`.
     """
     raw = read_raw(source)
     raw.pop("auto_map", None)  # names code of the model directory, which is not copied
+    raw.pop(REWARD_KIND, None)
     dtype = dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
     if has_own_head(source):
@@ -272,6 +295,7 @@ def save(
     if score_head is not None:
         raw["architectures"] = [_classifier_of(name) for name in raw.get("architectures") or []]
         raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": reward_model_pad(source)}
+        raw[REWARD_KIND] = reward_kind
     with atomic_directory(directory, replace) as unfinished:
         copy_config_and_tokenizer(source, unfinished)
         if score_head is not None:
@@ -284,14 +308,18 @@ def save(
 def named_tensors(config: DecoderConfig, params: Params, fused: bool = False) -> Iterator[tuple[str, np.ndarray]]:
     """Every stored tensor of the decoder's parameters, one at a time, with its name: the inverse of `load`."""
     leaves = {path_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    rows_of: dict[str, list[tuple[int, tuple, tuple]]] = {}  # stored name -> (first row, path, place in it) of each part
+    rows_of: dict[
+        str, list[tuple[int, tuple, tuple]]
+    ] = {}  # stored name -> (first row, path, place in it) of each part
     for path, slices in tensor_slices(config, fused).items():
         shape = leaves[path].shape
         places = np.ndindex(shape[: num_stacked_axes(path, shape)])
         for place, piece in zip(places, slices, strict=True):
             rows_of.setdefault(piece.name, []).append((piece.start, path, place))
     for name, parts in rows_of.items():
-        rows = [_stored_tensor(path, leaves[path][place] if place else leaves[path]) for _, path, place in sorted(parts)]
+        rows = [
+            _stored_tensor(path, leaves[path][place] if place else leaves[path]) for _, path, place in sorted(parts)
+        ]
         yield name, np.concatenate(rows) if len(rows) > 1 else rows[0]
 
 

@@ -205,9 +205,9 @@ class MoE(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, E, F = config.hidden_size, config.moe.num_experts, config.moe.intermediate_size
         self.router = _matrix(rngs, (D, E), ("embed", None), D)
-        self.gate = _matrix(rngs, (E, D, F), (None, "embed", "mlp"), D)
-        self.up = _matrix(rngs, (E, D, F), (None, "embed", "mlp"), D)
-        self.down = _matrix(rngs, (E, F, D), (None, "mlp", "embed"), F)
+        self.gate = _matrix(rngs, (E, D, F), ("experts", "embed", "mlp"), D)
+        self.up = _matrix(rngs, (E, D, F), ("experts", "embed", "mlp"), D)
+        self.down = _matrix(rngs, (E, F, D), ("experts", "mlp", "embed"), F)
         self.config = config
 
     def __call__(self, x, routing: Int[Array, "B T k"] | None = None):
@@ -235,9 +235,11 @@ class Block(nnx.Module):
         self.mlp = MoE(config, rngs) if config.is_moe_layer(layer) else MLP(config, rngs)
         self.has_pre_norms = config.norms != "post"
         self.has_post_norms = config.norms != "pre"
+        self.hidden_sharding = config.hidden_sharding
 
     def __call__(self, x, cache: caches.LayerCache | None, routing, mask, rotations, start):
         """x [B T D] after the block, its cache with the new columns, and the experts [B T k] of a mixture."""
+        x = _with_sharding(x, self.hidden_sharding)
         normed = self.attention_norm(x) if self.has_pre_norms else x
         change, cache = self.attention(normed, mask, rotations, cache, start)
         x = x + (self.attention_post_norm(change) if self.has_post_norms else change)
@@ -296,6 +298,7 @@ class Decoder(nnx.Module):
             if moe_layers:
                 experts = jnp.stack([chosen[layer] for layer in moe_layers], axis=2)
                 cache["routing"] = caches.write_columns(cache["routing"], experts, start)
+        x = _with_sharding(x, config.hidden_sharding)
         if prefix is not None:
             _, x = mask.split(x)
         return self.norm(x), cache
@@ -363,9 +366,7 @@ class Decoder(nnx.Module):
         if self.config.remat == "none" or cache is not None:
             return block
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
-        return jax.checkpoint(
-            lambda *args: block(*args), policy=policy, prevent_cse=not self.config.scan_layers
-        )
+        return jax.checkpoint(lambda *args: block(*args), policy=policy, prevent_cse=not self.config.scan_layers)
 
     def logits(self, hidden):
         """[.. D] -> [.. V] in float32: a sum of bfloat16 products keeps the precision of its accumulation."""
@@ -380,3 +381,7 @@ class Decoder(nnx.Module):
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _with_sharding(x, sharding):
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

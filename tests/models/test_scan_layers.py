@@ -279,7 +279,9 @@ def test_adapters_begin_and_merge_the_same(use_dora):
     merged = lora.merge(config.adapter, stacked(config, base), stacked(config, adapter))
     close(stacks.unstack(merged), lora.merge(config.adapter, base, adapter))
     axes = lora.adapter_axes(config.adapter, decoder.param_axes(scanned(config)), decoder.abstract(scanned(config)))
-    of_leaves = jax.tree.leaves(jax.tree.map(lambda x, names: len(names) == x.ndim and names[0] == "layers", other, axes))
+    of_leaves = jax.tree.leaves(
+        jax.tree.map(lambda x, names: len(names) == x.ndim and names[0] == "layers", other, axes)
+    )
     assert all(of_leaves)
 
 
@@ -297,7 +299,9 @@ def test_pefts_files_are_those_of_single_layers(tmp_path):
 
 def test_an_adapter_of_some_layers_cannot_be_scanned(tmp_path):
     base = tiny.make(tmp_path / "base", "qwen2")
-    config = dataclasses.replace(hf.read_config(base), adapter=LoraConfig(rank=2, targets=("layers/1/attention/query",)))
+    config = dataclasses.replace(
+        hf.read_config(base), adapter=LoraConfig(rank=2, targets=("layers/1/attention/query",))
+    )
     adapter = lora.init(config.adapter, decoder.abstract(config), jax.random.key(1))
     peft.save_adapter(tmp_path / "one", config, adapter, base)
     with pytest.raises(ValueError, match=r"layers \[0, 1, 2\] are not adapted alike.*legal: scan_layers=False"):
@@ -310,16 +314,15 @@ def test_an_adapter_of_some_layers_cannot_be_scanned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how", ["static", pytest.param("slots", marks=pytest.mark.nightly), pytest.param("resumed", marks=pytest.mark.nightly)]
+    "how",
+    ["static", pytest.param("slots", marks=pytest.mark.nightly), pytest.param("resumed", marks=pytest.mark.nightly)],
 )
 def test_the_samples_are_the_same(how):
     """Through a cache that is shared by a prompt's completions, refilled, or copied for requests; experts recorded."""
     tokens, mask = pad_left([[3, 4, 5, 6], [7, 8]], 4, 0)
     resume = Resume(requests=np.array([[0, 0], [1, 2], [0, 1], [1, 0]], np.int32)) if how == "resumed" else None
     prompts = PromptBatch(tokens, mask, np.arange(2, dtype=np.int32), [{}, {}], 2, resume)
-    sampling = Sampling(
-        temperature=0.8, n=4, max_tokens=20, stop=(2, 9), max_concurrent=3 if how == "slots" else None
-    )
+    sampling = Sampling(temperature=0.8, n=4, max_tokens=20, stop=(2, 9), max_concurrent=3 if how == "slots" else None)
     params = decoder.init(PERIODS, jax.random.key(0))
 
     def draw(config, params):
