@@ -2,7 +2,8 @@
 
 A matrix is stored [out, in] and held here as [in, out], either of which may be several axes (heads and their
 dimensions). Vectors and the embedding table are held as they are stored. Layers and experts are stored one by one;
-experts, and with `scan_layers` layers, are held as one array. Phi-3 stores projections of the same input as one tensor, concatenated along the rows.
+experts, and with `scan_layers` layers, are held as one array. Phi-3 stores projections of the same input as one tensor,
+concatenated along the rows.
 """
 
 import contextlib

@@ -119,7 +119,7 @@ def _column_norms(weight, inputs: int):
 
 
 def _map_adapted(fn: Callable, decoder: Params, adapter: Params) -> Params:
-    """The decoder with fn(weight, inputs, down=.., up=.., ..) in the place of each adapted weight, of each in a stack."""
+    """The decoder with fn(weight, inputs, down=.., up=.., ..) in the place of each adapted weight, stacked or not."""
 
     def is_adapter_leaf(_, node):
         return not isinstance(node.get("up", {}), dict)
