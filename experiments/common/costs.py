@@ -6,7 +6,6 @@ as a pass needs them at least. Compiling is not needed; where a program is compi
 those for memory and for collectives (`experiments/preflight.py`).
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -202,7 +201,12 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
             sizes.epochs * passes * (cut * weights + 20 * layer_bytes * learned / local)
             + sizes.updates * 7 * num_params(config) * SINGLE / math.prod(mesh.shape[a] for a in ("fsdp", "tensor")),
             _sent(
-                config, mesh, sizes.epochs * learned, passes=passes, gathers=sizes.epochs * cut * 2, reduces=sizes.epochs * cut
+                config,
+                mesh,
+                sizes.epochs * learned,
+                passes=passes,
+                gathers=sizes.epochs * cut * 2,
+                reduces=sizes.epochs * cut,
             ),
         ),
     ]
@@ -231,7 +235,10 @@ def _sent(
         Sent("gradients", "reduce-scatter", ("fsdp",), reduces * summed),
         Sent("gradients", "all-reduce", ("data",), (reduces > 0) * 2 * share / fsdp * SINGLE * (data - 1) / data),
         Sent(
-            "hidden states", "all-reduce", ("tensor",), passes * 2 * config.num_layers * 2 * hidden * (tensor - 1) / tensor
+            "hidden states",
+            "all-reduce",
+            ("tensor",),
+            passes * 2 * config.num_layers * 2 * hidden * (tensor - 1) / tensor,
         ),
     ]
     if sequence > 1 and not logits:
@@ -282,8 +289,3 @@ def with_collectives(phase: Phase, topology: Topology, mesh: jax.sharding.Mesh, 
     places = places_of(topology, mesh)
     wire = sum(one.sent / topology.bandwidth([places[i] for i in one.group]) for one in found)
     return phase._replace(seconds=phase.seconds | {"interconnect": calls * wire})
-
-
-def with_shape(config: DecoderConfig, **changes: Any) -> DecoderConfig:
-    """The config for formulas: without a mesh, so that no device is asked for."""
-    return dataclasses.replace(config, hidden_sharding=None, **changes)

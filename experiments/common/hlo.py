@@ -20,7 +20,15 @@ _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _LOOP = re.compile(r"condition=%([\w.\-]+), body=%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_COUNTED = {"constant", "parameter", "get-tuple-element", "compare", "fusion", "copy", "bitcast"}  # `counter < constant`
+_COUNTED = {
+    "constant",
+    "parameter",
+    "get-tuple-element",
+    "compare",
+    "fusion",
+    "copy",
+    "bitcast",
+}  # `counter < constant`
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}")

@@ -55,12 +55,15 @@ def shapes_of_step(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> 
     step = grpo.make_step(
         algorithm, optimizer, batches, shardings, config, cfg.max_prompt_tokens, cfg.sampling.max_tokens
     )
-    sampling = Sampling(cfg.sampling.temperature, n=batches.num_generations, max_tokens=cfg.sampling.max_tokens, stop=(0,))
+    sampling = Sampling(
+        cfg.sampling.temperature, n=batches.num_generations, max_tokens=cfg.sampling.max_tokens, stop=(0,)
+    )
     prompts = prompt_shapes(mesh, batches.prompts, cfg.max_prompt_tokens)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
     rollout = (state.params, state.frozen, prompts, sampling, seed)
     traj, _ = jax.eval_shape(partial(sampler.sample_on_devices, step.lm), *rollout)
-    annotated = jax.eval_shape(partial(scored_shapes, step, state), traj)
+    needs = {"ref_logp", *algorithm.needs}
+    annotated = jax.eval_shape(partial(scored, needs), traj)
 
     held = device_bytes((state.params, state.frozen))
     minibatch = partial(minibatch_shapes, step, state, batches.minibatches, annotated)
@@ -68,10 +71,12 @@ def shapes_of_step(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> 
     programs = [
         Program("prefill", lambda: _prefill.lower(step.lm, *rollout[:4]), held, 1),
         Program("rollout", lambda: sampler.sample_on_devices.lower(step.lm, *rollout), held, 1),
-        Program("scoring", lambda: step.annotate.lower(state, traj), held, pieces_of_scoring(batches, config, mesh, cfg)),
+        Program(
+            "scoring", lambda: step.annotate.lower(state, traj), held, pieces_of_scoring(batches, config, mesh, cfg)
+        ),
         Program("update", lambda: step.update.lower(state, minibatch()), device_bytes(state), updates),
     ]
-    return StepShapes(state, sizes_of(cfg, config, mesh, "old_logp" in algorithm.needs), programs)
+    return StepShapes(state, sizes_of(cfg, config, mesh), programs)
 
 
 @partial(jax.jit, static_argnames="lm")
@@ -118,17 +123,19 @@ def prompt_shapes(mesh: jax.sharding.Mesh, count: int, tokens: int) -> sampler.D
     )
 
 
-def scored_shapes(step: grpo.Step, state: TrainState, traj: Trajectory) -> Trajectory:
-    """A rollout after annotate and score."""
-    of_policy = step.model(state.params, state.frozen, traj.replace(routing=None)).logp
-    fields = {name: of_policy for name in step.needs}
-    return traj.replace(rewards=jnp.zeros_like(traj.logp), scores=jnp.zeros((len(traj.mask), 1)), **fields)
+def scored(needs: set[str], traj: Trajectory) -> Trajectory:
+    """A rollout with the fields that annotate and score fill, all 0."""
+    rows = jnp.zeros(len(traj.mask))
+    fields = {name: rows if name == "baseline" else jnp.zeros_like(traj.logp) for name in needs}
+    return traj.replace(rewards=jnp.zeros_like(traj.logp), scores=rows[:, None], **fields)
 
 
 def minibatch_shapes(step: grpo.Step, state: TrainState, minibatches: int, traj: Trajectory) -> Any:
     """What `learn` hands to an update."""
     batch = jax.eval_shape(step.credit, traj, state.coefficients)
-    batch = jax.eval_shape(lambda whole: jax.tree.map(lambda x: x[: len(x) // minibatches] if x.ndim else x, whole), batch)
+    batch = jax.eval_shape(
+        lambda whole: jax.tree.map(lambda x: x[: len(x) // minibatches] if x.ndim else x, whole), batch
+    )
     return batch.replace(coefficients=batch.coefficients | {"at_old_policy": jax.ShapeDtypeStruct((), jnp.float32)})
 
 
@@ -137,16 +144,20 @@ def pieces_of_scoring(batches, config: DecoderConfig, mesh: jax.sharding.Mesh, c
     return train.annotate_pieces(batches, config, cfg.max_prompt_tokens, cfg.sampling.max_tokens, mesh).micro_batches
 
 
-def sizes_of(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh, scores_old: bool) -> Sizes:
-    """How much a step samples and learns from."""
+def sizes_of(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh, memory: float | None = None) -> Sizes:
+    """How much a step samples and learns from.
+
+    memory: bytes of a device of a mesh without devices.
+    """
+    algorithm = grpo.with_settings(grpo.named_algorithm(cfg), cfg, config)
     devices = data_parallel_size(mesh)
     lengths = (cfg.max_prompt_tokens, cfg.sampling.max_tokens)
     return Sizes(
         cfg.batches.prompts,
         cfg.batches.num_generations,
         *lengths,
-        pieces=micro_batches.cut(config, cfg.batches, *lengths, devices),
-        scored=1 + scores_old,
+        pieces=micro_batches.cut(config, cfg.batches, *lengths, devices, memory),
+        scored=1 + ("old_logp" in algorithm.needs),
         updates=cfg.batches.epochs * cfg.batches.minibatches,
         epochs=cfg.batches.epochs,
     )
