@@ -57,16 +57,20 @@ def collectives(text: str, open_loop_trips: int = 1) -> list[Collective]:
     """
     computations = _computations(text)
     times = _times(computations, open_loop_trips)
-    found = []
+    found: dict[str, Collective] = {}
     for name, lines in computations.items():
-        for result, opcode, rest in lines:
+        for place, (result, opcode, rest) in enumerate(lines):
             kind = opcode.removesuffix("-start")
             if kind not in KINDS or not times.get(name):
                 continue
             group = _group(rest)
             if len(group) > 1:
-                found.append(Collective(kind, _bytes(kind, result, len(group)), group, times[name]))
-    return found
+                # What a TPU does in steps beside products is written once for each step, with the same channel.
+                channel = re.search(r"channel_id=\d+", rest)
+                key = channel[0] if channel else f"{name} {place}"
+                one = Collective(kind, _bytes(kind, result, len(group)), group, times[name])
+                found[key] = max(one, found.get(key, one), key=lambda other: other.sent)
+    return list(found.values())
 
 
 def _computations(text: str) -> dict[str, list[tuple[str, str, str]]]:
