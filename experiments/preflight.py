@@ -138,7 +138,7 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
     memory, sent = [], {}
     for program in step.programs:
         log_info(f"compiling {program.name} ...")
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         arrays, sent[program.name] = compile_program(
             program, sum(held.values()), chunk_size(cfg.sampling.max_tokens - 1)
         )
@@ -146,7 +146,8 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
             part = cache if program.name == "rollout" else cache * 0
             arrays = {"KV cache": part, **arrays, "temporaries": arrays["temporaries"] - part}
         memory.append(Memory(program.name, held | arrays))
-        log_info(f"{program.name}: {time.perf_counter() - start:.0f} s, {plan.gib(memory[-1].total)} GiB a device")
+        took = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
+        log_info(f"{program.name}: {took}; {plan.gib(memory[-1].total)} GiB a device")
     phases = []
     for phase in found.phases:
         program = next(one for one in step.programs if one.name == {"decode": "rollout"}.get(phase.name, phase.name))
@@ -160,7 +161,7 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
 def pod_devices(topology: Topology) -> list[jax.Device]:
     """The devices of a pod that is not there."""
     for name, value in TPU_VARIABLES.items():
-        os.environ.setdefault(name, value)
+        os.environ[name] = value  # jax has set some of them for the machine that it found
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles; there is nothing for it to run on
     from jax.experimental import topologies
 

@@ -8,6 +8,7 @@ those for memory and for collectives (`experiments/preflight.py`).
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -97,7 +98,7 @@ def activation_terms(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Size
     columns = (sizes.max_tokens + sizes.prompt_tokens / sizes.pieces.group_size) / mesh.shape["sequence"]
     tokens = rows * columns
     heads = max(1, config.num_heads // tensor)
-    layer = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.abstract(config)["layers"])) / config.num_layers
+    layer = num_layer_params(config) / config.num_layers
     inner = config.moe.intermediate_size * config.moe.num_experts_per_tok if config.moe else config.intermediate_size
     of_layer = tokens * half * (4 * config.hidden_size + (2 * heads + 2 * config.num_kv_heads) * config.head_dim)
     of_layer += 3 * tokens * half * inner / tensor
@@ -118,14 +119,25 @@ def activation_terms(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Size
 # --------------------------------------------------------------------------------------------------------------- time
 
 
+@lru_cache
 def num_params(config: DecoderConfig) -> int:
     """Of the decoder."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.abstract(config)))
+    return _count(decoder.abstract(config))
+
+
+@lru_cache
+def num_layer_params(config: DecoderConfig) -> int:
+    """Of the decoder's layers: without embedding, head and last norm."""
+    return _count(decoder.abstract(config)["layers"])
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def token_weights(config: DecoderConfig) -> float:
     """Weights that a token is multiplied by in the layers: of a mixture those of its experts alone."""
-    layers = sum(math.prod(x.shape) for x in jax.tree.leaves(decoder.abstract(config)["layers"]))
+    layers = num_layer_params(config)
     if config.moe is None:
         return layers
     moe = config.moe
