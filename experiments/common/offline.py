@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, shard_rows
 from rljax.train.run import Run
-from rljax.train.update import sum_over_micro_batches
+from rljax.train.update import map_micro_batches, sum_over_micro_batches
 from rljax.types import Objective, TrainState
 
 
@@ -89,7 +90,8 @@ def make_evaluate(
 
     @jax.jit
     def measure(params, frozen, batch):
-        batch = objective.prepare(params, frozen, batch, jax.random.key(0))
+        map_rows = partial(map_micro_batches, micro_batches=pieces)
+        batch = objective.prepare(params, frozen, batch, jax.random.key(0), map_rows)
 
         def loss_of_piece(piece):
             loss, found = objective.loss(params, frozen, piece)

@@ -209,17 +209,11 @@ def cut_annotate(
 
     prompt_tokens, max_tokens: of a prompt and of a completion, as sampled.
     """
-    if prompt_tokens == 1:
-        return annotate
-    rollout = dataclasses.replace(
-        batches,
-        prompts=batches.prompts * batches.oversample,
-        minibatches=1,
-        micro_batches=batches.micro_batches * batches.minibatches * batches.oversample,
-    )
     devices = data_parallel_size(shardings.rows.mesh)
-    pieces = micro_batches.cut(config, rollout, prompt_tokens, max_tokens, devices)
-    return make_shared_prefix_annotate(annotate, prompt_tokens - 1, pieces.group_size, pieces.micro_batches, shardings)
+    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices)
+    rows_at_once = batches.prompts * batches.num_generations // (batches.minibatches * pieces.micro_batches)
+    group_size = micro_batches.largest_share(rows_at_once, batches.num_generations, devices)
+    return make_shared_prefix_annotate(annotate, prompt_tokens - 1, group_size, rows_at_once, shardings)
 
 
 def shardings_of(
@@ -241,28 +235,44 @@ def shardings_of(
 
 
 def make_evaluate(
-    lm: LM, annotate: Callable, score: Score, prompts: Prompts, sampling: Sampling, samples: int, seed: int
+    lm: LM,
+    annotate: AnnotateFn,
+    score: Score,
+    prompts: Prompts,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    shardings: Shardings,
+    rows_at_once: int,
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> mean reward, its standard error, and KL to the reference, of `samples` completions.
 
-    Every evaluation samples with the same key.
+    Every evaluation samples with the same key, at most about `rows_at_once` completions at a time.
     """
     all_prompts = prompts.first(len(prompts))
     sampling = sampling.replace(n=math.ceil(samples / len(prompts)))
+    sample_all = make_sample_all(lm, all_prompts, sampling, shardings, rows_at_once)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        traj = sample(lm, state.params, state.frozen, all_prompts, sampling, seed, step=-1)
-        traj = score(annotate(state, traj), all_prompts)
+        traj = score(annotate(state, sample_all(state, seed)), all_prompts)
         return reward_and_kl(traj)
 
     return evaluate
 
 
-def make_log_ratio(policy: Callable) -> Callable:
-    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report."""
+def make_log_ratio(
+    policy: PolicyFn,
+    batches: Batches,
+    shardings: Shardings,
+    config: DecoderConfig,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> Callable[[TrainState, Trajectory], Array]:
+    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report; cut as `cut_annotate`."""
+    own_logp = make_annotate(policy, ("old_logp",))
+    annotate = cut_annotate(own_logp, batches, shardings, config, prompt_tokens, max_tokens)
 
-    @jax.jit
-    def log_ratio(state: TrainState, traj):
-        return policy(state.params, state.frozen, traj).logp - traj.logp
+    def log_ratio(state: TrainState, traj: Trajectory) -> Array:
+        return annotate(state, traj).old_logp - traj.logp
 
     return log_ratio

@@ -120,32 +120,54 @@ def share_prefix_of_pairs(pairs: Pairs, columns: int) -> Pairs:
 
 
 def make_shared_prefix_annotate(
-    annotate: AnnotateFn, columns: int, group_size: int, pieces: int = 1, shardings: Shardings | None = None
+    annotate: AnnotateFn, columns: int, group_size: int, rows_at_once: int, shardings: Shardings | None = None
 ) -> AnnotateFn:
-    """annotate(state, traj) -> traj that computes the first `columns` once for `group_size` rows, a piece at a time.
+    """annotate(state, traj) -> traj, with at most `rows_at_once` rows at a time, any number of them in all.
 
-    The fields that it fills are 0 in those columns, where no decision is. Rows that do not share them (completions
-    carried over from an earlier step) are annotated as they are; so are rows of which there are not as many as that
-    number of pieces of whole groups takes.
+    The first `columns` are computed once for `group_size` rows. The fields that it fills are 0 in those columns, where
+    no decision is. Rows that do not share them (completions carried over from an earlier step) are annotated whole.
+    Pieces are of one shape, and divide over the devices: copies of the first rows fill them up.
     """
     devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
 
-    def annotate_sharing(state: TrainState, traj: Trajectory) -> Trajectory:
-        whole_groups = len(traj.mask) % (group_size * pieces * devices) == 0
-        if not (whole_groups and is_prefix_shared(traj, columns, group_size)):
-            return annotate(state, traj)
-        rows = _every_nth_group(share_prefix(Batch(traj, traj.logp, traj.mask), columns, group_size).traj, pieces)
-        filled = [_filled_fields(piece, annotate(state, piece)) for piece in rows]
-        fields = _in_order_of_groups(filled, group_size)
-        return traj.replace(**{name: _pad_columns(value, columns) for name, value in fields.items()})
+    def annotate_in_pieces(state: TrainState, traj: Trajectory) -> Trajectory:
+        rows = len(traj.mask)
+        whole_groups = columns > 0 and rows % group_size == 0
+        shared = whole_groups and bool(is_prefix_shared(traj, columns, group_size))
+        size = group_size if shared else 1
+        pieces, fill = _cut_evenly(rows, rows_at_once, size * devices)
+        filled_up = _with_copies(traj, fill) if fill else traj
+        if shared:
+            batch = Batch(filled_up, filled_up.logp, filled_up.mask)
+            filled_up = share_prefix(batch, columns, group_size).traj
+        parts = _every_nth_group(filled_up, pieces, size) if pieces > 1 else [filled_up]
+        found = [_filled_fields(part, annotate(state, part)) for part in parts]
+        fields = _in_order_of_groups(found, size) if pieces > 1 else found[0]
+        if shared:
+            fields = {name: _pad_columns(value, columns) for name, value in fields.items()}
+        return traj.replace(**{name: value[:rows] for name, value in fields.items()})
 
-    return annotate_sharing
+    return annotate_in_pieces
 
 
-@partial(jax.jit, static_argnames="pieces")
-def _every_nth_group(traj: Trajectory, pieces: int) -> list[Trajectory]:
+def _cut_evenly(rows: int, rows_at_once: int, unit: int) -> tuple[int, int]:
+    """In how many pieces to cut the rows, and how many to add so that these are equal and multiples of `unit`."""
+    pieces = -(-rows // max(rows_at_once, unit))
+    rows_of_piece = -(-rows // (pieces * unit)) * unit
+    return pieces, pieces * rows_of_piece - rows
+
+
+@partial(jax.jit, static_argnames="count")
+def _with_copies(traj: Trajectory, count: int) -> Trajectory:
+    """The trajectory and `count` rows more, which repeat it from the first row on."""
+    rows = len(traj.mask)
+    return jax.tree.map(lambda x: x[jnp.arange(rows + count) % rows], traj)
+
+
+@partial(jax.jit, static_argnames=("pieces", "group_size"))
+def _every_nth_group(traj: Trajectory, pieces: int, group_size: int) -> list[Trajectory]:
     """Piece m has groups m, m + pieces, ...: rows that are laid out contiguously over devices stay where they are."""
-    groups = len(traj.prefix.inputs)
+    groups = len(traj.mask) // group_size
 
     def take(x: Array, piece: int) -> Array:
         by_group = x.reshape(groups, len(x) // groups, *x.shape[1:])[piece::pieces]

@@ -31,7 +31,7 @@ def least_squares(params, frozen, batch):
     return 0.5 * (batch["scale"] * error**2).sum(), metrics
 
 
-def prepare(params, frozen, batch, key):
+def prepare(params, frozen, batch, key, map_rows):
     return batch | {"noise": jax.random.normal(key, (ROWS,))}
 
 
