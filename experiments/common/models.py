@@ -1,6 +1,7 @@
 """Models of a Hugging Face directory, as `Weights` says how to hold and train them."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
 from rljax.train.mesh import hidden_sharding, param_shardings
-from rljax.types import Params, TrainState
+from rljax.types import Array, Params, TrainState
 
 
 def load_pretrained(
@@ -39,29 +40,42 @@ def load_pretrained(
         raise ValueError(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
-    config = hf.read_config(directory, context, reward_model)
-    adapter = lora_of(weights.adapter)
-    config = dataclasses.replace(
+    config = trained_config(hf.read_config(directory, context, reward_model), weights, mesh)
+    params = load_decoder(directory, config, mesh, stored_dtype(weights))
+    if reward_model:
+        params = _with_score_head(params, config, directory, seed)
+    return config, *trained_and_frozen(params, config, weights, seed, reference)
+
+
+def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.Mesh) -> DecoderConfig:
+    """The config of a model that is trained as `weights` says."""
+    return dataclasses.replace(
         config,
         dtype=weights.dtype,
         remat=weights.remat,
-        adapter=adapter,
+        adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
         hidden_sharding=hidden_sharding(mesh),
     )
-    stored = "float32" if adapter is None else weights.dtype
-    params = load_decoder(directory, config, mesh, stored)
-    if reward_model:
-        params = _with_score_head(params, config, directory, seed)
-    if adapter is not None:
-        return config, *_with_adapter(params, config, weights, seed)
 
+
+def stored_dtype(weights: Weights) -> str:
+    """Dtype of a model's parameters: the trained ones are float32, an adapter's base is as it is computed with."""
+    return weights.dtype if weights.adapter.rank else "float32"
+
+
+def trained_and_frozen(
+    params: Params, config: DecoderConfig, weights: Weights, seed: int = 0, reference: bool = True
+) -> tuple[Params, dict]:
+    """A model's parameters as those that are trained and the frozen ones; see `load_pretrained`."""
+    if config.adapter is not None:
+        return _with_adapter(params, config, weights, mesh, seed)
     frozen = {}
     if weights.freeze:
         params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
     if reference:
         frozen["reference"] = jax.tree.map(jnp.copy, params)
-    return config, params, frozen
+    return params, frozen
 
 
 def _with_score_head(params: Params, config: DecoderConfig, directory: str, seed: int) -> Params:
@@ -75,6 +89,14 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
     """{"decoder": ...} of a model directory, read straight into its shardings."""
     shardings = param_shardings(mesh, decoder.param_axes(config), decoder.abstract(config))
     return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
+
+
+def init_sharded(config: DecoderConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:
+    """Random parameters, each drawn where it will lie."""
+    init = partial(policy.init, config)
+    shapes = jax.eval_shape(init, key)
+    shardings = param_shardings(mesh, policy.logical_axes(config, shapes), shapes)
+    return jax.jit(init, out_shardings=shardings)(key)
 
 
 def load_model(
@@ -144,10 +166,19 @@ def lora_of(adapter: Adapter) -> LoraConfig | None:
     )
 
 
-def _with_adapter(params: Params, config: DecoderConfig, weights: Weights, seed: int) -> tuple[Params, dict]:
+def _with_adapter(
+    params: Params, config: DecoderConfig, weights: Weights, mesh: jax.sharding.Mesh, seed: int
+) -> tuple[Params, dict]:
     """Adapter and frozen base. A reference that follows the policy is an adapter of its own."""
     key = jax.random.fold_in(jax.random.key(seed), 3)
-    trained, frozen = policy.with_adapter(params, config, key)
+
+    def trained_of(params):
+        return policy.with_adapter(params, config, key)[0]
+
+    shapes = jax.eval_shape(trained_of, params)
+    shardings = param_shardings(mesh, policy.logical_axes(config, shapes), shapes)
+    trained = jax.jit(trained_of, out_shardings=shardings)(params)  # each array is drawn where it will lie
+    frozen = {"base": {"decoder": params["decoder"]}, "reference": {}}
     if weights.ref_sync_steps:
         frozen["reference"] = jax.tree.map(jnp.copy, trained)
     return trained, frozen
@@ -163,6 +194,7 @@ def save_pretrained(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     replace: bool = True,
+    reward_kind: hf.RewardKind = "outcome",
 ) -> None:
     """Write what was trained as a model directory that transformers and every script load: weights, config, tokenizer.
 
@@ -173,6 +205,7 @@ def save_pretrained(
       source: the model directory from which config and tokenizer are copied.
       dtype: of the weights; None: that of the source.
       replace: a directory that is there is replaced by a whole one; else ValueError.
+      reward_kind: of a reward model; config.json keeps it.
     """
     trained = dict(params)
     low_rank = trained.pop("lora", None)
@@ -180,7 +213,7 @@ def save_pretrained(
         whole = decoder.full_params(config, trained, jax.device_get(frozen))["decoder"]
     else:
         whole = _merged(low_rank, frozen, config, source)
-    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace)
+    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
 
 
 def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:

@@ -14,7 +14,7 @@ from experiments.common.settings import Batches
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, data_parallel_size, shard_rows
+from rljax.train.mesh import RULES, Shardings, data_parallel_size, shard_rows
 from rljax.train.run import Run
 from rljax.train.update import map_micro_batches, sum_over_micro_batches
 from rljax.types import Objective, TrainState
@@ -27,7 +27,7 @@ def check_settings(cfg: Any, mesh: jax.sharding.Mesh) -> None:
     if cfg.batch_size < 1 or cfg.micro_batches < 0 or cfg.batch_size % ways:
         raise ValueError(
             f"batch_size = {cfg.batch_size}, micro_batches = {cfg.micro_batches} (0: chosen from sizes) over {devices} "
-            f"devices (data x fsdp); legal: a batch_size that is a multiple of {ways}"
+            f"devices ({' x '.join(RULES['rows'])}); legal: a batch_size that is a multiple of {ways}"
         )
     if cfg.weights.ref_sync_steps:
         raise ValueError(f"weights.ref_sync_steps = {cfg.weights.ref_sync_steps}; legal when learning from a file: 0")
@@ -60,16 +60,24 @@ def widths(examples: Iterable[Example]) -> tuple[int, int]:
 
 
 def choose_micro_batches(
-    config: DecoderConfig, batch_size: int, wanted: int, prompt_tokens: int, max_tokens: int, shardings: Shardings
+    config: DecoderConfig,
+    batch_size: int,
+    wanted: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    shardings: Shardings,
+    what: str = "an update",
 ) -> int:
     """The number of micro-batches of an update: the one wanted, or where that is 0 one chosen from sizes.
 
-    prompt_tokens, max_tokens: of an example. The completions that share a prompt count as one.
+    Args:
+      prompt_tokens, max_tokens: of an example. The completions that share a prompt count as one.
+      what: is cut, for the log.
     """
     batches = Batches(prompts=batch_size, num_generations=1, micro_batches=wanted)
     devices = data_parallel_size(shardings.rows.mesh)
     pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices).micro_batches
-    log_info(f"an update is cut into {pieces} micro-batches")
+    log_info(f"{what} is cut into {pieces} micro-batches")
     return pieces
 
 

@@ -4,21 +4,22 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from experiments.common import micro_batches
+from experiments.common.sampling import make_sample_in_pieces
 from experiments.common.settings import Batches
 from rljax.algorithms import truncate_is
 from rljax.algorithms.common.wrappers import with_needs
 from rljax.algorithms.dynamic_sampling import dynamic_sampling, filter_groups
 from rljax.data.prompts import Prompts
-from rljax.models import policy
+from rljax.models import policy as policies
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.score import Score
-from rljax.rollouts.sampler import sample
 from rljax.rollouts.self_check import require_batch_invariance
 from rljax.train.log import log_info
 from rljax.train.mesh import RULES, Shardings, data_parallel_size, state_shardings
@@ -228,9 +229,9 @@ def shardings_of(
 
     teacher_config: of frozen["teacher"], if that is another decoder.
     """
-    axes = policy.logical_axes(config, state.params)
+    axes = policies.logical_axes(config, state.params)
     configs = {"teacher": teacher_config or config}
-    frozen_axes = {name: policy.logical_axes(configs.get(name, config), part) for name, part in state.frozen.items()}
+    frozen_axes = {name: policies.logical_axes(configs.get(name, config), part) for name, part in state.frozen.items()}
     return state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
 
 
@@ -242,35 +243,33 @@ def make_evaluate(
     sampling: Sampling,
     samples: int,
     seed: int,
+    batches: Batches,
     shardings: Shardings,
-    rows_at_once: int,
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> mean reward, its standard error, and KL to the reference, of `samples` completions.
 
-    Every evaluation samples with the same key, at most about `rows_at_once` completions at a time.
+    Every evaluation samples with the same key, about as many completions at a time as a step of training.
     """
     all_prompts = prompts.first(len(prompts))
     sampling = sampling.replace(n=math.ceil(samples / len(prompts)))
-    sample_all = make_sample_all(lm, all_prompts, sampling, shardings, rows_at_once)
+    rows_at_once = batches.prompts * batches.oversample * batches.num_generations
+    sample_pieces = make_sample_in_pieces(lm, all_prompts, sampling, shardings, rows_at_once)
+    rows = len(prompts) * sampling.n
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        traj = score(annotate(state, sample_all(state, seed)), all_prompts)
-        return reward_and_kl(traj)
+        pieces = list(sample_pieces(state, seed))
+        traj = jax.tree.map(lambda *x: jnp.concatenate(x)[:rows], *pieces)
+        return reward_and_kl(score(annotate(state, traj), all_prompts))
 
     return evaluate
 
 
-def make_log_ratio(
-    policy: PolicyFn,
-    batches: Batches,
-    shardings: Shardings,
-    config: DecoderConfig,
-    prompt_tokens: int,
-    max_tokens: int,
-) -> Callable[[TrainState, Trajectory], Array]:
-    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report; cut as `cut_annotate`."""
-    own_logp = make_annotate(policy, ("old_logp",))
-    annotate = cut_annotate(own_logp, batches, shardings, config, prompt_tokens, max_tokens)
+def make_log_ratio(policy: PolicyFn, *sizes: Any) -> Callable[[TrainState, Trajectory], Array]:
+    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report.
+
+    sizes: those of `cut_annotate`.
+    """
+    annotate = cut_annotate(policies.make_annotate(policy, ("old_logp",)), *sizes)
 
     def log_ratio(state: TrainState, traj: Trajectory) -> Array:
         return annotate(state, traj).old_logp - traj.logp

@@ -32,9 +32,7 @@ def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
     then what this very pass computes, so that ratios to it are exactly 1.
     """
 
-    def prepare(
-        params: Params, frozen: Params, batch: Batch, key: Array, map_rows: MapRowsFn = all_at_once
-    ) -> Batch:
+    def prepare(params: Params, frozen: Params, batch: Batch, key: Array, map_rows: MapRowsFn = all_at_once) -> Batch:
         check_shapes(batch)
         batch = _zero_masked_batch(batch)
         weight = algorithm.weights(batch.mask, batch.traj.segments, batch.traj.group)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rljax.train.mesh import Shardings, data_parallel_size
+from rljax.train.mesh import Shardings, data_parallel_size, row_shapes, shard_rows
 from rljax.train.packing import ROW_FIELDS
 from rljax.train.update import UpdateFn
 from rljax.types import AnnotateFn, Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
@@ -47,6 +47,12 @@ def make_shared_prefix_update(
         state, metrics = update(state, cut)
         return state, {**metrics, "shared_prefix": float(shared)}
 
+    def lower(state: TrainState, batch: Batch):
+        """The program of a call, for a state and a batch of shapes whose rows share their prefix."""
+        cut = jax.eval_shape(partial(share_prefix, columns=columns, group_size=group_size), batch)
+        return update.lower(state, cut if shardings is None else row_shapes(shardings, cut))
+
+    update_sharing.lower = lower
     return update_sharing
 
 
@@ -130,23 +136,34 @@ def make_shared_prefix_annotate(
     """
     devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
 
+    def cut(traj: Trajectory, shared: bool) -> list[Trajectory]:
+        size = group_size if shared else 1
+        pieces, fill = _cut_evenly(len(traj.mask), rows_at_once, size * devices)
+        if fill:
+            traj = _with_copies(traj, fill)
+        if shared:
+            traj = share_prefix(Batch(traj, traj.logp, traj.mask), columns, group_size).traj
+        return _every_nth_group(traj, pieces, size) if pieces > 1 else [traj]
+
     def annotate_in_pieces(state: TrainState, traj: Trajectory) -> Trajectory:
         rows = len(traj.mask)
         whole_groups = columns > 0 and rows % group_size == 0
         shared = whole_groups and bool(is_prefix_shared(traj, columns, group_size))
-        size = group_size if shared else 1
-        pieces, fill = _cut_evenly(rows, rows_at_once, size * devices)
-        filled_up = _with_copies(traj, fill) if fill else traj
-        if shared:
-            batch = Batch(filled_up, filled_up.logp, filled_up.mask)
-            filled_up = share_prefix(batch, columns, group_size).traj
-        parts = _every_nth_group(filled_up, pieces, size) if pieces > 1 else [filled_up]
-        found = [_filled_fields(part, annotate(state, part)) for part in parts]
-        fields = _in_order_of_groups(found, size) if pieces > 1 else found[0]
+        pieces = cut(traj, shared)
+        if shardings is not None:
+            pieces = shard_rows(shardings, pieces)
+        filled = [_filled_fields(piece, annotate(state, piece)) for piece in pieces]
+        fields = _in_order_of_groups(filled, group_size if shared else 1) if len(filled) > 1 else filled[0]
         if shared:
             fields = {name: _pad_columns(value, columns) for name, value in fields.items()}
         return traj.replace(**{name: value[:rows] for name, value in fields.items()})
 
+    def lower(state: TrainState, traj: Trajectory):
+        """The program of each piece of a call, for a state and a trajectory of shapes whose rows share their prefix."""
+        piece = jax.eval_shape(partial(cut, shared=columns > 0), traj)[0]
+        return annotate.lower(state, piece if shardings is None else row_shapes(shardings, piece))
+
+    annotate_in_pieces.lower = lower
     return annotate_in_pieces
 
 

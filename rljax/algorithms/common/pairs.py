@@ -23,9 +23,9 @@ from rljax.types import (
     ScoreFn,
     Trajectory,
     Unpaired,
+    all_at_once,
     check_shapes,
     zero_masked,
-    all_at_once,
 )
 
 SumAndCount = tuple[Float[Array, ""], Float[Array, ""]]
