@@ -29,7 +29,7 @@ def judge_model(cfg: Any, directory: str) -> dict[str, float]:
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     config, _, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     params = models.load_decoder(directory, config, mesh, "float32")
-    state = TrainState(0, params, (), jax.random.key(cfg.seed), frozen=frozen)
+    state = TrainState(0, params, optax.EmptyState(), jax.random.key(cfg.seed), frozen=frozen)
     sampling = training_sampling(cfg.sampling, cfg.batches.num_generations, tokenizer, config.vocab_size)
     shardings = train.shardings_of(mesh, state, optax.identity(), config)
     sizes = (cfg.batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
