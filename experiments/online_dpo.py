@@ -33,10 +33,10 @@ from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Rew
 from experiments.common.verifiers import VERIFIERS
 from rljax import algorithms as a
 from rljax.algorithms.common.credit import rewards_differ
-from rljax.models import decoder, hf, mixtures, policy
+from rljax.models import decoder, mixtures, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.pool import Pool
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.metrics import rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update
@@ -116,11 +116,11 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
 
     # -- the loop
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
         sample_scored = make_sample_scored(lm, annotate, score, sampling, shardings, cfg.seed)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
-        state = jax.device_put(state, shardings.state)
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

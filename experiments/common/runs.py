@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from experiments.common import data, hub
 from experiments.common.best import keep_best
 from experiments.common.rows import make_shape, text_of_prompt
+from experiments.common.settings import PLACEMENT
 from experiments.common.verifiers import check_answers
 from rljax.data.files import read_table
 from rljax.data.prompts import Prompts
@@ -88,6 +89,7 @@ def make_run(
         save_every=cfg.save_every,
         log_samples_every=cfg.log_samples_every,
         progress_metrics=progress_metrics,
+        placement=PLACEMENT,
     )
 
 

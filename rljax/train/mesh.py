@@ -7,6 +7,7 @@ device is a mesh of 1 x 1 x 1.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -135,18 +136,37 @@ def data_parallel_size(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """The tree on the devices, in these shardings (one for all leaves, or one for each).
+
+    Where they span processes, every process holds the same values, and gives its devices their part.
+    """
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: _place_array(x, shardings), tree)
+    return jax.tree.map(_place_array, tree, shardings)
+
+
+def _place_array(x: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place_array(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    x = np.asarray(x, jnp.result_type(x))
+    return jax.make_array_from_process_local_data(sharding, x, x.shape)
+
+
 def shard_rows(shardings: Shardings, tree: Any) -> Any:
     """The tree on the devices: arrays sharded by rows, scalars replicated. ValueError where rows do not divide."""
     devices = data_parallel_size(shardings.rows.mesh)
 
     def to_devices(x):
         if np.ndim(x) == 0:
-            return jax.device_put(x, shardings.replicated)
+            return place(x, shardings.replicated)
         if x.shape[0] % devices:
             raise ValueError(
                 f"{x.shape[0]} rows do not divide over {devices} devices (data x fsdp); take a multiple of {devices}"
             )
-        return jax.device_put(x, shardings.rows)
+        return place(x, shardings.rows)
 
     return jax.tree.map(to_devices, tree)
 
