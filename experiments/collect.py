@@ -48,7 +48,7 @@ from experiments.common.verifiers import VERIFIERS
 from rljax.data.examples import before_last_turn
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
-from rljax.models import decoder, hf
+from rljax.models import decoder
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import decode_completions
 from rljax.rollouts.sampler import sample
@@ -127,9 +127,8 @@ def sample_candidates(
     if start >= total:
         return
     context = prompts.length + cfg.sampling.max_tokens
-    config = dataclasses.replace(hf.read_config(cfg.model, context), dtype=cfg.dtype)
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
-    params = models.load_decoder(cfg.model, config, mesh, cfg.dtype)
+    config, params = models.load_model(cfg.model, mesh, cfg.dtype, context)
     lm = decoder.language_model(config)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     size = max(cfg.rows // cfg.n, 1)

@@ -176,7 +176,11 @@ LEGAL = r"[\s\S]*legal: --seed [\s\S]*--steps[\s\S]*--batches\.prompts"
         ({"steps": "many"}, 2, r"--steps[\s\S]*many[\s\S]*--steps INT"),
         ({"algorithm": "gpro"}, 2, r"gpro[\s\S]*grpo"),
         ({"debug": "perhaps"}, 2, r"perhaps" + LEGAL),
-        ({"batches.prompts": 12}, 1, r"error: .*prompts = 12 over 8 devices .*nearest legal: \[8, 16\]\n$"),
+        (
+            {"batches.prompts": 3, "batches.num_generations": 2},
+            1,
+            r"error: .*prompts x num_generations = 3 x 2 completions over 8 devices .*nearest legal prompts: \[4\];",
+        ),
         ({"batches.num_generations": 0}, 1, r"error: .*num_generations = 0; at least 1\n$"),
         (
             {"batches.num_generations": 6, "batches.minibatches": 5},
@@ -189,7 +193,7 @@ LEGAL = r"[\s\S]*legal: --seed [\s\S]*--steps[\s\S]*--batches\.prompts"
             r"error: trpo .*epochs x minibatches = 2 x 1; legal: 1 x 1\n$",
         ),
         ({"algorithm": "ppo", "batches.oversample": 2}, 1, r"error: ppo learns from every completion: .*; legal: 1\n$"),
-        ({"batches.carry_over": 8}, 1, r"error: .*carry_over = 8, but this experiment .*; legal: 0\n$"),
+        ({"batches.carry_over": 8}, 1, r"error: .*carry_over = 8, but this experiment continues .*; legal: 0\n$"),
         ({"mesh.data": 3}, 1, r"error: mesh .* 3 x .* does not cover 8 devices; .* one of \[1, 2, 4, 8\]"),
         ({"seed": 1}, 1, r"error: .* holds a run with other settings: .*seed = 0, now 1.* --directory\n$"),
         ({"steps": 61}, 1, r"error: .* holds a run with other settings: .*steps = 60, now 61.* --directory\n$"),

@@ -365,7 +365,7 @@ BAD = {
     "devices": (
         settings(mesh=MeshShape()),
         ValueError,
-        r"prompts = 2 over 8 devices .*nearest legal: \[8\]",
+        r"prompts x num_generations = 2 x 2 completions over 8 devices .*nearest legal prompts: \[4\]",
     ),
     "other settings": (settings(seed=3), ValueError, r"holds a run with other settings: seed = 1, now 3\."),
     "another coefficient": (

@@ -13,7 +13,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
 from rljax.train import distributed
-from rljax.train.mesh import param_shardings
+from rljax.train.mesh import hidden_sharding, param_shardings
 from rljax.types import Params, TrainState
 
 
@@ -44,7 +44,12 @@ def load_pretrained(
     config = hf.read_config(directory, context, reward_model)
     adapter = lora_of(weights.adapter)
     config = dataclasses.replace(
-        config, dtype=weights.dtype, remat=weights.remat, adapter=adapter, batch_invariant=weights.batch_invariant
+        config,
+        dtype=weights.dtype,
+        remat=weights.remat,
+        adapter=adapter,
+        batch_invariant=weights.batch_invariant,
+        hidden_sharding=hidden_sharding(mesh),
     )
     stored = "float32" if adapter is None else weights.dtype
     params = load_decoder(directory, config, mesh, stored)
@@ -74,20 +79,29 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
     return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
 
 
+def load_model(
+    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None
+) -> tuple[DecoderConfig, Params]:
+    """Config and parameters of a model that is not trained, in the dtype of the computation."""
+    config = hf.read_config(directory, context)
+    config = dataclasses.replace(config, dtype=dtype, hidden_sharding=hidden_sharding(mesh))
+    return config, load_decoder(directory, config, mesh, dtype)
+
+
 def load_teacher(
     directory: str, student: DecoderConfig, dtype: str, mesh: jax.sharding.Mesh, context: int
 ) -> tuple[DecoderConfig, Params]:
-    """A teacher for distillation, in the dtype of the computation: its config and its parameters.
+    """A teacher for distillation: its config and its parameters.
 
     Raises ValueError where it has another number of token ids than the student.
     """
-    config = dataclasses.replace(hf.read_config(directory, context), dtype=dtype)
-    if config.vocab_size != student.vocab_size:
+    vocab_size = hf.read_config(directory, context).vocab_size
+    if vocab_size != student.vocab_size:
         raise ValueError(
-            f"{directory}: a teacher of {config.vocab_size} token ids, the student has {student.vocab_size}; "
+            f"{directory}: a teacher of {vocab_size} token ids, the student has {student.vocab_size}; "
             "legal: the same vocabulary"
         )
-    return config, load_decoder(directory, config, mesh, dtype)
+    return load_model(directory, mesh, dtype, context)
 
 
 def add_critic(

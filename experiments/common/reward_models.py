@@ -22,7 +22,7 @@ from rljax.rewards.score import ModelReward, RowText, StepScores, decode_rows, p
 from rljax.rewards.steps import mark_step_ends
 from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.train.mesh import RULES, data_parallel_size, place
+from rljax.train.mesh import RULES, data_parallel_size, hidden_sharding, place
 from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
 
 PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
@@ -80,7 +80,8 @@ def load_process_reward_model(
 
 def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[DecoderConfig, Params, Tokenizer]:
     """Config, parameters and tokenizer of a sequence classifier."""
-    config = dataclasses.replace(hf.read_config(directory, reward_model=True), dtype=dtype)
+    config = hf.read_config(directory, reward_model=True)
+    config = dataclasses.replace(config, dtype=dtype, hidden_sharding=hidden_sharding(mesh))
     tokenizer = data.load_tokenizer(str(directory), config.vocab_size)
     params = models.load_decoder(str(directory), config, mesh, dtype)
     return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer

@@ -152,10 +152,12 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices as data x fsdp x tensor; one of them may be -1: all that are left."""
+    """Devices as data x fsdp x sequence x expert x tensor; one of them may be -1: all that are left."""
 
     data: Rare[int] = 1  # copies of the parameters, each with its share of the rows
     fsdp: int = -1  # devices over which the rows and the parameters of a copy are split
+    sequence: Rare[int] = 1  # devices over which the columns of a row are split in scoring and update
+    expert: Rare[int] = 1  # devices over which the experts of a mixture are split, and rows
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
 
 

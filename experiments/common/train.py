@@ -21,7 +21,7 @@ from rljax.rewards.score import Score
 from rljax.rollouts.sampler import sample
 from rljax.rollouts.self_check import require_batch_invariance
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, data_parallel_size, state_shardings
+from rljax.train.mesh import RULES, Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
 from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
@@ -49,7 +49,7 @@ def check_batches(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool 
     """
     wrong = _too_small(batches)
     if not wrong:
-        wrong = _carry_over(batches, mesh, carries_over) + _prompts(batches, mesh) + _pieces(batches, mesh)
+        wrong = _carry_over(batches, carries_over) + _completions(batches, mesh) + _pieces(batches, mesh)
     if wrong:
         raise ValueError("batch sizes that do not divide: " + "; ".join(wrong))
 
@@ -129,23 +129,27 @@ def _too_small(batches: Batches) -> list[str]:
     return wrong
 
 
-def _carry_over(batches: Batches, mesh: jax.sharding.Mesh, carries_over: bool) -> list[str]:
-    carry = batches.carry_over
-    ways = data_parallel_size(mesh)
-    if carry and not carries_over:
-        return [f"carry_over = {carry}, but this experiment continues no completion in its next step; legal: 0"]
-    if carry % ways:
-        return [f"carry_over = {carry} over {ways} devices (data x fsdp); legal: multiples of {ways}"]
+def _carry_over(batches: Batches, carries_over: bool) -> list[str]:
+    if batches.carry_over and not carries_over:
+        return [f"carry_over = {batches.carry_over}, but this experiment continues no completion; legal: 0"]
     return []
 
 
-def _prompts(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
-    ways = data_parallel_size(mesh)
-    if batches.prompts % ways == 0:
-        return []
-    below = batches.prompts // ways * ways
-    nearest = sorted({max(ways, below), below + ways})
-    return [f"prompts = {batches.prompts} over {ways} devices (data x fsdp); nearest legal: {nearest}"]
+def _completions(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:
+    """A sampler's completions divide over the devices that have rows; prompts alone need not."""
+    ways = data_parallel_size(mesh, "rollout_rows")
+    step = ways // math.gcd(ways, batches.num_generations)
+    wrong = []
+    for name in ("prompts", "carry_over"):
+        prompts = getattr(batches, name)
+        if prompts % step:
+            below = prompts // step * step
+            nearest = sorted({max(step, below), below + step})
+            wrong.append(
+                f"{name} x num_generations = {prompts} x {batches.num_generations} completions over {ways} devices "
+                f"({' x '.join(RULES['rollout_rows'])}); nearest legal {name}: {nearest}"
+            )
+    return wrong
 
 
 def _pieces(batches: Batches, mesh: jax.sharding.Mesh) -> list[str]:

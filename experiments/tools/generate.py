@@ -74,9 +74,8 @@ def main(cfg: Config) -> list[dict]:
     read = make_reader(cfg, tokenizer, config.vocab_size)
 
     # -- model
-    config = hf.read_config(cfg.model, prompts.length + cfg.sampling.max_tokens)
-    config = dataclasses.replace(config, dtype=cfg.dtype)
-    params = models.load_decoder(cfg.model, config, make_mesh(**dataclasses.asdict(cfg.mesh)), cfg.dtype)
+    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    config, params = models.load_model(cfg.model, mesh, cfg.dtype, prompts.length + cfg.sampling.max_tokens)
     lm = decoder.language_model(config)
 
     # -- sample, print, write

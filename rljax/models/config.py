@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jax.sharding import NamedSharding
+
 from rljax.models import rope
 from rljax.models.attention import Implementation
 from rljax.models.batch_invariant import LANE
@@ -46,6 +48,7 @@ class DecoderConfig:
     fused_projections: bool = False  # queries, keys and values in one matrix, gate and up in another, for decoding
     batch_invariant: bool = False  # a token's numbers have the same bits decoded or scored, alone or in any batch (CPU)
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    hidden_sharding: NamedSharding | None = None  # of hidden states [B T D] between layers; None: XLA chooses
 
     def __post_init__(self):
         for name in ("ropes", "windows"):

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models import caches
@@ -165,14 +166,26 @@ def _fused_mlp(config: DecoderConfig, mlp: Params) -> Params:
     return out
 
 
+def _of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
+    """The sharding of hidden states in which the mesh axes of columns shard the rows too."""
+    if sharding is None:
+        return None
+    rows, columns, features = (axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(rows + columns, None, features[0]))
+
+
 @lru_cache
 def language_model(config: DecoderConfig) -> LM:
     """The decoder as the sampler's `LM`. Its parameters are those that `full_params` takes.
 
     On one device and without an adapter, `prepare` fuses projections: on a mesh that would move weights. It does not
     where the config is batch-invariant: for a matrix with other columns XLA may choose another kernel.
+
+    A sampler has no long sequence to split: the devices that have columns of a row elsewhere have rows here.
     """
-    is_fused = jax.device_count() == 1 and config.adapter is None and not config.batch_invariant
+    on_one_device = config.hidden_sharding is None and jax.device_count() == 1
+    is_fused = on_one_device and config.adapter is None and not config.batch_invariant
+    config = dataclasses.replace(config, hidden_sharding=_of_whole_rows(config.hidden_sharding))
     decoding_config = dataclasses.replace(config, fused_projections=is_fused)
 
     def prepare(params: Params, frozen: Params) -> tuple[Params, Params]:

@@ -199,9 +199,9 @@ class MoE(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, E, F = config.hidden_size, config.moe.num_experts, config.moe.intermediate_size
         self.router = _matrix(rngs, (D, E), ("embed", None), D)
-        self.gate = _matrix(rngs, (E, D, F), (None, "embed", "mlp"), D)
-        self.up = _matrix(rngs, (E, D, F), (None, "embed", "mlp"), D)
-        self.down = _matrix(rngs, (E, F, D), (None, "mlp", "embed"), F)
+        self.gate = _matrix(rngs, (E, D, F), ("experts", "embed", "mlp"), D)
+        self.up = _matrix(rngs, (E, D, F), ("experts", "embed", "mlp"), D)
+        self.down = _matrix(rngs, (E, F, D), ("experts", "mlp", "embed"), F)
         self.config = config
 
     def __call__(self, x, routing: Int[Array, "B T k"] | None = None):
@@ -229,8 +229,10 @@ class Block(nnx.Module):
         self.mlp = MoE(config, rngs) if config.is_moe_layer(layer) else MLP(config, rngs)
         self.has_pre_norms = config.norms != "post"
         self.has_post_norms = config.norms != "pre"
+        self.hidden_sharding = config.hidden_sharding
 
     def __call__(self, x, mask: AttentionMask | SharedPrefixMask, rotations: list[tuple], cache, start, routing):
+        x = _with_sharding(x, self.hidden_sharding)
         normed = self.attention_norm(x) if self.has_pre_norms else x
         change, cache = self.attention(normed, mask, rotations, cache, start)
         x = x + (self.attention_post_norm(change) if self.has_post_norms else change)
@@ -291,6 +293,7 @@ class Decoder(nnx.Module):
             cache = {**cache, "layers": new_layers}
             if chosen_experts:
                 cache["routing"] = caches.write_columns(cache["routing"], jnp.stack(chosen_experts, axis=2), start)
+        x = _with_sharding(x, config.hidden_sharding)
         if prefix is not None:
             _, x = mask.split(x)
         return self.norm(x), cache
@@ -308,6 +311,10 @@ class Decoder(nnx.Module):
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _with_sharding(x, sharding):
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _with_remat(block: Block, remat: str):

@@ -1,27 +1,42 @@
 """Sharding as data: one table from logical axis names to mesh axes, and the shardings that follow from it.
 
-Mesh axes: `data` (replicas), `fsdp` (rows and parameters sharded), `tensor` (heads, MLP and vocabulary sharded). One
-device is a mesh of 1 x 1 x 1.
+Mesh axes, each of size 1 where it is not used:
+
+    data      copies of the parameters, each with its share of the rows
+    fsdp      parameters sharded, and rows
+    sequence  the columns of a row sharded in scoring and update (context parallelism); in a sampler rows
+    expert    experts of mixture layers sharded, and rows
+    tensor    heads, MLP and vocabulary sharded
+
+A dimension that its mesh axes do not divide is sharded over the first of them that do, or over none.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rljax.types import Params, PromptBatch, TrainState
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 RULES = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
+    # of parameters
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
     "vocabulary": ("tensor", "fsdp"),
-    "rows": ("data", "fsdp"),
+    "experts": ("expert",),
+    # of what is computed
+    "rows": ("data", "fsdp", "expert"),  # of scoring and update
+    "columns": ("sequence",),
+    "rollout_rows": ("data", "fsdp", "expert", "sequence"),  # a sampler has no long sequence to split
 }
 
 HOST_MEMORY = "pinned_host"
@@ -36,34 +51,52 @@ class Shardings(NamedTuple):
     replicated: NamedSharding
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1: the rest. Raises ValueError unless the product is their number."""
-    sizes = [data, fsdp, tensor]
-    count = jax.device_count()
-    known = int(np.prod([size for size in sizes if size != -1]))
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    *,
+    sequence: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over all devices; one size may be -1: the rest. Raises ValueError unless the product is their number.
+
+    devices: default those of all processes; or those of a topology that a program is compiled for.
+    """
+    devices = jax.devices() if devices is None else devices
+    asked = {"data": data, "fsdp": fsdp, "sequence": sequence, "expert": expert, "tensor": tensor}
+    sizes = list(asked.values())
+    count = len(devices)
+    known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) == 1 and known > 0 and count % known == 0:
         sizes[sizes.index(-1)] = count // known
-    if min(sizes) < 1 or np.prod(sizes) != count:
+    if min(sizes) < 1 or math.prod(sizes) != count:
         legal = [d for d in range(1, count + 1) if count % d == 0]
         raise ValueError(
-            f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not cover {count} devices; "
+            f"mesh {' x '.join(asked)} = {' x '.join(map(str, asked.values()))} does not cover {count} devices; "
             f"each size must be one of {legal}, their product {count} (one may be -1: the rest)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    placed = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sharding_of(mesh: Mesh, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of one array with these logical axes. An axis that its mesh axes do not divide is not sharded."""
 
     def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
-        rule = RULES.get(name, ())
-        names = (rule,) if isinstance(rule, str) else rule
-        while names and size % int(np.prod([mesh.shape[n] for n in names])):
+        names = RULES.get(name, ())
+        while names and size % math.prod(mesh.shape[n] for n in names):
             names = names[:-1]
         return names or None
 
     spec = [mesh_axes(name, size) for name, size in zip(axes, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def hidden_sharding(mesh: Mesh) -> NamedSharding | None:
+    """The sharding of hidden states [B T D] in scoring and update; None on one device."""
+    return None if mesh.size == 1 else NamedSharding(mesh, PartitionSpec(RULES["rows"], RULES["columns"], None))
 
 
 def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
@@ -131,9 +164,9 @@ def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
     return jax.tree.map(to_host, tree, shardings)
 
 
-def data_parallel_size(mesh: Mesh) -> int:
-    """The number of devices that rows are sharded over (data x fsdp)."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def data_parallel_size(mesh: Mesh, rule: str = "rows") -> int:
+    """The number of devices that the rows of an update, or the "rollout_rows" of a sampler, are sharded over."""
+    return math.prod(mesh.shape[name] for name in RULES[rule])
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -164,7 +197,8 @@ def shard_rows(shardings: Shardings, tree: Any) -> Any:
             return place(x, shardings.replicated)
         if x.shape[0] % devices:
             raise ValueError(
-                f"{x.shape[0]} rows do not divide over {devices} devices (data x fsdp); take a multiple of {devices}"
+                f"{x.shape[0]} rows do not divide over {devices} devices ({' x '.join(RULES['rows'])}); "
+                f"take a multiple of {devices}"
             )
         return place(x, shardings.rows)
 
@@ -172,6 +206,13 @@ def shard_rows(shardings: Shardings, tree: Any) -> Any:
 
 
 def shard_prompts(shardings: Shardings, rows: PromptBatch) -> PromptBatch:
-    """The prompts with their arrays sharded over the devices as rows are."""
-    tokens, mask, number = shard_rows(shardings, (rows.tokens, rows.mask, rows.number))
+    """The prompts with their arrays on the devices as a sampler's rows are. Any number of them: those that do not
+    divide over the devices are copied to all of them, or to some."""
+    mesh = shardings.rows.mesh
+
+    def to_devices(x):
+        axes = ("rollout_rows", *[None] * (x.ndim - 1))
+        return jax.device_put(x, sharding_of(mesh, axes, x.shape))
+
+    tokens, mask, number = map(to_devices, (rows.tokens, rows.mask, rows.number))
     return rows._replace(tokens=tokens, mask=mask, number=number)

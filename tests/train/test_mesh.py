@@ -7,7 +7,18 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from rljax.train.mesh import make_mesh, param_shardings, shard_prompts, shard_rows, sharding_of, state_shardings
+from rljax.train.mesh import (
+    AXES,
+    RULES,
+    data_parallel_size,
+    hidden_sharding,
+    make_mesh,
+    param_shardings,
+    shard_prompts,
+    shard_rows,
+    sharding_of,
+    state_shardings,
+)
 from rljax.types import PromptBatch, TrainState
 
 P = PartitionSpec
@@ -15,10 +26,24 @@ P = PartitionSpec
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
-    [((1, -1, 1), (1, 8, 1)), ((-1, 2, 2), (2, 2, 2)), ((2, 1, -1), (2, 1, 4)), ((8, 1, 1), (8, 1, 1))],
+    [
+        ({}, (1, 8, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 1, 1, 2)),
+        ({"data": 2, "fsdp": 1, "tensor": -1}, (2, 1, 1, 1, 4)),
+        ({"fsdp": 2, "sequence": -1, "expert": 2}, (1, 2, 2, 2, 1)),
+    ],
 )
 def test_one_size_may_be_what_is_left(sizes, shape):
-    assert tuple(make_mesh(*sizes).shape.values()) == shape
+    mesh = make_mesh(**sizes)
+    assert mesh.axis_names == AXES
+    assert mesh.devices.shape == shape
+
+
+def test_a_mesh_may_be_over_other_devices_than_those_that_are_here():
+    devices = jax.devices()[2:6]
+    assert list(make_mesh(fsdp=2, tensor=2, devices=devices).devices.flat) == devices
+    with pytest.raises(ValueError, match="does not cover 4 devices"):
+        make_mesh(fsdp=8, devices=devices)
 
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, -1, 1), (16, 1, 1), (-8, 1, -1)])
@@ -38,6 +63,7 @@ def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_the_legal_sizes(
         (("vocabulary", None), (7, 8), P(None, None)),
         ((None,), (8,), P(None)),
         (("unheard of",), (8,), P(None)),
+        (("experts", "embed", "mlp"), (4, 8, 12), P(None, "fsdp", "tensor")),  # an axis of one device
     ],
 )
 def test_an_axis_that_does_not_divide_stays_whole(axes, shape, spec):
@@ -47,7 +73,7 @@ def test_an_axis_that_does_not_divide_stays_whole(axes, shape, spec):
 
 
 PARAMS = {"table": jnp.zeros((16, 8)), "up": jnp.zeros((8, 12)), "scale": jnp.zeros(8)}
-AXES = {"table": ("vocabulary", None), "up": ("embed", "mlp"), "scale": (None,)}
+LOGICAL_AXES = {"table": ("vocabulary", None), "up": ("embed", "mlp"), "scale": (None,)}
 
 
 def whole_state(optimizer):
@@ -64,8 +90,8 @@ def whole_state(optimizer):
 def test_moments_and_reference_lie_as_the_parameters_do_and_the_rest_is_copied():
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0, 10)))
     mesh = make_mesh(2, 2, 2)
-    shardings = state_shardings(mesh, whole_state(optimizer), optimizer, AXES)
-    placed = param_shardings(mesh, AXES, PARAMS)
+    shardings = state_shardings(mesh, whole_state(optimizer), optimizer, LOGICAL_AXES)
+    placed = param_shardings(mesh, LOGICAL_AXES, PARAMS)
     adam = shardings.state.opt_state[1][0]
     assert shardings.state.params == adam.mu == adam.nu == placed
     assert shardings.state.frozen["reference"] == {"up": placed["up"]}
@@ -81,25 +107,52 @@ def test_statistics_of_another_shape_than_their_parameter_are_copied():
     optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=2)
     state = whole_state(optimizer)
     for known in (state, jax.eval_shape(lambda: state)):
-        shardings = state_shardings(make_mesh(2, 2, 2), known, optimizer, AXES)
+        shardings = state_shardings(make_mesh(2, 2, 2), known, optimizer, LOGICAL_AXES)
         placed = jax.device_put(state, shardings.state)
         assert not placed.params["up"].sharding.is_fully_replicated
 
 
 def test_rows_go_over_data_and_fsdp_and_scalars_everywhere():
-    shardings = state_shardings(make_mesh(2, 2, 2), whole_state(optax.sgd(1)), optax.sgd(1), AXES)
+    shardings = state_shardings(make_mesh(2, 2, 2), whole_state(optax.sgd(1)), optax.sgd(1), LOGICAL_AXES)
     out = shard_rows(shardings, {"x": np.arange(24).reshape(8, 3), "absent": None, "scalar": np.float32(1)})
     assert [shard.data.shape for shard in out["x"].addressable_shards] == [(2, 3)] * 8
     assert out["scalar"].sharding.is_fully_replicated
-    with pytest.raises(ValueError, match=r"6 rows do not divide over 4 devices \(data x fsdp\); take a multiple of 4"):
+    with pytest.raises(ValueError, match=r"6 rows .* over 4 devices \(data x fsdp x expert\); take a multiple of 4"):
         shard_rows(shardings, np.zeros((6, 2)))
 
 
 def test_prompts_are_spread_and_their_columns_stay_on_the_host():
-    shardings = state_shardings(make_mesh(8, 1, 1), whole_state(optax.sgd(1)), optax.sgd(1), AXES)
+    shardings = state_shardings(make_mesh(8, 1, 1), whole_state(optax.sgd(1)), optax.sgd(1), LOGICAL_AXES)
     columns = [{"answer": i} for i in range(8)]
     rows = PromptBatch(np.zeros((8, 3), np.int32), np.ones((8, 3), bool), np.arange(8, dtype=np.int32), columns, 8)
     placed = shard_prompts(shardings, rows)
     assert placed.tokens.addressable_shards[0].data.shape == (1, 3)
     assert placed.columns is columns
     assert placed.cursor == 8
+
+
+@pytest.mark.parametrize(("prompts", "spec"), [(8, (2, 3)), (2, (1, 3)), (3, (3, 3))])
+def test_prompts_that_do_not_divide_are_copied(prompts, spec):
+    """8 go over all 4 devices that have rows, 2 over the first mesh axis, 3 over none."""
+    shardings = state_shardings(make_mesh(2, 2, 2), whole_state(optax.sgd(1)), optax.sgd(1), LOGICAL_AXES)
+    tokens = np.arange(3 * prompts, dtype=np.int32).reshape(prompts, 3)
+    rows = PromptBatch(tokens, tokens >= 0, tokens[:, 0], [{}] * prompts, prompts)
+    placed = shard_prompts(shardings, rows)
+    assert {shard.data.shape for shard in placed.tokens.addressable_shards} == {spec}
+    np.testing.assert_array_equal(placed.tokens, tokens)
+
+
+def test_who_has_rows():
+    """Experts and rows share an axis; in a sampler the devices of a sequence have rows of their own."""
+    mesh = make_mesh(1, 2, sequence=2, expert=2)
+    assert data_parallel_size(mesh) == 4
+    assert data_parallel_size(mesh, "rollout_rows") == 8
+    assert set(RULES["rollout_rows"]) == {*RULES["rows"], *RULES["columns"]}
+    sharding = hidden_sharding(mesh)
+    assert sharding.shard_shape((8, 6, 5)) == (2, 3, 5)
+    experts = sharding_of(mesh, ("experts", "embed", "mlp"), (4, 8, 12))
+    assert experts.shard_shape((4, 8, 12)) == (2, 4, 12)
+
+
+def test_on_one_device_nothing_is_constrained():
+    assert hidden_sharding(make_mesh(1, 1, devices=jax.devices()[:1])) is None
