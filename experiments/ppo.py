@@ -130,7 +130,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     # -- the loop
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         state = place(state, shardings.state)
         before = evaluate(state)

@@ -96,7 +96,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:
-        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter, "outcome")  # for export.py
         state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)

@@ -87,11 +87,11 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     def make_batch(examples: list[Example]) -> Batch:
         return algorithm.credit(collate(examples, width), {})
 
-    pieces = offline.choose_micro_batches(config, cfg.batch_size, cfg.micro_batches, 1, width, shardings)
+    packed = cfg.max_tokens_per_device
+    what = "an evaluation" if packed else "an update"
+    pieces = offline.choose_micro_batches(config, cfg.batch_size, cfg.micro_batches, 1, width, shardings, what)
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    update = make(pieces)
-    if cfg.max_tokens_per_device:
-        update = make_packed_update(make, cfg.max_tokens_per_device, width - 1, shardings)
+    update = make_packed_update(make, packed, width - 1, shardings) if packed else make(pieces)
     eval_batches = [make_batch(part) for part in offline.filled(examples.eval, cfg.batch_size, EMPTY)]
     # A token's loss in DFT falls as it becomes more likely or less likely: maximum likelihood is what is evaluated.
     evaluate = offline.make_evaluate(policy_objective(model, sft()), eval_batches, (), pieces, shardings)

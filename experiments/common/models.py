@@ -41,29 +41,42 @@ def load_pretrained(
         raise ValueError(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
-    config = hf.read_config(directory, context, reward_model)
-    adapter = lora_of(weights.adapter)
-    config = dataclasses.replace(
+    config = trained_config(hf.read_config(directory, context, reward_model), weights, mesh)
+    params = load_decoder(directory, config, mesh, stored_dtype(weights))
+    if reward_model:
+        params = _with_score_head(params, config, directory, seed)
+    return config, *trained_and_frozen(params, config, weights, seed, reference)
+
+
+def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.Mesh) -> DecoderConfig:
+    """The config of a model that is trained as `weights` says."""
+    return dataclasses.replace(
         config,
         dtype=weights.dtype,
         remat=weights.remat,
-        adapter=adapter,
+        adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
         hidden_sharding=hidden_sharding(mesh),
     )
-    stored = "float32" if adapter is None else weights.dtype
-    params = load_decoder(directory, config, mesh, stored)
-    if reward_model:
-        params = _with_score_head(params, config, directory, seed)
-    if adapter is not None:
-        return config, *_with_adapter(params, config, weights, seed)
 
+
+def stored_dtype(weights: Weights) -> str:
+    """Dtype of a model's parameters: the trained ones are float32, an adapter's base is as it is computed with."""
+    return weights.dtype if weights.adapter.rank else "float32"
+
+
+def trained_and_frozen(
+    params: Params, config: DecoderConfig, weights: Weights, seed: int = 0, reference: bool = True
+) -> tuple[Params, dict]:
+    """A model's parameters as those that are trained and the frozen ones; see `load_pretrained`."""
+    if config.adapter is not None:
+        return _with_adapter(params, config, weights, seed)
     frozen = {}
     if weights.freeze:
         params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
     if reference:
         frozen["reference"] = jax.tree.map(jnp.copy, params)
-    return config, params, frozen
+    return params, frozen
 
 
 def _with_score_head(params: Params, config: DecoderConfig, directory: str, seed: int) -> Params:
@@ -165,6 +178,7 @@ def save_pretrained(
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     replace: bool = True,
+    reward_kind: hf.RewardKind = "outcome",
 ) -> None:
     """Write what was trained as a model directory that transformers and every script load: weights, config, tokenizer.
 
@@ -175,6 +189,7 @@ def save_pretrained(
       source: the model directory from which config and tokenizer are copied.
       dtype: of the weights; None: that of the source.
       replace: a directory that is there is replaced by a whole one; else ValueError.
+      reward_kind: of a reward model; config.json keeps it.
     """
     base = {} if holds_tensors(Path(source)) and "lora" in params else frozen.get("base", {})
     trained, base = distributed.fetch_to_main((dict(params), base))
@@ -185,14 +200,16 @@ def save_pretrained(
             whole = decoder.full_params(config, trained, {"base": base} if base else {})["decoder"]
         else:
             whole = _merged(low_rank, base, config, source)
-        hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace)
+        hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
 
     distributed.on_main(f"save {directory}", write)
 
 
-def keep_model_files(source: str | Path, directory: str | Path, adapter: LoraConfig | None) -> None:
+def keep_model_files(
+    source: str | Path, directory: str | Path, adapter: LoraConfig | None, reward_kind: hf.RewardKind | None = None
+) -> None:
     """Write beside the checkpoints what tools/export.py needs of the model that a run began with."""
-    distributed.on_main("model files", lambda: hf.copy_sidecar_files(source, directory, adapter))
+    distributed.on_main("model files", lambda: hf.copy_sidecar_files(source, directory, adapter, reward_kind))
 
 
 def _merged(low_rank: Params, base: Params, config: DecoderConfig, source: str | Path) -> Params:

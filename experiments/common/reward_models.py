@@ -29,12 +29,12 @@ PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a 
 
 
 def load_reward_model(
-    directory: str | Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, policy: str | Path, dtype: str = "float32"
+    directory: str | Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, dtype: str = "float32"
 ) -> ModelReward:
     """reward(traj, prompts) -> the score of each completion [B], by the sequence classifier in `directory`.
 
-    A reward model with the vocabulary of the policy (a model directory too) reads the token ids that were sampled. One
-    with another vocabulary reads the text, in its own tokens and chat template. The score is the head's output after
+    A reward model with the vocabulary of the policy reads the token ids that were sampled. One with another vocabulary
+    reads the text, in its own tokens and chat template. The score is the head's output after
     the last token. A row that is longer than the model's context is not judged.
 
     Args:
@@ -43,7 +43,7 @@ def load_reward_model(
     """
     config, params, own = _load_scorer(directory, mesh, dtype)
     score_rows = make_score_rows(config, params, mesh)
-    if have_same_vocabulary(directory, policy):
+    if own.vocabulary() == tokenizer.vocabulary():
         return lambda traj, prompts: score_rows(traj)
     log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
     return lambda traj, prompts: score_rows(encode_again(distributed.fetch(traj), prompts, tokenizer, own))
@@ -53,7 +53,6 @@ def load_process_reward_model(
     directory: str | Path,
     mesh: jax.sharding.Mesh,
     tokenizer: Tokenizer,
-    policy: str | Path,
     separator: str,
     per_step: bool,
     dtype: str = "float32",
@@ -63,9 +62,9 @@ def load_process_reward_model(
     With `per_step` that of each step, else [B]: the least of a completion's steps. Steps end with the separator. Raises
     ValueError for a model with another vocabulary than the policy's.
     """
-    if not have_same_vocabulary(directory, policy):
-        raise ValueError(f"{directory} judges steps, and its vocabulary is not that of {policy}; legal: the same")
-    config, params, _ = _load_scorer(directory, mesh, dtype)
+    config, params, own = _load_scorer(directory, mesh, dtype)
+    if own.vocabulary() != tokenizer.vocabulary():
+        raise ValueError(f"{directory} judges steps, and its vocabulary is not the policy's; legal: the same")
     score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
     token_bytes = data.token_bytes(tokenizer, config.vocab_size)
 
@@ -85,17 +84,6 @@ def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> 
     tokenizer = data.load_tokenizer(str(directory), config.vocab_size)
     params = models.load_decoder(str(directory), config, mesh, dtype)
     return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer
-
-
-def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
-    """Whether every token id means the same to the tokenizers of two model directories."""
-    from transformers import AutoTokenizer  # a second of import: only where it is needed
-
-    one, two = (
-        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_vocab()
-        for path in (directory, other)
-    )
-    return one == two
 
 
 def make_score_rows(

@@ -82,9 +82,19 @@ def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Calla
             raise ValueError(_not_legal(item, tuple(verifiers)))
         hf.read_config(directory, reward_model=True)
         hf.load_score_head(directory)
+        _check_kind(directory, kind == "process")
         found.directories[name] = Path(directory)
         if kind == "process":
             found.process.add(name)
+
+
+def _check_kind(directory: str | Path, as_process: bool) -> None:
+    """Raise ValueError where a reward model is named as one of the other kind."""
+    kind = hf.reward_kind(directory)
+    if kind == "process" and not as_process:
+        raise ValueError(f"{directory} is a process reward model: it judges steps; legal: process:{directory}")
+    if kind == "outcome" and as_process:
+        raise ValueError(f"{directory} is an outcome reward model: it judges whole completions; legal: {directory}")
 
 
 def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
@@ -115,10 +125,9 @@ def load_score(
     pool: Pool,
     mesh: jax.sharding.Mesh,
     dtype: str,
-    model: str,
     directory: Path,
 ) -> Score:
-    """The function that scores a rollout of the policy in the directory `model`. Loads the reward models.
+    """The function that scores a rollout of the policy, whose tokenizer this is. Loads the reward models.
 
     directory: of the run, which keeps the answers of servers.
     """
@@ -126,10 +135,10 @@ def load_score(
     for name, place in rewards.directories.items():
         if name in rewards.process:
             model_rewards[name] = load_process_reward_model(
-                place, mesh, tokenizer, model, unescape(rewards.options.step_separator), rewards.per_step, dtype
+                place, mesh, tokenizer, unescape(rewards.options.step_separator), rewards.per_step, dtype
             )
         else:
-            model_rewards[name] = load_reward_model(place, mesh, tokenizer, model, dtype)
+            model_rewards[name] = load_reward_model(place, mesh, tokenizer, dtype)
     process = f"-process{distributed.process_index()}" * (not distributed.is_main())
     for number, (name, make) in enumerate(rewards.servers.items()):
         cache = AnswerCache(directory / "answers" / f"{number}{process}.jsonl")

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rljax.ops.decoding import text_after
 from rljax.rewards.function_path import function_name
 from rljax.rewards.pool import Pool
 from rljax.rewards.worker import FAILED, MAX_FLOAT32, Result, call_verifier
@@ -51,7 +52,6 @@ ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result] | Ste
 
 JUDGED_FIELDS = ("inputs", "actions", "logp", "mask", "segments", "group")
 LEGAL = "Legal: a finite number, or None where the verifier does not apply"
-CONTEXT_TOKENS = 4  # of a prompt that a completion is decoded with: more than a character has
 
 
 class RewardError(Exception):
@@ -182,8 +182,7 @@ def _call_verifiers(
     work = []
     for name, verifier in verifiers.items():
         arguments = [
-            columns_taken(verifier, signatures[name], prompts.columns[i], f"prompt {prompts.number[i]}")
-            for i in indices
+            columns_taken(name, signatures[name], prompts.columns[i], f"prompt {prompts.number[i]}") for i in indices
         ]
         calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
         work.append((verifier, calls))
@@ -191,8 +190,8 @@ def _call_verifiers(
         results = [[call_verifier(verifier, *call) for call in calls] for verifier, calls in work]
     else:
         results = pool.map_each(work)
-    for (verifier, _), returned in zip(work, results, strict=True):
-        _raise_first_error(verifier, returned, completions, prompts.number[indices])
+    for name, returned in zip(verifiers, results, strict=True):
+        _raise_first_error(name, returned, completions, prompts.number[indices])
     return results
 
 
@@ -298,7 +297,7 @@ def decode_rows(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[Ro
 def decode_completions(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[str]:
     """The completion of each row, as it continues its prompt: decoded alone, its first space may be lost."""
     chosen = [actions[kept].tolist() for actions, kept in zip(*map(np.asarray, (traj.actions, traj.mask)), strict=True)]
-    return [_text_after(decode, prompt, ids) for prompt, ids in zip(_prompt_ids(traj), chosen, strict=True)]
+    return [text_after(decode, prompt, ids) for prompt, ids in zip(_prompt_ids(traj), chosen, strict=True)]
 
 
 def _prompt_ids(traj: Trajectory) -> list[list[int]]:
@@ -307,14 +306,6 @@ def _prompt_ids(traj: Trajectory) -> list[list[int]]:
     present = np.ones(mask.shape, bool) if traj.segments is None else np.asarray(traj.segments) > 0
     before = np.cumsum(mask, axis=1) - mask == 0  # up to and with the input of the first decision
     return [ids[kept].tolist() for ids, kept in zip(np.asarray(traj.inputs), before & present, strict=True)]
-
-
-def _text_after(decode: Callable[[list[int]], str], before: list[int], ids: list[int]) -> str:
-    """The text that `ids` add to the ids before them."""
-    last = before[-CONTEXT_TOKENS:]
-    head = decode(last)
-    whole = decode([*last, *ids])
-    return whole[len(head) :] if whole.startswith(head) else decode(ids)
 
 
 # ---------------------------------------------------------------------------------------- the arguments of a verifier
@@ -347,12 +338,12 @@ def read_signature(verifier: RewardFn) -> Signature:
     )
 
 
-def columns_taken(verifier: RewardFn, signature: Signature, columns: Mapping[str, Any], row: str) -> dict[str, Any]:
-    """The columns of a row that the verifier takes. Raises RewardError, naming the row, where one is missing."""
+def columns_taken(name: str, signature: Signature, columns: Mapping[str, Any], row: str) -> dict[str, Any]:
+    """The columns of a row that the verifier takes. Raises RewardError, naming both, where one is missing."""
     missing = sorted(signature.required - columns.keys())
     if missing:
         raise RewardError(
-            f"{function_name(verifier)} asks for {', '.join(missing)}, which {row} does not have; its columns are "
+            f"{name} asks for {', '.join(missing)}, which {row} does not have; its columns are "
             f"{', '.join(columns) or 'none'}"
         )
     names = set(signature.named)
@@ -373,15 +364,11 @@ def prompt_indices(traj: Trajectory, prompts: PromptBatch) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- results to rewards
 
 
-def _raise_first_error(
-    verifier: RewardFn, results: Sequence[Result], completions: Sequence[str], numbers: np.ndarray
-) -> None:
+def _raise_first_error(name: str, results: Sequence[Result], completions: Sequence[str], numbers: np.ndarray) -> None:
     for result, completion, number in zip(results, completions, numbers, strict=True):
         if result.status == "error":
             shown = completion if len(completion) <= 200 else f"{completion[:100]} ... {completion[-100:]}"
-            raise RewardError(
-                f"{function_name(verifier)} failed on prompt {number}, completion {shown!r}: {result.detail}\n{LEGAL}"
-            )
+            raise RewardError(f"{name} failed on prompt {number}, completion {shown!r}: {result.detail}\n{LEGAL}")
 
 
 def _check_failed(

@@ -205,6 +205,16 @@ def shard_rows(shardings: Shardings, tree: Any) -> Any:
     return jax.tree.map(to_devices, tree)
 
 
+def row_shapes(shardings: Shardings, tree: Any) -> Any:
+    """The shapes of what `shard_rows` returns, for a tree of shapes."""
+
+    def placed(x):
+        sharding = shardings.rows if x.ndim else shardings.replicated
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+
+    return jax.tree.map(placed, tree)
+
+
 def shard_prompts(shardings: Shardings, rows: PromptBatch) -> PromptBatch:
     """The prompts with their arrays on the devices as a sampler's rows are. Any number of them: those that do not
     divide over the devices are copied to all of them, or to some."""
