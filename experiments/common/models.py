@@ -6,12 +6,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.common.settings import Adapter, Weights
 from rljax.models import decoder, heads, hf, lora, param_filters, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
+from rljax.train import distributed
 from rljax.train.mesh import hidden_sharding, param_shardings
 from rljax.types import Array, Params, TrainState
 
@@ -53,6 +55,7 @@ def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.M
         config,
         dtype=weights.dtype,
         remat=weights.remat,
+        scan_layers=weights.scan_layers,
         adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
         hidden_sharding=hidden_sharding(mesh),
@@ -69,7 +72,7 @@ def trained_and_frozen(
 ) -> tuple[Params, dict]:
     """A model's parameters as those that are trained and the frozen ones; see `load_pretrained`."""
     if config.adapter is not None:
-        return _with_adapter(params, config, weights, mesh, seed)
+        return _with_adapter(params, config, weights, seed)
     frozen = {}
     if weights.freeze:
         params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
@@ -100,11 +103,11 @@ def init_sharded(config: DecoderConfig, key: Array, mesh: jax.sharding.Mesh) -> 
 
 
 def load_model(
-    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None
+    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None, scan_layers: bool = False
 ) -> tuple[DecoderConfig, Params]:
     """Config and parameters of a model that is not trained, in the dtype of the computation."""
     config = hf.read_config(directory, context)
-    config = dataclasses.replace(config, dtype=dtype, hidden_sharding=hidden_sharding(mesh))
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, hidden_sharding=hidden_sharding(mesh))
     return config, load_decoder(directory, config, mesh, dtype)
 
 
@@ -121,7 +124,7 @@ def load_teacher(
             f"{directory}: a teacher of {vocab_size} token ids, the student has {student.vocab_size}; "
             "legal: the same vocabulary"
         )
-    return load_model(directory, mesh, dtype, context)
+    return load_model(directory, mesh, dtype, context, student.scan_layers)
 
 
 def add_critic(
@@ -145,7 +148,9 @@ def add_critic(
     if not directory:
         return {**params, "critic": critic}
 
-    loaded = load_decoder(directory, hf.read_config(directory, reward_model=True), mesh, "float32")
+    reward_config = hf.read_config(directory, reward_model=True)
+    reward_config = dataclasses.replace(reward_config, scan_layers=config.scan_layers)
+    loaded = load_decoder(directory, reward_config, mesh, "float32")
     # A reward model may lack the table of logits, which a critic does not use.
     trunk = {**critic["decoder"], **loaded["decoder"]}
     if jax.tree.map(jnp.shape, trunk) != jax.tree.map(jnp.shape, critic["decoder"]):
@@ -166,18 +171,18 @@ def lora_of(adapter: Adapter) -> LoraConfig | None:
     )
 
 
-def _with_adapter(
-    params: Params, config: DecoderConfig, weights: Weights, mesh: jax.sharding.Mesh, seed: int
-) -> tuple[Params, dict]:
+def _with_adapter(params: Params, config: DecoderConfig, weights: Weights, seed: int) -> tuple[Params, dict]:
     """Adapter and frozen base. A reference that follows the policy is an adapter of its own."""
     key = jax.random.fold_in(jax.random.key(seed), 3)
 
-    def trained_of(params):
+    def trained_of(params: Params) -> Params:
         return policy.with_adapter(params, config, key)[0]
 
-    shapes = jax.eval_shape(trained_of, params)
-    shardings = param_shardings(mesh, policy.logical_axes(config, shapes), shapes)
-    trained = jax.jit(trained_of, out_shardings=shardings)(params)  # each array is drawn where it will lie
+    shardings = None
+    if config.hidden_sharding is not None:  # each array is drawn where it will lie
+        shapes = jax.eval_shape(trained_of, params)
+        shardings = param_shardings(config.hidden_sharding.mesh, policy.logical_axes(config, shapes), shapes)
+    trained = jax.jit(trained_of, out_shardings=shardings)(params)
     frozen = {"base": {"decoder": params["decoder"]}, "reference": {}}
     if weights.ref_sync_steps:
         frozen["reference"] = jax.tree.map(jnp.copy, trained)
@@ -207,25 +212,36 @@ def save_pretrained(
       replace: a directory that is there is replaced by a whole one; else ValueError.
       reward_kind: of a reward model; config.json keeps it.
     """
-    trained = dict(params)
-    low_rank = trained.pop("lora", None)
-    if low_rank is None:
-        whole = decoder.full_params(config, trained, jax.device_get(frozen))["decoder"]
-    else:
-        whole = _merged(low_rank, frozen, config, source)
-    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
+    base = {} if holds_tensors(Path(source)) and "lora" in params else frozen.get("base", {})
+    trained, base = distributed.fetch_to_main((dict(params), base))
+
+    def write() -> None:
+        low_rank = trained.pop("lora", None)
+        if low_rank is None:
+            whole = decoder.full_params(config, trained, {"base": base} if base else {})["decoder"]
+        else:
+            whole = _merged(low_rank, base, config, source)
+        hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
+
+    distributed.on_main(f"save {directory}", write)
 
 
-def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:
+def keep_model_files(
+    source: str | Path, directory: str | Path, adapter: LoraConfig | None, reward_kind: hf.RewardKind | None = None
+) -> None:
+    """Write beside the checkpoints what tools/export.py needs of the model that a run began with."""
+    distributed.on_main("model files", lambda: hf.copy_sidecar_files(source, directory, adapter, reward_kind))
+
+
+def _merged(low_rank: Params, base: Params, config: DecoderConfig, source: str | Path) -> Params:
     """The decoder's parameters with the adapter merged into them, in float32, on the host."""
-    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     if holds_tensors(Path(source)):
         shardings = jax.tree.map(lambda _: host, decoder.abstract(config))
-        base = hf.load(source, config, shardings)
+        whole = hf.load(source, config, shardings)
     else:
-        base = jax.tree.map(lambda x: x.astype(jnp.float32), jax.device_get(frozen["base"]["decoder"]))
-        base = jax.device_put(base, host)
-    return lora.merge(config.adapter, base, jax.device_put(jax.device_get(low_rank), host))
+        whole = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), base["decoder"]), host)
+    return lora.merge(config.adapter, whole, jax.device_put(jax.device_get(low_rank), host))
 
 
 def sync_reference(state: TrainState, weights: Weights) -> TrainState:
