@@ -11,7 +11,8 @@ whose DIRECTORY/model is the --model of the next iteration. A line of DIRECTORY/
 prompt-completion format, {"prompt", "completion"}, with the `reward` of the completion, the `rewards` of all n, and
 the other columns of the prompt. A completion that reached max_tokens is not chosen, unless --keep_cut: fine-tuning
 would teach the model to end there. With --above neither is one whose reward is not above it. A prompt of which nothing
-is chosen has no line; DIRECTORY/judged.jsonl has all completions.
+is chosen has no line; where that is every prompt, the script ends with an error. DIRECTORY/judged.jsonl has all
+completions: the same command with another --keep_cut or --above chooses again, and samples nothing.
 
 The table at the end gives the expected reward of the best of 1, 2, 4 .. n, each from all subsets of the n rewards, and
 a bound of its KL to the policy, log n - (n - 1)/n nats a completion (arXiv:2401.01879). An interrupted run goes on with
@@ -82,9 +83,10 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
 
     # -- sample, judge, choose
     directory = cfg.directory or f"runs/best_of_n/{runs.name_of(cfg, f'n{cfg.n}')}"
-    run = Run(directory, asdict(cfg), steps=1, source=__file__, functions={"rewards": rewards.verifiers})
+    kept = runs.settings_but(cfg, "above", "keep_cut")  # which choose among what is sampled: they may change
+    run = Run(directory, kept, steps=1, source=__file__, functions={"rewards": rewards.verifiers})
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         log = run.directory / "judged.jsonl"
         done = {record["number"]: record for record in read_lines(log)}
         for rows in prompts.batches(cfg.prompts_at_once):
@@ -99,10 +101,10 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
         chosen = [row for record in records if (row := choose(record, cfg.above, cfg.keep_cut)) is not None]
         write_atomically(run.directory / "chosen.jsonl", as_lines(chosen))
         log_info(f"written: {run.directory / 'chosen.jsonl'}, {len(chosen)} rows of {len(prompts)} prompts")
-        if not chosen:
-            log_info("nothing to fine-tune on: --keep_cut, longer completions or a lower --above", "yellow")
     found = gains(records, cfg.n)
     table("the best of n", found)
+    if not chosen:
+        raise ValueError(f"no completion is chosen: {why_none(records, cfg.above)}")
     return found
 
 
@@ -121,6 +123,23 @@ def choose(record: dict, above: float | None, keep_cut: bool) -> dict | None:
     best = max(legal, key=lambda i: record["rewards"][i])
     row = {"prompt": record["prompt"], "completion": record["completions"][best], "reward": record["rewards"][best]}
     return record["columns"] | row | {"rewards": record["rewards"]}
+
+
+def why_none(records: list[dict], above: float | None) -> str:
+    """What kept the completions of all prompts from being chosen, and what would be legal."""
+    judged = [
+        (reward, ended)
+        for record in records
+        for reward, ended in zip(record["rewards"], record["ended"], strict=True)
+        if reward is not None
+    ]
+    best = max((reward for reward, _ in judged), default=None)
+    if best is None:
+        return "none could be judged"
+    if above is not None and best <= above:
+        return f"the best reward is {best:g}; legal: --above less than that"
+    ended = sum(ended for _, ended in judged)
+    return f"{ended} of {len(judged)} ended before max_tokens; legal: --keep_cut, or more --sampling.max_tokens"
 
 
 # --------------------------------------------------------------------------------------------------------- all prompts

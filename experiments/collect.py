@@ -134,7 +134,7 @@ def sample_candidates(
     size = max(cfg.rows // cfg.n, 1)
     with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         answers = Path(f"{cfg.out}.answers")
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.dtype, cfg.model, answers) if cfg.rewards else None
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.dtype, answers) if cfg.rewards else None
         for begin in range(start // size * size, total, size):
             rows = prompts.draw(begin, min(size, total - begin))
             traj = sample(lm, params, {}, rows, sampling, cfg.seed, 0)

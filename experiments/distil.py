@@ -28,18 +28,18 @@ import jax.numpy as jnp
 
 from experiments.common import command_line, micro_batches, models, runs, settings, train
 from experiments.common.optimizer import make_optimizer
-from experiments.common.reward_models import have_same_vocabulary
 from experiments.common.sampling import make_mix, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
 from rljax.algorithms import gkd, minillm
 from rljax.data.prompts import Prompts
-from rljax.models import decoder, hf, mixtures
+from rljax.data.tokenizer import load_tokenizer
+from rljax.models import decoder, mixtures
 from rljax.models.decoder import DecoderConfig
 from rljax.models.distillation import make_compare
 from rljax.ops.distillation import full_vocabulary
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
-from rljax.train.mesh import data_parallel_size, make_mesh, shard_prompts
+from rljax.train.mesh import data_parallel_size, make_mesh, place, shard_prompts
 from rljax.train.update import learn, make_update
 from rljax.types import LM, CompareFn, Distillation, Objective, TrainState
 
@@ -92,6 +92,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- student, teacher and data
     tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    if load_tokenizer(cfg.teacher).vocabulary() != tokenizer.vocabulary():
+        raise ValueError(f"{cfg.teacher} has another vocabulary than {cfg.model}; legal: the same")
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     teacher_config, teacher = models.load_teacher(cfg.teacher, config, cfg.weights.dtype, mesh, context)
@@ -116,8 +118,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the loop
     with run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -151,8 +153,6 @@ def check_settings(cfg: Config) -> None:
         )
     if cfg.teacher_mixture and cfg.divergence != "minillm":
         raise ValueError("only minillm weights its tokens by the policy that wrote them; legal: --teacher_mixture 0")
-    if not have_same_vocabulary(cfg.model, cfg.teacher):
-        raise ValueError(f"{cfg.teacher} has another vocabulary than {cfg.model}; legal: the same")
 
 
 def writer(cfg: Config, config: DecoderConfig, teacher_config: DecoderConfig) -> LM:

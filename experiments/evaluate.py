@@ -11,11 +11,12 @@ A completion is correct where its reward, the weighted sum of --rewards, is at l
     reward    mean of the rewards
     greedy    share of prompts whose completion at temperature 0 is correct
 
-Each is a mean over prompts, ± 1.96 standard errors of that mean: the completions of a prompt are not independent of
-each other, so prompts are what is counted. A completion that could not be judged is left out of all of them, and their
-number is in the last line. DIRECTORY/samples.jsonl has every completion with its reward, DIRECTORY/summary.json the
-numbers. An interrupted run goes on with the next prompts; a completion depends on the seed, not on what is sampled
-beside it.
+Each is a mean over prompts with its 95 % interval: the completions of a prompt are not independent of each other, so
+prompts are what is counted. Of shares that is Wilson's interval (experiments/common/intervals.py), which has a width
+where all prompts agree, too; of the reward ± 1.96 standard errors. A completion that could not be judged is left out of
+all of them, and their number is in the last line. DIRECTORY/samples.jsonl has every completion with its reward,
+DIRECTORY/summary.json the numbers. An interrupted run goes on with the next prompts; a completion depends on the seed,
+not on what is sampled beside it.
 
 Reached: stories260k, 40 story openings x 4 completions of 40 tokens, animals, --right 0.5: avg@4 0.013 ± 0.017,
 pass@4 0.050 ± 0.068, greedy 0.000.
@@ -25,11 +26,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import command_line, models, runs
+from experiments.common.intervals import standard_error_interval, wilson_interval
 from experiments.common.records import append_lines, judged_prompts, read_lines
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
@@ -64,12 +67,12 @@ class Config:
     sampling: Sampling = Sampling(max_tokens=128)
     weights: Weights = Weights()
     mesh: MeshShape = MeshShape(fsdp=1, tensor=-1)
-    directory: str = ""  # of the run; default runs/evaluate/MODEL-PROMPTS-seedSEED
+    directory: str = ""  # of the run; default runs/evaluate/MODEL-PROMPTS-seedSEED-DIGEST, that of the other settings
     debug: bool = False  # without jit, with NaN checks
 
 
 def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
-    """Sample, judge and count; return name -> {"mean", "interval", "prompts"}."""
+    """Sample, judge and count; return name -> {"mean", "low", "high", "prompts"}."""
     check_sizes(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     mesh = make_mesh(**asdict(cfg.mesh))
@@ -85,10 +88,11 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         kinds["greedy"] = sampling.replace(temperature=0.0, n=1, support=None)
 
     # -- sample and judge
-    directory = cfg.directory or f"runs/evaluate/{runs.name_of(cfg)}"
-    run = Run(directory, asdict(cfg), steps=1, source=__file__, functions={"rewards": rewards.verifiers})
+    settings = runs.settings_but(cfg, "right", "k")  # which are read at the end only: they may change
+    directory = cfg.directory or f"runs/evaluate/{runs.name_of(cfg)}-{runs.digest_of(settings)}"
+    run = Run(directory, settings, steps=1, source=__file__, functions={"rewards": rewards.verifiers})
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         log = run.directory / "samples.jsonl"
         records = read_lines(log)
         done = {(record["kind"], record["number"]) for record in records}
@@ -126,27 +130,28 @@ def check_sizes(cfg: Config) -> None:
 
 def summarize(cfg: Config, records: list[dict], final_answer: Callable | None) -> dict[str, dict[str, float]]:
     """name -> its mean over prompts, with its interval."""
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, dict[str, float]] = {}
     sampled = [record for record in records if record["kind"] == "sampled"]
     if sampled:
         rewards = rewards_of(sampled)
         judged = np.isfinite(rewards)
         correct = rewards >= cfg.right
         count = judged.sum(axis=1)
-        found[f"avg@{cfg.n}"] = mean_of(correct, judged)
+        found[f"avg@{cfg.n}"] = share_of(mean_of(correct, judged), cfg.n)
         for k in cfg.k or powers_of_two(cfg.n):
-            found[f"pass@{k}"] = np.asarray(pass_at_k(jnp.asarray(count), jnp.asarray(correct.sum(axis=1)), k))
+            passed = np.asarray(pass_at_k(jnp.asarray(count), jnp.asarray(correct.sum(axis=1)), k))
+            found[f"pass@{k}"] = share_of(passed, cfg.n // k)
         if final_answer is not None:
             answers = np.where(judged, answer_ids(sampled, final_answer), -1)
             for k in cfg.k or powers_of_two(cfg.n):
                 votes = majority_at_k(jnp.asarray(answers), jnp.asarray(correct), k)
-                found[f"maj@{k}"] = np.where(count > 0, votes, np.nan)
-        found["reward"] = mean_of(rewards, judged)
+                found[f"maj@{k}"] = share_of(np.where(count > 0, votes, np.nan), cfg.n // k)
+        found["reward"] = over_prompts(mean_of(rewards, judged), standard_error_interval)
     greedy = [record for record in records if record["kind"] == "greedy"]
     if greedy:
         rewards = rewards_of(greedy)
-        found["greedy"] = mean_of(rewards >= cfg.right, np.isfinite(rewards))
-    return {name: over_prompts(values) for name, values in found.items()}
+        found["greedy"] = share_of(mean_of(rewards >= cfg.right, np.isfinite(rewards)), 1)
+    return found
 
 
 def rewards_of(records: list[dict]) -> np.ndarray:
@@ -160,13 +165,17 @@ def mean_of(values: np.ndarray, judged: np.ndarray) -> np.ndarray:
     return np.where(judged.any(axis=1), total / np.maximum(judged.sum(axis=1), 1), np.nan)
 
 
-def over_prompts(values: np.ndarray) -> dict[str, float]:
-    """The mean over prompts and 1.96 standard errors of it. Prompts with NaN are left out."""
+def share_of(values: np.ndarray, trials: int) -> dict[str, float]:
+    """The mean over prompts of shares of `trials` trials each, with Wilson's interval."""
+    return over_prompts(values, partial(wilson_interval, trials=trials))
+
+
+def over_prompts(values: np.ndarray, interval: Callable[[np.ndarray], tuple[float, float]]) -> dict[str, float]:
+    """The mean over prompts and its interval. Prompts with NaN are left out."""
     known = values[np.isfinite(values)]
-    if not len(known):
-        return {"mean": float("nan"), "interval": float("nan"), "prompts": 0}
-    error = known.std(ddof=1) / len(known) ** 0.5 if len(known) > 1 else float("nan")
-    return {"mean": float(known.mean()), "interval": float(1.96 * error), "prompts": len(known)}
+    mean = known.mean() if len(known) else np.nan
+    low, high = interval(known) if len(known) else (np.nan, np.nan)
+    return {"mean": float(mean), "low": float(low), "high": float(high), "prompts": len(known)}
 
 
 def answer_ids(records: list[dict], final_answer: Callable[[str], object]) -> np.ndarray:
@@ -180,7 +189,7 @@ def answer_ids(records: list[dict], final_answer: Callable[[str], object]) -> np
 
 def sentence(found: Mapping[str, Mapping[str, float]], records: list[dict]) -> str:
     """The numbers in one line."""
-    parts = [f"{name} {numbers['mean']:.3f} ± {numbers['interval']:.3f}" for name, numbers in found.items()]
+    parts = [f"{name} {of['mean']:.3f} ({of['low']:.3f} to {of['high']:.3f})" for name, of in found.items()]
     missing = sum(reward is None for record in records for reward in record["rewards"])
     return "eval: " + ", ".join(parts) + (f"; {missing} completions not judged" if missing else "")
 

@@ -17,43 +17,27 @@ Reached: not yet run.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 
 from experiments.common import command_line, models, runs, settings, train
+from experiments.common.online_methods import METHODS, Preference, check_preference
 from experiments.common.optimizer import make_optimizer
-from experiments.common.preference_methods import PAIR_METHODS, PairLoss
 from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sample_scored, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.common.verifiers import VERIFIERS
-from rljax import algorithms as a
-from rljax.algorithms.common.credit import rewards_differ
-from rljax.models import decoder, hf, mixtures, policy
-from rljax.models.decoder import DecoderConfig
+from rljax.models import decoder, policy
 from rljax.rewards.pool import Pool
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.metrics import rollout_metrics
-from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update
-from rljax.types import Objective, PolicyFn, TrainState
+from rljax.types import TrainState
 
 PROGRESS_METRICS = ("reward", "accuracy", "margin", "kl_sequence", "length", "tokens_per_second")
-
-
-@dataclasses.dataclass(frozen=True)
-class Preference:
-    """How completions are compared and learned from."""
-
-    loss: PairLoss = "sigmoid"  # of online_dpo: any that dpo.py has for pairs
-    beta: float | None = None  # β of the loss, τ of nash_md; default: that of the method's paper
-    missing_eos_penalty: Rare[float] = 0.0  # taken from the reward of a completion that was cut, for online_dpo
-    xpo_alpha: Rare[float] = 1e-5  # coefficient of XPO's bonus
-    nash_mixture: Rare[float] = 0.5  # the reference's share of the mixture that nash_md plays against
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +75,14 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     cfg = one_small_step(cfg) if cfg.debug else cfg
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_whole_groups(cfg.batches)
+    check_preference(cfg.method, cfg.preference)
 
     # -- model and data
     tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     model = policy.make_policy(config)
-    method = METHODS[cfg.method](cfg, config, model)
+    method = METHODS[cfg.method](cfg.preference, cfg.batches, config, model)
     train.check_batches(method.rows, mesh)
     sampling = training_sampling(cfg.sampling, cfg.batches.num_generations, tokenizer, config.vocab_size)
 
@@ -116,11 +101,11 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
 
     # -- the loop
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, run.directory)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         sample_scored = make_sample_scored(lm, annotate, score, sampling, shardings, cfg.seed)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
-        state = jax.device_put(state, shardings.state)
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -139,59 +124,6 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(cfg, before, after, run.directory / "model")
-
-
-# ------------------------------------------------------------------------------------------------------------- methods
-
-
-class Method(NamedTuple):
-    """What is learned from a rollout, and by which objective."""
-
-    objective: Objective
-    make_batch: Callable  # (rollout, the opponent's rollout) -> the batch of the objective
-    rows: Batches  # sizes of that batch
-    completions_per_row: int  # 2: a row is a pair
-    opponent: Callable | None = None  # (state) -> model and parameters that complete the same prompts
-
-
-def online_dpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
-    """The best completion of each prompt against the worst."""
-    n = cfg.batches.num_generations
-    if n < 2:
-        raise ValueError(f"num_generations = {n}: a pair is made of two completions of a prompt; legal: at least 2")
-
-    @jax.jit
-    def make_pairs(traj, other):
-        compared = traj.replace(mask=traj.mask & rewards_differ(traj)[:, None])
-        return a.online_pairs(compared, n, cfg.preference.missing_eos_penalty)
-
-    method = PAIR_METHODS[cfg.preference.loss]
-    objective = method.make(model, method.beta if cfg.preference.beta is None else cfg.preference.beta)
-    return Method(objective, make_pairs, dataclasses.replace(cfg.batches, num_generations=1), 2)
-
-
-def xpo(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
-    """The policy's completion against the reference's."""
-    lm = decoder.language_model(config)
-    beta = 0.1 if cfg.preference.beta is None else cfg.preference.beta
-    objective = a.xpo(model, beta=beta, alpha=cfg.preference.xpo_alpha)
-    return Method(objective, jax.jit(a.xpo_pairs), cfg.batches, 2, lambda state: (lm, state.frozen["reference"]))
-
-
-def nash_md(cfg: Config, config: DecoderConfig, model: PolicyFn) -> Method:
-    """The policy's completion against the mixture's."""
-    algorithm = a.nash_md(0.1 if cfg.preference.beta is None else cfg.preference.beta)
-    train.check_algorithm(algorithm, cfg.batches, "nash_md")
-    mixture = mixtures.geometric_mixture(config, cfg.preference.nash_mixture)
-
-    @jax.jit
-    def credit(traj, other):
-        return algorithm.credit(traj.replace(rewards=a.preference_over(traj, other)), {})
-
-    return Method(policy_objective(model, algorithm), credit, cfg.batches, 1, lambda state: (mixture, state.params))
-
-
-METHODS = {"online_dpo": online_dpo, "xpo": xpo, "nash_md": nash_md}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 from experiments.common import command_line, data, hub
-from experiments.common.rows import CUTS, Read, is_overlong, length_of, limits_text, make_shape
+from experiments.common.rows import CUTS, Read, is_overlong, length_of, limits_text, make_shape, warn_of_ignored_tools
 from experiments.common.settings import Data
 from rljax.data.examples import Comparison, Example, Judgment, Steps, comparison, demonstration, judgment, steps
 from rljax.data.files import Table, read_table
@@ -75,6 +75,8 @@ def main(cfg: Config) -> list[dict]:
     lengths = []
     for path in cfg.data.files:
         table = read_table(data.split_weight(path)[0])
+        if not cfg.json:
+            warn_of_ignored_tools(table, tokenizer)
         for i, found in enumerate(read(table, cfg, tokenizer)):
             record = as_record(found, table.place(i), cfg.data.overlong, limits)
             counts[record["status"]] += 1

@@ -26,11 +26,12 @@ from rljax.algorithms import process_reward_model
 from rljax.data.demonstrations import EMPTY
 from rljax.data.examples import Steps, steps
 from rljax.data.steps import collate_steps
-from rljax.models import heads, hf
-from rljax.train.mesh import make_mesh
+from rljax.models import heads
+from rljax.train.mesh import make_mesh, place
 from rljax.train.update import make_update
 from rljax.types import TrainState
 
+KIND = "process"  # what config.json says of the model, so that it is not taken for an outcome reward model
 PROGRESS_METRICS = ("loss", "accuracy", "eval_loss", "eval_accuracy", "epoch")
 
 
@@ -84,8 +85,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter, KIND)  # for tools/export.py
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -95,11 +96,12 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
             metrics["epoch"] = state.cursor / len(rows.train)
             if offline.is_due(cfg.eval_every, step, cfg.steps):
                 metrics |= evaluate(state)
-                loss = metrics["eval_loss"]
-                keep_best(run.directory, state, config, cfg.model, "eval_loss", loss, lower_is_better=True)
+                found = ("eval_loss", metrics["eval_loss"])
+                keep_best(run.directory, state, config, cfg.model, *found, lower_is_better=True, reward_kind=KIND)
             run.record(step, state, metrics)
         after = evaluate(state)
-        models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
+        parts = (state.params, state.frozen, config)
+        models.save_pretrained(*parts, cfg.model, run.directory / "model", reward_kind=KIND)
     return offline.summarize(before, after, run.directory / "model")
 
 

@@ -105,6 +105,7 @@ def write_completions(cfg: Config, model: str, prompts: str, n: int, directory: 
         prompts=prompts,
         rewards=(cfg.rule,),
         n=n,
+        keep_cut=True,  # what goes on from here is judged.jsonl
         sampling=Sampling(max_tokens=cfg.max_tokens),
         seed=cfg.seed,
         directory=str(directory),

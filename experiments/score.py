@@ -17,10 +17,9 @@ both, 1,837 wrong for both), in 5 s on 2 shared AMD EPYC cores.
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
-from experiments.common import command_line, data
+from experiments.common import command_line, data, runs
 from experiments.common.records import append_lines, read_lines
 from experiments.common.settings import Rare, Reward
 from experiments.common.verifiers import VERIFIERS, check_answers
@@ -46,7 +45,7 @@ class Config:
     right: float = 1.0  # least score of a completion that is right
     reward: Reward = Reward()
     rows_at_once: Rare[int] = 256  # rows between two writes
-    directory: str = ""  # of the run; default runs/score/DATA-REWARDS
+    directory: str = ""  # of the run; default runs/score/DATA-REWARDS-DIGEST, that of the other settings
     debug: bool = False  # an error shows its traceback
 
 
@@ -64,8 +63,10 @@ def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str
     table = table._replace(rows=[with_answer(row, cfg.answer) for row in table.rows])
 
     # -- judge
-    directory = cfg.directory or f"runs/score/{'-'.join((data.name_of(cfg.data), *cfg.rewards))}"
-    run = Run(directory, asdict(cfg), steps=1, source=__file__, functions={"rewards": chosen})
+    settings = runs.settings_but(cfg, "right")  # which is read at the end only: it may change
+    name = "-".join((data.name_of(cfg.data), *cfg.rewards, runs.digest_of(settings)))
+    directory = cfg.directory or f"runs/score/{name}"
+    run = Run(directory, settings, steps=1, source=__file__, functions={"rewards": chosen})
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         check_answers(table, chosen, pool)
         log = run.directory / "scores.jsonl"
@@ -116,11 +117,10 @@ def with_answer(row: dict, column: str) -> dict:
 def judge(table: Table, rows: range, completion: str, verifiers: Mapping[str, Callable], pool: Pool) -> list[dict]:
     """These rows with what each verifier says. Raises RewardError, naming the row, for a verifier that fails."""
     work = []
-    for verifier in verifiers.values():
+    for name, verifier in verifiers.items():
         signature = read_signature(verifier)
         calls: list[Call] = [
-            ((table.rows[i][completion],), columns_taken(verifier, signature, table.rows[i], table.place(i)))
-            for i in rows
+            ((table.rows[i][completion],), columns_taken(name, signature, table.rows[i], table.place(i))) for i in rows
         ]
         work.append((verifier, calls))
     results = dict(zip(verifiers, pool.map_each(work), strict=True))

@@ -29,9 +29,9 @@ from experiments.common.settings import Data, MeshShape, Optimizer, Weights
 from rljax.algorithms import dft, sft
 from rljax.data.demonstrations import EMPTY, collate
 from rljax.data.examples import Example, demonstration
-from rljax.models import hf, policy
+from rljax.models import policy
 from rljax.train.log import log_info
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.objective import policy_objective
 from rljax.train.packing import make_packed_update
 from rljax.train.update import make_update
@@ -87,19 +87,19 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     def make_batch(examples: list[Example]) -> Batch:
         return algorithm.credit(collate(examples, width), {})
 
-    pieces = offline.choose_micro_batches(config, cfg.batch_size, cfg.micro_batches, 1, width, shardings)
+    packed = cfg.max_tokens_per_device
+    what = "an evaluation" if packed else "an update"
+    pieces = offline.choose_micro_batches(config, cfg.batch_size, cfg.micro_batches, 1, width, shardings, what)
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    update = make(pieces)
-    if cfg.max_tokens_per_device:
-        update = make_packed_update(make, cfg.max_tokens_per_device, width - 1, shardings)
+    update = make_packed_update(make, packed, width - 1, shardings) if packed else make(pieces)
     eval_batches = [make_batch(part) for part in offline.filled(examples.eval, cfg.batch_size, EMPTY)]
     # A token's loss in DFT falls as it becomes more likely or less likely: maximum likelihood is what is evaluated.
     evaluate = offline.make_evaluate(policy_objective(model, sft()), eval_batches, (), pieces, shardings)
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, algorithm=algorithm) as run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

@@ -43,7 +43,8 @@ def write(path, *rows):
 
 
 def prompts(files, tokenizer, template="{prompt}", max_tokens=64, eval_prompts=2, seed=0, **options):
-    return data.read_prompts(files, template, tokenizer, max_tokens, eval_prompts, seed, Rows(**options))
+    read = data.read_files(files)
+    return data.read_prompts(read, template, tokenizer, max_tokens, eval_prompts, seed, Rows(**options))
 
 
 def examples(tokenizer, *files, read=demonstration, seed=0, context=64, **options):

@@ -48,11 +48,11 @@ def test_the_page_orders_algorithms_by_the_median_of_their_seeds():
     assert "40 steps; eval accuracy after the warm-up, by seed: 0.250, 0.125." in page
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert table == [
-        "| algorithm | seed 0 | seed 1 | median | longest run, s |",
-        "|---|---|---|---|---|",
-        "| ppo | 0.800 | 0.950 | 0.875 | 50 |",
-        "| grpo | 0.900 | 0.700 | 0.800 | 41 |",
-        "| rloo |  | 0.700 | 0.700 | 39 |",
+        "| algorithm | seed 0 | seed 1 | seeds | median | longest run, s |",
+        "|---|---|---|---|---|---|",
+        "| ppo | 0.800 | 0.950 | 2 | 0.875 | 50 |",
+        "| grpo | 0.900 | 0.700 | 2 | 0.800 | 41 |",
+        "| rloo |  | 0.700 | 1 | 0.700 | 39 |",
     ]
     assert "(results/sortings-1.svg)" in page
     assert page.endswith("Commits and jax of the runs: abc; 0.10.2.\n")
@@ -79,5 +79,27 @@ def test_an_interrupted_comparison_reads_back_what_is_finished(tmp_path, monkeyp
     results = compare.main(dataclasses.replace(cfg, algorithms=("grpo", "gspo")))
     assert measured == ["grpo", "gspo"]
     assert [record["algorithm"] for record in results] == ["grpo", "gspo"]
+
+    # Of three that are wanted two are finished: their page, and no run.
+    wanted = dataclasses.replace(cfg, algorithms=("grpo", "gspo", "online_dpo"), finished_only=True)
+    assert [record["algorithm"] for record in compare.main(wanted)] == ["grpo", "gspo"]
+    assert "| gspo |" in (tmp_path / "page.md").read_text()
     assert compare.main(cfg)[0]["inputs"] == compare.inputs_of(compare.planned_runs(cfg)[0])
     assert measured == ["grpo", "gspo"]
+
+
+def test_online_dpo_samples_as_much_and_updates_as_often_as_methods_that_select():
+    dpo = compare.run_of(compare.SORTING, "online_dpo", 3)
+    grpo = compare.run_of(compare.SORTING, "grpo", 3)
+    assert dpo.batches.prompts == grpo.batches.prompts * grpo.batches.oversample
+    shared = ("num_generations", "epochs", "minibatches")
+    assert [getattr(dpo.batches, name) for name in shared] == [getattr(grpo.batches, name) for name in shared]
+    for name in ("task", "seed", "steps", "optimizer", "sft_target", "eval_prompts", "eval_every"):
+        assert getattr(dpo, name) == getattr(grpo, name), name
+    assert "pairs" in compare.inputs_of(dpo)["source"]
+
+
+def test_a_result_does_not_depend_on_the_mesh():
+    run = compare.run_of(compare.SORTING, "grpo", 0)
+    other = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, tensor=2))
+    assert compare.inputs_of(run) == compare.inputs_of(other)

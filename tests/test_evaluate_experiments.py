@@ -3,12 +3,15 @@
 import json
 import os
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import evaluate, score
+from experiments.common.intervals import standard_error_interval, wilson_interval
+from experiments.common.runs import digest_of
 from experiments.common.settings import MeshShape, Reward, Sampling
 from experiments.evaluate import summarize
 from models import tiny
@@ -76,7 +79,7 @@ def test_what_is_failed_is_counted(tmp_path):
         ([*SOLUTIONS, {"solution": None}], {}, ValueError, r"line 6, column 'solution': None; legal: a text"),
         ([{**SOLUTIONS[0], "is_correct": "yes"}], {}, ValueError, r"column 'is_correct': 'yes'; legal: true or false"),
         ([{**SOLUTIONS[0], "answer": "noon"}], {}, ValueError, r"line 1, column 'answer': number cannot judge 1 of 1"),
-        ([{"completion": "1"}], {}, RewardError, r"exact_number asks for answer, which .* line 1 does not have"),
+        ([{"completion": "1"}], {}, RewardError, r"^number asks for answer, which .* line 1 does not have"),
     ],
 )
 def test_bad_files_are_one_error(rows, fields, kind, message, tmp_path):
@@ -114,8 +117,39 @@ def test_the_numbers_by_hand():
     assert means["greedy"] == 1 / 2
     assert found["greedy"]["prompts"] == 2  # one was not judged
     values = np.array([1 / 2, 0, 1])
-    assert found["avg@4"]["interval"] == pytest.approx(1.96 * values.std(ddof=1) / np.sqrt(3))
+    error = 1.96 * values.std(ddof=1) / np.sqrt(3)
+    assert found["reward"]["high"] - found["reward"]["mean"] == pytest.approx(error)
+    # Wilson's interval of 3 prompts: a share of 1/2 is half of the variance, so that 4 trials are worth 3/2 prompts.
+    assert found["avg@4"]["low"] == pytest.approx(wilson(1 / 2, 3)[0])
     assert "maj@4" not in summarize(cfg, records, None)
+
+
+def wilson(share: float, trials: float) -> list[float]:
+    """The p at which the share is 1.96 of its standard errors away: (share - p)² = 1.96² p (1 - p)/trials."""
+    z = 1.96**2 / trials
+    return sorted(np.roots([1 + z, -2 * share - z, share**2]))
+
+
+def test_intervals_have_a_width_where_all_prompts_agree():
+    for share in (0.0, 1.0):
+        assert wilson_interval(np.full(40, share)) == pytest.approx(wilson(share, 40), abs=1e-6)
+    assert wilson_interval(np.zeros(40))[1] > 0.05
+    # Between them: each prompt half right in four trials, all the same: the trials are what is counted.
+    assert wilson_interval(np.full(10, 0.5), trials=4) == pytest.approx(wilson(0.5, 40))
+    half = np.arange(100) % 2
+    assert wilson_interval(half, trials=8) == pytest.approx(wilson(0.5, 100))  # right in all trials or in none
+    np.testing.assert_equal(standard_error_interval(np.array([1.0])), (np.nan, np.nan))
+
+
+def test_wilson_intervals_hold_the_share_as_often_as_they_say():
+    """Prompts of unequal difficulty, four trials each: 95 % of 2,000 intervals hold the mean share, ± 2 %."""
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        shares = draw.binomial(4, draw.beta(0.3, 1.2, 50)) / 4
+        low, high = wilson_interval(shares, trials=4)
+        held += low <= 0.2 <= high
+    assert held / 2000 == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +182,9 @@ def test_a_model_is_evaluated_and_a_stopped_run_goes_on(model, tmp_path, capsys)
         assert record["rewards"] == [exact_text(text, record["columns"]["answer"]) for text in texts]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary == found
+    again = evaluate.main(change(cfg, right=0.5, k=(1,)))  # counted again, sampled once
+    assert {"pass@1", "maj@1"} <= again.keys()
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == written
 
     (tmp_path / "run" / "samples.jsonl").write_text(written[: len(written) // 3])
     assert evaluate.main(cfg) == found
@@ -166,3 +203,12 @@ def test_a_model_is_evaluated_and_a_stopped_run_goes_on(model, tmp_path, capsys)
 def test_bad_settings_are_one_error(fields, message):
     with pytest.raises(ValueError, match=message):
         evaluate.main(change(evaluate.Config(model="/absent", prompts="/absent"), **fields))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"n": 4}, {"rewards": ("text",)}, {"sampling__temperature": 0.5}, {"template": "x"}]
+)
+def test_a_default_directory_is_that_of_all_settings(fields):
+    cfg = evaluate.Config(model="/a", prompts="b")
+    assert digest_of(asdict(change(cfg, **fields))) != digest_of(asdict(cfg))
+    assert digest_of(asdict(change(cfg, directory="c"))) == digest_of(asdict(cfg))

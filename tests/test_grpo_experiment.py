@@ -402,15 +402,15 @@ def test_answers_that_cannot_be_judged_by_are_counted_before_the_model_is_loaded
     [
         (
             "raises",
-            r"hostile:raises failed on an empty completion, .*line 1: [\s\S]*no such rubric[\s\S]*\nLegal: a finite",
+            r"^raises failed on an empty completion, .*line 1: [\s\S]*no such rubric[\s\S]*\nLegal: a finite",
         ),
         (
             "says",
-            r"hostile:says failed on an empty completion, .*line 1, .* returned 'yes' \(str\)\nLegal: a finite number",
+            r"^says failed on an empty completion, .*line 1, .* returned 'yes' \(str\)\nLegal: a finite number",
         ),
         (
             "number",
-            r"exact_number asks for answer, which .*line 1 does not have; .* prompt, letters, what",
+            r"number asks for answer, which .*line 1 does not have; .* prompt, letters, what",
         ),
     ],
     ids=["raises", "says", "number"],

@@ -88,6 +88,9 @@ def test_a_run_goes_on_where_it_stopped_and_leaves_a_model(script, rows, fields,
         jax.tree.map(np.testing.assert_array_equal, written, jax.device_get(trained))
     if is_reward_model:
         np.testing.assert_array_equal(hf.load_score_head(tmp_path / "run" / "model"), saved["params"]["score_head"])
+        kind = "process" if script is process_reward else "outcome"
+        for name in ("model", "best", "model_files"):
+            assert hf.reward_kind(tmp_path / "run" / name) == kind
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     (tmp_path / "run" / "checkpoints" / "2.sha256.json").unlink()

@@ -181,6 +181,21 @@ def test_the_best_of_n_is_written_and_a_stopped_run_goes_on(root, tmp_path):
     assert (tmp_path / "run" / "chosen.jsonl").read_text() == chosen
 
 
+def test_another_choice_samples_nothing_and_none_is_an_error(root, tmp_path):
+    cfg = best_settings(root, tmp_path / "run")
+    best_of_n.main(cfg, VERIFIERS)
+    judged = (tmp_path / "run" / "judged.jsonl").read_text()
+    records = [json.loads(line) for line in judged.splitlines()]
+    with pytest.raises(ValueError, match=r"no completion is chosen: the best reward is .*; legal: --above less"):
+        best_of_n.main(dataclasses.replace(cfg, above=1.0), VERIFIERS)
+    assert not (tmp_path / "run" / "chosen.jsonl").read_text()
+    best_of_n.main(dataclasses.replace(cfg, above=-1.0), VERIFIERS)
+    assert len((tmp_path / "run" / "chosen.jsonl").read_text().splitlines()) == len(ROWS)
+    assert (tmp_path / "run" / "judged.jsonl").read_text() == judged
+    cut = [record | {"ended": [False] * 3} for record in records]
+    assert best_of_n.why_none(cut, None).startswith("0 of 18 ended before max_tokens; legal: --keep_cut")
+
+
 def test_what_is_chosen():
     record = {"columns": {"answer": "4"}, "prompt": "p", "completions": ["a", "b", "c", "d"]}
     record |= {"rewards": [None, 0.5, 0.5, 1.0], "ended": [True, True, True, False]}
@@ -202,6 +217,11 @@ def test_what_is_chosen():
 BAD = {
     "pairs of one": (online_dpo, {"batches__num_generations": 1}, r"num_generations = 1: .*; legal: at least 2"),
     "oversample": (online_dpo, {"batches__oversample": 2}, r"oversample = 2, .*; legal: 1"),
+    "a setting of another method": (
+        online_dpo,
+        {"method": "xpo", "preference__loss": "ipo"},
+        r"preference\.loss = 'ipo', which xpo does not read; it reads beta, xpo_alpha",
+    ),
     "nash in epochs": (online_dpo, {"method": "nash_md", "batches__epochs": 2}, r"nash_md is right for one update"),
     "a share": (distil, {"on_policy_fraction": 1.5}, r"on_policy_fraction = 1\.5; legal: 0 to 1"),
     "minillm of a file": (

@@ -80,7 +80,7 @@ TEXTS = [("once upon", " a time.", True), ("a", "b", False), ("the cat", ", a do
 def test_the_sampled_ids_are_scored_at_the_last_token(directories, mesh):
     policy = data.load_tokenizer(str(directories / "policy"), 37)
     traj, whole = rollout(TEXTS[:5], policy)  # five rows over four devices
-    reward = load_reward_model(directories / "same", make_mesh(**mesh), policy, directories / "policy")
+    reward = load_reward_model(directories / "same", make_mesh(**mesh), policy)
     want = [score_of(directories / "same", ids) for ids in whole]
     np.testing.assert_allclose(reward(traj, None), want, rtol=1e-4, atol=1e-4)
 
@@ -89,7 +89,7 @@ def test_another_vocabulary_reads_the_text(directories, capsys):
     policy = data.load_tokenizer(str(directories / "policy"), 37)
     traj, _ = rollout(TEXTS[:4], policy)
     mesh = make_mesh(fsdp=2, tensor=4)
-    reward = load_reward_model(directories / "other", mesh, policy, directories / "policy")
+    reward = load_reward_model(directories / "other", mesh, policy)
     assert "another vocabulary" in capsys.readouterr().out
     ids = {letter: 3 + i for i, letter in enumerate(LETTERS[::-1] + "0123456789")}
     whole = [[1, *(ids[letter] for letter in a + b)] + [END] * ended for a, b, ended in TEXTS[:4]]
@@ -111,7 +111,7 @@ def test_a_conversation_is_encoded_with_the_other_template(directories, tmp_path
     answered = [*messages, {"role": "assistant", "content": "ignored"}]
     columns = [{"prompt": messages}, {"messages": answered}]
     rows = PromptBatch(np.zeros((2, 1)), np.ones((2, 1)), np.arange(2), columns, 2)
-    reward = load_reward_model(other, make_mesh(fsdp=2, tensor=4), policy, directories / "policy")
+    reward = load_reward_model(other, make_mesh(fsdp=2, tensor=4), policy)
     tokenizer = data.load_tokenizer(str(other), 47)
     whole = [tokenizer.encode_more("user:why?</s>assistant:" + text) for text in (" a time.</s>", "b c")]
     want = [score_of(other, ids) for ids in whole]
@@ -131,16 +131,14 @@ def test_steps_are_judged_where_they_end(directories):
 
     def load(per_step, name="same"):
         mesh = make_mesh(fsdp=2, tensor=4)
-        return load_process_reward_model(
-            directories / name, mesh, policy, directories / "policy", separator=",", per_step=per_step
-        )(traj, None)
+        return load_process_reward_model(directories / name, mesh, policy, separator=",", per_step=per_step)(traj, None)
 
     np.testing.assert_allclose(load(False), [min(probabilities) for probabilities in want], rtol=1e-4)
     found = load(True)
     for row, probabilities in enumerate(want):
         np.testing.assert_allclose(found.scores[row][found.ends[row]], probabilities, rtol=1e-4)
     with pytest.raises(
-        ValueError, match=r"other judges steps, and its vocabulary is not that of .*policy; legal: the sa"
+        ValueError, match=r"other judges steps, and its vocabulary is not the policy's; legal: the same"
     ):
         load(True, "other")
 
@@ -148,7 +146,7 @@ def test_steps_are_judged_where_they_end(directories):
 def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, monkeypatch):
     policy = data.load_tokenizer(str(directories / "policy"), 37)
     traj, _ = rollout(TEXTS, policy)
-    reward = load_reward_model(directories / "same", make_mesh(fsdp=2, tensor=4), policy, directories / "policy")
+    reward = load_reward_model(directories / "same", make_mesh(fsdp=2, tensor=4), policy)
     want = reward(traj, None)
     assert PIECE_TOKENS >= 12 * 24
     monkeypatch.setattr("experiments.common.reward_models.PIECE_TOKENS", 50)  # two rows a device: four, four and four
@@ -161,7 +159,7 @@ def test_a_row_longer_than_the_context_is_not_judged(directories, tmp_path):
     traj, whole = rollout([("once", "upon a", True), ("a", "bcdef", True)], policy)
     assert [len(ids) for ids in whole] == [12, 8]
     mesh = make_mesh(fsdp=1, tensor=-1)
-    reward = load_reward_model(tmp_path / "short", mesh, policy, directories / "policy")
+    reward = load_reward_model(tmp_path / "short", mesh, policy)
     assert np.isnan(reward(traj, None)).tolist() == [False, False]
     traj, _ = rollout([("once", "upon a ", True), ("a", "bcdef", True)], policy)
     assert np.isnan(reward(traj, None)).tolist() == [True, False]
@@ -339,3 +337,21 @@ def test_a_run_stops_where_its_server_fails_and_goes_on_when_it_is_back(director
         again = dataclasses.replace(cfg, directory=str(tmp_path / "again"))
         assert grpo.main(again) == result
     assert metrics(again.directory) == metrics(cfg.directory)
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+def test_a_reward_model_of_the_other_kind_is_refused(kind, directories, tmp_path):
+    """Ours say in config.json what they judge; of those of others both are taken."""
+    config = hf.read_config(directories / "same", reward_model=True)
+    params, head = hf.load(directories / "same", config), hf.load_score_head(directories / "same")
+    made = tmp_path / "made"
+    hf.save(made, config, params, directories / "same", score_head=head, reward_kind=kind)
+    assert hf.reward_kind(made) == kind
+    named = {"outcome": str(made), "process": f"process:{made}"}
+    other = "outcome" if kind == "process" else "process"
+    assert (named[kind] in read_rewards((named[kind],), {}, Reward()).process) == (kind == "process")
+    with pytest.raises(ValueError, match=f"{made} is an? {kind} reward model: .*; legal: {named[kind]}$"):
+        read_rewards((named[other],), {}, Reward())
+    assert hf.reward_kind(directories / "same") is None
+    for item in (str(directories / "same"), f"process:{directories / 'same'}"):
+        assert read_rewards((item,), {}, Reward()).directories

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from experiments.common.models import save_pretrained
 from rljax.models.decoder import DecoderConfig
+from rljax.models.hf import RewardKind
+from rljax.train import distributed
 from rljax.train.log import write_atomically
 from rljax.types import TrainState
 
@@ -18,6 +20,7 @@ def keep_best(
     metric: str,
     value: float,
     lower_is_better: bool = False,
+    reward_kind: RewardKind = "outcome",
 ) -> None:
     """Write the model as DIRECTORY/best unless an earlier evaluation was as good; best.json says which one that is.
 
@@ -26,13 +29,19 @@ def keep_best(
     Args:
       source: the model directory from which config and tokenizer are copied (`save_pretrained`).
       metric, value: name and value of what the evaluation measured.
+      reward_kind: of a reward model (`save_pretrained`).
     """
     record = directory / "best.json"
     step = int(state.step)
-    if record.is_file():
+
+    def is_best() -> bool:
+        if not record.is_file():
+            return True
         best = json.loads(record.read_text())
         is_better = value < best["value"] if lower_is_better else value > best["value"]
-        if not (is_better or math.isnan(best["value"]) or best["step"] == step):
-            return
-    save_pretrained(state.params, state.frozen, config, source, directory / "best")
-    write_atomically(record, json.dumps({"step": step, "metric": metric, "value": value}))
+        return is_better or math.isnan(best["value"]) or best["step"] == step
+
+    if distributed.on_main("best model", is_best):
+        save_pretrained(state.params, state.frozen, config, source, directory / "best", reward_kind=reward_kind)
+        if distributed.is_main():
+            write_atomically(record, json.dumps({"step": step, "metric": metric, "value": value}))

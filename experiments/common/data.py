@@ -1,5 +1,6 @@
 """Rows, prompts and tokenizers, as a recipe's settings name them."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 from experiments.common.rows import Found, Read, limits_text, make_shape, read_rows, shorten
 from experiments.common.settings import Data, Rows
 from rljax.data.examples import Example, prompt_ids
-from rljax.data.files import read_table
+from rljax.data.files import Table, read_table
 from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
 from rljax.data.tokenizer import Tokenizer
 from rljax.data.tokenizer import load_tokenizer as load
 from rljax.models import hf
+from rljax.train import distributed
 from rljax.train.log import log_info
 
 T = TypeVar("T")
@@ -45,6 +47,23 @@ def token_bytes(tokenizer: Tokenizer, vocabulary: int) -> list[bytes]:
 # ------------------------------------------------------------------------------------------------ files, split, mixture
 
 
+class Files(NamedTuple):
+    """The files that a setting names, read."""
+
+    paths: list[str]
+    weights: list[float]  # the share of each; all 0 where none is given
+    tables: list[Table]
+
+
+def read_files(names: str | Sequence[str]) -> Files:
+    """The files FILE or FILE=WEIGHT. Raises ValueError for weights of some only."""
+    names = [names] if isinstance(names, str) else names
+    paths, weights = map(list, zip(*map(split_weight, names), strict=True))
+    if any(weights) and not all(weights):
+        raise ValueError(f"weights for some files only ({', '.join(names)}); legal: FILE=WEIGHT for all or for none")
+    return Files(paths, weights, [read_table(path) for path in paths])
+
+
 class Examples(NamedTuple):
     """What was read from the rows, to train on and to evaluate on."""
 
@@ -68,12 +87,13 @@ def read_examples(settings: Data, read: Read, tokenizer: Tokenizer, context: int
         )
     shape = make_shape(settings.template, settings.completion, settings)
     limits = (settings.overlong, max_prompt_tokens, max_tokens)
-    found = read_and_split(settings.files, shape, read, tokenizer, limits, settings.eval_size, seed)
+    files = read_files(settings.files)
+    found = read_and_split(files, shape, read, tokenizer, limits, settings.eval_size, seed)
     return Examples(*([one.item for one in side] for side in found))
 
 
 def read_and_split(
-    files: Sequence[str],
+    files: Files,
     shape: Callable[[dict], dict],
     read: Read,
     tokenizer: Tokenizer,
@@ -86,10 +106,7 @@ def read_and_split(
 
     Args: limits: overlong, max_prompt_tokens and max_tokens of `shorten`.
     """
-    paths, weights = zip(*map(split_weight, files), strict=True)
-    if any(weights) and not all(weights):
-        raise ValueError(f"weights for some files only ({', '.join(files)}); legal: FILE=WEIGHT for all or for none")
-    parts = [read_rows(read_table(path), shape, read, tokenizer) for path in paths]
+    parts = [read_rows(table, shape, read, tokenizer) for table in files.tables]
     file_of = [number for number, part in enumerate(parts) for _ in part]
     source = {one.place: number for number, one in zip(file_of, (one for part in parts for one in part), strict=True)}
     kept, dropped, cut = shorten([one for part in parts for one in part], *limits, what)
@@ -103,10 +120,19 @@ def read_and_split(
         *([f"all have one prompt: the same {what} train and evaluate"] if len(set(keys)) == 1 else []),
     ]
     log_info(f"{len(train)} {what} to train on, {len(evaluation)} to evaluate on; {'; '.join(notes)}")
-    if any(weights):
-        sides = [[one for one in train if source[one.place] == number] for number in range(len(files))]
-        train = mixed(sides, list(weights), paths, seed)
+    if any(files.weights):
+        sides = [[one for one in train if source[one.place] == number] for number in range(len(parts))]
+        train = mixed(sides, files.weights, files.paths, seed)
+    _agree_on_rows(what, train, evaluation)
     return train, evaluation
+
+
+def _agree_on_rows(what: str, *sides: Sequence[Found]) -> None:
+    """Raise RuntimeError on every process of a run where one of them read other rows."""
+    if distributed.process_count() > 1:
+        texts = (repr((one.place, one.item)).encode() for side in sides for one in side)
+        digest = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
+        distributed.agree({f"number of {what}": sum(map(len, sides)), f"sha256 of the {what}": digest})
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -177,7 +203,7 @@ def read_prompt(row: dict, tokenizer: Tokenizer) -> Example:
 
 
 def read_prompts(
-    files: str | Sequence[str],
+    files: Files,
     template: str,
     tokenizer: Tokenizer,
     max_tokens: int,
@@ -187,7 +213,6 @@ def read_prompts(
 ) -> tuple[Prompts, Prompts]:
     """Prompts to train on and to evaluate on; what becomes of those of more than `max_tokens` is counted."""
     shape = make_shape(template, "", settings)
-    files = [files] if isinstance(files, str) else files
     limits = (settings.overlong, max_tokens, max_tokens)
     sides = read_and_split(files, shape, read_prompt, tokenizer, limits, eval_prompts, seed, "prompts")
     train, evaluation = (as_prompts(side, tokenizer, max_tokens, seed) for side in sides)
@@ -195,7 +220,7 @@ def read_prompts(
 
 
 def read_all_prompts(
-    files: str | Sequence[str],
+    files: Files,
     shape: Callable[[dict], dict],
     tokenizer: Tokenizer,
     max_tokens: int,
@@ -203,11 +228,11 @@ def read_all_prompts(
     overlong: str = "drop",
 ) -> Prompts:
     """The prompts of all files, none of them held out; what becomes of those of more than `max_tokens` is counted."""
-    files = [files] if isinstance(files, str) else files
-    found = [one for path in files for one in read_rows(read_table(path), shape, read_prompt, tokenizer)]
+    found = [one for table in files.tables for one in read_rows(table, shape, read_prompt, tokenizer)]
     kept, dropped, cut = shorten(found, overlong, max_tokens, max_tokens, "prompts")
     notes = f"{dropped} dropped, longer than {max_tokens} tokens" + f"; {cut} cut to that ({overlong})" * bool(cut)
     log_info(f"{len(kept)} prompts; {notes}")
+    _agree_on_rows("prompts", kept)
     return as_prompts(kept, tokenizer, max_tokens, seed)
 
 

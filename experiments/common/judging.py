@@ -32,7 +32,7 @@ def judge_model(cfg: Any, directory: str) -> dict[str, float]:
     sampling = training_sampling(cfg.sampling, cfg.batches.num_generations, tokenizer, config.vocab_size)
     annotate = policy.make_annotate(policy.make_policy(config), ("ref_logp",))
     with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool, tempfile.TemporaryDirectory() as answers:
-        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, cfg.model, Path(answers))
+        score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, Path(answers))
         lm = decoder.language_model(config)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
         return evaluate(state)

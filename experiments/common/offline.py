@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from experiments.common import data, micro_batches
-from experiments.common.settings import Batches
+from experiments.common.settings import PLACEMENT, Batches
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
@@ -49,6 +49,7 @@ def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str =
         functions=functions,
         save_every=cfg.save_every,
         progress_metrics=progress_metrics,
+        placement=PLACEMENT,
     )
 
 
@@ -59,16 +60,24 @@ def widths(examples: Iterable[Example]) -> tuple[int, int]:
 
 
 def choose_micro_batches(
-    config: DecoderConfig, batch_size: int, wanted: int, prompt_tokens: int, max_tokens: int, shardings: Shardings
+    config: DecoderConfig,
+    batch_size: int,
+    wanted: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    shardings: Shardings,
+    what: str = "an update",
 ) -> int:
     """The number of micro-batches of an update: the one wanted, or where that is 0 one chosen from sizes.
 
-    prompt_tokens, max_tokens: of an example. The completions that share a prompt count as one.
+    Args:
+      prompt_tokens, max_tokens: of an example. The completions that share a prompt count as one.
+      what: is cut, for the log.
     """
     batches = Batches(prompts=batch_size, num_generations=1, micro_batches=wanted)
     devices = data_parallel_size(shardings.rows.mesh)
     pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices).micro_batches
-    log_info(f"an update is cut into {pieces} micro-batches")
+    log_info(f"{what} is cut into {pieces} micro-batches")
     return pieces
 
 

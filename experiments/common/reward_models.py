@@ -20,20 +20,21 @@ from rljax.models.decoder import DecoderConfig
 from rljax.ops.ranking import min_over_steps
 from rljax.rewards.score import ModelReward, RowText, StepScores, decode_rows, prompt_indices
 from rljax.rewards.steps import mark_step_ends
+from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.train.mesh import RULES, data_parallel_size, hidden_sharding
+from rljax.train.mesh import RULES, data_parallel_size, hidden_sharding, place
 from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
 
 PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
 
 
 def load_reward_model(
-    directory: str | Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, policy: str | Path, dtype: str = "float32"
+    directory: str | Path, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, dtype: str = "float32"
 ) -> ModelReward:
     """reward(traj, prompts) -> the score of each completion [B], by the sequence classifier in `directory`.
 
-    A reward model with the vocabulary of the policy (a model directory too) reads the token ids that were sampled. One
-    with another vocabulary reads the text, in its own tokens and chat template. The score is the head's output after
+    A reward model with the vocabulary of the policy reads the token ids that were sampled. One with another vocabulary
+    reads the text, in its own tokens and chat template. The score is the head's output after
     the last token. A row that is longer than the model's context is not judged.
 
     Args:
@@ -42,17 +43,16 @@ def load_reward_model(
     """
     config, params, own = _load_scorer(directory, mesh, dtype)
     score_rows = make_score_rows(config, params, mesh)
-    if have_same_vocabulary(directory, policy):
+    if own.vocabulary() == tokenizer.vocabulary():
         return lambda traj, prompts: score_rows(traj)
     log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
-    return lambda traj, prompts: score_rows(encode_again(traj, prompts, tokenizer, own))
+    return lambda traj, prompts: score_rows(encode_again(distributed.fetch(traj), prompts, tokenizer, own))
 
 
 def load_process_reward_model(
     directory: str | Path,
     mesh: jax.sharding.Mesh,
     tokenizer: Tokenizer,
-    policy: str | Path,
     separator: str,
     per_step: bool,
     dtype: str = "float32",
@@ -62,13 +62,14 @@ def load_process_reward_model(
     With `per_step` that of each step, else [B]: the least of a completion's steps. Steps end with the separator. Raises
     ValueError for a model with another vocabulary than the policy's.
     """
-    if not have_same_vocabulary(directory, policy):
-        raise ValueError(f"{directory} judges steps, and its vocabulary is not that of {policy}; legal: the same")
-    config, params, _ = _load_scorer(directory, mesh, dtype)
+    config, params, own = _load_scorer(directory, mesh, dtype)
+    if own.vocabulary() != tokenizer.vocabulary():
+        raise ValueError(f"{directory} judges steps, and its vocabulary is not the policy's; legal: the same")
     score_tokens = make_score_rows(config, params, mesh, heads.make_process_reward_model)
     token_bytes = data.token_bytes(tokenizer, config.vocab_size)
 
     def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
+        traj = distributed.fetch(traj)
         ends = mark_step_ends(traj, token_bytes, separator)
         probability = jax.nn.sigmoid(score_tokens(traj))
         return StepScores(probability, ends) if per_step else min_over_steps(probability, jnp.asarray(ends))
@@ -85,17 +86,6 @@ def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> 
     return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer
 
 
-def have_same_vocabulary(directory: str | Path, other: str | Path) -> bool:
-    """Whether every token id means the same to the tokenizers of two model directories."""
-    from transformers import AutoTokenizer  # a second of import: only where it is needed
-
-    one, two = (
-        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_vocab()
-        for path in (directory, other)
-    )
-    return one == two
-
-
 def make_score_rows(
     config: DecoderConfig, params: Params, mesh: jax.sharding.Mesh, make: Callable = heads.make_reward_model
 ) -> Callable[[Trajectory], np.ndarray]:
@@ -110,15 +100,15 @@ def make_score_rows(
 
     def score_rows(traj: Trajectory) -> np.ndarray:
         B, T = traj.mask.shape
-        columns = {name: np.asarray(getattr(traj, name)) for name in fields}
+        columns = distributed.fetch({name: getattr(traj, name) for name in fields})
         at_once = max(1, PIECE_TOKENS // (T + 1))
         rows = devices * min(at_once, math.ceil(B / devices))
         scores = []
         for start in range(0, B, rows):
             here = np.minimum(np.arange(start, start + rows), B - 1)  # the last piece repeats the last row
-            piece = {name: jax.device_put(column[here], sharding) for name, column in columns.items()}
+            piece = place({name: column[here] for name, column in columns.items()}, sharding)
             scores.append(score(params, {}, Trajectory(logp=jnp.zeros((rows, T)), **piece)))
-        found = np.concatenate(jax.device_get(scores))[:B]
+        found = np.concatenate(distributed.fetch(scores))[:B]
         tokens = np.where(columns["mask"], columns["positions"] + 2, 0).max(axis=1)  # of prompt and completion
         found[tokens > config.max_positions] = np.nan
         return found

@@ -19,10 +19,12 @@ from rljax.ops.shaping import at_last_decision
 from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
-from rljax.rewards.score import ModelReward, Score, make_score
+from rljax.rewards.score import Hosts, ModelReward, Score, make_score
 from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
+from rljax.rewards.worker import Result
+from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.types import Trajectory
+from rljax.types import PromptBatch, Trajectory
 
 
 class Rewards(NamedTuple):
@@ -80,9 +82,19 @@ def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Calla
             raise ValueError(_not_legal(item, tuple(verifiers)))
         hf.read_config(directory, reward_model=True)
         hf.load_score_head(directory)
+        _check_kind(directory, kind == "process")
         found.directories[name] = Path(directory)
         if kind == "process":
             found.process.add(name)
+
+
+def _check_kind(directory: str | Path, as_process: bool) -> None:
+    """Raise ValueError where a reward model is named as one of the other kind."""
+    kind = hf.reward_kind(directory)
+    if kind == "process" and not as_process:
+        raise ValueError(f"{directory} is a process reward model: it judges steps; legal: process:{directory}")
+    if kind == "outcome" and as_process:
+        raise ValueError(f"{directory} is an outcome reward model: it judges whole completions; legal: {directory}")
 
 
 def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
@@ -113,10 +125,9 @@ def load_score(
     pool: Pool,
     mesh: jax.sharding.Mesh,
     dtype: str,
-    model: str,
     directory: Path,
 ) -> Score:
-    """The function that scores a rollout of the policy in the directory `model`. Loads the reward models.
+    """The function that scores a rollout of the policy, whose tokenizer this is. Loads the reward models.
 
     directory: of the run, which keeps the answers of servers.
     """
@@ -124,12 +135,14 @@ def load_score(
     for name, place in rewards.directories.items():
         if name in rewards.process:
             model_rewards[name] = load_process_reward_model(
-                place, mesh, tokenizer, model, unescape(rewards.options.step_separator), rewards.per_step, dtype
+                place, mesh, tokenizer, unescape(rewards.options.step_separator), rewards.per_step, dtype
             )
         else:
-            model_rewards[name] = load_reward_model(place, mesh, tokenizer, model, dtype)
+            model_rewards[name] = load_reward_model(place, mesh, tokenizer, dtype)
+    process = f"-process{distributed.process_index()}" * (not distributed.is_main())
     for number, (name, make) in enumerate(rewards.servers.items()):
-        model_rewards[name] = make(tokenizer, AnswerCache(directory / "answers" / f"{number}.jsonl"))
+        cache = AnswerCache(directory / "answers" / f"{number}{process}.jsonl")
+        model_rewards[name] = _of_own_rows(make(tokenizer, cache))
     return make_score(
         rewards.verifiers,
         tokenizer.decode,
@@ -139,7 +152,18 @@ def load_score(
         rewards.conditions,
         rewards.options.max_failed,
         report=log_info,
+        hosts=Hosts(distributed.fetch, distributed.share_rows),
     )
+
+
+def _of_own_rows(reward: ModelReward) -> ModelReward:
+    """The reward of a server, which each process asks about its own rows."""
+
+    def of_all_rows(traj: Trajectory, prompts: PromptBatch) -> list[Result]:
+        rows = distributed.fetch(traj)
+        return distributed.share_rows(lambda own: reward(jax.tree.map(lambda x: x[own], rows), prompts), rows.group)
+
+    return of_all_rows
 
 
 # -------------------------------------------------------------------------------------------------------------- servers

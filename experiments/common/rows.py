@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from experiments.common.settings import Rows
+from rljax.data.chat import ignores_tools
 from rljax.data.examples import Example, Steps
 from rljax.data.files import Table
 from rljax.data.formats import TEXTS, is_conversation, messages_of
 from rljax.data.prompts import from_template
 from rljax.data.tokenizer import Tokenizer
+from rljax.train.log import log_info
 
 T = TypeVar("T")
 Read = Callable[[dict, Tokenizer], Any]  # row -> an Example, or a tuple or list that holds some
@@ -95,6 +97,7 @@ class Found(NamedTuple):
 
 def read_rows(table: Table, shape: Callable[[dict], dict], read: Read, tokenizer: Tokenizer) -> list[Found]:
     """read(row) of every row of a file. Raises ValueError, with file and line, for what cannot be read."""
+    warn_of_ignored_tools(table, tokenizer)
     found = []
     kind = None
     for i, row in enumerate(table.rows):
@@ -106,6 +109,17 @@ def read_rows(table: Table, shape: Callable[[dict], dict], read: Read, tokenizer
             raise ValueError(f"{table.place(i)}: {error}") from None
         found.append(Found(item, row, table.place(i), _key(shaped, item)))
     return found
+
+
+def warn_of_ignored_tools(table: Table, tokenizer: Tokenizer) -> None:
+    """One line where rows have tools, and the chat template does not write them."""
+    count = sum(bool(row.get("tools")) for row in table.rows)
+    if count and tokenizer.chat is not None and ignores_tools(tokenizer.chat):
+        log_info(
+            f"warning: {count} of {len(table.rows)} rows have tools, and the chat template of {tokenizer.chat.name} "
+            "ignores them: the model does not see them",
+            "yellow",
+        )
 
 
 def _same_kind(kind: bool | None, row: dict, table: Table) -> bool | None:

@@ -1,5 +1,7 @@
 """What scripts share that sample prompts from a file: their data, their run directory, their last line."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +12,8 @@ import jax.numpy as jnp
 from experiments.common import data, hub
 from experiments.common.best import keep_best
 from experiments.common.rows import make_shape, text_of_prompt
+from experiments.common.settings import PLACEMENT
 from experiments.common.verifiers import check_answers
-from rljax.data.files import read_table
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
@@ -28,8 +30,9 @@ def read_data(cfg: Any, verifiers: Mapping[str, Callable] | None = None) -> tupl
     Raises ValueError for rows whose answers the verifiers cannot judge by.
     """
     tokenizer, max_tokens = _tokenizer_and_limit(cfg)
-    prompts = data.read_prompts(cfg.prompts, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
-    _check_answers(cfg, verifiers)
+    files = data.read_files(cfg.prompts)
+    prompts = data.read_prompts(files, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
+    _check_answers(cfg, files, verifiers)
     return tokenizer, *prompts
 
 
@@ -39,8 +42,9 @@ def read_all_prompts(
     """The tokenizer, all prompts of a script's Config, and the text of a row's prompt. Raises as `read_data` does."""
     tokenizer, max_tokens = _tokenizer_and_limit(cfg)
     shape = make_shape(cfg.template, "", cfg.data)
-    prompts = data.read_all_prompts(cfg.prompts, shape, tokenizer, max_tokens, cfg.seed, cfg.data.overlong)
-    _check_answers(cfg, verifiers)
+    files = data.read_files(cfg.prompts)
+    prompts = data.read_all_prompts(files, shape, tokenizer, max_tokens, cfg.seed, cfg.data.overlong)
+    _check_answers(cfg, files, verifiers)
     return tokenizer, prompts, lambda row: text_of_prompt(shape(row))
 
 
@@ -51,20 +55,29 @@ def _tokenizer_and_limit(cfg: Any) -> tuple[Tokenizer, int]:
     return tokenizer, data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
 
 
-def _check_answers(cfg: Any, verifiers: Mapping[str, Callable] | None) -> None:
+def _check_answers(cfg: Any, files: data.Files, verifiers: Mapping[str, Callable] | None) -> None:
     if not verifiers:
         return
-    files = [cfg.prompts] if isinstance(cfg.prompts, str) else cfg.prompts
-    with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        for file in files:
-            path, _ = data.split_weight(file)
-            check_answers(read_table(path), verifiers, pool)
+    with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:  # has no processes until one is needed
+        for table in files.tables:
+            check_answers(table, verifiers, pool)
 
 
 def name_of(cfg: Any, kind: str = "") -> str:
     """KIND-MODEL-PROMPTS-seedSEED: the default name of a run."""
     parts = (kind, hub.model_name(cfg.model), data.name_of(cfg.prompts), f"seed{cfg.seed}")
     return "-".join(part for part in parts if part) + "-debug" * cfg.debug
+
+
+def settings_but(cfg: Any, *names: str) -> dict:
+    """The settings of a Config without these."""
+    return {name: value for name, value in asdict(cfg).items() if name not in names}
+
+
+def digest_of(settings: dict) -> str:
+    """Eight characters that differ where settings do, for the default name of a run; `directory` does not count."""
+    text = json.dumps({name: value for name, value in settings.items() if name != "directory"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def make_run(
@@ -88,6 +101,7 @@ def make_run(
         save_every=cfg.save_every,
         log_samples_every=cfg.log_samples_every,
         progress_metrics=progress_metrics,
+        placement=PLACEMENT,
     )
 
 

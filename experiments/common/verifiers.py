@@ -1,15 +1,15 @@
 """The verifiers that `--rewards` can name, and a look at every row's answer before anything is loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rljax.data.files import Table
 from rljax.rewards.format import think_then_answer
-from rljax.rewards.function_path import function_name
 from rljax.rewards.number import exact_number, final_number, last_box
-from rljax.rewards.pool import Pool
+from rljax.rewards.pool import Call, Pool
 from rljax.rewards.score import LEGAL, RewardError, columns_taken, read_signature
 from rljax.rewards.symbolic import equal_math
 from rljax.rewards.text import animals, exact_text
+from rljax.rewards.worker import Result, call_verifier
 
 VERIFIERS = {
     "animals": animals,
@@ -20,6 +20,7 @@ VERIFIERS = {
 }
 # What a majority is taken of. Of mathematics it is the text in the last box: 1/2 and 0.5 are two answers there.
 FINAL_ANSWERS = {exact_number: final_number, exact_text: str.strip, equal_math: last_box}
+SAFE = {animals, exact_number, exact_text, think_then_answer}  # end soon by themselves: need no worker's deadline
 TRIED = 64  # rows on which a verifier of somebody else's is tried: it may be slow
 
 
@@ -31,10 +32,10 @@ def check_answers(table: Table, verifiers: Mapping[str, Callable], pool: Pool) -
     RewardError for a row without a column that is needed, and for a verifier of somebody else's that fails.
     """
     work = []
-    for verifier in verifiers.values():
+    for name, verifier in verifiers.items():
         count = len(table.rows) if verifier in VERIFIERS.values() else min(TRIED, len(table.rows))
-        work.append((verifier, [_empty_call(verifier, table, i) for i in range(count)]))
-    for (name, verifier), results in zip(verifiers.items(), pool.map_each(work), strict=True):
+        work.append((verifier, [_empty_call(name, verifier, table, i) for i in range(count)]))
+    for (name, verifier), results in zip(verifiers.items(), _call_each(work, pool), strict=True):
         bad = [i for i, result in enumerate(results) if result.status == "error"]
         if not bad:
             continue
@@ -42,23 +43,32 @@ def check_answers(table: Table, verifiers: Mapping[str, Callable], pool: Pool) -
         columns = sorted(read_signature(verifier).required)
         place = table.place(bad[0], *columns) if len(columns) == 1 else table.place(bad[0])
         if verifier not in VERIFIERS.values():
-            raise RewardError(f"{function_name(verifier)} failed on an empty completion, {place}: {detail}\n{LEGAL}")
+            raise RewardError(f"{name} failed on an empty completion, {place}: {detail}\n{LEGAL}")
         message = detail.splitlines()[-1].partition("Error: ")[2]
         others = _that_take(table, bad, columns, pool)
         advice = f" ({' or '.join(others)} would take them all)" if others else ""
         raise ValueError(f"{place}: {name} cannot judge {len(bad)} of {len(results)} rows{advice}; here {message}")
 
 
-def _empty_call(verifier: Callable, table: Table, i: int) -> tuple[tuple, dict]:
+def _empty_call(name: str, verifier: Callable, table: Table, i: int) -> Call:
     """The call of a verifier with an empty completion and the columns of row i."""
-    return ("",), columns_taken(verifier, read_signature(verifier), table.rows[i], table.place(i))
+    return ("",), columns_taken(name, read_signature(verifier), table.rows[i], table.place(i))
+
+
+def _call_each(work: Sequence[tuple[Callable, list[Call]]], pool: Pool) -> list[list[Result]]:
+    """The Results of `pool.map_each`; safe functions are called here, where no process is started for them."""
+    from_pool = iter(pool.map_each([(function, calls) for function, calls in work if function not in SAFE]))
+    return [
+        [call_verifier(function, *call) for call in calls] if function in SAFE else next(from_pool)
+        for function, calls in work
+    ]
 
 
 def _that_take(table: Table, rows: list[int], columns: list[str], pool: Pool) -> list[str]:
     """The names of verifiers that read these columns and raise on none of the rows."""
     others = {name: other for name, other in VERIFIERS.items() if sorted(read_signature(other).required) == columns}
-    calls = [(other, [_empty_call(other, table, i) for i in rows]) for other in others.values()]
-    judged = zip(others, pool.map_each(calls), strict=True) if columns else ()
+    calls = [(other, [_empty_call(name, other, table, i) for i in rows]) for name, other in others.items()]
+    judged = zip(others, _call_each(calls, pool), strict=True) if columns else ()
     return [name for name, results in judged if all(result.status != "error" for result in results)]
 
 

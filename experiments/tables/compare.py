@@ -2,6 +2,7 @@ r"""Every algorithm on the same task from the same warm-up: docs/results.md, and
 
     python experiments/tables/compare.py        # runs that are finished are read back, an interrupted one goes on
     python experiments/tables/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
+    python experiments/tables/compare.py --finished_only        # runs nothing: the page of what is finished so far
 
 For each seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
 optimizer and number of steps. Nothing is tuned for any of them. Methods that compare the completions of a prompt learn
@@ -9,6 +10,11 @@ from the groups that DAPO's dynamic sampling keeps, of twice as many; the others
 two updates per rollout: in the first the ratios are 1, in the second they are not, so that methods which differ only in
 what they do with ratios (grpo, gspo, sapo; dapo, cispo) part there. Methods without a ratio take one update on all
 rows. Accuracy is measured on 1,024 problems that are never trained on.
+
+online_dpo (arithmetic_online_dpo.py) samples as many completions as methods that select do, and makes a pair of the
+best and the worst completion of each prompt, in two updates. raft is supervised fine-tuning on the best completion of
+each prompt, rft on all right ones: rejection sampling, whose completions are the policy's of that step. A median is of
+the seeds that have run: methods with other seeds are not to be compared by it, as seeds differ more than methods do.
 
 Reached: docs/results.md.
 """
@@ -19,13 +25,16 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from experiments import arithmetic_grpo
+from experiments import arithmetic_grpo, arithmetic_online_dpo
 from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
 from experiments.common.command_line import run as run_command
 from experiments.common.pictures import learning_curves
+from experiments.common.preference_methods import PAIR_METHODS
+from experiments.common.records import append_lines, read_lines
 from experiments.common.settings import Batches, Optimizer
 from rljax.train.log import log_info, table, write_atomically
 from rljax.train.provenance import function_source
@@ -36,7 +45,10 @@ SORTING = arithmetic_grpo.Config(
     task="sortings", steps=40, batches=BATCHES, optimizer=OPTIMIZER, sft_target=0.25, sft_check_every=1, eval_every=8
 )
 ADDITION = arithmetic_grpo.Config(steps=100, batches=BATCHES, optimizer=OPTIMIZER)
-IN_MINIBATCHES = tuple(name for name in ALGORITHMS if name != "trpo")  # trpo takes one step on all rows
+ONLINE_DPO = "online_dpo"
+# trpo takes one step on all rows
+METHODS = (*(name for name in ALGORITHMS if name != "trpo"), ONLINE_DPO)
+AnyRun = arithmetic_grpo.Config | arithmetic_online_dpo.Config
 LINES = 5  # in a picture
 EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the page begins with it
 
@@ -45,30 +57,36 @@ EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the 
 class Config:
     """Algorithms x seeds on sorting; a few on addition."""
 
-    algorithms: tuple[AlgorithmName, ...] = IN_MINIBATCHES  # on sorting
+    algorithms: tuple[Literal[METHODS], ...] = METHODS  # on sorting
     additions: tuple[AlgorithmName, ...] = ("dapo", "gspo", "rloo")  # on addition
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs
     sorting: arithmetic_grpo.Config = SORTING  # what its runs share
     addition: arithmetic_grpo.Config = ADDITION  # what its runs share
     directory: str = "runs/compare"  # of the runs and of results.jsonl
     out: str = "docs/results.md"  # the page
+    finished_only: bool = False  # run nothing, write the page of the runs that are finished
 
 
 def main(cfg: Config) -> list[dict]:
     """Run what is not done yet, write the page after each run, and return a record for each run."""
     log = Path(cfg.directory, "results.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
-    finished = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    finished = read_lines(log)
     results = []
     for run in planned_runs(cfg):
         inputs = inputs_of(run)
-        result = next((old for old in finished if old["inputs"] == inputs), None)
+        result = next((old for old in finished if without_mesh(old["inputs"]) == inputs), None)
+        if result is None and cfg.finished_only:
+            continue
         if result is None:
             result = measure(run, cfg.directory) | {"inputs": inputs}
-            with log.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            append_lines(log, [result])
         results.append(result)
-        write_page(Path(cfg.out), results)
+        if not cfg.finished_only:
+            write_page(Path(cfg.out), results)
+    if not results:
+        raise ValueError(f"no run is finished in {cfg.directory}; legal: without --finished_only")
+    write_page(Path(cfg.out), results)
     columns = ("algorithm", "seed", "steps", "before", "after", "seconds", "git")
     for task in tasks_of(results):
         rows = [{name: result[name] for name in columns} for result in results if result["task"] == task]
@@ -77,17 +95,19 @@ def main(cfg: Config) -> list[dict]:
     return results
 
 
-def planned_runs(cfg: Config) -> list[arithmetic_grpo.Config]:
+def planned_runs(cfg: Config) -> list[AnyRun]:
     """Seed by seed, so that an early page compares all algorithms."""
-    runs = []
+    runs: list[AnyRun] = []
     for seed in cfg.seeds:
         runs += [run_of(cfg.sorting, name, seed) for name in cfg.algorithms]
         runs += [run_of(cfg.addition, name, seed) for name in cfg.additions]
     return runs
 
 
-def run_of(shared: arithmetic_grpo.Config, name: str, seed: int) -> arithmetic_grpo.Config:
+def run_of(shared: arithmetic_grpo.Config, name: str, seed: int) -> AnyRun:
     """The shared settings; one update where a method has no ratio, and no selection where it compares no groups."""
+    if name == ONLINE_DPO:
+        return online_dpo_run(shared, seed)
     algorithm = ALGORITHMS[name]()
     minibatches = 1 if algorithm.one_update else shared.batches.minibatches
     oversample = 1 if algorithm.group_signal is None else shared.batches.oversample
@@ -95,28 +115,53 @@ def run_of(shared: arithmetic_grpo.Config, name: str, seed: int) -> arithmetic_g
     return dataclasses.replace(shared, seed=seed, algorithm=name, batches=batches)
 
 
-def inputs_of(run: arithmetic_grpo.Config) -> dict:
+def online_dpo_run(shared: arithmetic_grpo.Config, seed: int) -> arithmetic_online_dpo.Config:
+    """The shared settings, with a pair of each prompt that is sampled."""
+    both = {field.name for field in dataclasses.fields(arithmetic_online_dpo.Config)} & vars(shared).keys()
+    prompts = shared.batches.prompts * shared.batches.oversample
+    batches = dataclasses.replace(shared.batches, prompts=prompts, oversample=1)
+    settings = {name: getattr(shared, name) for name in both} | {"seed": seed, "batches": batches}
+    return arithmetic_online_dpo.Config(**settings)
+
+
+def method_of(run: AnyRun) -> str:
+    """The name of what a run learns by."""
+    return ONLINE_DPO if isinstance(run, arithmetic_online_dpo.Config) else run.algorithm
+
+
+def inputs_of(run: AnyRun) -> dict:
     """What a result depends on, as it is read back from JSON: a recorded result is used again where these are equal."""
-    inputs = {"config": dataclasses.asdict(run), "source": function_source(ALGORITHMS[run.algorithm]())}
-    return json.loads(json.dumps(inputs))
+    if isinstance(run, arithmetic_online_dpo.Config):
+        source = function_source(PAIR_METHODS[run.loss].make)
+    else:
+        source = function_source(ALGORITHMS[run.algorithm]())
+    inputs = {"config": dataclasses.asdict(run), "source": source}
+    return without_mesh(json.loads(json.dumps(inputs)))
 
 
-def measure(run: arithmetic_grpo.Config, directory: str) -> dict:
+def without_mesh(inputs: dict) -> dict:
+    """The inputs without the mesh, on which no result depends; older records have it."""
+    return inputs | {"config": {name: value for name, value in inputs["config"].items() if name != "mesh"}}
+
+
+def measure(run: AnyRun, directory: str) -> dict:
     """Run it, or what is left of it. `seconds` are those of the algorithm alone, compilation included."""
-    log_info(f"== {run.task}, {run.algorithm}, seed {run.seed}")
-    run_directory = f"{directory}/{run.task}-{run.algorithm}-seed{run.seed}"
+    method = method_of(run)
+    log_info(f"== {run.task}, {method}, seed {run.seed}")
+    run_directory = f"{directory}/{run.task}-{method}-seed{run.seed}"
     sft_directory = f"{directory}/{run.task}-sft-seed{run.seed}"
     run = dataclasses.replace(run, directory=run_directory, sft_directory=sft_directory)
     arithmetic_grpo.warmed_up(run)
+    script = arithmetic_online_dpo if method == ONLINE_DPO else arithmetic_grpo
     start = time.monotonic()
-    reached = arithmetic_grpo.main(run)
+    reached = script.main(run)
     seconds = time.monotonic() - start
     recorded = json.loads(Path(run_directory, "config.json").read_text())
     logged = map(json.loads, Path(run_directory, "metrics.jsonl").read_text().splitlines())
     curve = [[0, reached["before"]]] + [[m["step"] + 1, m["eval_reward"]] for m in logged if "eval_reward" in m]
     return {
         "task": run.task,
-        "algorithm": run.algorithm,
+        "algorithm": method,
         "seed": run.seed,
         "steps": run.steps,
         **reached,
@@ -198,14 +243,14 @@ def task_section(task: str, rows: list[dict]) -> list[str]:
         "",
         f"{rows[0]['steps']} steps; eval accuracy after the warm-up, by seed: {before}.",
         "",
-        "| algorithm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | median | longest run, s |",
-        "|---" * (len(seeds) + 3) + "|",
+        "| algorithm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | seeds | median | longest run, s |",
+        "|---" * (len(seeds) + 4) + "|",
     ]
     for name in median:
         found = {row["seed"]: row for row in rows if row["algorithm"] == name}
         cells = [f"{found[seed]['after']:.3f}" if seed in found else "" for seed in seeds]
         longest = max(row["seconds"] for row in found.values())
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {median[name]:.3f} | {longest:.0f} |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(found)} | {median[name]:.3f} | {longest:.0f} |")
     return [*lines, ""]
 
 

@@ -63,6 +63,7 @@ def main(cfg: Config) -> None:
             dtype=cfg.dtype or None,
             shard_bytes=int(cfg.shard_gigabytes * 10**9),
             replace=False,
+            reward_kind=hf.reward_kind(model_files) or "outcome",
         )
     log_info(f"written: {cfg.out}, of step {step}")
 

@@ -71,6 +71,17 @@ def encode_conversation(
     return ids, mask
 
 
+def ignores_tools(chat: Chat) -> bool:
+    """Whether the template writes the same text with tools and without them."""
+    function = {"name": MARK, "description": MARK, "parameters": {"type": "object", "properties": {}}}
+    question = [{"role": "user", "content": MARK}]
+    try:
+        with_tools = chat.render(question, [{"type": "function", "function": function}], False)
+        return with_tools == chat.render(question, None, False)
+    except ValueError:  # what it refuses, the first row that has it meets
+        return False
+
+
 def encode_after(
     before: str, text: str, encode: Callable[[str], list[int]], encode_more: Callable[[str], list[int]]
 ) -> list[int]:

@@ -36,7 +36,8 @@ def format_of(row: Row) -> str:
     where one of chosen and rejected is missing.
     """
     if ("chosen" in row) != ("rejected" in row):
-        raise ValueError(f"columns {', '.join(row)}; legal: chosen with rejected, both or neither")
+        missing = "rejected" if "chosen" in row else "chosen"
+        raise ValueError(f"no column {missing!r}; the row has {', '.join(row)}; legal: both or neither")
     for name, columns in FORMATS.items():
         if columns <= row.keys():
             return name

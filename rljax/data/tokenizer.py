@@ -26,6 +26,7 @@ class Tokenizer(NamedTuple):
     token_bytes: Callable[[], list[bytes]]  # the bytes of each token inside a text; empty for special ones
     encode_more: Callable[[str], list[int]]  # a text without special tokens around it
     eos: int | None  # the id that ends a completion that is given as text
+    vocabulary: Callable[[], dict[str, int]]  # token -> id
     chat: Chat | None = None  # None: the model has no chat template
 
 
@@ -60,6 +61,7 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
         token_bytes=characters.token_bytes,
         encode_more=characters.encode,
         eos=0,
+        vocabulary=lambda: {"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)},
     )
 
 
@@ -132,6 +134,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         token_bytes=token_bytes,
         encode_more=encode_more,
         eos=stop[0] if eos is None and stop else eos,
+        vocabulary=inner.get_vocab,
         chat=chat,
     )
 

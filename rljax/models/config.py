@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 from jax.sharding import NamedSharding
 
 from rljax.models import rope
@@ -61,6 +62,17 @@ class DecoderConfig:
             )
         if self.batch_invariant and self.head_dim % LANE:
             raise ValueError(f"batch_invariant: head_dim is {self.head_dim}; legal: multiples of {LANE}")
+
+    @property
+    def backend(self) -> str:
+        """The platform that the decoder runs on: that of the mesh, which may be of a pod that is not there."""
+        if self.hidden_sharding is None:
+            return jax.default_backend()
+        return self.hidden_sharding.mesh.devices.flat[0].platform
+
+    @property
+    def num_devices(self) -> int:
+        return jax.device_count() if self.hidden_sharding is None else self.hidden_sharding.mesh.size
 
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else rope.default(10_000.0, self.head_dim)

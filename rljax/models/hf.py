@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,13 @@ from rljax.models.stored import HEAD, INDEX, read_object, stored_files
 from rljax.types import Params
 
 SCORE = "score.weight"  # the head of a reward model
+REWARD_KIND = "reward_model"  # key of config.json, which transformers ignores
+RewardKind = Literal["outcome", "process"]  # whether the head judges a completion by its last token, or every step
+
+
+def reward_kind(directory: str | Path) -> RewardKind | None:
+    """What the reward model in the directory judges; None where its config.json, which others wrote, does not say."""
+    return read_raw(directory).get(REWARD_KIND)
 
 
 def has_fused_projections(directory: str | Path) -> bool:
@@ -178,9 +186,20 @@ def copy_config_and_tokenizer(source: str | Path, directory: str | Path) -> None
         (Path(directory) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def copy_sidecar_files(source: str | Path, directory: str | Path, adapter: LoraConfig | None = None) -> None:
-    """Writes beside a run's checkpoints all that an export of them needs: config, tokenizer, and adapter.json."""
+def copy_sidecar_files(
+    source: str | Path,
+    directory: str | Path,
+    adapter: LoraConfig | None = None,
+    reward_kind: RewardKind | None = None,
+) -> None:
+    """Writes beside a run's checkpoints all that an export of them needs: config, tokenizer, and adapter.json.
+
+    reward_kind: of a reward model, which config.json then says.
+    """
     copy_config_and_tokenizer(source, directory)
+    if reward_kind is not None:
+        raw = read_raw(directory) | {REWARD_KIND: reward_kind}
+        (Path(directory) / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     if adapter is not None:
         fields = {ADAPTER_NAMES.get(name, name): value for name, value in dataclasses.asdict(adapter).items()}
         record = {"base": str(Path(source).resolve()), "lora": fields}
@@ -245,6 +264,7 @@ def save(
     shard_bytes: int = 5 * 10**9,
     score_head: Float[Array, "D"] | None = None,
     replace: bool = False,
+    reward_kind: RewardKind = "outcome",
 ) -> None:
     """Writes a model directory that transformers loads.
 
@@ -258,9 +278,11 @@ def save(
       dtype: of the weights; None: that of the config.json.
       score_head: makes it a reward model (transformers' sequence classification with one label), without a table of
       logits. Its files name a padding token that ends no completion (`reward_model_pad`).
+      reward_kind: of a reward model, for `reward_kind()`.
     """
     raw = read_raw(source)
     raw.pop("auto_map", None)  # names code of the model directory, which is not copied
+    raw.pop(REWARD_KIND, None)
     dtype = dtype or str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
     if has_own_head(source):
@@ -268,6 +290,7 @@ def save(
     if score_head is not None:
         raw["architectures"] = [_classifier_of(name) for name in raw.get("architectures") or []]
         raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": reward_model_pad(source)}
+        raw[REWARD_KIND] = reward_kind
     with atomic_directory(directory, replace) as unfinished:
         copy_config_and_tokenizer(source, unfinished)
         if score_head is not None:

@@ -4,7 +4,8 @@ The final number of a text is the one in its last `\boxed{}`, else the last one 
 or a line that begins with `A:` or `Answer:`, only what follows the last of these is read. Numbers are compared as exact
 fractions: 3.0 == 3, 1/2 == 0.5, 2 2/3 == 8/3. Digits may be grouped by commas or spaces: 1,000 == 1 000 == 1000.
 `$` and `%` are units and dropped: 50% == 50. Nothing is evaluated: a number that is part of a larger expression (10^3,
-7 - 4, 10:30, 2 * 5) is no final number; what follows an `=` is.
+7 - 4, 10:30, 2 * 5, 3x, 3!) is no final number; what follows an `=` is. After a word the mark only exclaims: "it is 3!"
+is 3.
 
 Left out: words (twelve, 1.8 billion), decimal commas, roots and all other expressions; those need a symbolic verifier.
 """
@@ -30,7 +31,8 @@ _BEFORE = re.compile(
     rf"(?:[\^√]|\\sqrt(?:\[\d+\])?|{_OPERAND}\s*(?:\*\*|[-+*/×·÷]|\\(?:times|cdot|div)|\bx\b))\s*[{{($]*\s*$|\d:$"
 )
 _SUBTRAHEND = re.compile(rf"{_OPERAND}\s*$")
-_AFTER = re.compile(r"\s*(?:\^|[√π×÷·]|\\(?:sqrt|pi|times|cdot|div)|/\s*[\d(])")
+_AFTER = re.compile(r"\s*(?:\^|[√π×÷·]|\\(?:sqrt|pi|times|cdot|div)|/\s*[\d(])|[xyzn](?![A-Za-z])")
+_WORD = re.compile(r"[A-Za-z]{2,}[:,]?\s+[*$]*$")  # before a number after which `!` is no factorial
 _CONTEXT = 60  # characters before a number that are looked at
 _LATEX = (
     (re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"), r" \1\2/\3\4"),
@@ -144,7 +146,8 @@ def _alone(text: str, number: _Number) -> Fraction | None:
     """The value of a number that is not part of a larger expression, else None."""
     before = text[max(number.start - _CONTEXT, 0) : number.start]
     is_operand = _BEFORE.search(before) or (number.signed and _SUBTRAHEND.search(before))
-    return None if is_operand or _AFTER.match(text, number.end) else number.value
+    is_factorial = text[number.end : number.end + 1] == "!" and not _WORD.search(before)
+    return None if is_operand or is_factorial or _AFTER.match(text, number.end) else number.value
 
 
 def _plain(text: str) -> str:

@@ -29,8 +29,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from rljax.ops.decoding import text_after
 from rljax.rewards.function_path import function_name
 from rljax.rewards.pool import Pool
 from rljax.rewards.worker import FAILED, MAX_FLOAT32, Result, call_verifier
@@ -48,8 +50,8 @@ class StepScores(NamedTuple):
 ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result] | StepScores]
 
 
+JUDGED_FIELDS = ("inputs", "actions", "logp", "mask", "segments", "group")
 LEGAL = "Legal: a finite number, or None where the verifier does not apply"
-CONTEXT_TOKENS = 4  # of a prompt that a completion is decoded with: more than a character has
 
 
 class RewardError(Exception):
@@ -66,6 +68,18 @@ class Score(NamedTuple):
         return self.call(traj, prompts)
 
 
+def judge_all(judge: Callable[[np.ndarray], Sequence[Any]], group: Array) -> list[Any]:
+    """What judge(indices of rows) returns for all rows."""
+    return list(judge(np.arange(len(group))))
+
+
+class Hosts(NamedTuple):
+    """How the processes of a run judge a rollout together; by default there is one, which judges every row."""
+
+    fetch: Callable[[Any], Any] = jax.device_get  # arrays -> the same as numpy, whole on every process
+    share_rows: Callable[[Callable[[np.ndarray], Sequence[Any]], Array], list[Any]] = judge_all
+
+
 def make_score(
     verifiers: Mapping[str, RewardFn],
     decode: Callable[[list[int]], str],
@@ -75,6 +89,7 @@ def make_score(
     conditions: Mapping[str, str] | None = None,
     max_failed: float = 1.0,
     report: Callable[[str], None] | None = None,
+    hosts: Hosts = Hosts(),  # noqa: B008 (immutable)
 ) -> Score:
     """The function that scores a rollout.
 
@@ -87,6 +102,8 @@ def make_score(
       conditions: name -> the reward that must be above 0 for it to count. One that has a condition itself comes first.
       max_failed: share of a rollout's rows that a reward with a weight may leave without a judgement.
       report: called with a line for each reward that left rows without one.
+      hosts: where several processes hold the rollout, each calls the verifiers on rows of its own, and a model reward
+        is called on all.
 
     Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
     fills `scores` and `reward_weights` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen
@@ -102,14 +119,15 @@ def make_score(
     signatures = {name: read_signature(verifier) for name, verifier in verifiers.items()}
 
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
-        mask = np.asarray(traj.mask)
-        indices = prompt_indices(traj, prompts)
-        completions = decode_completions(traj, decode)
-        results = _call_verifiers(verifiers, signatures, completions, prompts, indices, pool)
+        rows = hosts.fetch(Trajectory(**{name: getattr(traj, name) for name in JUDGED_FIELDS}))
+        mask = rows.mask
+        prompt_indices(rows, prompts)  # refused for the same row on every process
+        results = _judge_rows(verifiers, signatures, rows, prompts, decode, pool, hosts) if verifiers else []
         steps = {}
         for name, model_reward in model_rewards.items():
             returned = model_reward(traj, prompts)
             if isinstance(returned, StepScores):
+                returned = hosts.fetch(returned)
                 steps[len(results)] = returned
                 returned = _least_step(returned, mask)
             results.append(_results_of_rows(name, returned, len(mask)))
@@ -131,6 +149,27 @@ def make_score(
     return Score(names, call)
 
 
+def _judge_rows(
+    verifiers: Mapping[str, RewardFn],
+    signatures: Mapping[str, "Signature"],
+    rows: Trajectory,
+    prompts: PromptBatch,
+    decode: Callable[[list[int]], str],
+    pool: Pool | None,
+    hosts: Hosts,
+) -> list[list[Result]]:
+    """The Results of each verifier on all rows, of which this process decodes and judges its own."""
+
+    def judge(own: np.ndarray) -> list[tuple[Result, ...]]:
+        part = jax.tree.map(lambda x: x[own], rows)
+        completions = decode_completions(part, decode)
+        results = _call_verifiers(verifiers, signatures, completions, prompts, prompt_indices(part, prompts), pool)
+        return list(zip(*results, strict=True))
+
+    of_rows = hosts.share_rows(judge, rows.group)
+    return [[results[k] for results in of_rows] for k in range(len(verifiers))]
+
+
 def _call_verifiers(
     verifiers: Mapping[str, RewardFn],
     signatures: Mapping[str, "Signature"],
@@ -143,8 +182,7 @@ def _call_verifiers(
     work = []
     for name, verifier in verifiers.items():
         arguments = [
-            columns_taken(verifier, signatures[name], prompts.columns[i], f"prompt {prompts.number[i]}")
-            for i in indices
+            columns_taken(name, signatures[name], prompts.columns[i], f"prompt {prompts.number[i]}") for i in indices
         ]
         calls = [((completion,), kwargs) for completion, kwargs in zip(completions, arguments, strict=True)]
         work.append((verifier, calls))
@@ -152,8 +190,8 @@ def _call_verifiers(
         results = [[call_verifier(verifier, *call) for call in calls] for verifier, calls in work]
     else:
         results = pool.map_each(work)
-    for (verifier, _), returned in zip(work, results, strict=True):
-        _raise_first_error(verifier, returned, completions, prompts.number[indices])
+    for name, returned in zip(verifiers, results, strict=True):
+        _raise_first_error(name, returned, completions, prompts.number[indices])
     return results
 
 
@@ -259,7 +297,7 @@ def decode_rows(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[Ro
 def decode_completions(traj: Trajectory, decode: Callable[[list[int]], str]) -> list[str]:
     """The completion of each row, as it continues its prompt: decoded alone, its first space may be lost."""
     chosen = [actions[kept].tolist() for actions, kept in zip(*map(np.asarray, (traj.actions, traj.mask)), strict=True)]
-    return [_text_after(decode, prompt, ids) for prompt, ids in zip(_prompt_ids(traj), chosen, strict=True)]
+    return [text_after(decode, prompt, ids) for prompt, ids in zip(_prompt_ids(traj), chosen, strict=True)]
 
 
 def _prompt_ids(traj: Trajectory) -> list[list[int]]:
@@ -268,14 +306,6 @@ def _prompt_ids(traj: Trajectory) -> list[list[int]]:
     present = np.ones(mask.shape, bool) if traj.segments is None else np.asarray(traj.segments) > 0
     before = np.cumsum(mask, axis=1) - mask == 0  # up to and with the input of the first decision
     return [ids[kept].tolist() for ids, kept in zip(np.asarray(traj.inputs), before & present, strict=True)]
-
-
-def _text_after(decode: Callable[[list[int]], str], before: list[int], ids: list[int]) -> str:
-    """The text that `ids` add to the ids before them."""
-    last = before[-CONTEXT_TOKENS:]
-    head = decode(last)
-    whole = decode([*last, *ids])
-    return whole[len(head) :] if whole.startswith(head) else decode(ids)
 
 
 # ---------------------------------------------------------------------------------------- the arguments of a verifier
@@ -308,12 +338,12 @@ def read_signature(verifier: RewardFn) -> Signature:
     )
 
 
-def columns_taken(verifier: RewardFn, signature: Signature, columns: Mapping[str, Any], row: str) -> dict[str, Any]:
-    """The columns of a row that the verifier takes. Raises RewardError, naming the row, where one is missing."""
+def columns_taken(name: str, signature: Signature, columns: Mapping[str, Any], row: str) -> dict[str, Any]:
+    """The columns of a row that the verifier takes. Raises RewardError, naming both, where one is missing."""
     missing = sorted(signature.required - columns.keys())
     if missing:
         raise RewardError(
-            f"{function_name(verifier)} asks for {', '.join(missing)}, which {row} does not have; its columns are "
+            f"{name} asks for {', '.join(missing)}, which {row} does not have; its columns are "
             f"{', '.join(columns) or 'none'}"
         )
     names = set(signature.named)
@@ -334,15 +364,11 @@ def prompt_indices(traj: Trajectory, prompts: PromptBatch) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- results to rewards
 
 
-def _raise_first_error(
-    verifier: RewardFn, results: Sequence[Result], completions: Sequence[str], numbers: np.ndarray
-) -> None:
+def _raise_first_error(name: str, results: Sequence[Result], completions: Sequence[str], numbers: np.ndarray) -> None:
     for result, completion, number in zip(results, completions, numbers, strict=True):
         if result.status == "error":
             shown = completion if len(completion) <= 200 else f"{completion[:100]} ... {completion[-100:]}"
-            raise RewardError(
-                f"{function_name(verifier)} failed on prompt {number}, completion {shown!r}: {result.detail}\n{LEGAL}"
-            )
+            raise RewardError(f"{name} failed on prompt {number}, completion {shown!r}: {result.detail}\n{LEGAL}")
 
 
 def _check_failed(

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rljax.ops.decoding import text_after
 from rljax.types import Array, Batch, Trajectory
 
 Decode = Callable[[list[int]], str]  # token ids -> text
@@ -97,7 +98,7 @@ def _token_ids(traj: Trajectory, b: int) -> tuple[list[int], np.ndarray]:
 def _texts(traj: Trajectory, b: int, decode: Decode) -> dict[str, str]:
     ids, chosen = _token_ids(traj, b)
     first = int(chosen.argmax()) if chosen.any() else len(ids)
-    return {"prompt": decode(ids[:first]), "completion": decode(ids[first:])}
+    return {"prompt": decode(ids[:first]), "completion": text_after(decode, ids[:first], ids[first:])}
 
 
 def _rewards(traj: Trajectory, b: int, names: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
-from rljax.data.chat import encode_conversation, encode_prompt
+from rljax.data.chat import encode_conversation, encode_prompt, ignores_tools
 from rljax.data.examples import demonstration, prompt_ids
 from rljax.data.tokenizer import load_tokenizer
 
@@ -178,6 +178,12 @@ def test_answers_may_follow_without_a_header(tmp_path):
     assert tokenizer.decode_all(encode_prompt(tokenizer.chat, [ASK])) == "<s>hi"
     ids, mask = encode_conversation(tokenizer.chat, [ASK, SAY])
     assert pieces(tokenizer, ids, mask) == "<s>hi[ yes<eos>]"
+
+
+def test_a_template_that_ignores_tools_is_known(tmp_path):
+    names = "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join }}{% endif %}"
+    assert ignores_tools(tokenizer_of(tmp_path / "without", CHATML).chat)
+    assert not ignores_tools(tokenizer_of(tmp_path / "with", names + CHATML).chat)
 
 
 def test_tools_and_system_messages_are_the_templates(tmp_path):

@@ -130,5 +130,5 @@ def test_half_a_preference_is_no_prompt(missing):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert format_of(row) == "preference"
     del row[missing]
-    with pytest.raises(ValueError, match="legal: chosen with rejected, both or neither"):
+    with pytest.raises(ValueError, match=f"no column '{missing}'; .* legal: both or neither"):
         format_of(row)

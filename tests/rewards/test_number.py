@@ -16,7 +16,7 @@ from rljax.rewards.number import exact_number, final_number
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        *[("72", 72), ("so it is 72.", 72), ("**72**", 72), ("72!", 72), ("(72)", 72), ("=72", 72), ("72\n", 72)],
+        *[("72", 72), ("so it is 72.", 72), ("**72**", 72), ("it is 72!", 72), ("(72)", 72), ("=72", 72), ("72\n", 72)],
         *[("1,080", 1080), ("$1,080,000.50.", "1080000.50"), ("12, 13", 13), ("1,2", 2), ("1,2345", 2345)],
         *[("$18", 18), ("-$18", -18), ("$-18", -18), ("50%", 50), ("18km", 18), ("€5", 5)],
         *[("-3", -3), ("(-3)", -3), ("= \N{MINUS SIGN}3", -3), ("- 4", -4), ("it is - 4", -4)],
@@ -40,6 +40,8 @@ from rljax.rewards.number import exact_number, final_number
         *[("2 * 5", None), ("2 x 5", None), ("2 + 5", None), ("2 × 5", None), (r"2 \times 5", None), ("x - 5", None)],
         *[("10:30", None), ("12:00", None), ("16/2/4", None), ("6/2.5", None), ("2/3/2020", None), ("√2", None)],
         *[(r"\sqrt{2}", None), (r"2\sqrt{n}", None), (r"3\pi", None), ("(1+2)/3", None), ("n^2", None)],
+        *[("3!", None), ("so x = 3!", None), ("The answer is: $3!", 3), ("3! = 6", 6), ("3x", None), ("y = 2n", None)],
+        *[("3x + 1 = 7", 7), ("3 xylophones", 3), ("3xyz", 3), ("5x faster", None)],
         *[("7 - 4 = 3", 3), ("2 * 5 is 10", 10), ("page 3: 12", 12), ("COVID-19", 19), ("**72**", 72), ("+5", 5)],
         *[("so 2\nA: 18", 18), ("Answer: 7", 7), ("A: 3\nA: 4", 4), ("A: none of 7 - 4", None), ("DNA: 5", 5)],
         *[(r"\boxed{3x}", None), (r"\boxed{1 1/2}", "3/2"), (r"\boxed{(3, 4)}", None), (r"\boxed{}", None)],

@@ -137,3 +137,13 @@ def test_tokens_keep_the_space_that_lone_tokens_lose():
 def test_four_digits_that_count():
     assert [round_or_none(x) for x in (0.123456, -12345.6, 1e-9, 0.0)] == [0.1235, -12350.0, 1e-9, 0.0]
     assert [round_or_none(x) for x in (NAN, math.inf, np.float32(-math.inf))] == [None, None, None]
+
+
+def test_a_completion_keeps_the_space_that_it_begins_with():
+    """As under SentencePiece: the first space of what is decoded is left out."""
+
+    def decode_words(ids):
+        return " ".join(LETTERS[i] for i in ids)
+
+    record = sample_records(0, batch(), decode_words, names=("a", "b"))[0]
+    assert (record["prompt"], record["completion"]) == ("a b", " d e f")
