@@ -5,7 +5,7 @@ Devices of all processes form one mesh, and every process runs the same program 
 processes as numpy (`fetch`), what process 0 alone does (`on_main`). With one process each of these is the plain thing.
 
 Small messages go through the key-value store of JAX's coordinator rather than through device collectives: they have a
-deadline, and a thread may send one while the devices compute. JAX exports no handle of that store; Orbax takes it from
+deadline, and a thread may send one while the devices work. JAX exports no handle of that store; Orbax takes it from
 the same place.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-from rljax.train.log import log_error, log_info, mute
+from rljax.train.log import log_error, log_info, silence
 from rljax.types import Array
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def initialize(
     if found is None:
         return
     if found.process:
-        mute()
+        silence()
     call_the_roll(found, deadline_seconds)
     jax.distributed.initialize(
         *found,

@@ -43,13 +43,13 @@ def log_info(text: str = "", style: str | None = None, end: str = "\n") -> None:
 
 
 def log_error(text: str) -> None:
-    """Print "error: ..." on a process that is muted, too."""
-    muted, console.quiet = console.quiet, False
+    """Print "error: ..." on a process that prints nothing else."""
+    silent, console.quiet = console.quiet, False
     log_info(f"error: {text}")
-    console.quiet = muted
+    console.quiet = silent
 
 
-def mute() -> None:
+def silence() -> None:
     """Print nothing but errors from now on: for all processes of a run but the first."""
     console.quiet = True
 
