@@ -31,6 +31,7 @@ setup(
         "chex",
         "jaxtyping",
         "numpy",
+        "packaging",
         "transformers>=5",
         "tokenizers",
         "safetensors",
