@@ -54,6 +54,7 @@ def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.M
         config,
         dtype=weights.dtype,
         remat=weights.remat,
+        scan_layers=weights.scan_layers,
         adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
         hidden_sharding=hidden_sharding(mesh),
@@ -93,11 +94,11 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
 
 
 def load_model(
-    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None
+    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None, scan_layers: bool = False
 ) -> tuple[DecoderConfig, Params]:
     """Config and parameters of a model that is not trained, in the dtype of the computation."""
     config = hf.read_config(directory, context)
-    config = dataclasses.replace(config, dtype=dtype, hidden_sharding=hidden_sharding(mesh))
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, hidden_sharding=hidden_sharding(mesh))
     return config, load_decoder(directory, config, mesh, dtype)
 
 
@@ -114,7 +115,7 @@ def load_teacher(
             f"{directory}: a teacher of {vocab_size} token ids, the student has {student.vocab_size}; "
             "legal: the same vocabulary"
         )
-    return load_model(directory, mesh, dtype, context)
+    return load_model(directory, mesh, dtype, context, student.scan_layers)
 
 
 def add_critic(
@@ -138,7 +139,9 @@ def add_critic(
     if not directory:
         return {**params, "critic": critic}
 
-    loaded = load_decoder(directory, hf.read_config(directory, reward_model=True), mesh, "float32")
+    reward_config = hf.read_config(directory, reward_model=True)
+    reward_config = dataclasses.replace(reward_config, scan_layers=config.scan_layers)
+    loaded = load_decoder(directory, reward_config, mesh, "float32")
     # A reward model may lack the table of logits, which a critic does not use.
     trunk = {**critic["decoder"], **loaded["decoder"]}
     if jax.tree.map(jnp.shape, trunk) != jax.tree.map(jnp.shape, critic["decoder"]):

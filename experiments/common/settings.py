@@ -80,6 +80,9 @@ class Weights:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of an adapter's base
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes, to save memory
+    scan_layers: Rare[bool] = (
+        False  # layers as one loop: deep models compile in a fraction of the time, small ones slow
+    )
     batch_invariant: Rare[bool] = False  # sampler and trainer agree to the bit; refused where this machine cannot
     adapter: Adapter = Adapter()
     freeze: Rare[tuple[str, ...]] = ()  # regular expressions of paths (decoder/layers/3/mlp/up) that are not trained

@@ -12,6 +12,7 @@ from rljax.models.batch_invariant import LANE
 from rljax.models.lora import LoraConfig
 from rljax.models.moe import MoEConfig
 from rljax.models.rope import Rope
+from rljax.models.stacks import find_scans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,9 @@ class DecoderConfig:
     fused_projections: bool = False  # queries, keys and values in one matrix, gate and up in another, for decoding
     batch_invariant: bool = False  # a token's numbers have the same bits decoded or scored, alone or in any batch (CPU)
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    scan_layers: bool = (
+        False  # parameters and cache of like layers stacked: deep decoders compile as fast as short ones
+    )
     hidden_sharding: NamedSharding | None = None  # of hidden states [B T D] between layers; None: XLA chooses
 
     def __post_init__(self):
@@ -87,3 +91,12 @@ class DecoderConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
+
+    def layer_scans(self) -> tuple[tuple[range, ...], ...]:
+        """The scans of a decoder with `scan_layers`, as `models.stacks.find_scans` gives them."""
+        kinds = [(self.rope(i), self.window(i), self.is_moe_layer(i)) for i in range(self.num_layers)]
+        return find_scans(kinds)
+
+    def layer_stacks(self) -> list[range]:
+        """The layers of each stack of a decoder with `scan_layers`."""
+        return [layers for scan in self.layer_scans() for layers in scan]
