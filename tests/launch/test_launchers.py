@@ -239,6 +239,7 @@ def test_slurm_trains_on_through_a_process_that_freezes(shared, tmp_path):
         "eval_samples": 4,
         "eval_every": 0,
         "save_every": 1,
+        "hosts.heartbeat_seconds": 600,  # JAX would end process 0 itself, with 134
     }
     done = slurm(
         tmp_path,
