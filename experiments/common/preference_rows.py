@@ -141,11 +141,7 @@ def with_reference(
     def logps_of(part: list[Row]) -> Iterator[np.ndarray]:
         examples = [example for row in part for example in row.completions]
         traj = collate_after_prompts(examples, *widths) if is_pair else collate(examples, sum(widths))
-<<<<<<< HEAD
         logp = distributed.fetch(annotate(state, traj).old_logp)
-=======
-        logp = distributed.fetch(annotate(state, shard_rows(shardings, traj)).old_logp)
->>>>>>> main
         return iter([values[decides] for values, decides in zip(logp, np.asarray(traj.mask), strict=True)])
 
     both = [*rows.train, *rows.eval]
