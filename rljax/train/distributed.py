@@ -355,7 +355,7 @@ LOST = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): |.*(Gloo|
 
 
 def is_lost_process(error: Exception) -> bool:
-    """Whether the error says that another process is gone: a collective or a message had nobody at its other end."""
+    """Whether the error says that another process is gone: a collective or a message had no other end."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return process_count() > 1 and LOST.match(str(error)) is not None
     return isinstance(error, ProcessLostError)
