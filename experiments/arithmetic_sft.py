@@ -12,14 +12,13 @@ from dataclasses import asdict
 
 import jax
 
-from experiments.common import arithmetic, command_line, train
+from experiments.common import arithmetic, command_line, models, train
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import MeshShape, Optimizer
 from rljax.algorithms import sft
 from rljax.data.demonstrations import demonstrations
-from rljax.models import policy
 from rljax.train.log import log_info
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -59,9 +58,9 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     steps = 1 if cfg.debug else cfg.steps
 
     # -- model and data
-    task = arithmetic.make_task(cfg.task, cfg.eval_prompts, cfg.seed, cfg.width, cfg.layers)
+    task = arithmetic.make_task(cfg.task, cfg.eval_prompts, cfg.seed, cfg.width, cfg.layers, mesh)
     key = jax.random.key(cfg.seed)
-    params = policy.init(task.config, jax.random.fold_in(key, 0))
+    params = models.init_sharded(task.config, jax.random.fold_in(key, 0), mesh)
     checked = task.train_prompts.first(8 if cfg.debug else 512)
 
     # -- training state, and the functions of a step
@@ -75,7 +74,7 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     log_info(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "accuracy")) as run:
         arithmetic.save_model_files(task, run.directory / "model_files")
-        state = run.restore(jax.device_put(state, shardings.state))
+        state = run.restore(place(state, shardings.state))
         for step in run.steps(state.step):
             measured = {}
             if step % cfg.check_every == 0:

@@ -1,4 +1,4 @@
-"""experiments/preflight.py: tables, formulas against the compiler's own report, and the programs of a run themselves."""
+"""experiments/preflight.py: tables, formulas against the compiler's own report, and the programs of a run."""
 
 import dataclasses
 import importlib.util

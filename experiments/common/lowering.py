@@ -45,7 +45,7 @@ def shapes_of_step(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> 
     train.check_batches(batches, mesh)
     if batches.max_tokens_per_device or batches.carry_over or batches.oversample > 1:
         raise ValueError(
-            "preflight knows rows as they are sampled; legal: batches.max_tokens_per_device 0, carry_over 0, oversample 1"
+            "preflight knows rows as sampled; legal: batches.max_tokens_per_device 0, carry_over 0, oversample 1"
         )
     algorithm = grpo.named_algorithm(cfg)
     train.check_algorithm(algorithm, batches, cfg.algorithm)
@@ -71,9 +71,7 @@ def shapes_of_step(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> 
     programs = [
         Program("prefill", lambda: _prefill.lower(step.lm, *rollout[:4]), held, 1),
         Program("rollout", lambda: sampler.sample_on_devices.lower(step.lm, *rollout), held, 1),
-        Program(
-            "scoring", lambda: step.annotate.lower(state, traj), held, pieces_of_scoring(batches, config, mesh, cfg)
-        ),
+        Program("scoring", lambda: step.annotate.lower(state, traj), held, calls_of_scoring(cfg, config, mesh)),
         Program("update", lambda: step.update.lower(state, minibatch()), device_bytes(state), updates),
     ]
     return StepShapes(state, sizes_of(cfg, config, mesh), programs)
@@ -139,9 +137,11 @@ def minibatch_shapes(step: grpo.Step, state: TrainState, minibatches: int, traj:
     return batch.replace(coefficients=batch.coefficients | {"at_old_policy": jax.ShapeDtypeStruct((), jnp.float32)})
 
 
-def pieces_of_scoring(batches, config: DecoderConfig, mesh: jax.sharding.Mesh, cfg: Any) -> int:
+def calls_of_scoring(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
     """In how many calls a rollout is annotated."""
-    return train.annotate_pieces(batches, config, cfg.max_prompt_tokens, cfg.sampling.max_tokens, mesh).micro_batches
+    lengths = (cfg.max_prompt_tokens, cfg.sampling.max_tokens)
+    rows = cfg.batches.prompts * cfg.batches.num_generations
+    return -(-rows // train.annotate_rows(cfg.batches, config, *lengths, mesh))
 
 
 def sizes_of(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh, memory: float | None = None) -> Sizes:

@@ -16,7 +16,8 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60re
 table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .15rem .8rem; border-bottom: 1px solid #ddd }}
 td {{ text-align: right; font-variant-numeric: tabular-nums }} td:first-child, td:last-child {{ text-align: left }}
 .bar {{ position: relative; height: 1.6rem; background: #eee; margin: .3rem 0; display: flex }}
-.bar i {{ display: block; height: 100% }} .bar b {{ position: absolute; top: -.2rem; bottom: -.2rem; width: 2px; background: #000 }}
+.bar i {{ display: block; height: 100% }}
+.bar b {{ position: absolute; top: -.2rem; bottom: -.2rem; width: 2px; background: #000 }}
 .key i {{ display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem }}
 </style>
 <h1>{title}</h1>
@@ -55,13 +56,16 @@ def bars(found: Plan) -> str:
     out = ["<h2>Memory of a device</h2>"]
     for one in found.memory:
         pieces = [
-            f'<i style="width:{100 * size / full:.2f}%;background:{color[name]}" title="{escape(name)} {plan.gib(size)} GiB"></i>'
-            for name, size in one.arrays.items()
+            _piece(color[name], 100 * size / full, f"{name} {plan.gib(size)} GiB") for name, size in one.arrays.items()
         ]
         mark = f'<b style="left:{100 * limit / full:.2f}%" title="{plan.gib(limit)} GiB"></b>'
         out.append(f'{escape(one.program)}: {plan.gib(one.total)} GiB<div class="bar">{"".join(pieces)}{mark}</div>')
     key = "".join(f'<i style="background:{color[name]}"></i>{escape(name)}' for name in names)
     return "\n".join([*out, f'<p class="key">{key}</p>'])
+
+
+def _piece(color: str, percent: float, title: str) -> str:
+    return f'<i style="width:{percent:.2f}%;background:{color}" title="{escape(title)}"></i>'
 
 
 def html_table(rows: list[dict[str, str]]) -> str:

@@ -394,8 +394,8 @@ def _with_sharding(x, sharding):
 
 
 def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):
-    """Hidden states and table as their product is best computed on the mesh, and the shardings of the logits [N V]: that
-    of the product, then the final one.
+    """Hidden states and table as their product is best computed on the mesh, and the shardings of the logits [N V]: of
+    the product, then the final one.
 
     Each device gets whole rows of logits: sums over the vocabulary then stay on a device. Where tokens are many they
     stay where they are and the table comes to them; where they are few (decoding) they go to each part of the table.
