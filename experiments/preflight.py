@@ -5,11 +5,11 @@ r"""What a run of grpo.py needs of a pod, before it is paid for: memory, time, m
     python experiments/preflight.py --model DIR --topology v5p:8x8x8 --sweep --price 4.2 --html plan.html
     python experiments/preflight.py --model qwen3-8b --topology h100:16 --mesh.tensor 8
 
-The settings are those of grpo.py. For a TPU topology the very programs that grpo.py would run (prefill, rollout with its
-cache, scoring, update) are compiled by the TPU compiler, which comes with `pip install "rljax[preflight]"`: memory and
-collectives are the compiler's, operations and bytes of HBM are formulas (experiments/common/costs.py). For GPUs all is.
-Times are those of the published peaks, which no run reaches. --sweep ranks meshes by the formulas and goes on with the
-best. A model is a directory, OWNER/NAME, or one of experiments/model_shapes/.
+The settings are those of grpo.py. For a TPU topology the very programs that grpo.py would run (prefill, rollout with
+its cache, scoring, update) are compiled by the TPU compiler, which comes with `pip install "rljax[preflight]"`: memory
+and collectives are the compiler's, operations and bytes of HBM are formulas (experiments/common/costs.py). For GPUs all
+is. Times are those of the published peaks, which no run reaches. --sweep ranks meshes by the formulas and goes on with
+the best. A model is a directory, OWNER/NAME, or one of experiments/model_shapes/.
 
 Reached: see docs/preflight.md.
 """

@@ -200,15 +200,17 @@ def small_config(mesh):
     return models.trained_config(config, SMALL.weights, mesh)
 
 
-def test_bytes_of_arguments_and_results_are_the_compilers(on_eight):
-    update = next(one for one in on_eight.programs if one.name == "update")
-    stats = update.lower().compile().memory_analysis()
-    arguments = jax.tree.leaves(update.lower().in_avals)
-    rows = [x for x in arguments if x.ndim and x.shape[0] in (8, 16) and x.shape[1:] and x.shape[1] < 64]
-    assert 0 < stats.argument_size_in_bytes - update.state_bytes < 64 * sum(x.size for x in rows) + 1024
-    kept = costs.device_bytes((on_eight.state.params, on_eight.state.opt_state, on_eight.state.key))
-    assert kept <= stats.output_size_in_bytes < kept + 4096  # and the metrics
-    assert stats.alias_size_in_bytes >= kept - 64
+@pytest.mark.parametrize("name", ["prefill", "scoring", "update"])
+def test_bytes_of_arguments_and_results_are_the_compilers(on_eight, name):
+    """To the byte, but for what the programs have of rows: some kilobytes."""
+    program = next(one for one in on_eight.programs if one.name == name)
+    stats = program.lower().compile().memory_analysis()
+    assert 0 <= stats.argument_size_in_bytes - program.state_bytes < 8192
+    if name == "update":
+        state = on_eight.state
+        kept = costs.device_bytes((state.params, state.opt_state, state.key))
+        assert 0 <= stats.output_size_in_bytes - kept < 4096
+        assert stats.alias_size_in_bytes == pytest.approx(kept, abs=64)
 
 
 def test_bytes_of_a_cache_are_those_of_its_arrays():
@@ -257,44 +259,30 @@ def test_the_programs_are_those_that_a_run_lowers(tmp_path, monkeypatch):
         "steps": 1,
     }
     prompts = write_prompts(tmp_path / "prompts.jsonl", ROWS * 3)
-    monkeypatch.setattr(grpo, "make_step", recorded := Recorder(grpo.make_step))
     cfg = grpo.Config(**settings, prompts=prompts, rewards=("share",), eval_prompts=2, directory=str(tmp_path / "run"))
-    grpo.main(cfg, verifiers=VERIFIERS)
-    monkeypatch.undo()
+    dumped = tmp_path / "dumped"
+    jax.config.update("jax_dump_ir_to", str(dumped))
+    try:
+        grpo.main(cfg, verifiers=VERIFIERS)
+    finally:
+        jax.config.update("jax_dump_ir_to", None)
 
-    asked = preflight.Config(
-        **settings, topology="v5e:2x4", max_prompt_tokens=recorded.prompt_tokens, weights=Weights()
-    )
+    prompt_tokens = 1 + max(len(row["prompt"]) for row in ROWS)  # <s> and a token a character
+    asked = preflight.Config(**settings, topology="v5e:2x4", max_prompt_tokens=prompt_tokens, weights=Weights())
+    asked = dataclasses.replace(asked, optimizer=cfg.optimizer)
     mesh = make_mesh(fsdp=4, tensor=2)
-    context = recorded.prompt_tokens + 7
-    config = models.trained_config(hf.read_config(settings["model"], context), asked.weights, mesh)
-    planned = lowering.shapes_of_step(dataclasses.replace(asked, optimizer=cfg.optimizer), config, mesh)
-    texts = {one.name: one.lower().as_text() for one in planned.programs}
-    assert {"scoring", "update"} <= recorded.texts.keys()
-    for name, text in recorded.texts.items():
-        assert texts[name] == text, name
+    context = prompt_tokens + asked.sampling.max_tokens
+    config = models.trained_config(hf.read_config(cfg.model, context), asked.weights, mesh)
+    planned = {one.name: one for one in lowering.shapes_of_step(asked, config, mesh).programs}
+    of_run = {without_names(path.read_text()) for path in dumped.glob("*.mlir")}
+    for name in ("rollout", "scoring", "update"):
+        assert without_names(planned[name].lower().as_text()) in of_run, name
 
 
-class Recorder:
-    """make_step whose functions note the programs that the run's own arrays lower to."""
-
-    def __init__(self, make_step):
-        self.make_step = make_step
-        self.texts: dict[str, str] = {}
-
-    def __call__(self, algorithm, optimizer, batches, shardings, config, prompt_tokens, max_tokens):
-        self.prompt_tokens = prompt_tokens
-        step = self.make_step(algorithm, optimizer, batches, shardings, config, prompt_tokens, max_tokens)
-
-        def annotate(state, traj):
-            self.texts.setdefault("scoring", step.annotate.lower(state, traj).as_text())
-            return step.annotate(state, traj)
-
-        def update(state, batch):
-            self.texts.setdefault("update", step.update.lower(state, batch).as_text())
-            return step.update(state, batch)
-
-        return step._replace(annotate=annotate, update=update)
+def without_names(module: str) -> str:
+    """The text of a module without what JAX adds for people: locations, and the names of arguments and results."""
+    module = re.sub(r" ?loc\([^()]*(?:\([^()]*\)[^()]*)*\)|^#loc.*$", "", module, flags=re.M)
+    return re.sub(r"\s+", " ", re.sub(r'jax\.result_info = "[^"]*"', "", module)).strip()
 
 
 # --------------------------------------------------------------------------------------------------------- the command

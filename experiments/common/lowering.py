@@ -11,7 +11,7 @@ from experiments import grpo
 from experiments.common import controllers, micro_batches, models, train
 from experiments.common.costs import Sizes, device_bytes
 from experiments.common.optimizer import make_optimizer
-from rljax.models import decoder
+from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts import sampler
 from rljax.train.mesh import Shardings, data_parallel_size, sharding_of
@@ -65,14 +65,18 @@ def shapes_of_step(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> 
     needs = {"ref_logp", *algorithm.needs}
     annotated = jax.eval_shape(partial(scored, needs), traj)
 
-    held = device_bytes((state.params, state.frozen))
+    base = state.frozen.get("base", {})
+    sampled = device_bytes((state.params, base))
+    others = {name: part for name, part in state.frozen.items() if name != "base"}
+    own = state.params if needs & set(policy.OWN_FIELDS) else {}
+    learned = device_bytes((state.params, base, state.opt_state, state.key, state.coefficients))
     minibatch = partial(minibatch_shapes, step, state, batches.minibatches, annotated)
-    updates = batches.epochs * batches.minibatches
+    calls = calls_of_scoring(cfg, config, mesh)
     programs = [
-        Program("prefill", lambda: _prefill.lower(step.lm, *rollout[:4]), held, 1),
-        Program("rollout", lambda: sampler.sample_on_devices.lower(step.lm, *rollout), held, 1),
-        Program("scoring", lambda: step.annotate.lower(state, traj), held, calls_of_scoring(cfg, config, mesh)),
-        Program("update", lambda: step.update.lower(state, minibatch()), device_bytes(state), updates),
+        Program("prefill", lambda: _prefill.lower(step.lm, *rollout[:4]), sampled, 1),
+        Program("rollout", lambda: sampler.sample_on_devices.lower(step.lm, *rollout), sampled, 1),
+        Program("scoring", lambda: step.annotate.lower(state, traj), device_bytes((base, others, own)), calls),
+        Program("update", lambda: step.update.lower(state, minibatch()), learned, batches.epochs * batches.minibatches),
     ]
     return StepShapes(state, sizes_of(cfg, config, mesh), programs)
 
