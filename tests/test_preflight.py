@@ -16,6 +16,7 @@ from experiments.common.hlo import collectives
 from experiments.common.model_shapes import SHAPES, find_shape
 from experiments.common.settings import Batches, MeshShape, Sampling, Weights
 from models import tiny
+from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.train.mesh import make_mesh
 from test_grpo_experiment import RAW, ROWS, VERIFIERS, write_prompts, write_tokenizer
@@ -273,7 +274,8 @@ def test_the_programs_are_those_that_a_run_lowers(tmp_path, monkeypatch):
     mesh = make_mesh(fsdp=4, tensor=2)
     context = prompt_tokens + asked.sampling.max_tokens
     config = models.trained_config(hf.read_config(cfg.model, context), asked.weights, mesh)
-    planned = {one.name: one for one in lowering.shapes_of_step(asked, config, mesh).programs}
+    stop = load_tokenizer(cfg.model).stop
+    planned = {one.name: one for one in lowering.shapes_of_step(asked, config, mesh, stop).programs}
     of_run = {without_names(path.read_text()) for path in dumped.glob("*.mlir")}
     for name in ("rollout", "scoring", "update"):
         assert without_names(planned[name].lower().as_text()) in of_run, name
@@ -281,8 +283,11 @@ def test_the_programs_are_those_that_a_run_lowers(tmp_path, monkeypatch):
 
 def without_names(module: str) -> str:
     """The text of a module without what JAX adds for people: locations, and the names of arguments and results."""
-    module = re.sub(r" ?loc\([^()]*(?:\([^()]*\)[^()]*)*\)|^#loc.*$", "", module, flags=re.M)
-    return re.sub(r"\s+", " ", re.sub(r'jax\.result_info = "[^"]*"', "", module)).strip()
+    module = re.sub(r"^#loc.*$", "", module, flags=re.M)
+    module = re.sub(r'"[^"\n]*"', '""', module)
+    while module != (inner := re.sub(r" ?loc\([^()]*\)", "", re.sub(r'""\((""|#loc\d*)\)', '""', module))):
+        module = inner
+    return re.sub(r"\s+", " ", module).strip()
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -35,10 +35,16 @@ class StepShapes(NamedTuple):
     programs: list[Program]
 
 
-def shapes_of_step(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> StepShapes:
+def shapes_of_step(
+    cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh, stop: tuple[int, ...] = (0,)
+) -> StepShapes:
     """What a run of grpo.py with these settings compiles.
 
-    cfg: the settings of experiments/preflight.py, those of grpo.py among them. Raises ValueError for sizes that grpo.py
+    Args:
+      cfg: the settings of experiments/preflight.py, those of grpo.py among them.
+      stop: ids of the tokenizer that end a completion, which are constants of the program.
+
+    Raises ValueError for sizes that grpo.py
     refuses, and for packed rows, of which the number of programs depends on the data.
     """
     batches = cfg.batches
@@ -56,7 +62,7 @@ def shapes_of_step(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -> 
         algorithm, optimizer, batches, shardings, config, cfg.max_prompt_tokens, cfg.sampling.max_tokens
     )
     sampling = Sampling(
-        cfg.sampling.temperature, n=batches.num_generations, max_tokens=cfg.sampling.max_tokens, stop=(0,)
+        cfg.sampling.temperature, n=batches.num_generations, max_tokens=cfg.sampling.max_tokens, stop=stop
     )
     prompts = prompt_shapes(mesh, batches.prompts, cfg.max_prompt_tokens)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
