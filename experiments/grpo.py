@@ -35,10 +35,10 @@ from experiments.common.sampling import initial_extra, make_draw, make_greedy_ba
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.common.verifiers import VERIFIERS
 from rljax.algorithms import kl_in_reward, with_kl
-from rljax.models import decoder, hf, policy
+from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.pool import Pool
-from rljax.train.mesh import Shardings, make_mesh
+from rljax.train.mesh import Shardings, make_mesh, place
 from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.update import UpdateFn, learn, make_update
@@ -117,11 +117,11 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- the loop
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
-        state = jax.device_put(state, shardings.state)
+        state = place(state, shardings.state)
         train.check_batch_invariance(config, lm, model, state)
         before = evaluate(state)
         state = run.restore(state)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.common.settings import Adapter, Weights
 from rljax.models import decoder, heads, hf, lora, param_filters, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
+from rljax.train import distributed
 from rljax.train.mesh import hidden_sharding, param_shardings
 from rljax.types import Params, TrainState
 
@@ -192,25 +194,36 @@ def save_pretrained(
       replace: a directory that is there is replaced by a whole one; else ValueError.
       reward_kind: of a reward model; config.json keeps it.
     """
-    trained = dict(params)
-    low_rank = trained.pop("lora", None)
-    if low_rank is None:
-        whole = decoder.full_params(config, trained, jax.device_get(frozen))["decoder"]
-    else:
-        whole = _merged(low_rank, frozen, config, source)
-    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
+    base = {} if holds_tensors(Path(source)) and "lora" in params else frozen.get("base", {})
+    trained, base = distributed.fetch_to_main((dict(params), base))
+
+    def write() -> None:
+        low_rank = trained.pop("lora", None)
+        if low_rank is None:
+            whole = decoder.full_params(config, trained, {"base": base} if base else {})["decoder"]
+        else:
+            whole = _merged(low_rank, base, config, source)
+        hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
+
+    distributed.on_main(f"save {directory}", write)
 
 
-def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:
+def keep_model_files(
+    source: str | Path, directory: str | Path, adapter: LoraConfig | None, reward_kind: hf.RewardKind | None = None
+) -> None:
+    """Write beside the checkpoints what tools/export.py needs of the model that a run began with."""
+    distributed.on_main("model files", lambda: hf.copy_sidecar_files(source, directory, adapter, reward_kind))
+
+
+def _merged(low_rank: Params, base: Params, config: DecoderConfig, source: str | Path) -> Params:
     """The decoder's parameters with the adapter merged into them, in float32, on the host."""
-    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     if holds_tensors(Path(source)):
         shardings = jax.tree.map(lambda _: host, decoder.abstract(config))
-        base = hf.load(source, config, shardings)
+        whole = hf.load(source, config, shardings)
     else:
-        base = jax.tree.map(lambda x: x.astype(jnp.float32), jax.device_get(frozen["base"]["decoder"]))
-        base = jax.device_put(base, host)
-    return lora.merge(config.adapter, base, jax.device_put(jax.device_get(low_rank), host))
+        whole = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), base["decoder"]), host)
+    return lora.merge(config.adapter, whole, jax.device_put(jax.device_get(low_rank), host))
 
 
 def sync_reference(state: TrainState, weights: Weights) -> TrainState:

@@ -10,6 +10,12 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 T = TypeVar("T")
+PLACEMENT = (
+    "mesh",
+    "micro_batches",
+    "remat",
+    "offload",
+)  # settings that a resumed run may change
 Rare = tyro.conf.Suppress if {"-h", "--help"} & set(sys.argv) else Annotated[T, "rare"]
 
 
@@ -156,6 +162,17 @@ class MeshShape:
     sequence: Rare[int] = 1  # devices over which the columns of a row are split in scoring and update
     expert: Rare[int] = 1  # devices over which the experts of a mixture are split, and rows
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes of one run, for every script: found under SLURM, Cloud TPU, GKE and Open MPI, else as given."""
+
+    coordinator: Rare[str] = ""  # HOST:PORT of process 0
+    processes: Rare[int] = 0  # how many there are; 0: found; 1: this one alone
+    process: Rare[int] = -1  # the number of this one, from 0; -1: found
+    deadline_seconds: Rare[float] = 300.0  # for all processes to come
+    heartbeat_seconds: Rare[int] = 100  # silence of a process after which the others are ended
 
 
 @dataclasses.dataclass(frozen=True)
