@@ -282,12 +282,19 @@ def test_the_programs_are_those_that_a_run_lowers(tmp_path, monkeypatch):
 
 
 def without_names(module: str) -> str:
-    """The text of a module without what JAX adds for people: locations, and the names of arguments and results."""
+    """The text of a module without locations, in which JAX tells people where an operation comes from."""
     module = re.sub(r"^#loc.*$", "", module, flags=re.M)
-    module = re.sub(r'"[^"\n]*"', '""', module)
-    while module != (inner := re.sub(r" ?loc\([^()]*\)", "", re.sub(r'""\((""|#loc\d*)\)', '""', module))):
-        module = inner
-    return re.sub(r"\s+", " ", module).strip()
+    kept = []
+    end = 0
+    for start in re.finditer(r" ?\bloc\(", module):
+        if start.start() < end:
+            continue
+        kept.append(module[end : start.start()])
+        depth, end = 1, start.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(module[end], 0)
+            end += 1
+    return re.sub(r"\s+", " ", "".join([*kept, module[end:]])).strip()
 
 
 # --------------------------------------------------------------------------------------------------------- the command
