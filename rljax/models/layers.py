@@ -403,14 +403,14 @@ def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Flo
     mesh = config.hidden_sharding.mesh
     axes = _all_axes(config.hidden_sharding)
     by_token = NamedSharding(mesh, PartitionSpec(axes, None))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     N, D = hidden.shape
     V = table.shape[1]
     half, single = 2, 4  # bytes
     if N * D * half + N * V * single // mesh.size < D * V * half:
         by_vocabulary = NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp")))
-        return _with_sharding(hidden, whole), _with_sharding(table, by_vocabulary), (by_vocabulary, by_token)
-    return _with_sharding(hidden, by_token), _with_sharding(table, whole), (by_token,)
+        return _with_sharding(hidden, replicated), _with_sharding(table, by_vocabulary), (by_vocabulary, by_token)
+    return _with_sharding(hidden, by_token), _with_sharding(table, replicated), (by_token,)
 
 
 def _all_axes(sharding: NamedSharding) -> tuple[str, ...]:
