@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+from experiments.arithmetic_grpo import ALGORITHMS
+from experiments.common import train
 from experiments.tables import compare
 
 RECORD = {"task": "sortings", "steps": 40, "git": "abc+", "jax": "0.10.2"}
@@ -103,3 +105,9 @@ def test_a_result_does_not_depend_on_the_mesh():
     run = compare.run_of(compare.SORTING, "grpo", 0)
     other = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, tensor=2))
     assert compare.inputs_of(run) == compare.inputs_of(other)
+
+
+def test_every_planned_run_has_sizes_that_its_method_takes():
+    for run in compare.planned_runs(compare.Config(seeds=(0,))):
+        if compare.method_of(run) != "online_dpo":
+            train.check_algorithm(ALGORITHMS[run.algorithm](), run.batches, run.algorithm)

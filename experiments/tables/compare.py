@@ -8,8 +8,8 @@ For each seed one supervised checkpoint, then each algorithm of arithmetic_grpo.
 optimizer and number of steps. Nothing is tuned for any of them. Methods that compare the completions of a prompt learn
 from the groups that DAPO's dynamic sampling keeps, of twice as many; the others from all that are sampled. There are
 two updates per rollout: in the first the ratios are 1, in the second they are not, so that methods which differ only in
-what they do with ratios (grpo, gspo, sapo; dapo, cispo) part there. Methods without a ratio take one update on all
-rows. Accuracy is measured on 1,024 problems that are never trained on.
+what they do with ratios (grpo, gspo, sapo; dapo, cispo) part there. Methods without a ratio, and those that compare
+completions in their loss, take one update on all rows. Accuracy is measured on 1,024 problems that are never trained on.
 
 online_dpo (arithmetic_online_dpo.py) samples as many completions as methods that select do, and makes a pair of the
 best and the worst completion of each prompt, in two updates. raft is supervised fine-tuning on the best completion of
@@ -105,11 +105,11 @@ def planned_runs(cfg: Config) -> list[AnyRun]:
 
 
 def run_of(shared: arithmetic_grpo.Config, name: str, seed: int) -> AnyRun:
-    """The shared settings; one update where a method has no ratio, and no selection where it compares no groups."""
+    """The shared settings; one update of methods that want all rows in it, no selection for those without groups."""
     if name == ONLINE_DPO:
         return online_dpo_run(shared, seed)
     algorithm = ALGORITHMS[name]()
-    minibatches = 1 if algorithm.one_update else shared.batches.minibatches
+    minibatches = 1 if algorithm.one_update or algorithm.whole_groups else shared.batches.minibatches
     oversample = 1 if algorithm.group_signal is None else shared.batches.oversample
     batches = dataclasses.replace(shared.batches, minibatches=minibatches, oversample=oversample)
     return dataclasses.replace(shared, seed=seed, algorithm=name, batches=batches)
