@@ -9,7 +9,7 @@ optimizer and number of steps. Nothing is tuned for any of them. Methods that co
 from the groups that DAPO's dynamic sampling keeps, of twice as many; the others from all that are sampled. There are
 two updates per rollout: in the first the ratios are 1, in the second they are not, so that methods which differ only in
 what they do with ratios (grpo, gspo, sapo; dapo, cispo) part there. Methods without a ratio, and those that compare
-completions in their loss, take one update on all rows. Accuracy is measured on 1,024 problems that are never trained on.
+completions in their loss, take one update on all rows. Accuracy is measured on 1,024 problems never trained on.
 
 online_dpo (arithmetic_online_dpo.py) samples as many completions as methods that select do, and makes a pair of the
 best and the worst completion of each prompt, in two updates. raft is supervised fine-tuning on the best completion of
