@@ -1,6 +1,5 @@
 """Experiment scripts as a user runs them: a few tiny steps, killed and run again, and every kind of bad input."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import arithmetic_grpo, arithmetic_sft
+from experiments import arithmetic_grpo
 from experiments.common import command_line
-from experiments.common.settings import Batches
 from experiments.tools import check_parity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,29 +112,35 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
     assert (directory / "samples.jsonl").read_bytes() == (uninterrupted / "samples.jsonl").read_bytes()
 
 
-ONE_UPDATE = Batches(prompts=8, num_generations=2)
-OTHERS = {  # what the run above leaves out
-    "remax": {"reward": "shuffled", "batches": ONE_UPDATE},
-    "gdpo": {"task": "sortings", "batches": dataclasses.replace(ONE_UPDATE, epochs=2, minibatches=2)},
-    "trpo": {"batches": ONE_UPDATE},
+# What the run above leaves out, in one process, which starts once.
+PROGRAM = """
+import dataclasses, sys
+(root,) = sys.argv[1:]
+from experiments import arithmetic_grpo as experiment, arithmetic_sft
+from experiments.common.command_line import configure_jax
+
+configure_jax()
+one_update = Batches(prompts=4, num_generations=2)
+four_updates = dataclasses.replace(one_update, epochs=2, minibatches=2)
+runs = {
+    "remax": dict(reward="shuffled", batches=one_update),
+    "gdpo": dict(task="sortings", batches=four_updates),
+    "trpo": dict(batches=one_update),
 }
+tiny = experiment.Config(sft_target=0.0, steps=2, eval_prompts=16)
+for name, fields in runs.items():
+    experiment.main(dataclasses.replace(tiny, algorithm=name, directory=f"{root}/{name}", **fields))
+arithmetic_sft.main(arithmetic_sft.Config(steps=2, batch_size=8, eval_prompts=16, target=1.0, directory=f"{root}/sft"))
+"""
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_algorithms_with_needs_of_their_own_and_every_reward_and_task(name, tmp_path, capsys):
-    """In this process: starting another takes longer than its steps."""
-    cfg = arithmetic_grpo.Config(algorithm=name, sft_target=0.0, steps=2, eval_prompts=16, directory=str(tmp_path))
-    arithmetic_grpo.main(dataclasses.replace(cfg, **OTHERS[name]))
-    assert any(LAST.fullmatch(line) for line in capsys.readouterr().out.splitlines())
-    assert [record["step"] for record in metrics(tmp_path)] == [0, 1]
-
-
-def test_the_warm_up_alone(tmp_path, capsys):
-    cfg = arithmetic_sft.Config(steps=2, batch_size=8, eval_prompts=16, target=1.0, directory=str(tmp_path))
-    arithmetic_sft.main(cfg)
-    lines = capsys.readouterr().out.splitlines()
-    assert any("after 2 steps of supervised learning" in line for line in lines)
-    assert any(re.fullmatch(r"eval accuracy: [01]\.\d{3}", line) for line in lines)
+def test_algorithms_with_needs_of_their_own_and_every_reward_and_task(tmp_path):
+    lines = run([sys.executable, "-W", "error", "-c", PROGRAM, tmp_path])
+    assert len([line for line in lines if LAST.fullmatch(line)]) == 3
+    assert "after 2 steps of supervised learning" in lines[-2]
+    assert re.fullmatch(r"eval accuracy: [01]\.\d{3}", lines[-1])
+    for name in ("remax", "gdpo", "trpo"):
+        assert [record["step"] for record in metrics(tmp_path / name)] == [0, 1]
 
 
 def test_a_finished_run_again_says_the_same_and_changes_nothing(finished):
