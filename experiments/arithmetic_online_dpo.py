@@ -28,7 +28,7 @@ from rljax.models import policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
 from rljax.train.log import log_info
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.metrics import rollout_metrics
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
@@ -93,7 +93,7 @@ def main(cfg: Config) -> dict[str, float]:
     # -- the loop
     with run:
         arithmetic.save_model_files(task, run.directory / "model_files")
-        state = jax.device_put(state, shardings.state)
+        state = place(state, shardings.state)
         before = evaluate(state)["eval_reward"]
         state = run.restore(state)
         for step in run.steps(state.step):

@@ -19,7 +19,7 @@ from rljax.algorithms import sft
 from rljax.data.demonstrations import demonstrations
 from rljax.models import policy
 from rljax.train.log import log_info
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -75,7 +75,7 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     log_info(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "accuracy")) as run:
         arithmetic.save_model_files(task, run.directory / "model_files")
-        state = run.restore(jax.device_put(state, shardings.state))
+        state = run.restore(place(state, shardings.state))
         for step in run.steps(state.step):
             measured = {}
             if step % cfg.check_every == 0:

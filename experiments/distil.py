@@ -33,13 +33,13 @@ from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sam
 from rljax.algorithms import gkd, minillm
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import load_tokenizer
-from rljax.models import decoder, hf, mixtures
+from rljax.models import decoder, mixtures
 from rljax.models.decoder import DecoderConfig
 from rljax.models.distillation import make_compare
 from rljax.ops.distillation import full_vocabulary
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
-from rljax.train.mesh import data_parallel_size, make_mesh, shard_prompts
+from rljax.train.mesh import data_parallel_size, make_mesh, place, shard_prompts
 from rljax.train.update import learn, make_update
 from rljax.types import LM, CompareFn, Distillation, Objective, TrainState
 
@@ -118,8 +118,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the loop
     with run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

@@ -29,9 +29,9 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.preference_methods import METHODS, Method
 from experiments.common.preference_rows import collate_rows, empty_row, read_rows, with_reference
 from experiments.common.settings import Data, MeshShape, Optimizer, Weights
-from rljax.models import hf, policy
+from rljax.models import policy
 from rljax.train.log import log_info
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.shared_prefix import make_shared_prefix_update
 from rljax.train.update import make_update
 from rljax.types import TrainState
@@ -99,8 +99,8 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, method=method) as run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        state = place(state, shardings.state)
         if method.reference:
             annotate = policy.make_annotate(model, ("old_logp",))
             rows = with_reference(rows, annotate, state, widths, cfg.batch_size // pieces, shardings)

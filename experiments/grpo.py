@@ -18,10 +18,13 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 import jax
+import optax
 
 from experiments.common import command_line, controllers, difficulty, models, runs, settings, train
 from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
@@ -32,13 +35,14 @@ from experiments.common.sampling import initial_extra, make_draw, make_greedy_ba
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.common.verifiers import VERIFIERS
 from rljax.algorithms import kl_in_reward, with_kl
-from rljax.models import decoder, hf, policy
+from rljax.models import decoder, policy
+from rljax.models.decoder import DecoderConfig
 from rljax.rewards.pool import Pool
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import Shardings, make_mesh, place
 from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
-from rljax.train.update import learn, make_update
-from rljax.types import Algorithm, TrainState
+from rljax.train.update import UpdateFn, learn, make_update
+from rljax.types import LM, Algorithm, AnnotateFn, PolicyFn, TrainState
 
 PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "length", "kl_sequence", "tokens_per_second")
 
@@ -88,15 +92,13 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     mesh = make_mesh(**asdict(cfg.mesh))
     train.check_batches(batches, mesh, carries_over=True)
     train.check_algorithm(algorithm, batches, name)
-    algorithm = train.with_filtered_groups(controllers.with_controlled_terms(algorithm, cfg.controllers), batches)
 
     # -- model and data
     tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
-    algorithm = train.with_own_old_logp(algorithm, config, batches.carry_over)
-    model = policy.make_policy(config)
+    algorithm = with_settings(algorithm, cfg, config)
     sampling = training_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
 
     # -- training state
@@ -107,25 +109,19 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
 
     # -- the functions of a step
-    lm = decoder.language_model(config)
-    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data)
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
-    # ref_logp: the KL to the reference is always logged
-    annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
-    keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
-    credit = jax.jit(algorithm.credit)  # advantages
-    make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    update = train.cut_update(make, *sizes)
+    lm, model, annotate, keep, credit, update = make_step(algorithm, optimizer, *sizes)
+    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data)
     log_ratio = train.make_log_ratio(model)
 
     # -- the loop
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
-        state = jax.device_put(state, shardings.state)
+        state = place(state, shardings.state)
         train.check_batch_invariance(config, lm, model, state)
         before = evaluate(state)
         state = run.restore(state)
@@ -148,6 +144,44 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(cfg, before, after, run.directory / "model")
+
+
+class Step(NamedTuple):
+    """The functions of a step, in the order of their use; experiments/preflight.py compiles the same."""
+
+    lm: LM  # that is sampled from
+    model: PolicyFn
+    annotate: AnnotateFn  # reference log-probs, and what else the algorithm needs
+    keep: Callable  # all rows unless batches.oversample > 1
+    credit: Callable  # advantages
+    update: UpdateFn
+
+
+def make_step(
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    batches: Batches,
+    shardings: Shardings,
+    config: DecoderConfig,
+    prompt_tokens: int,
+    max_tokens: int,
+) -> Step:
+    """The functions of a step, for prompts and completions of at most so many tokens."""
+    sizes = (batches, shardings, config, prompt_tokens, max_tokens)
+    model = policy.make_policy(config)
+    # ref_logp: the KL to the reference is always logged
+    annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
+    keep = train.make_keep(algorithm, batches)
+    credit = jax.jit(algorithm.credit)
+    make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
+    return Step(decoder.language_model(config), model, annotate, keep, credit, train.cut_update(make, *sizes))
+
+
+def with_settings(algorithm: Algorithm, cfg: Config, config: DecoderConfig) -> Algorithm:
+    """The algorithm with controlled coefficients, filtered groups and old log-probs, as settings and dtype ask."""
+    algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
+    algorithm = train.with_filtered_groups(algorithm, cfg.batches)
+    return train.with_own_old_logp(algorithm, config, cfg.batches.carry_over)
 
 
 def named_algorithm(cfg: Config) -> Algorithm:

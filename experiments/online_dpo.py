@@ -30,9 +30,9 @@ from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sample_scored, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.common.verifiers import VERIFIERS
-from rljax.models import decoder, hf, policy
+from rljax.models import decoder, policy
 from rljax.rewards.pool import Pool
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.metrics import rollout_metrics
 from rljax.train.update import learn, make_update
 from rljax.types import TrainState
@@ -101,11 +101,11 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
 
     # -- the loop
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         sample_scored = make_sample_scored(lm, annotate, score, sampling, shardings, cfg.seed)
         evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
-        state = jax.device_put(state, shardings.state)
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

@@ -26,8 +26,8 @@ from rljax.algorithms import process_reward_model
 from rljax.data.demonstrations import EMPTY
 from rljax.data.examples import Steps, steps
 from rljax.data.steps import collate_steps
-from rljax.models import heads, hf
-from rljax.train.mesh import make_mesh
+from rljax.models import heads
+from rljax.train.mesh import make_mesh, place
 from rljax.train.update import make_update
 from rljax.types import TrainState
 
@@ -85,8 +85,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter, KIND)  # for tools/export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter, KIND)  # for tools/export.py
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

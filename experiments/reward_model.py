@@ -32,9 +32,9 @@ from rljax.data.demonstrations import EMPTY
 from rljax.data.examples import Comparison, Example, comparison, demonstration
 from rljax.data.preferences import collate_pairs, collate_rankings, ranking
 from rljax.data.tokenizer import Tokenizer
-from rljax.models import heads, hf
+from rljax.models import heads
 from rljax.ops.ranking import kwise, plackett_luce
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.shared_prefix import make_shared_prefix_update
 from rljax.train.update import make_update
 from rljax.types import Objective, ScoreFn, TrainState
@@ -96,8 +96,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter, "outcome")  # for export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter, "outcome")  # for export.py
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

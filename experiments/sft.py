@@ -29,9 +29,9 @@ from experiments.common.settings import Data, MeshShape, Optimizer, Weights
 from rljax.algorithms import dft, sft
 from rljax.data.demonstrations import EMPTY, collate
 from rljax.data.examples import Example, demonstration
-from rljax.models import hf, policy
+from rljax.models import policy
 from rljax.train.log import log_info
-from rljax.train.mesh import make_mesh
+from rljax.train.mesh import make_mesh, place
 from rljax.train.objective import policy_objective
 from rljax.train.packing import make_packed_update
 from rljax.train.update import make_update
@@ -98,8 +98,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, algorithm=algorithm) as run:
-        hf.copy_sidecar_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = jax.device_put(state, shardings.state)
+        models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
+        state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The recipe's loop hands a batch to `update`; the update sums an objective; the objective is the algorithm's loss.
 GRPO = (
     "experiments.grpo.main",
+    "experiments.grpo.make_step",
     # the update
     "rljax.train.update.learn",
     "rljax.train.update.minibatches",

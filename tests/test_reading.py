@@ -23,6 +23,7 @@ RECIPES = (
     "distil",
     "dpo",
     "grpo",
+    "gsm8k_grpo",
     "online_dpo",
     "ppo",
     "process_reward",

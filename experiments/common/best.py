@@ -7,6 +7,7 @@ from pathlib import Path
 from experiments.common.models import save_pretrained
 from rljax.models.decoder import DecoderConfig
 from rljax.models.hf import RewardKind
+from rljax.train import distributed
 from rljax.train.log import write_atomically
 from rljax.types import TrainState
 
@@ -32,10 +33,15 @@ def keep_best(
     """
     record = directory / "best.json"
     step = int(state.step)
-    if record.is_file():
+
+    def is_best() -> bool:
+        if not record.is_file():
+            return True
         best = json.loads(record.read_text())
         is_better = value < best["value"] if lower_is_better else value > best["value"]
-        if not (is_better or math.isnan(best["value"]) or best["step"] == step):
-            return
-    save_pretrained(state.params, state.frozen, config, source, directory / "best", reward_kind=reward_kind)
-    write_atomically(record, json.dumps({"step": step, "metric": metric, "value": value}))
+        return is_better or math.isnan(best["value"]) or best["step"] == step
+
+    if distributed.on_main("best model", is_best):
+        save_pretrained(state.params, state.frozen, config, source, directory / "best", reward_kind=reward_kind)
+        if distributed.is_main():
+            write_atomically(record, json.dumps({"step": step, "metric": metric, "value": value}))

@@ -9,50 +9,76 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import tyro
 
 from experiments.common import hub
+from experiments.common.settings import Hosts
 from rljax.rewards.score import RewardError
-from rljax.train.log import log_info
+from rljax.train import distributed
+from rljax.train.log import log_error
+from rljax.train.provenance import source_digest
+from rljax.train.report import flatten_settings
 
 MORE = "Rarely needed settings that are not listed here: experiments/common/settings.py."
+
+# What a user can mend; everything else is a bug, whose traceback is shown.
+REFUSALS = (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError)
 
 
 def run(config_type: type, main: Callable) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
+    Where several processes run the script, they find each other first, and make sure that settings and code are the
+    same on all. What one of them cannot go on with ends all of them.
+
     Unknown names, wrong types and settings that are refused are one error that says what would be legal; the exit code
     is 2 where the command line could not be parsed, else 1. With --debug the traceback is shown.
     """
-    config = parse(config_type)
+    config, hosts = parse(config_type)
     debug = getattr(config, "debug", False)
     configure_jax(debug)
     try:
+        distributed.initialize(**dataclasses.asdict(hosts))
+        distributed.agree(facts_of(config))
         main(hub.with_local_models(config))
-    except jax.errors.JaxRuntimeError:
-        raise
-    except (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError) as error:
-        if debug:
+    except Exception as error:
+        is_refusal = isinstance(error, REFUSALS) and not isinstance(error, jax.errors.JaxRuntimeError)
+        if debug or not is_refusal:
             traceback.print_exc()
-        log_info(f"error: {error}")
+        if is_refusal:
+            log_error(str(error))
+        distributed.stop_others(str(error) if is_refusal else f"{type(error).__name__}: {error}")
         raise SystemExit(1) from None
 
 
-def parse(config_type: type):
-    """The command line as a `config_type`. Exits after --help, and on an error with the list of legal flags."""
+def facts_of(config: Any) -> dict[str, Any]:
+    """What must be the same on every process of a run: the settings, the code and the version of JAX."""
+    settings = {f"--{name}": value for name, value in flatten_settings(dataclasses.asdict(config)).items()}
+    return {**settings, "code (sha256 of the sources)": source_digest(), "jax": jax.__version__}
+
+
+def parse(config_type: type) -> tuple[Any, Hosts]:
+    """The command line as a `config_type`, and the processes that it names in --hosts.
+
+    Exits after --help, and on an error with the list of legal flags.
+    """
     description = f"{config_type.__doc__} {MORE}"
+    of_script = Annotated[config_type, tyro.conf.arg(name="")]
+    flags = dataclasses.make_dataclass("Flags", [("config", of_script), ("hosts", Hosts, Hosts())], frozen=True)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                config_type, description=description, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True
+            parsed = tyro.cli(
+                flags, description=description, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True
             )
+            return parsed.config, parsed.hosts
     except SystemExit as stop:
         print(errors.getvalue(), end="", file=sys.stderr)
         if stop.code and "Unrecognized" in errors.getvalue():
-            legal = "legal: " + " ".join(flags_of(config_type))
+            legal = "legal: " + " ".join(flags_of(config_type) + flags_of(Hosts, "--hosts."))
             print(textwrap.fill(legal, 100, break_on_hyphens=False), file=sys.stderr)
         raise
 

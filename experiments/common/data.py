@@ -1,5 +1,6 @@
 """Rows, prompts and tokenizers, as a recipe's settings name them."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
 from rljax.data.tokenizer import Tokenizer
 from rljax.data.tokenizer import load_tokenizer as load
 from rljax.models import hf
+from rljax.train import distributed
 from rljax.train.log import log_info
 
 T = TypeVar("T")
@@ -121,7 +123,16 @@ def read_and_split(
     if any(files.weights):
         sides = [[one for one in train if source[one.place] == number] for number in range(len(parts))]
         train = mixed(sides, files.weights, files.paths, seed)
+    _agree_on_rows(what, train, evaluation)
     return train, evaluation
+
+
+def _agree_on_rows(what: str, *sides: Sequence[Found]) -> None:
+    """Raise RuntimeError on every process of a run where one of them read other rows."""
+    if distributed.process_count() > 1:
+        texts = (repr((one.place, one.item)).encode() for side in sides for one in side)
+        digest = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
+        distributed.agree({f"number of {what}": sum(map(len, sides)), f"sha256 of the {what}": digest})
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -221,6 +232,7 @@ def read_all_prompts(
     kept, dropped, cut = shorten(found, overlong, max_tokens, max_tokens, "prompts")
     notes = f"{dropped} dropped, longer than {max_tokens} tokens" + f"; {cut} cut to that ({overlong})" * bool(cut)
     log_info(f"{len(kept)} prompts; {notes}")
+    _agree_on_rows("prompts", kept)
     return as_prompts(kept, tokenizer, max_tokens, seed)
 
 

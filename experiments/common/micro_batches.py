@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.common.chips import hbm_bytes
 from experiments.common.settings import Batches
 from rljax.models.decoder import DecoderConfig
 
@@ -34,9 +35,9 @@ def cut(config: DecoderConfig, batches: Batches, prompt_tokens: int, max_tokens:
     if batches.micro_batches:
         return Pieces(batches.micro_batches, largest_share(rows, group_size, batches.micro_batches * devices))
 
-    backend = jax.default_backend()
+    backend = config.backend
     enough = ENOUGH_COLUMNS.get(backend, ENOUGH_COLUMNS_ELSEWHERE)
-    most_bytes = CPU_BYTES if backend == "cpu" else _device_bytes() / 4
+    most_bytes = CPU_BYTES if backend == "cpu" else _device_bytes(config) / 4
     bytes_of_column = activation_bytes(config, prompt_tokens + max_tokens, backend)
 
     def share_and_columns(pieces: int) -> tuple[int, int]:
@@ -74,6 +75,10 @@ def activation_bytes(config: DecoderConfig, keys: int, backend: str) -> int:
     return config.num_layers * (size * numbers + scores)
 
 
-def _device_bytes() -> float:
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit", 16e9)
+def _device_bytes(config: DecoderConfig) -> float:
+    """Of this machine's devices, or of those of the pod that the program is compiled for."""
+    devices = jax.devices() if config.hidden_sharding is None else config.hidden_sharding.mesh.devices.flat
+    device = next(iter(devices))
+    is_here = device.platform == jax.default_backend()
+    stats = (device.memory_stats() if is_here else None) or {}
+    return stats.get("bytes_limit") or hbm_bytes(device.device_kind)

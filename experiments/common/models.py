@@ -5,12 +5,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.common.settings import Adapter, Weights
 from rljax.models import decoder, heads, hf, lora, param_filters, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
+from rljax.train import distributed
 from rljax.train.mesh import hidden_sharding, param_shardings
 from rljax.types import Params, TrainState
 
@@ -39,29 +41,43 @@ def load_pretrained(
         raise ValueError(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
-    config = hf.read_config(directory, context, reward_model)
-    adapter = lora_of(weights.adapter)
-    config = dataclasses.replace(
+    config = trained_config(hf.read_config(directory, context, reward_model), weights, mesh)
+    params = load_decoder(directory, config, mesh, stored_dtype(weights))
+    if reward_model:
+        params = _with_score_head(params, config, directory, seed)
+    return config, *trained_and_frozen(params, config, weights, seed, reference)
+
+
+def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.Mesh) -> DecoderConfig:
+    """The config of a model that is trained as `weights` says."""
+    return dataclasses.replace(
         config,
         dtype=weights.dtype,
         remat=weights.remat,
-        adapter=adapter,
+        scan_layers=weights.scan_layers,
+        adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
         hidden_sharding=hidden_sharding(mesh),
     )
-    stored = "float32" if adapter is None else weights.dtype
-    params = load_decoder(directory, config, mesh, stored)
-    if reward_model:
-        params = _with_score_head(params, config, directory, seed)
-    if adapter is not None:
-        return config, *_with_adapter(params, config, weights, seed)
 
+
+def stored_dtype(weights: Weights) -> str:
+    """Dtype of a model's parameters: the trained ones are float32, an adapter's base is as it is computed with."""
+    return weights.dtype if weights.adapter.rank else "float32"
+
+
+def trained_and_frozen(
+    params: Params, config: DecoderConfig, weights: Weights, seed: int = 0, reference: bool = True
+) -> tuple[Params, dict]:
+    """A model's parameters as those that are trained and the frozen ones; see `load_pretrained`."""
+    if config.adapter is not None:
+        return _with_adapter(params, config, weights, seed)
     frozen = {}
     if weights.freeze:
         params, frozen["base"] = param_filters.split_frozen(params, *weights.freeze)
     if reference:
         frozen["reference"] = jax.tree.map(jnp.copy, params)
-    return config, params, frozen
+    return params, frozen
 
 
 def _with_score_head(params: Params, config: DecoderConfig, directory: str, seed: int) -> Params:
@@ -78,11 +94,11 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
 
 
 def load_model(
-    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None
+    directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None, scan_layers: bool = False
 ) -> tuple[DecoderConfig, Params]:
     """Config and parameters of a model that is not trained, in the dtype of the computation."""
     config = hf.read_config(directory, context)
-    config = dataclasses.replace(config, dtype=dtype, hidden_sharding=hidden_sharding(mesh))
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, hidden_sharding=hidden_sharding(mesh))
     return config, load_decoder(directory, config, mesh, dtype)
 
 
@@ -99,7 +115,7 @@ def load_teacher(
             f"{directory}: a teacher of {vocab_size} token ids, the student has {student.vocab_size}; "
             "legal: the same vocabulary"
         )
-    return load_model(directory, mesh, dtype, context)
+    return load_model(directory, mesh, dtype, context, student.scan_layers)
 
 
 def add_critic(
@@ -123,7 +139,9 @@ def add_critic(
     if not directory:
         return {**params, "critic": critic}
 
-    loaded = load_decoder(directory, hf.read_config(directory, reward_model=True), mesh, "float32")
+    reward_config = hf.read_config(directory, reward_model=True)
+    reward_config = dataclasses.replace(reward_config, scan_layers=config.scan_layers)
+    loaded = load_decoder(directory, reward_config, mesh, "float32")
     # A reward model may lack the table of logits, which a critic does not use.
     trunk = {**critic["decoder"], **loaded["decoder"]}
     if jax.tree.map(jnp.shape, trunk) != jax.tree.map(jnp.shape, critic["decoder"]):
@@ -176,25 +194,36 @@ def save_pretrained(
       replace: a directory that is there is replaced by a whole one; else ValueError.
       reward_kind: of a reward model; config.json keeps it.
     """
-    trained = dict(params)
-    low_rank = trained.pop("lora", None)
-    if low_rank is None:
-        whole = decoder.full_params(config, trained, jax.device_get(frozen))["decoder"]
-    else:
-        whole = _merged(low_rank, frozen, config, source)
-    hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
+    base = {} if holds_tensors(Path(source)) and "lora" in params else frozen.get("base", {})
+    trained, base = distributed.fetch_to_main((dict(params), base))
+
+    def write() -> None:
+        low_rank = trained.pop("lora", None)
+        if low_rank is None:
+            whole = decoder.full_params(config, trained, {"base": base} if base else {})["decoder"]
+        else:
+            whole = _merged(low_rank, base, config, source)
+        hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
+
+    distributed.on_main(f"save {directory}", write)
 
 
-def _merged(low_rank: Params, frozen: Params, config: DecoderConfig, source: str | Path) -> Params:
+def keep_model_files(
+    source: str | Path, directory: str | Path, adapter: LoraConfig | None, reward_kind: hf.RewardKind | None = None
+) -> None:
+    """Write beside the checkpoints what tools/export.py needs of the model that a run began with."""
+    distributed.on_main("model files", lambda: hf.copy_sidecar_files(source, directory, adapter, reward_kind))
+
+
+def _merged(low_rank: Params, base: Params, config: DecoderConfig, source: str | Path) -> Params:
     """The decoder's parameters with the adapter merged into them, in float32, on the host."""
-    host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     if holds_tensors(Path(source)):
         shardings = jax.tree.map(lambda _: host, decoder.abstract(config))
-        base = hf.load(source, config, shardings)
+        whole = hf.load(source, config, shardings)
     else:
-        base = jax.tree.map(lambda x: x.astype(jnp.float32), jax.device_get(frozen["base"]["decoder"]))
-        base = jax.device_put(base, host)
-    return lora.merge(config.adapter, base, jax.device_put(jax.device_get(low_rank), host))
+        whole = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), base["decoder"]), host)
+    return lora.merge(config.adapter, whole, jax.device_put(jax.device_get(low_rank), host))
 
 
 def sync_reference(state: TrainState, weights: Weights) -> TrainState:

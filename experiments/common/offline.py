@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from experiments.common import data, micro_batches
-from experiments.common.settings import Batches
+from experiments.common.settings import PLACEMENT, Batches
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
@@ -49,6 +49,7 @@ def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str =
         functions=functions,
         save_every=cfg.save_every,
         progress_metrics=progress_metrics,
+        placement=PLACEMENT,
     )
 
 

@@ -20,8 +20,9 @@ from rljax.models.decoder import DecoderConfig
 from rljax.ops.ranking import min_over_steps
 from rljax.rewards.score import ModelReward, RowText, StepScores, decode_rows, prompt_indices
 from rljax.rewards.steps import mark_step_ends
+from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.train.mesh import RULES, data_parallel_size, hidden_sharding
+from rljax.train.mesh import RULES, data_parallel_size, hidden_sharding, place
 from rljax.types import Params, PromptBatch, Trajectory, trajectory_of_tokens
 
 PIECE_TOKENS = 8192  # tokens on a device at a time when a reward model reads a rollout
@@ -45,7 +46,7 @@ def load_reward_model(
     if own.vocabulary() == tokenizer.vocabulary():
         return lambda traj, prompts: score_rows(traj)
     log_info(f"{directory} has another vocabulary than the policy: it reads prompts and completions as text")
-    return lambda traj, prompts: score_rows(encode_again(traj, prompts, tokenizer, own))
+    return lambda traj, prompts: score_rows(encode_again(distributed.fetch(traj), prompts, tokenizer, own))
 
 
 def load_process_reward_model(
@@ -68,6 +69,7 @@ def load_process_reward_model(
     token_bytes = data.token_bytes(tokenizer, config.vocab_size)
 
     def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
+        traj = distributed.fetch(traj)
         ends = mark_step_ends(traj, token_bytes, separator)
         probability = jax.nn.sigmoid(score_tokens(traj))
         return StepScores(probability, ends) if per_step else min_over_steps(probability, jnp.asarray(ends))
@@ -98,15 +100,15 @@ def make_score_rows(
 
     def score_rows(traj: Trajectory) -> np.ndarray:
         B, T = traj.mask.shape
-        columns = {name: np.asarray(getattr(traj, name)) for name in fields}
+        columns = distributed.fetch({name: getattr(traj, name) for name in fields})
         at_once = max(1, PIECE_TOKENS // (T + 1))
         rows = devices * min(at_once, math.ceil(B / devices))
         scores = []
         for start in range(0, B, rows):
             here = np.minimum(np.arange(start, start + rows), B - 1)  # the last piece repeats the last row
-            piece = {name: jax.device_put(column[here], sharding) for name, column in columns.items()}
+            piece = place({name: column[here] for name, column in columns.items()}, sharding)
             scores.append(score(params, {}, Trajectory(logp=jnp.zeros((rows, T)), **piece)))
-        found = np.concatenate(jax.device_get(scores))[:B]
+        found = np.concatenate(distributed.fetch(scores))[:B]
         tokens = np.where(columns["mask"], columns["positions"] + 2, 0).max(axis=1)  # of prompt and completion
         found[tokens > config.max_positions] = np.nan
         return found

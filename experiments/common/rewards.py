@@ -19,10 +19,12 @@ from rljax.ops.shaping import at_last_decision
 from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
-from rljax.rewards.score import ModelReward, Score, make_score
+from rljax.rewards.score import Hosts, ModelReward, Score, make_score
 from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
+from rljax.rewards.worker import Result
+from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.types import Trajectory
+from rljax.types import PromptBatch, Trajectory
 
 
 class Rewards(NamedTuple):
@@ -137,8 +139,10 @@ def load_score(
             )
         else:
             model_rewards[name] = load_reward_model(place, mesh, tokenizer, dtype)
+    process = f"-process{distributed.process_index()}" * (not distributed.is_main())
     for number, (name, make) in enumerate(rewards.servers.items()):
-        model_rewards[name] = make(tokenizer, AnswerCache(directory / "answers" / f"{number}.jsonl"))
+        cache = AnswerCache(directory / "answers" / f"{number}{process}.jsonl")
+        model_rewards[name] = _of_own_rows(make(tokenizer, cache))
     return make_score(
         rewards.verifiers,
         tokenizer.decode,
@@ -148,7 +152,18 @@ def load_score(
         rewards.conditions,
         rewards.options.max_failed,
         report=log_info,
+        hosts=Hosts(distributed.fetch, distributed.share_rows),
     )
+
+
+def _of_own_rows(reward: ModelReward) -> ModelReward:
+    """The reward of a server, which each process asks about its own rows."""
+
+    def of_all_rows(traj: Trajectory, prompts: PromptBatch) -> list[Result]:
+        rows = distributed.fetch(traj)
+        return distributed.share_rows(lambda own: reward(jax.tree.map(lambda x: x[own], rows), prompts), rows.group)
+
+    return of_all_rows
 
 
 # -------------------------------------------------------------------------------------------------------------- servers

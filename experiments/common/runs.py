@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from experiments.common import data, hub
 from experiments.common.best import keep_best
 from experiments.common.rows import make_shape, text_of_prompt
+from experiments.common.settings import PLACEMENT
 from experiments.common.verifiers import check_answers
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
@@ -100,6 +101,7 @@ def make_run(
         save_every=cfg.save_every,
         log_samples_every=cfg.log_samples_every,
         progress_metrics=progress_metrics,
+        placement=PLACEMENT,
     )
 
 

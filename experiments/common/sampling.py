@@ -1,7 +1,6 @@
 """What a step samples: completions of new prompts, and with `carry_over` those that the last step left unfinished."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +20,9 @@ from rljax.rewards.score import Score
 from rljax.rollouts import partial as rollouts
 from rljax.rollouts.sample_token import distribution_settings
 from rljax.rollouts.sampler import sample
+from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, shard_prompts
+from rljax.train.mesh import Shardings, shard_prompts, shard_rows
 from rljax.types import LM, Algorithm, AnnotateFn, Params, PromptBatch, Sampling, TrainState, Trajectory
 
 
@@ -132,10 +132,13 @@ def make_draw(
     def draw_and_carry(state: TrainState, step: int):
         carried = rollouts.carry_from_arrays(state.extra, prompts.columns_of)
         fresh = prompts.draw(state.cursor, count + carry if carried is None else count)
-        draw_rows = partial(sample_rows, state, step, sampling=until_enough)
         columns = row_tokens(prompts, sampling)
+
+        def draw_rows(rows: PromptBatch) -> Trajectory:
+            return distributed.fetch(sample_rows(state, step, rows, until_enough))
+
         traj, rows, left = rollouts.partial_step(draw_rows, fresh, carried, n, carry, step, columns)
-        return traj, rows, state.replace(extra=rollouts.carry_to_arrays(left))
+        return shard_rows(shardings, traj), rows, state.replace(extra=rollouts.carry_to_arrays(left))
 
     return draw_and_carry
 

@@ -10,6 +10,12 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 T = TypeVar("T")
+PLACEMENT = (
+    "mesh",
+    "micro_batches",
+    "remat",
+    "offload",
+)  # settings that a resumed run may change
 Rare = tyro.conf.Suppress if {"-h", "--help"} & set(sys.argv) else Annotated[T, "rare"]
 
 
@@ -74,6 +80,9 @@ class Weights:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of an adapter's base
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes, to save memory
+    scan_layers: Rare[bool] = (
+        False  # layers as one loop: deep models compile in a fraction of the time, small ones slow
+    )
     batch_invariant: Rare[bool] = False  # sampler and trainer agree to the bit; refused where this machine cannot
     adapter: Adapter = Adapter()
     freeze: Rare[tuple[str, ...]] = ()  # regular expressions of paths (decoder/layers/3/mlp/up) that are not trained
@@ -153,6 +162,17 @@ class MeshShape:
     sequence: Rare[int] = 1  # devices over which the columns of a row are split in scoring and update
     expert: Rare[int] = 1  # devices over which the experts of a mixture are split, and rows
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes of one run, for every script: found under SLURM, Cloud TPU, GKE and Open MPI, else as given."""
+
+    coordinator: Rare[str] = ""  # HOST:PORT of process 0
+    processes: Rare[int] = 0  # how many there are; 0: found; 1: this one alone
+    process: Rare[int] = -1  # the number of this one, from 0; -1: found
+    deadline_seconds: Rare[float] = 300.0  # for all processes to come
+    heartbeat_seconds: Rare[int] = 100  # silence of a process after which the others are ended
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Literal
 from experiments.common import command_line
 from experiments.common.models import save_pretrained
 from rljax.models import hf, peft
+from rljax.models.stacks import are_stacked
 from rljax.train.checkpoint import restore_items
 from rljax.train.log import log_info
 
@@ -49,6 +50,7 @@ def main(cfg: Config) -> None:
     base_is_there = base_directory != model_files
     needed = ("params",) if separate or base_is_there else ("params", "frozen")
     step, parts = restore_items(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
+    config = dataclasses.replace(config, scan_layers=are_stacked(parts["params"]))
     if separate:
         peft.save_adapter(cfg.out, config, parts["params"]["lora"], base_directory)
     else:

@@ -1,6 +1,7 @@
 """The KV cache of a decoder: a plain pytree of keys and values, and of the position and segment of each column.
 
-    layers               one {"key" [B KV K S], "value" [B KV S K]} for each layer
+    layers               one {"key" [B KV K S], "value" [B KV S K]} for each layer; or {"key" [B n KV K S], "value"
+                         [B n KV S K]} for each stack of n scanned layers
     positions, segments  [B S]; segment 0: an empty column
     length               [B] columns in use: the next token of a row goes into column length[b]
     routing              [B S M k] experts chosen for each token (mixtures of experts)
@@ -10,7 +11,8 @@
 A row's tokens may come in any number of calls: a prompt, one token at a time, the reply of a tool.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,11 @@ from rljax.models.attention import AttentionMask
 
 Cache = dict[str, Any]
 PER_TOKEN = ("layers", "positions", "segments", "routing")  # entries that have a column for each token
-COLUMN_AXIS = {"key": 3, "value": 2}  # axis of the columns, where it is not 1
+COLUMN_AXIS = {"key": -1, "value": -2}  # axis of the columns, where it is not 1
 
 
 def init(
-    num_layers: int,
+    stacked: Sequence[tuple[int, ...]],
     rows: int,
     length: int,
     num_kv_heads: int,
@@ -35,13 +37,14 @@ def init(
     """An empty cache for `rows` rows of up to `length` tokens.
 
     Args:
+      stacked: for each layer (), or for each stack of layers (n,).
       routing: (number of mixture-of-experts layers, experts per token, dtype of their indices); None: no such layers.
     """
-    key_shape = (rows, num_kv_heads, head_dim, length)
-    value_shape = (rows, num_kv_heads, length, head_dim)
+    key = (num_kv_heads, head_dim, length)
+    value = (num_kv_heads, length, head_dim)
     cache = {
         "layers": [
-            {"key": jnp.zeros(key_shape, dtype), "value": jnp.zeros(value_shape, dtype)} for _ in range(num_layers)
+            {"key": jnp.zeros((rows, *n, *key), dtype), "value": jnp.zeros((rows, *n, *value), dtype)} for n in stacked
         ],
         "positions": jnp.zeros((rows, length), jnp.int32),
         "segments": jnp.zeros((rows, length), jnp.int32),
@@ -78,12 +81,35 @@ def append_positions(cache: Cache, positions: Int[Array, "B T"], segments: Int[A
     }
 
 
-def append_kv(layer: dict[str, Array], key: Array, value: Array, start: Int[Array, "B"]) -> dict[str, Array]:
-    """One layer of the cache with keys and values [B T KV K] of new columns."""
-    return {
-        "key": write_columns(layer["key"], jnp.moveaxis(key, 1, 3), start, COLUMN_AXIS["key"]),
-        "value": write_columns(layer["value"], jnp.moveaxis(value, 1, 2), start, COLUMN_AXIS["value"]),
-    }
+class LayerCache(NamedTuple):
+    """What one layer reads and writes."""
+
+    shared: dict[str, Array] | None  # keys and values of the shared prefix
+    own: dict[str, Array]  # of the rows' own columns
+    place: Int[Array, ""] | None = None  # of the layer, where these are those of a stack
+
+    def append(self, key: Array, value: Array, start: Int[Array, "B"]) -> "LayerCache":
+        """With keys and values [B T KV K] of new columns. Of a stack nothing else is written."""
+        new = {"key": jnp.moveaxis(key, 1, 3), "value": jnp.moveaxis(value, 1, 2)}
+        return self._replace(own={name: self._write(name, new[name], start) for name in new})
+
+    def _write(self, name: str, new: Array, start: Int[Array, "B"]) -> Array:
+        if self.place is None:
+            return write_columns(self.own[name], new, start, COLUMN_AXIS[name] % 4)
+
+        def write_row(row, new_row, first):  # [n KV K S], [KV K T]
+            begin = [self.place, 0, 0, 0]
+            begin[COLUMN_AXIS[name]] = first
+            return jax.lax.dynamic_update_slice(row, new_row[None].astype(row.dtype), begin)
+
+        return jax.vmap(write_row)(self.own[name], new, start)
+
+    def keys_values(self) -> list[tuple[Array, Array]]:
+        """(keys [R KV K S], values [R KV S K]) of the shared prefix, if there is one, and of the rows."""
+        parts = [part for part in (self.shared, self.own) if part is not None]
+        if self.place is not None:
+            parts = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.place, axis=1, keepdims=False), parts)
+        return [(part["key"], part["value"]) for part in parts]
 
 
 def cache_mask(cache: Cache, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> AttentionMask:
@@ -93,10 +119,10 @@ def cache_mask(cache: Cache, positions: Int[Array, "B T"], segments: Int[Array, 
     return AttentionMask(positions, segments, keys)
 
 
-def layer_caches(cache: Cache) -> list[tuple[dict | None, dict]]:
-    """For each layer (shared keys and values or None, own keys and values)."""
+def layer_caches(cache: Cache) -> list[LayerCache]:
+    """What each layer reads and writes; of stacks, still of all their layers."""
     shared = cache["shared"]["layers"] if "shared" in cache else [None] * len(cache["layers"])
-    return list(zip(shared, cache["layers"], strict=True))
+    return list(map(LayerCache, shared, cache["layers"]))
 
 
 # ------------------------------------------------------------------------------------------------- operations on rows
@@ -111,7 +137,7 @@ def scatter(cache: Cache, rows: Int[Array, "R"], other: Cache) -> Cache:
     """The cache with rows[i] replaced by row i of `other`, which may have fewer columns: refills finished slots."""
 
     def replace_rows(path, x, y):
-        axis = _column_axis(path)
+        axis = _column_axis(path, x)
         before = (slice(None),) * (axis - 1)
         columns = slice(y.shape[axis])
         return x.at[(rows, *before, columns)].set(y)
@@ -127,7 +153,7 @@ def grow(cache: Cache, columns: int) -> Cache:
     """The cache with that many more columns, empty."""
 
     def pad_columns(path, x):
-        return jnp.pad(x, [(0, columns if axis == _column_axis(path) else 0) for axis in range(x.ndim)])
+        return jnp.pad(x, [(0, columns if axis == _column_axis(path, x) else 0) for axis in range(x.ndim)])
 
     return cache | jax.tree.map_with_path(pad_columns, _per_token(cache))
 
@@ -137,7 +163,7 @@ def fork(cache: Cache, n: int, columns: int) -> Cache:
     rows = cache["length"].shape[0] * n
 
     def empty(path, x):
-        sizes = {0: rows, _column_axis(path): columns}
+        sizes = {0: rows, _column_axis(path, x): columns}
         return jnp.zeros([sizes.get(axis, size) for axis, size in enumerate(x.shape)], x.dtype)
 
     shared = _per_token(cache)
@@ -159,8 +185,8 @@ def routing(cache: Cache) -> Int[Array, "B S M k"]:
     return jnp.concatenate([jnp.repeat(shared, n, axis=0), cache["routing"]], axis=1)
 
 
-def _column_axis(path) -> int:
-    return COLUMN_AXIS.get(getattr(path[-1], "key", None), 1)
+def _column_axis(path, x: Array) -> int:
+    return COLUMN_AXIS.get(getattr(path[-1], "key", None), 1) % x.ndim
 
 
 def _per_token(cache: Cache) -> Cache:

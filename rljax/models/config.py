@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 from jax.sharding import NamedSharding
 
 from rljax.models import rope
@@ -11,6 +12,7 @@ from rljax.models.batch_invariant import LANE
 from rljax.models.lora import LoraConfig
 from rljax.models.moe import MoEConfig
 from rljax.models.rope import Rope
+from rljax.models.stacks import find_scans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,9 @@ class DecoderConfig:
     fused_projections: bool = False  # queries, keys and values in one matrix, gate and up in another, for decoding
     batch_invariant: bool = False  # a token's numbers have the same bits decoded or scored, alone or in any batch (CPU)
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    scan_layers: bool = (
+        False  # parameters and cache of like layers stacked: deep decoders compile as fast as short ones
+    )
     hidden_sharding: NamedSharding | None = None  # of hidden states [B T D] between layers; None: XLA chooses
 
     def __post_init__(self):
@@ -62,6 +67,17 @@ class DecoderConfig:
         if self.batch_invariant and self.head_dim % LANE:
             raise ValueError(f"batch_invariant: head_dim is {self.head_dim}; legal: multiples of {LANE}")
 
+    @property
+    def backend(self) -> str:
+        """The platform that the decoder runs on: that of the mesh, which may be of a pod that is not there."""
+        if self.hidden_sharding is None:
+            return jax.default_backend()
+        return self.hidden_sharding.mesh.devices.flat[0].platform
+
+    @property
+    def num_devices(self) -> int:
+        return jax.device_count() if self.hidden_sharding is None else self.hidden_sharding.mesh.size
+
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else rope.default(10_000.0, self.head_dim)
 
@@ -75,3 +91,12 @@ class DecoderConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
+
+    def layer_scans(self) -> tuple[tuple[range, ...], ...]:
+        """The scans of a decoder with `scan_layers`, as `models.stacks.find_scans` gives them."""
+        kinds = [(self.rope(i), self.window(i), self.is_moe_layer(i)) for i in range(self.num_layers)]
+        return find_scans(kinds)
+
+    def layer_stacks(self) -> list[range]:
+        """The layers of each stack of a decoder with `scan_layers`."""
+        return [layers for scan in self.layer_scans() for layers in scan]

@@ -10,6 +10,7 @@ and the embeddings are cast to `DecoderConfig.dtype`. All layers follow their in
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rljax.models import caches
+from rljax.models import caches, stacks
 from rljax.models.config import DecoderConfig as DecoderConfig
 from rljax.models.layers import Decoder
 from rljax.models.lora import attach
@@ -34,19 +35,43 @@ def _definition(config: DecoderConfig):
 
 
 def init(config: DecoderConfig, key: Array) -> Params:
-    """Random parameters. Layers are keyed by integers: nnx orders its children by key, and "10" < "2"."""
+    """Random parameters. Layers are keyed by integers: nnx orders its children by key, and "10" < "2".
+
+    With `scan_layers` they have the same values, stacked.
+    """
+    if config.scan_layers:
+        return stacks.stack(config.layer_scans(), init(dataclasses.replace(config, scan_layers=False), key))
     return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param))
 
 
 def abstract(config: DecoderConfig) -> Params:
     """Shapes and dtypes of the parameters; nothing is allocated."""
-    return nnx.to_pure_dict(_definition(config)[1])
+    shapes = nnx.to_pure_dict(_definition(config)[1])
+    if not config.scan_layers:
+        return shapes
+
+    def stacked(layers: range, block: Params) -> Params:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(layers), *x.shape), x.dtype), block)
+
+    return {**shapes, "layers": _map_stacks(stacked, config, shapes["layers"])}
+
+
+def _map_stacks(fn: Callable[[range, Params], Params], config: DecoderConfig, blocks: Params) -> Params:
+    """fn(layers of the stack, its block) for each stack."""
+    return {name: fn(layers, blocks[name]) for layers in config.layer_stacks() for name in [stacks.stack_name(layers)]}
 
 
 def param_axes(config: DecoderConfig) -> Params:
     """For each parameter a tuple of logical axis names, for the sharding rules of `train.mesh`."""
     specs = nnx.to_pure_dict(nnx.get_partition_spec(_definition(config)[1]))
-    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+    def names(tree, *before: str) -> Params:
+        return jax.tree.map(lambda spec: (*before, *spec), tree, is_leaf=lambda x: isinstance(x, jax.P))
+
+    if not config.scan_layers:
+        return names(specs)
+    blocks = _map_stacks(lambda _, block: names(block, "layers"), config, specs["layers"])
+    return {**names(specs), "layers": blocks}
 
 
 def full_params(config: DecoderConfig, params: Params, frozen: Params) -> Params:
@@ -87,10 +112,9 @@ def _overwrite(base: Params, params: Params) -> Params:
 def init_cache(config: DecoderConfig, rows: int, length: int) -> caches.Cache:
     """An empty cache for `rows` rows of up to `length` tokens."""
     moe = config.moe
+    stacked = [(len(layers),) for layers in config.layer_stacks()] if config.scan_layers else [()] * config.num_layers
     routing = None if moe is None else (len(moe.layers), moe.num_experts_per_tok, moe.routing_dtype)
-    return caches.init(
-        config.num_layers, rows, length, config.num_kv_heads, config.head_dim, config.dtype, routing=routing
-    )
+    return caches.init(stacked, rows, length, config.num_kv_heads, config.head_dim, config.dtype, routing=routing)
 
 
 def forward(
@@ -137,11 +161,11 @@ def logits(config: DecoderConfig, params: Params, hidden: Float[Array, "*N D"]) 
 def fuse_projections(config: DecoderConfig, params: Params) -> Params:
     """The parameters for a config with `fused_projections`: fewer and larger matmuls, which take most of decoding."""
 
-    def fused_block(i: int, block: Params) -> Params:
-        mlp = block["mlp"] if config.is_moe_layer(i) else _fused_mlp(config, block["mlp"])
+    def fused_block(block: Params) -> Params:
+        mlp = block["mlp"] if "router" in block["mlp"] else _fused_mlp(config, block["mlp"])
         return block | {"attention": _fused_attention(config, block["attention"]), "mlp": mlp}
 
-    return params | {"layers": {i: fused_block(i, block) for i, block in params["layers"].items()}}
+    return params | {"layers": {i: fused_block(block) for i, block in params["layers"].items()}}
 
 
 def _fused_attention(config: DecoderConfig, attention: Params) -> Params:

@@ -28,7 +28,8 @@ def make_compare(
       there are two models.
     """
     teacher_config = teacher_config or config
-    chunk_tokens = chunk_tokens or max(1, default_chunk_tokens(config.vocab_size) // 2)
+    of_one = default_chunk_tokens(config.vocab_size, config.backend, config.num_devices)
+    chunk_tokens = chunk_tokens or max(1, of_one // 2)
 
     def compare(params: Params, frozen: Params, batch: Distillation, divergence: DivergenceOfLogits) -> TokenComparison:
         if "teacher" not in frozen:

@@ -28,8 +28,8 @@ from rljax.models.layout import (
     NOT_TRANSPOSED,
     TensorSlice,
     atomic_directory,
-    is_stacked,
     num_input_axes,
+    num_stacked_axes,
     path_keys,
     preview,
     tensor_shapes,
@@ -101,10 +101,14 @@ def _load_param(files: dict[str, Path], path: tuple, slices: list[TensorSlice], 
 
     def read_index(index) -> np.ndarray:
         index = tuple(slice(*i.indices(n)) for i, n in zip(index, shape, strict=True))
-        if not is_stacked(path, shape):
+        stacked = num_stacked_axes(path, shape)
+        if not stacked:
             return _read_slice(files, path, slices[0], index, shape, dtype)
-        experts = [_read_slice(files, path, piece, index[1:], shape[1:], dtype) for piece in slices[index[0]]]
-        return np.stack(experts)
+        numbers = np.arange(len(slices)).reshape(shape[:stacked])[index[:stacked]]
+        out = np.empty([i.stop - i.start for i in index], dtype)
+        for place, number in np.ndenumerate(numbers):
+            out[place] = _read_slice(files, path, slices[number], index[stacked:], shape[stacked:], dtype)
+        return out
 
     return jax.make_array_from_callback(shape, sharding, read_index)
 
@@ -229,7 +233,8 @@ def to_hf_config(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "flo
       stop: token ids that end a completion.
     """
     shape = [getattr(config, field.name) for field in dataclasses.fields(config)[:8]]
-    free = ("rms_norm_eps", "tie_word_embeddings", "dtype", "attn_implementation", "remat", "adapter")
+    free = ("rms_norm_eps", "tie_word_embeddings", "dtype", "attn_implementation", "adapter")
+    free += ("remat", "scan_layers", "hidden_sharding")  # of how it is computed
     llama = dataclasses.replace(DecoderConfig(*shape), **{name: getattr(config, name) for name in free})
     if llama != config:
         raise ValueError("only a Llama can be written; a decoder that was loaded keeps its own config.json")
@@ -303,16 +308,18 @@ def save(
 def named_tensors(config: DecoderConfig, params: Params, fused: bool = False) -> Iterator[tuple[str, np.ndarray]]:
     """Every stored tensor of the decoder's parameters, one at a time, with its name: the inverse of `load`."""
     leaves = {path_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    rows_of: dict[str, list[tuple[int, tuple, int]]] = {}  # stored name -> (first row, path, expert or -1) of each part
+    rows_of: dict[
+        str, list[tuple[int, tuple, tuple]]
+    ] = {}  # stored name -> (first row, path, place in it) of each part
     for path, slices in tensor_slices(config, fused).items():
-        stacked = is_stacked(path, leaves[path].shape)
-        for number, piece in enumerate(slices):
-            rows_of.setdefault(piece.name, []).append((piece.start, path, number if stacked else -1))
+        shape = leaves[path].shape
+        places = np.ndindex(shape[: num_stacked_axes(path, shape)])
+        for place, piece in zip(places, slices, strict=True):
+            rows_of.setdefault(piece.name, []).append((piece.start, path, place))
     for name, parts in rows_of.items():
-        rows = []
-        for _, path, expert in sorted(parts):
-            leaf = leaves[path] if expert < 0 else leaves[path][expert]
-            rows.append(_stored_tensor(path, leaf))
+        rows = [
+            _stored_tensor(path, leaves[path][place] if place else leaves[path]) for _, path, place in sorted(parts)
+        ]
         yield name, np.concatenate(rows) if len(rows) > 1 else rows[0]
 
 

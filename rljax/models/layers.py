@@ -16,6 +16,7 @@ from rljax.models.attention import AttentionMask, SharedPrefixMask, attend, atte
 from rljax.models.config import DecoderConfig
 from rljax.models.lora import LoraWeight
 from rljax.models.moe import moe_mlp, route
+from rljax.models.stacks import stack_name
 from rljax.ops.logprobs import tree_sum
 from rljax.types import SharedPrefix
 
@@ -128,7 +129,14 @@ class Attention(nnx.Module):
         self.window = config.window(layer)
         self.config = config
 
-    def __call__(self, x, mask: AttentionMask | SharedPrefixMask, rotations: list[tuple], cache, start):
+    def __call__(
+        self,
+        x,
+        mask: AttentionMask | SharedPrefixMask,
+        rotations: list[tuple],
+        cache: caches.LayerCache | None,
+        start: Int[Array, "B"] | None,
+    ):
         """The change [B T D] of the hidden states, and the layer's cache with the keys and values of x."""
         config = self.config
         query, key, value = self.projections(x)
@@ -149,10 +157,8 @@ class Attention(nnx.Module):
         if cache is None:
             out = attend(query, key, value, mask, implementation=config.attn_implementation, **settings)
         else:
-            shared, own = cache
-            cache = caches.append_kv(own, key, value, start)
-            keys_values = [(part["key"], part["value"]) for part in (shared, cache) if part is not None]
-            out = attend_cached(query, keys_values, mask, **settings)
+            cache = cache.append(key, value, start)
+            out = attend_cached(query, cache.keys_values(), mask, **settings)
         return _project_by(self, "out", out, inputs=2), cache
 
     def projections(self, x):
@@ -231,7 +237,8 @@ class Block(nnx.Module):
         self.has_post_norms = config.norms != "pre"
         self.hidden_sharding = config.hidden_sharding
 
-    def __call__(self, x, mask: AttentionMask | SharedPrefixMask, rotations: list[tuple], cache, start, routing):
+    def __call__(self, x, cache: caches.LayerCache | None, routing, mask, rotations, start):
+        """x [B T D] after the block, its cache with the new columns, and the experts [B T k] of a mixture."""
         x = _with_sharding(x, self.hidden_sharding)
         normed = self.attention_norm(x) if self.has_pre_norms else x
         change, cache = self.attention(normed, mask, rotations, cache, start)
@@ -250,7 +257,11 @@ class Decoder(nnx.Module):
         # Tables are split along the vocabulary only: XLA would gather a table that is split along both axes whole at
         # each use.
         self.embedding = _matrix(rngs, (V, D), ("vocabulary", None), D)
-        self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
+        if config.scan_layers:
+            blocks = {stack_name(layers): Block(config, layers[0], rngs) for layers in config.layer_stacks()}
+            self.layers = nnx.Dict(blocks)  # shaped like one layer of each stack; the parameters are those of all
+        else:
+            self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_layers)])
         self.norm = RMSNorm(config, (D,))
         if not config.tie_word_embeddings:
             self.head = _matrix(rngs, (D, V), (None, "vocabulary"), D)
@@ -262,7 +273,7 @@ class Decoder(nnx.Module):
         if cache is None:
             start = None
             mask = AttentionMask(positions, segments)
-            cached_layers = [None] * config.num_layers
+            layers = [None] * len(self.layers)
             if prefix is not None:  # one row for each group from here on: its prefix, then its rows
                 mask = SharedPrefixMask.join(AttentionMask(prefix.positions, prefix.segments), mask)
                 tokens = flatten_groups(prefix.inputs, tokens)
@@ -272,31 +283,90 @@ class Decoder(nnx.Module):
             start = cache["length"]
             cache = caches.append_positions(cache, positions, segments)
             mask = caches.cache_mask(cache, positions, segments)
-            cached_layers = caches.layer_caches(cache)
+            layers = caches.layer_caches(cache)
 
         x = self.embedding[...][tokens].astype(config.dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         rotations = [rope.cos_sin(positions, table) for table in config.rope_tables()]
         moe_layers = config.moe.layers if config.moe else ()
-        new_layers = []
-        chosen_experts = []
-        for i, block in enumerate(self.layers):
-            run = _with_remat(block, config.remat if cache is None else "none")
-            is_replayed = routing is not None and i in moe_layers
-            replayed = routing[:, :, moe_layers.index(i)] if is_replayed else None
-            x, layer, chosen = run(x, mask, rotations, cached_layers[i], start, replayed)
-            new_layers.append(layer)
-            if chosen is not None:
-                chosen_experts.append(chosen)
+        replayed = {} if routing is None else {layer: routing[:, :, m] for m, layer in enumerate(moe_layers)}
+        run = self._scan if config.scan_layers else self._unroll
+        x, layers, chosen = run(x, layers, replayed, mask, rotations, start)
         if cache is not None:
-            cache = {**cache, "layers": new_layers}
-            if chosen_experts:
-                cache["routing"] = caches.write_columns(cache["routing"], jnp.stack(chosen_experts, axis=2), start)
+            cache = {**cache, "layers": [layer.own for layer in layers]}
+            if moe_layers:
+                experts = jnp.stack([chosen[layer] for layer in moe_layers], axis=2)
+                cache["routing"] = caches.write_columns(cache["routing"], experts, start)
         x = _with_sharding(x, config.hidden_sharding)
         if prefix is not None:
             _, x = mask.split(x)
         return self.norm(x), cache
+
+    def _unroll(self, x, layers: list, replayed: dict[int, Array], *settings):
+        """x after all blocks, the layers' caches with the new columns, and the experts [B T k] by layer."""
+        new_layers = []
+        chosen = {}
+        for i, block in enumerate(self.layers):
+            run = self._with_remat(block, layers[i])
+            x, layer, chosen[i] = run(x, layers[i], replayed.get(i), *settings)
+            new_layers.append(layer)
+        return x, new_layers, chosen
+
+    def _scan(self, x, layers: list, replayed: dict[int, Array], *settings):
+        """`_unroll` of stacked layers: scans one after the other."""
+        caches_of = dict(zip(self.config.layer_stacks(), layers, strict=True))
+        chosen = {}
+        for stacks in self.config.layer_scans():
+            x, new_caches, experts = self._scan_stacks(x, stacks, caches_of, replayed, settings)
+            caches_of |= new_caches
+            for layers_of_stack, found in experts.items():
+                chosen |= {} if found is None else dict(zip(layers_of_stack, found, strict=True))
+        return x, list(caches_of.values()), chosen
+
+    def _scan_stacks(self, x, stacks: tuple[range, ...], caches_of: dict, replayed: dict[int, Array], settings: tuple):
+        """One scan, whose body has a layer of each stack. The stacks' own caches are carried: written in place.
+
+        Returns x, the caches by stack, and the experts [n B T k] by stack.
+        """
+        blocks = [nnx.split(self.layers[stack_name(layers)]) for layers in stacks]
+        parameters = [state for _, state in blocks]
+        is_cached = caches_of[stacks[0]] is not None
+        own = [caches_of[layers].own if is_cached else None for layers in stacks]
+        shared = [caches_of[layers].shared if is_cached else None for layers in stacks]
+        experts = [
+            jnp.stack([replayed[layer] for layer in layers]) if layers[0] in replayed else None for layers in stacks
+        ]
+
+        def body(carry, of_period):
+            x, own = carry
+            place, parameters, experts = of_period
+            new_own = []
+            chosen = []
+            for k, (definition, _) in enumerate(blocks):
+                layer = caches.LayerCache(shared[k], own[k], place) if is_cached else None
+                run = self._with_remat(nnx.merge(definition, parameters[k]), layer)
+                x, layer, found = run(x, layer, experts[k], *settings)
+                new_own.append(layer.own if is_cached else None)
+                chosen.append(found)
+            return (x, new_own), chosen
+
+        places = jnp.arange(len(stacks[0]))
+        (x, own), chosen = jax.lax.scan(body, (x, own), (places, parameters, experts))
+        new_caches = {}
+        if is_cached:
+            new_caches = {layers: caches.LayerCache(shared[k], own[k]) for k, layers in enumerate(stacks)}
+        return x, new_caches, dict(zip(stacks, chosen, strict=True))
+
+    def _with_remat(self, block: Block, cache: caches.LayerCache | None):
+        """The block, whose activations the backward pass recomputes: all of them ("full"), or all but matmuls ("dots").
+
+        There is no backward pass through a cache.
+        """
+        if self.config.remat == "none" or cache is not None:
+            return block
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
+        return jax.checkpoint(lambda *args: block(*args), policy=policy, prevent_cse=not self.config.scan_layers)
 
     def logits(self, hidden):
         """[.. D] -> [.. V] in float32: a sum of bfloat16 products keeps the precision of its accumulation."""
@@ -315,11 +385,3 @@ class Decoder(nnx.Module):
 
 def _with_sharding(x, sharding):
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
-
-def _with_remat(block: Block, remat: str):
-    """The block, whose activations the backward pass recomputes: all of them ("full"), or all but matmuls ("dots")."""
-    if remat == "none":
-        return block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(lambda *args: block(*args), policy=policy)

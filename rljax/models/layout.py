@@ -1,8 +1,9 @@
 """How parameters are stored in a Hugging Face directory: tensor names, rows, and which axes are which.
 
 A matrix is stored [out, in] and held here as [in, out], either of which may be several axes (heads and their
-dimensions). Vectors and the embedding table are held as they are stored. Experts are stored one by one and held as one
-array; Phi-3 stores projections of the same input as one tensor, concatenated along the rows.
+dimensions). Vectors and the embedding table are held as they are stored. Layers and experts are stored one by one;
+experts, and with `scan_layers` layers, are held as one array. Phi-3 stores projections of the same input as one tensor,
+concatenated along the rows.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import jax
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import INPUT_AXES
+from rljax.models.stacks import layers_of
 
 VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "out_bias", "gate_bias", "up_bias", "down_bias")
 NOT_TRANSPOSED = (*VECTORS, "embedding")
@@ -33,7 +35,7 @@ class TensorSlice(NamedTuple):
 
 
 def tensor_slices(config: DecoderConfig, fused: bool = False) -> dict[tuple, list[TensorSlice]]:
-    """Where each parameter is stored: path -> one slice, or one for each expert.
+    """Where each parameter is stored: path -> its slices: one, or in order those of all stacked layers and experts.
 
     Args:
       fused: with the fused projections of Phi-3.
@@ -41,7 +43,7 @@ def tensor_slices(config: DecoderConfig, fused: bool = False) -> dict[tuple, lis
     out = {}
     for jax_path, leaf in jax.tree.leaves_with_path(decoder.abstract(config)):
         path = path_keys(jax_path)
-        shape = leaf.shape[1:] if is_stacked(path, leaf.shape) else leaf.shape
+        shape = leaf.shape[num_stacked_axes(path, leaf.shape) :]
         if path[-1] in VECTORS:
             rows, columns = math.prod(shape), None
         elif path[-1] in NOT_TRANSPOSED:
@@ -69,9 +71,11 @@ def path_keys(path) -> tuple:
     return tuple(key.key for key in path)
 
 
-def is_stacked(path: tuple, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter holds the matrices of all experts, which are stored one by one."""
-    return path[-2:-1] == ("mlp",) and len(shape) == 3
+def num_stacked_axes(path: tuple, shape: tuple[int, ...]) -> int:
+    """How many leading axes of the parameter are layers, or experts, which are stored one by one."""
+    layers = layers_of(path) is not None
+    experts = path[-2:-1] == ("mlp",) and len(shape) - layers == 3
+    return layers + experts
 
 
 def num_input_axes(path: tuple) -> int:
@@ -96,6 +100,9 @@ def _stored_names(config: DecoderConfig, path: tuple) -> list[str]:
     """Names of the stored tensors that hold this parameter."""
     if path[0] != "layers":
         return [OUTER_NAMES[path[0]]]
+    layers = layers_of(path)
+    if layers is not None:
+        return [name for layer in layers for name in _stored_names(config, ("layers", layer, *path[2:]))]
     _, layer, block, name, *_ = path
     prefix = f"model.layers.{layer}."
     norms = NORM_NAMES[config.norms]
@@ -121,19 +128,19 @@ FUSED_OF = {module: fused for fused, modules in FUSED.items() for module in modu
 
 def _fuse(separate: dict[tuple, list[TensorSlice]]) -> dict[tuple, list[TensorSlice]]:
     """The slices where projections of the same input are stored as one tensor."""
-    rows = {piece.name: piece.rows for (piece, *_) in separate.values()}
-    out = {}
-    for path, (piece, *_) in separate.items():
+    rows = {piece.name: piece.rows for found in separate.values() for piece in found}
+
+    def fuse_piece(piece: TensorSlice) -> TensorSlice:
         *prefix, module, kind = piece.name.split(".")
         fused = FUSED_OF.get(module)
         if fused is None:
-            out[path] = [piece]
-            continue
+            return piece
         modules = FUSED[fused]
         above = [".".join([*prefix, other, kind]) for other in modules[: modules.index(module)]]
         start = sum(rows[name] for name in above)
-        out[path] = [piece._replace(name=".".join([*prefix, fused, kind]), start=start)]
-    return out
+        return piece._replace(name=".".join([*prefix, fused, kind]), start=start)
+
+    return {path: [fuse_piece(piece) for piece in found] for path, found in separate.items()}
 
 
 @contextlib.contextmanager

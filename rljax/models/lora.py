@@ -12,6 +12,7 @@ the policy without its adapter, so it needs no copy.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from rljax.models import param_filters
+from rljax.models.stacks import layers_of
 from rljax.types import Params
 
 # Number of leading axes of a weight that are its input.
@@ -117,14 +119,20 @@ def _column_norms(weight, inputs: int):
 
 
 def _map_adapted(fn: Callable, decoder: Params, adapter: Params) -> Params:
-    """The decoder with fn(weight, inputs, down=.., up=.., ..) in the place of each adapted weight."""
+    """The decoder with fn(weight, inputs, down=.., up=.., ..) in the place of each adapted weight, stacked or not."""
 
     def is_adapter_leaf(_, node):
         return not isinstance(node.get("up", {}), dict)
 
     weights = flatten_dict(decoder)
     for path, leaf in flatten_dict(adapter, is_leaf=is_adapter_leaf).items():
-        weights[path] = fn(weights[path], INPUT_AXES[path[-1]], **leaf)
+        inputs = INPUT_AXES[path[-1]]
+
+        def of_weight(weight, leaf, inputs=inputs):
+            return fn(weight, inputs, **leaf)
+
+        of_path = of_weight if layers_of(path) is None else jax.vmap(of_weight)
+        weights[path] = of_path(weights[path], leaf)
     return unflatten_dict(weights)
 
 
@@ -137,7 +145,7 @@ def adaptable(decoder: Params) -> dict[str, tuple]:
     found = {}
     for keys, leaf in jax.tree.leaves_with_path(decoder):
         path = tuple(key.key for key in keys)
-        if path[-1] in INPUT_AXES and leaf.ndim == axes[path[-2]]:
+        if path[-1] in INPUT_AXES and leaf.ndim - (layers_of(path) is not None) == axes[path[-2]]:
             found["/".join(map(str, path))] = path
     return found
 
@@ -150,24 +158,44 @@ def targets(config: LoraConfig, decoder: Params) -> list[tuple]:
 
 
 def init(config: LoraConfig, decoder: Params, key: Array) -> Params:
-    """A uniform in ±1/√in, B zero, m the norms of W: a new adapter changes nothing."""
+    """A uniform in ±1/√in, B zero, m the norms of W: a new adapter changes nothing.
+
+    Stacked layers get the values that they would have one by one.
+    """
     weights = flatten_dict(decoder)
+    paths = targets(config, decoder)
+    single = sorted(path for stacked in paths for path in _single_paths(stacked))
+    number_of = {path: number for number, path in enumerate(single)}
     tree = {}
-    for i, path in enumerate(targets(config, decoder)):
-        weight = weights[path]
-        inputs = INPUT_AXES[path[-1]]
-        inner = weight.shape[:inputs]
-        outer = weight.shape[inputs:]
-        bound = math.prod(inner) ** -0.5
-        layer_key = jax.random.fold_in(key, i)
-        leaf = {
-            "down": jax.random.uniform(layer_key, (*inner, config.rank), minval=-bound, maxval=bound),
-            "up": jnp.zeros((config.rank, *outer)),
-        }
-        if config.use_dora:
-            leaf["magnitude"] = _column_norms(weight, inputs)
-        tree[path] = leaf
+    for path in paths:
+        numbers = jnp.array([number_of[one] for one in _single_paths(path)])
+        keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+        init_one = partial(_init_adapter, config, INPUT_AXES[path[-1]])
+        if layers_of(path) is None:
+            tree[path] = init_one(weights[path], keys[0])
+        else:
+            tree[path] = jax.vmap(init_one)(weights[path], keys)
     return unflatten_dict(tree)
+
+
+def _single_paths(path: tuple) -> list[tuple]:
+    """The path of each weight in a stack, or the one path of a weight that is in none."""
+    layers = layers_of(path)
+    return [path] if layers is None else [("layers", layer, *path[2:]) for layer in layers]
+
+
+def _init_adapter(config: LoraConfig, inputs: int, weight, key: Array) -> Params:
+    """The new adapter of one weight."""
+    inner = weight.shape[:inputs]
+    outer = weight.shape[inputs:]
+    bound = math.prod(inner) ** -0.5
+    adapter = {
+        "down": jax.random.uniform(key, (*inner, config.rank), minval=-bound, maxval=bound),
+        "up": jnp.zeros((config.rank, *outer)),
+    }
+    if config.use_dora:
+        adapter["magnitude"] = _column_norms(weight, inputs)
+    return adapter
 
 
 def adapter_axes(config: LoraConfig, decoder_axes: Params, shapes: Params) -> Params:
@@ -175,10 +203,11 @@ def adapter_axes(config: LoraConfig, decoder_axes: Params, shapes: Params) -> Pa
     weights = flatten_dict(decoder_axes)
     tree = {}
     for path in targets(config, shapes):
-        names = weights[path]
+        stacked = int(layers_of(path) is not None)
+        before, names = weights[path][:stacked], weights[path][stacked:]
         inputs = INPUT_AXES[path[-1]]
-        leaf = {"down": (*names[:inputs], None), "up": (None, *names[inputs:])}
+        leaf = {"down": (*before, *names[:inputs], None), "up": (*before, None, *names[inputs:])}
         if config.use_dora:
-            leaf["magnitude"] = names[inputs:]
+            leaf["magnitude"] = (*before, *names[inputs:])
         tree[path] = leaf
     return unflatten_dict(tree)

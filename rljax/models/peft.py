@@ -7,6 +7,7 @@ model's own directory (names as of peft 0.21). What PEFT would compute different
 name.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from rljax.models import decoder, hf, layout, lora
+from rljax.models import decoder, hf, layout, lora, stacks
 from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.types import Params
@@ -79,6 +80,9 @@ def save_adapter(directory: str | Path, config: DecoderConfig, adapter: Params, 
       adapter: params["lora"].
       base: the directory of the model that is adapted.
     """
+    if config.scan_layers:
+        config = dataclasses.replace(config, scan_layers=False)
+        adapter = stacks.unstack(adapter)
     lora_config = config.adapter
     leaves = flatten_dict(adapter)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -143,6 +147,9 @@ def load_adapter(directory: str | Path, config: DecoderConfig) -> tuple[LoraConf
     Args:
       config: the base's.
     """
+    if config.scan_layers:
+        lora_config, adapter = load_adapter(directory, dataclasses.replace(config, scan_layers=False))
+        return lora_config, stacks.stack(config.layer_scans(), adapter)
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():

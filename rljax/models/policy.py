@@ -67,13 +67,13 @@ def _select_like(tree: Params, axes: Params) -> Params:
 # -------------------------------------------------------------------------------------------------------------- policy
 
 
-def default_chunk_tokens(vocab_size: int, backend: str | None = None) -> int:
+def default_chunk_tokens(vocab_size: int, backend: str | None = None, devices: int | None = None) -> int:
     """Number of tokens whose logits exist at the same time: 4 M logits on a CPU, 128 M on each other device.
 
     It is at least one column of all rows (`ops.logprobs`), so a batch of very many rows needs micro-batches.
     """
     on_cpu = (backend or jax.default_backend()) == "cpu"
-    num_logits = 2**22 if on_cpu else 2**27 * jax.device_count()
+    num_logits = 2**22 if on_cpu else 2**27 * (devices or jax.device_count())
     return max(1, num_logits // vocab_size)
 
 
@@ -85,7 +85,7 @@ def make_policy(config: DecoderConfig, chunk_tokens: int | None = None) -> Polic
     Args:
       chunk_tokens: number of tokens whose logits exist at the same time; None: `default_chunk_tokens`.
     """
-    chunk_tokens = chunk_tokens or default_chunk_tokens(config.vocab_size)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(config.vocab_size, config.backend, config.num_devices)
 
     def policy(params: Params, frozen: Params, traj: Trajectory) -> PolicyOutput:
         params = decoder.full_params(config, params, frozen)
@@ -133,7 +133,8 @@ def make_divergence(
       there are two policies.
       kl_direction: as in `ops.trust_region.directed_kl`.
     """
-    chunk_tokens = chunk_tokens or max(1, default_chunk_tokens(config.vocab_size) // 2)
+    of_one = default_chunk_tokens(config.vocab_size, config.backend, config.num_devices)
+    chunk_tokens = chunk_tokens or max(1, of_one // 2)
 
     def divergence(params: Params, old: Params, frozen: Params, traj: Trajectory) -> Float[Array, "B T"]:
         old_trunk = decoder.full_params(config, jax.lax.stop_gradient(old), frozen)["decoder"]
@@ -203,6 +204,7 @@ def make_annotate(policy: PolicyFn, needs: tuple[str, ...]) -> AnnotateFn:
             return traj
         return traj.replace(**fill(state.params, state.frozen, traj))
 
+    annotate.lower = lambda state, traj: fill.lower(state.params, state.frozen, traj)  # for shapes
     return annotate
 
 

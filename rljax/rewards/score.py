@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rljax.ops.decoding import text_after
@@ -49,6 +50,7 @@ class StepScores(NamedTuple):
 ModelReward = Callable[[Trajectory, PromptBatch], Array | Sequence[Result] | StepScores]
 
 
+JUDGED_FIELDS = ("inputs", "actions", "logp", "mask", "segments", "group")
 LEGAL = "Legal: a finite number, or None where the verifier does not apply"
 
 
@@ -66,6 +68,18 @@ class Score(NamedTuple):
         return self.call(traj, prompts)
 
 
+def judge_all(judge: Callable[[np.ndarray], Sequence[Any]], group: Array) -> list[Any]:
+    """What judge(indices of rows) returns for all rows."""
+    return list(judge(np.arange(len(group))))
+
+
+class Hosts(NamedTuple):
+    """How the processes of a run judge a rollout together; by default there is one, which judges every row."""
+
+    fetch: Callable[[Any], Any] = jax.device_get  # arrays -> the same as numpy, whole on every process
+    share_rows: Callable[[Callable[[np.ndarray], Sequence[Any]], Array], list[Any]] = judge_all
+
+
 def make_score(
     verifiers: Mapping[str, RewardFn],
     decode: Callable[[list[int]], str],
@@ -75,6 +89,7 @@ def make_score(
     conditions: Mapping[str, str] | None = None,
     max_failed: float = 1.0,
     report: Callable[[str], None] | None = None,
+    hosts: Hosts = Hosts(),  # noqa: B008 (immutable)
 ) -> Score:
     """The function that scores a rollout.
 
@@ -87,6 +102,8 @@ def make_score(
       conditions: name -> the reward that must be above 0 for it to count. One that has a condition itself comes first.
       max_failed: share of a rollout's rows that a reward with a weight may leave without a judgement.
       report: called with a line for each reward that left rows without one.
+      hosts: where several processes hold the rollout, each calls the verifiers on rows of its own, and a model reward
+        is called on all.
 
     Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
     fills `scores` and `reward_weights` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen
@@ -102,14 +119,15 @@ def make_score(
     signatures = {name: read_signature(verifier) for name, verifier in verifiers.items()}
 
     def call(traj: Trajectory, prompts: PromptBatch) -> Trajectory:
-        mask = np.asarray(traj.mask)
-        indices = prompt_indices(traj, prompts)
-        completions = decode_completions(traj, decode)
-        results = _call_verifiers(verifiers, signatures, completions, prompts, indices, pool)
+        rows = hosts.fetch(Trajectory(**{name: getattr(traj, name) for name in JUDGED_FIELDS}))
+        mask = rows.mask
+        prompt_indices(rows, prompts)  # refused for the same row on every process
+        results = _judge_rows(verifiers, signatures, rows, prompts, decode, pool, hosts) if verifiers else []
         steps = {}
         for name, model_reward in model_rewards.items():
             returned = model_reward(traj, prompts)
             if isinstance(returned, StepScores):
+                returned = hosts.fetch(returned)
                 steps[len(results)] = returned
                 returned = _least_step(returned, mask)
             results.append(_results_of_rows(name, returned, len(mask)))
@@ -129,6 +147,27 @@ def make_score(
         )
 
     return Score(names, call)
+
+
+def _judge_rows(
+    verifiers: Mapping[str, RewardFn],
+    signatures: Mapping[str, "Signature"],
+    rows: Trajectory,
+    prompts: PromptBatch,
+    decode: Callable[[list[int]], str],
+    pool: Pool | None,
+    hosts: Hosts,
+) -> list[list[Result]]:
+    """The Results of each verifier on all rows, of which this process decodes and judges its own."""
+
+    def judge(own: np.ndarray) -> list[tuple[Result, ...]]:
+        part = jax.tree.map(lambda x: x[own], rows)
+        completions = decode_completions(part, decode)
+        results = _call_verifiers(verifiers, signatures, completions, prompts, prompt_indices(part, prompts), pool)
+        return list(zip(*results, strict=True))
+
+    of_rows = hosts.share_rows(judge, rows.group)
+    return [[results[k] for results in of_rows] for k in range(len(verifiers))]
 
 
 def _call_verifiers(

@@ -60,11 +60,14 @@ def sample_and_count(
     check_logp(sampling)
     check_resumed_support(prompts, sampling)
     device_prompts = to_device(prompts, step)
-    return _sample(lm, params, frozen, device_prompts, sampling, jnp.int32(seed))
+    return sample_on_devices(lm, params, frozen, device_prompts, sampling, jnp.int32(seed))
 
 
 @partial(jax.jit, static_argnames="lm")
-def _sample(lm, params, frozen, prompts: "PromptBatch", sampling: Sampling, seed):
+def sample_on_devices(
+    lm: LM, params: Params, frozen: Params, prompts: "DevicePrompts", sampling: Sampling, seed: Array
+) -> tuple[Trajectory, DecodeStats]:
+    """The compiled part of `sample_and_count`: prefill, decoding, the trajectory."""
     lm = bind_params(lm, params, frozen)
     settings = sampling_settings(prompts, sampling, seed)
     prefilled = prefill(lm, prompts, sampling)

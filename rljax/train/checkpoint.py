@@ -3,6 +3,10 @@
 A step is complete once its manifest (sha256 of every file) exists; the manifest is written after Orbax has committed
 the step. A step without one was interrupted and is removed at the next start. A step that no longer matches its
 manifest is reported and skipped for the one before it.
+
+Where several processes run, all call every function here: each writes its part of the arrays and computes the digests
+of some files; process 0 writes the manifest and removes what is damaged. A checkpoint may be read by another number of
+processes and into other shardings.
 """
 
 import contextlib
@@ -17,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from rljax.train import distributed
 from rljax.types import TrainState
 
 
@@ -27,17 +33,20 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2, log_info: Callable[[str], None] = lambda text: None):
         self.directory = Path(directory).absolute()  # Orbax fails on a relative path, and only in its thread
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.log_info = log_info
-        for leftover in self.directory.iterdir():
-            is_step = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
-            if is_step and not _manifest(self.directory, leftover.name).is_file():
-                log_info(f"removing {leftover}: its saving was interrupted")
-                shutil.rmtree(leftover)
+        distributed.on_main("remove what was left half saved", self._remove_leftovers)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._hasher = ThreadPoolExecutor(1)
         self._pending: Future | None = None
+
+    def _remove_leftovers(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.iterdir():
+            is_step = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
+            if is_step and not _manifest(self.directory, leftover.name).is_file():
+                self.log_info(f"removing {leftover}: its saving was interrupted")
+                shutil.rmtree(leftover)
 
     def save(self, step: int, state: TrainState) -> None:
         """Start saving; returns once the arrays are copied off the devices, so that their buffers may be donated."""
@@ -54,12 +63,14 @@ class Checkpoints:
         """
         self.wait()
         damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = distributed.on_main("steps", lambda: sorted(self._manager.all_steps(), reverse=True))
+        for step in steps:
             damage = _find_damage(self.directory, step)
             if damage is None:
                 for damaged_step in damaged:
                     # The manifest first: without one, what is left of the step is removed at the next start.
-                    _manifest(self.directory, damaged_step).unlink()
+                    if distributed.is_main():
+                        _manifest(self.directory, damaged_step).unlink()
                     self._manager.delete(damaged_step)
                 return self._read(step, state)
             self.log_info(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
@@ -91,6 +102,8 @@ class Checkpoints:
     def _write_manifest(self, step: int) -> None:
         self._manager.wait_until_finished()
         text = json.dumps(_digests(self.directory / str(step)), indent=1)
+        if not distributed.is_main():
+            return
         manifest = _manifest(self.directory, step)
         temporary = manifest.with_suffix(".tmp")
         temporary.write_text(text)
@@ -177,6 +190,14 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """sha256 of every file, by its path inside the directory."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    """sha256 of every file, by its path inside the directory. Each process reads some of the files."""
+
+    def names() -> list[str]:
+        return sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+
+    def digests_of(own: np.ndarray) -> list[str]:
+        return [hashlib.sha256((directory / files[i]).read_bytes()).hexdigest() for i in own]
+
+    files = distributed.on_main("files of a checkpoint", names)
+    digests = distributed.share_rows(digests_of, np.arange(len(files)), "digests")
+    return dict(zip(files, digests, strict=True))

@@ -42,6 +42,18 @@ def log_info(text: str = "", style: str | None = None, end: str = "\n") -> None:
     console.print(text, style=style, end=end, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def log_error(text: str) -> None:
+    """Print "error: ..." on a process that prints nothing else."""
+    silent, console.quiet = console.quiet, False
+    log_info(f"error: {text}")
+    console.quiet = silent
+
+
+def silence() -> None:
+    """Print nothing but errors from now on: for all processes of a run but the first."""
+    console.quiet = True
+
+
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Print rows of equal keys as a table; numbers are aligned to the right."""
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
@@ -168,21 +169,50 @@ def data_parallel_size(mesh: Mesh, rule: str = "rows") -> int:
     return math.prod(mesh.shape[name] for name in RULES[rule])
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """The tree on the devices, in these shardings (one for all leaves, or one for each).
+
+    Where they span processes, every process holds the same values, and gives its devices their part.
+    """
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: _place_array(x, shardings), tree)
+    return jax.tree.map(_place_array, tree, shardings)
+
+
+def _place_array(x: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place_array(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    x = np.asarray(x, jnp.result_type(x))
+    return jax.make_array_from_process_local_data(sharding, x, x.shape)
+
+
 def shard_rows(shardings: Shardings, tree: Any) -> Any:
     """The tree on the devices: arrays sharded by rows, scalars replicated. ValueError where rows do not divide."""
     devices = data_parallel_size(shardings.rows.mesh)
 
     def to_devices(x):
         if np.ndim(x) == 0:
-            return jax.device_put(x, shardings.replicated)
+            return place(x, shardings.replicated)
         if x.shape[0] % devices:
             raise ValueError(
                 f"{x.shape[0]} rows do not divide over {devices} devices ({' x '.join(RULES['rows'])}); "
                 f"take a multiple of {devices}"
             )
-        return jax.device_put(x, shardings.rows)
+        return place(x, shardings.rows)
 
     return jax.tree.map(to_devices, tree)
+
+
+def row_shapes(shardings: Shardings, tree: Any) -> Any:
+    """The shapes of what `shard_rows` returns, for a tree of shapes."""
+
+    def placed(x):
+        sharding = shardings.rows if x.ndim else shardings.replicated
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+
+    return jax.tree.map(placed, tree)
 
 
 def shard_prompts(shardings: Shardings, rows: PromptBatch) -> PromptBatch:

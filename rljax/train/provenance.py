@@ -42,6 +42,15 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
+def source_digest() -> str:
+    """sha256 of the Python files of this code: of the package and of the experiments beside it."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for file in sorted(path for name in ("rljax", "experiments") for path in (root / name).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def function_source(value: Any) -> str:
     """The source of a function, or of all the functions in a tuple, list, dict or dataclass, as one text."""
     functions: list[types.FunctionType] = []

@@ -149,11 +149,15 @@ def flatten_settings(settings: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_settings(before: dict, now: dict) -> str:
-    """The settings that differ, as "seed = 0, now 1; ..."; empty where none does."""
+def changed_settings(before: dict, now: dict, ignored: Sequence[str] = ()) -> str:
+    """The settings that differ, as "seed = 0, now 1; ..."; empty where none does.
+
+    ignored: names of settings, and of blocks of them, that may differ.
+    """
     before = flatten_settings(before)
     now = flatten_settings(now)
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    compared = [name for name in sorted(before.keys() | now.keys()) if not set(name.split(".")) & set(ignored)]
+    changed = [name for name in compared if before.get(name) != now.get(name)]
     return "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
 
 

@@ -8,6 +8,9 @@
 
 Running the same command again resumes from the newest undamaged checkpoint. What was logged after it is dropped and
 computed again, and the result is bit-identical to that of an uninterrupted run.
+
+Where several processes run the script, process 0 alone writes the directory, and all take part in checkpoints. A run
+may go on with another number of processes and on another mesh: its numbers are then the same to rounding.
 """
 
 import fcntl
@@ -21,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from rljax.train import distributed
 from rljax.train.checkpoint import Checkpoints
 from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
 from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import changed_settings, write_report
 from rljax.train.samples import Decode, sample_records
+from rljax.train.watchdog import Watchdog
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
 
@@ -44,6 +48,9 @@ class Run:
       config: the settings, as JSON. A directory that holds a run with other settings is refused and left unchanged.
       steps: of the loop. save_every: steps between checkpoints (the last step is always saved).
       log_samples_every: steps between samples of completions. progress_metrics: metrics on the progress line.
+      placement: names of settings, or of blocks of them, that say where arrays lie and how work is cut: they may be
+        others when a run is resumed.
+      watchdog: ends the process where no step ends any more; by default `Watchdog()`.
       functions: what the run calls (an algorithm, verifiers), by name. Their source is kept. A run that is resumed with
         another source prints a warning and keeps that source too.
     """
@@ -59,6 +66,8 @@ class Run:
         save_every: int = 50,
         log_samples_every: int = 20,
         progress_metrics: Sequence[str] = PROGRESS_METRICS,
+        placement: Sequence[str] = (),
+        watchdog: Watchdog | None = None,
     ):
         intervals = {"steps": steps, "save_every": save_every, "log_samples_every": log_samples_every}
         if min(intervals.values()) < 1:
@@ -72,6 +81,8 @@ class Run:
         self._source = source
         self._sources = run_sources(functions or {})  # now: their files may be edited while the run goes on
         self._progress_metrics = progress_metrics
+        self._placement = placement
+        self._watchdog = watchdog or Watchdog()
         self._start_step = 0
         self._saved_step: int | None = None
         self._signal: int | None = None
@@ -80,17 +91,25 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._refuse_other_settings()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock_directory()
-        self._write_config()
+        distributed.on_main("open the run's directory", self._open_directory)
+        if not (self.directory / "config.json").is_file():
+            raise ValueError(f"{self.directory}: process 0 made it; legal: a directory that all processes see")
         self._checkpoints = Checkpoints(self.directory / "checkpoints", log_info=log_info)
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        # With several processes JAX has a handler of its own (`distributed.reached_preemption`).
+        signals = (signal.SIGTERM, signal.SIGINT) if distributed.process_count() == 1 else ()
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in signals}
+        self._watchdog.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._checkpoints.close()
+        failed_alone = distributed.process_count() > 1 and kind is not None and issubclass(kind, Exception)
+        if not failed_alone:  # else the others may not come to finish what is still being saved
+            self._checkpoints.close()
+        self._watchdog.stop()
+        if not distributed.is_main():
+            return
         if self._log is not None:
             self._log.close()
             log_info(f"report: {write_report(self.directory)}")
@@ -104,9 +123,10 @@ class Run:
             self._saved_step = int(restored.step)
             log_info(f"{self.directory}: resumed after step {self._saved_step} of {self.total_steps}")
         self._start_step = int(state.step)
-        self._record_functions()
+        if distributed.is_main():
+            self._record_functions()
         self._log = Log(
-            self.directory,
+            self.directory if distributed.is_main() else None,
             total_steps=self.total_steps,
             progress_metrics=self._progress_metrics,
             start=self._start_step,
@@ -132,12 +152,15 @@ class Run:
         done = step + 1
         if int(state.step) != done:
             raise ValueError(f"record({step}, ...) wants state.step = {done}, not {int(state.step)}: replace it first")
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._watchdog.step_ended()
+        values = {name: float(value) for name, value in distributed.fetch(metrics).items()}
         self._refuse_non_finite(step, values)
         values["seconds"] = time.monotonic() - self._step_began
         if "tokens" in values:
             values["tokens_per_second"] = values["tokens"] / values["seconds"]
         self._log.write(step, values)
+        if distributed.reached_preemption(done):
+            self._signal = signal.SIGTERM
         if done % self.save_every == 0 or done == self.total_steps or self._signal is not None:
             self.save(state)
         if self._signal is not None:
@@ -175,14 +198,22 @@ class Run:
           prompts: those of the batch, whose numbers are in `batch.traj.group`. log_ratio: [B T], shown with the tokens.
         """
         began = time.monotonic()
+        batch, log_ratio = distributed.fetch((batch, log_ratio))
+        if not distributed.is_main():
+            return
         index = {int(number): i for i, number in enumerate(prompts.number)}
-        columns = [prompts.columns[index[number]] for number in np.asarray(batch.traj.group).tolist()]
+        columns = [prompts.columns[index[number]] for number in batch.traj.group.tolist()]
         records = sample_records(step, batch, decode, names=names, columns=columns, log_ratio=log_ratio)
         self._log.samples(records)
         write_report(self.directory)
         self._step_began += time.monotonic() - began
 
     # ------------------------------------------------------------------------------------------------------ private
+
+    def _open_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock_directory()
+        self._write_config()
 
     def _lock_directory(self) -> None:
         self._lock = open(self.directory / "lock", "w")  # noqa: SIM115
@@ -199,7 +230,7 @@ class Run:
         stored = json.loads(path.read_text()).get("config")
         if stored is None:
             raise ValueError(f"{self.directory} is no run directory: its config.json is not of a run; name another")
-        changed = changed_settings(stored, self._config)
+        changed = changed_settings(stored, self._config, ignored=self._placement)
         if changed:
             raise ValueError(
                 f"{self.directory} holds a run with other settings: {changed}. "

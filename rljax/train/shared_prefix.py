@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rljax.train.mesh import Shardings, data_parallel_size
+from rljax.train.mesh import Shardings, data_parallel_size, row_shapes, shard_rows
 from rljax.train.packing import ROW_FIELDS
 from rljax.train.update import UpdateFn
 from rljax.types import AnnotateFn, Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
@@ -47,6 +47,12 @@ def make_shared_prefix_update(
         state, metrics = update(state, cut)
         return state, {**metrics, "shared_prefix": float(shared)}
 
+    def lower(state: TrainState, batch: Batch):
+        """The program of a call, for a state and a batch of shapes whose rows share their prefix."""
+        cut = jax.eval_shape(partial(share_prefix, columns=columns, group_size=group_size), batch)
+        return update.lower(state, cut if shardings is None else row_shapes(shardings, cut))
+
+    update_sharing.lower = lower
     return update_sharing
 
 
@@ -130,15 +136,24 @@ def make_shared_prefix_annotate(
     """
     devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
 
+    def cut(traj: Trajectory) -> list[Trajectory]:
+        return _every_nth_group(share_prefix(Batch(traj, traj.logp, traj.mask), columns, group_size).traj, pieces)
+
     def annotate_sharing(state: TrainState, traj: Trajectory) -> Trajectory:
         whole_groups = len(traj.mask) % (group_size * pieces * devices) == 0
         if not (whole_groups and is_prefix_shared(traj, columns, group_size)):
             return annotate(state, traj)
-        rows = _every_nth_group(share_prefix(Batch(traj, traj.logp, traj.mask), columns, group_size).traj, pieces)
+        rows = cut(traj) if shardings is None else shard_rows(shardings, cut(traj))
         filled = [_filled_fields(piece, annotate(state, piece)) for piece in rows]
         fields = _in_order_of_groups(filled, group_size)
         return traj.replace(**{name: _pad_columns(value, columns) for name, value in fields.items()})
 
+    def lower(state: TrainState, traj: Trajectory):
+        """The program of each piece of a call, for a state and a trajectory of shapes whose rows share their prefix."""
+        piece = jax.eval_shape(cut, traj)[0]
+        return annotate.lower(state, piece if shardings is None else row_shapes(shardings, piece))
+
+    annotate_sharing.lower = lower
     return annotate_sharing
 
 

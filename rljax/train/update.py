@@ -92,7 +92,12 @@ def jit_update(step: Callable, shardings: Shardings | None) -> UpdateFn:
         new, metrics = jitted(state.replace(**NOT_UPDATED, coefficients=kept), state.frozen, batch)
         return new.replace(**{name: getattr(state, name) for name in NOT_UPDATED}), metrics
 
+    def lower(state: TrainState, batch: Any):
+        """The program of a call, for a state and a batch of shapes."""
+        return jitted.lower(state.replace(**NOT_UPDATED), state.frozen, batch)
+
     update.jitted = jitted
+    update.lower = lower
     return update
 
 

@@ -1,0 +1,383 @@
+"""Several processes that run one script: how they find each other, agree, share work on the host, and stop together.
+
+Devices of all processes form one mesh, and every process runs the same program on its share of each array
+(`jax.distributed`). What happens on the host is here: which rows a process judges (`share_rows`), arrays of all
+processes as numpy (`fetch`), what process 0 alone does (`on_main`). With one process each of these is the plain thing.
+
+Small messages go through the key-value store of JAX's coordinator rather than through device collectives: they have a
+deadline, and a thread may send one while the devices work. JAX exports no handle of that store; Orbax takes it from
+the same place.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax._src import clusters, distributed
+from jax.experimental import multihost_utils
+
+from rljax.train.log import log_error, log_info, silence
+from rljax.types import Array
+
+T = TypeVar("T")
+EXCHANGE_SECONDS = 7200.0  # for the slowest process to come to an `exchange`
+POLL_SECONDS = 1.0  # between two looks at whether another process failed
+FAILED = "rljax/failed/"
+
+_rounds: Counter = Counter()  # how often there was an exchange of this name: the same on every process
+
+
+# ------------------------------------------------------------------------------------------------------------ beginning
+
+
+class Cluster(NamedTuple):
+    """Which of the processes of a run this one is."""
+
+    coordinator: str  # HOST:PORT of process 0
+    processes: int
+    process: int
+
+
+def initialize(
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = -1,
+    deadline_seconds: float = 300.0,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Join the other processes of this run; nothing where there is only one. Call it before any device is used.
+
+    Without arguments they are found: in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or else as JAX
+    finds them under SLURM, Cloud TPU, GKE (indexed jobs, JobSet) and Open MPI.
+
+    Args:
+      coordinator: HOST:PORT of process 0. processes: how many there are; 1: this one alone, whatever is found.
+      process: the number of this one, from 0.
+      deadline_seconds: for all processes to come.
+      heartbeat_seconds: after so long a silence of one process JAX ends the others (exit code 134).
+    Raises ValueError for arguments that do not fit together, RuntimeError on every process, saying who is missing,
+    where not all of them came.
+    """
+    found = find_cluster(coordinator, processes, process)
+    if found is None:
+        return
+    if found.process:
+        silence()
+    call_the_roll(found, deadline_seconds)
+    jax.distributed.initialize(
+        *found,
+        cluster_detection_method="deactivate" if _is_given(coordinator, processes, process) else None,
+        initialization_timeout=int(deadline_seconds) + 1,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+    threading.Thread(target=_stop_after_others, args=(distributed.global_state.client,), daemon=True).start()
+    log_info(f"{found.processes} processes, {jax.device_count()} devices")
+
+
+def find_cluster(coordinator: str = "", processes: int = 0, process: int = -1) -> Cluster | None:
+    """What is given, or else what is found (`initialize`); None for a single process."""
+    if processes == 1:
+        return None
+    if _is_given(coordinator, processes, process):
+        return _given_cluster(coordinator, processes, process)
+    environment = _environment()
+    if environment is None or environment.get_process_count() == 1:
+        return None
+    port = os.environ.get("JAX_COORDINATOR_PORT")
+    address = environment.get_coordinator_address(timeout_secs=300, override_coordinator_port=port)
+    return Cluster(address, environment.get_process_count(), environment.get_process_id())
+
+
+def _is_given(coordinator: str, processes: int, process: int) -> bool:
+    return bool(coordinator or processes or process >= 0 or os.environ.get("JAX_NUM_PROCESSES"))
+
+
+def _given_cluster(coordinator: str, processes: int, process: int) -> Cluster | None:
+    """The cluster of the arguments, and where one is missing of JAX's variables."""
+    environ = os.environ
+    coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS", "")
+    processes = processes or int(environ.get("JAX_NUM_PROCESSES", 0))
+    process = process if process >= 0 else int(environ.get("JAX_PROCESS_ID", -1))
+    if processes == 1:
+        return None
+    _, colon, port = coordinator.rpartition(":")
+    if not (colon and port.isdigit() and 0 <= process < processes):
+        raise ValueError(
+            f"coordinator {coordinator!r}, processes {processes}, process {process}; legal: HOST:PORT of process 0, "
+            "how many processes there are, and the number of this one, from 0"
+        )
+    return Cluster(coordinator, processes, process)
+
+
+def _environment() -> type[clusters.ClusterEnv] | None:
+    """JAX's description of the cluster that started this process; None outside of one."""
+    for kind in clusters.ClusterEnv._cluster_types:
+        if kind.opt_in_only_method:
+            continue
+        if kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ:
+            continue  # a pod of its own: JAX would ask Kubernetes for a job that does not exist
+        if kind.is_env_present():
+            return kind
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ roll call
+
+
+def call_the_roll(cluster: Cluster, deadline_seconds: float) -> None:
+    """Wait until every process is there. Raises RuntimeError on all that are, naming those that are not.
+
+    JAX's own initialization ends the process where one does not come, and says neither which nor why. Process 0
+    listens on the port that JAX's coordinator is going to have.
+    """
+    host, _, port = cluster.coordinator.rpartition(":")
+    if cluster.process == 0:
+        problem = _hear_the_others(int(port), cluster.processes, deadline_seconds)
+    else:
+        problem = _report_to_main(host.strip("[]"), int(port), cluster, deadline_seconds)
+    if problem:
+        raise RuntimeError(problem)
+
+
+def _hear_the_others(port: int, processes: int, deadline_seconds: float) -> str:
+    """Process 0: hear every other process, and tell each the same. Returns what is wrong, "" where nothing is."""
+    try:
+        server = _listen(port)
+    except OSError as error:
+        return f"process 0 cannot listen on port {port} ({error.strerror}); legal: a coordinator with a free port"
+    deadline = time.monotonic() + deadline_seconds
+    present: dict[int, socket.socket] = {}
+    problem = ""
+    with server, contextlib.ExitStack() as connections:
+        while len(present) < processes - 1 and not problem:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection = connections.enter_context(server.accept()[0])
+            except TimeoutError:
+                missing = sorted(set(range(1, processes)) - present.keys())
+                problem = f"{_processes(missing)} of {processes} did not come within {deadline_seconds:g} seconds"
+                break
+            problem = _note_arrival(connection, present, processes)
+        for connection in present.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+                connection.settimeout(5.0)
+                connection.recv(1)  # until it has read that and closed: the port is then free at once
+    return problem
+
+
+def _note_arrival(connection: socket.socket, present: dict[int, socket.socket], processes: int) -> str:
+    """Adds the process at the other end to `present`. Returns what is wrong with it."""
+    connection.settimeout(5.0)
+    try:
+        hello = json.loads(connection.makefile().readline())
+        process, count = int(hello["process"]), int(hello["processes"])
+    except (OSError, ValueError, KeyError, TypeError):  # somebody else who looks at open ports
+        return ""
+    twice = process in present
+    present[-len(present) - 1 if twice else process] = connection
+    if count != processes:
+        return f"process {process} was told of {count} processes, process 0 of {processes}; legal: the same number"
+    if twice or not 0 < process < processes:
+        return f"two processes say that they are number {process} of {processes}; legal: a number of its own for each"
+    return ""
+
+
+def _report_to_main(host: str, port: int, cluster: Cluster, deadline_seconds: float) -> str:
+    """Any other process: report to process 0 and wait for what it says of all. Returns what is wrong."""
+    deadline = time.monotonic() + deadline_seconds
+    hello = json.dumps({"process": cluster.process, "processes": cluster.processes}).encode() + b"\n"
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as connection:
+            connection.sendall(hello)
+            connection.settimeout(deadline_seconds + 10.0)  # process 0 may have begun to wait only now
+            line = connection.makefile().readline()
+            if line:
+                return json.loads(line)["problem"]
+        time.sleep(0.1)
+    return f"process 0 at {cluster.coordinator} did not answer within {deadline_seconds:g} seconds"
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _processes(numbers: Sequence[int]) -> str:
+    """As words: process 3; processes 1, 2."""
+    return f"process{'es' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+# ------------------------------------------------------------------------------------------------------------- messages
+
+
+def process_count() -> int:
+    """How many processes run this script; does not start the devices."""
+    return distributed.global_state.num_processes or 1
+
+
+def process_index() -> int:
+    """The number of this process; does not start the devices."""
+    return distributed.global_state.process_id or 0
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which alone writes logs and files that are not checkpoints."""
+    return process_index() == 0
+
+
+def exchange(name: str, value: T, deadline_seconds: float = EXCHANGE_SECONDS) -> list[T]:
+    """The value of every process, in their order. All processes exchange the same names in the same order.
+
+    Raises RuntimeError, naming who is missing, where one does not come in time.
+    """
+    if process_count() == 1:
+        return [value]
+    client = distributed.global_state.client
+    own = process_index()
+    key = f"rljax/{name}/{_rounds[name]}"
+    client.key_value_set_bytes(f"{key}/{own}", pickle.dumps(value))
+    try:
+        client.wait_at_barrier(key, round(1000 * deadline_seconds))
+    except jax.errors.JaxRuntimeError as error:
+        here = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get_bytes(f"{key}/")}
+        missing = sorted(set(range(process_count())) - here)
+        who = f"{_processes(missing)} did not come" if missing else str(error)
+        raise RuntimeError(f"{name}: {who} ({deadline_seconds:g} seconds)") from None
+    values = dict(client.key_value_dir_get_bytes(f"{key}/"))
+    if _rounds[name]:  # who has come to this round has read the one before
+        client.key_value_delete(f"rljax/{name}/{_rounds[name] - 1}/{own}")
+    _rounds[name] += 1
+    return [pickle.loads(values[f"{key}/{process}"]) for process in range(process_count())]
+
+
+def on_main(name: str, call: Callable[[], T]) -> T:
+    """What `call` returns on process 0, where alone it runs; the others wait for it."""
+    return exchange(name, call() if is_main() else None)[0]
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raise RuntimeError on every process where a fact is another on one of them, naming it and both values."""
+    everyone = exchange("facts", dict(facts))
+    different = [
+        f"{name} is {everyone[0].get(name)!r} on process 0 and {theirs.get(name)!r} on process {process}"
+        for process, theirs in enumerate(everyone)
+        for name in sorted(everyone[0].keys() | theirs.keys())
+        if everyone[0].get(name) != theirs.get(name)
+    ]
+    if different:
+        more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+        raise RuntimeError(f"the processes disagree: {'; '.join(different[:5])}{more}. Legal: the same on all")
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def fetch(tree: Any) -> Any:
+    """The tree with its arrays as numpy, whole on every process. All processes call it."""
+    if process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(_fetch_array, tree)
+
+
+def fetch_to_main(tree: Any) -> Any:
+    """The tree with arrays that process 0 holds whole, one leaf at a time; None elsewhere. All processes call it."""
+    if process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: _fetch_array(x) if is_main() else _drop(_fetch_array(x)), tree)
+
+
+def _fetch_array(x: Any) -> Any:
+    if not isinstance(x, jax.Array):
+        return x
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def _drop(_: Any) -> None:
+    return None
+
+
+def share_rows(judge: Callable[[np.ndarray], Sequence[T]], group: Array, name: str = "rows") -> list[T]:
+    """The results of all rows, in order, each from the process that judged it.
+
+    Every process judges the rows of its share of the groups: whole groups, as even as they divide, in the order of
+    their numbers, whichever devices hold the rows.
+
+    Args:
+      judge: indices of rows -> a result for each. group: [B] which rows belong together.
+    """
+    group = np.asarray(group)
+    own = own_rows(group, process_index(), process_count())
+    results: list[Any] = [None] * len(group)
+    for rows, found in exchange(name, (own, list(judge(own)))):
+        for row, result in zip(rows.tolist(), found, strict=True):
+            results[row] = result
+    return results
+
+
+def own_rows(group: np.ndarray, process: int, processes: int) -> np.ndarray:
+    """Indices of the rows that this process judges: those of its share of the groups."""
+    numbers, which = np.unique(group, return_inverse=True)
+    share = np.array_split(np.arange(len(numbers)), processes)[process]
+    return np.flatnonzero(np.isin(which, share))
+
+
+# ------------------------------------------------------------------------------------------------------------- the end
+
+
+def reached_preemption(step: int) -> bool:
+    """Whether to save and stop after this step: some process was told to end (SIGTERM, or the cloud's notice).
+
+    True of the same step on every process. All call it after every step. False with one process.
+    """
+    return process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def stop_others(problem: str) -> None:
+    """Tell the other processes why this one stops, and end this process with exit code 1; nothing if it is alone.
+
+    They would wait for it in a collective. Each prints the problem and ends within a few seconds.
+    """
+    if process_count() == 1:
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        distributed.global_state.client.key_value_set(f"{FAILED}{process_index()}", problem)
+    time.sleep(4 * POLL_SECONDS)  # with process 0 the store ends
+    _exit()
+
+
+def _stop_after_others(client: Any) -> None:
+    """A thread: end this process once another one has failed."""
+    while True:
+        time.sleep(POLL_SECONDS)
+        try:
+            failed = client.key_value_dir_get(FAILED)
+        except jax.errors.JaxRuntimeError:  # the run is over
+            return
+        failures = {int(path.rpartition("/")[2]): problem for path, problem in failed}
+        if process_index() in failures:
+            return
+        if failures:
+            process = min(failures)
+            log_error(f"process {process} stopped: {failures[process]}")
+            _exit()
+
+
+def _exit() -> None:
+    """Without waiting for processes that are gone: JAX would, at a normal exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,71 @@
+"""A thread that ends a run which no longer moves, so that a scheduler starts it again from its checkpoint.
+
+A collective whose partner is gone, a file system that does not answer, a server without a deadline: a process that
+waits for one of these waits for ever, and holds its accelerators. The thread prints where every thread of the process
+stands and exits with code 75, which schedulers take as "try again".
+"""
+
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+FLOOR_SECONDS = 1800.0  # compiling a large model or evaluating it takes minutes between two steps
+
+
+class Watchdog:
+    """Ends the process where no step has ended within max(factor x median of the last steps, floor).
+
+    Args:
+      factor: of the median time between the ends of steps. floor_seconds: at least so long; 0: it never ends the run.
+        By default RLJAX_WATCHDOG_SECONDS of the environment, or half an hour.
+    """
+
+    def __init__(self, factor: float = 10.0, floor_seconds: float | None = None):
+        if floor_seconds is None:
+            floor_seconds = float(os.environ.get("RLJAX_WATCHDOG_SECONDS", FLOOR_SECONDS))
+        if factor < 1 or floor_seconds < 0:
+            raise ValueError(f"watchdog: factor {factor:g}, floor_seconds {floor_seconds:g}; legal: at least 1 and 0")
+        self.factor = factor
+        self.floor_seconds = floor_seconds
+        self._durations: deque[float] = deque(maxlen=100)
+        self._moved = time.monotonic()
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin to watch; the time to the first step counts too."""
+        self._moved = time.monotonic()
+        if self.floor_seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def step_ended(self) -> None:
+        now = time.monotonic()
+        self._durations.append(now - self._moved)
+        self._moved = now
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def limit_seconds(self) -> float:
+        """How long a step may take."""
+        median = statistics.median(self._durations) if self._durations else 0.0
+        return max(self.factor * median, self.floor_seconds)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(self.floor_seconds / 10, 1.0)):
+            waited = time.monotonic() - self._moved
+            if waited > self.limit_seconds():
+                self._end_process(waited)
+
+    def _end_process(self, waited: float) -> None:
+        sys.__stderr__.write(  # not through the console: the thread that hangs may hold its lock
+            f"error: no step has ended for {waited:.0f} seconds (limit {self.limit_seconds():.0f}); exit code "
+            f"{EXIT_CODE}, run the same command again to resume. Where every thread stands:\n"
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        sys.__stderr__.flush()
+        os._exit(EXIT_CODE)
