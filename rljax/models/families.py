@@ -5,6 +5,7 @@ and new ones mean the same. What this decoder would compute wrongly is refused b
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
