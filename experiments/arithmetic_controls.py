@@ -65,4 +65,4 @@ def verdict(change: float, half_width: float) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

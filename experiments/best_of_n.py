@@ -159,4 +159,4 @@ def gains(records: list[dict], n: int) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

@@ -195,4 +195,4 @@ def sentence(found: Mapping[str, Mapping[str, float]], records: list[dict]) -> s
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

@@ -219,4 +219,4 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

@@ -171,4 +171,4 @@ def sentence(name: str, found: dict[str, int], label: str | None) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

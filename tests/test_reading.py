@@ -21,6 +21,7 @@ RECIPES = (
     "best_of_n",
     "collect",
     "distil",
+    "doctor",
     "dpo",
     "grpo",
     "gsm8k_grpo",

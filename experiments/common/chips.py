@@ -106,7 +106,13 @@ def read_topology(name: str) -> Topology:
     return Topology(name.lower(), chip, shape)
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """The accelerator of this kind; None where it is none of CHIPS."""
+    matching = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
+    return max(matching, key=lambda chip: len(chip.kind), default=None)
+
+
 def hbm_bytes(device_kind: str) -> float:
     """Memory of a device of this kind; 16e9 where it is none of CHIPS."""
-    matching = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
-    return max(matching, key=lambda chip: len(chip.kind)).hbm_bytes if matching else 16e9
+    chip = chip_of(device_kind)
+    return chip.hbm_bytes if chip else 16e9

@@ -28,11 +28,12 @@ MORE = "Rarely needed settings that are not listed here: experiments/common/sett
 REFUSALS = (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError)
 
 
-def run(config_type: type, main: Callable) -> None:
+def run(config_type: type, main: Callable, one_process: bool = False) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
     Where several processes run the script, they find each other first, and make sure that settings and code are the
-    same on all. What one of them cannot go on with ends all of them.
+    same on all. What one of them cannot go on with ends all of them. A script that is not made for several says so
+    (`one_process`).
 
     Unknown names, wrong types and settings that are refused are one error that says what would be legal; the exit code
     is 2 where the command line could not be parsed, else 1. With --debug the traceback is shown.
@@ -41,6 +42,8 @@ def run(config_type: type, main: Callable) -> None:
     debug = getattr(config, "debug", False)
     configure_jax(debug)
     try:
+        if one_process:
+            refuse_several(hosts)
         distributed.initialize(**dataclasses.asdict(hosts))
         distributed.agree(facts_of(config))
         main(hub.with_local_models(config))
@@ -52,6 +55,16 @@ def run(config_type: type, main: Callable) -> None:
             log_error(str(error))
         distributed.stop_others(str(error) if is_refusal else f"{type(error).__name__}: {error}")
         raise SystemExit(1) from None
+
+
+def refuse_several(hosts: Hosts) -> None:
+    """Raise ValueError where this is one of several processes."""
+    found = distributed.find_cluster(hosts.coordinator, hosts.processes, hosts.process)
+    if found is not None:
+        raise ValueError(
+            f"this script runs in one process, and this one is number {found.process} of {found.processes}; "
+            "legal: start it once, with --hosts.processes 1"
+        )
 
 
 def facts_of(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rljax.data.examples import Comparison, Example, Judgment, comparison, demon
 from rljax.data.preferences import collate_pairs, collate_unpaired, judgments_of, mismatched_examples
 from rljax.data.tokenizer import Tokenizer
 from rljax.models.policy import AnnotateFn
+from rljax.train import distributed
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, shard_rows
 from rljax.train.shared_prefix import make_shared_prefix_annotate
@@ -140,7 +141,7 @@ def with_reference(
     def logps_of(part: list[Row]) -> Iterator[np.ndarray]:
         examples = [example for row in part for example in row.completions]
         traj = collate_after_prompts(examples, *widths) if is_pair else collate(examples, sum(widths))
-        logp = np.asarray(annotate(state, shard_rows(shardings, traj)).old_logp)
+        logp = distributed.fetch(annotate(state, shard_rows(shardings, traj)).old_logp)
         return iter([values[decides] for values, decides in zip(logp, np.asarray(traj.mask), strict=True)])
 
     both = [*rows.train, *rows.eval]

@@ -100,4 +100,4 @@ def results_page(results: Sequence[dict]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

@@ -181,4 +181,4 @@ def logistic_regression(x: np.ndarray, ridge: float, steps: int = 50) -> np.ndar
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

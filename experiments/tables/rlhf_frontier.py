@@ -117,4 +117,4 @@ def picture(results: Sequence[dict]) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

@@ -212,4 +212,4 @@ def append(path: str, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

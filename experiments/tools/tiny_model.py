@@ -108,4 +108,4 @@ def model_config(cfg: Config, ids: dict[str, int]) -> dict:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

@@ -59,7 +59,8 @@ class Checkpoints:
     def restore(self, state: TrainState) -> TrainState | None:
         """The newest undamaged state, in the shapes, dtypes and shardings of `state`; None without a checkpoint.
 
-        Raises RuntimeError where there are checkpoints and all are damaged: starting over would lose them.
+        Raises RuntimeError where there are checkpoints and all are damaged: starting over would lose them. Raises
+        ValueError, naming a parameter that differs, where they are of another model.
         """
         self.wait()
         damaged = []
@@ -95,6 +96,12 @@ class Checkpoints:
 
     def _read(self, step: int, state: TrainState) -> TrainState:
         targets = {name: ocp.args.StandardRestore(jax.tree.map(_target, item)) for name, item in _items(state).items()}
+        difference = _find_difference(self.directory / str(step), state)  # what Orbax says names no parameter
+        if difference:
+            raise ValueError(
+                f"{self.directory.parent} holds a checkpoint of another model: {difference}; "
+                "legal: the model that the run began with, or another directory"
+            )
         found = self._manager.restore(step, args=ocp.args.Composite(**targets))
         found = {name: found[name] for name in targets}
         return state.replace(**found.pop("rest"), **found)
@@ -140,6 +147,27 @@ def restore_items(directory: str | Path, *names: str, step: int | None = None) -
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), shapes)
             items[name] = _with_integer_keys(checkpointer.restore(folder, target))
     return undamaged, items
+
+
+def _find_difference(folder: Path, state: TrainState) -> str | None:
+    """The first parameter whose shape differs from the stored one, or None."""
+    for name in ("params", "frozen"):
+        stored = {}
+        if (folder / name).is_dir():
+            with _quiet_absl(), ocp.StandardCheckpointer() as checkpointer:
+                tree = _with_integer_keys(checkpointer.metadata(folder / name).item_metadata.tree)
+            stored = _shapes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree))
+        wanted = _shapes(getattr(state, name))
+        for path in sorted(stored.keys() | wanted.keys()):
+            if stored.get(path) != wanted.get(path):
+                return f"{name}/{path} is {stored.get(path, 'absent')} there and {wanted.get(path, 'absent')} here"
+    return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf by its path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
 @contextlib.contextmanager

@@ -201,3 +201,27 @@ def test_a_step_saved_already_is_refused(tmp_path, small):
     with pytest.raises(RuntimeError, match=r"step 4 was not saved; steps there: \[5\]"):
         checkpoints.save(4, small(4))
     checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("params", "difference"),
+    [
+        ({"a": np.zeros((4, 3)), "layers": {1: np.zeros(3)}}, "params/a is (2, 3) there and (4, 3) here"),
+        ({"layers": {1: np.zeros(3)}}, "params/a is (2, 3) there and absent here"),
+        (
+            {"a": np.zeros((2, 3)), "layers": {1: np.zeros(3), 2: np.zeros(3)}},
+            "params/layers/2 is absent there and (3,)",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(params, difference, tmp_path):
+    def state_of(params):
+        return TrainState(1, jax.tree.map(jnp.asarray, params), {}, jax.random.key(0))
+
+    with_checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with_checkpoints.save(1, state_of({"a": np.zeros((2, 3)), "layers": {1: np.zeros(3)}}))
+    with pytest.raises(ValueError, match="holds a checkpoint of another model") as refused:
+        with_checkpoints.restore(state_of(params))
+    assert difference in str(refused.value)
+    assert with_checkpoints.restore(state_of({"a": np.ones((2, 3)), "layers": {1: np.ones(3)}})) is not None
+    with_checkpoints.close()
