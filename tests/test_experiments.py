@@ -118,6 +118,7 @@ import dataclasses, sys
 root, *names = sys.argv[1:]
 from experiments import arithmetic_grpo as experiment, arithmetic_sft
 from experiments.common.command_line import configure_jax
+from experiments.common.settings import Batches
 
 configure_jax()
 one_update = Batches(prompts=4, num_generations=2)
