@@ -16,6 +16,7 @@ best and the worst completion of each prompt, in two updates. raft is supervised
 each prompt, rft on all right ones: rejection sampling, whose completions are the policy's of that step.
 
 Methods stand in the order of their medians over the seeds that all of them have run: seeds differ more than methods do.
+The seconds are those of a run on whatever else the machine was doing, compilation included.
 
 Reached: docs/results.md.
 """
