@@ -171,13 +171,13 @@ def test_a_run_ends_with_a_model_directory_and_keeps_the_best(tiny_run, tmp_path
 
 
 def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
-    """Two of four prompts are carried over; stopped after step one of two, the second is the same to the last bit."""
-    cfg = change(tiny_run, steps=2, batches__carry_over=2, sampling__max_tokens=12, directory=str(tmp_path / "run"))
+    """Two of four prompts are carried over; stopped after step two of three, the third is the same to the last bit."""
+    cfg = change(tiny_run, steps=3, batches__carry_over=2, sampling__max_tokens=12, directory=str(tmp_path / "run"))
     result = grpo.main(cfg, verifiers=VERIFIERS)
     before = metrics(cfg.directory)
     assert before[0]["version_lag"] == 0 < max(record["version_lag"] for record in before)
-    shutil.rmtree(Path(cfg.directory) / "checkpoints" / "2")
-    (Path(cfg.directory) / "checkpoints" / "2.sha256.json").unlink()
+    shutil.rmtree(Path(cfg.directory) / "checkpoints" / "3")
+    (Path(cfg.directory) / "checkpoints" / "3.sha256.json").unlink()
     assert grpo.main(cfg, verifiers=VERIFIERS) == result
     assert metrics(cfg.directory) == before
 

@@ -47,7 +47,7 @@ params = jax.block_until_ready(hf.load(sys.argv[1], config, dtype=jnp.bfloat16))
 seen.append(resident())
 done.set()
 watch.join()
-print(max(seen) - before, params["layers"][-1]["mlp"]["down"].dtype)
+print(max(seen) - before, params["layers"][0]["mlp"]["down"].dtype)
 """
 
 
