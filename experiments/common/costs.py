@@ -86,34 +86,45 @@ def cache_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) ->
     return on_device(sizes.prompts, sizes.prompt_tokens) + on_device(sizes.rows, sizes.max_tokens)
 
 
-def activation_terms(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) -> dict[str, float]:
-    """Bytes on one device of what an update holds besides its arguments and results, by array.
+def activation_terms(
+    config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes, has_gradient: bool = True
+) -> dict[str, float]:
+    """About the bytes on one device that a pass over a micro-batch holds besides its arguments and results, by array.
 
-    The layers' inputs stay for the backward pass (full remat; without it all that a layer computes). One layer at a
-    time has its activations, its scores, and its weights and their gradient gathered.
+    A layer and the logits are computed one after the other: only the larger of the two is counted. With a gradient, the
+    inputs of layers stay for the backward pass (full remat; else all that a layer computes), and what the layer or the
+    logits compute exists twice.
     """
     half = np.dtype(config.dtype).itemsize
     tensor = mesh.shape["tensor"]
-    rows = max(1, sizes.rows // sizes.updates * sizes.epochs // sizes.pieces.micro_batches // data_parallel_size(mesh))
-    columns = (sizes.max_tokens + sizes.prompt_tokens / sizes.pieces.group_size) / mesh.shape["sequence"]
-    tokens = rows * columns
     heads = max(1, config.num_heads // tensor)
-    layer = num_layer_params(config) / config.num_layers
+    rows_at_once = sizes.rows * sizes.epochs // (sizes.updates * sizes.pieces.micro_batches)
+    rows = max(1.0, rows_at_once / data_parallel_size(mesh))
+    columns = sizes.max_tokens / mesh.shape["sequence"]
+    tokens = rows * (columns + sizes.prompt_tokens / sizes.pieces.group_size / mesh.shape["sequence"])
     inner = config.moe.intermediate_size * config.moe.num_experts_per_tok if config.moe else config.intermediate_size
     of_layer = tokens * half * (4 * config.hidden_size + (2 * heads + 2 * config.num_kv_heads) * config.head_dim)
     of_layer += 3 * tokens * half * inner / tensor
-    logits = min(tokens / tensor, 2**27 / config.vocab_size) * config.vocab_size * SINGLE
-    shares = math.prod(mesh.shape[name] for name in ("fsdp", "tensor", "expert"))
-    return {
-        "inputs of layers": config.num_layers * tokens * config.hidden_size * half
-        + (0 if config.remat == "full" else (config.num_layers - 1) * of_layer),
-        "one layer": of_layer,
-        "attention scores": 2 * rows * heads * sizes.max_tokens * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE,
-        "weights of a layer": 2 * layer * half / tensor,
-        "table of logits": 2 * config.vocab_size * config.hidden_size * SINGLE,
-        "logits": 3 * logits,
-        "gradients": num_params(config) / shares * SINGLE,
+    times = 2 if has_gradient else 1
+    layer = {
+        "one layer": times * of_layer,
+        "attention scores": times * rows * heads * columns * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE,
+        "weights of a layer": num_layer_params(config) / config.num_layers / tensor * (half + SINGLE * has_gradient),
     }
+    chunk = max(rows_at_once, min(rows_at_once * columns, 2**27 // config.vocab_size * mesh.size))
+    table = config.vocab_size * config.hidden_size
+    moves = chunk * config.hidden_size * half + chunk * config.vocab_size * SINGLE / mesh.size < table * half
+    logits = {
+        "logits": 3 * chunk / mesh.size * config.vocab_size * SINGLE,
+        "table of logits": 0.0 if moves else table * (half + SINGLE * has_gradient),
+    }
+    terms = max(layer, logits, key=lambda stage: sum(stage.values()))
+    if has_gradient:
+        shares = math.prod(mesh.shape[name] for name in ("fsdp", "tensor", "expert"))
+        kept = 0 if config.remat == "full" else (config.num_layers - 1) * of_layer
+        terms["inputs of layers"] = config.num_layers * tokens * config.hidden_size * half + kept
+        terms["gradients"] = num_params(config) / shares * SINGLE
+    return terms
 
 
 # --------------------------------------------------------------------------------------------------------------- time

@@ -95,19 +95,16 @@ def resident(state: Any) -> dict[str, float]:
 def by_formulas(config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any) -> Plan:
     """The plan without compiling anything."""
     held = resident(state)
-    terms = costs.activation_terms(config, mesh, sizes)
-    without_backward = {name: terms[name] for name in ("one layer", "attention scores", "weights of a layer")}
-    without_backward |= {"logits": terms["logits"], "table of logits": terms["table of logits"] / 2}
-    rows = sizes.rows / mesh.size
+    tensor = mesh.shape["tensor"]
     decoding = {
-        "KV cache": costs.cache_bytes(config, mesh, sizes),
-        "logits": 3 * rows * config.vocab_size * costs.SINGLE,
-        "weights of a layer": terms["weights of a layer"],
+        "KV cache": 2 * costs.cache_bytes(config, mesh, sizes),  # a copy while it grows
+        "logits": 3 * sizes.rows / mesh.size * config.vocab_size * costs.SINGLE,
+        "weights of a layer": 4 * costs.num_layer_params(config) / config.num_layers / tensor,
     }
     memory = [
         Memory("rollout", held | decoding),
-        Memory("scoring", held | without_backward),
-        Memory("update", held | terms),
+        Memory("scoring", held | costs.activation_terms(config, mesh, sizes, has_gradient=False)),
+        Memory("update", held | costs.activation_terms(config, mesh, sizes)),
     ]
     return Plan(topology, mesh, sizes, memory, costs.phases(config, topology, mesh, sizes), {})
 
