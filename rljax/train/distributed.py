@@ -355,7 +355,6 @@ def stop_others(problem: str) -> None:
         return
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         distributed.global_state.client.key_value_set(f"{FAILED}{process_index()}", problem)
-    time.sleep(4 * POLL_SECONDS)  # with process 0 the store ends
     _exit()
 
 
@@ -380,4 +379,6 @@ def _exit() -> None:
     """Without waiting for processes that are gone: JAX would, at a normal exit."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_main():  # the store ends with it: the others read there why they are to end
+        time.sleep(4 * POLL_SECONDS)
     os._exit(1)

@@ -34,6 +34,8 @@ from rljax.train.samples import Decode, sample_records
 from rljax.train.watchdog import Watchdog
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
+LINGER_SECONDS = 10.0  # of process 0 when the watchdog ends all of them
+
 
 class Run:
     """One training run in one directory.
@@ -98,7 +100,7 @@ class Run:
         # With several processes JAX has a handler of its own (`distributed.reached_preemption`).
         signals = (signal.SIGTERM, signal.SIGINT) if distributed.process_count() == 1 else ()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in signals}
-        self._watchdog.start()
+        self._watchdog.start(linger_seconds=LINGER_SECONDS if distributed.is_main() else 0.0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error) -> None:
