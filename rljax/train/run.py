@@ -106,7 +106,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        failed_alone = distributed.process_count() > 1 and kind is not None and issubclass(kind, Exception)
+        failed_alone = distributed.process_count() > 1 and kind not in (None, SystemExit)
         if not failed_alone:  # else the others may not come to finish what is still being saved
             self._checkpoints.close()
         self._watchdog.stop()
