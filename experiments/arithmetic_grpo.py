@@ -98,7 +98,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     sampling = arithmetic.sampling_of(task, batches.num_generations)
     draw = make_draw(task.lm, task.train_prompts, batches, sampling, shardings, cfg.seed)
     fill_baseline = make_greedy_baseline(task.lm, algorithm, score, batches, sampling, shardings)
-    annotate = policy.make_annotate(task.policy, algorithm.needs)
+    sizes = (batches, shardings, task.config, task.train_prompts.length, task.max_tokens)
+    annotate = train.cut_annotate(policy.make_annotate(task.policy, algorithm.needs), *sizes)
     keep = train.make_keep(algorithm, batches)  # all rows unless batches.oversample > 1
     credit = jax.jit(algorithm.credit)
     objective = policy_objective(task.policy, algorithm)
@@ -106,8 +107,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     if cfg.algorithm == "trpo":
         make = partial(make_trust_region_update, objective, policy.make_divergence(task.config), fisher_every=4)
     make = partial(make, shardings=shardings)
-    update = train.cut_update(make, batches, shardings, task.config, task.train_prompts.length, task.max_tokens)
-    log_ratio = train.make_log_ratio(task.policy)
+    update = train.cut_update(make, *sizes)
+    log_ratio = train.make_log_ratio(task.policy, *sizes)
     evaluate = arithmetic.make_evaluate(task, 8 if cfg.debug else cfg.eval_prompts, cfg.seed)
 
     # -- the loop

@@ -12,12 +12,11 @@ from dataclasses import asdict
 
 import jax
 
-from experiments.common import arithmetic, command_line, train
+from experiments.common import arithmetic, command_line, models, train
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import MeshShape, Optimizer
 from rljax.algorithms import sft
 from rljax.data.demonstrations import demonstrations
-from rljax.models import policy
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh, place
 from rljax.train.objective import policy_objective
@@ -59,9 +58,9 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     steps = 1 if cfg.debug else cfg.steps
 
     # -- model and data
-    task = arithmetic.make_task(cfg.task, cfg.eval_prompts, cfg.seed, cfg.width, cfg.layers)
+    task = arithmetic.make_task(cfg.task, cfg.eval_prompts, cfg.seed, cfg.width, cfg.layers, mesh)
     key = jax.random.key(cfg.seed)
-    params = policy.init(task.config, jax.random.fold_in(key, 0))
+    params = models.init_sharded(task.config, jax.random.fold_in(key, 0), mesh)
     checked = task.train_prompts.first(8 if cfg.debug else 512)
 
     # -- training state, and the functions of a step

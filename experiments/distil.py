@@ -28,8 +28,9 @@ import jax.numpy as jnp
 
 from experiments.common import command_line, micro_batches, models, runs, settings, train
 from experiments.common.optimizer import make_optimizer
-from experiments.common.sampling import make_mix, training_sampling
+from experiments.common.sampling import make_mix, make_sample_in_pieces, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
+from rljax import types
 from rljax.algorithms import gkd, minillm
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ from rljax.models.distillation import make_compare
 from rljax.ops.distillation import full_vocabulary
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
-from rljax.train.mesh import data_parallel_size, make_mesh, place, shard_prompts
+from rljax.train.mesh import Shardings, data_parallel_size, make_mesh, place, shard_prompts
 from rljax.train.update import learn, make_update
 from rljax.types import LM, CompareFn, Distillation, Objective, TrainState
 
@@ -113,7 +114,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     devices = data_parallel_size(mesh)
     pieces = micro_batches.cut(config, batches, train_prompts.length, cfg.sampling.max_tokens, devices)
     update = make_update(objective, optimizer, pieces.micro_batches, shardings)
-    evaluate = make_evaluate(cfg, decoder.language_model(config), compare, eval_prompts, sampling)
+    evaluate = make_evaluate(cfg, decoder.language_model(config), compare, eval_prompts, sampling, shardings)
     run = runs.make_run(cfg, __file__, cfg.divergence, objective, {}, PROGRESS_METRICS)
 
     # -- the loop
@@ -162,10 +163,13 @@ def writer(cfg: Config, config: DecoderConfig, teacher_config: DecoderConfig) ->
     return mixtures.arithmetic_mixture(config, cfg.teacher_mixture, "teacher", teacher_config)
 
 
-def make_evaluate(cfg: Config, lm: LM, compare: CompareFn, prompts: Prompts, sampling) -> Callable:
+def make_evaluate(
+    cfg: Config, lm: LM, compare: CompareFn, prompts: Prompts, sampling: types.Sampling, shardings: Shardings
+) -> Callable:
     """evaluate(state) -> exact KL of the student's next tokens to the teacher's, summed over its own completions."""
-    rows = prompts.first(len(prompts))
     sampling = sampling.replace(n=-(-cfg.eval_samples // len(prompts)))
+    rows_at_once = cfg.batches.prompts * cfg.batches.num_generations // cfg.batches.minibatches
+    sample_pieces = make_sample_in_pieces(lm, prompts.first(len(prompts)), sampling, shardings, rows_at_once)
 
     @jax.jit
     def kl_of_rows(params, frozen, traj):
@@ -173,8 +177,8 @@ def make_evaluate(cfg: Config, lm: LM, compare: CompareFn, prompts: Prompts, sam
         return jnp.where(traj.mask, found.divergence, 0.0).sum(axis=1)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        traj = sample(lm, state.params, state.frozen, rows, sampling, cfg.seed, step=-1)
-        kl = kl_of_rows(state.params, state.frozen, traj)
+        pieces = [kl_of_rows(state.params, state.frozen, traj) for traj in sample_pieces(state, cfg.seed)]
+        kl = jnp.concatenate(pieces)[: len(prompts) * sampling.n]
         return {"kl": float(kl.mean()), "error": float(kl.std(ddof=1) / len(kl) ** 0.5)}
 
     return evaluate

@@ -112,7 +112,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     lm, model, annotate, keep, credit, update = make_step(algorithm, optimizer, *sizes)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data)
-    log_ratio = train.make_log_ratio(model)
+    log_ratio = train.make_log_ratio(model, *sizes)
 
     # -- the loop
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
@@ -120,7 +120,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
-        evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
+        evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, batches, shardings)
+        evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         state = place(state, shardings.state)
         train.check_batch_invariance(config, lm, model, state)
         before = evaluate(state)

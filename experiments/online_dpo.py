@@ -93,7 +93,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
 
     # -- the functions of a step
     lm = decoder.language_model(config)
-    annotate = policy.make_annotate(model, ("ref_logp",))
+    sizes = (cfg.batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    annotate = train.cut_annotate(policy.make_annotate(model, ("ref_logp",)), *sizes)
     make = partial(make_update, method.objective, optimizer, shardings=shardings)
     max_tokens = cfg.sampling.max_tokens * method.completions_per_row
     update = train.cut_update(make, method.rows, shardings, config, train_prompts.length, max_tokens)
@@ -104,7 +105,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         sample_scored = make_sample_scored(lm, annotate, score, sampling, shardings, cfg.seed)
-        evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
+        evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, cfg.batches, shardings)
+        evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)

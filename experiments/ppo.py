@@ -124,14 +124,15 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     credit = jax.jit(algorithm.credit)  # KL in the reward, GAE, whitening
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
-    log_ratio = train.make_log_ratio(model)
+    log_ratio = train.make_log_ratio(model, *sizes)
     run = runs.make_run(cfg, __file__, "", algorithm, rewards.verifiers, PROGRESS_METRICS)
 
     # -- the loop
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
-        evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
+        evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, batches, shardings)
+        evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         state = place(state, shardings.state)
         before = evaluate(state)
         state = run.restore(state)

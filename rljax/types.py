@@ -195,9 +195,15 @@ WeightsFn = Callable[[Array, Array | None, Array | None], Array]
 # What needs the current policy over the whole optimizer batch, without gradient: (output, batch, key) -> Batch.
 PrepareFn = Callable[[PolicyOutput, Batch, Array], Batch]
 # The same for any kind of batch: (params, frozen, batch, key) -> batch, with the weights set.
-ObjectivePrepareFn = Callable[[Params, Params, Any, Array], Any]
+MapRowsFn = Callable[[Callable[[Any], Any], Any], Any]  # (f, rows) -> f(rows), computed a piece at a time
+ObjectivePrepareFn = Callable[[Params, Params, Any, Array, MapRowsFn], Any]  # a forward pass goes through the MapRowsFn
 # (params, frozen, batch) -> (sum, metrics {name: (sum, count)}); of names in *_max and *_min the extremum is taken.
 ObjectiveLossFn = Callable[[Params, Params, Any], tuple[Array, dict[str, tuple[Array, Array]]]]
+
+
+def all_at_once(f: Callable[[Any], Any], rows: Any) -> Any:
+    """f(rows): the `MapRowsFn` that cuts nothing."""
+    return f(rows)
 
 
 class Algorithm(NamedTuple):

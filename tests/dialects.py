@@ -36,9 +36,9 @@ def trl_bco_of_one_class(policy: PolicyFn, beta: float) -> Objective:
     of the two classes. Its δ is found here as if all completions were of one class."""
     objective = bco(policy, beta)
 
-    def prepare(params, frozen, batch, key):
+    def prepare(params, frozen, batch, key, map_rows=all_at_once):
         one_class = batch.replace(desirable=jnp.ones_like(batch.desirable))
-        return objective.prepare(params, frozen, one_class, key).replace(desirable=batch.desirable)
+        return objective.prepare(params, frozen, one_class, key, map_rows).replace(desirable=batch.desirable)
 
     return objective._replace(prepare=prepare)
 
@@ -319,7 +319,7 @@ def trl_prepared_alone(objective: Objective, count: int) -> Objective:
     """TRL knows no optimizer batch: what needs more than one row (a token mean, a quantile, a rank) it takes from each
     of its `count` micro-batches alone, and averages the losses. Rows stand micro-batch after micro-batch."""
 
-    def prepare(params, frozen, batch, key):
+    def prepare(params, frozen, batch, key, map_rows=all_at_once):
         rows = max(x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)) // count
         parts = []
         for m in range(count):
@@ -334,7 +334,7 @@ def trl_prepared_alone(objective: Objective, count: int) -> Objective:
 def trl_sum(*parts: tuple[float, Objective]) -> Objective:
     """TRL's list of DPO losses: Σ w_k L_k of objectives over the same batch. Metrics are the first one's."""
 
-    def prepare(params, frozen, batch, key):
+    def prepare(params, frozen, batch, key, map_rows=all_at_once):
         for _, objective in parts:
             batch = objective.prepare(params, frozen, batch, key)
         return batch

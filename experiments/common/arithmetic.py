@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.common import models
 from rljax.data.prompts import Prompts
@@ -16,6 +17,7 @@ from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
 from rljax.rollouts.sampler import sample
 from rljax.train.log import write_atomically
+from rljax.train.mesh import hidden_sharding
 from rljax.train.metrics import reward_and_kl
 from rljax.types import LM, Params, PromptBatch, Sampling, TrainState, Trajectory
 
@@ -36,7 +38,9 @@ class Task(NamedTuple):
     policy: Callable
 
 
-def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, layers: int = 4) -> Task:
+def make_task(
+    name: Problems, eval_prompts: int, seed: int, width: int = 128, layers: int = 4, mesh: Mesh | None = None
+) -> Task:
     """The problems of this name, `eval_prompts` of them held out, and a decoder of this width and depth."""
     problems = PROBLEMS[name]()
     train_side, eval_side = train_eval_split_by_kind(problems, eval_prompts, seed)
@@ -56,6 +60,7 @@ def make_task(name: Problems, eval_prompts: int, seed: int, width: int = 128, la
         head_dim=width // 4,
         intermediate_size=11 * width // 4,
         max_positions=prompt_tokens + max_tokens,
+        hidden_sharding=None if mesh is None else hidden_sharding(mesh),
     )
     lm = decoder.language_model(config)
     return Task(tokenizer, prompts(train_side), prompts(eval_side), max_tokens, config, lm, policy.make_policy(config))

@@ -21,6 +21,7 @@ from rljax.train import distributed
 from rljax.train.log import log_error
 from rljax.train.provenance import source_digest
 from rljax.train.report import flatten_settings
+from rljax.train.watchdog import EXIT_CODE
 
 MORE = "Rarely needed settings that are not listed here: experiments/common/settings.py."
 
@@ -36,7 +37,8 @@ def run(config_type: type, main: Callable, one_process: bool = False) -> None:
     (`one_process`).
 
     Unknown names, wrong types and settings that are refused are one error that says what would be legal; the exit code
-    is 2 where the command line could not be parsed, else 1. With --debug the traceback is shown.
+    is 2 where the command line could not be parsed, 75 where another process was lost, else 1. With --debug the
+    traceback is shown.
     """
     config, hosts = parse(config_type)
     debug = getattr(config, "debug", False)
@@ -48,6 +50,10 @@ def run(config_type: type, main: Callable, one_process: bool = False) -> None:
         distributed.agree(facts_of(config))
         main(hub.with_local_models(config))
     except Exception as error:
+        if distributed.is_lost_process(error):
+            distributed.wait_for_reason()
+            log_error(f"{str(error).splitlines()[0]}; exit code {EXIT_CODE}, run the same command again to resume")
+            distributed.leave(EXIT_CODE)
         is_refusal = isinstance(error, REFUSALS) and not isinstance(error, jax.errors.JaxRuntimeError)
         if debug or not is_refusal:
             traceback.print_exc()

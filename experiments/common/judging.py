@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from experiments.common import models, runs, train
 from experiments.common.rewards import load_score, read_rewards
@@ -28,11 +29,14 @@ def judge_model(cfg: Any, directory: str) -> dict[str, float]:
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     config, _, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
     params = models.load_decoder(directory, config, mesh, "float32")
-    state = TrainState(0, params, None, jax.random.key(cfg.seed), frozen=frozen)
+    state = TrainState(0, params, optax.EmptyState(), jax.random.key(cfg.seed), frozen=frozen)
     sampling = training_sampling(cfg.sampling, cfg.batches.num_generations, tokenizer, config.vocab_size)
-    annotate = policy.make_annotate(policy.make_policy(config), ("ref_logp",))
+    shardings = train.shardings_of(mesh, state, optax.identity(), config)
+    sizes = (cfg.batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
+    annotate = train.cut_annotate(policy.make_annotate(policy.make_policy(config), ("ref_logp",)), *sizes)
     with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool, tempfile.TemporaryDirectory() as answers:
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, Path(answers))
         lm = decoder.language_model(config)
-        evaluate = train.make_evaluate(lm, annotate, score, eval_prompts, sampling, cfg.eval_samples, cfg.seed)
+        evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, cfg.batches, shardings)
+        evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         return evaluate(state)

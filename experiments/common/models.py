@@ -1,6 +1,7 @@
 """Models of a Hugging Face directory, as `Weights` says how to hold and train them."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
 from rljax.train import distributed
 from rljax.train.mesh import hidden_sharding, param_shardings
-from rljax.types import Params, TrainState
+from rljax.types import Array, Params, TrainState
 
 
 def load_pretrained(
@@ -93,6 +94,14 @@ def load_decoder(directory: str, config: DecoderConfig, mesh: jax.sharding.Mesh,
     return {"decoder": hf.load(directory, config, shardings, jnp.dtype(dtype))}
 
 
+def init_sharded(config: DecoderConfig, key: Array, mesh: jax.sharding.Mesh) -> Params:
+    """Random parameters, each drawn where it will lie."""
+    init = partial(policy.init, config)
+    shapes = jax.eval_shape(init, key)
+    shardings = param_shardings(mesh, policy.logical_axes(config, shapes), shapes)
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
 def load_model(
     directory: str, mesh: jax.sharding.Mesh, dtype: str, context: int | None = None, scan_layers: bool = False
 ) -> tuple[DecoderConfig, Params]:
@@ -165,7 +174,16 @@ def lora_of(adapter: Adapter) -> LoraConfig | None:
 def _with_adapter(params: Params, config: DecoderConfig, weights: Weights, seed: int) -> tuple[Params, dict]:
     """Adapter and frozen base. A reference that follows the policy is an adapter of its own."""
     key = jax.random.fold_in(jax.random.key(seed), 3)
-    trained, frozen = policy.with_adapter(params, config, key)
+
+    def trained_of(params: Params) -> Params:
+        return policy.with_adapter(params, config, key)[0]
+
+    shardings = None
+    if config.hidden_sharding is not None:  # each array is drawn where it will lie
+        shapes = jax.eval_shape(trained_of, params)
+        shardings = param_shardings(config.hidden_sharding.mesh, policy.logical_axes(config, shapes), shapes)
+    trained = jax.jit(trained_of, out_shardings=shardings)(params)
+    frozen = {"base": {"decoder": params["decoder"]}, "reference": {}}
     if weights.ref_sync_steps:
         frozen["reference"] = jax.tree.map(jnp.copy, trained)
     return trained, frozen

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from experiments.common.settings import PLACEMENT, Batches
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, data_parallel_size, shard_rows
+from rljax.train.mesh import RULES, Shardings, data_parallel_size, shard_rows
 from rljax.train.run import Run
-from rljax.train.update import sum_over_micro_batches
+from rljax.train.update import map_micro_batches, sum_over_micro_batches
 from rljax.types import Objective, TrainState
 
 
@@ -26,7 +27,7 @@ def check_settings(cfg: Any, mesh: jax.sharding.Mesh) -> None:
     if cfg.batch_size < 1 or cfg.micro_batches < 0 or cfg.batch_size % ways:
         raise ValueError(
             f"batch_size = {cfg.batch_size}, micro_batches = {cfg.micro_batches} (0: chosen from sizes) over {devices} "
-            f"devices (data x fsdp); legal: a batch_size that is a multiple of {ways}"
+            f"devices ({' x '.join(RULES['rows'])}); legal: a batch_size that is a multiple of {ways}"
         )
     if cfg.weights.ref_sync_steps:
         raise ValueError(f"weights.ref_sync_steps = {cfg.weights.ref_sync_steps}; legal when learning from a file: 0")
@@ -98,7 +99,8 @@ def make_evaluate(
 
     @jax.jit
     def measure(params, frozen, batch):
-        batch = objective.prepare(params, frozen, batch, jax.random.key(0))
+        map_rows = partial(map_micro_batches, micro_batches=pieces)
+        batch = objective.prepare(params, frozen, batch, jax.random.key(0), map_rows)
 
         def loss_of_piece(piece):
             loss, found = objective.loss(params, frozen, piece)

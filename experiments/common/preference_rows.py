@@ -17,7 +17,7 @@ from rljax.data.tokenizer import Tokenizer
 from rljax.models.policy import AnnotateFn
 from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, shard_rows
+from rljax.train.mesh import Shardings
 from rljax.train.shared_prefix import make_shared_prefix_annotate
 from rljax.types import Pairs, TrainState, Trajectory, Unpaired
 
@@ -135,13 +135,13 @@ def with_reference(
     """
     completions = len(rows.train[0].completions)
     is_pair = not isinstance(rows.train[0].label, bool)
-    if is_pair and widths[0] > 1:
-        annotate = make_shared_prefix_annotate(annotate, widths[0] - 1, completions, shardings=shardings)
+    columns = widths[0] - 1 if is_pair else 0
+    annotate = make_shared_prefix_annotate(annotate, columns, completions, size * completions, shardings)
 
     def logps_of(part: list[Row]) -> Iterator[np.ndarray]:
         examples = [example for row in part for example in row.completions]
         traj = collate_after_prompts(examples, *widths) if is_pair else collate(examples, sum(widths))
-        logp = distributed.fetch(annotate(state, shard_rows(shardings, traj)).old_logp)
+        logp = distributed.fetch(annotate(state, traj).old_logp)
         return iter([values[decides] for values, decides in zip(logp, np.asarray(traj.mask), strict=True)])
 
     both = [*rows.train, *rows.eval]

@@ -1,10 +1,12 @@
 """What a step samples: completions of new prompts, and with `carry_over` those that the last step left unfinished."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.common import data, settings
 from experiments.common.difficulty import initial_rates, make_next_prompts
@@ -22,7 +24,7 @@ from rljax.rollouts.sample_token import distribution_settings
 from rljax.rollouts.sampler import sample
 from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, shard_prompts, shard_rows
+from rljax.train.mesh import Shardings, data_parallel_size, shard_prompts, shard_rows
 from rljax.types import LM, Algorithm, AnnotateFn, Params, PromptBatch, Sampling, TrainState, Trajectory
 
 
@@ -186,6 +188,30 @@ def make_greedy_baseline(
         return traj.replace(baseline=jnp.repeat(rewards, batches.num_generations))
 
     return fill
+
+
+def make_sample_in_pieces(
+    lm: LM, prompts: PromptBatch, sampling: Sampling, shardings: Shardings, rows_at_once: int
+) -> Callable[[TrainState, int], Iterator[Trajectory]]:
+    """sample_pieces(state, seed) -> the completions of these prompts, about `rows_at_once` rows at a time.
+
+    Pieces are of one shape, which divides over the devices. The last one is filled up with copies of the last prompt:
+    of the rows of all pieces together the first len(prompts.number) * sampling.n count. The key is that of evaluations.
+    """
+    count = len(prompts.number)
+    devices = data_parallel_size(shardings.rows.mesh, "rollout_rows")
+    unit = devices // math.gcd(devices, sampling.n)  # prompts whose completions divide over the devices
+    most = max(rows_at_once // (sampling.n * unit), 1) * unit
+    size = -(-count // (math.ceil(count / most) * unit)) * unit
+
+    def sample_pieces(state: TrainState, seed: int) -> Iterator[Trajectory]:
+        for start in range(0, count, size):
+            here = np.minimum(np.arange(start, start + size), count - 1)
+            tokens, mask, number = (np.asarray(x)[here] for x in (prompts.tokens, prompts.mask, prompts.number))
+            piece = PromptBatch(tokens, mask, number, [prompts.columns[i] for i in here], prompts.cursor)
+            yield sample(lm, state.params, state.frozen, shard_prompts(shardings, piece), sampling, seed, step=-1)
+
+    return sample_pieces
 
 
 MIXED = ("inputs", "actions", "logp", "mask", "positions", "segments", "temperature", "group")

@@ -4,21 +4,22 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from experiments.common import micro_batches
+from experiments.common.sampling import make_sample_in_pieces
 from experiments.common.settings import Batches
 from rljax.algorithms import truncate_is
 from rljax.algorithms.common.wrappers import with_needs
 from rljax.algorithms.dynamic_sampling import dynamic_sampling, filter_groups
 from rljax.data.prompts import Prompts
-from rljax.models import policy
+from rljax.models import policy as policies
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.score import Score
-from rljax.rollouts.sampler import sample
 from rljax.rollouts.self_check import require_batch_invariance
 from rljax.train.log import log_info
 from rljax.train.mesh import RULES, Shardings, data_parallel_size, state_shardings
@@ -209,17 +210,11 @@ def cut_annotate(
 
     prompt_tokens, max_tokens: of a prompt and of a completion, as sampled.
     """
-    if prompt_tokens == 1:
-        return annotate
-    rollout = dataclasses.replace(
-        batches,
-        prompts=batches.prompts * batches.oversample,
-        minibatches=1,
-        micro_batches=batches.micro_batches * batches.minibatches * batches.oversample,
-    )
     devices = data_parallel_size(shardings.rows.mesh)
-    pieces = micro_batches.cut(config, rollout, prompt_tokens, max_tokens, devices)
-    return make_shared_prefix_annotate(annotate, prompt_tokens - 1, pieces.group_size, pieces.micro_batches, shardings)
+    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices)
+    rows_at_once = batches.prompts * batches.num_generations // (batches.minibatches * pieces.micro_batches)
+    group_size = micro_batches.largest_share(rows_at_once, batches.num_generations, devices)
+    return make_shared_prefix_annotate(annotate, prompt_tokens - 1, group_size, rows_at_once, shardings)
 
 
 def shardings_of(
@@ -234,35 +229,49 @@ def shardings_of(
 
     teacher_config: of frozen["teacher"], if that is another decoder.
     """
-    axes = policy.logical_axes(config, state.params)
+    axes = policies.logical_axes(config, state.params)
     configs = {"teacher": teacher_config or config}
-    frozen_axes = {name: policy.logical_axes(configs.get(name, config), part) for name, part in state.frozen.items()}
+    frozen_axes = {name: policies.logical_axes(configs.get(name, config), part) for name, part in state.frozen.items()}
     return state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
 
 
 def make_evaluate(
-    lm: LM, annotate: Callable, score: Score, prompts: Prompts, sampling: Sampling, samples: int, seed: int
+    lm: LM,
+    annotate: AnnotateFn,
+    score: Score,
+    prompts: Prompts,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    batches: Batches,
+    shardings: Shardings,
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> mean reward, its standard error, and KL to the reference, of `samples` completions.
 
-    Every evaluation samples with the same key.
+    Every evaluation samples with the same key, about as many completions at a time as a step of training.
     """
     all_prompts = prompts.first(len(prompts))
     sampling = sampling.replace(n=math.ceil(samples / len(prompts)))
+    rows_at_once = batches.prompts * batches.oversample * batches.num_generations
+    sample_pieces = make_sample_in_pieces(lm, all_prompts, sampling, shardings, rows_at_once)
+    rows = len(prompts) * sampling.n
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        traj = sample(lm, state.params, state.frozen, all_prompts, sampling, seed, step=-1)
-        traj = score(annotate(state, traj), all_prompts)
-        return reward_and_kl(traj)
+        pieces = list(sample_pieces(state, seed))
+        traj = jax.tree.map(lambda *x: jnp.concatenate(x)[:rows], *pieces)
+        return reward_and_kl(score(annotate(state, traj), all_prompts))
 
     return evaluate
 
 
-def make_log_ratio(policy: Callable) -> Callable:
-    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report."""
+def make_log_ratio(policy: PolicyFn, *sizes: Any) -> Callable[[TrainState, Trajectory], Array]:
+    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report.
 
-    @jax.jit
-    def log_ratio(state: TrainState, traj):
-        return policy(state.params, state.frozen, traj).logp - traj.logp
+    sizes: those of `cut_annotate`.
+    """
+    annotate = cut_annotate(policies.make_annotate(policy, ("old_logp",)), *sizes)
+
+    def log_ratio(state: TrainState, traj: Trajectory) -> Array:
+        return annotate(state, traj).old_logp - traj.logp
 
     return log_ratio

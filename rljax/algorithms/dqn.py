@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.ops import q_learning
-from rljax.types import Objective, Params
+from rljax.types import Objective, Params, all_at_once
 
 ActionValueFn = Callable[[Params, Array], Float[Array, "*N A"]]  # (params, observations [N ...]) -> Q
 
@@ -21,7 +21,7 @@ ActionValueFn = Callable[[Params, Array], Float[Array, "*N A"]]  # (params, obse
 def dqn(q: ActionValueFn, double: bool = False, huber: float | None = None) -> Objective:
     """Deep Q-learning. `q`: (params, observations [N ...]) -> [N A]."""
 
-    def prepare(params, frozen, batch, key):
+    def prepare(params, frozen, batch, key, map_rows=all_at_once):
         share = jnp.ones(batch.reward.shape) if batch.weight is None else batch.weight
         return batch.replace(weight=share / jnp.maximum(share.sum(), 1.0))
 

@@ -14,13 +14,13 @@ from jaxtyping import Array
 from rljax.algorithms.common.pairs import checked_zero_masked
 from rljax.ops.ranking import step_cross_entropy
 from rljax.ops.weights import token_mean
-from rljax.types import Batch, Objective, Params, Trajectory
+from rljax.types import Batch, Objective, Params, Trajectory, all_at_once
 
 
 def process_reward_model(step_logits: Callable[[Params, Params, Trajectory], Array]) -> Objective:
     """An objective over a `Trajectory`. `step_logits`: (params, frozen, trajectory) -> [B T], log-odds of "correct"."""
 
-    def prepare(params, frozen, traj: Trajectory, key) -> Batch:
+    def prepare(params, frozen, traj: Trajectory, key, map_rows=all_at_once) -> Batch:
         labeled = traj.mask & traj.step_ends & ~jnp.isnan(traj.rewards)
         label = jnp.where(labeled, traj.rewards, 0.0)
         traj = checked_zero_masked(traj).replace(rewards=label)

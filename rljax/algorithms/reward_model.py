@@ -24,7 +24,7 @@ from rljax.algorithms.common.pairs import (
 )
 from rljax.ops import ranking
 from rljax.ops.ranking import RankedMask, RankedScores
-from rljax.types import Objective, Pairs, ScoreFn, Trajectory
+from rljax.types import Objective, Pairs, ScoreFn, Trajectory, all_at_once
 
 RankingLossFn = Callable[[RankedScores, RankedMask], Float[Array, "*P"]]  # (scores, valid) -> loss of each prompt
 
@@ -32,7 +32,7 @@ RankingLossFn = Callable[[RankedScores, RankedMask], Float[Array, "*P"]]  # (sco
 def reward_model(score: ScoreFn, center_rewards_coefficient: float = 0.0) -> Objective:
     """An objective over `Pairs`, with their `margin` if there is one. `center_rewards_coefficient` is η."""
 
-    def prepare(params, frozen, batch: Pairs, key) -> Pairs:
+    def prepare(params, frozen, batch: Pairs, key, map_rows=all_at_once) -> Pairs:
         chosen = checked_zero_masked(batch.chosen)
         rejected = checked_zero_masked(batch.rejected)
         present = has_tokens(chosen) & has_tokens(rejected)
@@ -74,7 +74,7 @@ def ranked_reward_model(score: ScoreFn, loss: RankingLossFn = ranking.plackett_l
     def flatten(traj):
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), traj)
 
-    def prepare(params, frozen, traj: Trajectory, key) -> Rankings:
+    def prepare(params, frozen, traj: Trajectory, key, map_rows=all_at_once) -> Rankings:
         P, K, _ = traj.mask.shape
         rows = checked_zero_masked(flatten(traj))
         comparable = has_tokens(rows).reshape(P, K).sum(axis=1) >= 2

@@ -10,7 +10,7 @@ frozen["teacher"]: the starting ones, or a moving average (`models.policy.sync_r
 from rljax.algorithms.gkd import gkd
 from rljax.ops.distillation import EstimatorFn, full_vocabulary
 from rljax.ops.weights import seq_mean_token_mean
-from rljax.types import CompareFn, Objective, WeightsFn
+from rljax.types import CompareFn, Objective, WeightsFn, all_at_once
 
 
 def sdft(
@@ -26,9 +26,9 @@ def sdft(
 def with_required_view(objective: Objective) -> Objective:
     """The objective for batches with a `teacher_view`: without one a teacher of equal parameters teaches nothing."""
 
-    def prepare(params, frozen, batch, key):
+    def prepare(params, frozen, batch, key, map_rows=all_at_once):
         if batch.teacher_view is None:
             raise ValueError("self-distillation needs Distillation.teacher_view: what the teacher reads besides")
-        return objective.prepare(params, frozen, batch, key)
+        return objective.prepare(params, frozen, batch, key, map_rows)
 
     return objective._replace(prepare=prepare)

@@ -11,15 +11,15 @@ from jaxtyping import Array, Bool, Int
 
 from rljax.algorithms.common.credit import require
 from rljax.algorithms.dpo import dpo
-from rljax.types import Objective, Pairs, PolicyFn, Trajectory
+from rljax.types import Objective, Pairs, PolicyFn, Trajectory, all_at_once
 
 
 def step_dpo(policy: PolicyFn, beta: float = 0.5) -> Objective:
     """Step-DPO over `Pairs` of whole solutions with `step_ends`; the default β is that of the authors' scripts."""
     objective = dpo(policy, beta=beta)
 
-    def prepare(params, frozen, batch: Pairs, key) -> Pairs:
-        return objective.prepare(params, frozen, first_differing_step(batch), key)
+    def prepare(params, frozen, batch: Pairs, key, map_rows=all_at_once) -> Pairs:
+        return objective.prepare(params, frozen, first_differing_step(batch), key, map_rows)
 
     return objective._replace(prepare=prepare)
 

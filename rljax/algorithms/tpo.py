@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rljax.algorithms.common.pairs import checked_zero_masked, preference_objective
 from rljax.ops import preferences
-from rljax.types import Objective, Pairs, PolicyFn
+from rljax.types import Objective, Pairs, PolicyFn, all_at_once
 
 
 def tpo(policy: PolicyFn, beta: float = 0.01, alpha: float = 1.0) -> Objective:
@@ -44,11 +44,11 @@ def with_gold_nll(policy: PolicyFn, objective: Objective, alpha: float) -> Objec
     Raises ValueError for pairs without `gold`.
     """
 
-    def prepare(params, frozen, batch: Pairs, key) -> Pairs:
+    def prepare(params, frozen, batch: Pairs, key, map_rows=all_at_once) -> Pairs:
         if batch.gold is None:
             raise ValueError("TPO needs Pairs.gold: a third completion of each prompt, to be imitated")
         gold = checked_zero_masked(batch.gold)
-        batch = objective.prepare(params, frozen, batch.replace(gold=gold), key)
+        batch = objective.prepare(params, frozen, batch.replace(gold=gold), key, map_rows)
         share = 1.0 / jnp.maximum(gold.mask.sum(), 1).astype(float)
         share_of_row = jnp.broadcast_to(share, gold.mask.shape[:1])
         return batch.replace(extra=batch.extra | {"gold_token_weight": share_of_row})

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -34,6 +35,7 @@ EXCHANGE_SECONDS = 7200.0  # for the slowest process to come to an `exchange`
 POLL_SECONDS = 1.0  # between two looks at whether another process failed
 FAILED = "rljax/failed/"
 
+_leaving = threading.Lock()
 _rounds: Counter = Counter()  # how often there was an exchange of this name: the same on every process
 
 
@@ -240,7 +242,7 @@ def is_main() -> bool:
 def exchange(name: str, value: T, deadline_seconds: float = EXCHANGE_SECONDS) -> list[T]:
     """The value of every process, in their order. All processes exchange the same names in the same order.
 
-    Raises RuntimeError, naming who is missing, where one does not come in time.
+    Raises ProcessLostError, naming who is missing, where one does not come in time.
     """
     if process_count() == 1:
         return [value]
@@ -254,7 +256,7 @@ def exchange(name: str, value: T, deadline_seconds: float = EXCHANGE_SECONDS) ->
         here = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get_bytes(f"{key}/")}
         missing = sorted(set(range(process_count())) - here)
         who = f"{_processes(missing)} did not come" if missing else str(error)
-        raise RuntimeError(f"{name}: {who} ({deadline_seconds:g} seconds)") from None
+        raise ProcessLostError(f"{name}: {who} ({deadline_seconds:g} seconds)") from None
     values = dict(client.key_value_dir_get_bytes(f"{key}/"))
     if _rounds[name]:  # who has come to this round has read the one before
         client.key_value_delete(f"rljax/{name}/{_rounds[name] - 1}/{own}")
@@ -346,6 +348,25 @@ def reached_preemption(step: int) -> bool:
     return process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
+class ProcessLostError(RuntimeError):
+    """Another process is gone, or did not come in time: worth a new start."""
+
+
+LOST = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): |.*(Gloo|NCCL)")  # of JAX's messages
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether the error says that another process is gone: a collective or a message had no other end."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return process_count() > 1 and LOST.match(str(error)) is not None
+    return isinstance(error, ProcessLostError)
+
+
+def wait_for_reason() -> None:
+    """Time for `_stop_after_others`, which ends this process where the one that is lost had said why."""
+    time.sleep(2.5 * POLL_SECONDS)
+
+
 def stop_others(problem: str) -> None:
     """Tell the other processes why this one stops, and end this process with exit code 1; nothing if it is alone.
 
@@ -355,7 +376,7 @@ def stop_others(problem: str) -> None:
         return
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         distributed.global_state.client.key_value_set(f"{FAILED}{process_index()}", problem)
-    _exit()
+    leave(1)
 
 
 def _stop_after_others(client: Any) -> None:
@@ -372,13 +393,14 @@ def _stop_after_others(client: Any) -> None:
         if failures:
             process = min(failures)
             log_error(f"process {process} stopped: {failures[process]}")
-            _exit()
+            leave(1)
 
 
-def _exit() -> None:
-    """Without waiting for processes that are gone: JAX would, at a normal exit."""
+def leave(code: int) -> None:
+    """End this process without waiting for others that are gone: JAX would, at a normal exit."""
+    _leaving.acquire()  # for good: the first thread that wants to end the process says with which code
     sys.stdout.flush()
     sys.stderr.flush()
     if is_main():  # the store ends with it: the others read there why they are to end
         time.sleep(4 * POLL_SECONDS)
-    os._exit(1)
+    os._exit(code)

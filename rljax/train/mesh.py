@@ -222,7 +222,7 @@ def shard_prompts(shardings: Shardings, rows: PromptBatch) -> PromptBatch:
 
     def to_devices(x):
         axes = ("rollout_rows", *[None] * (x.ndim - 1))
-        return jax.device_put(x, sharding_of(mesh, axes, x.shape))
+        return place(x, sharding_of(mesh, axes, x.shape))
 
     tokens, mask, number = map(to_devices, (rows.tokens, rows.mask, rows.number))
     return rows._replace(tokens=tokens, mask=mask, number=number)

@@ -1,5 +1,7 @@
 """The objective of a policy and an algorithm: the only place where the two meet."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
@@ -8,11 +10,13 @@ from rljax.types import (
     Algorithm,
     Array,
     Batch,
+    MapRowsFn,
     Metrics,
     Objective,
     Params,
     PolicyFn,
     PolicyOutput,
+    all_at_once,
     check_shapes,
     zero_masked,
 )
@@ -28,14 +32,15 @@ def policy_objective(policy: PolicyFn, algorithm: Algorithm) -> Objective:
     then what this very pass computes, so that ratios to it are exactly 1.
     """
 
-    def prepare(params: Params, frozen: Params, batch: Batch, key: Array) -> Batch:
+    def prepare(params: Params, frozen: Params, batch: Batch, key: Array, map_rows: MapRowsFn = all_at_once) -> Batch:
         check_shapes(batch)
         batch = _zero_masked_batch(batch)
         weight = algorithm.weights(batch.mask, batch.traj.segments, batch.traj.group)
         batch = batch.replace(weight=weight)
         if algorithm.prepare is None:
             return batch
-        output = _zero_masked_output(policy(params, frozen, batch.traj), batch.mask)
+        output = map_rows(partial(policy, params, frozen), batch.traj)
+        output = _zero_masked_output(output, batch.mask)
         return algorithm.prepare(output, _at_old_policy(output, batch), key)
 
     def loss(params: Params, frozen: Params, batch: Batch):

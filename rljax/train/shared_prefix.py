@@ -126,41 +126,65 @@ def share_prefix_of_pairs(pairs: Pairs, columns: int) -> Pairs:
 
 
 def make_shared_prefix_annotate(
-    annotate: AnnotateFn, columns: int, group_size: int, pieces: int = 1, shardings: Shardings | None = None
+    annotate: AnnotateFn, columns: int, group_size: int, rows_at_once: int, shardings: Shardings | None = None
 ) -> AnnotateFn:
-    """annotate(state, traj) -> traj that computes the first `columns` once for `group_size` rows, a piece at a time.
+    """annotate(state, traj) -> traj, with at most `rows_at_once` rows at a time, any number of them in all.
 
-    The fields that it fills are 0 in those columns, where no decision is. Rows that do not share them (completions
-    carried over from an earlier step) are annotated as they are; so are rows of which there are not as many as that
-    number of pieces of whole groups takes.
+    The first `columns` are computed once for `group_size` rows. The fields that it fills are 0 in those columns, where
+    no decision is. Rows that do not share them (completions carried over from an earlier step) are annotated whole.
+    Pieces are of one shape, and divide over the devices: copies of the first rows fill them up.
     """
     devices = 1 if shardings is None else data_parallel_size(shardings.rows.mesh)
 
-    def cut(traj: Trajectory) -> list[Trajectory]:
-        return _every_nth_group(share_prefix(Batch(traj, traj.logp, traj.mask), columns, group_size).traj, pieces)
+    def cut(traj: Trajectory, shared: bool) -> list[Trajectory]:
+        size = group_size if shared else 1
+        pieces, fill = _cut_evenly(len(traj.mask), rows_at_once, size * devices)
+        if fill:
+            traj = _with_copies(traj, fill)
+        if shared:
+            traj = share_prefix(Batch(traj, traj.logp, traj.mask), columns, group_size).traj
+        return _every_nth_group(traj, pieces, size) if pieces > 1 else [traj]
 
-    def annotate_sharing(state: TrainState, traj: Trajectory) -> Trajectory:
-        whole_groups = len(traj.mask) % (group_size * pieces * devices) == 0
-        if not (whole_groups and is_prefix_shared(traj, columns, group_size)):
-            return annotate(state, traj)
-        rows = cut(traj) if shardings is None else shard_rows(shardings, cut(traj))
-        filled = [_filled_fields(piece, annotate(state, piece)) for piece in rows]
-        fields = _in_order_of_groups(filled, group_size)
-        return traj.replace(**{name: _pad_columns(value, columns) for name, value in fields.items()})
+    def annotate_in_pieces(state: TrainState, traj: Trajectory) -> Trajectory:
+        rows = len(traj.mask)
+        whole_groups = columns > 0 and rows % group_size == 0
+        shared = whole_groups and bool(is_prefix_shared(traj, columns, group_size))
+        pieces = cut(traj, shared)
+        if shardings is not None:
+            pieces = shard_rows(shardings, pieces)
+        filled = [_filled_fields(piece, annotate(state, piece)) for piece in pieces]
+        fields = _in_order_of_groups(filled, group_size if shared else 1) if len(filled) > 1 else filled[0]
+        if shared:
+            fields = {name: _pad_columns(value, columns) for name, value in fields.items()}
+        return traj.replace(**{name: value[:rows] for name, value in fields.items()})
 
     def lower(state: TrainState, traj: Trajectory):
         """The program of each piece of a call, for a state and a trajectory of shapes whose rows share their prefix."""
-        piece = jax.eval_shape(cut, traj)[0]
+        piece = jax.eval_shape(partial(cut, shared=columns > 0), traj)[0]
         return annotate.lower(state, piece if shardings is None else row_shapes(shardings, piece))
 
-    annotate_sharing.lower = lower
-    return annotate_sharing
+    annotate_in_pieces.lower = lower
+    return annotate_in_pieces
 
 
-@partial(jax.jit, static_argnames="pieces")
-def _every_nth_group(traj: Trajectory, pieces: int) -> list[Trajectory]:
+def _cut_evenly(rows: int, rows_at_once: int, unit: int) -> tuple[int, int]:
+    """In how many pieces to cut the rows, and how many to add so that these are equal and multiples of `unit`."""
+    pieces = -(-rows // max(rows_at_once, unit))
+    rows_of_piece = -(-rows // (pieces * unit)) * unit
+    return pieces, pieces * rows_of_piece - rows
+
+
+@partial(jax.jit, static_argnames="count")
+def _with_copies(traj: Trajectory, count: int) -> Trajectory:
+    """The trajectory and `count` rows more, which repeat it from the first row on."""
+    rows = len(traj.mask)
+    return jax.tree.map(lambda x: x[jnp.arange(rows + count) % rows], traj)
+
+
+@partial(jax.jit, static_argnames=("pieces", "group_size"))
+def _every_nth_group(traj: Trajectory, pieces: int, group_size: int) -> list[Trajectory]:
     """Piece m has groups m, m + pieces, ...: rows that are laid out contiguously over devices stay where they are."""
-    groups = len(traj.prefix.inputs)
+    groups = len(traj.mask) // group_size
 
     def take(x: Array, piece: int) -> Array:
         by_group = x.reshape(groups, len(x) // groups, *x.shape[1:])[piece::pieces]

@@ -1,5 +1,6 @@
 """TRPO's update: one natural-gradient step on the whole batch, in place of an optimizer's."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from rljax.train.update import (
     accumulate_gradients,
     constrain_shardings,
     jit_update,
+    map_micro_batches,
     sum_over_micro_batches,
 )
 from rljax.types import Array, DivergenceFn, Objective, Params, TrainState
@@ -56,7 +58,8 @@ def make_trust_region_update(
 
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key, prepare_key = jax.random.split(state.key)
-        batch = objective.prepare(state.params, frozen, batch, prepare_key)
+        map_rows = partial(map_micro_batches, micro_batches=micro_batches)
+        batch = objective.prepare(state.params, frozen, batch, prepare_key, map_rows)
         old = state.params
 
         def loss_and_kl(params, batch):

@@ -1,6 +1,7 @@
 """One optimizer step: prepare, cut into micro-batches, accumulate gradients, apply. Jitted, donated, sharded."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ def make_update(
     """update(state, batch) -> (state, metrics). The old state's buffers are donated, except those of `frozen`.
 
     Weights are fixed over the whole batch before it is cut, so gradients are plain sums and do not depend on
-    `micro_batches` or on the mesh. Metrics are means over the whole batch, with `loss`, `grad_norm` (before any
+    `micro_batches` or on the mesh. What `prepare` computes of the policy is of the whole batch too, one micro-batch at
+    a time. Metrics are means over the whole batch, with `loss`, `grad_norm` (before any
     clipping in the optimizer's chain) and `update_norm`. With `shardings` the state enters and leaves in them.
 
     Gradients are float32 or wider whatever the parameters are, and so is what the optimizer is given; its state keeps
@@ -43,7 +45,9 @@ def make_update(
 
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         key, prepare_key = jax.random.split(state.key)
-        batch = objective.prepare(state.params, frozen, _with_objective_state(objective, state, batch), prepare_key)
+        batch = _with_objective_state(objective, state, batch)
+        map_rows = partial(map_micro_batches, micro_batches=micro_batches)
+        batch = objective.prepare(state.params, frozen, batch, prepare_key, map_rows)
         loss, metrics, grads = accumulate_gradients(objective, state.params, frozen, batch, micro_batches, shardings)
         opt_state = state.opt_state
         if shardings is not None:  # without, this would commit the new state to its device: another compilation
@@ -149,6 +153,21 @@ def sum_over_micro_batches(f: Callable[[Any], Any], batch: Any, micro_batches: i
     return jax.tree.map(lambda terms: terms.sum(axis=0), jax.lax.map(of_micro_batch, rows))
 
 
+def map_micro_batches(f: Callable[[Any], Any], rows: Any, micro_batches: int) -> Any:
+    """f(rows), whose leaves are [B ...] as those of `rows` are, computed one micro-batch at a time."""
+    if micro_batches == 1:
+        return f(rows)
+    cut, shared = _cut(rows, micro_batches)
+    pieces = jax.lax.map(lambda micro_rows: f(_join(micro_rows, shared)), cut)
+    groups = _number_of_groups(rows)
+
+    def unfold(x: Array) -> Array:
+        by_group = x.reshape(micro_batches, groups // micro_batches, -1, *x.shape[2:])
+        return jnp.swapaxes(by_group, 0, 1).reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(unfold, pieces)
+
+
 def constrain_shardings(tree: Any, shardings: Any) -> Any:
     """The tree with each leaf constrained to its sharding, inside a compiled function."""
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
@@ -169,7 +188,7 @@ def _cut(batch: Any, micro_batches: int) -> tuple[list, tuple]:
     groups of rows share a prefix (`Trajectory.prefix`), it takes groups m, m + M, ...
     """
     leaves, tree = jax.tree.flatten(batch)
-    groups = min(leaf.shape[0] for leaf in leaves if jnp.ndim(leaf))
+    groups = _number_of_groups(batch)
     for rows in {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}:
         check_divisible(rows, groups, "groups")
     check_divisible(groups, micro_batches, "micro-batches")
@@ -181,6 +200,11 @@ def _cut(batch: Any, micro_batches: int) -> tuple[list, tuple]:
     rows = [fold(leaf) if jnp.ndim(leaf) else None for leaf in leaves]
     scalars = [None if jnp.ndim(leaf) else leaf for leaf in leaves]
     return rows, (tree, scalars)
+
+
+def _number_of_groups(batch: Any) -> int:
+    """Rows that share a prefix are a group, with one row of `Trajectory.prefix`; else each row is one."""
+    return min(leaf.shape[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf))
 
 
 def _join(rows: list, shared: tuple) -> Any:

@@ -82,7 +82,7 @@ def test_two_learning_rates_and_frozen_layers(params):
     tokens, ones = random.randint(0, 13, (2, 6)), np.ones((2, 6), bool)
     traj = trajectory_of_tokens(tokens, ones.astype(int), ones, np.zeros((2, 6), np.float32))
     model = policy.make_policy(CONFIG)
-    nothing = lambda params, frozen, batch, key: batch  # noqa: E731
+    nothing = lambda params, frozen, batch, key, map_rows: batch  # noqa: E731
     likelihood = Objective(nothing, lambda params, frozen, batch: (-model(params, frozen, batch).logp.sum(), {}))
 
     def change(optimizer, trained, base):

@@ -27,7 +27,7 @@ def noisy_squares(params, frozen, batch):
     return (error**2).sum(), {"error": (error.sum(), error.size)}
 
 
-def prepare(params, frozen, batch, key):
+def prepare(params, frozen, batch, key, map_rows):
     return batch | {"noise": 0.1 * jax.random.normal(key, (4,))}
 
 

@@ -1,5 +1,7 @@
 """An update that computes prompts once: the same loss, gradient and metrics, whatever the algorithm and the mesh."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,7 +194,8 @@ def test_annotation_that_shares_prompts(pieces, group_size):
     state = state_of(params).replace(frozen={"reference": models.init(DECODER, jax.random.key(2))})
     annotate = models.make_annotate(models.make_policy(DECODER), ("ref_logp", "values", "old_logp"))
     traj = after_a_prompt(credited(ALGORITHMS["grpo"], rollout(vocabulary=16)), group_size).traj
-    shared_traj = make_shared_prefix_annotate(counted(annotate, calls := []), COLUMNS, group_size, pieces)(state, traj)
+    in_pieces = partial(make_shared_prefix_annotate, rows_at_once=len(traj.mask) // pieces)
+    shared_traj = in_pieces(counted(annotate, calls := []), COLUMNS, group_size)(state, traj)
     assert [(call.prefix.inputs.shape[0], call.mask.shape[1]) for call in calls] == [
         (len(traj.mask) // group_size // pieces, T)
     ] * pieces
@@ -203,8 +206,31 @@ def test_annotation_that_shares_prompts(pieces, group_size):
         assert getattr(shared_traj, name).shape == getattr(whole, name).shape
     other_prompts = traj.replace(inputs=traj.inputs.at[1, 0].add(1))
     calls.clear()
-    make_shared_prefix_annotate(counted(annotate, calls), COLUMNS, 4, pieces)(state, other_prompts)
-    assert [call.prefix for call in calls] == [None]
+    in_pieces(counted(annotate, calls), COLUMNS, 4)(state, other_prompts)
+    assert [call.prefix for call in calls] == [None] * pieces
+
+
+@pytest.mark.parametrize("columns", [0, COLUMNS])
+@pytest.mark.parametrize("rows", [5, 16])
+def test_any_number_of_rows_is_annotated_in_pieces_of_one_shape(rows, columns):
+    """On eight devices too, over which they need not divide."""
+    params = models.init(DECODER, jax.random.key(1))
+    state = state_of(params).replace(frozen={"reference": models.init(DECODER, jax.random.key(2))})
+    annotate = models.make_annotate(models.make_policy(DECODER), ("ref_logp", "old_logp"))
+    traj = after_a_prompt(credited(ALGORITHMS["grpo"], rollout(vocabulary=16)), 1).traj
+    traj = jax.tree.map(lambda x: x[:rows], traj)
+    shardings = state_shardings(make_mesh(), state, GRADIENT, models.logical_axes(DECODER, params))
+    found = {}
+    for places, most in ((None, 3), (shardings, 8)):
+        in_pieces = make_shared_prefix_annotate(counted(annotate, calls := []), columns, 1, most, places)
+        found[most] = in_pieces(state, traj)
+        assert len({call.mask.shape for call in calls}) == 1
+        assert {len(call.mask) for call in calls} <= {2, 3, 8}
+        assert len(calls) == -(-rows // most)
+    whole = annotate(state, traj)
+    for got in found.values():
+        for name in ("ref_logp", "old_logp"):
+            agree(jnp.where(traj.mask, getattr(got, name), 0), jnp.where(traj.mask, getattr(whole, name), 0))
 
 
 def counted(annotate, calls):

@@ -10,7 +10,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.models.policy import init, make_policy
 from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
-from rljax.train.update import learn, make_update, minibatches
+from rljax.train.update import learn, make_update, map_micro_batches, minibatches
 from rljax.types import Objective, TrainState
 from tests.algorithms.tiny import ALGORITHMS, agree, credited, rollout, state_of, table_params, table_policy
 from tests.compilations import count_compilations
@@ -31,7 +31,7 @@ def least_squares(params, frozen, batch):
     return 0.5 * (batch["scale"] * error**2).sum(), metrics
 
 
-def prepare(params, frozen, batch, key):
+def prepare(params, frozen, batch, key, map_rows):
     return batch | {"noise": jax.random.normal(key, (ROWS,))}
 
 
@@ -144,6 +144,22 @@ def test_any_optax_chain_steps_as_optax_says(optimizer, sizes):
     agree(at.params, params, rounding=1e-6)
     assert jax.tree.structure(at.opt_state) == jax.tree.structure(opt_state)
     assert np.abs(at.params["table"] - table_params()["table"]).max() > 1e-3
+
+
+def test_prepare_maps_over_rows_in_micro_batches():
+    """Rows come back in their order and see only their micro-batch's scalars and rows."""
+    rows = {"x": jnp.arange(24.0).reshape(12, 2), "scale": jnp.float32(3.0), "absent": None}
+    seen = []
+
+    def f(part):
+        seen.append(part["x"].shape)
+        return {"sum": part["scale"] * part["x"].sum(axis=1), "x": part["x"]}
+
+    for pieces in (1, 3, 12):
+        got = map_micro_batches(f, rows, pieces)
+        np.testing.assert_array_equal(got["x"], rows["x"])
+        np.testing.assert_array_equal(got["sum"], 3.0 * np.asarray(rows["x"]).sum(axis=1))
+    assert set(seen) == {(12, 2), (4, 2), (1, 2)}
 
 
 def test_on_a_mesh_one_program_serves_every_step():

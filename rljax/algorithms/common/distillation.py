@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 from rljax.algorithms.common.pairs import checked_zero_masked
 from rljax.ops.distillation import DivergenceOfLogits, TokenComparison, columns_of_same_decisions
 from rljax.ops.shapes import PerToken
-from rljax.types import CompareFn, Distillation, Objective, WeightsFn
+from rljax.types import CompareFn, Distillation, Objective, WeightsFn, all_at_once
 
 TokenTermFn = Callable[[TokenComparison, Distillation], PerToken]  # the loss of each decision
 
@@ -34,7 +34,7 @@ def distillation_objective(
       term: (TokenComparison, Distillation) -> [B T], the loss of each decision.
     """
 
-    def prepare(params, frozen, batch: Distillation, key) -> Distillation:
+    def prepare(params, frozen, batch: Distillation, key, map_rows=all_at_once) -> Distillation:
         traj = checked_zero_masked(batch.traj)
         if batch.teacher_view is not None:
             view = checked_zero_masked(batch.teacher_view)

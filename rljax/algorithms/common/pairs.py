@@ -23,6 +23,7 @@ from rljax.types import (
     ScoreFn,
     Trajectory,
     Unpaired,
+    all_at_once,
     check_shapes,
     zero_masked,
 )
@@ -168,7 +169,7 @@ def preference_objective(
         )
         return pair, entropy_metric((chosen_output, chosen), (rejected_output, rejected))
 
-    def prepare(params, frozen, batch: Pairs, key) -> Pairs:
+    def prepare(params, frozen, batch: Pairs, key, map_rows=all_at_once) -> Pairs:
         if batch.margin is not None and not uses_margin:
             raise ValueError("this objective does not use Pairs.margin; legal: None. `odpo` and `reward_model` use it")
         batch = batch.replace(chosen=checked_zero_masked(batch.chosen), rejected=checked_zero_masked(batch.rejected))
@@ -178,7 +179,7 @@ def preference_objective(
         batch = batch.replace(weight=uniform_row_weights(present), extra=extra)
         if match is None:
             return batch
-        pair, _ = evaluate_pair(params, frozen, batch)
+        pair = map_rows(lambda rows: evaluate_pair(params, frozen, rows)[0], batch)
         return batch.replace(extra=extra | match(pair, present))
 
     def loss(params, frozen, batch: Pairs):
@@ -215,9 +216,9 @@ def unpaired_objective(
         the whole optimizer batch. `evaluate` gives the `CompletionStats` of a trajectory.
     """
 
-    def prepare(params, frozen, batch: Unpaired, key) -> Unpaired:
+    def prepare(params, frozen, batch: Unpaired, key, map_rows=all_at_once) -> Unpaired:
         def evaluate(traj):
-            return completion_stats(policy(params, frozen, traj), traj)
+            return map_rows(lambda rows: completion_stats(policy(params, frozen, rows), rows), traj)
 
         mismatched = None if batch.mismatched is None else checked_zero_masked(batch.mismatched)
         batch = batch.replace(traj=checked_zero_masked(batch.traj), mismatched=mismatched)
