@@ -9,6 +9,7 @@ deadline, and a thread may send one while the devices work. JAX exports no handl
 the same place.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -36,6 +37,7 @@ POLL_SECONDS = 1.0  # between two looks at whether another process failed
 FAILED = "rljax/failed/"
 
 _leaving = threading.Lock()
+_over = threading.Event()  # this process is at its end
 _rounds: Counter = Counter()  # how often there was an exchange of this name: the same on every process
 
 
@@ -82,7 +84,9 @@ def initialize(
         initialization_timeout=int(deadline_seconds) + 1,
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
-    threading.Thread(target=_stop_after_others, args=(distributed.global_state.client,), daemon=True).start()
+    listener = threading.Thread(target=_stop_after_others, args=(distributed.global_state.client,), daemon=True)
+    listener.start()
+    atexit.register(_stop_listening, listener)  # runs before JAX's own, which ends the client
     log_info(f"{found.processes} processes, {jax.device_count()} devices")
 
 
@@ -379,10 +383,14 @@ def stop_others(problem: str) -> None:
     leave(1)
 
 
+def _stop_listening(listener: threading.Thread) -> None:
+    _over.set()
+    listener.join()
+
+
 def _stop_after_others(client: Any) -> None:
     """A thread: end this process once another one has failed."""
-    while True:
-        time.sleep(POLL_SECONDS)
+    while not _over.wait(POLL_SECONDS):
         try:
             failed = client.key_value_dir_get(FAILED)
         except jax.errors.JaxRuntimeError:  # the run is over
