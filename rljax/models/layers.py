@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models import batch_invariant as invariant
@@ -380,8 +381,33 @@ class Decoder(nnx.Module):
             logits = jnp.matmul(flat, table, preferred_element_type=jnp.float32)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return _with_rows_of(logits.reshape(*hidden.shape[:-1], -1), config.hidden_sharding)
 
 
-def _with_sharding(x, sharding):
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+def _with_sharding(x, sharding: NamedSharding | None):
+    """x [B ..] in this sharding, but for rows that do not divide over its devices: they go over fewer (`_row_axes`)."""
+    if sharding is None:
+        return x
+    spec = PartitionSpec(_row_axes(sharding, len(x)), *sharding.spec[1:])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def _with_rows_of(x, sharding: NamedSharding | None):
+    """x [B ..] with its rows where this sharding has them; XLA chooses for the other axes.
+
+    A table whose vocabulary is on the devices that have rows is then gathered, instead of all rows being copied to
+    every part of the vocabulary.
+    """
+    if sharding is None:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return _with_sharding(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0], *others)))
+
+
+def _row_axes(sharding: NamedSharding, rows: int) -> tuple[str, ...] | None:
+    """The first mesh axes of its rows, as many as divide them."""
+    axes = sharding.spec[0]
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    while axes and rows % math.prod(sharding.mesh.shape[name] for name in axes):
+        axes = axes[:-1]
+    return axes or None
