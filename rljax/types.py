@@ -239,6 +239,7 @@ class LM(NamedTuple):
     grow: Callable  # (cache, columns) -> cache with that many more columns
     prepare: Callable | None = None  # (params, frozen) -> params, frozen: done once per rollout
     routing: Callable | None = None  # (cache) -> [B S ...] experts chosen at each token (mixture models)
+    row_shards: int = 1  # devices that the rows of a cache are sharded over
 
 
 # --------------------------------------------------------------------------------------------- inputs of the sampler

@@ -11,11 +11,14 @@
 A row's tokens may come in any number of calls: a prompt, one token at a time, the reply of a tool.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, Shaped
 
 from rljax.models.attention import AttentionMask
@@ -128,9 +131,71 @@ def layer_caches(cache: Cache) -> list[LayerCache]:
 # ------------------------------------------------------------------------------------------------- operations on rows
 
 
-def gather(cache: Cache, rows: Int[Array, "R"]) -> Cache:
-    """The cache of rows[0], rows[1], ...: a prompt's for a slot, or the unfinished rows for a smaller batch."""
-    return jax.tree.map(lambda x: x[rows], cache)
+def gather(cache: Cache, rows: Int[Array, "R"], sharding: NamedSharding | None = None) -> Cache:
+    """The cache of rows[0], rows[1], ...: a prompt's for a slot, or the unfinished rows for a smaller batch.
+
+    On a mesh no device ever has more than its share. For as many rows as devices or more, the shares go round, and each
+    device keeps what it needs of each; a few rows come from their owners to all devices.
+
+    Args:
+      sharding: of the hidden states in the sampler, whose rows are sharded as the cache's are.
+    """
+    devices = num_row_shards(sharding)
+    if devices == 1:
+        return jax.tree.map(lambda x: x[rows], cache)
+    R = len(rows)
+    goes_round = devices <= R
+    cache = jax.tree.map(lambda x: _pad_rows(x, devices), cache)
+    rows = _pad_rows(rows, devices) if goes_round else rows
+    axes = sharding.spec[0]
+    take = jax.shard_map(
+        partial(_take_round, axes=axes, devices=devices) if goes_round else partial(_take_few, axes=axes),
+        mesh=sharding.mesh,
+        axis_names=set(axes),
+        in_specs=(jax.P(axes), jax.P(axes) if goes_round else jax.P()),
+        out_specs=jax.P(axes) if goes_round else jax.P(),
+        check_vma=False,
+    )
+    return jax.tree.map(lambda x: x[:R], take(cache, rows))
+
+
+def _pad_rows(x: Array, multiple: int) -> Array:
+    return jnp.pad(x, [(0, -len(x) % multiple)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _take_round(shard: Cache, rows: Int[Array, "R/d"], axes: tuple[str, ...], devices: int) -> Cache:
+    """On one of the devices: its rows, out of the shards of all, which are passed on from device to device."""
+    size = len(shard["length"])
+    me = jax.lax.axis_index(axes)
+    to_previous = [((i + 1) % devices, i) for i in range(devices)]
+
+    def take_from(turn, state):
+        shard, taken = state
+        place = rows - (me + turn) % devices * size  # of the rows in the shard that is here now
+        is_here = (place >= 0) & (place < size)
+
+        def take(old, x):
+            found = x[jnp.clip(place, 0, size - 1)]
+            return jnp.where(is_here.reshape(-1, *[1] * (x.ndim - 1)), found, old)
+
+        taken = jax.tree.map(take, taken, shard)
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, to_previous), shard), taken
+
+    nothing = jax.tree.map(lambda x: jnp.zeros((len(rows), *x.shape[1:]), x.dtype), shard)
+    return jax.lax.fori_loop(0, devices, take_from, (shard, nothing))[1]
+
+
+def _take_few(shard: Cache, rows: Int[Array, "R"], axes: tuple[str, ...]) -> Cache:
+    """On each of the devices the same rows: the sum over devices of what each has of them."""
+    size = len(shard["length"])
+    place = rows - jax.lax.axis_index(axes) * size
+    is_here = (place >= 0) & (place < size)
+
+    def take(x):
+        found = x[jnp.clip(place, 0, size - 1)]
+        return jax.lax.psum(jnp.where(is_here.reshape(-1, *[1] * (x.ndim - 1)), found, 0), axes)
+
+    return jax.tree.map(take, shard)
 
 
 def scatter(cache: Cache, rows: Int[Array, "R"], other: Cache) -> Cache:
@@ -183,6 +248,33 @@ def routing(cache: Cache) -> Int[Array, "B S M k"]:
     shared = cache["shared"]["routing"]
     n = len(cache["routing"]) // len(shared)
     return jnp.concatenate([jnp.repeat(shared, n, axis=0), cache["routing"]], axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------- on a mesh
+
+
+def constrain(cache: Cache, sharding: NamedSharding | None) -> Cache:
+    """The cache with its rows where the hidden states' are, and its heads over the mesh axis `tensor`.
+
+    Keys and values of heads that do not divide are left to XLA, which cuts them over a part of that axis.
+    """
+    if sharding is None:
+        return cache
+
+    def constrain_leaf(path, x):
+        spec = [sharding.spec[0], *[None] * (x.ndim - 1)]
+        if getattr(path[-1], "key", None) in COLUMN_AXIS:
+            if x.shape[-3] % sharding.mesh.shape["tensor"]:
+                return x
+            spec[-3] = "tensor"
+        return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, jax.P(*spec)))
+
+    return jax.tree.map_with_path(constrain_leaf, cache)
+
+
+def num_row_shards(sharding: NamedSharding | None) -> int:
+    """Over how many devices the rows of hidden states are sharded."""
+    return 1 if sharding is None else math.prod(sharding.mesh.shape[axis] for axis in sharding.spec[0])
 
 
 def _column_axis(path, x: Array) -> int:

@@ -10,6 +10,7 @@ and the embeddings are cast to `DecoderConfig.dtype`. All layers follow their in
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -139,7 +140,8 @@ def forward(
     if cache is not None and prefix is not None:
         raise ValueError("a cache holds what came before the rows; legal: cache or prefix, not both")
     decoder = nnx.merge(_definition(config)[0], params)
-    return decoder(tokens, positions, segments, cache, routing, prefix)
+    hidden, cache = decoder(tokens, positions, segments, cache, routing, prefix)
+    return hidden, None if cache is None else caches.constrain(cache, config.hidden_sharding)
 
 
 def hidden_of(config: DecoderConfig, params: Params, traj: Trajectory) -> Float[Array, "B T D"]:
@@ -198,6 +200,27 @@ def _of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(rows + columns, None, features[0]))
 
 
+def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
+    """`logits` with all of a row on the device that has the row, to sample from.
+
+    The table is cut along the vocabulary. The hidden states come to where its parts are, and the logits go back:
+    XLA by itself collects the table, or all rows' logits, on every device.
+    """
+    if config.hidden_sharding is None:
+        return logits(config, params, hidden)
+    mesh, rows = config.hidden_sharding.mesh, config.hidden_sharding.spec[0]
+    cuts = ("tensor", "fsdp")
+    if config.vocab_size % math.prod(mesh.shape[axis] for axis in cuts) == 0:
+        others = tuple(axis for axis in rows if axis not in cuts)
+        hidden = jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, PartitionSpec(others)))
+        found = logits(config, params, hidden)
+        columns = [None] * (found.ndim - 2)
+        found = jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(others, *columns, cuts)))
+    else:
+        found = logits(config, params, hidden)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(rows)))
+
+
 @lru_cache
 def language_model(config: DecoderConfig) -> LM:
     """The decoder as the sampler's `LM`. Its parameters are those that `full_params` takes.
@@ -221,11 +244,12 @@ def language_model(config: DecoderConfig) -> LM:
     return LM(
         init_cache=partial(init_cache, config),
         forward=lambda params, _, *args: forward(decoding_config, params, *args),
-        logits=lambda params, _, hidden: logits(decoding_config, params, hidden),
-        gather=caches.gather,
+        logits=lambda params, _, hidden: _logits_of_whole_rows(decoding_config, params, hidden),
+        gather=partial(caches.gather, sharding=config.hidden_sharding),
         scatter=caches.scatter,
         fork=caches.repeat_kv if config.batch_invariant else caches.fork,
         grow=caches.grow,
         prepare=prepare,
         routing=None if config.moe is None else caches.routing,
+        row_shards=caches.num_row_shards(config.hidden_sharding),
     )

@@ -91,4 +91,5 @@ def _mixture(
         fork=of_both("fork"),
         grow=of_both("grow"),
         prepare=prepare,
+        row_shards=own.row_shards,
     )

@@ -2,7 +2,7 @@
 
 The completions are those of the static batch: a completion's uniform numbers are its own, whichever slot it is in.
 When the queue is empty and half of the slots are idle, the active ones are moved together and the loop goes on with
-half as many.
+half as many, as long as each device has a slot.
 """
 
 import jax
@@ -59,7 +59,7 @@ def decode_in_slots(
         count=(~completions.done).sum(),
     )
     state = init_slots(lm, queue, completions, sampling)
-    while W >= 2 * MIN_SLOTS:
+    while max(MIN_SLOTS, lm.row_shards) <= W // 2 and W // 2 % lm.row_shards == 0:
         state = decode_until_idle(lm, state, queue, settings, sampling, num_idle=W // 2)
         W //= 2
         state = compact_slots(lm, state, W)
