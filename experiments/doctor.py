@@ -15,6 +15,8 @@ The exit code is 1 where a check failed, on every process; warnings leave it at 
     checkpoints          --directory can be written from every process, and each sees what the others write
     clocks               of all processes
     compilation cache    a program that was compiled is read back
+
+Reached: not yet run on an accelerator.
 """
 
 import contextlib

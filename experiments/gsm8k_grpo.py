@@ -19,7 +19,7 @@ Accuracy is measured on the test split, which training never sees, before and af
         --rewards number --n 4 --sampling.max_tokens 512
     python experiments/evaluate.py --model runs/gsm8k_grpo/RUN/model ...    # the rest as before
 
-Not yet run on hardware.
+Reached: not yet run on hardware.
 """
 
 import dataclasses

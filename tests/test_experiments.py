@@ -22,7 +22,7 @@ LAST = re.compile(r"eval accuracy: [01]\.\d{3} -> [01]\.\d{3}")
 # One device, as a laptop has; the tests themselves run on eight virtual ones.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
 ENVIRONMENT["PYTHONPATH"] = str(ROOT)  # this checkout, whichever one is installed
-STEPS = 60
+STEPS = 35
 TINY = {
     "algorithm": "ppo",
     "reward": "random",
@@ -115,7 +115,7 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
 # What the run above leaves out, in one process, which starts once.
 PROGRAM = """
 import dataclasses, sys
-(root,) = sys.argv[1:]
+root, *names = sys.argv[1:]
 from experiments import arithmetic_grpo as experiment, arithmetic_sft
 from experiments.common.command_line import configure_jax
 from experiments.common.settings import Batches
@@ -124,23 +124,26 @@ configure_jax()
 one_update = Batches(prompts=4, num_generations=2)
 four_updates = dataclasses.replace(one_update, epochs=2, minibatches=2)
 runs = {
-    "remax": dict(reward="shuffled", batches=one_update),
-    "gdpo": dict(task="sortings", batches=four_updates),
+    "remax": dict(task="sortings", reward="shuffled", batches=one_update),
+    "gdpo": dict(batches=four_updates),
     "trpo": dict(batches=one_update),
 }
 tiny = experiment.Config(sft_target=0.0, steps=2, eval_prompts=16)
-for name, fields in runs.items():
-    experiment.main(dataclasses.replace(tiny, algorithm=name, directory=f"{root}/{name}", **fields))
+for name in names:
+    experiment.main(dataclasses.replace(tiny, algorithm=name, directory=f"{root}/{name}", **runs[name]))
 arithmetic_sft.main(arithmetic_sft.Config(steps=2, batch_size=8, eval_prompts=16, target=1.0, directory=f"{root}/sft"))
 """
 
 
-def test_algorithms_with_needs_of_their_own_and_every_reward_and_task(tmp_path):
-    lines = run([sys.executable, "-W", "error", "-c", PROGRAM, tmp_path])
-    assert len([line for line in lines if LAST.fullmatch(line)]) == 3
+@pytest.mark.parametrize(
+    "names", [("remax",), pytest.param(("gdpo", "trpo"), marks=pytest.mark.nightly)], ids=lambda names: names[0]
+)
+def test_algorithms_with_needs_of_their_own_and_every_reward_and_task(names, tmp_path):
+    lines = run([sys.executable, "-W", "error", "-c", PROGRAM, tmp_path, *names])
+    assert len([line for line in lines if LAST.fullmatch(line)]) == len(names)
     assert "after 2 steps of supervised learning" in lines[-2]
     assert re.fullmatch(r"eval accuracy: [01]\.\d{3}", lines[-1])
-    for name in ("remax", "gdpo", "trpo"):
+    for name in names:
         assert [record["step"] for record in metrics(tmp_path / name)] == [0, 1]
 
 
@@ -196,7 +199,7 @@ LEGAL = r"[\s\S]*legal: --seed [\s\S]*--steps[\s\S]*--batches\.prompts"
         ({"batches.carry_over": 8}, 1, r"error: .*carry_over = 8, but this experiment continues .*; legal: 0\n$"),
         ({"mesh.data": 3}, 1, r"error: mesh .* 3 x .* does not cover 8 devices; .* one of \[1, 2, 4, 8\]"),
         ({"seed": 1}, 1, r"error: .* holds a run with other settings: .*seed = 0, now 1.* --directory\n$"),
-        ({"steps": 61}, 1, r"error: .* holds a run with other settings: .*steps = 60, now 61.* --directory\n$"),
+        ({"steps": 36}, 1, r"error: .* holds a run with other settings: .*steps = 35, now 36.* --directory\n$"),
     ],
     ids=lambda value: " ".join(flags(value)) if isinstance(value, dict) else "",
 )

@@ -29,6 +29,7 @@ from tests.algorithms.tiny import (
     state_of,
     table_params,
     table_policy,
+    take_rows,
 )
 
 EVERY = pytest.mark.parametrize("name", ALGORITHMS)
@@ -81,16 +82,21 @@ def except_for(law):
 
 
 @lru_cache
+def credited_rollout(name):
+    """The batch of the rollout as it is."""
+    return credited(ALGORITHMS[name], rollout())
+
+
+@lru_cache
 def undisturbed(name):
-    """Gradient and metrics of the rollout as it is: what most laws compare with."""
-    return learn(ALGORITHMS[name], credited(ALGORITHMS[name], rollout()), table_params())
+    """Its gradient and metrics: what most laws compare with."""
+    return learn(ALGORITHMS[name], credited_rollout(name), table_params())
 
 
 @EVERY
 def test_micro_batches_change_neither_gradient_nor_metrics(name):
-    algorithm = ALGORITHMS[name]
     assert np.abs(undisturbed(name)[0]["table"]).max() > 1e-3
-    found = learn(algorithm, credited(algorithm, rollout()), table_params(), micro_batches=4)
+    found = learn(ALGORITHMS[name], credited_rollout(name), table_params(), micro_batches=4)
     agree(found, undisturbed(name))
 
 
@@ -143,7 +149,18 @@ def test_a_mesh_changes_neither_gradient_nor_metrics(on_one_device, sizes, micro
     agree(of_decoder(sizes, micro_batches), on_one_device)
 
 
-@EVERY
+# By day every algorithm by itself and a few compositions: each compiles two programs for eight devices.
+COMPOSED = [name for name in ALGORITHMS if " + " in name or "," in name]
+BY_DAY = {"ppo + kl + entropy", "grpo + tis by sequence", "grpo + filter groups"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly) if name in COMPOSED and name not in BY_DAY else name
+        for name in ALGORITHMS
+    ],
+)
 def test_compiled_on_a_mesh_in_micro_batches_it_is_the_same_and_traced_once(name):
     """Against the same computation operation by operation on one device."""
     algorithm, axes = ALGORITHMS[name], {"table": ("embed", "mlp"), "values": (None,)}
@@ -188,9 +205,11 @@ def spoil(x, mask):
     for name, value in vars(x).items():
         if name in ("mask", "traj", "inputs", "actions", "positions", "segments", "scores") or np.ndim(value) != 2:
             continue
-        keep = jnp.pad(mask, ((0, 0), (0, value.shape[1] - mask.shape[1])), constant_values=True)
+        keep = np.pad(mask, ((0, 0), (0, value.shape[1] - mask.shape[1])), constant_values=True)
         garbage = np.where(np.indices(value.shape).sum(axis=0) % 2, np.float32(1e30), np.float32(np.nan))
-        facts[name] = jnp.where(keep, value, True if value.dtype == bool else garbage)
+        if np.issubdtype(value.dtype, np.integer):
+            value = np.asarray(value, np.float32)
+        facts[name] = jnp.asarray(np.where(keep, value, True if value.dtype == bool else garbage))
     return x.replace(**facts)
 
 
@@ -212,16 +231,14 @@ def test_what_the_policy_says_of_masked_columns_changes_nothing(name):
         garbage = jnp.where(traj.mask, 0.0, jnp.nan)
         return jax.tree.map(lambda x: x + garbage, table_policy(params, frozen, traj))
 
-    algorithm = ALGORITHMS[name]
-    batch = credited(algorithm, rollout())
-    agree(learn(algorithm, batch, table_params(), careless), undisturbed(name))
+    agree(learn(ALGORITHMS[name], credited_rollout(name), table_params(), careless), undisturbed(name))
 
 
 @except_for("row order")
 def test_row_order_and_the_names_of_groups_do_not_matter(name):
     algorithm, traj, order = ALGORITHMS[name], rollout(), np.random.default_rng(0).permutation(16)
-    straight = credited(algorithm, traj)
-    other = jax.tree.map(lambda x: x[order], traj)
+    straight = credited_rollout(name)
+    other = take_rows(traj, order)
     mixed = credited(algorithm, other.replace(group=1000 - 3 * other.group))
     agree(mixed.advantages, straight.advantages[order])
     agree(learn(algorithm, mixed, table_params()), undisturbed(name))
@@ -264,7 +281,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient_of_its_own_advantages(nam
 @except_for("zero advantage")
 def test_without_advantage_the_policy_does_not_move(name):
     algorithm = ALGORITHMS[name]
-    batch = credited(algorithm, rollout())
+    batch = credited_rollout(name)
     gradient, _ = learn(algorithm, batch.replace(advantages=jnp.zeros_like(batch.advantages)), table_params())
     assert not gradient["table"].any()
 
@@ -295,8 +312,8 @@ def test_equal_rewards_are_no_signal_to_the_last_bit(name, reward):
 def test_rows_without_decisions_or_judgement_are_as_if_they_were_not_there(name):
     algorithm, traj = ALGORITHMS[name], rollout()
     gone = [3] if name in ("sft", "dft") else [3, 7]  # a demonstration needs no judgement
-    kept = jax.tree.map(lambda x: jnp.delete(x, np.asarray(gone), axis=0), traj)
-    whole, less = credited(algorithm, traj), credited(algorithm, kept)
+    kept = take_rows(traj, np.delete(np.arange(len(traj.mask)), gone))
+    whole, less = credited_rollout(name), credited(algorithm, kept)
     agree(np.delete(whole.advantages, gone, axis=0), less.advantages)
     agree(undisturbed(name), learn(algorithm, less, table_params()))
 
@@ -306,14 +323,15 @@ def packed(batch):
     half = len(batch.mask) // 2
 
     def join(x):
-        return jnp.concatenate([x[:half], x[half:]], axis=1)
+        x = np.asarray(x)
+        return jnp.asarray(np.concatenate([x[:half], x[half:]], axis=1))
 
     traj = batch.traj
     facts = {name: join(x) for name, x in vars(traj).items() if x is not None and x.shape == traj.mask.shape}
-    facts["segments"] = join(jnp.where(traj.segments > 0, traj.segments + jnp.arange(2).repeat(half)[:, None], 0))
+    facts["segments"] = join(np.where(traj.segments > 0, traj.segments + np.arange(2).repeat(half)[:, None], 0))
     if traj.values is not None:
-        facts["values"] = jnp.pad(join(traj.values[:, :-1]), ((0, 0), (0, 1)))
-    facts["group"] = join(jnp.broadcast_to(traj.group[:, None], traj.mask.shape))
+        facts["values"] = jnp.pad(join(np.asarray(traj.values)[:, :-1]), ((0, 0), (0, 1)))
+    facts["group"] = join(np.broadcast_to(np.asarray(traj.group)[:, None], traj.mask.shape))
     facts |= dict.fromkeys(("scores", "baseline"))
     own = {name: getattr(batch, name) for name in ("advantages", "mask", "returns")}
     own = {name: join(x) for name, x in own.items() if x is not None}
@@ -322,9 +340,7 @@ def packed(batch):
 
 @except_for("packing")
 def test_packed_rows_give_the_same_gradient(name):
-    algorithm = ALGORITHMS[name]
-    batch = credited(algorithm, rollout())
-    agree(learn(algorithm, packed(batch), table_params()), undisturbed(name))
+    agree(learn(ALGORITHMS[name], packed(credited_rollout(name)), table_params()), undisturbed(name))
 
 
 @pytest.mark.parametrize("correct", [a.truncate_is, a.mask_is, a.off_policy_sequence_mask, a.high_entropy_mask])

@@ -14,12 +14,12 @@ def test_grpo_learns_to_sort(tmp_path):
     """From one answer in ten right to most of them, on orders of digits never trained on."""
     cfg = arithmetic_grpo.Config(
         task="sortings",
-        steps=30,
-        batches=Batches(prompts=16, num_generations=8, micro_batches=2),
+        steps=16,
+        batches=Batches(prompts=16, num_generations=8, micro_batches=1),
         optimizer=Optimizer(learning_rate=1e-3),
         sft_target=0.1,
         eval_prompts=256,
-        eval_every=30,
+        eval_every=16,
         directory=str(tmp_path),
     )
     reached = arithmetic_grpo.main(cfg)

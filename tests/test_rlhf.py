@@ -36,7 +36,8 @@ def test_nothing_to_write_is_one_error(tmp_path):
         rlhf.write_rows(tmp_path / "rows.jsonl", [])
 
 
-def test_each_stage_takes_what_the_last_one_left(tmp_path, monkeypatch):
+@pytest.mark.parametrize("others", [("dpo",), pytest.param(("rloo", "grpo", "dpo"), marks=pytest.mark.nightly)])
+def test_each_stage_takes_what_the_last_one_left(others, tmp_path, monkeypatch):
     """The model writes single letters: sentences and animals are made up here."""
     write_tokenizer(tiny.write(tmp_path / "model", RAW, tiny.tensors_of(RAW)))
     prompts = write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "once upon a"[: 3 + i]} for i in range(8)])
@@ -54,12 +55,11 @@ def test_each_stage_takes_what_the_last_one_left(tmp_path, monkeypatch):
     assert hf.load_score_head(tmp_path / "road" / "reward_model" / "model").any()
     openings = (tmp_path / "road" / "openings.jsonl").read_text().splitlines()
     assert len(openings) == 4
-    again = rlhf.main(dataclasses.replace(cfg, algorithm="rloo"))  # from the stages that are there
-    assert again["before"] == found["before"]
-    compared = rlhf.main(dataclasses.replace(cfg, algorithm="dpo", dpo_steps=1))
-    for name in ("reward", "error"):  # the same completions, judged in another program
-        assert compared["before"][name] == pytest.approx(found["before"][name], abs=1e-5)
-    assert compared["before"]["kl"] == pytest.approx(0, abs=1e-5) != compared["after"]["kl"]
+    for algorithm in others:  # from the stages that are there: the same completions, judged in another program
+        other = rlhf.main(dataclasses.replace(cfg, algorithm=algorithm, dpo_steps=1))
+        for name in ("reward", "error"):
+            assert other["before"][name] == pytest.approx(found["before"][name], abs=1e-5)
+        assert other["before"]["kl"] == pytest.approx(0, abs=1e-5) != other["after"]["kl"]
 
 
 def two_of(record: dict) -> dict:

@@ -8,35 +8,33 @@ For each seed one supervised checkpoint, then each algorithm of arithmetic_grpo.
 optimizer and number of steps. Nothing is tuned for any of them. Methods that compare the completions of a prompt learn
 from the groups that DAPO's dynamic sampling keeps, of twice as many; the others from all that are sampled. There are
 two updates per rollout: in the first the ratios are 1, in the second they are not, so that methods which differ only in
-what they do with ratios (grpo, gspo, sapo; dapo, cispo) part there. Methods without a ratio take one update on all
-rows. Accuracy is measured on 1,024 problems that are never trained on.
+what they do with ratios (grpo, gspo, sapo; dapo, cispo) part there. Methods without a ratio, and those that compare
+completions in their loss, take one update on all rows. Accuracy is measured on 1,024 problems never trained on.
 
 online_dpo (arithmetic_online_dpo.py) samples as many completions as methods that select do, and makes a pair of the
 best and the worst completion of each prompt, in two updates. raft is supervised fine-tuning on the best completion of
-each prompt, rft on all right ones: rejection sampling, whose completions are the policy's of that step. A median is of
-the seeds that have run: methods with other seeds are not to be compared by it, as seeds differ more than methods do.
+each prompt, rft on all right ones: rejection sampling, whose completions are the policy's of that step.
+
+Methods stand in the order of their medians over the seeds that all of them have run: seeds differ more than methods do.
+The seconds are those of a run on whatever else the machine was doing, compilation included.
 
 Reached: docs/results.md.
 """
 
 import dataclasses
 import json
-import math
-import statistics
 import time
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from experiments import arithmetic_grpo, arithmetic_online_dpo
 from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
 from experiments.common.command_line import run as run_command
-from experiments.common.pictures import learning_curves
 from experiments.common.preference_methods import PAIR_METHODS
 from experiments.common.records import append_lines, read_lines
 from experiments.common.settings import Batches, Optimizer
-from rljax.train.log import log_info, table, write_atomically
+from experiments.tables.results_page import tasks_of, write_page
+from rljax.train.log import log_info, table
 from rljax.train.provenance import function_source
 
 BATCHES = Batches(prompts=32, num_generations=8, oversample=2, minibatches=2)
@@ -49,7 +47,6 @@ ONLINE_DPO = "online_dpo"
 # trpo takes one step on all rows
 METHODS = (*(name for name in ALGORITHMS if name != "trpo"), ONLINE_DPO)
 AnyRun = arithmetic_grpo.Config | arithmetic_online_dpo.Config
-LINES = 5  # in a picture
 EXPLANATION = "\n\n".join(__doc__.split("\n\n")[2:-1])  # what is compared: the page begins with it
 
 
@@ -83,10 +80,10 @@ def main(cfg: Config) -> list[dict]:
             append_lines(log, [result])
         results.append(result)
         if not cfg.finished_only:
-            write_page(Path(cfg.out), results)
+            write_page(Path(cfg.out), results, EXPLANATION)
     if not results:
         raise ValueError(f"no run is finished in {cfg.directory}; legal: without --finished_only")
-    write_page(Path(cfg.out), results)
+    write_page(Path(cfg.out), results, EXPLANATION)
     columns = ("algorithm", "seed", "steps", "before", "after", "seconds", "git")
     for task in tasks_of(results):
         rows = [{name: result[name] for name in columns} for result in results if result["task"] == task]
@@ -105,11 +102,11 @@ def planned_runs(cfg: Config) -> list[AnyRun]:
 
 
 def run_of(shared: arithmetic_grpo.Config, name: str, seed: int) -> AnyRun:
-    """The shared settings; one update where a method has no ratio, and no selection where it compares no groups."""
+    """The shared settings; one update of methods that want all rows in it, no selection for those without groups."""
     if name == ONLINE_DPO:
         return online_dpo_run(shared, seed)
     algorithm = ALGORITHMS[name]()
-    minibatches = 1 if algorithm.one_update else shared.batches.minibatches
+    minibatches = 1 if algorithm.one_update or algorithm.whole_groups else shared.batches.minibatches
     oversample = 1 if algorithm.group_signal is None else shared.batches.oversample
     batches = dataclasses.replace(shared.batches, minibatches=minibatches, oversample=oversample)
     return dataclasses.replace(shared, seed=seed, algorithm=name, batches=batches)
@@ -170,88 +167,6 @@ def measure(run: AnyRun, directory: str) -> dict:
         "jax": recorded["jax"],
         "seconds": seconds,
     }
-
-
-# --------------------------------------------------------------------------------------------------------------- page
-
-
-def write_page(page: Path, results: list[dict]) -> None:
-    """The page, and beside it a folder of its name with the pictures."""
-    folder = page.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    for task in tasks_of(results):
-        rows = [result for result in results if result["task"] == task]
-        for name, content in pictures(task, rows).items():
-            write_atomically(folder / name, content)
-    write_atomically(page, results_page(results, folder.name))
-
-
-def pictures(task: str, rows: list[dict]) -> dict[str, str]:
-    """File name -> learning curves of five algorithms, the best first: means over seeds, 95 % intervals."""
-    steps = [step for step, _ in rows[0]["curve"]]
-    names = list(by_median(rows))
-    found = {}
-    for start, file in zip(range(0, len(names), LINES), picture_names(task, rows), strict=True):
-        runs = {}
-        for name in names[start : start + LINES]:
-            runs[name] = np.array([[y for _, y in row["curve"]] for row in rows if row["algorithm"] == name])
-        title = f"{task}: places {start + 1} to {start + len(runs)}"
-        found[file] = learning_curves(title, steps, runs, "eval accuracy", "steps")
-    return found
-
-
-def picture_names(task: str, rows: list[dict]) -> list[str]:
-    """The files of `pictures`."""
-    count = math.ceil(len({row["algorithm"] for row in rows}) / LINES)
-    return [f"{task}-{number}.svg" for number in range(1, count + 1)]
-
-
-def by_median(rows: list[dict]) -> dict[str, float]:
-    """The median of what each algorithm reached, the best first."""
-    names = dict.fromkeys(row["algorithm"] for row in rows)
-    reached = {name: statistics.median(row["after"] for row in rows if row["algorithm"] == name) for name in names}
-    return dict(sorted(reached.items(), key=lambda item: (-item[1], item[0])))
-
-
-def tasks_of(results: list[dict]) -> list[str]:
-    return list(dict.fromkeys(result["task"] for result in results))
-
-
-def results_page(results: list[dict], folder: str) -> str:
-    """Markdown: a table for each task, algorithms by the median of what they reached. folder: of the pictures."""
-    lines = ["# Results", "", "Written by `python experiments/tables/compare.py`; do not edit.", "", EXPLANATION, ""]
-    for task in tasks_of(results):
-        rows = [result for result in results if result["task"] == task]
-        lines += task_section(task, rows)
-        lines += [f"![eval accuracy after so many steps]({folder}/{name})" for name in picture_names(task, rows)]
-        lines.append("")
-    jax_of_commit = {result["git"].rstrip("+"): result["jax"] for result in results if result["git"]}
-    commits = ", ".join(jax_of_commit)
-    versions = ", ".join(dict.fromkeys(jax_of_commit.values()))
-    lines.append(f"Commits and jax of the runs: {commits}; {versions}.")
-    return "\n".join(lines) + "\n"
-
-
-def task_section(task: str, rows: list[dict]) -> list[str]:
-    """The lines of one task. rows: its results."""
-    seeds = sorted({row["seed"] for row in rows})
-    before_of_seed = {row["seed"]: row["before"] for row in rows}
-    before = ", ".join(f"{accuracy:.3f}" for accuracy in before_of_seed.values())
-    median = by_median(rows)
-    lines = [
-        f"## {task}",
-        "",
-        f"{rows[0]['steps']} steps; eval accuracy after the warm-up, by seed: {before}.",
-        "",
-        "| algorithm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | seeds | median | longest run, s |",
-        "|---" * (len(seeds) + 4) + "|",
-    ]
-    for name in median:
-        found = {row["seed"]: row for row in rows if row["algorithm"] == name}
-        cells = [f"{found[seed]['after']:.3f}" if seed in found else "" for seed in seeds]
-        longest = max(row["seconds"] for row in found.values())
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(found)} | {median[name]:.3f} | {longest:.0f} |")
-    return [*lines, ""]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ r"""A tiny Qwen of random weights with a tokenizer of its own: to try a script, 
     python experiments/gsm8k_grpo.py --model runs/tiny --prompts gsm8k_train.jsonl --steps 2 --sampling.max_tokens 32
 
 The tokenizer is byte-level BPE, learned from the texts of a file, with Qwen's special tokens and chat template
-(ChatML). The model has learned nothing: its completions are noise.
+(ChatML).
+
+Reached: nothing, as the model has learned nothing: its completions are noise.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ and new ones mean the same. What this decoder would compute wrongly is refused b
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,8 @@ def _stores_own_head(directory: str | Path, raw: dict) -> bool:
 def _hf_config(file: Path, raw: dict):
     """transformers' config: defaults filled in, old fields converted."""
     from huggingface_hub.errors import StrictDataclassError
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice to install torch, which is not needed
     from transformers import CONFIG_MAPPING  # importing it takes a second, so only where it is needed
 
     try:

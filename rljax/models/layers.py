@@ -240,7 +240,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, cache: caches.LayerCache | None, routing, mask, rotations, start):
         """x [B T D] after the block, its cache with the new columns, and the experts [B T k] of a mixture."""
-        x = _with_sharding(x, self.hidden_sharding)
+        x = _between_layers(x, self.hidden_sharding)
         normed = self.attention_norm(x) if self.has_pre_norms else x
         change, cache = self.attention(normed, mask, rotations, cache, start)
         x = x + (self.attention_post_norm(change) if self.has_post_norms else change)
@@ -299,7 +299,7 @@ class Decoder(nnx.Module):
             if moe_layers:
                 experts = jnp.stack([chosen[layer] for layer in moe_layers], axis=2)
                 cache["routing"] = caches.write_columns(cache["routing"], experts, start)
-        x = _with_sharding(x, config.hidden_sharding)
+        x = _between_layers(x, config.hidden_sharding)
         if prefix is not None:
             _, x = mask.split(x)
         return self.norm(x), cache
@@ -375,33 +375,26 @@ class Decoder(nnx.Module):
         table = self.embedding[...].T if config.tie_word_embeddings else self.head[...]
         flat = hidden.reshape(-1, hidden.shape[-1])
         table = table.astype(hidden.dtype)
+        if config.hidden_sharding is not None:
+            flat, table, placements = _place_logits(config, flat, table)
         if config.batch_invariant:
             logits = invariant.matmul(flat, table, jnp.float32)
         else:
             logits = jnp.matmul(flat, table, preferred_element_type=jnp.float32)
+        if config.hidden_sharding is not None:
+            for placement in placements:
+                logits = _with_sharding(logits, placement)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
-        return _with_rows_of(logits.reshape(*hidden.shape[:-1], -1), config.hidden_sharding)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def _with_sharding(x, sharding: NamedSharding | None):
+def _between_layers(x, sharding: NamedSharding | None):
     """x [B ..] in this sharding, but for rows that do not divide over its devices: they go over fewer (`_row_axes`)."""
     if sharding is None:
         return x
     spec = PartitionSpec(_row_axes(sharding, len(x)), *sharding.spec[1:])
-    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
-
-
-def _with_rows_of(x, sharding: NamedSharding | None):
-    """x [B ..] with its rows where this sharding has them; XLA chooses for the other axes.
-
-    A table whose vocabulary is on the devices that have rows is then gathered, instead of all rows being copied to
-    every part of the vocabulary.
-    """
-    if sharding is None:
-        return x
-    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return _with_sharding(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0], *others)))
+    return _with_sharding(x, NamedSharding(sharding.mesh, spec))
 
 
 def _row_axes(sharding: NamedSharding, rows: int) -> tuple[str, ...] | None:
@@ -411,3 +404,33 @@ def _row_axes(sharding: NamedSharding, rows: int) -> tuple[str, ...] | None:
     while axes and rows % math.prod(sharding.mesh.shape[name] for name in axes):
         axes = axes[:-1]
     return axes or None
+
+
+def _with_sharding(x, sharding):
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):
+    """Hidden states and table as their product is best computed on the mesh, and the shardings of the logits [N V]: of
+    the product, then the final one.
+
+    Each device gets whole rows of logits: sums over the vocabulary then stay on a device. Where tokens are many they
+    stay where they are and the table comes to them; where they are few (decoding) they go to each part of the table.
+    """
+    mesh = config.hidden_sharding.mesh
+    axes = _all_axes(config.hidden_sharding)
+    by_token = NamedSharding(mesh, PartitionSpec(axes, None))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    N, D = hidden.shape
+    V = table.shape[1]
+    half, single = 2, 4  # bytes
+    if N * D * half + N * V * single // mesh.size < D * V * half:
+        by_vocabulary = NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp")))
+        return _with_sharding(hidden, replicated), _with_sharding(table, by_vocabulary), (by_vocabulary, by_token)
+    return _with_sharding(hidden, by_token), _with_sharding(table, replicated), (by_token,)
+
+
+def _all_axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """All axes of the mesh, those of the rows first."""
+    rows, columns, _ = (() if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec)
+    return tuple(dict.fromkeys((*rows, *columns, *sharding.mesh.axis_names)))

@@ -236,7 +236,8 @@ def learn(
     """All updates of one rollout: `epochs` passes in `num_minibatches` minibatches; metrics averaged over them.
 
     Adds the metrics `sampler_gap` and `clip_fraction_first`, which are `logp_diff_max` and `clip_fraction` of the first
-    update, where trainer and sampler have the same parameters; and with `stop_kl` `updates`, the number of them.
+    update, where trainer and sampler have the same parameters (without what a method drops whatever its ratio is); and
+    with `stop_kl` `updates`, the number of them.
 
     Args:
       at_old_policy: the batch's `old_logp`, if it has one, was computed with the parameters of `state`: the first
@@ -260,7 +261,8 @@ def learn(
     if "logp_diff_max" in logged[0]:
         averaged["sampler_gap"] = logged[0]["logp_diff_max"]
     if "clip_fraction" in logged[0]:
-        averaged["clip_fraction_first"] = logged[0]["clip_fraction"]
+        parts = ("clip_fraction_low", "clip_fraction_high") if "dropped" in logged[0] else ("clip_fraction",)
+        averaged["clip_fraction_first"] = sum(logged[0][part] for part in parts)
     if stop_kl is not None:
         averaged["updates"] = len(logged)
     return state, averaged

@@ -210,6 +210,11 @@ def credited(algorithm, traj):
     return algorithm.credit(asked_for(algorithm, traj), {})
 
 
+def take_rows(tree, rows):
+    """These rows of every array. By numpy: one call of JAX's indexing is ten operations."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[rows]) if jnp.ndim(x) else x, tree)
+
+
 def asked_for(algorithm, traj):
     return traj.replace(**{name: None for name in ANNOTATIONS - set(algorithm.needs)})
 
@@ -228,8 +233,7 @@ def learn(algorithm, batch, params, policy=table_policy, micro_batches=1):
     batch = objective.prepare(params, {}, batch, jax.random.split(jax.random.key(0))[1])
     parts = []
     for first in range(micro_batches):
-        taken = np.arange(first, rows, micro_batches)
-        micro = jax.tree.map(lambda x, taken=taken: x[taken] if jnp.ndim(x) else x, batch)
+        micro = batch if micro_batches == 1 else take_rows(batch, np.arange(first, rows, micro_batches))
         (loss, metrics), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, {}, micro)
         parts.append((gradient, metrics | {"loss": (loss, 1.0 / micro_batches)}))
     gradient = jax.tree.map(lambda *x: sum(x), *(part[0] for part in parts))

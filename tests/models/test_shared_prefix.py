@@ -1,6 +1,7 @@
 """Rows that continue a shared prefix: the numbers and gradients of the whole rows, for every kind of layer."""
 
 import dataclasses
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -62,22 +63,28 @@ def gradient(config, params, found):
         output = model(params, {}, found.traj)
         return jnp.where(found.mask, found.advantages * (output.logp + output.values), 0.0).sum()
 
-    return jax.value_and_grad(total)(params)
+    return jax.jit(jax.value_and_grad(total))(params)  # one program: operation by operation it takes longer
+
+
+@lru_cache
+def of_whole_rows(name):
+    """Config, parameters, batch, and the sum and its gradient of the rows as they are."""
+    config = CONFIGS[name]
+    params = jax.jit(lambda key: policy.with_value_head(policy.init(config, key), config))(jax.random.key(0))
+    params = policy.with_critic(params, config)
+    params["critic"]["value_head"] = jnp.linspace(-1, 1, config.hidden_size)
+    whole = batch(config)
+    return config, params, whole, *gradient(config, params, whole)
 
 
 @pytest.mark.parametrize("share", [N, 2, 1])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_gradient_is_that_of_whole_rows(name, share):
-    config = CONFIGS[name]
-    params = policy.with_value_head(policy.init(config, jax.random.key(0)), config)
-    params = policy.with_critic(params, config)
-    params["critic"]["value_head"] = jnp.linspace(-1, 1, config.hidden_size)
-    whole = batch(config)
+    config, params, whole, want, want_gradient = of_whole_rows(name)
     assert is_prefix_shared(whole.traj, L - 1, share)
     shared = share_prefix(whole, L - 1, share)
     assert shared.traj.prefix.inputs.shape == (PROMPTS * N // share, L - 1)
     assert shared.mask.shape == (PROMPTS * N, T - L + 1)
-    want, want_gradient = gradient(config, params, whole)
     got, got_gradient = gradient(config, params, shared)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     apart = optax.tree.norm(jax.tree.map(jnp.subtract, got_gradient, want_gradient))
@@ -90,7 +97,7 @@ def test_an_adapter_sees_the_same():
     trained, frozen = policy.with_adapter(params, config, jax.random.key(1))
     whole = batch(config)
     shared = share_prefix(whole, L - 1, N)
-    model = policy.make_policy(config)
+    model = jax.jit(policy.make_policy(config))
     want = model(trained, frozen, whole.traj).logp[:, L - 1 :]
     got = model(trained, frozen, shared.traj).logp
     np.testing.assert_allclose(got[shared.mask], want[shared.mask], rtol=1e-5, atol=1e-5)
@@ -101,7 +108,7 @@ def test_the_exact_divergence_sees_the_same():
     new = policy.init(TINY, jax.random.key(1))
     whole = batch(TINY)
     shared = share_prefix(whole, L - 1, N)
-    divergence = policy.make_divergence(TINY)
+    divergence = jax.jit(policy.make_divergence(TINY))
     want = divergence(new, old, {}, whole.traj)[:, L - 1 :]
     got = divergence(new, old, {}, shared.traj)
     np.testing.assert_allclose(got[shared.mask], want[shared.mask], rtol=1e-5, atol=1e-6)

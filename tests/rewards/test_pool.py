@@ -273,7 +273,7 @@ def test_functions_are_called_side_by_side(tmp_path):
         assert pool.map_each(work) == [[(1.0, "ok", "")] * 4, [(1.0, "ok", "")]]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 3))])
 def test_side_by_side_the_results_are_those_of_one_after_another(workers):
     work = [
         (hostile.length, items(*TEXTS)),
