@@ -23,11 +23,20 @@ class Pieces(NamedTuple):
     group_size: int  # neighboring rows that share their prompt: a group, or an equal share of one
 
 
-def cut(config: DecoderConfig, batches: Batches, prompt_tokens: int, max_tokens: int, devices: int) -> Pieces:
+def cut(
+    config: DecoderConfig,
+    batches: Batches,
+    prompt_tokens: int,
+    max_tokens: int,
+    devices: int,
+    device_bytes: float | None = None,
+) -> Pieces:
     """The cut that `batches` asks for; with micro_batches = 0 one chosen from sizes.
 
     That is the largest number of micro-batches of whole groups which still have enough columns for the device, and more
     where their activations would not fit.
+
+    device_bytes: memory of an accelerator that is not there; None: of those that the decoder runs on.
     """
     rows = batches.prompts * batches.num_generations // batches.minibatches
     # Shuffled minibatches separate the rows of a group.
@@ -35,9 +44,9 @@ def cut(config: DecoderConfig, batches: Batches, prompt_tokens: int, max_tokens:
     if batches.micro_batches:
         return Pieces(batches.micro_batches, largest_share(rows, group_size, batches.micro_batches * devices))
 
-    backend = config.backend
+    backend = config.backend if device_bytes is None else ""
     enough = ENOUGH_COLUMNS.get(backend, ENOUGH_COLUMNS_ELSEWHERE)
-    most_bytes = CPU_BYTES if backend == "cpu" else _device_bytes(config) / 4
+    most_bytes = CPU_BYTES if backend == "cpu" else (device_bytes or _bytes_of_device(config)) / 4
     bytes_of_column = activation_bytes(config, prompt_tokens + max_tokens, backend)
 
     def share_and_columns(pieces: int) -> tuple[int, int]:
@@ -75,7 +84,7 @@ def activation_bytes(config: DecoderConfig, keys: int, backend: str) -> int:
     return config.num_layers * (size * numbers + scores)
 
 
-def _device_bytes(config: DecoderConfig) -> float:
+def _bytes_of_device(config: DecoderConfig) -> float:
     """Of this machine's devices, or of those of the pod that the program is compiled for."""
     devices = jax.devices() if config.hidden_sharding is None else config.hidden_sharding.mesh.devices.flat
     device = next(iter(devices))

@@ -210,11 +210,18 @@ def cut_annotate(
 
     prompt_tokens, max_tokens: of a prompt and of a completion, as sampled.
     """
+    rows_at_once = annotate_rows(batches, config, prompt_tokens, max_tokens, shardings.rows.mesh)
     devices = data_parallel_size(shardings.rows.mesh)
-    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices)
-    rows_at_once = batches.prompts * batches.num_generations // (batches.minibatches * pieces.micro_batches)
     group_size = micro_batches.largest_share(rows_at_once, batches.num_generations, devices)
     return make_shared_prefix_annotate(annotate, prompt_tokens - 1, group_size, rows_at_once, shardings)
+
+
+def annotate_rows(
+    batches: Batches, config: DecoderConfig, prompt_tokens: int, max_tokens: int, mesh: jax.sharding.Mesh
+) -> int:
+    """How many rows of a rollout are annotated at a time: as many as a micro-batch of an update has."""
+    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, data_parallel_size(mesh))
+    return batches.prompts * batches.num_generations // (batches.minibatches * pieces.micro_batches)
 
 
 def shardings_of(

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models import batch_invariant as invariant
@@ -374,10 +375,15 @@ class Decoder(nnx.Module):
         table = self.embedding[...].T if config.tie_word_embeddings else self.head[...]
         flat = hidden.reshape(-1, hidden.shape[-1])
         table = table.astype(hidden.dtype)
+        if config.hidden_sharding is not None:
+            flat, table, placements = _place_logits(config, flat, table)
         if config.batch_invariant:
             logits = invariant.matmul(flat, table, jnp.float32)
         else:
             logits = jnp.matmul(flat, table, preferred_element_type=jnp.float32)
+        if config.hidden_sharding is not None:
+            for placement in placements:
+                logits = _with_sharding(logits, placement)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)
@@ -385,3 +391,29 @@ class Decoder(nnx.Module):
 
 def _with_sharding(x, sharding):
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):
+    """Hidden states and table as their product is best computed on the mesh, and the shardings of the logits [N V]: of
+    the product, then the final one.
+
+    Each device gets whole rows of logits: sums over the vocabulary then stay on a device. Where tokens are many they
+    stay where they are and the table comes to them; where they are few (decoding) they go to each part of the table.
+    """
+    mesh = config.hidden_sharding.mesh
+    axes = _all_axes(config.hidden_sharding)
+    by_token = NamedSharding(mesh, PartitionSpec(axes, None))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    N, D = hidden.shape
+    V = table.shape[1]
+    half, single = 2, 4  # bytes
+    if N * D * half + N * V * single // mesh.size < D * V * half:
+        by_vocabulary = NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp")))
+        return _with_sharding(hidden, replicated), _with_sharding(table, by_vocabulary), (by_vocabulary, by_token)
+    return _with_sharding(hidden, by_token), _with_sharding(table, replicated), (by_token,)
+
+
+def _all_axes(sharding: NamedSharding) -> tuple[str, ...]:
+    """All axes of the mesh, those of the rows first."""
+    rows, columns, _ = (() if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec)
+    return tuple(dict.fromkeys((*rows, *columns, *sharding.mesh.axis_names)))

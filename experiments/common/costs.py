@@ -1,0 +1,303 @@
+"""What a step of grpo.py costs on a pod, by formulas: bytes a device, operations, bytes moved, bytes sent.
+
+Sizes of arrays are those of their shardings, exact. Operations are those of the matrix products and of attention (a
+fused multiply-add is two). What a device reads and writes is its weights, its cache and its activations, each as often
+as a pass needs them at least. Compiling is not needed; where a program is compiled, the compiler's own figures replace
+those for memory and for collectives (`experiments/preflight.py`).
+"""
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.common.chips import Topology
+from experiments.common.micro_batches import Pieces
+from rljax.models import decoder
+from rljax.models.decoder import DecoderConfig
+from rljax.train.mesh import RULES, data_parallel_size, sharding_of
+
+SINGLE = 4  # bytes of a float32
+PASSES = {"none": 3, "dots": 3, "full": 4}  # forward passes that an update costs: forward, two backward, recomputed
+
+
+class Sent(NamedTuple):
+    """Bytes that each device sends in a phase, for one reason."""
+
+    what: str
+    kind: str  # of the collective
+    axes: tuple[str, ...]  # of the mesh, along which the devices of a group lie
+    bytes: float
+
+
+class Phase(NamedTuple):
+    """A part of a step, on one device."""
+
+    name: str
+    flops: float
+    hbm_bytes: float
+    sent: tuple[Sent, ...]
+    seconds: dict[str, float]  # of compute, HBM and interconnect, each at its published peak
+
+
+class Sizes(NamedTuple):
+    """How much a step samples and learns from."""
+
+    prompts: int
+    num_generations: int
+    prompt_tokens: int
+    max_tokens: int
+    pieces: Pieces  # of the update
+    scored: int  # forward passes of scoring: by the reference, and by the policy where old log-probs are needed
+    updates: int  # optimizer updates of a step
+    epochs: int
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.num_generations
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of a tree of shapes with shardings."""
+
+    def of_leaf(x) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        item = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
+        words = 2 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else 1
+        return math.prod(shape) * item * words
+
+    return sum(of_leaf(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+
+
+def cache_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) -> int:
+    """Keys and values on one device: of the prompts, once for each group, and of all completions."""
+    of_token = 2 * config.head_dim * np.dtype(config.dtype).itemsize * config.num_layers
+
+    def on_device(rows: int, columns: int) -> int:
+        sharding = sharding_of(mesh, ("rollout_rows", "kv_heads"), (rows, config.num_kv_heads))
+        return math.prod(sharding.shard_shape((rows, config.num_kv_heads))) * columns * of_token
+
+    return on_device(sizes.prompts, sizes.prompt_tokens) + on_device(sizes.rows, sizes.max_tokens)
+
+
+def activation_terms(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) -> dict[str, float]:
+    """Bytes on one device of what an update holds besides its arguments and results, by array.
+
+    The layers' inputs stay for the backward pass (full remat; without it all that a layer computes). One layer at a
+    time has its activations, its scores, and its weights and their gradient gathered.
+    """
+    half = np.dtype(config.dtype).itemsize
+    tensor = mesh.shape["tensor"]
+    rows = max(1, sizes.rows // sizes.updates * sizes.epochs // sizes.pieces.micro_batches // data_parallel_size(mesh))
+    columns = (sizes.max_tokens + sizes.prompt_tokens / sizes.pieces.group_size) / mesh.shape["sequence"]
+    tokens = rows * columns
+    heads = max(1, config.num_heads // tensor)
+    layer = num_layer_params(config) / config.num_layers
+    inner = config.moe.intermediate_size * config.moe.num_experts_per_tok if config.moe else config.intermediate_size
+    of_layer = tokens * half * (4 * config.hidden_size + (2 * heads + 2 * config.num_kv_heads) * config.head_dim)
+    of_layer += 3 * tokens * half * inner / tensor
+    logits = min(tokens / tensor, 2**27 / config.vocab_size) * config.vocab_size * SINGLE
+    shares = math.prod(mesh.shape[name] for name in ("fsdp", "tensor", "expert"))
+    return {
+        "inputs of layers": config.num_layers * tokens * config.hidden_size * half
+        + (0 if config.remat == "full" else (config.num_layers - 1) * of_layer),
+        "one layer": of_layer,
+        "attention scores": 2 * rows * heads * sizes.max_tokens * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE,
+        "weights of a layer": 2 * layer * half / tensor,
+        "table of logits": 2 * config.vocab_size * config.hidden_size * SINGLE,
+        "logits": 3 * logits,
+        "gradients": num_params(config) / shares * SINGLE,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- time
+
+
+@lru_cache
+def num_params(config: DecoderConfig) -> int:
+    """Of the decoder."""
+    return _count(decoder.abstract(config))
+
+
+@lru_cache
+def num_layer_params(config: DecoderConfig) -> int:
+    """Of the decoder's layers: without embedding, head and last norm."""
+    return _count(decoder.abstract(config)["layers"])
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def token_weights(config: DecoderConfig) -> float:
+    """Weights that a token is multiplied by in the layers: of a mixture those of its experts alone."""
+    layers = num_layer_params(config)
+    if config.moe is None:
+        return layers
+    moe = config.moe
+    idle = 3 * config.hidden_size * moe.intermediate_size * (moe.num_experts - moe.num_experts_per_tok)
+    return layers - len(moe.layers) * idle
+
+
+def forward_flops(config: DecoderConfig, tokens: float, pairs: float, logits: float) -> float:
+    """Of a forward pass over `tokens`, with `pairs` of query and key in each layer, and so many rows of logits."""
+    attention = 4 * config.num_heads * config.head_dim * config.num_layers * pairs
+    return 2 * token_weights(config) * tokens + attention + 2 * config.vocab_size * config.hidden_size * logits
+
+
+def seen_pairs(config: DecoderConfig, start: int, end: int) -> float:
+    """Pairs of query and key of the tokens start .. end - 1 of a row, averaged over layers."""
+
+    def of_layer(window: int | None) -> float:
+        if window is None or window >= end:
+            return (end * (end + 1) - start * (start + 1)) / 2
+        growing = max(0, min(end, window) - start)
+        below = sum(range(start + 1, start + growing + 1))
+        return below + (end - start - growing) * window
+
+    return sum(of_layer(config.window(i)) for i in range(config.num_layers)) / config.num_layers
+
+
+def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, sizes: Sizes) -> list[Phase]:
+    """Prefill, decoding, scoring and update of a step: what each device computes, moves and sends."""
+    half = np.dtype(config.dtype).itemsize
+    devices = mesh.size
+    P, B, L, N = sizes.prompts, sizes.rows, sizes.prompt_tokens, sizes.max_tokens
+    weights = num_params(config) * half / mesh.shape["tensor"] / mesh.shape["expert"]  # as a device computes with them
+    layer_bytes = config.num_layers * config.hidden_size * half
+    decode_pairs = seen_pairs(config, L, L + N)
+    kv_of_pair = 2 * config.num_kv_heads * config.head_dim * half * config.num_layers
+
+    prompt_tokens = B / sizes.pieces.group_size * L
+    learned = B * N + prompt_tokens
+    learned_flops = forward_flops(
+        config, learned, B * decode_pairs + B / sizes.pieces.group_size * seen_pairs(config, 0, L), B * N
+    )
+    cut = sizes.pieces.micro_batches
+    passes = PASSES[config.remat]
+    local = devices / mesh.shape["tensor"]
+
+    def phase(name: str, flops: float, hbm: float, sent: Iterable[Sent]) -> Phase:
+        sent = tuple(one for one in sent if one.bytes > 0)
+        return Phase(name, flops / devices, hbm, sent, seconds(topology, mesh, flops / devices, hbm, sent))
+
+    decode_hbm = N * weights + B * decode_pairs * kv_of_pair / devices + N * 4 * layer_bytes * B / local
+    return [
+        phase(
+            "prefill",
+            forward_flops(config, P * L, P * seen_pairs(config, 0, L), P),
+            weights + 20 * layer_bytes * P * L / local,
+            _sent(config, mesh, P * L, passes=1, gathers=1),
+        ),
+        phase(
+            "decode",
+            forward_flops(config, B * N, B * decode_pairs, B * N),
+            decode_hbm,
+            _sent(config, mesh, B * N, passes=1, gathers=N, logits=B * N),
+        ),
+        phase(
+            "scoring",
+            sizes.scored * learned_flops,
+            sizes.scored * (cut * weights + 20 * layer_bytes * learned / local),
+            _sent(config, mesh, sizes.scored * learned, passes=1, gathers=sizes.scored * cut),
+        ),
+        phase(
+            "update",
+            sizes.epochs * passes * learned_flops,
+            sizes.epochs * passes * (cut * weights + 20 * layer_bytes * learned / local)
+            + sizes.updates * 7 * num_params(config) * SINGLE / math.prod(mesh.shape[a] for a in ("fsdp", "tensor")),
+            _sent(
+                config,
+                mesh,
+                sizes.epochs * learned,
+                passes=passes,
+                gathers=sizes.epochs * cut * 2,
+                reduces=sizes.epochs * cut,
+            ),
+        ),
+    ]
+
+
+def _sent(
+    config: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    tokens: float,
+    passes: int,
+    gathers: float,
+    reduces: float = 0,
+    logits: float = 0,
+) -> list[Sent]:
+    """What each device sends: weights gathered, gradients reduced, activations reduced or exchanged."""
+    half = np.dtype(config.dtype).itemsize
+    shape = mesh.shape
+    tensor, fsdp, data, expert, sequence = (shape[a] for a in ("tensor", "fsdp", "data", "expert", "sequence"))
+    share = num_params(config) / tensor / expert
+    gathered = share * half * (fsdp - 1) / fsdp
+    summed = share * SINGLE * (fsdp - 1) / fsdp
+    on_device = tokens / math.prod(shape[a] for a in (*RULES["rows"], *RULES["columns"]))
+    hidden = on_device * config.hidden_size * half
+    out = [
+        Sent("weights", "all-gather", ("fsdp",), gathers * gathered),
+        Sent("gradients", "reduce-scatter", ("fsdp",), reduces * summed),
+        Sent("gradients", "all-reduce", ("data",), (reduces > 0) * 2 * share / fsdp * SINGLE * (data - 1) / data),
+        Sent(
+            "hidden states",
+            "all-reduce",
+            ("tensor",),
+            passes * 2 * config.num_layers * 2 * hidden * (tensor - 1) / tensor,
+        ),
+    ]
+    if sequence > 1 and not logits:
+        kv = 2 * config.num_kv_heads * config.head_dim / tensor * half * tokens / data / fsdp / expert
+        out.append(Sent("keys and values", "all-gather", ("sequence",), passes * config.num_layers * kv))
+    if config.moe is not None and expert > 1:
+        routed = 2 * config.moe.num_experts_per_tok * hidden * len(config.moe.layers) * (expert - 1) / expert
+        out.append(Sent("tokens of experts", "all-to-all", ("expert",), passes * routed))
+    if logits:
+        moved = logits * config.hidden_size * half + logits * config.vocab_size * SINGLE / mesh.size
+        out.append(Sent("logits", "all-to-all", ("fsdp", "tensor"), moved * (mesh.size > 1)))
+    return out
+
+
+def seconds(
+    topology: Topology, mesh: jax.sharding.Mesh, flops: float, hbm_bytes: float, sent: Iterable[Sent]
+) -> dict[str, float]:
+    """Time of compute, HBM and interconnect at the chip's published peaks. The longest of them is the phase's bound."""
+    places = places_of(topology, mesh)
+    wire = 0.0
+    for one in sent:
+        group = group_along(mesh, one.axes)
+        if len(group) > 1:
+            wire += one.bytes / topology.bandwidth([places[i] for i in group])
+    return {
+        "compute": flops / topology.chip.flops,
+        "HBM": hbm_bytes / topology.chip.hbm_bandwidth,
+        "interconnect": wire,
+    }
+
+
+def group_along(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Devices, as positions in the flattened mesh, of the first group along these axes."""
+    ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    first = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+    return tuple(np.ravel(ids[first]).tolist())
+
+
+def places_of(topology: Topology, mesh: jax.sharding.Mesh) -> list[tuple[int, ...]]:
+    """Where each device of the flattened mesh is; of a pod without devices, its number row by row."""
+    if isinstance(mesh, jax.sharding.Mesh) and topology.is_tpu and hasattr(mesh.devices.flat[0], "coords"):
+        return [tuple(device.coords[: topology.chip.torus]) for device in mesh.devices.flat]
+    return [tuple(np.unravel_index(i, topology.shape)) for i in range(mesh.size)]
+
+
+def with_collectives(phase: Phase, topology: Topology, mesh: jax.sharding.Mesh, found: list, calls: int) -> Phase:
+    """The phase whose interconnect is that of the compiled program's collectives."""
+    places = places_of(topology, mesh)
+    wire = sum(one.sent / topology.bandwidth([places[i] for i in one.group]) for one in found)
+    return phase._replace(seconds=phase.seconds | {"interconnect": calls * wire})

@@ -1,0 +1,354 @@
+"""experiments/preflight.py: tables, formulas against the compiler's own report, and the programs of a run."""
+
+import dataclasses
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import grpo, preflight
+from experiments.common import costs, lowering, models, plan
+from experiments.common.chips import read_topology
+from experiments.common.hlo import collectives
+from experiments.common.model_shapes import SHAPES, find_shape
+from experiments.common.settings import Batches, MeshShape, Sampling, Weights
+from models import tiny
+from rljax.data.tokenizer import load_tokenizer
+from rljax.models import decoder, hf
+from rljax.train.mesh import make_mesh
+from test_grpo_experiment import RAW, ROWS, VERIFIERS, write_prompts, write_tokenizer
+
+# Sizes of the stored tensors, from `metadata.total_size` of the files on the hub (2 bytes each; tied heads are not
+# stored); Gemma 3: embedding and other parameters of Table 1 of its report (arXiv:2503.19786), in millions.
+PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "gemma-3-1b": (302 + 698) * 10**6,
+    "gemma-3-4b": (675 + 3_209) * 10**6,
+    "gemma-3-12b": (1_012 + 10_759) * 10**6,
+    "gemma-3-27b": (1_416 + 25_600) * 10**6,
+}
+FEW = ("qwen2.5-0.5b", "qwen3-0.6b", "qwen3-30b-a3b", "llama-3.2-1b", "gemma-3-1b")  # the others take minutes
+SMALL = preflight.Config(
+    model="qwen2.5-0.5b",
+    topology="v5e:2x4",
+    max_prompt_tokens=16,
+    batches=Batches(prompts=8, num_generations=2, micro_batches=1),
+    sampling=Sampling(max_tokens=16),
+    steps=2,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def test_every_shape_has_a_published_count():
+    assert {path.name for path in SHAPES.iterdir()} == PUBLISHED.keys()
+
+
+LARGE = [pytest.param(name, marks=pytest.mark.nightly) for name in PUBLISHED if name not in FEW]
+
+
+@pytest.mark.parametrize("name", [*FEW, *LARGE])
+def test_parameters_are_as_many_as_published(name):
+    counted = costs.num_params(hf.read_config(find_shape(name)))
+    rounded = 1e-3 if name.startswith("gemma") else 0
+    assert counted == pytest.approx(PUBLISHED[name], rel=rounded, abs=0)
+
+
+def test_a_token_of_a_mixture_uses_its_experts():
+    """Qwen3-30B-A3B: 3.3 B activated parameters, as its model card says, the tables of embeddings included."""
+    config = hf.read_config(find_shape("qwen3-30b-a3b"))
+    tables = 2 * config.vocab_size * config.hidden_size
+    assert (costs.token_weights(config) + tables) / 1e9 == pytest.approx(3.3, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:8", "v5e:8x8x8", "v7x:2x2x2", "h100:12", "h100:8x8", "v5e:0x8"])
+def test_an_unknown_topology_lists_the_legal_ones(name):
+    with pytest.raises(ValueError, match=r"legal: .*v5e:AxB.*h100:N"):
+        read_topology(name)
+
+
+def test_an_unknown_model_lists_the_legal_ones():
+    with pytest.raises(ValueError, match=r"legal: .*qwen2\.5-7b.*qwen3-30b-a3b"):
+        find_shape("qwen9-1b")
+
+
+@pytest.mark.parametrize(
+    ("topology", "places", "gigabytes"),
+    [
+        ("v5e:8x8", [(0, i) for i in range(8)], 50),  # no ring: each link in one direction at a time
+        ("v5e:16x16", [(0, i) for i in range(16)], 100),
+        ("v5e:8x8", [(i, j) for i in range(8) for j in range(8)], 100),  # links of two dimensions
+        ("v5e:8x8", [(0, 0), (0, 4)], 12.5),  # four groups share the links between them
+        ("v5p:8x8x8", [(0, 0, i) for i in range(8)], 200),
+        ("h100:16", [(i,) for i in range(8)], 450),
+        ("h100:16", [(0,), (8,)], 50),
+        ("h100:16", [(i,) for i in range(16)], 400),  # eight ports of a node
+    ],
+)
+def test_bandwidth_of_a_group(topology, places, gigabytes):
+    assert read_topology(topology).bandwidth(places) == gigabytes * 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------------- HLO
+
+
+def test_collectives_in_a_loop_count_each_time():
+    """Five times an all-gather of [64 32] floats over the four devices of fsdp, which the compiler reports as one."""
+    mesh = make_mesh(fsdp=4, tensor=2)
+    weights = jax.ShapeDtypeStruct((5, 64, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    rows = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+
+    @jax.jit
+    def loop(weights, rows):
+        def step(x, weight):
+            whole = jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec()))
+            return jnp.tanh(x @ whole @ whole.T), None
+
+        return jax.lax.scan(step, rows, weights)[0]
+
+    (found,) = collectives(loop.lower(weights, rows).compile().as_text())
+    assert (found.kind, found.bytes, found.group, found.times) == ("all-gather", 64 * 32 * 4, (0, 2, 4, 6), 5)
+    assert found.sent == 5 * 64 * 32 * 4 * 3 / 4
+
+
+MODULE = """\
+%counted (p: (s32[])) -> pred[] {
+  %c = s32[] constant(28)
+  %p = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %g = bf16[8,16]{1,0:T(8,128)} all-gather(%x), channel_id=7, GROUPS, dimensions={0}
+  %r = (f32[4]{0}, f32[2]{0}) all-reduce(%a, %b), channel_id=8, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %t = (s32[]) tuple(%i)
+}
+
+%step (p: (s32[])) -> bf16[8,16] {
+  ROOT %g = bf16[8,16]{1,0:T(8,128)} all-gather(%x), channel_id=7, GROUPS, dimensions={0}
+}
+
+%open (p: (s32[])) -> pred[] {
+  %c = s32[] constant(3)
+  ROOT %both = pred[] and(%lt, %more)
+}
+
+%outer (p: (s32[])) -> (s32[]) {
+  ROOT %w = (s32[]) while(%t), condition=%counted, body=%body
+}
+
+ENTRY %main (p: s32[]) -> (s32[]) {
+  %f = bf16[8,16] fusion(%p), kind=kCustom, calls=%step
+  ROOT %w = (s32[]) while(%t), condition=%open, body=%outer
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("replica_groups={{0,2},{1,3}}", (0, 2)),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", (0, 2)),
+        ("replica_groups=[2,2]<=[4]", (0, 1)),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", (0, 1)),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", (0, 1)),
+    ],
+)
+def test_groups_and_loops_as_the_tpu_compiler_writes_them(groups, first):
+    gather, reduce = collectives(MODULE.replace("GROUPS", groups), open_loop_trips=10)
+    assert (gather.group, gather.times, gather.bytes) == (first, 280, 8 * 16 * 2)  # once a channel, 28 times in 10
+    assert (reduce.bytes, reduce.times, reduce.sent) == (24, 280, 280 * 24)
+
+
+# ------------------------------------------------------------------------------------------------- the compiler's word
+
+
+@pytest.fixture(scope="module")
+def on_eight() -> lowering.StepShapes:
+    """The step of SMALL on the eight devices, with two layers."""
+    mesh = make_mesh(fsdp=4, tensor=2)
+    return lowering.shapes_of_step(SMALL, small_config(mesh), mesh)
+
+
+def small_config(mesh):
+    config = hf.read_config(find_shape(SMALL.model), 32)
+    config = dataclasses.replace(config, num_layers=2, ropes=config.ropes[:2], windows=config.windows[:2])
+    return models.trained_config(config, SMALL.weights, mesh)
+
+
+@pytest.mark.parametrize("name", ["prefill", "scoring", "update"])
+def test_bytes_of_arguments_and_results_are_the_compilers(on_eight, name):
+    """To the byte, but for what the programs have of rows: some kilobytes."""
+    program = next(one for one in on_eight.programs if one.name == name)
+    stats = program.lower().compile().memory_analysis()
+    assert 0 <= stats.argument_size_in_bytes - program.state_bytes < 8192
+    if name == "update":
+        state = on_eight.state
+        kept = costs.device_bytes((state.params, state.opt_state, state.key))
+        assert 0 <= stats.output_size_in_bytes - kept < 4096
+        assert stats.alias_size_in_bytes == pytest.approx(kept, abs=64)
+
+
+def test_bytes_of_a_cache_are_those_of_its_arrays():
+    mesh = make_mesh(fsdp=2, tensor=2, data=2)
+    config = small_config(mesh)
+    sizes = lowering.sizes_of(SMALL, config, mesh)
+    heads = config.num_kv_heads // 2
+    of_token = 2 * config.num_layers * heads * config.head_dim * 2
+    assert costs.cache_bytes(config, mesh, sizes) == (8 // 4 * 16 + 16 // 4 * 16) * of_token
+
+
+def test_pairs_of_a_window():
+    config = hf.read_config(find_shape("gemma-3-1b"))
+    window = config.window(0)
+    every = sum(min(i + 1, window) for i in range(700)), sum(i + 1 for i in range(700))
+    layers = [config.window(i) is None for i in range(config.num_layers)]
+    assert costs.seen_pairs(config, 0, 700) == pytest.approx(sum(every[full] for full in layers) / len(layers))
+
+
+def test_flops_of_a_forward_pass_are_the_compilers():
+    """Unrolled layers without remat; the compiler counts norms and softmax too."""
+    config = dataclasses.replace(small_config(make_mesh(fsdp=4, tensor=2)), hidden_sharding=None, scan_layers=False)
+    config = dataclasses.replace(config, dtype="float32")
+    rows = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+
+    def run(params, rows):
+        hidden, _ = decoder.forward(config, params, rows, rows, rows)
+        return decoder.logits(config, params, hidden)
+
+    counted = jax.jit(run).lower(decoder.abstract(config), rows).cost_analysis()["flops"]
+    every_pair = 4 * 128 * 128  # XLA's attention computes what the mask hides
+    assert costs.forward_flops(config, 4 * 128, every_pair, 4 * 128) == pytest.approx(counted, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------ the programs of a run
+
+
+def test_the_programs_are_those_that_a_run_lowers(tmp_path, monkeypatch):
+    """The StableHLO of a run of grpo.py on eight devices, as JAX writes it, against that from shapes."""
+    write_tokenizer(tiny.write(tmp_path / "model", RAW, tiny.tensors_of(RAW)))
+    settings = {
+        "model": str(tmp_path / "model"),
+        "batches": Batches(prompts=8, num_generations=3, micro_batches=1),
+        "sampling": Sampling(max_tokens=7),
+        "mesh": MeshShape(fsdp=4, tensor=2),
+        "steps": 1,
+    }
+    prompts = write_prompts(tmp_path / "prompts.jsonl", ROWS * 3)
+    cfg = grpo.Config(**settings, prompts=prompts, rewards=("share",), eval_prompts=2, directory=str(tmp_path / "run"))
+    dumped = tmp_path / "dumped"
+    jax.config.update("jax_dump_ir_to", str(dumped))
+    try:
+        grpo.main(cfg, verifiers=VERIFIERS)
+    finally:
+        jax.config.update("jax_dump_ir_to", None)
+
+    prompt_tokens = 1 + max(len(row["prompt"]) for row in ROWS)  # <s> and a token a character
+    asked = preflight.Config(**settings, topology="v5e:2x4", max_prompt_tokens=prompt_tokens, weights=Weights())
+    asked = dataclasses.replace(asked, optimizer=cfg.optimizer)
+    mesh = make_mesh(fsdp=4, tensor=2)
+    context = prompt_tokens + asked.sampling.max_tokens
+    config = models.trained_config(hf.read_config(cfg.model, context), asked.weights, mesh)
+    stop = load_tokenizer(cfg.model).stop
+    planned = {one.name: one for one in lowering.shapes_of_step(asked, config, mesh, stop).programs}
+    of_run = {without_names(path.read_text()) for path in dumped.glob("*.mlir")}
+    for name in ("rollout", "scoring", "update"):
+        assert without_names(planned[name].lower().as_text()) in of_run, name
+
+
+def without_names(module: str) -> str:
+    """The text of a module without locations, in which JAX tells people where an operation comes from."""
+    module = re.sub(r"^#loc.*$", "", module, flags=re.M)
+    kept = []
+    end = 0
+    for start in re.finditer(r" ?\bloc\(", module):
+        if start.start() < end:
+            continue
+        kept.append(module[end : start.start()])
+        depth, end = 1, start.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(module[end], 0)
+            end += 1
+    return re.sub(r"\s+", " ", "".join([*kept, module[end:]])).strip()
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def test_gpus_are_planned_by_formulas(capsys, tmp_path):
+    page = tmp_path / "plan.html"
+    cfg = preflight.Config(
+        "qwen3-8b", "h100:16", mesh=MeshShape(fsdp=-1, tensor=8), price=2.0, html=str(page), batches=Batches(prompts=16)
+    )
+    found = preflight.main(cfg)
+    out = capsys.readouterr().out
+    assert found.over < 0
+    assert "fits" in out
+    assert "at 2 a device-hour" in out
+    assert "<html" in page.read_text()
+    assert "KV cache" in page.read_text()
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_try(capsys):
+    found = preflight.main(preflight.Config("llama-3-70b", "v5e:4x4", programs="none"))
+    assert found.over > 0
+    out = capsys.readouterr().out
+    assert re.search(r"does not fit, by [\d.,]+ GiB a device .*largest: .*Try ", out)
+
+
+def test_a_sweep_ranks_meshes_and_says_why(capsys):
+    cfg = preflight.Config("qwen2.5-7b", "v5e:8x8", programs="none", sweep=True)
+    found = preflight.main(cfg)
+    out = capsys.readouterr().out
+    config = hf.read_config(find_shape(cfg.model))
+    plans = preflight.sweep(cfg, config, read_topology(cfg.topology))
+    assert len(plans) >= 6
+    assert dict(found.mesh.shape) == dict(plans[0].mesh.shape)
+    fitting = [one for one in plans if one.over <= 0]
+    assert all(plans[0].seconds <= one.seconds for one in fitting)
+    assert all(plan.why_not(one, plans[0]) for one in plans[1:])
+    assert "all-gather of weights over fsdp" in out.replace("\n", " ")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_without_libtpu_one_line_says_what_to_install():
+    with pytest.raises(ValueError, match=r"pip install \"rljax\[preflight\]\""):
+        preflight.main(preflight.Config("qwen3-0.6b", "v5e:2x2"))
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is absent (the preflight extra)")
+def test_a_topology_is_compiled_for(capsys):
+    cfg = dataclasses.replace(
+        SMALL, topology="v5e:2x2", mesh=MeshShape(fsdp=4), batches=Batches(prompts=4, num_generations=2)
+    )
+    found = preflight.main(cfg)
+    assert {one.program for one in found.memory} == {"prefill", "rollout", "scoring", "update"}
+    assert all(one.total > 0 for one in found.memory)
+    assert any(one.kind == "all-gather" for one in found.collectives["rollout"])
+    assert "fits" in capsys.readouterr().out
