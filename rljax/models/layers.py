@@ -16,7 +16,7 @@ from rljax.models import caches, rope
 from rljax.models.attention import AttentionMask, SharedPrefixMask, attend, attend_cached, flatten_groups
 from rljax.models.config import DecoderConfig
 from rljax.models.lora import LoraWeight
-from rljax.models.moe import moe_mlp, route
+from rljax.models.moe import route, sharded_moe_mlp
 from rljax.models.stacks import stack_name
 from rljax.ops.logprobs import tree_sum
 from rljax.types import SharedPrefix
@@ -156,7 +156,8 @@ class Attention(nnx.Module):
             "batch_invariant": config.batch_invariant,
         }
         if cache is None:
-            out = attend(query, key, value, mask, implementation=config.attn_implementation, **settings)
+            settings |= {"implementation": config.attn_implementation, "sharding": config.hidden_sharding}
+            out = attend(query, key, value, mask, **settings)
         else:
             cache = cache.append(key, value, start)
             out = attend_cached(query, cache.keys_values(), mask, **settings)
@@ -217,9 +218,10 @@ class MoE(nnx.Module):
         flat = x.reshape(B * T, D)
         replayed = None if routing is None else routing.reshape(B * T, -1)
         chosen, weights = route(flat @ self.router[...].astype(x.dtype), self.config.moe, replayed)
-        gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        out = moe_mlp(flat, chosen, weights, gate, up, down, ACTIVATIONS[self.config.activation])
-        return out.reshape(x.shape), chosen.reshape(B, T, -1)
+        chosen, weights = (found.reshape(B, T, -1) for found in (chosen, weights))
+        experts = [weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down)]
+        activation = ACTIVATIONS[self.config.activation]
+        return sharded_moe_mlp(x, chosen, weights, *experts, activation, self.config.hidden_sharding), chosen
 
 
 class Block(nnx.Module):
