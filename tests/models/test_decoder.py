@@ -317,7 +317,7 @@ def test_hidden_states_go_over_devices_that_divide_their_rows(rows, columns, sha
     """Rows over data and fsdp, or the first of them, or none; any number of columns."""
     mesh = meshes.make_mesh(data=2, fsdp=2, sequence=2)
     x = jnp.arange(float(rows * columns * 4)).reshape(rows, columns, 4)
-    got = jax.jit(lambda x: layers._between_layers(x, meshes.hidden_sharding(mesh)) * 1.0)(x)
+    got = jax.jit(lambda x: layers._with_sharding(x, meshes.hidden_sharding(mesh)) * 1.0)(x)
     np.testing.assert_array_equal(got, x)
     if columns % 2 == 0:
         assert got.sharding.shard_shape(got.shape) == (*shape, 4)
