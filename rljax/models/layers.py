@@ -391,8 +391,23 @@ class Decoder(nnx.Module):
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def _with_sharding(x, sharding):
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+def _with_sharding(x, sharding: NamedSharding | None):
+    """x [B ..] in this sharding, but for rows that do not divide over its devices: they go over fewer (`_row_axes`)."""
+    if sharding is None:
+        return x
+    if not sharding.spec:
+        return jax.lax.with_sharding_constraint(x, sharding)
+    spec = PartitionSpec(_row_axes(sharding, len(x)), *sharding.spec[1:])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def _row_axes(sharding: NamedSharding, rows: int) -> tuple[str, ...] | None:
+    """The first mesh axes of its rows, as many as divide them."""
+    axes = sharding.spec[0] or ()
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    while axes and rows % math.prod(sharding.mesh.shape[name] for name in axes):
+        axes = axes[:-1]
+    return axes or None
 
 
 def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):
