@@ -221,7 +221,7 @@ def test_processes_that_disagree_are_told_in_what(flags, tmp_path):
 def test_processes_with_other_code_or_data_are_told(kind, flags, tmp_path):
     lines = {
         "code": "from experiments.common import command_line as c; c.source_digest = lambda: 'another'",
-        "data": "from experiments.common import data as d; r = d.read_table; d.read_table = lambda p: list(r(p))[:-1]",
+        "data": "from experiments.common import data as d; r = d.read_rows; d.read_rows = lambda *a: list(r(*a))[:-1]",
     }
     how = {"processes": 2, "devices": 1, "RLJAX_TEST_OTHER": f"1:{lines[kind]}"}
     ended = launch.run(SCRIPT, *flags, "--directory", str(tmp_path / "run"), **how)
