@@ -72,7 +72,7 @@ class Config:
 def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     """Warm up, then improve; returns eval accuracy before and after. `algorithm` replaces the one cfg names."""
     batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     train.check_directory(cfg.directory, algorithm)
     train.check_batches(batches, mesh)
     own = algorithm

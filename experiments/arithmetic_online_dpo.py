@@ -63,7 +63,7 @@ def main(cfg: Config) -> dict[str, float]:
     """Warm up, then improve; returns eval accuracy before and after."""
     batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
     pairs = replace(batches, num_generations=1)  # one a prompt
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     train.check_whole_groups(batches)
     train.check_batches(pairs, mesh)
     method = PAIR_METHODS[cfg.loss]

@@ -53,7 +53,7 @@ def main(cfg: Config) -> None:
 
 def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     """Maximum likelihood on right answers until the target accuracy is reached on training problems."""
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     batch_size = 8 if cfg.debug else cfg.batch_size
     steps = 1 if cfg.debug else cfg.steps
 
@@ -67,7 +67,7 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     algorithm = sft()
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     state = TrainState(0, params, optimizer.init(params), jax.random.fold_in(key, 1))
-    shardings = train.shardings_of(mesh, state, optimizer, task.config)
+    shardings = train.shardings_of(mesh, state, optimizer, task.config, show=cfg.mesh.show_sharding)
     update = make_update(policy_objective(task.policy, algorithm), optimizer, shardings=shardings)
 
     # -- the loop

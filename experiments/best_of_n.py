@@ -24,7 +24,6 @@ the best of 1 2 4 8 16, standard errors 0.009 to 0.024. None of these stories en
 
 import dataclasses
 import math
-from dataclasses import asdict
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +71,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
     if cfg.n < 1 or cfg.prompts_at_once < 1:
         raise ValueError(f"n = {cfg.n}, prompts_at_once = {cfg.prompts_at_once}; legal: at least 1 each")
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
 
     # -- model and data
     tokenizer, prompts, text_of = runs.read_all_prompts(cfg, rewards.verifiers)

@@ -127,7 +127,7 @@ def sample_candidates(
     if start >= total:
         return
     context = prompts.length + cfg.sampling.max_tokens
-    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     config, params = models.load_model(cfg.model, mesh, cfg.dtype, context)
     lm = decoder.language_model(config)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)

@@ -19,7 +19,6 @@ of 32 completions of 64 tokens: KL to the teacher 313 -> 227 nats a sequence wit
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -86,7 +85,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Train; return the KL of the student to the teacher on the eval prompts before and after."""
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     check_settings(cfg)
     train.check_whole_groups(batches)
     train.check_batches(batches, mesh)
@@ -106,7 +105,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * batches.epochs * batches.minibatches)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, teacher_config)
+    shardings = train.shardings_of(
+        mesh, state, optimizer, config, cfg.weights.offload, teacher_config, show=cfg.mesh.show_sharding
+    )
 
     # -- the functions of a step
     lm = writer(cfg, config, teacher_config)

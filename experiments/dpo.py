@@ -16,7 +16,6 @@ Reached: stories260k on the 3,142 comparisons of collect.py's header without noi
 """
 
 import dataclasses
-from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -66,7 +65,7 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
     `method` replaces the one that cfg.loss names.
     """
     cfg = offline.one_small_step(cfg) if cfg.debug else cfg
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     offline.check_settings(cfg, mesh)
     method = method or METHODS[cfg.loss]
     are_pairs = method.rows != "judgments"
@@ -85,7 +84,7 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
     objective = method.make(model, method.beta if cfg.beta is None else cfg.beta)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
     state = state.replace(coefficients={name: jnp.zeros(()) for name in objective.state})
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, show=cfg.mesh.show_sharding)
 
     # -- the functions of a step
     collate = partial(collate_rows, method=method, prompt_tokens=widths[0], max_tokens=widths[1])

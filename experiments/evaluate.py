@@ -25,7 +25,6 @@ pass@4 0.050 ± 0.068, greedy 0.000.
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 
 import jax.numpy as jnp
@@ -75,7 +74,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     """Sample, judge and count; return name -> {"mean", "low", "high", "prompts"}."""
     check_sizes(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
 
     # -- model and data
     tokenizer, prompts, text_of = runs.read_all_prompts(cfg, rewards.verifiers)

@@ -19,7 +19,6 @@ cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing th
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -89,7 +88,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward, per_step=cfg.algorithm in PER_STEP)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh, carries_over=True)
     train.check_algorithm(algorithm, batches, name)
 
@@ -106,7 +105,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     extra = initial_extra(cfg.data, batches, train_prompts, sampling)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen, extra=extra)
     state = state.replace(coefficients=controllers.initial_coefficients(cfg.controllers, cfg.kl_coef, cfg.kl_in_reward))
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, show=cfg.mesh.show_sharding)
 
     # -- the functions of a step
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)

@@ -20,7 +20,6 @@ and nash_md: not yet run at this size.
 """
 
 import dataclasses
-from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -76,7 +75,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     """Train; return reward and KL on the eval prompts before and after."""
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     cfg = one_small_step(cfg) if cfg.debug else cfg
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     train.check_whole_groups(cfg.batches)
     check_preference(cfg.method, cfg.preference)
 
@@ -92,7 +91,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps * cfg.batches.epochs * cfg.batches.minibatches)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, show=cfg.mesh.show_sharding)
 
     # -- the functions of a step
     lm = decoder.language_model(config)

@@ -16,7 +16,6 @@ stories) at a KL of 7.4 nats a sequence, in 20 steps of 64 completions.
 """
 
 import dataclasses
-from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -93,7 +92,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh)
     algorithm = make_algorithm(cfg.ppo)
     train.check_algorithm(algorithm, batches, "ppo")
@@ -114,7 +113,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     coefficients = controllers.initial_coefficients(cfg.controllers, cfg.ppo.kl_coef, kl_in_reward=True)
     key = jax.random.key(cfg.seed)
     state = TrainState(0, params, optimizer.init(params), key, frozen=frozen, coefficients=coefficients)
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, show=cfg.mesh.show_sharding)
 
     # -- the functions of a step
     lm = decoder.language_model(config)

@@ -19,7 +19,6 @@ import importlib.util
 import os
 import re
 import time
-from dataclasses import asdict
 from typing import Any, Literal
 
 import jax
@@ -88,7 +87,7 @@ def main(cfg: Config) -> Plan:
         swept = sweep(cfg, config, topology)
         best = dict(swept[0].mesh.shape)
         cfg = dataclasses.replace(cfg, mesh=MeshShape(**best))
-    found = formulas(cfg, config, topology, asdict(cfg.mesh))
+    found = formulas(cfg, config, topology, cfg.mesh.sizes)
     if compiles:
         found = compiled(cfg, config, topology, found)
     show(cfg, found)

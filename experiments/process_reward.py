@@ -15,7 +15,6 @@ openings, in 55 s of CPU time (8 min on 2 cores that many other jobs shared).
 """
 
 import dataclasses
-from dataclasses import asdict
 from functools import partial
 
 import jax
@@ -61,7 +60,7 @@ class Config:
 def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Train; return loss and accuracy on the steps of held-out solutions before and after."""
     cfg = offline.one_small_step(cfg) if cfg.debug else cfg
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     offline.check_settings(cfg, mesh)
 
     # -- model and data
@@ -76,7 +75,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, show=cfg.mesh.show_sharding)
 
     # -- the functions of a step
     objective = process_reward_model(heads.make_process_reward_model(config))

@@ -17,7 +17,6 @@ shared CPU cores.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -67,7 +66,7 @@ class Config:
 def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Train; return loss and accuracy on held-out comparisons before and after."""
     cfg = offline.one_small_step(cfg) if cfg.debug else cfg
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     offline.check_settings(cfg, mesh)
 
     # -- model and data
@@ -81,7 +80,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, show=cfg.mesh.show_sharding)
 
     # -- the functions of a step
     objective, collate, empty = make_method(cfg, rows, heads.make_reward_model(config), prompt_tokens, max_tokens)

@@ -16,7 +16,6 @@ Reached: stories260k on the training problems of GSM8K (--data.template "{questi
 """
 
 import dataclasses
-from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -66,7 +65,7 @@ class Config:
 def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Train; return the loss on held-out examples before and after."""
     cfg = offline.one_small_step(cfg) if cfg.debug else cfg
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     offline.check_settings(cfg, mesh)
 
     # -- model and data
@@ -78,7 +77,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- training state
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     state = TrainState(0, params, optimizer.init(params), jax.random.key(cfg.seed), frozen=frozen)
-    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload)
+    shardings = train.shardings_of(mesh, state, optimizer, config, cfg.weights.offload, show=cfg.mesh.show_sharding)
 
     # -- the functions of a step
     algorithm = LOSSES[cfg.loss]()

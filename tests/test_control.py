@@ -77,14 +77,16 @@ def deep_runs(sizes, hyper, seeds) -> list[float]:
     return returns
 
 
-@pytest.mark.parametrize("algo", ["reinforce", "reinforce_to_go", "reinforce_baseline"])
+@pytest.mark.parametrize(
+    "algo", ["reinforce_baseline", *(pytest.param(f"reinforce{x}", marks=pytest.mark.nightly) for x in ("", "_to_go"))]
+)
 def test_reinforce_learns_to_catch(algo):
     last, greedy, _ = tuned_runs(algo, "catch")
     assert last.min() >= 0.9
     assert greedy.min() == 1.0
 
 
-@pytest.mark.parametrize("algo", ["off_policy_pg", "vtrace"])
+@pytest.mark.parametrize("algo", [pytest.param("off_policy_pg", marks=pytest.mark.nightly), "vtrace"])
 def test_a_policy_that_lags_behind_teaches_too(algo):
     """Rollouts are by the policy of up to three rollouts ago."""
     last, *_ = tuned_runs(algo, "catch")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from experiments.common import arithmetic
 from experiments.tools import export
 from models import tiny
-from rljax.models import heads, hf, lora, peft, policy
+from rljax.models import heads, hf, lora, peft, policy, stacks
 from rljax.models.lora import LoraConfig
 from rljax.train.checkpoint import Checkpoints
 from rljax.types import TrainState, trajectory_of_tokens
@@ -85,6 +85,30 @@ def test_large_models_are_written_in_parts_with_an_index(model, run, tmp_path):
         ).keys()
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in written(tmp_path / "out").values())
     same(written(tmp_path / "out"), model[1], jax.tree.map(lambda x: x + 2, model[2]["decoder"]))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_scanned_layers_are_written_one_by_one(model, tmp_path, adapted):
+    """A checkpoint has them stacked; an adapter is merged into the base that is there, or written alone."""
+    directory, config, _ = model
+    adapter = LoraConfig(rank=3, targets=("query", "mlp")) if adapted else None
+    scanned = dataclasses.replace(config, scan_layers=True, adapter=adapter)
+    params, frozen = {"decoder": hf.load(directory, scanned)}, {}
+    if adapted:
+        params, frozen = policy.with_adapter(params, scanned, jax.random.key(1))
+    place = saved_run(tmp_path / "run", params, frozen, adapter, directory)
+    export.main(export.Config(str(place), str(tmp_path / "out")))
+    now = jax.tree.map(lambda x: x + 2, params)
+    if not adapted:
+        same(written(tmp_path / "out"), config, stacks.unstack(now["decoder"]))
+        return
+    merged = lora.merge(adapter, hf.load(directory, config), stacks.unstack(now["lora"]))
+    found = written(tmp_path / "out")
+    for name, x in hf.named_tensors(config, jax.device_get(merged)):
+        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-5)
+    export.main(export.Config(str(place), str(tmp_path / "alone"), adapter="separate"))
+    _, alone = peft.load_adapter(tmp_path / "alone", scanned)
+    jax.tree.map(np.testing.assert_array_equal, alone, now["lora"])
 
 
 def test_adapters_are_merged_into_their_base(model, tmp_path):

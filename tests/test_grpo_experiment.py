@@ -447,6 +447,28 @@ def test_the_command_line_says_it_too(fields, code, message, tiny_run, monkeypat
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 
+@pytest.mark.nightly
+def test_scanned_layers_are_trained_like_single_ones(finished, tmp_path):
+    """From the same files to the same numbers, also when the second step is taken again from the first's checkpoint."""
+    cfg, _ = finished
+    scanned = change(cfg, weights__scan_layers=True, directory=str(tmp_path / "run"))
+    grpo.main(scanned, verifiers=VERIFIERS)
+    found, wanted = metrics(scanned.directory), metrics(cfg.directory)
+    (tmp_path / "run" / "checkpoints" / "2.sha256.json").unlink()  # as if its saving had been interrupted
+    grpo.main(scanned, verifiers=VERIFIERS)
+    assert metrics(scanned.directory) == found
+    for name in ("reward", "completion_tokens", "loss", "grad_norm", "entropy"):
+        if name in wanted[0]:
+            assert found[0][name] == pytest.approx(wanted[0][name], rel=1e-4, abs=1e-5), name
+    _, saved = restore_items(tmp_path / "run" / "checkpoints", "params")
+    assert next(iter(saved["params"]["decoder"]["layers"])).startswith("from_0_to_")
+    export.main(export.Config(scanned.directory, str(tmp_path / "out")))
+    config = hf.read_config(tmp_path / "out")
+    jax.tree.map(
+        np.testing.assert_array_equal, hf.load(tmp_path / "out", config), hf.load(tmp_path / "run/model", config)
+    )
+
+
 def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run, tmp_path):
     """With a reference that follows it; the base and the optimizer's state are kept in the host's memory."""
     weights = Weights(

@@ -70,7 +70,14 @@ def config_of(root: Path, script, rows: str, fields: dict, directory: Path):
     )
 
 
-@pytest.mark.parametrize(("script", "rows", "fields"), CASES.values(), ids=CASES)
+AT_NIGHT = {"reward_model, rankings", "bco of pairs"}  # other rows in the loops of the others
+
+
+@pytest.mark.parametrize(
+    ("script", "rows", "fields"),
+    [pytest.param(*case, marks=pytest.mark.nightly if name in AT_NIGHT else ()) for name, case in CASES.items()],
+    ids=CASES,
+)
 def test_a_run_goes_on_where_it_stopped_and_leaves_a_model(script, rows, fields, root, tmp_path):
     cfg = config_of(root, script, rows, fields, tmp_path / "run")
     result = script.main(cfg)

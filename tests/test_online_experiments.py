@@ -102,7 +102,12 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+AT_NIGHT = {"xpo", "nash_md"}  # other batches in the loop of online_dpo
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in AT_NIGHT else name for name in SCRIPTS]
+)
 def test_stopped_and_run_again_it_ends_the_same(name, root, tmp_path):
     """What a run leaves that was stopped after its first step; every number is equal to the last bit."""
     script, make = SCRIPTS[name]

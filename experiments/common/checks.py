@@ -4,7 +4,6 @@ All processes call the same checks in the same order; numbers are those of all o
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -89,7 +88,7 @@ def check_devices() -> Finding:
 
 def check_mesh(shape: MeshShape) -> Finding:
     """The axes of the mesh cover the devices, and tensor parallelism stays within a host of GPUs."""
-    mesh = make_mesh(**dataclasses.asdict(shape))
+    mesh = make_mesh(**shape.sizes)
     text = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     if mesh.devices.flat[0].platform == "gpu":
         processes = np.vectorize(lambda device: device.process_index)(mesh.devices)

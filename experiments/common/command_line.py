@@ -51,6 +51,7 @@ def run(config_type: type, main: Callable, one_process: bool = False) -> None:
         main(hub.with_local_models(config))
     except Exception as error:
         if distributed.is_lost_process(error):
+            distributed.wait_for_reason()
             log_error(f"{str(error).splitlines()[0]}; exit code {EXIT_CODE}, run the same command again to resume")
             distributed.leave(EXIT_CODE)
         is_refusal = isinstance(error, REFUSALS) and not isinstance(error, jax.errors.JaxRuntimeError)

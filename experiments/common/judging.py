@@ -1,7 +1,6 @@
 """A finished model judged as the scripts that sample judge theirs: the same prompts, samples, rewards and reference."""
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def judge_model(cfg: Any, directory: str) -> dict[str, float]:
 
     cfg: the Config of a script that samples (grpo.py, say): its first and last evaluation are done like this one.
     """
-    mesh = make_mesh(**asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     rewards = read_rewards(cfg.rewards, VERIFIERS, cfg.reward)
     tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from rljax.train.mesh import AXES
+
 T = TypeVar("T")
 PLACEMENT = (
     "mesh",
@@ -162,6 +164,12 @@ class MeshShape:
     sequence: Rare[int] = 1  # devices over which the columns of a row are split in scoring and update
     expert: Rare[int] = 1  # devices over which the experts of a mixture are split, and rows
     tensor: int = 1  # devices over which heads, MLP and vocabulary are split
+    show_sharding: Rare[bool] = False  # print where each array of the state lies, and its bytes a device; then stop
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments of `make_mesh`."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
 
 @dataclasses.dataclass(frozen=True)

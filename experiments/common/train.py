@@ -21,10 +21,11 @@ from rljax.models import policy as policies
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.score import Score
 from rljax.rollouts.self_check import require_batch_invariance
-from rljax.train.log import log_info
+from rljax.train.log import log_info, table
 from rljax.train.mesh import RULES, Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
+from rljax.train.sharding_table import sharding_table
 from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
 from rljax.types import LM, Algorithm, AnnotateFn, Array, PolicyFn, Sampling, TrainState, Trajectory
 
@@ -231,15 +232,23 @@ def shardings_of(
     config: DecoderConfig,
     offload: tuple[str, ...] = (),
     teacher_config: DecoderConfig | None = None,
+    show: bool = False,
 ) -> Shardings:
     """Shardings of a state whose parameters, trained and frozen, are those of a decoder.
 
-    teacher_config: of frozen["teacher"], if that is another decoder.
+    Args:
+      teacher_config: of frozen["teacher"], if that is another decoder.
+      show: print where each array lies, and end the process.
     """
     axes = policies.logical_axes(config, state.params)
     configs = {"teacher": teacher_config or config}
     frozen_axes = {name: policies.logical_axes(configs.get(name, config), part) for name, part in state.frozen.items()}
-    return state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
+    shardings = state_shardings(mesh, state, optimizer, axes, frozen_axes, offload)
+    if show:
+        rows = sharding_table(state, shardings, {"params": axes, "frozen": frozen_axes})
+        table(f"a state on {mesh.size} devices", rows)
+        raise SystemExit(0)
+    return shardings
 
 
 def make_evaluate(

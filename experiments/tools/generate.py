@@ -74,7 +74,7 @@ def main(cfg: Config) -> list[dict]:
     read = make_reader(cfg, tokenizer, config.vocab_size)
 
     # -- model
-    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
+    mesh = make_mesh(**cfg.mesh.sizes)
     config, params = models.load_model(cfg.model, mesh, cfg.dtype, prompts.length + cfg.sampling.max_tokens)
     lm = decoder.language_model(config)
 

@@ -5,7 +5,8 @@ sliding window of W positions only to the last W of them, its own included.
 
     xla      everywhere, and for caches
     cudnn    NVIDIA's flash attention: uncached rows in half precision, no softcap
-    splash   Pallas on TPU: uncached rows of a multiple of 128 columns, each segment contiguous, one device
+    splash   Pallas on TPU: uncached rows of a multiple of 128 columns, each segment contiguous; on a mesh each device
+             attends for its rows and heads, where these divide and columns are whole
 """
 
 from functools import partial, reduce
@@ -13,9 +14,11 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rljax.models.batch_invariant import BLOCK, LANE, join_tiles, pad_axis, split_tiles
+from rljax.models.partition import num_shards
 from rljax.ops.logprobs import tree_sum
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
@@ -91,6 +94,7 @@ def attend(
     softcap: float | None = None,
     implementation: Implementation = "auto",
     batch_invariant: bool = False,
+    sharding: NamedSharding | None = None,
 ) -> Float[Array, "B T H K"]:
     """softmax(cap(scale · QKᵀ)) V, where cap(z) = c tanh(z/c); grouped-query heads; softmax in float32.
 
@@ -98,20 +102,21 @@ def attend(
 
     Args:
       batch_invariant: use `blockwise_attention`, whatever the implementation.
+      sharding: of hidden states [B T D] on a mesh.
     """
     if isinstance(mask, SharedPrefixMask):
-        settings = (scale, window, softcap, implementation, batch_invariant)
+        settings = (scale, window, softcap, implementation, batch_invariant, sharding)
         return attend_after_prefix(query, key, value, mask, *settings)
     if batch_invariant:
         implementation = "xla"
     elif implementation == "auto":
-        implementation = choose_implementation(
-            jax.default_backend(), jax.device_count(), query.shape, key.shape[1], query.dtype, softcap
-        )
+        backend = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+        can_cut = divides_over(sharding, len(query), key.shape[2])
+        implementation = choose_implementation(backend, can_cut, query.shape, key.shape[1], query.dtype, softcap)
     if implementation == "cudnn":
         return cudnn_attention(query, key, value, mask.visible(window)[0], scale)
     if implementation == "splash":
-        return splash_attention(query, key, value, mask, scale, window, softcap)
+        return splash_attention(query, key, value, mask, scale, window, softcap, sharding)
     keys_values = [(jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 2))]
     return attend_cached(query, keys_values, mask, scale, window, softcap, batch_invariant)
 
@@ -160,17 +165,27 @@ def attend_cached(
 
 
 def choose_implementation(
-    backend: str, devices: int, shape: tuple[int, ...], keys: int, dtype, softcap: float | None
+    backend: str, can_cut: bool, shape: tuple[int, ...], keys: int, dtype, softcap: float | None
 ) -> Implementation:
-    """What "auto" means on this backend, for queries of this shape [B T H K] and so many columns of keys."""
+    """What "auto" means on this backend, for queries of this shape [B T H K] and so many columns of keys.
+
+    can_cut: `divides_over`. XLA cannot partition a Pallas kernel over devices by itself.
+    """
     _, T, _, K = shape
     is_half = dtype in (jnp.bfloat16, jnp.float16)
     if backend == "gpu" and is_half and softcap is None and K % 8 == 0 and K <= TPU_LANES:
         return "cudnn"
-    # XLA cannot partition a Pallas kernel over devices by itself.
-    if backend == "tpu" and devices == 1 and T % TPU_LANES == 0 and keys % TPU_LANES == 0:
+    if backend == "tpu" and can_cut and T % TPU_LANES == 0 and keys % TPU_LANES == 0:
         return "splash"
     return "xla"
+
+
+def divides_over(sharding: NamedSharding | None, rows: int, kv_heads: int) -> bool:
+    """Whether each device of the mesh can attend for whole rows and heads of its own."""
+    if sharding is None:
+        return jax.device_count() == 1
+    has_whole_columns = num_shards(sharding, 1) == 1
+    return has_whole_columns and rows % num_shards(sharding, 0) == 0 and kv_heads % sharding.mesh.shape["tensor"] == 0
 
 
 def dot_product_attention(
@@ -310,13 +325,28 @@ def splash_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sharding: NamedSharding | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
     """JAX's splash attention. The queries' columns are the last of the keys'. Padding attends to padding.
 
     Args:
+      sharding: of hidden states on a mesh over which rows and heads divide.
       interpret: run without a TPU, slowly.
     """
+    segments = attention_mask.segments
+    key_segments = segments if attention_mask.keys is None else attention_mask.keys[0][1]
+    call = partial(_splash, scale=scale, window=window, softcap=softcap, interpret=interpret)
+    if sharding is not None:
+        rows = jax.P(sharding.spec[0])
+        heads = jax.P(sharding.spec[0], None, "tensor")
+        specs = (heads, heads, heads, rows, rows)
+        call = jax.shard_map(call, mesh=sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return call(query, key, value, segments, key_segments)
+
+
+def _splash(query, key, value, segments, key_segments, scale: float, window, softcap, interpret: bool):
+    """`splash_attention` on one device."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -338,7 +368,5 @@ def splash_attention(
     queries = heads_first((query * scale).astype(query.dtype)).reshape(B, kv_heads, H // kv_heads, T, -1)
     over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     over_rows = jax.vmap(over_heads)
-    segments = attention_mask.segments
-    key_segments = segments if attention_mask.keys is None else attention_mask.keys[0][1]
     out = over_rows(queries, heads_first(key), heads_first(value), kernels.SegmentIds(segments, key_segments))
     return jnp.moveaxis(out.reshape(B, H, T, -1)[..., :K], 1, 2).astype(query.dtype)

@@ -11,7 +11,6 @@
 A row's tokens may come in any number of calls: a prompt, one token at a time, the reply of a tool.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, Shaped
 
 from rljax.models.attention import AttentionMask
+from rljax.models.partition import num_shards
 
 Cache = dict[str, Any]
 PER_TOKEN = ("layers", "positions", "segments", "routing")  # entries that have a column for each token
@@ -140,7 +140,7 @@ def gather(cache: Cache, rows: Int[Array, "R"], sharding: NamedSharding | None =
     Args:
       sharding: of the hidden states in the sampler, whose rows are sharded as the cache's are.
     """
-    devices = num_row_shards(sharding)
+    devices = num_shards(sharding, 0)
     if devices == 1:
         return jax.tree.map(lambda x: x[rows], cache)
     R = len(rows)
@@ -270,11 +270,6 @@ def constrain(cache: Cache, sharding: NamedSharding | None) -> Cache:
         return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, jax.P(*spec)))
 
     return jax.tree.map_with_path(constrain_leaf, cache)
-
-
-def num_row_shards(sharding: NamedSharding | None) -> int:
-    """Over how many devices the rows of hidden states are sharded."""
-    return 1 if sharding is None else math.prod(sharding.mesh.shape[axis] for axis in sharding.spec[0])
 
 
 def _column_axis(path, x: Array) -> int:

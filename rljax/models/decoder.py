@@ -24,6 +24,7 @@ from rljax.models import caches, stacks
 from rljax.models.config import DecoderConfig as DecoderConfig
 from rljax.models.layers import Decoder
 from rljax.models.lora import attach
+from rljax.models.partition import num_shards
 from rljax.types import LM, Params, SharedPrefix, Trajectory
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -251,5 +252,5 @@ def language_model(config: DecoderConfig) -> LM:
         grow=caches.grow,
         prepare=prepare,
         routing=None if config.moe is None else caches.routing,
-        row_shards=caches.num_row_shards(config.hidden_sharding),
+        row_shards=num_shards(config.hidden_sharding, 0),
     )

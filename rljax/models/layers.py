@@ -16,7 +16,7 @@ from rljax.models import caches, rope
 from rljax.models.attention import AttentionMask, SharedPrefixMask, attend, attend_cached, flatten_groups
 from rljax.models.config import DecoderConfig
 from rljax.models.lora import LoraWeight
-from rljax.models.moe import moe_mlp, route
+from rljax.models.moe import route, sharded_moe_mlp
 from rljax.models.stacks import stack_name
 from rljax.ops.logprobs import tree_sum
 from rljax.types import SharedPrefix
@@ -156,7 +156,8 @@ class Attention(nnx.Module):
             "batch_invariant": config.batch_invariant,
         }
         if cache is None:
-            out = attend(query, key, value, mask, implementation=config.attn_implementation, **settings)
+            settings |= {"implementation": config.attn_implementation, "sharding": config.hidden_sharding}
+            out = attend(query, key, value, mask, **settings)
         else:
             cache = cache.append(key, value, start)
             out = attend_cached(query, cache.keys_values(), mask, **settings)
@@ -217,9 +218,10 @@ class MoE(nnx.Module):
         flat = x.reshape(B * T, D)
         replayed = None if routing is None else routing.reshape(B * T, -1)
         chosen, weights = route(flat @ self.router[...].astype(x.dtype), self.config.moe, replayed)
-        gate, up, down = (weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down))
-        out = moe_mlp(flat, chosen, weights, gate, up, down, ACTIVATIONS[self.config.activation])
-        return out.reshape(x.shape), chosen.reshape(B, T, -1)
+        chosen, weights = (found.reshape(B, T, -1) for found in (chosen, weights))
+        experts = [weight[...].astype(x.dtype) for weight in (self.gate, self.up, self.down)]
+        activation = ACTIVATIONS[self.config.activation]
+        return sharded_moe_mlp(x, chosen, weights, *experts, activation, self.config.hidden_sharding), chosen
 
 
 class Block(nnx.Module):
@@ -389,8 +391,23 @@ class Decoder(nnx.Module):
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def _with_sharding(x, sharding):
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+def _with_sharding(x, sharding: NamedSharding | None):
+    """x [B ..] in this sharding, but for rows that do not divide over its devices: they go over fewer (`_row_axes`)."""
+    if sharding is None:
+        return x
+    if not sharding.spec:
+        return jax.lax.with_sharding_constraint(x, sharding)
+    spec = PartitionSpec(_row_axes(sharding, len(x)), *sharding.spec[1:])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def _row_axes(sharding: NamedSharding, rows: int) -> tuple[str, ...] | None:
+    """The first mesh axes of its rows, as many as divide them."""
+    axes = sharding.spec[0] or ()
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    while axes and rows % math.prod(sharding.mesh.shape[name] for name in axes):
+        axes = axes[:-1]
+    return axes or None
 
 
 def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):

@@ -2,10 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
+
+from rljax.models.partition import num_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +54,73 @@ def moe_mlp(
     down: Float[Array, "E F D"],
     activation: Callable[[Array], Array],
 ) -> Float[Array, "N D"]:
-    """Σ_k weight_k · MLP of expert chosen_k.
+    """Σ_k weight_k · MLP of expert chosen_k; what is no expert from 0 to E - 1 adds nothing.
 
     Tokens are sorted by expert, so that the tokens of an expert are one block of a grouped matmul. No token is dropped,
     and each expert computes only the tokens routed to it.
     """
     N, k = chosen.shape
-    order = jnp.argsort(chosen.reshape(-1))
-    group_sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
+    E = len(gate)
+    is_here = (chosen >= 0) & (chosen < E)
+    expert = jnp.where(is_here, chosen, E).reshape(-1)
+    order = jnp.argsort(expert)
+    group_sizes = jnp.bincount(expert, length=E + 1)[:E]
     sorted_x = x[order // k]
     gated = activation(jax.lax.ragged_dot(sorted_x, gate, group_sizes))
     inner = gated * jax.lax.ragged_dot(sorted_x, up, group_sizes)
     sorted_out = jax.lax.ragged_dot(inner, down, group_sizes)
     out = jnp.zeros_like(sorted_out).at[order].set(sorted_out).reshape(N, k, -1)
+    out = jnp.where(is_here[..., None], out, 0.0)
     return (out * weights[..., None].astype(out.dtype)).sum(axis=1)
+
+
+def sharded_moe_mlp(
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    activation: Callable[[Array], Array],
+    sharding: NamedSharding | None = None,
+) -> Float[Array, "B T D"]:
+    """`moe_mlp`, on a mesh with its experts over the axis `expert`, where they divide.
+
+    The devices along that axis hold rows too. Each collects the tokens of all of them and computes what its own experts
+    add; the sums of each token go back to where it came from. So no token is dropped, whatever the routers choose.
+
+    Args:
+      sharding: of x on a mesh.
+    """
+    E = len(gate)
+    if sharding is None or sharding.mesh.shape["expert"] == 1 or E % sharding.mesh.shape["expert"]:
+        flat = (found.reshape(-1, found.shape[-1]) for found in (x, chosen, weights))
+        return moe_mlp(*flat, gate, up, down, activation).reshape(x.shape)
+
+    tensor = "tensor" if gate.shape[-1] % sharding.mesh.shape["tensor"] == 0 else None
+    B, T, _ = x.shape
+    padding = [(0, -B % num_shards(sharding, 0)), (0, -T % num_shards(sharding, 1))]
+
+    def pad(found, fill):
+        return jnp.pad(found, [*padding, (0, 0)], constant_values=fill)
+
+    tokens = jax.P(*sharding.spec[:2])
+    inner, outer = jax.P("expert", None, tensor), jax.P("expert", tensor)
+    of_device = jax.shard_map(
+        partial(_own_experts, activation=activation, tensor=tensor),
+        mesh=sharding.mesh,
+        in_specs=(tokens, tokens, tokens, inner, inner, outer),
+        out_specs=tokens,
+    )
+    return of_device(pad(x, 0), pad(chosen, E), pad(weights, 0), gate, up, down)[:B, :T]
+
+
+def _own_experts(x, chosen, weights, gate, up, down, activation: Callable, tensor: str | None):
+    """On each device: its tokens' sums, of which its own experts have computed their part for all of the axis."""
+    flat = [found.reshape(-1, found.shape[-1]) for found in (x, chosen, weights)]
+    collected, experts, their_weights = (jax.lax.all_gather(found, "expert", tiled=True) for found in flat)
+    experts = experts - jax.lax.axis_index("expert") * len(gate)
+    out = moe_mlp(collected, experts, their_weights, gate, up, down, activation)
+    if tensor is not None:  # each device of that axis has a part of the experts' width
+        out = jax.lax.psum(out, tensor)
+    return jax.lax.psum_scatter(out, "expert", tiled=True).reshape(x.shape)

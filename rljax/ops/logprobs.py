@@ -180,7 +180,8 @@ def _slots(support: Int[Array, "*N k"]) -> Int[Array, "*N k"]:
 def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):
     """f(*columns) of arrays [B T ...], a pytree of [B T], for about `chunk_tokens` decisions at a time.
 
-    The backward pass recomputes each chunk.
+    The backward pass recomputes each chunk. Of C chunks the k-th has columns k, k + C, ...: each has some of every
+    device's, where columns are laid out contiguously over devices.
     """
     B, T = columns[0].shape[:2]
     width = min(T, max(1, chunk_tokens // B))
@@ -188,10 +189,10 @@ def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, chunks * width - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
-        return jnp.moveaxis(x.reshape(B, chunks, width, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(B, width, chunks, *x.shape[2:]), 2, 0)
 
     rematerialized = jax.checkpoint(f)
     if chunks == 1:
         return rematerialized(*columns)
     out = jax.lax.map(lambda chunk: rematerialized(*chunk), tuple(map(split, columns)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, chunks * width)[:, :T], out)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, chunks * width)[:, :T], out)

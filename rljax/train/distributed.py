@@ -9,6 +9,7 @@ deadline, and a thread may send one while the devices work. JAX exports no handl
 the same place.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -35,6 +36,8 @@ EXCHANGE_SECONDS = 7200.0  # for the slowest process to come to an `exchange`
 POLL_SECONDS = 1.0  # between two looks at whether another process failed
 FAILED = "rljax/failed/"
 
+_leaving = threading.Lock()
+_over = threading.Event()  # this process is at its end
 _rounds: Counter = Counter()  # how often there was an exchange of this name: the same on every process
 
 
@@ -81,7 +84,9 @@ def initialize(
         initialization_timeout=int(deadline_seconds) + 1,
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
-    threading.Thread(target=_stop_after_others, args=(distributed.global_state.client,), daemon=True).start()
+    listener = threading.Thread(target=_stop_after_others, args=(distributed.global_state.client,), daemon=True)
+    listener.start()
+    atexit.register(_stop_listening, listener)  # runs before JAX's own, which ends the client
     log_info(f"{found.processes} processes, {jax.device_count()} devices")
 
 
@@ -361,6 +366,11 @@ def is_lost_process(error: Exception) -> bool:
     return isinstance(error, ProcessLostError)
 
 
+def wait_for_reason() -> None:
+    """Time for `_stop_after_others`, which ends this process where the one that is lost had said why."""
+    time.sleep(2.5 * POLL_SECONDS)
+
+
 def stop_others(problem: str) -> None:
     """Tell the other processes why this one stops, and end this process with exit code 1; nothing if it is alone.
 
@@ -370,14 +380,17 @@ def stop_others(problem: str) -> None:
         return
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         distributed.global_state.client.key_value_set(f"{FAILED}{process_index()}", problem)
-    time.sleep(4 * POLL_SECONDS)  # with process 0 the store ends
     leave(1)
+
+
+def _stop_listening(listener: threading.Thread) -> None:
+    _over.set()
+    listener.join()
 
 
 def _stop_after_others(client: Any) -> None:
     """A thread: end this process once another one has failed."""
-    while True:
-        time.sleep(POLL_SECONDS)
+    while not _over.wait(POLL_SECONDS):
         try:
             failed = client.key_value_dir_get(FAILED)
         except jax.errors.JaxRuntimeError:  # the run is over
@@ -393,6 +406,9 @@ def _stop_after_others(client: Any) -> None:
 
 def leave(code: int) -> None:
     """End this process without waiting for others that are gone: JAX would, at a normal exit."""
+    _leaving.acquire()  # for good: the first thread that wants to end the process says with which code
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_main():  # the store ends with it: the others read there why they are to end
+        time.sleep(4 * POLL_SECONDS)
     os._exit(code)

@@ -34,6 +34,8 @@ from rljax.train.samples import Decode, sample_records
 from rljax.train.watchdog import Watchdog
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
+LINGER_SECONDS = 10.0  # of process 0 when the watchdog ends all of them
+
 
 class Run:
     """One training run in one directory.
@@ -98,13 +100,13 @@ class Run:
         # With several processes JAX has a handler of its own (`distributed.reached_preemption`).
         signals = (signal.SIGTERM, signal.SIGINT) if distributed.process_count() == 1 else ()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in signals}
-        self._watchdog.start()
+        self._watchdog.start(linger_seconds=LINGER_SECONDS if distributed.is_main() else 0.0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        failed_alone = distributed.process_count() > 1 and kind is not None and issubclass(kind, Exception)
+        failed_alone = distributed.process_count() > 1 and kind not in (None, SystemExit)
         if not failed_alone:  # else the others may not come to finish what is still being saved
             self._checkpoints.close()
         self._watchdog.stop()

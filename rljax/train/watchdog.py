@@ -36,9 +36,14 @@ class Watchdog:
         self._moved = time.monotonic()
         self._stopped = threading.Event()
 
-    def start(self) -> None:
-        """Begin to watch; the time to the first step counts too."""
+    def start(self, linger_seconds: float = 0.0) -> None:
+        """Begin to watch; the time to the first step counts too.
+
+        linger_seconds: between the last words and the end. Process 0 takes some, as JAX ends the others with it, and
+        they are to say where they stand.
+        """
         self._moved = time.monotonic()
+        self._linger_seconds = linger_seconds
         if self.floor_seconds:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -68,4 +73,5 @@ class Watchdog:
         )
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         sys.__stderr__.flush()
+        time.sleep(self._linger_seconds)
         os._exit(EXIT_CODE)

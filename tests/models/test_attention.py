@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.models.attention import AttentionMask, attend, choose_implementation, splash_attention
+from rljax.models.attention import AttentionMask, attend, choose_implementation, divides_over, splash_attention
+from rljax.train.mesh import hidden_sharding, make_mesh
 
 T = 128
 
@@ -53,26 +54,26 @@ def test_padding_sees_nothing_and_gives_numbers(texts):
 
 
 @pytest.mark.parametrize(
-    ("backend", "devices", "changes", "chosen"),
+    ("backend", "can_cut", "changes", "chosen"),
     [
-        ("gpu", 8, {}, "cudnn"),
-        ("gpu", 1, {"dtype": jnp.float16}, "cudnn"),
-        ("gpu", 1, {"dtype": jnp.float32}, "xla"),
-        ("gpu", 1, {"softcap": 50.0}, "xla"),
-        ("gpu", 1, {"head_dim": 256}, "xla"),
-        ("gpu", 1, {"head_dim": 60}, "xla"),
-        ("tpu", 1, {}, "splash"),
-        ("tpu", 1, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 60}, "splash"),
-        ("tpu", 1, {"columns": 250}, "xla"),
-        ("tpu", 1, {"keys": 300}, "xla"),
-        ("tpu", 8, {}, "xla"),
-        ("cpu", 8, {}, "xla"),
+        ("gpu", False, {}, "cudnn"),
+        ("gpu", True, {"dtype": jnp.float16}, "cudnn"),
+        ("gpu", True, {"dtype": jnp.float32}, "xla"),
+        ("gpu", True, {"softcap": 50.0}, "xla"),
+        ("gpu", True, {"head_dim": 256}, "xla"),
+        ("gpu", True, {"head_dim": 60}, "xla"),
+        ("tpu", True, {}, "splash"),
+        ("tpu", True, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 60}, "splash"),
+        ("tpu", True, {"columns": 250}, "xla"),
+        ("tpu", True, {"keys": 300}, "xla"),
+        ("tpu", False, {}, "xla"),
+        ("cpu", True, {}, "xla"),
     ],
 )
-def test_the_implementation_that_auto_is(backend, devices, changes, chosen):
+def test_the_implementation_that_auto_is(backend, can_cut, changes, chosen):
     dtype, softcap = changes.get("dtype", jnp.bfloat16), changes.get("softcap")
     shape = (2, changes.get("columns", 256), 4, changes.get("head_dim", 64))
-    assert choose_implementation(backend, devices, shape, changes.get("keys", 256), dtype, softcap) == chosen
+    assert choose_implementation(backend, can_cut, shape, changes.get("keys", 256), dtype, softcap) == chosen
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 2.0)])
@@ -86,3 +87,57 @@ def test_splash_is_dense_for_the_last_columns_of_longer_keys(window, softcap):
     want = attend(query[:, T:], key, value, mask, 0.3, window, softcap, "xla")
     got = splash_attention(query[:, T:], key, value, mask, 0.3, window, softcap, interpret=True)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "kv_heads", "divides"),
+    [
+        ({"fsdp": 4, "tensor": 2}, 8, 2, True),
+        ({"fsdp": 4, "tensor": 2}, 6, 2, False),
+        ({"fsdp": 2, "tensor": 4}, 8, 2, False),
+        ({"fsdp": 2, "expert": 4}, 8, 1, True),
+        ({"fsdp": 2, "expert": 4}, 4, 1, False),
+        ({"fsdp": 4, "sequence": 2}, 8, 2, False),
+    ],
+)
+def test_which_meshes_cut_rows_and_heads(sizes, rows, kv_heads, divides):
+    assert divides_over(hidden_sharding(make_mesh(**sizes)), rows, kv_heads) == divides
+
+
+def four_rows(texts):
+    """The text as four rows whose numbers differ."""
+    query, key, value, mask = texts
+    scales = jnp.arange(1.0, 5.0).reshape(4, 1, 1, 1) / 4
+    rows = AttentionMask(*(jnp.repeat(x, 4, axis=0) for x in mask[:2]))
+    return query * scales, key * scales, value * scales, rows
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), pytest.param(17, 2.0, marks=pytest.mark.nightly)])
+def test_splash_on_a_mesh_is_dense_and_so_is_its_gradient(texts, window, softcap):
+    """Two devices for the heads, two copies of two for the rows."""
+    query, key, value, mask = four_rows(texts)
+    sharding = hidden_sharding(make_mesh(2, 2, 2))
+    real = (mask.segments > 0)[:, :, None, None]
+    weights = jnp.cos(jnp.arange(query.size)).reshape(query.shape) * real
+
+    def total(call, *inputs):
+        out = call(*inputs, mask, 0.3, window, softcap)
+        return (weights * out).sum(), jnp.where(real, out, 0.0)
+
+    splash = partial(splash_attention, sharding=sharding, interpret=True)
+    gradient = partial(jax.value_and_grad, argnums=(1, 2, 3), has_aux=True)
+    (_, got), got_slopes = jax.jit(partial(gradient(total), splash))(query, key, value)
+    dense = partial(attend, implementation="xla")
+    (_, want), want_slopes = jax.jit(partial(gradient(total), dense))(query, key, value)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    for got, want in zip(got_slopes, want_slopes, strict=True):
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_splash_on_a_mesh_compiles_for_a_tpu_and_collects_nothing(texts):
+    sharding = hidden_sharding(make_mesh(2, 2, 2))
+    call = partial(attend, scale=0.3, implementation="splash", sharding=sharding)
+    exported = jax.export.export(jax.jit(call), platforms=["tpu"])(*four_rows(texts))
+    module = exported.mlir_module()
+    assert "tpu_custom_call" in module
+    assert "all_gather" not in module

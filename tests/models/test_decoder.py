@@ -1,6 +1,8 @@
 """The decoder against logits that transformers computed (record.py), in every way it is called, and its own laws."""
 
 import dataclasses
+import math
+import re
 from functools import partial
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
-from rljax.models import caches, decoder, hf, rope
+from rljax.models import caches, decoder, hf, layers, rope
 from rljax.models.policy import make_policy
 from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
@@ -289,3 +291,33 @@ def test_stories260k_writes_the_recorded_story(stories):
     sampling = Sampling(temperature=0.0, max_tokens=len(recorded["greedy"]))
     traj = sample(decoder.language_model(config), {"decoder": params}, {}, begin, sampling, 0, 0)
     np.testing.assert_array_equal(traj.actions[0], recorded["greedy"])
+
+
+def test_on_a_mesh_no_device_has_the_logits_of_all_rows():
+    """Rows and vocabulary are on the same devices: the table is gathered, as other parameters are."""
+    mesh = meshes.make_mesh(fsdp=2, expert=2, sequence=2)
+    config = decoder.DecoderConfig(512, 8, 1, 2, 1, 4, 16, hidden_sharding=meshes.hidden_sharding(mesh))
+    axes, shapes = decoder.param_axes(config), decoder.abstract(config)
+    places = meshes.param_shardings(mesh, axes, shapes)
+    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("fsdp", "expert")))
+    hidden = jax.ShapeDtypeStruct((24, 5, 8), jnp.float32, sharding=rows)
+
+    def loss(params, hidden):
+        return jax.nn.logsumexp(decoder.logits(config, params, hidden), axis=-1).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params, hidden).compile().as_text()
+    shapes_of_logits = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
+    largest = max(math.prod(shape) for shape in shapes_of_logits)
+    assert largest <= 24 * 5 * 512 // 4
+
+
+@pytest.mark.parametrize(("rows", "columns", "shape"), [(8, 6, (2, 3)), (2, 5, (1, 3)), (3, 6, (3, 3))])
+def test_hidden_states_go_over_devices_that_divide_their_rows(rows, columns, shape):
+    """Rows over data and fsdp, or the first of them, or none; any number of columns."""
+    mesh = meshes.make_mesh(data=2, fsdp=2, sequence=2)
+    x = jnp.arange(float(rows * columns * 4)).reshape(rows, columns, 4)
+    got = jax.jit(lambda x: layers._with_sharding(x, meshes.hidden_sharding(mesh)) * 1.0)(x)
+    np.testing.assert_array_equal(got, x)
+    if columns % 2 == 0:
+        assert got.sharding.shard_shape(got.shape) == (*shape, 4)

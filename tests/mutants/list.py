@@ -1708,7 +1708,7 @@ MUTANTS = [
     Mutant(
         "a setting for batch-invariant mode that the model does not get",
         "experiments/common/models.py",
-        "load_pretrained",
+        "trained_config",
         "batch_invariant=weights.batch_invariant",
         "batch_invariant=False",
         "a mode that claims to be exact and is not, silently",

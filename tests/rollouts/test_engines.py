@@ -44,7 +44,7 @@ def gap(logp, traj) -> float:
     return float(jnp.where(traj.mask, jnp.abs(logp - traj.logp), 0.0).max())
 
 
-@pytest.mark.parametrize("max_concurrent", [1, 6, 31])
+@pytest.mark.parametrize("max_concurrent", [6, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 31))])
 def test_slots_draw_the_same_completions(static, params, rows, max_concurrent):
     traj, margins = static
     got, stats = sample_and_count(LM, params, {}, rows, SAMPLING.replace(max_concurrent=max_concurrent), SEED, 3)

@@ -1,10 +1,12 @@
 """The same completions come out however the batch is cut, on whatever mesh: DESIGN.md §3, "the same sample"."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from rljax.models import policy
+from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.types import Sampling
@@ -82,20 +84,35 @@ def test_with_other_prompts_in_the_batch(reference, params, rows):
     assert_same_sample(sampling, cut, jax.tree.map(lambda x: x[:32], got), margins[mine])
 
 
-MESHES = [((8, 1, 1), None), ((1, 8, 1), None), ((2, 4, 1), None), ((1, 2, 4), None), ((2, 2, 2), 16)]
+MESHES = [  # sizes, completions at a time, number of prompts: 6 do not divide over 8 devices
+    ({"data": 8, "fsdp": 1}, None, PROMPTS),
+    ({"fsdp": 8}, None, PROMPTS),
+    ({"data": 2, "fsdp": 4}, None, PROMPTS),
+    ({"fsdp": 2, "tensor": 4}, None, PROMPTS),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 16, PROMPTS),
+    ({"fsdp": 2, "sequence": 2, "expert": 2}, None, 6),
+]
 
 
-@pytest.mark.parametrize(("shape", "max_concurrent"), MESHES)
+@pytest.mark.parametrize(("sizes", "max_concurrent", "prompts"), MESHES)
 @pytest.mark.parametrize("reference", [SAMPLING], ids=["plain"], indirect=True)
-def test_on_any_mesh(reference, params, rows, shape, max_concurrent):
+def test_on_any_mesh(reference, params, rows, sizes, max_concurrent, prompts):
     sampling, traj, (_, margins) = reference
-    mesh = meshes.make_mesh(*shape)
+    mesh = meshes.make_mesh(**sizes)
+    config = dataclasses.replace(CONFIG, hidden_sharding=meshes.hidden_sharding(mesh))
     places = meshes.param_shardings(mesh, policy.logical_axes(CONFIG, params), params)
-    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(meshes.RULES["rows"]))
-    tokens, mask, number = (jax.device_put(x, by_row) for x in (rows.tokens, rows.mask, rows.number))
-    placed = rows._replace(tokens=tokens, mask=mask, number=number)
-    got = drawn(jax.device_put(params, places), placed, sampling.replace(max_concurrent=max_concurrent))
-    assert_same_sample(sampling, traj, got, margins)
+    placed = meshes.shard_prompts(meshes.Shardings(None, *row_shardings(mesh)), take(rows, slice(0, prompts)))
+    sampling = sampling.replace(max_concurrent=max_concurrent)
+    got = sample(decoder.language_model(config), jax.device_put(params, places), {}, placed, sampling, SEED, STEP)
+    count = prompts * sampling.n
+    some = jax.tree.map(lambda x: np.asarray(x)[:count], traj)
+    assert_same_sample(sampling, some, got, margins[:count])
+
+
+def row_shardings(mesh):
+    """Of rows, and of what is everywhere."""
+    specs = (jax.sharding.PartitionSpec(meshes.RULES["rows"]), jax.sharding.PartitionSpec())
+    return [jax.sharding.NamedSharding(mesh, spec) for spec in specs]
 
 
 def test_again_gives_the_same_bits(reference, params, rows):

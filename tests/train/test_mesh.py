@@ -1,5 +1,7 @@
 """Where arrays lie: the mesh, the rules, a whole state, rows."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from rljax.algorithms import grpo
+from rljax.models import policy
+from rljax.models.decoder import DecoderConfig
+from rljax.models.moe import MoEConfig
 from rljax.train.mesh import (
     AXES,
     RULES,
@@ -19,7 +25,11 @@ from rljax.train.mesh import (
     sharding_of,
     state_shardings,
 )
+from rljax.train.objective import policy_objective
+from rljax.train.sharding_table import sharding_table
+from rljax.train.update import make_update
 from rljax.types import PromptBatch, TrainState
+from tests.algorithms.tiny import credited, rollout
 
 P = PartitionSpec
 
@@ -156,3 +166,62 @@ def test_who_has_rows():
 
 def test_on_one_device_nothing_is_constrained():
     assert hidden_sharding(make_mesh(1, 1, devices=jax.devices()[:1])) is None
+
+
+def test_the_table_of_a_state():
+    """By hand: bytes of each array, of its sums, and which mesh axes an axis goes over."""
+    optimizer = optax.adam(1e-3)
+    shardings = state_shardings(make_mesh(2, 2, 2), whole_state(optimizer), optimizer, LOGICAL_AXES)
+    frozen_axes = {"reference": {"up": ("embed", "mlp")}, "other": (None,)}
+    rows = sharding_table(whole_state(optimizer), shardings, {"params": LOGICAL_AXES, "frozen": frozen_axes})
+    found = {row.pop("array"): row for row in rows}
+    up = {"shape": "8 x 12", "dtype": "float32", "axes": "embed over fsdp, mlp over tensor", "bytes a device": 96}
+    assert found["params/up"] == found["opt_state/0/mu/up"] == found["frozen/reference/up"] == up
+    assert found["params/table"]["axes"] == "vocabulary over tensor x fsdp, -"
+    assert found["params/table"]["bytes a device"] == 16 * 8 * 4 // 4
+    assert found["params/scale"] == {"shape": "8", "dtype": "float32", "axes": "-", "bytes a device": 32}
+    assert found["sum of params"]["bytes a device"] == 96 + 128 + 32
+    assert found["sum of opt_state"]["bytes a device"] == 2 * (96 + 128 + 32) + 4  # and the count
+    assert found["sum of frozen"]["bytes a device"] == 96 + 32
+    assert found["sum of all"]["bytes a device"] == 256 + 516 + 128
+
+
+MIXTURE = DecoderConfig(
+    vocab_size=16,
+    hidden_size=8,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=16,
+    moe=MoEConfig(4, 2, 8, layers=(0,), norm_topk_prob=True),
+)
+
+
+def test_what_an_update_makes_lies_as_the_parameters_do():
+    """Born so, and after an update: parameters, moments, and the gradient, which momentum of 0 shows."""
+    mesh = make_mesh(fsdp=2, expert=2, tensor=2)
+    config = dataclasses.replace(MIXTURE, hidden_sharding=hidden_sharding(mesh))
+    params = policy.init(MIXTURE, jax.random.key(0))
+    axes = policy.logical_axes(config, params)
+    params = jax.device_put(params, param_shardings(mesh, axes, params))
+    optimizer = optax.chain(optax.trace(0.0), optax.adam(1e-3))
+    state = TrainState(step=0, params=params, opt_state=optimizer.init(params), key=jax.random.key(0))
+    shardings = state_shardings(mesh, state, optimizer, axes)
+    up = shardings.state.params["decoder"]["layers"][0]["mlp"]["up"]
+    assert up.spec == P("expert", "fsdp", "tensor")
+
+    def assert_in_place(state):
+        for name in ("params", "opt_state"):
+            leaves = zip(
+                jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(shardings.state, name)), strict=True
+            )
+            assert all(x.ndim == 0 or x.sharding.is_equivalent_to(place, x.ndim) for x, place in leaves)
+
+    assert_in_place(state)  # `optimizer.init` puts moments where the parameters are
+    algorithm = grpo()
+    batch = credited(algorithm, rollout(vocabulary=16))
+    update = make_update(policy_objective(policy.make_policy(config), algorithm), optimizer, 2, shardings)
+    new, _ = update(jax.device_put(state, shardings.state), batch)
+    assert_in_place(new)
+    assert optax.tree.norm(new.opt_state[0].trace) > 0

@@ -127,6 +127,29 @@ def test_a_finished_run_run_again_does_nothing(tmp_path, uninterrupted):
     same(state, uninterrupted[0])
 
 
+def test_where_arrays_lie_may_change_and_nothing_else(tmp_path):
+    """The mesh, say: a resumed run may have another one. A setting beside it may not."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at_3(step):
+        if step == 3:
+            raise Stopped
+
+    options = {"placement": ("mesh", "micro_batches")}
+    first = CONFIG | {"mesh": {"fsdp": 8}, "batches": {"micro_batches": 1, "prompts": 4}}
+    with pytest.raises(Stopped):
+        train(tmp_path, stop_at_3, first, **options)
+    with pytest.raises(ValueError, match=r"other settings: batches.prompts = 4, now 5\."):
+        train(tmp_path, config=first | {"mesh": {"fsdp": 4}, "batches": {"micro_batches": 2, "prompts": 5}}, **options)
+    steps = []
+    moved = first | {"mesh": {"fsdp": 2, "tensor": 4}, "batches": {"micro_batches": 2, "prompts": 4}}
+    train(tmp_path, steps.append, moved, **options)
+    assert steps == [2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["mesh"] == {"fsdp": 8}
+
+
 def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(tmp_path):
     train(tmp_path)
     before = files(tmp_path)

@@ -1,0 +1,85 @@
+"""Which processes belong together, and what each function does where there is one. Several: tests/distributed."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.train import distributed
+from rljax.train.distributed import Cluster
+
+VARIABLES = ("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "KUBERNETES_", "JOB_", "TPU_")
+SLURM = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_NODELIST": "node[007-010],other",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+}
+JAX = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """Sets variables in an environment of no cluster."""
+    for name in list(distributed.os.environ):
+        if name.startswith(VARIABLES):
+            monkeypatch.delenv(name)
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (SLURM, Cluster(f"node007:{12345 % 4096 + 65535 - 4096 + 1}", 16, 5)),
+        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (OPEN_MPI, Cluster(f"10.96.0.1:{1531576320 // 4096 % 4096 + 65535 - 4096 + 1}", 8, 3)),
+        (JAX, Cluster("host:1234", 4, 2)),
+        ({**SLURM, **JAX}, Cluster("host:1234", 4, 2)),  # what is said goes before what is found
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a notebook in a pod of its own
+    ],
+    ids=["none", "slurm", "slurm-of-one", "open-mpi", "jax", "jax-in-slurm", "pod"],
+)
+def test_processes_are_found(variables, expected, environ):
+    environ(variables)
+    assert distributed.find_cluster() == expected
+    assert distributed.find_cluster("a:1", 3, 0) == Cluster("a:1", 3, 0)
+    assert distributed.find_cluster(processes=1) is None
+
+
+@pytest.mark.parametrize("given", [("", 2, 0), ("host", 2, 0), ("host:1", 2, 2), ("host:1", 0, 0), ("host:1", 2, -1)])
+def test_arguments_that_do_not_fit_together(given, environ):
+    environ({})
+    with pytest.raises(ValueError, match="legal: HOST:PORT of process 0"):
+        distributed.find_cluster(*given)
+
+
+def test_one_process_does_the_plain_thing(environ):
+    environ({})
+    distributed.initialize()
+    assert (distributed.process_count(), distributed.process_index(), distributed.is_main()) == (1, 0, True)
+    assert distributed.exchange("name", 3) == [3]
+    assert distributed.on_main("name", lambda: 4) == 4
+    distributed.agree({"seed": 1})
+    assert not distributed.reached_preemption(1)
+    assert distributed.share_rows(lambda own: own.tolist(), np.array([5, 1, 5])) == [0, 1, 2]
+    tree = {"array": jnp.arange(3), "none": None}
+    assert isinstance(distributed.fetch(tree)["array"], np.ndarray)
+    assert distributed.fetch_to_main(tree) is tree
+    distributed.stop_others("nobody is there")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_every_row_is_judged_once_and_groups_stay_together(processes):
+    group = np.random.default_rng(0).integers(0, 5, 40)
+    shares = [distributed.own_rows(group, process, processes) for process in range(processes)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(40))
+    groups = [set(group[rows].tolist()) for rows in shares]
+    assert sum(map(len, groups)) == 5
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
