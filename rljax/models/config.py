@@ -66,6 +66,8 @@ class DecoderConfig:
             )
         if self.batch_invariant and self.head_dim % LANE:
             raise ValueError(f"batch_invariant: head_dim is {self.head_dim}; legal: multiples of {LANE}")
+        if self.batch_invariant and self.scan_layers:
+            raise ValueError("batch_invariant: equal bits are tested with unrolled layers; legal: without scan_layers")
 
     @property
     def backend(self) -> str:

@@ -332,6 +332,11 @@ def test_exact_refuses_heads_that_its_kernels_cut():
         dataclasses.replace(CONFIG, batch_invariant=True, head_dim=24)
 
 
+def test_exact_refuses_scanned_layers():
+    with pytest.raises(ValueError, match="legal: without scan_layers"):
+        dataclasses.replace(CONFIG, head_dim=16, batch_invariant=True, scan_layers=True)
+
+
 def test_exact_refuses_mixtures():
     from rljax.models.moe import MoEConfig
 
