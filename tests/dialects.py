@@ -16,7 +16,7 @@ from rljax.algorithms.nash_md import nash_md
 from rljax.ops import groups, preferences, statistics
 from rljax.ops.ratios import sequence_geometric_mean
 from rljax.ops.weights import token_mean
-from rljax.types import Algorithm, Objective, PolicyFn
+from rljax.types import Algorithm, Objective, PolicyFn, all_at_once
 
 # --------------------------------------------------------------------------------------------------------- preferences
 
