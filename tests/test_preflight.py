@@ -106,6 +106,7 @@ def test_an_unknown_model_lists_the_legal_ones():
         ("h100:16", [(i,) for i in range(8)], 450),
         ("h100:16", [(0,), (8,)], 50),
         ("h100:16", [(i,) for i in range(16)], 400),  # eight ports of a node
+        ("v6e:8x8", [(0, 0)], float("inf")),  # one chip sends nothing
     ],
 )
 def test_bandwidth_of_a_group(topology, places, gigabytes):

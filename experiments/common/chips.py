@@ -65,6 +65,8 @@ class Topology(NamedTuple):
         A group that spans several dimensions of the torus uses the links of all of them, in both directions where a
         dimension closes to a ring. Chips that are not neighbors share links with the other groups between them.
 
+        A group of one chip sends nothing: infinite.
+
         places: of each chip of the group in the torus, or its number among the GPUs.
         """
         if not self.is_tpu:
@@ -80,7 +82,7 @@ class Topology(NamedTuple):
             stride = min(b - a for a, b in pairwise(along))
             closes = len(along) == size and size % self.chip.ring == 0
             total += self.chip.link_bandwidth * (2 if closes else 1) / stride
-        return total
+        return total or math.inf
 
     def _ways(self, places: Sequence[Sequence[int]]) -> int:
         """Ports of a node that a group has: one for each of its GPUs there."""
