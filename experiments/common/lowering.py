@@ -44,8 +44,7 @@ def shapes_of_step(
       cfg: the settings of experiments/preflight.py, those of grpo.py among them.
       stop: ids of the tokenizer that end a completion, which are constants of the program.
 
-    Raises ValueError for sizes that grpo.py
-    refuses, and for packed rows, of which the number of programs depends on the data.
+    Raises ValueError for sizes that grpo.py refuses, and for packed rows, whose programs depend on the data.
     """
     batches = cfg.batches
     train.check_batches(batches, mesh)

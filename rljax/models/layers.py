@@ -17,6 +17,7 @@ from rljax.models.attention import AttentionMask, SharedPrefixMask, attend, atte
 from rljax.models.config import DecoderConfig
 from rljax.models.lora import LoraWeight
 from rljax.models.moe import route, sharded_moe_mlp
+from rljax.models.partition import mesh_axes
 from rljax.models.stacks import stack_name
 from rljax.ops.logprobs import tree_sum
 from rljax.types import SharedPrefix
@@ -378,7 +379,7 @@ class Decoder(nnx.Module):
         flat = hidden.reshape(-1, hidden.shape[-1])
         table = table.astype(hidden.dtype)
         if config.hidden_sharding is not None:
-            flat, table, placements = _place_logits(config, flat, table)
+            flat, table, placements = _place_logits(config.hidden_sharding, flat, table)
         if config.batch_invariant:
             logits = invariant.matmul(flat, table, jnp.float32)
         else:
@@ -395,32 +396,29 @@ def _with_sharding(x, sharding: NamedSharding | None):
     """x [B ..] in this sharding, but for rows that do not divide over its devices: they go over fewer (`_row_axes`)."""
     if sharding is None:
         return x
-    if not sharding.spec:
-        return jax.lax.with_sharding_constraint(x, sharding)
     spec = PartitionSpec(_row_axes(sharding, len(x)), *sharding.spec[1:])
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
 
 
 def _row_axes(sharding: NamedSharding, rows: int) -> tuple[str, ...] | None:
     """The first mesh axes of its rows, as many as divide them."""
-    axes = sharding.spec[0] or ()
-    axes = axes if isinstance(axes, tuple) else (axes,)
+    axes = mesh_axes(sharding, 0)
     while axes and rows % math.prod(sharding.mesh.shape[name] for name in axes):
         axes = axes[:-1]
     return axes or None
 
 
-def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):
+def _place_logits(sharding: NamedSharding, hidden: Float[Array, "N D"], table: Float[Array, "D V"]):
     """Hidden states and table as their product is best computed on the mesh, and the shardings of the logits [N V]: of
     the product, then the final one.
 
     Each device gets whole rows of logits: sums over the vocabulary then stay on a device. Where tokens are many they
     stay where they are and the table comes to them; where they are few (decoding) they go to each part of the table.
     """
-    mesh = config.hidden_sharding.mesh
-    axes = _all_axes(config.hidden_sharding)
+    mesh = sharding.mesh
+    axes = _all_axes(sharding)
     by_token = NamedSharding(mesh, PartitionSpec(axes, None))
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec(None, None))
     N, D = hidden.shape
     V = table.shape[1]
     half, single = 2, 4  # bytes
@@ -432,5 +430,4 @@ def _place_logits(config: DecoderConfig, hidden: Float[Array, "N D"], table: Flo
 
 def _all_axes(sharding: NamedSharding) -> tuple[str, ...]:
     """All axes of the mesh, those of the rows first."""
-    rows, columns, _ = (() if axes is None else axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec)
-    return tuple(dict.fromkeys((*rows, *columns, *sharding.mesh.axis_names)))
+    return tuple(dict.fromkeys((*mesh_axes(sharding, 0), *mesh_axes(sharding, 1), *sharding.mesh.axis_names)))

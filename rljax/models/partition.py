@@ -8,10 +8,14 @@ import math
 from jax.sharding import NamedSharding
 
 
+def mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
+    """The mesh axes over which an axis of the hidden states is split."""
+    names = sharding.spec[axis] or ()
+    return (names,) if isinstance(names, str) else names
+
+
 def num_shards(sharding: NamedSharding | None, axis: int) -> int:
     """How many shards an axis of the hidden states has: 0 the rows, 1 the columns."""
     if sharding is None:
         return 1
-    names = sharding.spec[axis] or ()
-    names = (names,) if isinstance(names, str) else names
-    return math.prod(sharding.mesh.shape[name] for name in names)
+    return math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding, axis))
