@@ -4,6 +4,8 @@ r"""Every algorithm on the same task from the same warm-up: docs/results.md, and
     python experiments/tables/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
     python experiments/tables/compare.py --finished_only        # runs nothing: the page of what is finished so far
 
+Finished runs are recorded in docs/results/runs.jsonl, which goes with the repository: any machine goes on from there.
+
 For each seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
 optimizer and number of steps. Nothing is tuned for any of them. Methods that compare the completions of a prompt learn
 from the groups that DAPO's dynamic sampling keeps, of twice as many; the others from all that are sampled. There are
@@ -22,6 +24,7 @@ Reached: docs/results.md.
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -59,20 +62,21 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the runs
     sorting: arithmetic_grpo.Config = SORTING  # what its runs share
     addition: arithmetic_grpo.Config = ADDITION  # what its runs share
-    directory: str = "runs/compare"  # of the runs and of results.jsonl
+    directory: str = "runs/compare"  # of the runs
+    records: str = "docs/results/runs.jsonl"  # what each finished run reached
     out: str = "docs/results.md"  # the page
     finished_only: bool = False  # run nothing, write the page of the runs that are finished
 
 
 def main(cfg: Config) -> list[dict]:
     """Run what is not done yet, write the page after each run, and return a record for each run."""
-    log = Path(cfg.directory, "results.jsonl")
+    log = Path(cfg.records)
     log.parent.mkdir(parents=True, exist_ok=True)
     finished = read_lines(log)
     results = []
     for run in planned_runs(cfg):
         inputs = inputs_of(run)
-        result = next((old for old in finished if without_mesh(old["inputs"]) == inputs), None)
+        result = next((old for old in finished if old["inputs"] == inputs), None)
         if result is None and cfg.finished_only:
             continue
         if result is None:
@@ -82,7 +86,7 @@ def main(cfg: Config) -> list[dict]:
         if not cfg.finished_only:
             write_page(Path(cfg.out), results, EXPLANATION)
     if not results:
-        raise ValueError(f"no run is finished in {cfg.directory}; legal: without --finished_only")
+        raise ValueError(f"no run is recorded in {cfg.records}; legal: without --finished_only")
     write_page(Path(cfg.out), results, EXPLANATION)
     columns = ("algorithm", "seed", "steps", "before", "after", "seconds", "git")
     for task in tasks_of(results):
@@ -126,19 +130,17 @@ def method_of(run: AnyRun) -> str:
     return ONLINE_DPO if isinstance(run, arithmetic_online_dpo.Config) else run.algorithm
 
 
-def inputs_of(run: AnyRun) -> dict:
-    """What a result depends on, as it is read back from JSON: a recorded result is used again where these are equal."""
+def inputs_of(run: AnyRun) -> str:
+    """sha256 of what a result depends on: the settings but for the mesh, and the source of the algorithm.
+
+    A recorded result is used again where it is equal.
+    """
     if isinstance(run, arithmetic_online_dpo.Config):
         source = function_source(PAIR_METHODS[run.loss].make)
     else:
         source = function_source(ALGORITHMS[run.algorithm]())
-    inputs = {"config": dataclasses.asdict(run), "source": source}
-    return without_mesh(json.loads(json.dumps(inputs)))
-
-
-def without_mesh(inputs: dict) -> dict:
-    """The inputs without the mesh, on which no result depends; older records have it."""
-    return inputs | {"config": {name: value for name, value in inputs["config"].items() if name != "mesh"}}
+    settings = {name: value for name, value in dataclasses.asdict(run).items() if name != "mesh"}
+    return hashlib.sha256(json.dumps([settings, source], sort_keys=True).encode()).hexdigest()
 
 
 def measure(run: AnyRun, directory: str) -> dict:
