@@ -279,7 +279,7 @@ class Turn(NamedTuple):
 class Observation(NamedTuple):
     """What the environment answers to a turn."""
 
-    tokens: list[int]  # appended after the turn, chosen by nobody: a tool's reply, the header of the next turn
+    tokens: list[int]  # appended after the turn, not chosen by the policy: a tool's reply, the next turn's header
     reward: float  # of the turn; NaN = it could not be judged
     terminated: bool = False  # the task is over; nothing is appended then
     truncated: bool = False  # cut (a deadline, a limit of turns): over, but not an end of the task
