@@ -8,7 +8,7 @@ Letters: B rows, T decisions, S tokens (S = T + 1), P prompts, G completions per
 V vocabulary, D width, K reward components.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -266,6 +266,27 @@ class PromptBatch(NamedTuple):
     columns: list[dict]  # the dataset's columns, one dict a prompt
     cursor: int  # where the next draw starts
     resume: Resume | None = None  # None: completions 0 .. n-1 of each row, from their first token
+
+
+class Turn(NamedTuple):
+    """What the policy wrote in one turn of a conversation, on the host."""
+
+    row: int  # which conversation: row of the batch, 0 .. B-1
+    tokens: list[int]  # the sampled ids, the stop token included
+    terminated: bool  # it met a stop token or stop string; False: it reached max_tokens or the end of the context
+
+
+class Observation(NamedTuple):
+    """What the environment answers to a turn."""
+
+    tokens: list[int]  # appended after the turn, not chosen by the policy: a tool's reply, the next turn's header
+    reward: float  # of the turn; NaN = it could not be judged
+    terminated: bool = False  # the task is over; nothing is appended then
+    truncated: bool = False  # cut (a deadline, a limit of turns): over, but not an end of the task
+
+
+# Answers to the turns that are complete, in their order; called on the host, a few conversations at a time.
+RespondFn = Callable[[Sequence[Turn]], Sequence[Observation]]
 
 
 @struct.dataclass
