@@ -5,14 +5,14 @@ threads are still busy, the next call is refused. Code that holds the interprete
 expression on hostile text, say) delays every thread: what a model wrote runs in a process of its own.
 """
 
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-MAX_HUNG = 32  # threads of one name that may be busy past their deadline
+MAX_LEFT_BEHIND = 32  # threads of one name that may be busy past their deadline
 
 
 class Called(NamedTuple):
@@ -23,40 +23,63 @@ class Called(NamedTuple):
     detail: str = ""
 
 
+@dataclass
+class _Caller:
+    """A thread that makes one call after another."""
+
+    call: int  # that it is making
+    deadline: float
+    done: bool = False
+    thread: threading.Thread | None = None
+
+
 def call_each(calls: Sequence[Callable[[], Any]], timeout_seconds: float, workers: int, name: str) -> list[Called]:
     """Call each function, `workers` at a time; the results in their order. The deadline begins when a call begins.
 
-    name: what is called, for errors. Raises RuntimeError where `MAX_HUNG` earlier calls of this name still run.
+    name: what is called, for errors. Raises RuntimeError where `MAX_LEFT_BEHIND` earlier calls of this name still run.
     """
-    hung = sum(thread.name == name for thread in threading.enumerate())
-    if hung >= MAX_HUNG:
-        raise RuntimeError(f"{name}: {hung} calls still run past their deadline of {timeout_seconds:g} s")
-    answers: queue.SimpleQueue = queue.SimpleQueue()
+    left_behind = f"left behind: {name}"
+    still_running = sum(thread.name == left_behind for thread in threading.enumerate())
+    if still_running >= MAX_LEFT_BEHIND:
+        raise RuntimeError(f"{name}: {still_running} calls still run past their deadline of {timeout_seconds:g} s")
     waiting = deque(range(len(calls)))
-    deadlines: dict[int, float] = {}
     results: list[Any] = [None] * len(calls)
-    while waiting or deadlines:
-        while waiting and len(deadlines) < workers:
-            i = waiting.popleft()
-            deadlines[i] = time.monotonic() + timeout_seconds
-            threading.Thread(target=_answer, args=(i, calls[i], answers), name=name, daemon=True).start()
-        try:
-            i, called = answers.get(timeout=max(min(deadlines.values()) - time.monotonic(), 0))
-        except queue.Empty:
-            now = time.monotonic()
-            for i in [i for i, deadline in deadlines.items() if deadline <= now]:
-                del deadlines[i]
-                results[i] = Called(None, "timeout", f"no answer within {timeout_seconds:g} s")
-        else:
-            if deadlines.pop(i, None) is not None:  # else it comes too late
-                results[i] = called
+    changed = threading.Condition()
+
+    def work(caller: _Caller) -> None:
+        while not caller.done:
+            called = _call(calls[caller.call])
+            with changed:
+                if caller.done:  # too late
+                    return
+                results[caller.call] = called
+                if waiting:
+                    caller.call, caller.deadline = waiting.popleft(), time.monotonic() + timeout_seconds
+                else:
+                    caller.done = True
+                    changed.notify()
+
+    busy: list[_Caller] = []
+    with changed:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                caller = _Caller(waiting.popleft(), time.monotonic() + timeout_seconds)
+                caller.thread = threading.Thread(target=work, args=(caller,), name=name, daemon=True)
+                caller.thread.start()
+                busy.append(caller)
+            changed.wait(max(min(caller.deadline for caller in busy) - time.monotonic(), 0))
+            for caller in busy:
+                if not caller.done and caller.deadline <= time.monotonic():
+                    caller.done = True
+                    caller.thread.name = left_behind
+                    results[caller.call] = Called(None, "timeout", f"no answer within {timeout_seconds:g} s")
+            busy = [caller for caller in busy if not caller.done]
     return results
 
 
-def _answer(i: int, call: Callable[[], Any], answers: queue.SimpleQueue) -> None:
-    """Puts (i, what became of the call). A SystemExit of the code that is called is an error like any other."""
+def _call(call: Callable[[], Any]) -> Called:
+    """What becomes of a call. A SystemExit of the code that is called is an error like any other."""
     try:
-        called = Called(call(), "ok")
+        return Called(call(), "ok")
     except BaseException as error:
-        called = Called(None, "raised", f"{type(error).__name__}: {error}"[:2000])
-    answers.put((i, called))
+        return Called(None, "raised", f"{type(error).__name__}: {error}"[:2000])
