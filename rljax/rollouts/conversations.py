@@ -79,8 +79,8 @@ def sample_conversations(
         state = engine.read(state, record, slots, begins, from_the_start=read_prompts is None)
         state = engine.decode(state, record, slots, begins)
         complete = (slots >= 0) & ~np.asarray(state.turn.running)
-        over = _answer_turns(record, respond, _take_turns(record, state.turn, slots, complete), max_turns)
-        ended = complete & np.isin(slots, over)
+        turns = _take_turns(record, state.turn, slots, complete)
+        ended = complete & np.isin(slots, _answer_turns(record, respond, turns, max_turns))
         engine.keep_routing(state, record, slots, ended)
         slots[ended] = -1
         begins = complete & ~ended
