@@ -237,6 +237,7 @@ class LM(NamedTuple):
     scatter: Callable  # (cache, rows, other) -> cache: refill finished slots
     fork: Callable  # (cache, n, columns) -> cache: n rows share each row, with empty columns of their own
     grow: Callable  # (cache, columns) -> cache with that many more columns
+    crop: Callable  # (cache, length [B]) -> cache: of each row only that many columns, the others are free again
     prepare: Callable | None = None  # (params, frozen) -> params, frozen: done once per rollout
     routing: Callable | None = None  # (cache) -> [B S ...] experts chosen at each token (mixture models)
     row_shards: int = 1  # devices that the rows of a cache are sharded over
