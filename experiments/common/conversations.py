@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +13,13 @@ from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.envs.text import PlayedTurn, TextEnv, TextEnvError, TurnLimits, begin_each, play_each
 from rljax.ops.returns import episode_rewards
+from rljax.rollouts.conversation_record import ConversationCounts
+from rljax.rollouts.conversations import sample_conversations
 from rljax.train.log import log_info
-from rljax.types import Observation, PromptBatch, RespondFn, Trajectory, Turn
+from rljax.types import LM, Observation, PromptBatch, RespondFn, Sampling, TrainState, Trajectory, Turn
 
 SEED = "environment_seed"  # the column of a prompt that holds the seed of its episodes
-REWARD = "environment"  # the name of the reward in logs
+REWARD_NAMES = ("environment",)  # of the rewards in logs
 FAILED = ("raised", "timeout", "unjudged")  # statuses of a turn that leaves its conversation without a reward
 
 
@@ -105,9 +107,7 @@ class Dialogues(NamedTuple):
     conversations: list[Conversation]  # row by row, as in the trajectory
 
 
-def begin_dialogues(
-    env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec, limits: TurnLimits
-) -> Dialogues:
+def begin_dialogues(env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec, limits: TurnLimits) -> Dialogues:
     """n episodes for each prompt of a batch. Raises TextEnvError where they do not begin as the prompt does."""
     columns = [row for row in prompts.columns for _ in range(n)]
     begun = begin_each(env, columns, [row[SEED] for row in columns], limits)
@@ -143,7 +143,60 @@ def _answer(turn: Turn, text: str, conversation: Conversation, played: PlayedTur
     return Observation(tokens, reward, bool(step.terminated), bool(step.truncated))
 
 
-def shuffle_answers(respond: RespondFn, seed: int) -> RespondFn:
+class DialogueSettings(NamedTuple):
+    """How conversations with an environment are sampled."""
+
+    env: TextEnv
+    codec: TurnCodec
+    limits: TurnLimits
+    sampling: Sampling  # max_tokens are those of a turn
+    seed: int
+    max_turns: int
+    max_context: int  # tokens of a row: prompt, turns and observations
+    shuffle_observations: bool = False  # a control: see `shuffle_answers`
+    max_failed: float = 0.5  # share of conversations that the environment may leave without a reward
+    cache: Literal["kept", "prefill"] = "kept"
+
+
+class DialogueRollout(NamedTuple):
+    """Sampled conversations: their tokens with the environment's rewards and scores, and what was said."""
+
+    traj: Trajectory
+    conversations: list[Conversation]
+    metrics: dict[str, float]
+
+
+def make_converse(lm: LM, settings: DialogueSettings) -> Callable[..., DialogueRollout]:
+    """converse(state, prompts, step) -> sampling.n conversations for each prompt, scored by the environment.
+
+    Raises TextEnvError where the environment breaks its protocol, or fails in too many of them.
+    """
+    env, n = settings.env, settings.sampling.n
+
+    def converse(state: TrainState, prompts: PromptBatch, step: int) -> DialogueRollout:
+        respond, conversations = begin_dialogues(env, prompts, n, settings.codec, settings.limits)
+        if settings.shuffle_observations:
+            respond = shuffle_answers(respond, [settings.seed, step + 1])
+        traj, counts = sample_conversations(
+            lm,
+            state.params,
+            state.frozen,
+            prompts,
+            respond,
+            settings.sampling,
+            settings.seed,
+            step,
+            max_turns=settings.max_turns,
+            max_context=settings.max_context,
+            cache=settings.cache,
+        )
+        check_failed(env, conversations, settings.max_failed)
+        return DialogueRollout(score_environment(traj), conversations, dialogue_metrics(conversations, counts))
+
+    return converse
+
+
+def shuffle_answers(respond: RespondFn, seed: Sequence[int]) -> RespondFn:
     """A control: each conversation reads what the environment answered to another one. Rewards and ends stay."""
     random = np.random.default_rng(seed)
 
@@ -168,18 +221,19 @@ def score_environment(traj: Trajectory) -> Trajectory:
     return traj.replace(scores=scores, reward_weights=jnp.ones_like(scores))
 
 
-def dialogue_metrics(conversations: Sequence[Conversation]) -> dict[str, float]:
-    """Means over conversations: turns, what the environment logs, characters that were cut; and what failed."""
-    count = len(conversations)
-    totals = Counter({"turns": 0, "cut_characters": 0, **{f"frac_turn_{status}": 0 for status in FAILED}})
-    for conversation in conversations:
-        totals["turns"] += len(conversation.played)
-        for played in conversation.played:
-            totals["cut_characters"] += played.cut_characters
-            totals.update({name: float(value) for name, value in played.step.info.items()})
-            if played.status in FAILED:
-                totals[f"frac_turn_{played.status}"] += 1
-    return {f"dialogue/{name}": value / count for name, value in totals.items()}
+def dialogue_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
+    """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs."""
+    totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
+    for played in (played for conversation in conversations for played in conversation.played):
+        totals["cut_characters"] += played.cut_characters
+        totals[f"frac_{played.status}"] += 1
+        totals.update({name: float(value) for name, value in played.step.info.items()})
+    del totals["frac_ok"]
+    totals["turns"] = counts.turns.sum()
+    totals["observed_tokens"] = counts.observed.sum()
+    totals["frac_out_of_context"] = counts.out_of_context.sum()
+    totals["frac_out_of_turns"] = counts.out_of_turns.sum()
+    return {f"dialogue/{name}": float(value) / len(conversations) for name, value in totals.items()}
 
 
 def check_failed(env: TextEnv, conversations: Sequence[Conversation], max_failed: float) -> None:

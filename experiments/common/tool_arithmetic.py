@@ -1,24 +1,36 @@
 """Products that a small decoder cannot compute in its head, a calculator for it to call, and demonstrations of both."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common.conversations import TurnCodec, environment_prompts, make_codec
+from experiments.common import models
+from experiments.common.conversations import (
+    DialogueSettings,
+    TurnCodec,
+    environment_prompts,
+    make_codec,
+    make_converse,
+)
 from rljax.data.examples import Example
 from rljax.data.prompts import Prompts
-from rljax.data.tokenizer import Tokenizer, character_tokenizer
+from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.data.tool_calls import parse_plain
 from rljax.envs.calculator import calculator
 from rljax.envs.text import TextEnv, TurnLimits
 from rljax.envs.tools import tool_env
-from rljax.models.decoder import DecoderConfig
+from rljax.models import hf
+from rljax.models.decoder import DecoderConfig, language_model
 from rljax.rewards.text import exact_text
+from rljax.train.log import write_atomically
 from rljax.train.mesh import hidden_sharding
-from rljax.types import Sampling
+from rljax.types import Params, PromptBatch, Sampling, TrainState
 
 ALPHABET = "".join(map(chr, range(32, 127)))  # errors of a call are written in it too
 TURN_TOKENS = 16
@@ -58,7 +70,9 @@ def products(count: int, seed: int) -> list[dict]:
     return [{"prompt": f"{a}*{b}=", "answer": str(a * b)} for a, b in pairs]
 
 
-def make_tool_task(eval_prompts: int, seed: int, width: int = 128, layers: int = 4, mesh: Mesh | None = None) -> ToolTask:
+def make_tool_task(
+    eval_prompts: int, seed: int, width: int = 128, layers: int = 4, mesh: Mesh | None = None
+) -> ToolTask:
     """The task, and a decoder of this width and depth."""
     env = product_environment()
     limits = TurnLimits(timeout_seconds=5.0)
@@ -83,9 +97,23 @@ def make_tool_task(eval_prompts: int, seed: int, width: int = 128, layers: int =
     return ToolTask(env, tokenizer, codec, limits, train, evaluation, config)
 
 
-def sampling_of_turns(task: ToolTask, n: int) -> Sampling:
+def dialogue_settings(task: ToolTask, n: int, seed: int) -> DialogueSettings:
     """How to sample n conversations per prompt."""
-    return Sampling(n=n, max_tokens=TURN_TOKENS, stop=task.tokenizer.stop)
+    sampling = Sampling(n=n, max_tokens=TURN_TOKENS, stop=task.tokenizer.stop)
+    return DialogueSettings(task.env, task.codec, task.limits, sampling, seed, MAX_TURNS, MAX_CONTEXT)
+
+
+def mean_reward(task: ToolTask, params: Params, rows: PromptBatch, seed: int) -> dict[str, float]:
+    """Mean `reward` of one conversation for each prompt, its standard `error`, and `tool_calls` a conversation.
+
+    Conversations are sampled at temperature 1, with keys that no training step uses and the calculator's own answers.
+    """
+    converse = make_converse(language_model(task.config), dialogue_settings(task, 1, seed))
+    state = TrainState(0, params, None, jax.random.key(0))
+    traj, _, metrics = converse(state, rows, step=-1)
+    found = np.asarray(traj.scores[:, 0])
+    error = found.std() / len(found) ** 0.5
+    return {"reward": found.mean(), "error": error, "tool_calls": metrics.get("dialogue/tool_calls", 0.0)}
 
 
 def demonstrations_of_tools(task: ToolTask, rows: Sequence[dict], with_tool: np.ndarray) -> list[Example]:
@@ -103,3 +131,15 @@ def demonstrations_of_tools(task: ToolTask, rows: Sequence[dict], with_tool: np.
             mask += [is_chosen] * len(new)
         examples.append(Example(task.tokenizer.encode(prompt), ids, mask, row))
     return examples
+
+
+def save_model_files(task: ToolTask, directory: Path) -> None:
+    """Tokenizer and config.json, which tools/export.py needs beside the checkpoints."""
+    save_characters(ALPHABET, directory)
+    config = hf.to_hf_config(task.config, task.tokenizer.stop)
+    write_atomically(directory / "config.json", json.dumps(config))
+
+
+def save_pretrained(task: ToolTask, params: Params, directory: Path) -> None:
+    """The trained decoder as DIRECTORY/model, beside its model_files."""
+    models.save_pretrained(params, {}, task.config, directory / "model_files", directory / "model")

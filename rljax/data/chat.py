@@ -71,9 +71,7 @@ def encode_conversation(
     return ids, mask
 
 
-def encode_reply(
-    chat: Chat, messages: Messages, turn_ended: bool, reply: Messages, tools: Tools = None
-) -> list[int]:
+def encode_reply(chat: Chat, messages: Messages, turn_ended: bool, reply: Messages, tools: Tools = None) -> list[int]:
     """The ids that follow a turn as it was sampled: the rest of its end, the messages of a reply, generation prompt.
 
     They are the template's own continuation: the difference of two renderings. No token that was sampled is encoded

@@ -3,7 +3,7 @@
 | format | a turn with a call |
 |---|---|
 | hermes | `<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>`: Hermes, Qwen2.5, Qwen3 |
-| llama3 | the whole turn is `{"name": "add", "parameters": {"a": 1, "b": 2}}`, after `<|python_tag|>` or not; `;` between calls |
+| llama3 | the turn is `{"name": "add", "parameters": {"a": 1}}`, after `<|python_tag|>` or not; `;` between calls |
 | plain | `<call>add(1, 2)</call>`: the text between the parentheses is the argument, for tiny models |
 
 A call that does not parse is a call with a `problem`: the conversation goes on with an observation that says so.

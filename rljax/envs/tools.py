@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rljax.envs.text import TextOrMessages, TextEnv, TextStep
+from rljax.envs.text import TextEnv, TextOrMessages, TextStep
 from rljax.types import ToolCall
 
 Parse = Callable[[str], Sequence[ToolCall]]  # what a model wrote -> its calls
@@ -52,7 +52,7 @@ def tool_env(
         failed = 0
         for number, call in enumerate(calls, state.calls + 1):
             if number > max_calls:
-                call = call._replace(problem=f"more than {max_calls} calls")  # noqa: PLW2901
+                call = call._replace(problem=f"more than {max_calls} calls")
             content, ok = call_tool(tools, call)
             failed += not ok
             observation.append({"role": role, "name": call.name or "tool", "content": content})
