@@ -40,9 +40,9 @@ class Config:
     seed: int = 0  # of everything: parameters, split, order, samples
     algorithm: CriticFree = "dapo"  # how to learn
     shuffle_observations: bool = False  # a control: each conversation reads the calculator's answer to another one
-    steps: int = 60  # steps of reinforcement: sample, score, update
+    steps: int = 40  # steps of reinforcement: sample, score, update
     batches: Batches = Batches(prompts=32, num_generations=8)
-    optimizer: Optimizer = Optimizer(learning_rate=5e-4, schedule="cosine")
+    optimizer: Optimizer = Optimizer(learning_rate=3e-4, schedule="cosine")
     sft_target: float = 0.3  # reward on training problems at which the supervised warm-up stops
     sft_directory: str = ""  # of the warm-up's run; default DIRECTORY/sft, or one that all runs of this seed share
     eval_prompts: int = 1024  # problems never trained on
