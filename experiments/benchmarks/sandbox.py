@@ -3,9 +3,9 @@ r"""Programs that the sandbox runs in a second, beside a bare interpreter that d
     python experiments/benchmarks/sandbox.py
     python experiments/benchmarks/sandbox.py --humaneval humaneval.jsonl.gz     # and solutions with their tests
 
-`pass` is run by `python -I -S -c pass` and by `run_code` at each level that this machine has, so many at a time as there
-are threads. With --humaneval the canonical solutions are judged as `--rewards code` does it; the last line counts those
-that pass.
+`pass` is run by `python -I -S -c pass` and by `run_code` at each level that this machine has, so many at a time as
+there are threads. With --humaneval the canonical solutions are judged as `--rewards code` does it; the last line
+counts those that pass.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Rewards of Python programs that a model writes: the share of unit tests that pass, in the sandbox.
 
-Two formats: HumanEval's (prompt, test, entry_point; Chen et al., arXiv:2107.03374), where a function is called, and tests
-of stdin and stdout, where a program is run once for each. What the code does to itself is its own fault: an exception, a
-crash, an endless loop or too much memory fails a test. A sandbox that could not be set up judges nothing.
+Two formats: HumanEval's (prompt, test, entry_point; Chen et al., arXiv:2107.03374), where a function is called, and
+tests of stdin and stdout, where a program is run once for each. What the code does to itself is its own fault: an
+exception, a crash, an endless loop or too much memory fails a test. A sandbox that could not be set up judges nothing.
 """
 
 import ast
@@ -106,7 +106,7 @@ def _with_body(prompt: str) -> str:
     return f"{prompt.rstrip()}\n    pass\n"
 
 
-# ----------------------------------------------------------------------------------------------------- HumanEval's format
+# --------------------------------------------------------------------------------------------------- HumanEval's format
 
 
 def run_function_tests(
@@ -121,11 +121,8 @@ def run_function_tests(
     results = found.stdout.rstrip(".")
     has_ended = found.stdout.endswith(".")
     total = max(len(results), asserts, 1) if not has_ended else max(len(results), 1)
-    if found.status == "timeout":
-        status = "timeout"
-    else:
-        status = "ok" if has_ended else "crashed"
-    return TestCounts(results.count("1"), total, status)
+    unfinished = "timeout" if found.status == "timeout" else "crashed"
+    return TestCounts(results.count("1"), total, "ok" if has_ended else unfinished)
 
 
 class _CountAsserts(ast.NodeTransformer):
@@ -153,7 +150,7 @@ def _counting_tests(test: str) -> tuple[str, int]:
     return ast.unparse(changed), counter.count
 
 
-# ------------------------------------------------------------------------------------------------------ stdin and stdout
+# ----------------------------------------------------------------------------------------------------- stdin and stdout
 
 
 def run_stdin_tests(

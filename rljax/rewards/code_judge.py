@@ -1,11 +1,12 @@
-"""The program that tests a function inside the sandbox: main.py there, beside solution.py, started by `rljax.rewards.code`.
+"""The program that tests a function inside the sandbox: main.py there, beside solution.py, started by
+`rljax.rewards.code`.
 
 The solution runs in a child process that never holds the tests: it is forked before they are read, has /dev/null for
-stdin, stdout and stderr, and answers calls over a pipe. Values cross it as JSON of plain types, so a solution can neither
-end the tests early and pass, nor return an object that equals everything, nor change what the tests call.
+stdin, stdout and stderr, and answers calls over a pipe. Values cross it as JSON of plain types, so a solution can
+neither end the tests early and pass, nor return an object that equals everything, nor change what the tests call.
 
-stdin: JSON with setup (source of the prompt's own helpers), test and entry_point. stdout: 1 for a test that passed, 0 for
-one that failed, and a full stop after the last.
+stdin: JSON with setup (source of the prompt's own helpers), test and entry_point. stdout: 1 for a test that passed, 0
+for one that failed, and a full stop after the last.
 """
 
 import builtins
@@ -87,8 +88,8 @@ def serve_solution(calls: int, replies: int) -> None:
 
 def make_candidate(name: str, calls: int, replies: int):
     """The function that the tests call; it asks the child."""
-    writer = open(calls, "w", encoding="utf-8")
-    reader = open(replies, encoding="utf-8")
+    writer = os.fdopen(calls, "w", encoding="utf-8")
+    reader = os.fdopen(replies, encoding="utf-8")
 
     def candidate(*args, **kwargs):
         writer.write(json.dumps([name, encode(list(args)), encode(kwargs)]) + "\n")

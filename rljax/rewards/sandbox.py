@@ -4,7 +4,8 @@ Three levels of isolation; a level that is demanded and not to be had is one err
 
 | level | network | file system | processes | system calls |
 |---|---|---|---|---|
-| `namespaces` (Linux) | an empty one | Python, libraries, a private /tmp | its own numbers; all end with it | filtered |
+| `namespaces` (Linux) | an empty one | Python, libraries, a private /tmp | its own numbers; all end with it | filtered
+|
 | `seccomp` (Linux) | no sockets | that of the user | no signals to others; all end with it | filtered |
 | `rlimits` | open | that of the user | its group ends with it | all |
 
@@ -17,7 +18,6 @@ import contextlib
 import functools
 import marshal
 import os
-import resource
 import selectors
 import shutil
 import signal
@@ -287,7 +287,7 @@ def _communicate(spec: bytes, stdin: bytes, limits: ResourceLimits) -> tuple[str
 
 
 def _exchange_bytes(report, feed, outputs: tuple, stdin: bytes, most: int, deadline: float) -> list[bytearray]:
-    """Write stdin and read report and outputs until the report has come; beyond `most` bytes of each they are dropped."""
+    """Write stdin; read all others until the report has come, `most` bytes of each, and drop the rest."""
     kept = {stream: bytearray() for stream in (report, *outputs)}
     with selectors.DefaultSelector() as selector:
         for stream in kept:

@@ -1,20 +1,20 @@
 """The process that puts programs into their sandboxes: `python -I -S sandbox_launcher.py SOCKET`.
 
 `rljax.rewards.sandbox` starts one for a process and sends it, for each program, five descriptors: of a file with the
-marshalled settings, of a pipe for one line of report, and the program's stdin, stdout and stderr. The report is "exit CODE
-SECONDS", "signal NUMBER SECONDS", "timeout 0 SECONDS", or "error MESSAGE" where the sandbox could not be set up; then the
-program was not run.
+marshalled settings, of a pipe for one line of report, and the program's stdin, stdout and stderr. The report is "exit
+CODE SECONDS", "signal NUMBER SECONDS", "timeout 0 SECONDS", or "error MESSAGE" where the sandbox could not be set up;
+then the program was not run.
 
     server  ->  launcher  ->  init  ->  the program
            fork          fork     fork, exec
 
-With namespaces init is process 1 of a process namespace: when it ends, the kernel ends whatever the program has started.
-It sees a read-only file system of Python and the shared libraries, with one writable folder that is gone with it.
-Without them init and launcher are subreapers, which orphans cannot leave, and the launcher kills their descendants.
+With namespaces init is process 1 of a process namespace: when it ends, the kernel ends whatever the program has
+started. It sees a read-only file system of Python and the shared libraries, with one writable folder that is gone with
+it. Without them init and launcher are subreapers, which orphans cannot leave, and the launcher kills their descendants.
 
 The server ends with the process that started it, whose end closes the socket, and all others end with the server. This
-file imports nothing of rljax. What it does between fork and exec is all that stands between a program and the machine, so
-nothing in it fails silently.
+file imports nothing of rljax. What it does between fork and exec is all that stands between a program and the machine,
+so nothing in it fails silently.
 """
 
 import ctypes
@@ -129,8 +129,8 @@ def filter_system_calls(own_signals_only: bool) -> None:
 def enter_namespaces() -> None:
     """New namespaces for this process; its next child is process 1 of a process namespace.
 
-    The ids are mapped by a child that stays outside. Where root starts the sandbox, the program becomes `nobody`: limits
-    of processes do not hold for root.
+    The ids are mapped by a child that stays outside. Where root starts the sandbox, the program becomes `nobody`:
+    limits of processes do not hold for root.
     """
     outside, inside = os.getuid(), os.getgid()
     maps = [f"{INSIDE} {outside} 1", f"{INSIDE} {inside} 1"]

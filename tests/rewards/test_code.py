@@ -117,17 +117,28 @@ def test_a_solution_cannot_reach_its_tests(name):
     assert judged(CHEATS[name], partial_credit=True) == 0.0
 
 
-def test_values_cross_unchanged():
-    values = (
-        "[(1, [2.5, None]), {'a': {1, 2}, (1,): frozenset([3])}, b'x', 1j, True, -10**5000, float('inf'), '\\ud800é']"
-    )
-    test = f"def check(candidate):\n    for v in {values}:\n        assert candidate(v) == v\n        assert type(candidate(v)) is type(v)"
-    assert counts("    return x\n", test) == TestCounts(16, 16, "ok")
-    raises = (
-        "def check(candidate):\n    try:\n        candidate(1)\n    except ZeroDivisionError as error:\n        assert 'zero' in str(error)\n"
-        "    else:\n        assert False"
-    )
-    assert counts("    return 1 / 0\n", raises) == TestCounts(1, 1, "ok")
+CROSSING = r"""
+def check(candidate):
+    values = [(1, [2.5, None]), {'a': {1, 2}, (1,): frozenset([3])}, b'x', 1j, True, -10**5000, float('inf'), '\ud800é']
+    for value in values:
+        assert candidate(value) == value
+        assert type(candidate(value)) is type(value)
+"""
+RAISING = """
+def check(candidate):
+    try:
+        candidate(1)
+    except ZeroDivisionError as error:
+        assert 'zero' in str(error)
+    else:
+        assert False
+"""
+
+
+def test_values_and_exceptions_cross_unchanged():
+    assert counts("    return x\n", CROSSING) == TestCounts(16, 16, "ok")
+    assert counts("    return 1 / 0\n", RAISING) == TestCounts(1, 1, "ok")
+    assert counts("    return 1\n", RAISING) == TestCounts(0, 1, "ok")
 
 
 def test_tests_that_raise_by_themselves():
@@ -139,7 +150,7 @@ def test_tests_that_raise_by_themselves():
 def test_columns_that_do_not_run_are_the_datas_fault():
     with pytest.raises(ValueError, match="the column test is no Python"):
         counts("    return 1\n", "def check(:")
-    with pytest.raises(ValueError, match="(?s)the columns prompt and test do not run: .*NameError"):
+    with pytest.raises(ValueError, match=r"(?s)the columns prompt and test do not run: .*NameError"):
         counts("    return 1\n", "undefined\n")
 
 
@@ -152,7 +163,7 @@ def test_a_sandbox_that_is_not_to_be_had_judges_nothing(monkeypatch):
     sandbox.probe_isolation.cache_clear()
 
 
-# ------------------------------------------------------------------------------------------------------ stdin and stdout
+# ----------------------------------------------------------------------------------------------------- stdin and stdout
 
 SUMS = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 -5", "output": "0"}]
 
