@@ -18,38 +18,38 @@ KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 MAX_CHARACTERS = 2**24  # of a value on the pipe
 
 
-def encode(value):
+def encode_value(value):
     """The value as JSON: of a subclass, what it holds. Raises TypeError for other than plain types."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
-        return [encode(item) for item in value]
+        return [encode_value(item) for item in value]
     if isinstance(value, dict):
-        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+        return {"dict": [[encode_value(key), encode_value(item)] for key, item in value.items()]}
     if isinstance(value, bytes):
         return {"bytes": list(value)}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     for name, kind in KINDS.items():
         if isinstance(value, kind):
-            return {name: [encode(item) for item in value]}
+            return {name: [encode_value(item) for item in value]}
     raise TypeError(f"a value of type {type(value).__name__}; legal: plain types")
 
 
-def decode(value):
-    """The value that `encode` was given, of exactly a plain type."""
+def decode_value(value):
+    """The value that `encode_value` was given, of exactly a plain type."""
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [decode_value(item) for item in value]
     if not isinstance(value, dict):
         return value
     ((name, content),) = value.items()
     if name == "dict":
-        return {decode(key): decode(item) for key, item in content}
+        return {decode_value(key): decode_value(item) for key, item in content}
     if name == "bytes":
         return bytes(content)
     if name == "complex":
         return complex(*content)
-    return KINDS[name](decode(item) for item in content)
+    return KINDS[name](decode_value(item) for item in content)
 
 
 def hide_from_debuggers() -> None:
@@ -78,7 +78,7 @@ def serve_solution(calls: int, replies: int) -> None:
             try:
                 if problem is not None:
                     raise problem
-                reply = {"value": encode(namespace[name](*decode(args), **decode(kwargs)))}
+                reply = {"value": encode_value(namespace[name](*decode_value(args), **decode_value(kwargs)))}
                 text = json.dumps(reply)
             except Exception as error:
                 text = json.dumps({"error": [type(error).__name__, str(error)[:1000]]})
@@ -92,12 +92,12 @@ def make_candidate(name: str, calls: int, replies: int):
     reader = os.fdopen(replies, encoding="utf-8")
 
     def candidate(*args, **kwargs):
-        writer.write(json.dumps([name, encode(list(args)), encode(kwargs)]) + "\n")
+        writer.write(json.dumps([name, encode_value(list(args)), encode_value(kwargs)]) + "\n")
         writer.flush()
         line = reader.readline(MAX_CHARACTERS)
         reply = json.loads(line) if line.endswith("\n") else {"error": ["RuntimeError", "the solution has ended"]}
         if "error" not in reply:
-            return decode(reply["value"])
+            return decode_value(reply["value"])
         kind = getattr(builtins, str(reply["error"][0]), None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             kind = RuntimeError
@@ -135,7 +135,7 @@ def run_tests(task: dict, candidate, report) -> None:
     report(b".")
 
 
-def main() -> None:
+def judge() -> None:
     """Fork the solution, read the tests, run them."""
     sys.set_int_max_str_digits(0)
     hide_from_debuggers()
@@ -158,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    judge()

@@ -121,7 +121,7 @@ def _reason_against(level: Level) -> str | None:
     except SandboxError as error:
         return str(error)
     if (found.status, found.stdout) != ("ok", "runs\n"):
-        user = "; as root it runs as the user nobody, who may not reach Python" if os.geteuid() == 0 else ""
+        user = "; as root it runs as user 65534, who may not reach Python" if os.geteuid() == 0 else ""
         return f"a program that prints one word ended with {found.status}: {found.stderr.strip()[-300:]}{user}"
     return None
 

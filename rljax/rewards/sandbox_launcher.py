@@ -129,7 +129,7 @@ def filter_system_calls(own_signals_only: bool) -> None:
 def enter_namespaces() -> None:
     """New namespaces for this process; its next child is process 1 of a process namespace.
 
-    The ids are mapped by a child that stays outside. Where root starts the sandbox, the program becomes `nobody`:
+    The ids are mapped by a child that stays outside. Where root starts the sandbox, the program becomes another user:
     limits of processes do not hold for root.
     """
     outside, inside = os.getuid(), os.getgid()
@@ -383,7 +383,7 @@ def serve_one(descriptors: list[int], server: int) -> None:
     os.write(report, line.encode())
 
 
-def main(descriptor: int) -> None:
+def serve(descriptor: int) -> None:
     """Fork a launcher for each request, until the socket closes."""
     os.umask(0o022)
     connection = socket.socket(fileno=descriptor)
@@ -416,4 +416,4 @@ def reap() -> bool:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    serve(int(sys.argv[1]))

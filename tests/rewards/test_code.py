@@ -1,5 +1,6 @@
 """Rewards of code: what passes, what fails, whose fault it is, and that a solution cannot reach its tests."""
 
+import dataclasses
 import functools
 import gzip
 import json
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments import score
+from experiments.common.rewards import read_rewards
+from experiments.common.settings import Reward
+from experiments.common.verifiers import VERIFIERS
 from rljax.rewards import code, sandbox
 from rljax.rewards.code import TestCounts, fenced_code, function_tests, solution_source, stdin_tests
 from rljax.rewards.pool import Pool
@@ -233,3 +238,29 @@ def test_humaneval():
     assert len(rows) == 164
     assert judge_in_pool(rows, [row["canonical_solution"] for row in rows]) == [(1.0, "ok")] * 164
     assert judge_in_pool(rows, ["    return None\n"] * 164) == [(0.0, "ok")] * 164
+
+
+# ---------------------------------------------------------------------------------------------------- from the command
+
+
+def test_a_file_of_solutions_is_scored(tmp_path, monkeypatch):
+    rows = [
+        {"prompt": PROMPT, "test": TEST, "entry_point": "half", "solution": text}
+        for text in ("    return x / 2", "    return 2")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Reward(timeout_seconds=SECONDS, partial_credit=True)
+    cfg = score.Config(str(tmp_path / "rows.jsonl"), ("code",), reward=settings, directory=str(tmp_path / "run"))
+    assert score.main(cfg)["code"] == {"rows": 2, "failed": 0, "right": 1}
+    records = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+    assert [record["scores"]["code"] for record in records] == [1.0, pytest.approx(1 / 3)]
+
+    monkeypatch.setattr(sandbox, "_reason_against", lambda level: "no kernel" if level == "seccomp" else None)
+    sandbox.probe_isolation.cache_clear()
+    demanding = dataclasses.replace(cfg, reward=Reward(isolation="seccomp"), directory=str(tmp_path / "other"))
+    with pytest.raises(SandboxError, match="isolation 'seccomp' is not available here"):
+        score.main(demanding)
+    with pytest.raises(SandboxError, match="isolation 'seccomp' is not available here"):
+        read_rewards(("code_stdin",), VERIFIERS, demanding.reward)
+    assert not (tmp_path / "other").exists()
+    sandbox.probe_isolation.cache_clear()
