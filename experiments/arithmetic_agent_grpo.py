@@ -39,7 +39,7 @@ class Config:
 
     seed: int = 0  # of everything: parameters, split, order, samples
     algorithm: CriticFree = "dapo"  # how to learn
-    shuffle_observations: bool = False  # a control: each conversation reads the calculator's answer to another one
+    shuffle_observations: bool = False  # a control: it reads what the calculator answered to another problem
     steps: int = 40  # steps of reinforcement: sample, score, update
     batches: Batches = Batches(prompts=32, num_generations=8)
     optimizer: Optimizer = Optimizer(learning_rate=3e-4, schedule="cosine")

@@ -7,9 +7,7 @@ from typing import Any
 from rljax.envs.text import TextEnv, TextStep
 
 
-def make_gymnasium(
-    make: Callable[[], Any], name: str, instructions: str = "", actions: Sequence[str] = ()
-) -> TextEnv:
+def make_gymnasium(make: Callable[[], Any], name: str, instructions: str = "", actions: Sequence[str] = ()) -> TextEnv:
     """The environment that make() returns, as a TextEnv; every episode makes one of its own.
 
     A turn is the action where actions are texts (`gymnasium.spaces.Text`), and holds its number or one of the names

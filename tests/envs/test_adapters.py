@@ -92,7 +92,7 @@ def test_tasks_of_reasoning_gym():
         ]
         assert all(turn.step.terminated for turn in turns)
     assert turns[0].step.reward < 1
-    with pytest.raises(ValueError, match="reasoning-gym: .*no_such_task"):
+    with pytest.raises(ValueError, match=r"reasoning-gym: .*no_such_task"):
         make_reasoning_gym("no_such_task", size=1)
 
 
