@@ -8,7 +8,7 @@ Letters: B rows, T decisions, S tokens (S = T + 1), P prompts, G completions per
 V vocabulary, D width, K reward components.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -237,6 +237,7 @@ class LM(NamedTuple):
     scatter: Callable  # (cache, rows, other) -> cache: refill finished slots
     fork: Callable  # (cache, n, columns) -> cache: n rows share each row, with empty columns of their own
     grow: Callable  # (cache, columns) -> cache with that many more columns
+    crop: Callable  # (cache, length [B]) -> cache: of each row only that many columns, the others are free again
     prepare: Callable | None = None  # (params, frozen) -> params, frozen: done once per rollout
     routing: Callable | None = None  # (cache) -> [B S ...] experts chosen at each token (mixture models)
     row_shards: int = 1  # devices that the rows of a cache are sharded over
@@ -268,6 +269,27 @@ class PromptBatch(NamedTuple):
     resume: Resume | None = None  # None: completions 0 .. n-1 of each row, from their first token
 
 
+class Turn(NamedTuple):
+    """What the policy wrote in one turn of a conversation, on the host."""
+
+    row: int  # which conversation: row of the batch, 0 .. B-1
+    tokens: list[int]  # the sampled ids, the stop token included
+    terminated: bool  # it met a stop token or stop string; False: it reached max_tokens or the end of the context
+
+
+class Observation(NamedTuple):
+    """What the environment answers to a turn."""
+
+    tokens: list[int]  # appended after the turn, not chosen by the policy: a tool's reply, the next turn's header
+    reward: float  # of the turn; NaN = it could not be judged
+    terminated: bool = False  # the task is over; nothing is appended then
+    truncated: bool = False  # cut (a deadline, a limit of turns): over, but not an end of the task
+
+
+# Answers to the turns that are complete, in their order; called on the host, a few conversations at a time.
+RespondFn = Callable[[Sequence[Turn]], Sequence[Observation]]
+
+
 @struct.dataclass
 class Sampling:
     """How to sample. Scalars hold for every row; arrays [P] hold one value per prompt. None turns a setting off.
@@ -295,6 +317,14 @@ class Sampling:
     # one, because no setting but the temperature changes the distribution or because `support` is kept; else refused
     max_concurrent: int | None = struct.field(pytree_node=False, default=None)  # rows at a time, refilled; None: all
     stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when this many completions have ended
+
+
+class ToolCall(NamedTuple):
+    """A call of a tool as a model wrote it."""
+
+    name: str
+    arguments: dict[str, Any]  # by name; under "" the text of a format whose arguments have no names
+    problem: str = ""  # why it does not parse; "" where it does
 
 
 # ------------------------------------------------------------------------------------------- building and checking

@@ -223,6 +223,13 @@ def grow(cache: Cache, columns: int) -> Cache:
     return cache | jax.tree.map_with_path(pad_columns, _per_token(cache))
 
 
+def crop(cache: Cache, length: Int[Array, "B"]) -> Cache:
+    """The cache with only the first length[b] columns of each row in use; the others are empty, to be written again."""
+    column = jnp.arange(cache["segments"].shape[1])[None]
+    segments = jnp.where(column < length[:, None], cache["segments"], 0)
+    return cache | {"segments": segments, "length": length}
+
+
 def fork(cache: Cache, n: int, columns: int) -> Cache:
     """n rows for each row of the cache, which they share as a prefix, with that many empty columns of their own."""
     rows = cache["length"].shape[0] * n

@@ -283,6 +283,7 @@ def language_model(config: DecoderConfig) -> LM:
         scatter=caches.scatter,
         fork=caches.repeat_kv if config.batch_invariant else caches.fork,
         grow=caches.grow,
+        crop=caches.crop,
         prepare=prepare,
         routing=None if config.moe is None else caches.routing,
         row_shards=num_shards(config.hidden_sharding, 0),

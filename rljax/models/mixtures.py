@@ -90,6 +90,7 @@ def _mixture(
         scatter=scatter,
         fork=of_both("fork"),
         grow=of_both("grow"),
+        crop=of_both("crop"),
         prepare=prepare,
         row_shards=own.row_shards,
     )

@@ -157,8 +157,10 @@ def check_resumed_support(prompts: PromptBatch, sampling: Sampling) -> None:
         raise ValueError(f"sampling.support is {sampling.support}; legal: {earlier}, as the resumed tokens have it")
 
 
-def sampling_settings(prompts: DevicePrompts, sampling: Sampling, seed: Array) -> SamplingSettings:
-    """The settings of each of the R completions."""
+def sampling_settings(
+    prompts: DevicePrompts, sampling: Sampling, seed: Array, sampled: Array | int = 0
+) -> SamplingSettings:
+    """The settings of each of the R completions. sampled: tokens of it that earlier turns sampled, [R] or for all."""
     source, index = prompts.requested(sampling.n)
     P = len(prompts.number)
 
@@ -172,7 +174,7 @@ def sampling_settings(prompts: DevicePrompts, sampling: Sampling, seed: Array) -
         bias = bias[source]
     keys = ops.row_keys(seed, prompts.step[source], prompts.number[source], index)
     resumed_length = prompts.chosen.sum(axis=1)[source]
-    uniforms_at = jax.vmap(lambda t: ops.token_uniforms(keys, resumed_length + t), out_axes=1)
+    uniforms_at = jax.vmap(lambda t: ops.token_uniforms(keys, sampled + resumed_length + t), out_axes=1)
     return SamplingSettings(
         uniforms=uniforms_at(jnp.arange(sampling.max_tokens)),
         context_length=prompts.mask.sum(axis=1)[source],
@@ -196,6 +198,13 @@ def bind_params(lm: LM, params: Params, frozen: Params) -> LM:
     if lm.prepare is not None:
         params, frozen = lm.prepare(params, frozen)
     return lm._replace(forward=partial(lm.forward, params, frozen), logits=partial(lm.logits, params, frozen))
+
+
+def prepare_once(lm: LM, params: Params, frozen: Params) -> tuple[LM, Params, Params]:
+    """The model and its parameters for a rollout of several compiled calls, prepared before the first of them."""
+    if lm.prepare is None:
+        return lm, params, frozen
+    return lm._replace(prepare=None), *jax.jit(lm.prepare)(params, frozen)
 
 
 def prefill(lm: LM, prompts: DevicePrompts, sampling: Sampling) -> Prefilled:

@@ -28,8 +28,7 @@ def stream(
     if sampling.max_concurrent is not None or every < 1:
         given = f"max_concurrent = {sampling.max_concurrent}, every = {every}"
         raise ValueError(f"{given}; legal in a stream: max_concurrent=None, every at least 1")
-    params, frozen = _prepare(lm, params, frozen)
-    lm = lm._replace(prepare=None)
+    lm, params, frozen = sampler.prepare_once(lm, params, frozen)
     prompts = sampler.to_device(rows, step)
     capacity = min(INITIAL_CAPACITY, sampling.max_tokens)
     state, settings = _prefill(lm, params, frozen, prompts, sampling, jnp.int32(seed), capacity)
@@ -45,11 +44,6 @@ def stream(
         yield completions
         if end == sampling.max_tokens or not should_continue(completions, len(completions.done), sampling):
             return
-
-
-@partial(jax.jit, static_argnames="lm")
-def _prepare(lm, params, frozen):
-    return (params, frozen) if lm.prepare is None else lm.prepare(params, frozen)
 
 
 @partial(jax.jit, static_argnames=("lm", "columns"))
