@@ -18,6 +18,7 @@ from experiments.common.chips import Topology
 from experiments.common.micro_batches import Pieces
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
+from rljax.models.policy import default_chunk_tokens
 from rljax.train.mesh import RULES, data_parallel_size, sharding_of
 
 SINGLE = 4  # bytes of a float32
@@ -87,44 +88,90 @@ def cache_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) ->
 
 
 def activation_terms(
-    config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes, has_gradient: bool = True
+    config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes, has_gradient: bool, backend: str
 ) -> dict[str, float]:
     """About the bytes on one device that a pass over a micro-batch holds besides its arguments and results, by array.
 
-    A layer and the logits are computed one after the other: only the larger of the two is counted. With a gradient, the
-    inputs of layers stay for the backward pass (full remat; else all that a layer computes), and what the layer or the
-    logits compute exists twice.
+    Attention, the MLP and the logits are computed one after the other. Without a gradient the largest of the three is
+    counted; with one, a layer's backward pass holds all that the layer computes, so a layer or the logits. The inputs
+    of layers stay for the backward pass too (full remat; else all that each layer computes).
     """
+    half = np.dtype(config.dtype).itemsize
+    rows_at_once = sizes.rows * sizes.epochs // (sizes.updates * sizes.pieces.micro_batches)
+    columns = sizes.max_tokens / mesh.shape["sequence"]
+    rows = max(1.0, rows_at_once / data_parallel_size(mesh))
+    tokens = rows * (columns + sizes.prompt_tokens / sizes.pieces.group_size / mesh.shape["sequence"])
+    attention, mlp = _layer_terms(config, mesh, sizes, rows, columns, tokens, has_gradient, backend)
+    logits = _logits_terms(config, mesh, rows_at_once, columns, has_gradient, backend)
+    stages = [_added(attention, mlp)] if has_gradient else [attention, mlp]
+    terms = max(*stages, logits, key=lambda stage: sum(stage.values()))
+    if has_gradient:
+        shares = math.prod(mesh.shape[name] for name in ("fsdp", "tensor", "expert"))
+        kept = 0 if config.remat == "full" else (config.num_layers - 1) * (attention["one layer"] + mlp["one layer"])
+        copies = 1 if sizes.pieces.micro_batches == 1 else 2  # the sum, and what a micro-batch adds to it
+        terms["inputs of layers"] = config.num_layers * tokens * config.hidden_size * half + kept
+        terms["gradients"] = copies * num_params(config) / shares * SINGLE
+    return terms
+
+
+def _layer_terms(
+    config: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    sizes: Sizes,
+    rows: float,
+    columns: float,
+    tokens: float,
+    has_gradient: bool,
+    backend: str,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What attention and the MLP of one layer compute, and their weights as a device computes with them."""
     half = np.dtype(config.dtype).itemsize
     tensor = mesh.shape["tensor"]
     heads = max(1, config.num_heads // tensor)
-    rows_at_once = sizes.rows * sizes.epochs // (sizes.updates * sizes.pieces.micro_batches)
-    rows = max(1.0, rows_at_once / data_parallel_size(mesh))
-    columns = sizes.max_tokens / mesh.shape["sequence"]
-    tokens = rows * (columns + sizes.prompt_tokens / sizes.pieces.group_size / mesh.shape["sequence"])
-    inner = config.moe.intermediate_size * config.moe.num_experts_per_tok if config.moe else config.intermediate_size
-    of_layer = tokens * half * (4 * config.hidden_size + (2 * heads + 2 * config.num_kv_heads) * config.head_dim)
-    of_layer += 3 * tokens * half * inner / tensor
-    times = 2 if has_gradient else 1
-    layer = {
-        "one layer": times * of_layer,
-        "attention scores": times * rows * heads * columns * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE,
-        "weights of a layer": num_layer_params(config) / config.num_layers / tensor * (half + SINGLE * has_gradient),
+    projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    attention_weights = (projected + config.num_heads * config.head_dim) * config.hidden_size
+    of_weight = (half + SINGLE * has_gradient) / tensor
+    # Elsewhere a kernel computes scores and probabilities again; XLA has both, and with a gradient those of both.
+    scores = rows * heads * columns * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE * (backend == "cpu")
+    attention = {
+        "one layer": tokens * half * (4 * config.hidden_size + (projected + config.num_heads * config.head_dim) / tensor),
+        "attention scores": (4 if has_gradient else 2) * scores,
+        "weights of a layer": attention_weights * of_weight,
     }
-    chunk = max(rows_at_once, min(rows_at_once * columns, 2**27 // config.vocab_size * mesh.size))
+    inner = config.moe.intermediate_size * config.moe.num_experts_per_tok if config.moe else config.intermediate_size
+    layer_weights = num_layer_params(config) / config.num_layers / mesh.shape["expert"]
+    mlp = {
+        "one layer": 3 * tokens * half * inner / tensor,
+        "weights of a layer": (layer_weights - attention_weights / mesh.shape["expert"]) * of_weight,
+    }
+    return attention, mlp
+
+
+def _added(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
+
+
+def _logits_terms(
+    config: DecoderConfig,
+    mesh: jax.sharding.Mesh,
+    rows: int,
+    columns: float,
+    has_gradient: bool,
+    backend: str,
+) -> dict[str, float]:
+    """Logits of a chunk of tokens, with what their log-probs need, and the table that they are products with.
+
+    Where tokens are few they go to the parts of the table (`models.layers`); else each device has all of it. A gradient
+    of the table exists twice: the sum over chunks, and a chunk's.
+    """
+    half = np.dtype(config.dtype).itemsize
+    chunk = max(rows, min(rows * columns, default_chunk_tokens(config.vocab_size, backend, mesh.size)))
     table = config.vocab_size * config.hidden_size
     moves = chunk * config.hidden_size * half + chunk * config.vocab_size * SINGLE / mesh.size < table * half
-    logits = {
+    return {
         "logits": 3 * chunk / mesh.size * config.vocab_size * SINGLE,
-        "table of logits": 0.0 if moves else table * (half + SINGLE * has_gradient),
+        "table of logits": table * (half + 2 * SINGLE * has_gradient) / (mesh.size if moves else 1),
     }
-    terms = max(layer, logits, key=lambda stage: sum(stage.values()))
-    if has_gradient:
-        shares = math.prod(mesh.shape[name] for name in ("fsdp", "tensor", "expert"))
-        kept = 0 if config.remat == "full" else (config.num_layers - 1) * of_layer
-        terms["inputs of layers"] = config.num_layers * tokens * config.hidden_size * half + kept
-        terms["gradients"] = num_params(config) / shares * SINGLE
-    return terms
 
 
 # --------------------------------------------------------------------------------------------------------------- time

@@ -92,10 +92,13 @@ def resident(state: Any) -> dict[str, float]:
     return {name: float(costs.device_bytes(tree)) for name, tree in arrays.items() if costs.device_bytes(tree)}
 
 
-def by_formulas(config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any) -> Plan:
-    """The plan without compiling anything."""
+def by_formulas(
+    config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any, backend: str = ""
+) -> Plan:
+    """The plan without compiling anything. backend: "cpu" for devices of the CPU; "": those of the topology."""
     held = resident(state)
     tensor = mesh.shape["tensor"]
+    backend = backend or ("tpu" if topology.is_tpu else "gpu")
     decoding = {
         "KV cache": 2 * costs.cache_bytes(config, mesh, sizes),  # a copy while it grows
         "logits": 3 * sizes.rows / mesh.size * config.vocab_size * costs.SINGLE,
@@ -103,8 +106,8 @@ def by_formulas(config: DecoderConfig, topology: Topology, mesh: Any, sizes: Siz
     }
     memory = [
         Memory("rollout", held | decoding),
-        Memory("scoring", held | costs.activation_terms(config, mesh, sizes, has_gradient=False)),
-        Memory("update", held | costs.activation_terms(config, mesh, sizes)),
+        Memory("scoring", held | costs.activation_terms(config, mesh, sizes, False, backend)),
+        Memory("update", held | costs.activation_terms(config, mesh, sizes, True, backend)),
     ]
     return Plan(topology, mesh, sizes, memory, costs.phases(config, topology, mesh, sizes), {})
 
