@@ -319,6 +319,14 @@ class Sampling:
     stop_after: int | None = struct.field(pytree_node=False, default=None)  # stop when this many completions have ended
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool as a model wrote it."""
+
+    name: str
+    arguments: dict[str, Any]  # by name; under "" the text of a format whose arguments have no names
+    problem: str = ""  # why it does not parse; "" where it does
+
+
 # ------------------------------------------------------------------------------------------- building and checking
 
 

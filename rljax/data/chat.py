@@ -71,6 +71,32 @@ def encode_conversation(
     return ids, mask
 
 
+def encode_reply(chat: Chat, messages: Messages, turn_ended: bool, reply: Messages, tools: Tools = None) -> list[int]:
+    """The ids that follow a turn as it was sampled: the rest of its end, the messages of a reply, generation prompt.
+
+    They are the template's own continuation: the difference of two renderings. No token that was sampled is encoded
+    again, as in a dialogue with the model.
+
+    Args:
+      messages: of the conversation before the turn. turn_ended: it ended with a stop token; else that is written here.
+      reply: messages of other roles than the assistant's.
+    """
+    known = [{**message, "content": message["content"].replace(MARK, "")} for message in messages]
+    shown = [*known, {"role": "assistant", "content": MARK}, *reply]
+    after = prompt_text(chat, shown, tools).partition(MARK)[2]
+    end = (_end_of_turn(after, chat) or 0) if turn_ended else 0
+    return encode_after(after[:end], after[end:], chat.encode, chat.encode)
+
+
+def takes_role(chat: Chat, role: str) -> bool:
+    """Whether the template writes messages of this role after a turn of the assistant."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}]
+    try:
+        return "4217" in prompt_text(chat, [*turns, {"role": role, "name": "tool", "content": "4217"}])
+    except ValueError:
+        return False
+
+
 def ignores_tools(chat: Chat) -> bool:
     """Whether the template writes the same text with tools and without them."""
     function = {"name": MARK, "description": MARK, "parameters": {"type": "object", "properties": {}}}

@@ -254,7 +254,8 @@ function drawReward(reward, mean, far) {
 function drawFacts(record) {
   const scores = Object.entries(record.scores).map(([name, score]) =>
     el("span", {}, name + " ", el("b", {}, score === null ? "not scored" : short(score)), " \u00b7 "));
-  const length = el("i", {}, `${record.length} ${record.length === 1 ? "token" : "tokens"}`);
+  const turns = record.turns ? `${record.turns.filter((turn) => turn.policy).length} turns \u00b7 ` : "";
+  const length = el("i", {}, `${turns}${record.length} ${record.length === 1 ? "token" : "tokens"}`);
   const end = record.ended ? el("i", {}, " \u00b7 ended") : el("i", { class: "cut" }, " \u00b7 cut off");
   return el("div", { class: "facts" }, ...scores, length, record.ended === null ? null : end);
 }
@@ -272,7 +273,8 @@ function drawCompletion(record, mean, far, scales) {
     onclick: () => { if (!String(getSelection())) toggle(); },
     onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); toggle(); } },
   });
-  const text = el("div", { class: open ? "text faint once" : "text clamp" }, record.completion || "(nothing)");
+  const said = record.turns ? record.turns.map((turn) => el("span", { class: turn.policy ? "" : "seen" }, turn.text)) : [record.completion || "(nothing)"];
+  const text = el("div", { class: open ? "text faint once" : "text clamp" }, ...said);
   line.append(drawReward(record.reward, mean, far), text, drawFacts(record));
   return el("li", open ? { class: "open", id: "open" } : {}, line, open ? drawTokens(record, scales) : null);
 }
@@ -309,9 +311,24 @@ function drawTokens(record, scales) {
   flow.addEventListener("pointerover", (event) => showTip(event, flow, record.tokens));
   flow.addEventListener("click", (event) => showTip(event, flow, record.tokens));
   flow.addEventListener("pointerleave", hideTip);
+  if (record.turns) box.append(drawTurns(record.turns));
   box.append(el("div", { class: "tools" }, el("div", { class: "choice" }, ...buttons), legend), flow);
   show(chosen);
   return box;
+}
+
+function drawTurns(turns) {
+  // What the policy wrote, turn by turn with its reward, and set apart from it what it was answered.
+  let number = 0;
+  const parts = turns.map((turn) => {
+    const size = `${turn.end - turn.start} ${turn.end - turn.start === 1 ? "token" : "tokens"}`;
+    const facts = [turn.policy ? `turn ${++number}` : "observation", size];
+    if (turn.policy) facts.push(turn.reward === null ? "no reward" : `reward ${short(turn.reward)}`);
+    if (turn.notes) facts.push(turn.notes);
+    return el("li", { class: turn.policy ? "turn" : "turn seen" },
+      el("p", { class: "meta" }, ...facts.map((fact) => el("span", {}, fact))), el("div", { class: "text" }, turn.text || "(no text)"));
+  });
+  return el("ol", { class: "turns" }, ...parts);
 }
 
 function legendOf(name, scale) {

@@ -190,6 +190,7 @@ class Run:
         names: Sequence[str],
         prompts: PromptBatch,
         log_ratio: Array | None = None,
+        turn_notes: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Log the completions of the first prompts of the batch, token by token, and write the report again.
 
@@ -198,6 +199,7 @@ class Run:
         Args:
           decode: token ids -> text. names: of the verifiers, as in `scores`.
           prompts: those of the batch, whose numbers are in `batch.traj.group`. log_ratio: [B T], shown with the tokens.
+          turn_notes: of each conversation of the batch, a text for each turn.
         """
         began = time.monotonic()
         batch, log_ratio = distributed.fetch((batch, log_ratio))
@@ -205,7 +207,9 @@ class Run:
             return
         index = {int(number): i for i, number in enumerate(prompts.number)}
         columns = [prompts.columns[index[number]] for number in batch.traj.group.tolist()]
-        records = sample_records(step, batch, decode, names=names, columns=columns, log_ratio=log_ratio)
+        records = sample_records(
+            step, batch, decode, names=names, columns=columns, log_ratio=log_ratio, turn_notes=turn_notes
+        )
         self._log.samples(records)
         write_report(self.directory)
         self._step_began += time.monotonic() - began

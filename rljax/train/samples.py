@@ -13,10 +13,17 @@ One record per completion, whole groups together:
 `tokens` holds columns of equal length, one entry per token of prompt and completion; padding is left out. `chosen` is 1
 where the policy chose the token, `mask` where it is trained on; the numbers are null elsewhere. Numbers have four
 significant digits.
+
+A conversation of several turns also has its parts after the prompt, in order: turns of the policy, and between them
+what it was answered. `start` and `end` are their tokens in the columns, `notes` what the environment says of the turn:
+
+     "turns": [{"policy": 1, "text": "<calc(2*3)>", "start": 4, "end": 16, "reward": 0.0, "notes": "tool calls 1"},
+               {"policy": 0, "text": "6=", "start": 16, "end": 18}, ..]
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -38,6 +45,7 @@ def sample_records(
     names: Sequence[str] = (),
     columns: Sequence[Mapping[str, Any]] | None = None,
     log_ratio: Array | None = None,
+    turn_notes: Sequence[Sequence[str]] | None = None,
     limit: int = 4,
 ) -> list[dict]:
     """The completions of the first `limit` prompts of an unpacked batch, as records.
@@ -47,6 +55,7 @@ def sample_records(
       names: of the K verifiers whose results are `batch.traj.scores` [B K].
       columns: of the dataset, to be shown: B dicts, or P of them where B = P·G and the rows of a prompt are adjacent.
       log_ratio: [B T] log-prob of each decision after the update minus before it; None if it was not computed.
+      turn_notes: of each of B conversations, a text for each turn of the policy.
 
     Raises ValueError where `names` or `columns` do not fit the batch.
     """
@@ -68,6 +77,7 @@ def sample_records(
             **_texts(traj, b, decode),
             "columns": _columns_as_text(columns[b * len(columns) // B]) if columns else {},
             **_rewards(traj, b, names),
+            **_turns(traj, b, decode, turn_notes[b] if turn_notes else ()),
             "tokens": _token_columns(traj, b, decode, per_token),
         }
         for b in rows
@@ -112,6 +122,25 @@ def _rewards(traj: Trajectory, b: int, names: Sequence[str]) -> dict[str, Any]:
         "length": int(mask.sum()),
         "ended": ended,
     }
+
+
+def _turns(traj: Trajectory, b: int, decode: Decode, notes: Sequence[str]) -> dict[str, list]:
+    """{"turns": the parts of the conversation after its prompt}; nothing where there is one turn, without an answer."""
+    ids, chosen = _token_ids(traj, b)
+    edges = [*(np.flatnonzero(np.diff(chosen)) + 1).tolist(), len(ids)]  # the first part is the prompt
+    if len(edges) <= 2:
+        return {}
+    rewards = None if traj.rewards is None else np.append(0, traj.rewards[b][_decisions(traj, b)])
+    turns = []
+    for start, end in pairwise(edges):
+        turn = {"policy": int(chosen[start]), "text": text_after(decode, ids[:start], ids[start:end])}
+        turn |= {"start": start, "end": end}
+        if chosen[start]:
+            number = len(turns) // 2
+            turn["reward"] = None if rewards is None else round_or_none(rewards[start:end].sum())
+            turn["notes"] = notes[number] if number < len(notes) else ""
+        turns.append(turn)
+    return {"turns": turns}
 
 
 def _token_columns(traj: Trajectory, b: int, decode: Decode, per_token: Mapping[str, np.ndarray]) -> dict[str, list]:

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerFast
 
-from rljax.data.chat import encode_conversation, encode_prompt, ignores_tools
+from rljax.data.chat import MARK, encode_conversation, encode_prompt, encode_reply, ignores_tools, takes_role
 from rljax.data.examples import demonstration, prompt_ids
 from rljax.data.tokenizer import load_tokenizer
 
@@ -240,3 +240,47 @@ def test_one_line_for_what_a_template_cannot_do(template, messages, said, tmp_pa
 def test_a_prompt_needs_a_generation_prompt(tmp_path):
     with pytest.raises(ValueError, match="no generation prompt"):
         encode_prompt(tokenizer_of(tmp_path, HEADER).chat, [ASK])
+
+
+# ------------------------------------------------------------------------------------------- dialogues with the model
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+@pytest.mark.parametrize("name", NOT_DRAWN)
+def test_a_reply_continues_what_was_sampled_as_the_template_does(name, role, shared):
+    """Prompt, turn and reply one after another are the whole conversation as the template writes it."""
+    tokenizer = load_tokenizer(shared / "chat" / name)
+    chat = tokenizer.chat
+    assert takes_role(chat, "tool") == (name not in ("gemma", "phi3"))
+    if not takes_role(chat, role):
+        return
+    reply = [{"role": role, "name": "add", "content": f"12 {MARK} und\n"}]
+    turn = tokenizer.encode_more("yes")
+    end = [
+        token for token in tokenizer.stop if tokenizer.decode_all([token]) in chat.render([ASK, SAY, ASK], None, True)
+    ]
+    prompt = encode_prompt(chat, [ASK])
+    want = encode_prompt(chat, [ASK, SAY, *reply])
+    assert prompt + turn + end[:1] + encode_reply(chat, [ASK], True, reply) == want
+    assert prompt + turn + encode_reply(chat, [ASK], False, reply) == want
+    # Further on in the conversation it is the same: what was sampled before does not matter.
+    long = [ASK, {"role": "assistant", "content": f"{MARK}</think>no"}, ASK]
+    assert encode_reply(chat, long, True, reply) == encode_reply(chat, [ASK], True, reply)
+
+
+def test_several_replies_are_written_at_once(shared):
+    chat = load_tokenizer(shared / "chat" / "qwen3").chat
+    replies = [{"role": "tool", "name": "add", "content": text} for text in ("1", "2")]
+    both = encode_reply(chat, [ASK], True, replies)
+    text = chat.render([ASK, SAY, *replies], None, True).partition("yes<|im_end|>")[2]
+    assert both == chat.encode(text)
+    assert text.count("<tool_response>") == 2
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_a_template_that_refuses_a_role_says_so(tmp_path):
+    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer = tokenizer_of(tmp_path, template + CHATML.removeprefix("{% for m in messages %}"))
+    assert not takes_role(tokenizer.chat, "tool")
+    with pytest.raises(ValueError, match=r"refuses message 3 \(tool\): no tools"):
+        encode_reply(tokenizer.chat, [ASK], True, [{"role": "tool", "content": "1"}])

@@ -310,3 +310,22 @@ def test_a_browser_draws_it_and_runs_nothing_else(tmp_path, rendered):
     assert len(re.findall(r'<div class="flow">', seen)) == 1
     assert "later" not in seen
     assert ">seed</dt><dd>3<" in seen
+
+
+def test_a_browser_sets_observations_apart_from_turns(tmp_path, rendered):
+    turns = [
+        {"policy": 1, "text": "<calc(2*3)>", "start": 1, "end": 2, "reward": 0.0, "notes": "tool calls 1"},
+        {"policy": 0, "text": "6=", "start": 2, "end": 3},
+        {"policy": 1, "text": "<b>6</b>", "start": 3, "end": 4, "reward": None, "notes": ""},
+    ]
+    write_run(tmp_path / "run", [{"reward": 0.1}], [record(0, turns=turns), record(0, text="of old")])
+    page = rendered(tmp_path / "run" / "report.html", "step=0&completion=0&color=mask")
+    seen = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r'<li class="(turn[ a-z]*)">', seen) == ["turn", "turn seen", "turn"]
+    assert "turn 1</span><span>1 token</span><span>reward 0</span><span>tool calls 1<" in seen
+    assert "observation</span><span>1 token<" in seen
+    assert "turn 2</span><span>1 token</span><span>no reward<" in seen
+    assert "&lt;calc(2*3)&gt;" in seen
+    assert "<b>6</b>" not in seen
+    assert "2 turns \u00b7 1 token" in seen
+    assert "of old" in seen

@@ -147,3 +147,34 @@ def test_a_completion_keeps_the_space_that_it_begins_with():
 
     record = sample_records(0, batch(), decode_words, names=("a", "b"))[0]
     assert (record["prompt"], record["completion"]) == ("a b", " d e f")
+
+
+def conversation():
+    """Prompt "ab", turns "c" and "de" with rewards 0 and 1, and "xy" between them, which was not chosen."""
+    tokens = np.array([[1, 2, 3, 24, 25, 4, 5], [1, 2, 3, 4, 0, 0, 0]])
+    segments = np.array([[1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+    chosen = np.array([[0, 0, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0, 0]], bool)
+    rewards = np.array([[0, 0, 0, 0, 0, 0.25, 0.75], [0, 0, 0, NAN, 0, 0, 0]])
+    traj = trajectory_of_tokens(tokens, segments, chosen, np.zeros((2, 7)), rewards=rewards, group=np.array([0, 0]))
+    return Batch(traj=traj, advantages=np.zeros((2, 6)), mask=traj.mask)
+
+
+def test_a_conversation_has_its_turns_and_what_stood_between_them():
+    several, single = sample_records(0, conversation(), decode, turn_notes=[["tool calls 1"], []])
+    assert several["turns"] == [
+        {"policy": 1, "text": "c", "start": 2, "end": 3, "reward": 0.0, "notes": "tool calls 1"},
+        {"policy": 0, "text": "xy", "start": 3, "end": 5},
+        {"policy": 1, "text": "de", "start": 5, "end": 7, "reward": 1.0, "notes": ""},
+    ]
+    assert several["completion"] == "cxyde"
+    assert "".join(several["tokens"]["text"][turn["start"] : turn["end"]][0] for turn in several["turns"]) == "cxd"
+    assert "turns" not in single
+
+
+def test_a_turn_that_was_not_judged_has_no_reward():
+    unjudged = conversation()
+    rewards = np.where(np.asarray(unjudged.traj.rewards) == 0.75, NAN, unjudged.traj.rewards)
+    record = sample_records(
+        0, Batch(unjudged.traj.replace(rewards=rewards), unjudged.advantages, unjudged.mask), decode
+    )[0]
+    assert [turn.get("reward") for turn in record["turns"]] == [0.0, None, None]
