@@ -59,6 +59,7 @@ def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.M
         adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
         hidden_sharding=hidden_sharding(mesh),
+        gather_for_generation=weights.gather_for_generation,
     )
 
 
