@@ -22,7 +22,7 @@ from pathlib import Path
 from experiments.common import command_line, data, runs
 from experiments.common.records import append_lines, read_lines
 from experiments.common.settings import Rare, Reward
-from experiments.common.verifiers import VERIFIERS, check_answers
+from experiments.common.verifiers import VERIFIERS, check_answers, with_sandbox
 from rljax.data.files import Table, read_table
 from rljax.rewards.pool import Call, Pool
 from rljax.rewards.score import RewardError, columns_taken, read_signature
@@ -53,7 +53,7 @@ def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str
     """Judge every row; return for each reward how many rows are of which kind."""
     if unknown := [name for name in cfg.rewards if name not in verifiers]:
         raise ValueError(f"reward {unknown[0]!r}; legal: {', '.join(verifiers)}")
-    chosen = {name: verifiers[name] for name in cfg.rewards}
+    chosen = {name: with_sandbox(verifiers[name], cfg.reward) for name in cfg.rewards}
 
     # -- the rows
     table = read_table(cfg.data)

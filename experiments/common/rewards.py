@@ -13,6 +13,7 @@ from experiments.common import settings
 from experiments.common.hub import find_model
 from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
+from experiments.common.verifiers import with_sandbox
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
 from rljax.ops.shaping import at_last_decision
@@ -72,7 +73,7 @@ def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Calla
     """Puts the reward where `found` has those of its kind. Raises ValueError where it is of none."""
     kind, _, place = name.partition(":")
     if name in verifiers:
-        found.verifiers[name] = verifiers[name]
+        found.verifiers[name] = with_sandbox(verifiers[name], options)
     elif kind in SERVERS and place:
         check_url(place)
         found.servers[name] = SERVERS[kind](place, options)

@@ -142,6 +142,8 @@ class Reward:
 
     timeout_seconds: Rare[float] = 5.0  # seconds that a verifier has for one completion
     workers: Rare[int] = 1  # processes that run verifiers
+    isolation: Rare[Literal["namespaces", "seccomp", "rlimits"]] = "namespaces"  # of the model's code (SECURITY.md)
+    partial_credit: Rare[bool] = False  # code is rewarded with the share of tests that it passes, not for all alone
     max_failed: Rare[float] = 0.5  # share of a rollout that a reward may leave unjudged; beyond it the run stops
     step_separator: Rare[str] = "\\n"  # text that ends a step for a process reward model; \n is a new line
     compare: Rare[Literal["score", "pairwise", "ranking"]] = (

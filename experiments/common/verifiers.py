@@ -1,11 +1,15 @@
 """The verifiers that `--rewards` can name, and a look at every row's answer before anything is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+from experiments.common import settings
 from rljax.data.files import Table
+from rljax.rewards.code import function_tests, stdin_tests
 from rljax.rewards.format import think_then_answer
 from rljax.rewards.number import exact_number, final_number, last_box
 from rljax.rewards.pool import Call, Pool
+from rljax.rewards.sandbox import probe_isolation
 from rljax.rewards.score import LEGAL, RewardError, columns_taken, read_signature
 from rljax.rewards.symbolic import equal_math
 from rljax.rewards.text import animals, exact_text
@@ -13,6 +17,8 @@ from rljax.rewards.worker import Result, call_verifier
 
 VERIFIERS = {
     "animals": animals,
+    "code": function_tests,
+    "code_stdin": stdin_tests,
     "math": equal_math,
     "number": exact_number,
     "text": exact_text,
@@ -21,7 +27,21 @@ VERIFIERS = {
 # What a majority is taken of. Of mathematics it is the text in the last box: 1/2 and 0.5 are two answers there.
 FINAL_ANSWERS = {exact_number: final_number, exact_text: str.strip, equal_math: last_box}
 SAFE = {animals, exact_number, exact_text, think_then_answer}  # end soon by themselves: need no worker's deadline
+SANDBOXED = {function_tests, stdin_tests}
+SANDBOX_SHARE = 0.6  # of a verifier's deadline that the model's code has; the sandbox around it takes some time, too
 TRIED = 64  # rows on which a verifier of somebody else's is tried: it may be slow
+
+
+def with_sandbox(verifier: Callable, options: settings.Reward) -> Callable:
+    """The verifier; one that runs the model's code, with the isolation and the deadline that the settings demand.
+
+    Raises SandboxError where this machine does not have that isolation.
+    """
+    if verifier not in SANDBOXED:
+        return verifier
+    probe_isolation(options.isolation)
+    seconds = SANDBOX_SHARE * options.timeout_seconds
+    return partial(verifier, isolation=options.isolation, partial_credit=options.partial_credit, seconds=seconds)
 
 
 def check_answers(table: Table, verifiers: Mapping[str, Callable], pool: Pool) -> None:

@@ -1,0 +1,103 @@
+"""Programs that try to get out of the sandbox, or to wear it out. They print what they got."""
+
+SURVEY = r"""
+import ctypes, os, signal, socket, sys
+
+def tries(name, attempt):
+    try:
+        print(name, "got", repr(attempt()))
+    except BaseException as error:
+        print(name, "refused", type(error).__name__)
+
+def system_call(number, *args):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args)) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+secret, outside, port, number = sys.stdin.read().split()
+def connect(): socket.create_connection(("127.0.0.1", int(port)), 1)
+def unix(): socket.socket(socket.AF_UNIX).connect(secret)
+def vsock(): socket.socket(40, socket.SOCK_STREAM)
+def link(): os.symlink(secret, "link"); return open("link").read()
+def link_to_write(): os.symlink(outside, "out"); open("out", "w").write("written")
+def hard_link(): os.link(secret, "hard")
+
+tries("connect", connect)
+tries("unix", unix)
+tries("vsock", vsock)
+tries("packets", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+tries("read", lambda: open(secret).read())
+tries("link", link)
+tries("hard_link", hard_link)
+tries("write", lambda: open(outside, "w").write("written"))
+tries("link_to_write", link_to_write)
+tries("library", lambda: open(os.__file__, "a"))
+tries("root", lambda: open("/new", "w"))
+tries("devices", lambda: os.mknod("disk", 0o60600, os.makedev(254, 0)))
+tries("proc", lambda: open(f"/proc/{number}/environ").read())
+tries("proc_parent", lambda: open(f"/proc/{os.getppid()}/environ").read())
+tries("kill_parent", lambda: os.kill(os.getppid(), signal.SIGKILL))
+tries("kill_host", lambda: os.kill(int(number), signal.SIGKILL))
+tries("become_root", lambda: os.setuid(0))
+tries("change_root", lambda: os.chroot("/tmp"))
+tries("unshare", lambda: system_call(272, 0x10000000))
+tries("clone", lambda: system_call(56, 0x10000011, 0, 0, 0, 0))
+tries("clone3", lambda: system_call(435, 0, 0))
+tries("ptrace", lambda: system_call(101, 16, os.getppid(), 0, 0))
+tries("io_uring", lambda: system_call(425, 1, 0))
+tries("memfd", lambda: os.memfd_create("m"))
+tries("bpf", lambda: system_call(321, 0, 0, 0))
+tries("keyring", lambda: system_call(250, 0, -3, 0))
+tries("limits", lambda: __import__("resource").setrlimit(7, (1000, 1000)))
+print("environment", sorted(os.environ))
+print("still", "alive")
+"""
+
+# Each leaves processes behind that carry MARK in their command line.
+SURVIVORS = r"""
+import os, sys, time
+mark, how = sys.stdin.read().split()
+sleeper = [sys.executable, "-S", "-c", "import time; time.sleep(600)", mark]
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for descriptor in range(3):
+            os.close(descriptor)
+        os.execv(sleeper[0], sleeper)
+    os._exit(0)
+if os.fork() == 0:
+    os.execv(sleeper[0], sleeper)
+time.sleep(0.3)
+print("started", flush=True)
+if how == "stay":
+    time.sleep(600)
+os._exit(0)
+"""
+
+FORK_BOMB = r"""
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+
+FORGERY = r"""
+import os
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, b"exit 0 0.0\n")
+    except OSError:
+        pass
+os._exit(7)
+"""
+
+LEFTOVERS = r"""
+import os
+os.symlink("/", "root")
+os.makedirs("a/b/c")
+open("a/b/c/file", "w").write("text")
+os.chmod("a/b/c", 0)
+os.chmod("a/b", 0)
+"""
