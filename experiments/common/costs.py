@@ -1,9 +1,9 @@
-"""What a step of grpo.py costs on a pod, by formulas: operations, bytes moved, bytes sent. Bytes held: `device_memory.py`.
+"""What a step of grpo.py costs on a pod, by formulas: operations, bytes moved and sent. `device_memory.py`: bytes held.
 
-Operations are those of the matrix products and of attention (a
-fused multiply-add is two). What a device reads and writes is its weights, its cache and its activations, each as often
-as a pass needs them at least. Compiling is not needed; where a program is compiled, the compiler's own figures replace
-those for collectives (`experiments/preflight.py`).
+Operations are those of the matrix products and of attention (a fused multiply-add is two). What a device reads and
+writes is its weights, its cache and its activations, each as often as a pass needs them at least. Compiling is not
+needed; where a program is compiled, the compiler's own figures replace those for collectives
+(`experiments/preflight.py`).
 """
 
 import math
