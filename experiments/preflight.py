@@ -45,7 +45,9 @@ TPU_VARIABLES = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
+# What the TPU compiler says of a program that does not fit. Its "temporaries" are all of it: arguments and results too.
+OUT_OF_MEMORY = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+UNITS = {"K": GIB / 1024**2, "M": GIB / 1024, "G": GIB, "T": GIB * 1024}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +119,10 @@ def formulas(cfg: Config, config: DecoderConfig, topology: Topology, sizes: dict
 
 
 def sweep(cfg: Config, config: DecoderConfig, topology: Topology) -> list[Plan]:
-    """The plans of all meshes that the batch divides over, with and without weights gathered for a rollout, by formulas,
-    best first; the table of the first 16."""
+    """The plans of all meshes that the batch divides over, with weights gathered for rollouts and without, best first.
+
+    By formulas; prints the first 16.
+    """
     plans = []
     for mesh in plan.meshes(topology, config):
         for gathers in (False, True)[: 1 + (mesh.shape["fsdp"] > 1)]:
@@ -148,9 +152,7 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
     for program in step.programs:
         log_info(f"compiling {program.name} ...")
         start, cpu = time.perf_counter(), time.process_time()
-        arrays, sent[program.name] = compile_program(
-            program, sum(held.values()), chunk_size(cfg.sampling.max_tokens - 1)
-        )
+        arrays, sent[program.name] = compile_program(program, chunk_size(cfg.sampling.max_tokens - 1))
         if program.name in ("prefill", "rollout") and "temporaries" in arrays:
             known = {"KV cache": cache if program.name == "rollout" else 0, "gathered weights": copy}
             arrays = known | arrays | {"temporaries": arrays["temporaries"] - sum(known.values())}
@@ -172,6 +174,7 @@ def pod_devices(topology: Topology) -> list[jax.Device]:
     for name, value in TPU_VARIABLES.items():
         os.environ[name] = value  # jax has set some of them for the machine that it found
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles; there is nothing for it to run on
+    jax.config.update("jax_enable_compilation_cache", False)  # no program of an absent pod can be read back
     from jax.experimental import topologies
 
     try:
@@ -181,19 +184,23 @@ def pod_devices(topology: Topology) -> list[jax.Device]:
         raise ValueError(f"topology {topology.name!r}: libtpu knows no such slice ({reason})") from None
 
 
-def compile_program(program: lowering.Program, held: float, open_loop_trips: int) -> tuple[dict[str, float], list]:
+def compile_program(program: lowering.Program, open_loop_trips: int) -> tuple[dict[str, float], list]:
     """Bytes that a program needs besides the state, by the compiler; and its collectives.
 
-    held: bytes of the whole state on a device. Where it does not fit the compiler tells how much it used.
+    Where it does not fit the compiler says how large it is, and there are no collectives. Raises ValueError where it
+    refuses the program for another reason.
     """
     try:
         executable = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = OUT_OF_MEMORY.search(str(error))
-        if used is None:
-            raise
-        size = float(used[1]) * (GIB if used[2] == "G" else GIB / 1024)
-        return {"temporaries": max(0.0, size - program.state_bytes)}, []
+        found = OUT_OF_MEMORY.search(str(error))
+        if found is None:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the TPU compiler refuses the program of {program.name}: {reason}; legal: another --mesh, or "
+                "--programs none for the plan by formulas"
+            ) from None
+        return {"temporaries": max(0.0, float(found[1]) * UNITS[found[2]] - program.state_bytes)}, []
     stats = executable.memory_analysis()
     arrays = {
         "other arguments": float(stats.argument_size_in_bytes - program.state_bytes),

@@ -125,7 +125,8 @@ def load_teacher(
             f"{directory}: a teacher of {vocab_size} token ids, the student has {student.vocab_size}; "
             "legal: the same vocabulary"
         )
-    return load_model(directory, mesh, dtype, context, student.scan_layers)
+    config, params = load_model(directory, mesh, dtype, context, student.scan_layers)
+    return dataclasses.replace(config, gather_for_generation=student.gather_for_generation), params
 
 
 def add_critic(

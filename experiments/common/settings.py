@@ -90,7 +90,7 @@ class Weights:
     adapter: Adapter = Adapter()
     freeze: Rare[tuple[str, ...]] = ()  # regular expressions of paths (decoder/layers/3/mlp/up) that are not trained
     offload: Rare[tuple[Literal["opt_state", "frozen"], ...]] = ()  # kept in the host's memory between uses
-    gather_for_generation: bool = False  # a copy for each rollout, gathered over --mesh.fsdp: much faster, if it fits
+    gather_for_generation: Rare[bool] = False  # a copy for each rollout, gathered over --mesh.fsdp: fast, if it fits
     ref_sync_steps: Rare[int] = 0  # steps between updates of the reference from the policy; 0: never
     ref_mixup_alpha: Rare[float] = 1.0  # share of the policy in the updated reference
 

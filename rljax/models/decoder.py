@@ -195,32 +195,32 @@ def _fused_mlp(config: DecoderConfig, mlp: Params) -> Params:
 
 
 def gather_layers(config: DecoderConfig, params: Params) -> Params:
-    """The parameters with the matrices of layers as a device computes with them: in `config.dtype`, whole along the axis
-    `embed`, over which FSDP splits them, and split along the others as they were.
+    """The parameters with the matrices of layers as a device computes with them: in `config.dtype`, and no longer split
+    along the axis `embed`, which is FSDP's.
 
     Tables of the vocabulary stay where they are: to sample, each device uses its part.
     """
     axes = flatten_dict(param_axes(config))
 
-    def whole(x: Array, names: tuple, dtype=config.dtype) -> Array:
+    def gather(x: Array, names: tuple, dtype=config.dtype) -> Array:
         if "embed" not in names:
             return x
         spec = PartitionSpec(*[None if name == "embed" else PartitionSpec.UNCONSTRAINED for name in names])
         return jax.lax.with_sharding_constraint(x.astype(dtype), NamedSharding(config.hidden_sharding.mesh, spec))
 
-    def gathered(path: tuple, weight: Array | LoraWeight) -> Array | LoraWeight:
+    def gather_weight(path: tuple, weight: Array | LoraWeight) -> Array | LoraWeight:
         if not isinstance(weight, LoraWeight):
-            return whole(weight, axes[path])
+            return gather(weight, axes[path])
         beside = axes_beside(path, axes[path])
-        gain = None if weight.gain is None else whole(weight.gain, beside["magnitude"], weight.gain.dtype)
+        gain = None if weight.gain is None else gather(weight.gain, beside["magnitude"], weight.gain.dtype)
         return weight.replace(
-            weight=whole(weight.weight, axes[path]),
-            down=whole(weight.down, beside["down"]),
-            up=whole(weight.up, beside["up"]),
+            weight=gather(weight.weight, axes[path]),
+            down=gather(weight.down, beside["down"]),
+            up=gather(weight.up, beside["up"]),
             gain=gain,
         )
 
-    return unflatten_dict({path: gathered(path, weight) for path, weight in flatten_dict(params).items()})
+    return unflatten_dict({path: gather_weight(path, weight) for path, weight in flatten_dict(params).items()})
 
 
 def _of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:

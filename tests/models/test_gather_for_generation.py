@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common import costs
 from experiments.common.hlo import collectives
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
@@ -30,8 +31,7 @@ CONFIG = DecoderConfig(
     gather_for_generation=True,
 )
 MIXTURE = dataclasses.replace(CONFIG, scan_layers=True, moe=MoEConfig(4, 2, 32, layers=(0, 1), norm_topk_prob=True))
-ADAPTED = dataclasses.replace(CONFIG, adapter=LoraConfig(rank=2, use_dora=True))
-STACKED_ADAPTER = dataclasses.replace(ADAPTED, scan_layers=True)
+STACKED_ADAPTER = dataclasses.replace(CONFIG, scan_layers=True, adapter=LoraConfig(rank=2, use_dora=True))
 MANY = 1000  # turns of decoding, where the text does not say
 
 
@@ -50,12 +50,18 @@ def on_mesh(config, **sizes):
     return config, placed(params), {name: placed(part) for name, part in frozen.items() if part}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
         (CONFIG, {"fsdp": 8}),
         (MIXTURE, {"fsdp": 2, "tensor": 2, "expert": 2}),
-        (ADAPTED, {"fsdp": 2, "tensor": 2, "data": 2}),
         (STACKED_ADAPTER, {"fsdp": 4, "tensor": 2}),
     ],
 )
@@ -66,8 +72,8 @@ def test_the_copy_is_the_weights_in_the_dtype_of_the_computation(config, sizes):
     axes = decoder.param_axes(config)
 
     def check(names, mine, given):
-        of_weight = mine.weight if isinstance(mine, LoraWeight) else mine
-        assert of_weight.sharding.is_equivalent_to(without_fsdp(config, names, of_weight.shape), of_weight.ndim)
+        weight = mine.weight if isinstance(mine, LoraWeight) else mine
+        assert weight.sharding.is_equivalent_to(without_fsdp(config, names, weight.shape), weight.ndim)
         for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(given), strict=True):
             if "embed" in names and one.dtype == config.dtype:
                 other = other.astype(config.dtype)
@@ -85,16 +91,21 @@ def without_fsdp(config, names, shape):
 
 
 @pytest.mark.parametrize(
-    ("config", "sizes"), [(CONFIG, {"fsdp": 4, "tensor": 2}), (MIXTURE, {"fsdp": 4, "expert": 2})]
+    ("config", "sizes"),
+    [
+        (dataclasses.replace(CONFIG, scan_layers=True), {"fsdp": 4, "tensor": 2}),
+        pytest.param(MIXTURE, {"fsdp": 4, "expert": 2}, marks=pytest.mark.nightly),
+    ],
 )
 def test_no_weights_are_gathered_for_each_token(config, sizes):
+    """Scanned layers: of unrolled ones XLA takes the gathers out of the loop by itself, at least on CPU."""
     P, L = 8, 3
     tokens = np.ones((P, L), np.int32)
     prompts = PromptBatch(tokens, tokens > 0, np.arange(P, dtype=np.int32), [{}] * P, P)
     sampling = Sampling(n=1, max_tokens=6)
 
     def gathered_in_loop(config) -> float:
-        """Bytes of weights that are gathered for a token."""
+        """Bytes of weights that are gathered for a token: of all arrays that are no smaller than a matrix."""
         config, params, frozen = on_mesh(config, **sizes)
         arguments = (params, frozen, sampler.to_device(prompts, 0), sampling, jnp.int32(0))
         lowered = sampler.sample_on_devices.lower(decoder.language_model(config), *arguments)
@@ -102,7 +113,6 @@ def test_no_weights_are_gathered_for_each_token(config, sizes):
         found = collectives(lowered.compile().as_text(), MANY)
         return sum(x.bytes * x.times / MANY for x in found if x.times >= MANY and x.bytes >= smallest)
 
-    in_layers = sum(x.size for x in jax.tree.leaves(decoder.abstract(config)["layers"]) if x.ndim > 1)
     before = gathered_in_loop(dataclasses.replace(config, gather_for_generation=False))
-    assert before >= 0.9 * in_layers
+    assert before >= costs.gathered_bytes(config, meshes.make_mesh(**sizes))
     assert gathered_in_loop(config) == 0
