@@ -10,7 +10,7 @@ are sampled together, at most --rows completions at a time.
 There is no password. Whoever reaches the port may ask, and load weights from this machine's disk: keep it on
 127.0.0.1, or behind something that asks for one.
 
-Reached: not yet measured.
+Reached: not yet run as a service; tests/test_serve.py drives it with 64 clients.
 """
 
 import contextlib
