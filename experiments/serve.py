@@ -7,7 +7,7 @@ docs/serving.md has the addresses and their fields. What a request gets depends 
 and the seed of the server, not on who else asks: `rollouts.sampler.sample` gives the same tokens. Requests that wait
 are sampled together, at most --rows completions at a time.
 
-There is no password. Whoever reaches the port may ask, and load weights from this machine's disk: keep it on
+There is no password. All who reach the port may ask, and load weights from this machine's disk: keep it on
 127.0.0.1, or behind something that asks for one.
 
 Reached: not yet run as a service; tests/test_serve.py drives it with 64 clients.

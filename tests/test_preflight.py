@@ -333,13 +333,41 @@ def test_a_sweep_ranks_meshes_and_says_why(capsys):
     fitting = [one for one in plans if one.over <= 0]
     assert all(plans[0].seconds <= one.seconds for one in fitting)
     assert all(plan.why_not(one, plans[0]) for one in plans[1:])
-    assert "all-gather of weights over fsdp" in out.replace("\n", " ")
+    assert found.gathers  # the best one gathers the weights once a rollout
+    assert {one.gathers for one in plans} == {False, True}
+    assert "all-gather of weights over" in out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_libtpu_one_line_says_what_to_install():
     with pytest.raises(ValueError, match=r"pip install \"rljax\[preflight\]\""):
         preflight.main(preflight.Config("qwen3-0.6b", "v5e:2x2"))
+
+
+class Refused:
+    """A lowered program that the compiler refuses."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_program_that_does_not_fit_is_as_large_as_the_compiler_says():
+    """Its words for the update of Llama-3-70B on v5e:4x4."""
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (99.82G) exceeds "
+        "available HBM (15.75G)."
+    )
+    program = lowering.Program("update", lambda: Refused(message), state_bytes=2**30, calls=1)
+    assert preflight.compile_program(program, 1) == ({"temporaries": pytest.approx(98.82 * 2**30)}, [])
+
+
+def test_what_the_compiler_refuses_is_one_error():
+    program = lowering.Program("update", lambda: Refused("INTERNAL: Mosaic failed\nat line 3"), 0, 1)
+    with pytest.raises(ValueError, match=r"program of update: INTERNAL: Mosaic failed; legal: another --mesh.*none"):
+        preflight.compile_program(program, 1)
 
 
 @pytest.mark.nightly

@@ -86,6 +86,20 @@ def cache_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) ->
     return on_device(sizes.prompts, sizes.prompt_tokens) + on_device(sizes.rows, sizes.max_tokens)
 
 
+def gathered_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
+    """The copy of the layers' weights on one device that the sampler makes with `gather_for_generation`."""
+    item = np.dtype(config.dtype).itemsize
+
+    def of_weight(names: tuple, weight: jax.ShapeDtypeStruct) -> int:
+        if "embed" not in names:
+            return 0
+        kept = tuple(None if name == "embed" else name for name in names)
+        return math.prod(sharding_of(mesh, kept, weight.shape).shard_shape(weight.shape)) * item
+
+    axes, shapes = decoder.param_axes(config), decoder.abstract(config)
+    return sum(jax.tree.leaves(jax.tree.map(of_weight, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))))
+
+
 def activation_terms(
     config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes, has_gradient: bool = True
 ) -> dict[str, float]:
@@ -193,6 +207,8 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
     cut = sizes.pieces.micro_batches
     passes = PASSES[config.remat]
     local = devices / mesh.shape["tensor"]
+    sampled = num_layer_params(config) / num_params(config)  # a sampler gathers no tables of the vocabulary
+    gathers = 0 if config.gather_for_generation else N
 
     def phase(name: str, flops: float, hbm: float, sent: Iterable[Sent]) -> Phase:
         sent = tuple(one for one in sent if one.bytes > 0)
@@ -204,13 +220,13 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
             "prefill",
             forward_flops(config, P * L, P * seen_pairs(config, 0, L), P),
             weights + 20 * layer_bytes * P * L / local,
-            _sent(config, mesh, P * L, passes=1, gathers=1),
+            _sent(config, mesh, P * L, passes=1, gathers=sampled),
         ),
         phase(
             "decode",
             forward_flops(config, B * N, B * decode_pairs, B * N),
             decode_hbm,
-            _sent(config, mesh, B * N, passes=1, gathers=N, logits=B * N),
+            _sent(config, mesh, B * N, passes=1, gathers=gathers * sampled, logits=B * N),
         ),
         phase(
             "scoring",

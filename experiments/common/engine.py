@@ -68,14 +68,14 @@ class Stage(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters, and the version by which whoever trains them knows them."""
+    """Parameters, and the version by which their trainer knows them."""
 
     params: Params
     version: str
 
 
 class Engine:
-    """Samples for whoever asks. `close` ends its thread.
+    """Samples for those who ask. `close` ends its thread.
 
     Args:
       pieces: the bytes of each token. stop: ids that end every completion. rows: most completions sampled at a time.
@@ -146,7 +146,7 @@ class Engine:
                 self._answer(batch)
 
     def _take(self) -> "list[Request] | _Update":
-        """The requests of the next batch, without those that nobody waits for; or new weights, if they are next."""
+        """The requests of the next batch, without those that were abandoned; or new weights, if they are next."""
         batch = []
         count = 0
         while self._waiting:
@@ -167,7 +167,7 @@ class Engine:
         try:
             self.weights = Weights(self.load(job.directory), job.version)
             self.counts["updates"] += 1
-        except Exception as error:  # of the files: whoever asked gets it
+        except Exception as error:  # of the files: raised where it was asked for
             problem = error
         job.done.put(problem)
 
@@ -189,7 +189,7 @@ class Engine:
                         self.counts["tokens"] += sum(len(answer.tokens) for answer in answers)
                 if not unfinished:
                     break
-        except Exception as error:  # a bug: nobody is to wait for ever
+        except Exception as error:  # a bug: no client is to wait for ever
             for i in unfinished:
                 batch[i].stages.put(Stage([], version, f"{type(error).__name__}: {error}"))
 

@@ -28,8 +28,9 @@ from rljax.rollouts.sampler import DevicePrompts
 from rljax.rollouts.turn_decoding import TurnState, TurnTokens
 from rljax.types import LM, Array, Observation, Params, PromptBatch, RespondFn, Sampling, Trajectory, Turn
 
-MIN_CHUNK = 16  # columns of the widest chunk: a quarter of the context, but between these
+MIN_CHUNK = 16  # tokens of the widest chunk: a quarter of the context, but between these
 MAX_CHUNK = 512
+INITIAL_COLUMNS = 128  # of the caches at first; doubled when full, since attention reads them all. Each is compiled
 
 
 def sample_conversations(
@@ -74,6 +75,7 @@ def sample_conversations(
     while waiting or (slots >= 0).any():
         fresh = _fill_slots(slots, waiting)
         begins |= fresh
+        state = engine.make_room(state, record, slots)
         if read_prompts is not None and fresh.any():
             state = turn_decoding.admit(lm, state, read_prompts, np.maximum(slots, 0) // sampling.n, fresh)
         state = engine.read(state, record, slots, begins, from_the_start=read_prompts is None)
@@ -164,13 +166,22 @@ class _Engine(NamedTuple):
 
     @property
     def widest(self) -> int:
-        """Columns of the widest chunk. The caches have as many columns beyond the context, for its padding."""
+        """Tokens of the widest chunk. The caches have as many columns beyond the conversations, for its padding."""
         return min(max(_power_of_two(self.max_context // 4), MIN_CHUNK), MAX_CHUNK)
 
     def empty_state(self, rows: int) -> TurnState:
         """So many empty slots."""
-        columns = self.max_context + self.widest
+        columns = min(INITIAL_COLUMNS, self.max_context + self.widest)
         return turn_decoding.empty_slots(self.lm, self.params, self.frozen, self.sampling, rows, columns)
+
+    def make_room(self, state: TurnState, record: ConversationRecord, slots: np.ndarray) -> TurnState:
+        """The state with caches that have room for a turn of each conversation in the slots."""
+        longest = record.length[slots[slots >= 0]].max() + self.sampling.max_tokens
+        needed = min(longest, self.max_context) + self.widest
+        columns = state.columns
+        while columns < needed:
+            columns = min(2 * columns, self.max_context + self.widest)
+        return state if columns == state.columns else turn_decoding.grow_slots(self.lm, state, columns)
 
     def read_prompts(self, record: ConversationRecord) -> TurnState:
         """Each prompt once, in a row of its own."""
