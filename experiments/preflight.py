@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.common import command_line, costs, lowering, models, plan, plan_page, train
+from experiments.common import command_line, costs, device_memory, lowering, models, plan, plan_page, train
 from experiments.common.algorithms import CriticFree
 from experiments.common.chips import GIB, Topology, read_topology
 from experiments.common.hlo import collectives
@@ -45,7 +45,9 @@ TPU_VARIABLES = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
+# What the TPU compiler says of a program that does not fit. Its "temporaries" are all of it: arguments and results too.
+OUT_OF_MEMORY = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+UNITS = {"K": GIB / 1024**2, "M": GIB / 1024, "G": GIB, "T": GIB * 1024}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +88,22 @@ def main(cfg: Config) -> Plan:
     if cfg.sweep:
         swept = sweep(cfg, config, topology)
         best = dict(swept[0].mesh.shape)
-        cfg = dataclasses.replace(cfg, mesh=MeshShape(**best))
-    found = formulas(cfg, config, topology, cfg.mesh.sizes)
+        cfg = dataclasses.replace(gathering(cfg, swept[0].gathers), mesh=MeshShape(**best))
+    found = by_formulas = formulas(cfg, config, topology, cfg.mesh.sizes)
     if compiles:
         found = compiled(cfg, config, topology, found)
     show(cfg, found)
+    if not found.gathers and found.mesh.shape["fsdp"] > 1:
+        log_info(plan.gathering_line(by_formulas, formulas(gathering(cfg, True), config, topology, cfg.mesh.sizes)))
     if cfg.html:
         plan_page.write(cfg.html, cfg, found, swept)
         log_info(f"written: {cfg.html}")
     return found
+
+
+def gathering(cfg: Config, gathers: bool) -> Config:
+    """The settings with the weights gathered for each rollout, or not."""
+    return dataclasses.replace(cfg, weights=dataclasses.replace(cfg.weights, gather_for_generation=gathers))
 
 
 def formulas(cfg: Config, config: DecoderConfig, topology: Topology, sizes: dict[str, int]) -> Plan:
@@ -110,17 +119,21 @@ def formulas(cfg: Config, config: DecoderConfig, topology: Topology, sizes: dict
 
 
 def sweep(cfg: Config, config: DecoderConfig, topology: Topology) -> list[Plan]:
-    """The plans of all meshes that the batch divides over, by formulas, best first; the table of the first 16."""
+    """The plans of all meshes that the batch divides over, with weights gathered for rollouts and without, best first.
+
+    By formulas; prints the first 16.
+    """
     plans = []
     for mesh in plan.meshes(topology, config):
-        try:
-            plans.append(formulas(cfg, config, topology, dict(mesh.shape)))
-        except ValueError:  # completions that do not divide over it
-            continue
+        for gathers in (False, True)[: 1 + (mesh.shape["fsdp"] > 1)]:
+            try:
+                plans.append(formulas(gathering(cfg, gathers), config, topology, dict(mesh.shape)))
+            except ValueError:  # completions that do not divide over it
+                continue
     if not plans:
         raise ValueError(f"the batch divides over no mesh of {topology.size} devices; legal: more completions a step")
     plans = plan.ranked(plans)
-    table(f"{len(plans)} meshes, by formulas", plan.sweep_rows(plans)[:16])
+    table(f"{len(plans)} plans, by formulas; gathered: --weights.gather_for_generation", plan.sweep_rows(plans)[:16])
     return plans
 
 
@@ -133,17 +146,16 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
     config = models.trained_config(config, cfg.weights, mesh)
     step = lowering.shapes_of_step(cfg, config, mesh)
     held = plan.resident(step.state)
-    cache = costs.cache_bytes(config, mesh, step.sizes)
+    cache = device_memory.cache_bytes(config, mesh, step.sizes)
+    copy = device_memory.gathered_bytes(config, mesh) if config.gather_for_generation else 0
     memory, sent = [], {}
     for program in step.programs:
         log_info(f"compiling {program.name} ...")
         start, cpu = time.perf_counter(), time.process_time()
-        arrays, sent[program.name] = compile_program(
-            program, sum(held.values()), chunk_size(cfg.sampling.max_tokens - 1)
-        )
+        arrays, sent[program.name] = compile_program(program, chunk_size(cfg.sampling.max_tokens - 1))
         if program.name in ("prefill", "rollout") and "temporaries" in arrays:
-            part = cache if program.name == "rollout" else cache * 0
-            arrays = {"KV cache": part, **arrays, "temporaries": arrays["temporaries"] - part}
+            known = {"KV cache": cache if program.name == "rollout" else 0, "gathered weights": copy}
+            arrays = known | arrays | {"temporaries": arrays["temporaries"] - sum(known.values())}
         memory.append(Memory(program.name, held | arrays))
         took = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
         log_info(f"{program.name}: {took}; {plan.gib(memory[-1].total)} GiB a device")
@@ -154,7 +166,7 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
     prefill, decode, *rest = phases  # a rollout begins with a prefill
     wire = max(0.0, decode.seconds["interconnect"] - prefill.seconds["interconnect"])
     decode = decode._replace(seconds=decode.seconds | {"interconnect": wire})
-    return Plan(topology, mesh, step.sizes, memory, [prefill, decode, *rest], sent)
+    return Plan(topology, mesh, step.sizes, memory, [prefill, decode, *rest], sent, found.gathers)
 
 
 def pod_devices(topology: Topology) -> list[jax.Device]:
@@ -162,6 +174,7 @@ def pod_devices(topology: Topology) -> list[jax.Device]:
     for name, value in TPU_VARIABLES.items():
         os.environ[name] = value  # jax has set some of them for the machine that it found
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles; there is nothing for it to run on
+    jax.config.update("jax_enable_compilation_cache", False)  # no program of an absent pod can be read back
     from jax.experimental import topologies
 
     try:
@@ -171,19 +184,23 @@ def pod_devices(topology: Topology) -> list[jax.Device]:
         raise ValueError(f"topology {topology.name!r}: libtpu knows no such slice ({reason})") from None
 
 
-def compile_program(program: lowering.Program, held: float, open_loop_trips: int) -> tuple[dict[str, float], list]:
+def compile_program(program: lowering.Program, open_loop_trips: int) -> tuple[dict[str, float], list]:
     """Bytes that a program needs besides the state, by the compiler; and its collectives.
 
-    held: bytes of the whole state on a device. Where it does not fit the compiler tells how much it used.
+    Where it does not fit the compiler says how large it is, and there are no collectives. Raises ValueError where it
+    refuses the program for another reason.
     """
     try:
         executable = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = OUT_OF_MEMORY.search(str(error))
-        if used is None:
-            raise
-        size = float(used[1]) * (GIB if used[2] == "G" else GIB / 1024)
-        return {"temporaries": max(0.0, size - program.state_bytes)}, []
+        found = OUT_OF_MEMORY.search(str(error))
+        if found is None:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the TPU compiler refuses the program of {program.name}: {reason}; legal: another --mesh, or "
+                "--programs none for the plan by formulas"
+            ) from None
+        return {"temporaries": max(0.0, float(found[1]) * UNITS[found[2]] - program.state_bytes)}, []
     stats = executable.memory_analysis()
     arrays = {
         "other arguments": float(stats.argument_size_in_bytes - program.state_bytes),
@@ -201,7 +218,7 @@ def show(cfg: Any, found: Plan) -> None:
     """Print the plan."""
     source = "compiled" if found.collectives else "by formulas"
     log_info()
-    log_info(f"{found.topology.name} as {plan.mesh_name(found.mesh)}: {plan.batch_line(found)}")
+    log_info(f"{found.topology.name} as {plan.layout(found)}: {plan.batch_line(found)}")
     table(f"memory, {source}", plan.memory_rows(found))
     table("a step, at the published peaks", plan.phase_rows(found))
     if found.collectives:

@@ -121,6 +121,10 @@ SECTIONS: dict[str, dict[str, Classification]] = {
         "with_entropy": Classification(*ANY, "", "entropy bonus"),
         "with_positive_nll": Classification(*ANY, "rewards"),
     },
+    "Wrappers: credit of turns": {
+        "turn_level": Classification(*ANY, "rewards, steps"),
+        "turn_groups": Classification(*ANY, "rewards, groups, steps"),
+    },
     "Wrappers: rewards, rows and advantages": {
         "kl_in_reward": Classification(*ANY, "rewards", "KL to reference in reward"),
         "missing_eos_penalty": Classification(*ANY, "rewards, which completions terminated"),

@@ -59,6 +59,7 @@ def trained_config(config: DecoderConfig, weights: Weights, mesh: jax.sharding.M
         adapter=lora_of(weights.adapter),
         batch_invariant=weights.batch_invariant,
         hidden_sharding=hidden_sharding(mesh),
+        gather_for_generation=weights.gather_for_generation,
     )
 
 
@@ -124,7 +125,8 @@ def load_teacher(
             f"{directory}: a teacher of {vocab_size} token ids, the student has {student.vocab_size}; "
             "legal: the same vocabulary"
         )
-    return load_model(directory, mesh, dtype, context, student.scan_layers)
+    config, params = load_model(directory, mesh, dtype, context, student.scan_layers)
+    return dataclasses.replace(config, gather_for_generation=student.gather_for_generation), params
 
 
 def add_critic(

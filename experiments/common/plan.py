@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments.common import costs
+from experiments.common import costs, device_memory
 from experiments.common.chips import GIB, Topology
 from experiments.common.costs import Phase, Sizes
 from experiments.common.hlo import Collective
@@ -20,6 +20,7 @@ TRY = {
     "optimizer": "more devices on --mesh.fsdp or --mesh.tensor, or --weights.adapter.rank 16",
     "reference": "more devices on --mesh.fsdp, or --weights.adapter.rank 16: its reference needs no copy",
     "KV cache": "fewer or shorter completions, --sampling.max_concurrent, or more devices",
+    "gathered weights": "a larger --mesh.tensor, --mesh.expert for a mixture, or no --weights.gather_for_generation",
     "gradients": "more devices on --mesh.fsdp or --mesh.tensor",
     "attention scores": "more --batches.micro_batches, --mesh.tensor or --mesh.sequence",
     "inputs of layers": "more --batches.micro_batches, or --mesh.sequence",
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     memory: list[Memory]
     phases: list[Phase]
     collectives: dict[str, list[Collective]]  # of each compiled program; {}: nothing was compiled
+    gathers: bool  # the weights for each rollout (`DecoderConfig.gather_for_generation`)
 
     @property
     def worst(self) -> Memory:
@@ -89,24 +91,26 @@ def abstract_mesh(topology: Topology, sizes: Mapping[str, int]) -> AbstractMesh:
 def resident(state: Any) -> dict[str, float]:
     """Bytes on a device of what stays there between programs."""
     arrays = {"parameters": state.params, "optimizer": state.opt_state, **state.frozen}
-    return {name: float(costs.device_bytes(tree)) for name, tree in arrays.items() if costs.device_bytes(tree)}
-
-
-def by_formulas(config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any) -> Plan:
-    """The plan without compiling anything."""
-    held = resident(state)
-    tensor = mesh.shape["tensor"]
-    decoding = {
-        "KV cache": 2 * costs.cache_bytes(config, mesh, sizes),  # a copy while it grows
-        "logits": 3 * sizes.rows / mesh.size * config.vocab_size * costs.SINGLE,
-        "weights of a layer": 4 * costs.num_layer_params(config) / config.num_layers / tensor,
+    return {
+        name: float(device_memory.device_bytes(tree))
+        for name, tree in arrays.items()
+        if device_memory.device_bytes(tree)
     }
+
+
+def by_formulas(
+    config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any, backend: str = ""
+) -> Plan:
+    """The plan without compiling anything. backend: "cpu" for devices of the CPU; "": those of the topology."""
+    held = resident(state)
+    backend = backend or ("tpu" if topology.is_tpu else "gpu")
     memory = [
-        Memory("rollout", held | decoding),
-        Memory("scoring", held | costs.activation_terms(config, mesh, sizes, has_gradient=False)),
-        Memory("update", held | costs.activation_terms(config, mesh, sizes)),
+        Memory("rollout", held | device_memory.decoding_terms(config, mesh, sizes, backend)),
+        Memory("scoring", held | device_memory.activation_terms(config, mesh, sizes, False, backend)),
+        Memory("update", held | device_memory.activation_terms(config, mesh, sizes, True, backend)),
     ]
-    return Plan(topology, mesh, sizes, memory, costs.phases(config, topology, mesh, sizes), {})
+    phases = costs.phases(config, topology, mesh, sizes)
+    return Plan(topology, mesh, sizes, memory, phases, {}, config.gather_for_generation)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -206,10 +210,19 @@ def batch_line(plan: Plan) -> str:
     )
 
 
-def mesh_name(mesh: Any) -> str:
-    """fsdp 16 x tensor 4: the axes that are used."""
-    used = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
-    return " x ".join(used) or "one device"
+def layout(plan: Plan) -> str:
+    """fsdp 16 x tensor 4: the axes that are used; and whether a rollout gathers the weights once."""
+    used = [f"{name} {size}" for name, size in plan.mesh.shape.items() if size > 1]
+    return (" x ".join(used) or "one device") + (", gathered" if plan.gathers else "")
+
+
+def gathering_line(plan: Plan, gathered: Plan) -> str:
+    """What a step would be if each rollout gathered the weights once."""
+    fits = f"fits, {gib(-gathered.over)} GiB free" if gathered.over <= 0 else f"over by {gib(gathered.over)} GiB"
+    return (
+        f"with --weights.gather_for_generation, by formulas: a step in {gathered.seconds:,.1f} s instead of "
+        f"{plan.seconds:,.1f} ({fits})"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
@@ -235,7 +248,7 @@ def sweep_rows(plans: list[Plan]) -> list[dict[str, str]]:
     return [
         {
             "": str(place),
-            "mesh": mesh_name(plan.mesh),
+            "mesh": layout(plan),
             "step, s": f"{plan.seconds:,.1f}",
             "GiB": gib(plan.worst.total),
             "why not first": "" if plan is best else why_not(plan, best),

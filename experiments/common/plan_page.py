@@ -38,7 +38,7 @@ def write(file: str, cfg: Any, found: Plan, swept: list[Plan]) -> None:
         tables.append(("Meshes, by formulas", plan.sweep_rows(swept)))
     parts = [bars(found), *(f"<h2>{escape(title)}</h2>{html_table(rows)}" for title, rows in tables)]
     page = PAGE.format(
-        title=escape(f"{cfg.model} on {found.topology.name}: {plan.mesh_name(found.mesh)}"),
+        title=escape(f"{cfg.model} on {found.topology.name}: {plan.layout(found)}"),
         verdict=escape(plan.verdict(found)),
         batch=escape(plan.batch_line(found)),
         cost=escape(plan.cost_line(found, cfg.steps, cfg.price)),

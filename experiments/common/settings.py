@@ -17,6 +17,7 @@ PLACEMENT = (
     "micro_batches",
     "remat",
     "offload",
+    "gather_for_generation",
 )  # settings that a resumed run may change
 Rare = tyro.conf.Suppress if {"-h", "--help"} & set(sys.argv) else Annotated[T, "rare"]
 
@@ -89,6 +90,7 @@ class Weights:
     adapter: Adapter = Adapter()
     freeze: Rare[tuple[str, ...]] = ()  # regular expressions of paths (decoder/layers/3/mlp/up) that are not trained
     offload: Rare[tuple[Literal["opt_state", "frozen"], ...]] = ()  # kept in the host's memory between uses
+    gather_for_generation: Rare[bool] = False  # a copy for each rollout, gathered over --mesh.fsdp: fast, if it fits
     ref_sync_steps: Rare[int] = 0  # steps between updates of the reference from the policy; 0: never
     ref_mixup_alpha: Rare[float] = 1.0  # share of the policy in the updated reference
 

@@ -1,8 +1,8 @@
 """One paper, one file, one function that returns an Algorithm (preferences and reward models: an Objective).
 
 The modules of `common` change an Algorithm: `wrappers` adds terms to the loss, `reward_shaping` changes rewards and
-rows, `corrections` handles samples of another policy. `X as X` marks a name as public for type checkers; `rljax` offers
-every name that is imported here.
+rows, `corrections` handles samples of another policy, `turns` gives credit by the turns of a conversation. `X as X`
+marks a name as public for type checkers; `rljax` offers every name that is imported here.
 """
 
 from rljax.algorithms.a_star_po import a_star_po as a_star_po
@@ -29,6 +29,8 @@ from rljax.algorithms.common.reward_shaping import lcpo_max as lcpo_max
 from rljax.algorithms.common.reward_shaping import missing_eos_penalty as missing_eos_penalty
 from rljax.algorithms.common.reward_shaping import overlong_penalty as overlong_penalty
 from rljax.algorithms.common.reward_shaping import whiten_rewards as whiten_rewards
+from rljax.algorithms.common.turns import turn_groups as turn_groups
+from rljax.algorithms.common.turns import turn_level as turn_level
 from rljax.algorithms.common.wrappers import with_entropy as with_entropy
 from rljax.algorithms.common.wrappers import with_importance_weighted_kl as with_importance_weighted_kl
 from rljax.algorithms.common.wrappers import with_kl as with_kl

@@ -7,14 +7,13 @@ V̂(s) is the mean reward of several completions continued from s. `traj.values`
 a step too. A step's reward may be on any of its tokens. The loss is PPO's without a critic.
 """
 
-import jax
 import jax.numpy as jnp
 
 from rljax.algorithms.common.credit import decision_rewards, require
 from rljax.algorithms.dapo import dapo
 from rljax.ops.returns import td_errors
 from rljax.ops.sequences import sequence_sum
-from rljax.ops.shaping import step_numbers
+from rljax.ops.shaping import step_numbers, step_starts
 from rljax.types import Algorithm, Batch
 
 
@@ -25,9 +24,7 @@ def vine_ppo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         require(traj, "step_ends", "values")
         rewards, mask = decision_rewards(traj)
         steps = step_numbers(traj.step_ends, mask)
-        count = jnp.cumsum(mask, axis=1)
-        completed = jax.lax.cummax(jnp.where(traj.step_ends & mask, count, 0), axis=1)  # decisions of completed steps
-        first = mask & (count - jnp.pad(completed[:, :-1], ((0, 0), (1, 0))) == 1)
+        first = step_starts(traj.step_ends, mask)
         step_rewards = jnp.where(first, sequence_sum(rewards, mask, steps), 0.0)
         errors = td_errors(step_rewards, traj.values, first)  # from the first token of a step to that of the next
         advantages = jnp.where(mask, sequence_sum(errors, mask, steps), 0.0)

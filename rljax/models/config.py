@@ -54,6 +54,7 @@ class DecoderConfig:
         False  # parameters and cache of like layers stacked: deep decoders compile as fast as short ones
     )
     hidden_sharding: NamedSharding | None = None  # of hidden states [B T D] between layers; None: XLA chooses
+    gather_for_generation: bool = False  # on a mesh: the sampler's weights are gathered over fsdp once a rollout
 
     def __post_init__(self):
         for name in ("ropes", "windows"):

@@ -17,13 +17,14 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.models import caches, stacks
 from rljax.models.config import DecoderConfig as DecoderConfig
 from rljax.models.layers import Decoder
-from rljax.models.lora import attach
+from rljax.models.lora import LoraWeight, attach, axes_beside
 from rljax.models.partition import num_shards
 from rljax.types import LM, Params, SharedPrefix, Trajectory
 
@@ -193,6 +194,35 @@ def _fused_mlp(config: DecoderConfig, mlp: Params) -> Params:
     return out
 
 
+def gather_layers(config: DecoderConfig, params: Params) -> Params:
+    """The parameters with the matrices of layers as a device computes with them: in `config.dtype`, and no longer split
+    along the axis `embed`, which is FSDP's.
+
+    Tables of the vocabulary stay where they are: to sample, each device uses its part.
+    """
+    axes = flatten_dict(param_axes(config))
+
+    def gather(x: Array, names: tuple, dtype=config.dtype) -> Array:
+        if "embed" not in names:
+            return x
+        spec = PartitionSpec(*[None if name == "embed" else PartitionSpec.UNCONSTRAINED for name in names])
+        return jax.lax.with_sharding_constraint(x.astype(dtype), NamedSharding(config.hidden_sharding.mesh, spec))
+
+    def gather_weight(path: tuple, weight: Array | LoraWeight) -> Array | LoraWeight:
+        if not isinstance(weight, LoraWeight):
+            return gather(weight, axes[path])
+        beside = axes_beside(path, axes[path])
+        gain = None if weight.gain is None else gather(weight.gain, beside["magnitude"], weight.gain.dtype)
+        return weight.replace(
+            weight=gather(weight.weight, axes[path]),
+            down=gather(weight.down, beside["down"]),
+            up=gather(weight.up, beside["up"]),
+            gain=gain,
+        )
+
+    return unflatten_dict({path: gather_weight(path, weight) for path, weight in flatten_dict(params).items()})
+
+
 def _of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
     """The sharding of hidden states in which the mesh axes of columns shard the rows too."""
     if sharding is None:
@@ -211,15 +241,20 @@ def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[A
         return logits(config, params, hidden)
     mesh, rows = config.hidden_sharding.mesh, config.hidden_sharding.spec[0]
     cuts = ("tensor", "fsdp")
+
+    def placed(x: Array, rows: tuple[str, ...], *features) -> Array:
+        columns = [None] * (x.ndim - 1 - len(features))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows, *columns, *features)))
+
     if config.vocab_size % math.prod(mesh.shape[axis] for axis in cuts) == 0:
         others = tuple(axis for axis in rows if axis not in cuts)
-        hidden = jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, PartitionSpec(others)))
-        found = logits(config, params, hidden)
-        columns = [None] * (found.ndim - 2)
-        found = jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(others, *columns, cuts)))
+        found = logits(config, params, placed(hidden, others))
+        found = placed(found, others, cuts)
+        # Axis by axis: at one go XLA would collect all rows' logits on every device.
+        found = placed(found, tuple(axis for axis in rows if axis != "tensor"), "tensor")
     else:
         found = logits(config, params, hidden)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(rows)))
+    return placed(found, rows)
 
 
 @lru_cache
@@ -228,6 +263,7 @@ def language_model(config: DecoderConfig) -> LM:
 
     On one device and without an adapter, `prepare` fuses projections: on a mesh that would move weights. It does not
     where the config is batch-invariant: for a matrix with other columns XLA may choose another kernel.
+    With `gather_for_generation` it gathers the layers' weights: else decoding gathers them for each token.
 
     A sampler has no long sequence to split: the devices that have columns of a row elsewhere have rows here.
     """
@@ -240,6 +276,8 @@ def language_model(config: DecoderConfig) -> LM:
         params = full_params(config, params, frozen)["decoder"]
         if is_fused:
             params = fuse_projections(config, params)
+        if config.gather_for_generation and config.hidden_sharding is not None:
+            params = gather_layers(config, params)
         return params, {}
 
     return LM(

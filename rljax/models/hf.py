@@ -234,7 +234,7 @@ def to_hf_config(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "flo
     """
     shape = [getattr(config, field.name) for field in dataclasses.fields(config)[:8]]
     free = ("rms_norm_eps", "tie_word_embeddings", "dtype", "attn_implementation", "adapter")
-    free += ("remat", "scan_layers", "hidden_sharding")  # of how it is computed
+    free += ("remat", "scan_layers", "hidden_sharding", "gather_for_generation")  # of how it is computed
     llama = dataclasses.replace(DecoderConfig(*shape), **{name: getattr(config, name) for name in free})
     if llama != config:
         raise ValueError("only a Llama can be written; a decoder that was loaded keeps its own config.json")

@@ -203,11 +203,19 @@ def adapter_axes(config: LoraConfig, decoder_axes: Params, shapes: Params) -> Pa
     weights = flatten_dict(decoder_axes)
     tree = {}
     for path in targets(config, shapes):
-        stacked = int(layers_of(path) is not None)
-        before, names = weights[path][:stacked], weights[path][stacked:]
-        inputs = INPUT_AXES[path[-1]]
-        leaf = {"down": (*before, *names[:inputs], None), "up": (*before, None, *names[inputs:])}
-        if config.use_dora:
-            leaf["magnitude"] = (*before, *names[inputs:])
-        tree[path] = leaf
+        tree[path] = axes_beside(path, weights[path])
+        if not config.use_dora:
+            del tree[path]["magnitude"]
     return unflatten_dict(tree)
+
+
+def axes_beside(path: tuple, names: tuple) -> dict[str, tuple]:
+    """Logical axis names of the arrays beside a weight that has these: None along the rank."""
+    stacked = int(layers_of(path) is not None)
+    before, names = names[:stacked], names[stacked:]
+    inputs = INPUT_AXES[path[-1]]
+    return {
+        "down": (*before, *names[:inputs], None),
+        "up": (*before, None, *names[inputs:]),
+        "magnitude": (*before, *names[inputs:]),
+    }

@@ -3,6 +3,7 @@
 A NaN reward means that a verifier failed, and stays NaN. Masked columns may hold garbage; results are 0 there.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
@@ -29,6 +30,13 @@ def step_numbers(step_ends: Bool[Array, "B T"], mask: TokenMask) -> Int[Array, "
     """
     ends = (step_ends & mask).astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) - ends
+
+
+def step_starts(step_ends: Bool[Array, "B T"], mask: TokenMask) -> Bool[Array, "B T"]:
+    """True at the first decision of each reasoning step, that after the last end included."""
+    count = jnp.cumsum(mask, axis=1)
+    completed = jax.lax.cummax(jnp.where(step_ends & mask, count, 0), axis=1)  # decisions of completed steps
+    return mask & (count - jnp.pad(completed[:, :-1], ((0, 0), (1, 0))) == 1)
 
 
 def spread_over_steps(rewards: PerToken, step_ends: Bool[Array, "B T"], mask: TokenMask) -> PerToken:

@@ -41,6 +41,7 @@ class TurnState:
     hidden: Array  # [W D] of the last of them
     penalties: PenaltyState
     turn: TurnTokens
+    columns: int = struct.field(pytree_node=False)  # of the cache
 
 
 @partial(jax.jit, static_argnames=("lm", "rows", "columns"))
@@ -69,7 +70,14 @@ def empty_slots(lm: LM, params: Params, frozen: Params, sampling: Sampling, rows
             terminated=zero.astype(bool),
             running=zero.astype(bool),
         ),
+        columns=columns,
     )
+
+
+@partial(jax.jit, static_argnames=("lm", "columns"))
+def grow_slots(lm: LM, state: TurnState, columns: int) -> TurnState:
+    """The same slots, with caches of so many columns."""
+    return state.replace(cache=lm.grow(state.cache, columns - state.columns), columns=columns)
 
 
 @partial(jax.jit, static_argnames="lm", donate_argnames="state")
@@ -78,7 +86,7 @@ def read_tokens(
 ) -> TurnState:
     """The first count[w] of tokens[w] [W T] into the cache of slot w, from column start[w] on; later columns are freed.
 
-    A slot with count 0 keeps all that it has. The caches need room for T more columns.
+    A slot with count 0 keeps all that it has. Every cache needs room for T more columns.
     """
     lm = sampler.bind_params(lm, params, frozen)
     reads = count > 0
@@ -188,7 +196,7 @@ def decode_column(
     def keep(new, old, where):
         return jnp.where(where.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    return TurnState(
+    return state.replace(
         cache=lm.crop(cache, length),
         length=length,
         hidden=keep(hidden[:, 0], state.hidden, turn.running),

@@ -106,6 +106,8 @@ LISTED = {
     "opmd + group length": a.group_length_reward(a.opmd(0.3), 0.5),
     "rloo + cosine length": a.cosine_length_reward(a.rloo(), 5),
     "grpo + teacher": a.distill(a.grpo(), 0.3),
+    "ppo + turn level": a.turn_level(a.ppo(gamma=0.9)),
+    "grpo + turn groups": a.turn_groups(a.grpo(), 0.9, 0.5),
     "grpo + tis": a.truncate_is(a.grpo(), 1.2),
     "grpo + tis by sequence": a.truncate_is(a.grpo(), 1.2, sequence_product),
     "ppo + tis": a.truncate_is(a.ppo(), 1.2),

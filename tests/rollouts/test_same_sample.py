@@ -84,22 +84,22 @@ def test_with_other_prompts_in_the_batch(reference, params, rows):
     assert_same_sample(sampling, cut, jax.tree.map(lambda x: x[:32], got), margins[mine])
 
 
-MESHES = [  # sizes, completions at a time, number of prompts: 6 do not divide over 8 devices
-    ({"data": 8, "fsdp": 1}, None, PROMPTS),
-    ({"fsdp": 8}, None, PROMPTS),
-    ({"data": 2, "fsdp": 4}, None, PROMPTS),
-    ({"fsdp": 2, "tensor": 4}, None, PROMPTS),
-    ({"data": 2, "fsdp": 2, "tensor": 2}, 16, PROMPTS),
-    ({"fsdp": 2, "sequence": 2, "expert": 2}, None, 6),
+MESHES = [  # sizes, completions at a time, number of prompts (6 do not divide over 8 devices), weights gathered once
+    ({"data": 8, "fsdp": 1}, None, PROMPTS, False),
+    ({"fsdp": 8}, None, PROMPTS, True),
+    ({"data": 2, "fsdp": 4}, None, PROMPTS, False),
+    ({"fsdp": 2, "tensor": 4}, None, PROMPTS, False),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 16, PROMPTS, True),
+    ({"fsdp": 2, "sequence": 2, "expert": 2}, None, 6, False),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "max_concurrent", "prompts"), MESHES)
+@pytest.mark.parametrize(("sizes", "max_concurrent", "prompts", "gathers"), MESHES)
 @pytest.mark.parametrize("reference", [SAMPLING], ids=["plain"], indirect=True)
-def test_on_any_mesh(reference, params, rows, sizes, max_concurrent, prompts):
+def test_on_any_mesh(reference, params, rows, sizes, max_concurrent, prompts, gathers):
     sampling, traj, (_, margins) = reference
     mesh = meshes.make_mesh(**sizes)
-    config = dataclasses.replace(CONFIG, hidden_sharding=meshes.hidden_sharding(mesh))
+    config = dataclasses.replace(CONFIG, hidden_sharding=meshes.hidden_sharding(mesh), gather_for_generation=gathers)
     places = meshes.param_shardings(mesh, policy.logical_axes(CONFIG, params), params)
     placed = meshes.shard_prompts(meshes.Shardings(None, *row_shardings(mesh)), take(rows, slice(0, prompts)))
     sampling = sampling.replace(max_concurrent=max_concurrent)
