@@ -187,4 +187,4 @@ def make_evaluate(
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

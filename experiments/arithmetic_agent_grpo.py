@@ -147,4 +147,4 @@ def warmed_up(cfg: Config) -> tuple[ToolTask, Params]:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

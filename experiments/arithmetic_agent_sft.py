@@ -96,4 +96,4 @@ def train_supervised(cfg: Config) -> tuple[ToolTask, Params]:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

@@ -1,7 +1,9 @@
 """The environments that `--environment` can name, each with the rows of its episodes."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from rljax.data.files import read_table
@@ -77,10 +79,9 @@ def named_environment(name: str, tool_format: ToolFormat, files: str, episodes: 
 
 
 def _of_gymnasium(name: str, episodes: int, seed: int) -> NamedEnvironment:
-    import gymnasium
-
+    gymnasium = _import("gymnasium", "agents")
     try:
-        modes = gymnasium.spec(name).entry_point and gymnasium.make(name).metadata.get("render_modes", [])
+        modes = gymnasium.make(name).metadata.get("render_modes", [])
     except gymnasium.error.Error as error:
         raise ValueError(f"gymnasium: {error}") from None
     settings = {"render_mode": "ansi"} if "ansi" in modes else {}
@@ -93,10 +94,17 @@ def _of_reasoning_gym(name: str, episodes: int, seed: int) -> NamedEnvironment:
 
 
 def _of_verifiers(name: str, episodes: int, seed: int) -> NamedEnvironment:
-    import verifiers.v1 as vf
-
+    vf = _import("verifiers.v1", "verifiers")
     taskset = vf.load_taskset(vf.TasksetConfig(id=name)).take(episodes)
     return NamedEnvironment(*make_verifiers(taskset, f"verifiers:{name}"))
+
+
+def _import(package: str, extra: str) -> ModuleType:
+    """The package. Raises ImportError, saying how it is installed, where it is absent."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{package} cannot be imported ({error}): pip install 'rljax[{extra}]'") from None
 
 
 TOOL_ENVIRONMENTS = {"calculator": calculator_env, "python": python_env}
