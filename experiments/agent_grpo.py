@@ -91,7 +91,7 @@ def main(
 
     # -- environment, model and data
     env, rows = environment or named_environment(cfg.environment, cfg.tool_format, cfg.prompts, cfg.episodes, cfg.seed)
-    tokenizer = data.load_tokenizer(cfg.model, hf.read_config(cfg.model).vocab_size)
+    tokenizer = read_tokenizer(cfg)
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, cfg.max_context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config)
@@ -142,6 +142,14 @@ def main(
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(cfg, before, after, run.directory / "model")
+
+
+def read_tokenizer(cfg: Config) -> Tokenizer:
+    """The model's tokenizer. Raises ValueError for conversations that are longer than its context."""
+    config = hf.read_config(cfg.model)
+    if cfg.max_context > config.max_positions:
+        raise ValueError(f"max_context = {cfg.max_context}; legal: at most {config.max_positions}, the model's context")
+    return data.load_tokenizer(cfg.model, config.vocab_size)
 
 
 def dialogue_settings(cfg: Config, env: TextEnv, tokenizer: Tokenizer, sampling: Sampling) -> DialogueSettings:

@@ -105,7 +105,7 @@ def test_an_environment_that_fails_too_often_ends_the_run(tiny_run, tmp_path):
         ({"environment": "chess"}, "environment 'chess'; legal: calculator, python, maze"),
         ({"batches": Batches(prompts=2, num_generations=2, oversample=2)}, "oversample = 2, .*legal: 1"),
         ({"max_context": 6}, "legal: a sum of at most 6"),
-        ({"max_context": 4096}, "4096"),
+        ({"max_context": 4096}, "max_context = 4096; legal: at most 64, the model's context"),
     ],
 )
 def test_what_it_refuses(tiny_run, tmp_path, wrong, message):

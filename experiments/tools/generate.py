@@ -162,9 +162,9 @@ def talk(cfg: Config, lines: Iterable[str]) -> list[dict]:
     messages: list[dict] = []
     ids: list[int] = []
     for turn, line in enumerate(lines):
-        said = {"role": "user", "content": line}
+        question = {"role": "user", "content": line}
         stopped = bool(ids) and ids[-1] in tokenizer.stop
-        ids += encode_reply(chat, messages[:-1], stopped, [said]) if messages else encode_prompt(chat, [said])
+        ids += encode_reply(chat, messages[:-1], stopped, [question]) if messages else encode_prompt(chat, [question])
         if len(ids) + cfg.sampling.max_tokens > context:
             log_info(f"the conversation has {len(ids)} tokens: of {context} too few are left for an answer", "yellow")
             break
@@ -173,7 +173,7 @@ def talk(cfg: Config, lines: Iterable[str]) -> list[dict]:
         stages = stream(lm, params, {}, rows, sampling, cfg.seed, turn, every=1 if is_interactive() else 16)
         answers = show(stages, [""], [""], 1, read, [])
         ids += np.asarray(answers.tokens[0, : answers.num_tokens[0]]).tolist()
-        messages += [said, {"role": "assistant", "content": read(answers, 0)}]
+        messages += [question, {"role": "assistant", "content": read(answers, 0)}]
     if cfg.out:
         append(cfg.out, [{"messages": messages}])
     return [{"messages": messages}]

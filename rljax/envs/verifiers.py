@@ -33,14 +33,14 @@ def make_verifiers(tasks: Iterable[Any], name: str = "verifiers") -> tuple[TextE
     def step(number: int, text: str) -> TextStep:
         task = tasks[number]
         kinds = {"system": vf.SystemMessage, "user": vf.UserMessage, "assistant": vf.AssistantMessage}
-        said = [*prompts[number], {"role": "assistant", "content": text}]
+        dialogue = [*prompts[number], {"role": "assistant", "content": text}]
         nodes = [
             MessageNode(
                 parent=i - 1 if i else None,
                 message=kinds[message["role"]](content=message["content"]),
-                sampled=i == len(said) - 1,
+                sampled=i == len(dialogue) - 1,
             )
-            for i, message in enumerate(said)
+            for i, message in enumerate(dialogue)
         ]
         about = TraceTask(type=type(task).__name__, data=task.data)
         trace = Trace(task=about, agent=AgentInfo(config=vf.AgentConfig()), nodes=nodes)
