@@ -7,7 +7,9 @@ A character-level decoder is shown products, half of them worked out with a call
 (arithmetic_agent_sft.py). From then on it samples conversations of at most two turns, and sees only whether the answer
 at their end was right: 0 or 1. It learns to call, to copy the numbers into the call, and to copy what comes back.
 
-Reached: not yet run.
+Reached: seeds 0 and 1: eval reward 0.407 0.394 -> 0.784 0.791 (1,024 conversations each, standard errors below 0.016),
+calls a conversation 0.61 0.54 -> 1.00 1.01, in 176 and 184 s of CPU time, warm-up and compilation included (shared AMD
+EPYC cores, jax 0.10.2). --shuffle_observations, seed 1: 0.394 -> 0.394, as no conversation was ever rewarded.
 """
 
 from dataclasses import asdict, dataclass
