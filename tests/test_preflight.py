@@ -222,6 +222,7 @@ def test_bytes_of_arguments_and_results_are_the_compilers(on_eight, name):
         ("qwen2.5-0.5b", {"fsdp": 8}, (256, 256), 16),
         ("qwen2.5-0.5b", {"fsdp": 8}, (256, 256), 2),
         ("qwen3-0.6b", {"data": 2, "fsdp": 4}, (128, 384), 16),
+        ("qwen2.5-0.5b", {"fsdp": 4, "tensor": 2}, (256, 256), 16),
         ("llama-3.2-1b", {"fsdp": 8}, (128, 256), 4),
     ],
 )

@@ -65,13 +65,18 @@ def decoding_terms(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes,
         weights = {"gathered weights": gathered_bytes(config, mesh)}
     else:
         of_layer = num_layer_params(config) / config.num_layers / mesh.shape["tensor"]
-        weights = {"weights of a layer": SINGLE * of_layer}
+        weights = {"weights of a layer": SINGLE * of_layer * layers_at_once(config)}
     logits = {"logits": 3 * sizes.rows / mesh.size * config.vocab_size * SINGLE}
     if backend != "cpu":
         return {"KV cache": 2 * cache} | weights | logits
     if config.gather_for_generation or cache / 2 < sum(weights.values()):
         return {"KV cache": cache} | weights | logits
     return {"KV cache": 1.5 * cache} | logits
+
+
+def layers_at_once(config: DecoderConfig) -> int:
+    """Layers whose weights are gathered together: those of the body of a scan (a period of Gemma's has six)."""
+    return max(len(body) for body in config.layer_scans()) if config.scan_layers else 1
 
 
 class _MicroBatch(NamedTuple):
@@ -137,7 +142,7 @@ def _attention_terms(
     if backend == "cpu":
         heads = max(1, config.num_heads // tensor)
         scores = piece.rows * heads * piece.columns * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE
-        terms["attention scores"] = (4 if has_gradient else 2) * scores  # and probabilities; the gradients of both
+        terms["attention scores"] = (3 if has_gradient else 2) * scores  # and probabilities; the gradient of one
     return terms
 
 
@@ -157,7 +162,8 @@ def _mlp_terms(
 
 def _weights_as_computed(config: DecoderConfig, mesh: jax.sharding.Mesh, weights: float, has_gradient: bool) -> float:
     """Bytes of weights that are gathered, and of their gradient before it is scattered."""
-    return weights / mesh.shape["tensor"] * (np.dtype(config.dtype).itemsize + SINGLE * has_gradient)
+    of_weight = np.dtype(config.dtype).itemsize + SINGLE * has_gradient
+    return layers_at_once(config) * weights / mesh.shape["tensor"] * of_weight
 
 
 def _logits_terms(
@@ -166,7 +172,7 @@ def _logits_terms(
     """Logits of a chunk of tokens, with what their log-probs need, and the table that they are products with.
 
     Where tokens are few their hidden states go to the parts of the table, and the logits come back (`models.layers`);
-    else each device has all of the table. A gradient of the table exists twice: the sum over chunks, and a chunk's.
+    else each device has all of the table, and of its gradient both the sum over chunks and a chunk's.
     """
     half = np.dtype(config.dtype).itemsize
     most = default_chunk_tokens(config.vocab_size, backend, mesh.size)
@@ -176,8 +182,6 @@ def _logits_terms(
     table = config.vocab_size * config.hidden_size
     moves = hidden + logits < table * half
     copies = 3 * (2 if moves else 1) * (2 if has_gradient else 1)
+    of_entry = half + SINGLE * has_gradient * (1 if moves else 2)
     parts = mesh.shape["tensor"] * mesh.shape["fsdp"] if moves else 1
-    return {
-        "logits": copies * logits + moves * hidden,
-        "table of logits": table * (half + 2 * SINGLE * has_gradient) / parts,
-    }
+    return {"logits": copies * logits + moves * hidden, "table of logits": of_entry * table / parts}
