@@ -241,15 +241,20 @@ def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[A
         return logits(config, params, hidden)
     mesh, rows = config.hidden_sharding.mesh, config.hidden_sharding.spec[0]
     cuts = ("tensor", "fsdp")
+
+    def placed(x: Array, rows: tuple[str, ...], *features) -> Array:
+        columns = [None] * (x.ndim - 1 - len(features))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows, *columns, *features)))
+
     if config.vocab_size % math.prod(mesh.shape[axis] for axis in cuts) == 0:
         others = tuple(axis for axis in rows if axis not in cuts)
-        hidden = jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, PartitionSpec(others)))
-        found = logits(config, params, hidden)
-        columns = [None] * (found.ndim - 2)
-        found = jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(others, *columns, cuts)))
+        found = logits(config, params, placed(hidden, others))
+        found = placed(found, others, cuts)
+        # Axis by axis: at one go XLA would collect all rows' logits on every device.
+        found = placed(found, tuple(axis for axis in rows if axis != "tensor"), "tensor")
     else:
         found = logits(config, params, hidden)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(rows)))
+    return placed(found, rows)
 
 
 @lru_cache

@@ -312,6 +312,21 @@ def test_on_a_mesh_no_device_has_the_logits_of_all_rows():
     assert largest <= 24 * 5 * 512 // 4
 
 
+def test_a_sampler_collects_the_logits_of_no_other_rows():
+    """The logits of a row come from every part of the table to the devices that have the row, and to no others."""
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
+    config = decoder.DecoderConfig(512, 8, 1, 2, 2, 4, 16, hidden_sharding=meshes.hidden_sharding(mesh))
+    axes, shapes = decoder.param_axes(config), decoder.abstract(config)
+    places = meshes.param_shardings(mesh, axes, shapes)
+    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    hidden = jax.ShapeDtypeStruct((24, 8), jnp.float32, sharding=rows)
+    lm = decoder.language_model(config)
+    text = jax.jit(lambda params, hidden: lm.logits(params, {}, hidden)).lower(params, hidden).compile().as_text()
+    sizes = [math.prod(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(sizes) == 24 * 512 // 4
+
+
 @pytest.mark.parametrize(("rows", "columns", "shape"), [(8, 6, (2, 3)), (2, 5, (1, 3)), (3, 6, (3, 3))])
 def test_hidden_states_go_over_devices_that_divide_their_rows(rows, columns, shape):
     """Rows over data and fsdp, or the first of them, or none; any number of columns."""
