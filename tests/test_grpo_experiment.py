@@ -328,7 +328,8 @@ def settings(**fields):
 
 NORM = "model.layers.0.input_layernorm.weight"
 LEGAL_REWARDS = (
-    "legal: animals, code, code_stdin, math, number, text, think, share, raises, says, the directory of a reward model, "
+    "legal: animals, code, code_stdin, math, number, text, think, share, raises, says, "
+    "the directory of a reward model, "
     "process:DIRECTORY, judge:URL"
 )
 BAD = {
