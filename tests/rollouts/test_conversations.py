@@ -265,8 +265,8 @@ def test_turns_of_any_number_and_length_run_in_a_few_programs(params, kept):
     assert kept.compiled["decode_turns"] == 1
     assert 3 <= kept.compiled["read_tokens"] <= 6
     with count_compilations() as compiled:
-        converse(params, make_rows(LENGTHS, start=70), max_turns=3)
-    assert compiled["decode_turns"] == 0
+        converse(params, make_rows([5, 3, 1, 2, 2, 7], start=70, width=max(LENGTHS)), max_turns=3)
+    assert compiled["decode_turns"] == compiled["admit"] == compiled["empty_slots"] == 0
     assert compiled["read_tokens"] <= 6 - kept.compiled["read_tokens"]
 
 
