@@ -10,7 +10,7 @@ conversation is one row of tokens: the model learns from those that it chose, an
 reward is what the environment gives, turn by turn. Otherwise this is grpo.py. arithmetic_agent_grpo.py is the same on a
 model that learns from scratch in minutes.
 
-Reached: the whole path runs on stories260k and on a tiny model with a chat template; not yet run on one that can learn.
+Reached: the whole path runs on stories260k (maze); not yet run on a model that can learn.
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ from experiments.common.conversations import SEED, DialogueSettings, make_codec,
 from rljax.data.chat import encode_prompt
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.envs.text import TextEnv, TextEnvError, TextStep, TurnLimits
+from rljax.rewards.sandbox import SandboxError
 from rljax.types import LM, Observation, Sampling, TrainState, Turn
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "agents.md"
@@ -221,6 +222,19 @@ def test_environments_by_name(tmp_path):
     asked = env.step(state, '{"name": "calculator", "parameters": {"expression": "2+2"}}')
     assert asked.observation[0]["content"] == "4"
     assert env.step(state, "So: #### 4").reward == 1.0
+
+
+def test_programs_of_the_model_run_in_the_sandbox():
+    try:
+        env = environments.python_env(environments.TOOL_FORMATS["hermes"])
+    except SandboxError as error:
+        pytest.skip(str(error))
+    state, _ = env.reset({"question": "6 * 7?", "answer": "42"}, 0)
+    step = env.step(state, '<tool_call>{"name": "python", "arguments": {"code": "print(6 * 7)\\n1 / 0"}}</tool_call>')
+    content = step.observation[0]["content"]
+    assert content.startswith("42\nTraceback")
+    assert content.endswith("ZeroDivisionError: division by zero\n[error, exit code 1]")
+    assert env.step(step.state, "#### 42").reward == 1.0
 
 
 @pytest.mark.parametrize(
