@@ -232,24 +232,12 @@ def _of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
 
 
 def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
-    """`logits` with all of a row on the device that has the row, to sample from.
-
-    The table is cut along the vocabulary. The hidden states come to where its parts are, and the logits go back:
-    XLA by itself collects the table, or all rows' logits, on every device.
-    """
+    """`logits` with all of a row on the devices that have the row, to sample from."""
+    found = logits(config, params, hidden)
     if config.hidden_sharding is None:
-        return logits(config, params, hidden)
-    mesh, rows = config.hidden_sharding.mesh, config.hidden_sharding.spec[0]
-    cuts = ("tensor", "fsdp")
-    if config.vocab_size % math.prod(mesh.shape[axis] for axis in cuts) == 0:
-        others = tuple(axis for axis in rows if axis not in cuts)
-        hidden = jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, PartitionSpec(others)))
-        found = logits(config, params, hidden)
-        columns = [None] * (found.ndim - 2)
-        found = jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(others, *columns, cuts)))
-    else:
-        found = logits(config, params, hidden)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec(rows)))
+        return found
+    rows = PartitionSpec(config.hidden_sharding.spec[0])
+    return jax.lax.with_sharding_constraint(found, NamedSharding(config.hidden_sharding.mesh, rows))
 
 
 @lru_cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.hlo import collectives
 from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
@@ -310,6 +311,26 @@ def test_on_a_mesh_no_device_has_the_logits_of_all_rows():
     shapes_of_logits = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
     largest = max(math.prod(shape) for shape in shapes_of_logits)
     assert largest <= 24 * 5 * 512 // 4
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_logits_to_sample_from_come_to_their_rows_alone(sizes):
+    """Of no more rows than a device samples are the logits gathered, and the table never is."""
+    R, V = 16, 512
+    mesh = meshes.make_mesh(**sizes)
+    config = decoder.DecoderConfig(V, 8, 1, 2, 1, 4, 16)
+    params = decoder.init(config, jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (R, 8))
+    lm = decoder.language_model(dataclasses.replace(config, hidden_sharding=meshes.hidden_sharding(mesh)))
+    arguments = (
+        jax.device_put(params, meshes.param_shardings(mesh, decoder.param_axes(config), params)),
+        jax.device_put(hidden, meshes.sharding_of(mesh, ("rollout_rows", None), hidden.shape)),
+    )
+    compiled = jax.jit(lambda params, hidden: lm.logits(params, {}, hidden)).lower(*arguments).compile()
+    np.testing.assert_allclose(compiled(*arguments), decoder.logits(config, params, hidden), rtol=1e-5, atol=1e-5)
+    rows = R // meshes.data_parallel_size(mesh, "rollout_rows")
+    gathered = [one.bytes for one in collectives(compiled.as_text()) if one.kind == "all-gather"]
+    assert max(gathered) <= rows * V * 4
 
 
 @pytest.mark.parametrize(("rows", "columns", "shape"), [(8, 6, (2, 3)), (2, 5, (1, 3)), (3, 6, (3, 3))])
