@@ -10,7 +10,6 @@ and the embeddings are cast to `DecoderConfig.dtype`. All layers follow their in
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
