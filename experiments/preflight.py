@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.common import command_line, costs, lowering, models, plan, plan_page, train
+from experiments.common import command_line, costs, device_memory, lowering, models, plan, plan_page, train
 from experiments.common.algorithms import CriticFree
 from experiments.common.chips import GIB, Topology, read_topology
 from experiments.common.hlo import collectives
@@ -146,8 +146,8 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
     config = models.trained_config(config, cfg.weights, mesh)
     step = lowering.shapes_of_step(cfg, config, mesh)
     held = plan.resident(step.state)
-    cache = costs.cache_bytes(config, mesh, step.sizes)
-    copy = costs.gathered_bytes(config, mesh) if config.gather_for_generation else 0
+    cache = device_memory.cache_bytes(config, mesh, step.sizes)
+    copy = device_memory.gathered_bytes(config, mesh) if config.gather_for_generation else 0
     memory, sent = [], {}
     for program in step.programs:
         log_info(f"compiling {program.name} ...")

@@ -69,11 +69,23 @@ def _chat_encoders(tokenizer: Tokenizer, tools: list[dict] | None) -> tuple[Call
         log_info(f"the chat template of {chat.name} writes no messages of tools: they come as the user's")
 
     def encode_more(messages: Sequence[dict], turn: Turn, reply: Sequence[dict]) -> list[int]:
-        if not has_tool_role:  # one message: templates want user and assistant to alternate
-            reply = [{"role": "user", "content": "\n".join(message["content"] for message in reply)}]
+        if not has_tool_role:
+            messages, reply = _from_user(messages), _from_user(reply)
         return encode_reply(chat, messages, _has_ended(turn, tokenizer), reply, tools)
 
     return lambda messages: encode_prompt(chat, messages, tools), encode_more
+
+
+def _from_user(messages: Sequence[dict]) -> list[dict]:
+    """Messages of tools as the user's. Neighbors become one: templates want user and assistant to alternate."""
+    found: list[dict] = []
+    for message in messages:
+        role = "user" if message["role"] == "tool" else message["role"]
+        if found and role == found[-1]["role"] == "user":
+            found[-1] = {"role": role, "content": f"{found[-1]['content']}\n{message['content']}"}
+        else:
+            found.append({"role": role, "content": message["content"]})
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts

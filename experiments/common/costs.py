@@ -1,9 +1,9 @@
-"""What a step of grpo.py costs on a pod, by formulas: bytes a device, operations, bytes moved, bytes sent.
+"""What a step of grpo.py costs on a pod, by formulas: operations, bytes moved and sent. `device_memory.py`: bytes held.
 
-Sizes of arrays are those of their shardings, exact. Operations are those of the matrix products and of attention (a
-fused multiply-add is two). What a device reads and writes is its weights, its cache and its activations, each as often
-as a pass needs them at least. Compiling is not needed; where a program is compiled, the compiler's own figures replace
-those for memory and for collectives (`experiments/preflight.py`).
+Operations are those of the matrix products and of attention (a fused multiply-add is two). What a device reads and
+writes is its weights, its cache and its activations, each as often as a pass needs them at least. Compiling is not
+needed; where a program is compiled, the compiler's own figures replace those for collectives
+(`experiments/preflight.py`).
 """
 
 import math
@@ -18,7 +18,7 @@ from experiments.common.chips import Topology
 from experiments.common.micro_batches import Pieces
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
-from rljax.train.mesh import RULES, data_parallel_size, sharding_of
+from rljax.train.mesh import RULES
 
 SINGLE = 4  # bytes of a float32
 PASSES = {"none": 3, "dots": 3, "full": 4}  # forward passes that an update costs: forward, two backward, recomputed
@@ -58,87 +58,6 @@ class Sizes(NamedTuple):
     @property
     def rows(self) -> int:
         return self.prompts * self.num_generations
-
-
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes on one device of a tree of shapes with shardings."""
-
-    def of_leaf(x) -> int:
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        item = 4 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
-        words = 2 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else 1
-        return math.prod(shape) * item * words
-
-    return sum(of_leaf(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
-
-
-def cache_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) -> int:
-    """Keys and values on one device: of the prompts, once for each group, and of all completions."""
-    of_token = 2 * config.head_dim * np.dtype(config.dtype).itemsize * config.num_layers
-
-    def on_device(rows: int, columns: int) -> int:
-        sharding = sharding_of(mesh, ("rollout_rows", "kv_heads"), (rows, config.num_kv_heads))
-        return math.prod(sharding.shard_shape((rows, config.num_kv_heads))) * columns * of_token
-
-    return on_device(sizes.prompts, sizes.prompt_tokens) + on_device(sizes.rows, sizes.max_tokens)
-
-
-def gathered_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
-    """The copy of the layers' weights on one device that the sampler makes with `gather_for_generation`."""
-    item = np.dtype(config.dtype).itemsize
-
-    def of_weight(names: tuple, weight: jax.ShapeDtypeStruct) -> int:
-        if "embed" not in names:
-            return 0
-        kept = tuple(None if name == "embed" else name for name in names)
-        return math.prod(sharding_of(mesh, kept, weight.shape).shard_shape(weight.shape)) * item
-
-    axes, shapes = decoder.param_axes(config), decoder.abstract(config)
-    return sum(jax.tree.leaves(jax.tree.map(of_weight, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))))
-
-
-def activation_terms(
-    config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes, has_gradient: bool = True
-) -> dict[str, float]:
-    """About the bytes on one device that a pass over a micro-batch holds besides its arguments and results, by array.
-
-    A layer and the logits are computed one after the other: only the larger of the two is counted. With a gradient, the
-    inputs of layers stay for the backward pass (full remat; else all that a layer computes), and what the layer or the
-    logits compute exists twice.
-    """
-    half = np.dtype(config.dtype).itemsize
-    tensor = mesh.shape["tensor"]
-    heads = max(1, config.num_heads // tensor)
-    rows_at_once = sizes.rows * sizes.epochs // (sizes.updates * sizes.pieces.micro_batches)
-    rows = max(1.0, rows_at_once / data_parallel_size(mesh))
-    columns = sizes.max_tokens / mesh.shape["sequence"]
-    tokens = rows * (columns + sizes.prompt_tokens / sizes.pieces.group_size / mesh.shape["sequence"])
-    inner = config.moe.intermediate_size * config.moe.num_experts_per_tok if config.moe else config.intermediate_size
-    of_layer = tokens * half * (4 * config.hidden_size + (2 * heads + 2 * config.num_kv_heads) * config.head_dim)
-    of_layer += 3 * tokens * half * inner / tensor
-    times = 2 if has_gradient else 1
-    layer = {
-        "one layer": times * of_layer,
-        "attention scores": times * rows * heads * columns * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE,
-        "weights of a layer": num_layer_params(config) / config.num_layers / tensor * (half + SINGLE * has_gradient),
-    }
-    chunk = max(rows_at_once, min(rows_at_once * columns, 2**27 // config.vocab_size * mesh.size))
-    table = config.vocab_size * config.hidden_size
-    moves = chunk * config.hidden_size * half + chunk * config.vocab_size * SINGLE / mesh.size < table * half
-    logits = {
-        "logits": 3 * chunk / mesh.size * config.vocab_size * SINGLE,
-        "table of logits": 0.0 if moves else table * (half + SINGLE * has_gradient),
-    }
-    terms = max(layer, logits, key=lambda stage: sum(stage.values()))
-    if has_gradient:
-        shares = math.prod(mesh.shape[name] for name in ("fsdp", "tensor", "expert"))
-        kept = 0 if config.remat == "full" else (config.num_layers - 1) * of_layer
-        terms["inputs of layers"] = config.num_layers * tokens * config.hidden_size * half + kept
-        terms["gradients"] = num_params(config) / shares * SINGLE
-    return terms
 
 
 # --------------------------------------------------------------------------------------------------------------- time

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from experiments import grpo
 from experiments.common import controllers, micro_batches, models, train
-from experiments.common.costs import Sizes, device_bytes
+from experiments.common.costs import Sizes
+from experiments.common.device_memory import device_bytes
 from experiments.common.optimizer import make_optimizer
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig

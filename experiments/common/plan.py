@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments.common import costs
+from experiments.common import costs, device_memory
 from experiments.common.chips import GIB, Topology
 from experiments.common.costs import Phase, Sizes
 from experiments.common.hlo import Collective
@@ -91,25 +91,23 @@ def abstract_mesh(topology: Topology, sizes: Mapping[str, int]) -> AbstractMesh:
 def resident(state: Any) -> dict[str, float]:
     """Bytes on a device of what stays there between programs."""
     arrays = {"parameters": state.params, "optimizer": state.opt_state, **state.frozen}
-    return {name: float(costs.device_bytes(tree)) for name, tree in arrays.items() if costs.device_bytes(tree)}
-
-
-def by_formulas(config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any) -> Plan:
-    """The plan without compiling anything."""
-    held = resident(state)
-    tensor = mesh.shape["tensor"]
-    decoding = {
-        "KV cache": 2 * costs.cache_bytes(config, mesh, sizes),  # a copy while it grows
-        "logits": 3 * sizes.rows / mesh.size * config.vocab_size * costs.SINGLE,
+    return {
+        name: float(device_memory.device_bytes(tree))
+        for name, tree in arrays.items()
+        if device_memory.device_bytes(tree)
     }
-    if config.gather_for_generation:
-        decoding["gathered weights"] = costs.gathered_bytes(config, mesh)
-    else:
-        decoding["weights of a layer"] = 4 * costs.num_layer_params(config) / config.num_layers / tensor
+
+
+def by_formulas(
+    config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any, backend: str = ""
+) -> Plan:
+    """The plan without compiling anything. backend: "cpu" for devices of the CPU; "": those of the topology."""
+    held = resident(state)
+    backend = backend or ("tpu" if topology.is_tpu else "gpu")
     memory = [
-        Memory("rollout", held | decoding),
-        Memory("scoring", held | costs.activation_terms(config, mesh, sizes, has_gradient=False)),
-        Memory("update", held | costs.activation_terms(config, mesh, sizes)),
+        Memory("rollout", held | device_memory.decoding_terms(config, mesh, sizes, backend)),
+        Memory("scoring", held | device_memory.activation_terms(config, mesh, sizes, False, backend)),
+        Memory("update", held | device_memory.activation_terms(config, mesh, sizes, True, backend)),
     ]
     phases = costs.phases(config, topology, mesh, sizes)
     return Plan(topology, mesh, sizes, memory, phases, {}, config.gather_for_generation)

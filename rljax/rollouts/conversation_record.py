@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from rljax.types import Observation, PromptBatch, Sampling, Trajectory, trajectory_of_tokens
@@ -75,14 +76,10 @@ class ConversationRecord:
         """The conversations as rows of decisions; group, temperature: [B]."""
         segments = np.arange(self.tokens.shape[1]) < self.length[:, None]
         temperature = np.where(temperature == 0, 1.0, temperature).astype(np.float32)
-        traj = trajectory_of_tokens(
-            self.tokens,
-            segments.astype(np.int32),
-            group=group,
-            temperature=np.broadcast_to(temperature[:, None], self.tokens.shape),
-            **self.facts,
-        )
-        return traj.replace(routing=self.routing["experts"][:, :-1]) if self.routing else traj
+        facts = self.facts | {"group": group, "temperature": np.broadcast_to(temperature[:, None], self.tokens.shape)}
+        facts = {name: jnp.asarray(value) for name, value in facts.items()}
+        traj = trajectory_of_tokens(self.tokens, segments.astype(np.int32), **facts)
+        return traj.replace(routing=jnp.asarray(self.routing["experts"][:, :-1])) if self.routing else traj
 
 
 def begin_record(prompts: PromptBatch, sampling: Sampling, max_context: int) -> ConversationRecord:

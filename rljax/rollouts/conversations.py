@@ -69,6 +69,7 @@ def sample_conversations(
     B = len(record.length)
     slots = np.full(min(sampling.max_concurrent or B, B), -1)  # the conversation in each slot, -1: none
     state = engine.empty_state(len(slots))
+    respond = _checked(respond, engine.vocabulary(state))
     read_prompts = engine.read_prompts(record) if cache == "kept" else None
     waiting = list(range(B))
     begins = np.zeros(len(slots), bool)  # the slots in which a turn is to begin
@@ -132,22 +133,28 @@ def _take_turns(record: ConversationRecord, turn: TurnTokens, slots: np.ndarray,
 
 def _answer_turns(record: ConversationRecord, respond: RespondFn, turns: list[Turn], max_turns: int) -> list[int]:
     """Append the environment's observations. Returns the conversations that have ended."""
-    observations = respond(turns)
-    _check_observations(turns, observations)
-    pairs = zip(turns, observations, strict=True)
+    pairs = zip(turns, respond(turns), strict=True)
     return [turn.row for turn, seen in pairs if record.append_observation(turn.row, seen, max_turns)]
 
 
-def _check_observations(turns: list[Turn], observations: Sequence[Observation]) -> None:
-    """Raise ValueError, naming the row, for what is no answer to these turns."""
-    if len(observations) != len(turns):
-        raise ValueError(f"respond gave {len(observations)} observations for {len(turns)} turns; legal: one for each")
-    for turn, observation in zip(turns, observations, strict=True):
-        if not isinstance(observation, Observation):
-            raise ValueError(f"respond gave {type(observation).__name__} for row {turn.row}; legal: Observation")
-        tokens = np.asarray(observation.tokens)
-        if tokens.size and not (tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer) and tokens.min() >= 0):
-            raise ValueError(f"the observation of row {turn.row} has tokens that are no list of ids")
+def _checked(respond: RespondFn, vocabulary: int) -> RespondFn:
+    """The same function, which raises ValueError, naming the row, for what is no answer to the turns."""
+
+    def checked(turns: Sequence[Turn]) -> Sequence[Observation]:
+        observations = respond(turns)
+        if len(observations) != len(turns):
+            raise ValueError(f"respond gave {len(observations)} observations for {len(turns)} turns; legal: one each")
+        for turn, observation in zip(turns, observations, strict=True):
+            if not isinstance(observation, Observation):
+                raise ValueError(f"respond gave {type(observation).__name__} for row {turn.row}; legal: Observation")
+            tokens = np.asarray(observation.tokens)
+            is_list = tokens.ndim == 1 and (np.issubdtype(tokens.dtype, np.integer) or not tokens.size)
+            if not is_list or (tokens < 0).any() or (tokens >= vocabulary).any():
+                legal = f"legal: ids below {vocabulary}"
+                raise ValueError(f"the observation for row {turn.row} has tokens that are no list of ids; {legal}")
+        return observations
+
+    return checked
 
 
 # ------------------------------------------------------------------------------------------------- the compiled part
@@ -173,6 +180,10 @@ class _Engine(NamedTuple):
         """So many empty slots."""
         columns = min(INITIAL_COLUMNS, self.max_context + self.widest)
         return turn_decoding.empty_slots(self.lm, self.params, self.frozen, self.sampling, rows, columns)
+
+    def vocabulary(self, state: TurnState) -> int:
+        """How many tokens there are."""
+        return jax.eval_shape(self.lm.logits, self.params, self.frozen, state.hidden).shape[-1]
 
     def make_room(self, state: TurnState, record: ConversationRecord, slots: np.ndarray) -> TurnState:
         """The state with caches that have room for a turn of each conversation in the slots."""

@@ -1,0 +1,381 @@
+"""serve.py: the public client gets what the sampler samples, whoever else asks; garbage gets one clear error."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import openai
+import pytest
+
+from experiments import serve
+from experiments.common.engine import Engine, Request
+from experiments.tools import tiny_model
+from rljax.data.prompts import pad_left
+from rljax.data.tokenizer import load_tokenizer
+from rljax.models import decoder, hf
+from rljax.rollouts.sampler import sample
+from rljax.types import PromptBatch, Sampling
+
+SEED = 3
+WAIT = 300.0  # seconds; nothing here takes long, but a machine may be busy
+PROMPTS = [[5, 6, 7], [40], [70, 71, 72, 73, 74, 75], [9, 9]]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, Path]:
+    """Three models: the one that is served, other weights of it, and another architecture."""
+    root = tmp_path_factory.mktemp("served")
+    sizes = {"tiny": (32, 0), "other": (32, 1), "wider": (64, 0)}
+    for name, (width, seed) in sizes.items():
+        tiny_model.main(tiny_model.Config(str(root / name), width=width, layers=1, context=128, seed=seed))
+    return {name: root / name for name in sizes}
+
+
+@pytest.fixture(scope="module")
+def server(directories):
+    with serving(directories["tiny"]) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(directory: Path, **settings):
+    with serve.start(serve.Config(str(directory), port=0, seed=SEED, rows=4, **settings)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def client_of(server, **settings):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", **{"max_retries": 0, "timeout": WAIT} | settings) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with client_of(server) as client:
+        yield client
+
+
+def in_process(directory: Path, prompts: list[list[int]], step: int, numbers: list[int], **settings):
+    """(ids, log-probs, ended) of each completion, sampled all at once by `sample`."""
+    config = hf.read_config(directory)
+    tokens, mask = pad_left(prompts, max(map(len, prompts)), 0)
+    rows = PromptBatch(tokens, mask, np.array(numbers, np.int32), [{} for _ in prompts], 0)
+    sampling = Sampling(stop=load_tokenizer(directory).stop, logp="policy", **settings)
+    params = {"decoder": hf.load(directory, config)}
+    traj = jax.device_get(sample(decoder.language_model(config), params, {}, rows, sampling, SEED, step))
+    chosen = [traj.mask[row] for row in range(len(traj.mask))]
+    return [
+        (traj.actions[row][mask].tolist(), traj.logp[row][mask], bool(traj.terminated[row].any()))
+        for row, mask in enumerate(chosen)
+    ]
+
+
+def check(choices, expected) -> None:
+    assert len(choices) == len(expected)
+    for choice, (ids, logp, ended) in zip(choices, expected, strict=True):
+        assert choice.token_ids == ids
+        np.testing.assert_allclose(choice.logprobs.token_logprobs, logp, atol=1e-5)
+        assert choice.finish_reason == ("stop" if ended else "length")
+
+
+IDS = {"return_token_ids": True}
+
+
+# --------------------------------------------------------------------------------------------------- what is sampled
+
+
+def test_ids_and_logprobs_are_those_of_sample(client, directories):
+    expected = in_process(directories["tiny"], PROMPTS, 7, [0, 1, 2, 3], n=3, max_tokens=16)
+    found = client.completions.create(
+        model="tiny", prompt=PROMPTS, n=3, max_tokens=16, logprobs=1, seed=7, extra_body=IDS
+    )
+    check(found.choices, expected)
+    assert [choice.index for choice in found.choices] == list(range(12))
+    assert found.choices[4].prompt_token_ids == PROMPTS[1]
+    tokens = sum(len(ids) for ids, _, _ in expected)
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (sum(map(len, PROMPTS)), tokens)
+    decode = load_tokenizer(directories["tiny"]).decode
+    assert [choice.text for choice in found.choices] == [decode(ids) for ids, _, _ in expected]
+
+
+def test_a_key_is_that_of_a_training_run(client, directories):
+    expected = in_process(directories["tiny"], PROMPTS[:2], 11, [104, 230], n=2, max_tokens=16)
+    for place, number in enumerate((104, 230)):
+        extra = {**IDS, "key": [11, number]}
+        found = client.completions.create(
+            model="tiny", prompt=PROMPTS[place], n=2, max_tokens=16, logprobs=0, extra_body=extra
+        )
+        check(found.choices, expected[2 * place : 2 * place + 2])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.5, "top_p": 0.8, "top_k": 50}, {"temperature": 0.0}])
+def test_settings_of_sampling(client, directories, settings):
+    expected = in_process(directories["tiny"], PROMPTS[:1], 2, [0], max_tokens=16, **settings)
+    found = client.completions.create(
+        model="tiny", prompt=PROMPTS[0], max_tokens=16, logprobs=1, seed=2, extra_body=IDS | settings
+    )
+    check(found.choices, expected)
+
+
+def test_where_a_completion_stops(client):
+    def ask(**settings):
+        extra = IDS | settings.pop("extra", {})
+        (choice,) = client.completions.create(
+            model="tiny", prompt=[70, 71], max_tokens=32, seed=4, extra_body=extra, **settings
+        ).choices
+        return choice
+
+    whole = ask()
+    ids, text = whole.token_ids, whole.text
+    middle = next(c for c in text[3:] if c.isascii())
+    stopped = ask(stop=[middle, "never there"])
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == text[: text.index(middle)]
+    assert stopped.token_ids == ids[: len(stopped.token_ids)]
+    cut = ask(extra={"stop_token_ids": [ids[9]]})
+    assert cut.token_ids == ids[: ids.index(ids[9]) + 1]
+    assert cut.finish_reason == "stop"
+
+
+def test_a_stream_is_the_answer_in_pieces(client):
+    settings = {"model": "tiny", "prompt": PROMPTS[:2], "n": 2, "max_tokens": 32, "seed": 5, "logprobs": 1}
+    whole = client.completions.create(**settings, extra_body=IDS)
+    pieces = {index: ["", [], [], None] for index in range(4)}
+    count = 0
+    for event in client.completions.create(
+        **settings, extra_body=IDS, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = event.usage
+        for choice in event.choices:
+            count += 1
+            found = pieces[choice.index]
+            found[0] += choice.text
+            found[1] += choice.token_ids
+            found[2] += choice.logprobs.token_logprobs
+            found[3] = choice.finish_reason
+    assert count > 8
+    assert usage == whole.usage
+    for choice in whole.choices:
+        expected = [choice.text, choice.token_ids, choice.logprobs.token_logprobs, choice.finish_reason]
+        assert pieces[choice.index] == expected
+
+
+def test_a_chat_is_the_completion_of_its_template(client, directories):
+    messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "Who?"}]
+    settings = {"model": "tiny", "messages": messages, "seed": 6, "logprobs": True, "max_completion_tokens": 16}
+    (choice,) = client.chat.completions.create(**settings, extra_body=IDS).choices
+    text = "<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = load_tokenizer(directories["tiny"])
+    prompt = tokenizer.encode_more(text)
+    (same,) = client.completions.create(
+        model="tiny", prompt=prompt, seed=6, max_tokens=16, logprobs=1, extra_body=IDS
+    ).choices
+    assert choice.token_ids == same.token_ids
+    assert choice.message.content == same.text
+    assert [token.logprob for token in choice.logprobs.content] == same.logprobs.token_logprobs
+    streamed = client.chat.completions.create(**settings, stream=True)
+    assert "".join(event.choices[0].delta.content for event in streamed) == choice.message.content
+
+
+# ------------------------------------------------------------------------------------------------------------- garbage
+
+
+def post(server, body: bytes | str | dict, path: str = "/v1/completions", headers: dict | None = None):
+    """Status and JSON of one request as bytes."""
+    data = json.dumps(body) if isinstance(body, dict) else body
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=WAIT)
+    try:
+        connection.request("POST", path, data, headers or {})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+LONG = {"prompt": [1] * 128}
+GARBAGE = [
+    (b"\xff\xfe", 400, "the body is no JSON"),
+    ("{", 400, "the body is no JSON"),
+    ("[" * 100_000, 400, "the body is no JSON"),
+    ("[1]", 400, "the body is no JSON object"),
+    ({}, 400, "prompt = None; legal: a text"),
+    ({"prompt": ""}, 400, "prompt = \\[\\]; legal"),
+    ({"prompt": []}, 400, "prompt = \\[\\]; legal"),
+    ({"prompt": [259]}, 400, "ids below 259"),
+    ({"prompt": [-1]}, 400, "ids below 259"),
+    ({"prompt": [True]}, 400, "legal"),
+    ({"prompt": {"a": 1}}, 400, "legal"),
+    ({"prompt": [[1], "a", [2, "b"]]}, 400, "legal"),
+    ({"prompt": [[1]] * 17}, 400, "17 prompts; legal: at most 4"),
+    (LONG, 400, "a prompt of 128 tokens; legal: fewer than the 128"),
+    ({"prompt": [1], "max_tokens": -1}, 400, "max_tokens = -1; legal: a whole number from 1 to 127"),
+    ({"prompt": [1], "max_tokens": 128}, 400, "max_tokens = 128; legal: a whole number from 1 to 127"),
+    ({"prompt": [1], "max_tokens": "4"}, 400, "max_tokens = '4'; legal"),
+    ({"prompt": [1], "max_tokens": True}, 400, "max_tokens = True; legal"),
+    ('{"prompt": [1], "temperature": NaN}', 400, "temperature = nan; legal"),
+    ({"prompt": [1], "temperature": -0.5}, 400, "temperature = -0.5; legal"),
+    ({"prompt": [1], "top_p": 0}, 400, "top_p = 0; legal"),
+    ({"prompt": [1], "n": 17}, 400, "n = 17; legal: a whole number from 1 to 4"),
+    ({"prompt": [1], "seed": 2**40}, 400, "seed = 1099511627776; legal"),
+    ({"prompt": [1], "key": [1]}, 400, "key = \\[1\\]; legal: \\[step, number\\]"),
+    ({"prompt": [1], "stop": [""]}, 400, "stop = \\[''\\]; legal"),
+    ({"prompt": [1], "stop": 3}, 400, "stop = 3; legal"),
+    ({"prompt": [1], "stop_token_ids": [1000]}, 400, "stop_token_ids"),
+    ({"prompt": [1], "stream": "yes"}, 400, "stream = 'yes'; legal: true or false"),
+    ({"prompt": [1], "logprobs": 5}, 400, "logprobs = 5; legal: a whole number from 0 to 1"),
+    ({"prompt": [1], "presence_penalty": 1}, 400, "presence_penalty is not supported"),
+    ({"prompt": [1], "tools": []}, 400, "tools is not supported"),
+    ({"prompt": [1], "model": "gpt-5"}, 404, "there is no model 'gpt-5'; this server has tiny"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), GARBAGE, ids=[str(body)[:30] for body, _, _ in GARBAGE])
+def test_garbage_is_one_clear_error(server, body, status, message):
+    found, content = post(server, body)
+    assert found == status
+    assert set(content) == {"error"}
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(content["error"]["message"])
+
+
+def test_garbage_of_the_protocol(server):
+    chat = "/v1/chat/completions"
+    for messages in (None, [], "hi", [{"role": "user"}], [{"role": "user", "content": 1}], [1]):
+        assert post(server, {"messages": messages}, chat)[0] == 400
+    assert post(server, {"messages": [{"role": "user", "content": "x" * 500}]}, chat)[0] == 400
+    assert post(server, {}, "/v1/embeddings")[0] == 404
+    assert post(server, {}, "/v1/completions", {"Content-Length": str(10**12)})[0] == 413
+    assert post(server, {}, "/v1/completions", {"Content-Length": "-5"})[0] == 411
+    assert post(server, {}, "/update_weights_from_disk")[0] == 400
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=WAIT) as raw:
+        raw.sendall(b"no http at all\r\n\r\n")
+        assert b" 400 " in raw.recv(4096)
+
+
+# ------------------------------------------------------------------------------------------------------- many clients
+
+
+def test_among_64_clients_nobody_elses_answer_changes(server, directories):
+    """Half of them ask properly; the others leave, break off, or send garbage."""
+    expected = in_process(directories["tiny"], PROMPTS, 9, [0, 1, 2, 3], n=1, max_tokens=16)
+
+    def ask(number: int):
+        with client_of(server) as client:
+            extra = {**IDS, "key": [9, number % 4]}
+            prompt = PROMPTS[number % 4]
+            return client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=16, logprobs=1, extra_body=extra
+            ).choices
+
+    def misbehave(number: int):
+        how = number % 4
+        if how == 0:  # does not wait for the answer
+            with client_of(server, timeout=0.05) as client, contextlib.suppress(openai.APITimeoutError):
+                client.completions.create(model="tiny", prompt=[number], max_tokens=16, n=3)
+        elif how == 1:  # leaves in the middle of its own request, or of the answer
+            with socket.create_connection(("127.0.0.1", server.server_port)) as raw:
+                raw.sendall(b'POST /v1/completions HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{"prompt": ')
+        elif how == 2:
+            with client_of(server) as client:
+                stream = client.completions.create(model="tiny", prompt=[number], max_tokens=16, stream=True)
+                next(iter(stream))
+                stream.close()
+        else:
+            body, status, _ = GARBAGE[number % len(GARBAGE)]
+            return post(server, body)[0] == status
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(64) as threads:
+        good = [threads.submit(ask, number) for number in range(32)]
+        bad = [threads.submit(misbehave, number) for number in range(32)]
+        for number, future in enumerate(good):
+            check(future.result(WAIT), expected[number % 4 : number % 4 + 1])
+        assert all(future.result(WAIT) for future in bad)
+    assert post(server, {"prompt": [1], "max_tokens": 1})[0] == 200
+
+
+def test_requests_beyond_the_queue_are_refused(directories):
+    with serving(directories["tiny"], max_waiting=0) as server:
+        status, content = post(server, {"prompt": [1]})
+    assert (status, content["error"]["message"]) == (429, "0 requests wait; try again later")
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_are_swapped_between_requests(directories):
+    with serving(directories["tiny"]) as server, client_of(server) as client:
+
+        def ask():
+            found = client.completions.create(
+                model="tiny", prompt=[5, 6], max_tokens=16, seed=1, logprobs=1, extra_body=IDS
+            )
+            return found.choices, found.metadata["weight_version"]
+
+        def update(name: str, version: str) -> tuple[int, dict]:
+            body = {"model_path": str(directories.get(name, name)), "weight_version": version}
+            return post(server, body, "/update_weights_from_disk")
+
+        check(ask()[0], in_process(directories["tiny"], [[5, 6]], 1, [0], max_tokens=16))
+        for name in ("wider", "/nowhere"):
+            status, content = update(name, "8")
+            assert status == 400
+            assert content["error"]["message"].startswith("the weights were not taken: ")
+        assert ask()[1] == "0"
+        assert update("other", "9")[0] == 200
+        choices, version = ask()
+        check(choices, in_process(directories["other"], [[5, 6]], 1, [0], max_tokens=16))
+        assert version == "9"
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=WAIT)
+        connection.request("GET", "/health")
+        assert json.loads(connection.getresponse().read())["weight_version"] == "9"
+        connection.close()
+
+
+def test_what_monitoring_reads(server, client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=WAIT)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    counts = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert counts['rljax_weights{version="0"}'] == "1"
+    assert int(counts["rljax_tokens_total"]) > 0
+    assert int(counts['rljax_requests_total{status="200"}']) > 0
+    assert counts["rljax_waiting"] == "0"
+
+
+def test_a_bug_of_the_engine_ends_nobodys_wait(monkeypatch, server):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Engine, "_sample", broken)
+    assert post(server, {"prompt": [1]}) == (
+        500,
+        {"error": {"message": "RuntimeError: out of memory", "type": "server_error", "param": None, "code": 500}},
+    )
+    monkeypatch.undo()
+    assert post(server, {"prompt": [1]})[0] == 200
+
+
+def test_what_nobody_waits_for_is_not_sampled(server):
+    request = Request([1], n=2)
+    request.is_abandoned.set()
+    before = server.engine.counts["batches"]
+    server.engine.submit(request)
+    assert post(server, {"prompt": [1]})[0] == 200
+    assert server.engine.counts["batches"] == before + 1
+    assert request.stages.empty()
