@@ -93,7 +93,7 @@ def main(cfg: Config) -> Plan:
     if compiles:
         found = compiled(cfg, config, topology, found)
     show(cfg, found)
-    if not found.gathers and found.mesh.shape["fsdp"] > 1:
+    if found.over <= 0 and not found.gathers and found.mesh.shape["fsdp"] > 1:
         log_info(plan.gathering_line(by_formulas, formulas(gathering(cfg, True), config, topology, cfg.mesh.sizes)))
     if cfg.html:
         plan_page.write(cfg.html, cfg, found, swept)
@@ -155,6 +155,7 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
         arrays, sent[program.name] = compile_program(program, chunk_size(cfg.sampling.max_tokens - 1))
         if program.name in ("prefill", "rollout") and "temporaries" in arrays:
             known = {"KV cache": cache if program.name == "rollout" else 0, "gathered weights": copy}
+            known = {name: size for name, size in known.items() if size}
             arrays = known | arrays | {"temporaries": arrays["temporaries"] - sum(known.values())}
         memory.append(Memory(program.name, held | arrays))
         took = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU"
