@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` does it
     from rljax.algorithms import *  # noqa: F403
+    from rljax.rollouts.conversations import sample_conversations as sample_conversations
     from rljax.rollouts.sampler import sample as sample
     from rljax.train.objective import policy_objective as policy_objective
     from rljax.train.trust_region import make_trust_region_update as make_trust_region_update
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` do
 _PACKAGES = ("rljax.types", "rljax.algorithms")  # all of their public functions and classes
 _FUNCTIONS = {
     "sample": "rljax.rollouts.sampler",
+    "sample_conversations": "rljax.rollouts.conversations",
     "policy_objective": "rljax.train.objective",
     "make_trust_region_update": "rljax.train.trust_region",
     "make_update": "rljax.train.update",

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import tyro
 
-from experiments.benchmarks import against, common, grpo_step, rollout, train_step
+from experiments.benchmarks import against, common, conversations, grpo_step, rollout, train_step
 from experiments.benchmarks.common import Workload
 from rljax.models.decoder import DecoderConfig
 
@@ -43,6 +43,14 @@ def test_a_whole_step_learns(tiny):
         "W1, GRPO step, 2 micro-batches, seconds",
         *(f"W1, GRPO step, 2 micro-batches, {part}, seconds" for part in parts),
     }
+
+
+def test_conversations_are_sampled_with_a_kept_cache_and_without(tiny):
+    cfg = conversations.Config(turns=(2,), turn_tokens=4, observation_tokens=3, repeats=1)
+    figures = conversations.main(cfg)
+    ratio = figures.pop("2 turns, re-prefill / kept")
+    assert figures.keys() == {"2 turns, kept, seconds", "2 turns, prefill, seconds"}
+    assert ratio == figures["2 turns, prefill, seconds"] / figures["2 turns, kept, seconds"]
 
 
 def test_a_ratio_above_one_says_that_the_peer_takes_longer():

@@ -72,7 +72,12 @@ def test_what_is_failed_is_counted(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "fields", "kind", "message"),
     [
-        (SOLUTIONS, {"rewards": ("numbers",)}, ValueError, "reward 'numbers'; legal: animals, math, number"),
+        (
+            SOLUTIONS,
+            {"rewards": ("numbers",)},
+            ValueError,
+            "reward 'numbers'; legal: animals, code, code_stdin, math, number",
+        ),
         (SOLUTIONS, {"completion": "text"}, ValueError, r"line 1 has no column text; its columns are question, sol"),
         (SOLUTIONS, {"label": "right?"}, ValueError, r"line 1 has no column right\?"),
         ([{"question": "a"}], {}, ValueError, r"line 1 has no column completion or solution"),

@@ -328,7 +328,8 @@ def settings(**fields):
 
 NORM = "model.layers.0.input_layernorm.weight"
 LEGAL_REWARDS = (
-    "legal: animals, math, number, text, think, share, raises, says, the directory of a reward model, "
+    "legal: animals, code, code_stdin, math, number, text, think, share, raises, says, "
+    "the directory of a reward model, "
     "process:DIRECTORY, judge:URL"
 )
 BAD = {
@@ -426,7 +427,7 @@ def test_a_reward_at_fault_is_one_error_before_the_first_step(reward, message, t
     ("fields", "code", "message"),
     [
         ({"model": "/absent"}, 1, r"error: no model in /absent: .*\n"),
-        ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, math, number, .*\n"),
+        ({"rewards": "animal"}, 1, r"error: reward 'animal'; legal: animals, code, code_stdin, math, number, .*\n"),
         ({"batches.num_generations": 0}, 1, r"error: .*num_generations = 0; at least 1\n"),
         ({"weights.remat": "some"}, 2, r"[\s\S]*--weights.remat[\s\S]*dots[\s\S]*"),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.common import data, settings
 from experiments.common.difficulty import initial_rates, make_next_prompts
+from experiments.common.remote_sampling import SampleFn
 from experiments.common.rows import unescape
 from experiments.common.settings import Batches
 from rljax.algorithms.gkd import mix_completions
@@ -103,18 +104,21 @@ def make_draw(
     shardings: Shardings,
     seed: int,
     options: settings.PromptData = settings.PromptData(),  # noqa: B008 (frozen)
+    server: SampleFn | None = None,
 ) -> Callable[[TrainState, int], tuple[Trajectory, PromptBatch, TrainState]]:
     """draw(state, step) -> trajectory of prompts x oversample whole groups, their prompts, the state.
 
     With `carry_over` the state holds the unfinished groups, which the next step continues.
 
-    options: which prompts are left out by their pass rate; default: none.
+    options: which prompts are left out by their pass rate; default: none. server: samples in place of `lm`.
     """
     count = batches.prompts * batches.oversample
     next_prompts = make_next_prompts(options, prompts)
     carry = batches.carry_over
 
     def sample_rows(state: TrainState, step: int, rows: PromptBatch, sampling: Sampling) -> Trajectory:
+        if server is not None:
+            return shard_rows(shardings, server(state, step, rows, sampling))
         placed = shard_prompts(shardings, rows)
         return sample(lm, state.params, state.frozen, placed, sampling, seed, step)
 
@@ -124,6 +128,8 @@ def make_draw(
 
     if not carry:
         return draw
+    if server is not None:
+        raise ValueError(f"carry_over = {carry}: a server's completions are not resumed; legal with one: 0")
     if lm.routing is not None:
         raise ValueError(
             "prompts carried over do not keep the experts that their tokens took; legal for a mixture: carry_over = 0"

@@ -160,6 +160,15 @@ class Reward:
 
 
 @dataclasses.dataclass(frozen=True)
+class Server:
+    """A server that samples the completions to learn from, in place of this process (docs/serving.md)."""
+
+    url: Rare[str] = ""  # http://HOST:PORT/v1; default: none
+    weights: Rare[Literal["push", "keep"]] = "push"  # sent to it before each step; keep: it has its own
+    max_gap: Rare[float] = 1e-3  # nats by which its log-probs may differ; above the default they are corrected for
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Devices as data x fsdp x sequence x expert x tensor; one of them may be -1: all that are left."""
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.common import micro_batches
+from experiments.common import micro_batches, settings
 from experiments.common.sampling import make_sample_in_pieces
 from experiments.common.settings import Batches
 from rljax.algorithms import truncate_is
@@ -33,8 +33,10 @@ from rljax.types import LM, Algorithm, AnnotateFn, Array, PolicyFn, Sampling, Tr
 ON_POLICY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
-def on_policy_tolerance(config: DecoderConfig) -> float:
+def on_policy_tolerance(config: DecoderConfig, server: settings.Server = settings.Server()) -> float:  # noqa: B008
     """Nats by which log-probs of sampler and trainer may differ at the first update of a run."""
+    if server.url:
+        return math.inf if server.weights == "keep" else server.max_gap
     return 0.0 if config.batch_invariant else ON_POLICY_TOLERANCE[config.dtype]
 
 
@@ -108,17 +110,19 @@ def every_group(traj: Trajectory) -> Array:
     return jnp.ones(traj.mask.shape[0], bool)
 
 
-def with_own_old_logp(algorithm: Algorithm, config: DecoderConfig, carry_over: int = 0) -> Algorithm:
+def with_own_old_logp(
+    algorithm: Algorithm, config: DecoderConfig, carry_over: int = 0, other: bool = False
+) -> Algorithm:
     """The algorithm whose ratios are to the trainer's own log-probs, where those of the sampler are not near enough.
 
     In half precision two programs of one model differ by more than some clip ranges. Costs a forward pass a step.
     Completions that go on in the next step were sampled by older policies: there the trainer's log-probs come with the
-    weight π_old/π_sampler (`truncate_is`).
+    weight π_old/π_sampler (`truncate_is`), and so where another policy samples (`other`).
     """
-    is_near = config.dtype == "float32" or config.batch_invariant
+    is_near = (config.dtype == "float32" or config.batch_invariant) and not other
     if is_near or algorithm.one_update or "old_logp" in algorithm.needs:
         return algorithm
-    return truncate_is(algorithm) if carry_over else with_needs(algorithm, "old_logp")
+    return truncate_is(algorithm) if carry_over or other else with_needs(algorithm, "old_logp")
 
 
 def _too_small(batches: Batches) -> list[str]:

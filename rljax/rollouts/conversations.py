@@ -197,7 +197,8 @@ class _Engine(NamedTuple):
     def read_prompts(self, record: ConversationRecord) -> TurnState:
         """Each prompt once, in a row of its own."""
         length = record.length[:: self.sampling.n]
-        tokens = record.tokens[:: self.sampling.n, : length.max()]
+        width = min(self.prompts.tokens.shape[1], self.max_context)  # of every batch, so that one program serves all
+        tokens = record.tokens[:: self.sampling.n, :width]
         state = turn_decoding.empty_slots(self.lm, self.params, self.frozen, self.sampling, *tokens.shape)
         return self._read(state, tokens, length, np.zeros_like(length))
 

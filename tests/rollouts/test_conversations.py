@@ -238,6 +238,17 @@ def test_a_mixture_records_its_experts(rows):
     assert float(jnp.where(traj.mask, jnp.abs(logp - traj.logp), 0.0).max()) > 1e-3
 
 
+@pytest.mark.nightly
+def test_batch_invariant_conversations_have_the_policys_bits(rows):
+    config = dataclasses.replace(CONFIG, head_dim=16, batch_invariant=True)
+    params = policy.init(config, jax.random.key(0))
+    lm = decoder.language_model(config)
+    trajs = [converse(params, rows, SAMPLING.replace(n=2), lm, cache=cache)[0] for cache in ("kept", "prefill")]
+    jax.tree.map(np.testing.assert_array_equal, *trajs)
+    logp = jax.jit(make_policy(config))(params, {}, trajs[0]).logp
+    np.testing.assert_array_equal(np.where(trajs[0].mask, logp, 0.0), np.where(trajs[0].mask, trajs[0].logp, 0.0))
+
+
 def test_rows_may_be_sharded(params, rows, kept):
     mesh = meshes.make_mesh(data=2, fsdp=4)
     config = dataclasses.replace(CONFIG, hidden_sharding=meshes.hidden_sharding(mesh))
@@ -254,8 +265,8 @@ def test_turns_of_any_number_and_length_run_in_a_few_programs(params, kept):
     assert kept.compiled["decode_turns"] == 1
     assert 3 <= kept.compiled["read_tokens"] <= 6
     with count_compilations() as compiled:
-        converse(params, make_rows(LENGTHS, start=70), max_turns=3)
-    assert compiled["decode_turns"] == 0
+        converse(params, make_rows([5, 3, 1, 2, 2, 7], start=70, width=max(LENGTHS)), max_turns=3)
+    assert compiled["decode_turns"] == compiled["admit"] == compiled["empty_slots"] == 0
     assert compiled["read_tokens"] <= 6 - kept.compiled["read_tokens"]
 
 

@@ -1,0 +1,109 @@
+"""A server as the source of a training run's completions: weights go to it before each step, and its answers are
+checked."""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.common import models, settings
+from rljax.models.decoder import DecoderConfig
+from rljax.models.policy import make_policy
+from rljax.rewards.judge import served_model
+from rljax.rewards.server import DEFAULT_LIMITS, RequestError, ask_all, check_reachable, check_url, request_json
+from rljax.rollouts.remote import logp_gap, sample_remote
+from rljax.train import distributed
+from rljax.train.log import log_info
+from rljax.types import PromptBatch, Sampling, TrainState, Trajectory
+
+SampleFn = Callable[[TrainState, int, PromptBatch, Sampling], Trajectory]
+CHECKED_STEPS = 2  # whose log-probs are compared: with the first weights, and with those after the first update
+WEIGHTS_SECONDS = 600.0  # for a server to take new weights
+
+
+def is_off_policy(options: settings.Server) -> bool:
+    """Whether a server's completions are another policy's than the trainer's, by more than rounding."""
+    return bool(options.url) and (options.weights == "keep" or options.max_gap > settings.Server.max_gap)
+
+
+def connect_server(cfg: Any, config: DecoderConfig) -> SampleFn | None:
+    """sample(state, step, prompts, sampling) by the server that `cfg.server` names; None where it names none.
+
+    cfg: the Config of a recipe, of which it reads model, server and seed. Raises ValueError where there is no server,
+    or it lists no model.
+    """
+    options = cfg.server
+    if not options.url:
+        return None
+    if distributed.process_count() > 1:
+        raise ValueError("--server.url with several processes; legal: one process")
+    url = options.url.rstrip("/")
+    check_url(url)
+    check_reachable(url)
+    model = served_model(url)
+    policy = jax.jit(make_policy(config))
+    checked = []
+
+    def sample(state: TrainState, step: int, prompts: PromptBatch, sampling: Sampling) -> Trajectory:
+        version = None
+        if options.weights == "push":
+            push_weights(state, config, cfg.model, url, step)
+            version = step
+        ask = partial(ask_server, url)
+        traj = sample_remote(ask, model, prompts, sampling, cfg.seed, step, config.vocab_size, version)
+        if options.weights == "push" and len(checked) < CHECKED_STEPS:
+            checked.append(check_gap(policy, state, traj, url, options.max_gap))
+        return traj
+
+    return sample
+
+
+def ask_server(url: str, bodies: list[dict]) -> list[Any]:
+    """The answers of POST {url}/completions. Raises RuntimeError, naming the first that failed."""
+
+    def ask(body: dict, seconds: float) -> Any:
+        return request_json(f"{url}/completions", body, seconds)
+
+    replies = ask_all(ask, bodies, DEFAULT_LIMITS._replace(timeout_seconds=DEFAULT_LIMITS.step_timeout_seconds))
+    failed = [reply for reply in replies if reply.status != "ok"]
+    if failed:
+        raise RuntimeError(
+            f"the server at {url} gave no completions for {len(failed)} of {len(bodies)} prompts: {failed[0].status}, "
+            f"{failed[0].detail}. Start it again and run the same command: the run goes on"
+        )
+    return [reply.value for reply in replies]
+
+
+def push_weights(state: TrainState, config: DecoderConfig, source: str, url: str, version: int) -> None:
+    """Write the weights of the policy, and have the server load them as this version, by SGLang's address.
+
+    Raises RuntimeError where it does not: a server on another machine sees another disk.
+    """
+    address = f"{url.removesuffix('/v1')}/update_weights_from_disk"
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        directory = Path(folder) / "model"
+        models.save_pretrained(state.params, state.frozen, config, source, directory, dtype="float32")
+        body = {"model_path": str(directory), "weight_version": str(version)}
+        try:
+            request_json(address, body, WEIGHTS_SECONDS)  # answered when they are loaded
+        except RequestError as error:
+            raise RuntimeError(
+                f"the server does not take the weights of step {version} ({address}: {error.detail}); legal: SGLang or "
+                "experiments/serve.py on a disk that both see, or --server.weights keep, which corrects for older ones"
+            ) from None
+
+
+def check_gap(policy: Callable, state: TrainState, traj: Trajectory, url: str, limit: float) -> float:
+    """The gap of trainer and server. Raises RuntimeError where it is above the limit."""
+    gap = logp_gap(policy(state.params, state.frozen, traj), traj)
+    log_info(f"log-probs of the trainer and of {url} differ by at most {gap:.2g} nats")
+    if not gap <= limit:
+        raise RuntimeError(
+            f"log-probs of the trainer and of {url} differ by up to {gap:.2g} nats: another model, other weights, or "
+            "log-probs at another temperature (vLLM: --logprobs-mode processed_logprobs); legal: at most "
+            f"{limit:g}, or for a server in half precision a larger --server.max_gap, whose rollouts are then corrected"
+        )
+    return gap

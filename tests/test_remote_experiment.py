@@ -1,0 +1,110 @@
+"""grpo.py with its completions from a server process: the run without one, and an error for each way it can fail."""
+
+import dataclasses
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import grpo
+from experiments.common import remote_sampling
+from experiments.common.settings import Batches, MeshShape, Sampling, Server
+from experiments.tools import tiny_model
+from rewards import hostile
+from test_grpo_experiment import metrics, write_prompts
+
+ROOT = Path(__file__).resolve().parents[1]
+VERIFIERS = {"share": hostile.share_of}
+ROWS = [{"prompt": "once upon"[: 3 + i], "letters": "abcdefghijklm"} for i in range(6)]
+SEED = 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("remote")
+    for name, seed in {"tiny": 0, "other": 1}.items():
+        tiny_model.main(tiny_model.Config(str(root / name), width=32, layers=1, context=64, seed=seed))
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    """Of a server process, which has other weights than the run begins with."""
+    command = [sys.executable, "experiments/serve.py", "--model", str(folder / "other"), "--port", "0"]
+    command += ["--seed", str(SEED), "--rows", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield re.search(r"http://\S+/v1", next(line for line in process.stdout if "http://" in line))[0]
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def settings(folder, tmp_path) -> grpo.Config:
+    return grpo.Config(
+        model=str(folder / "tiny"),
+        prompts=write_prompts(folder / "prompts.jsonl", ROWS),
+        rewards=("share",),
+        seed=SEED,
+        steps=2,
+        batches=Batches(prompts=2, num_generations=2),
+        sampling=Sampling(max_tokens=8),
+        eval_prompts=2,
+        eval_samples=2,
+        directory=str(tmp_path / "run"),
+        mesh=MeshShape(fsdp=1, tensor=-1),  # two prompts, eight devices
+    )
+
+
+def test_a_run_learns_from_a_server_what_it_learns_alone(settings, url, tmp_path):
+    grpo.main(settings, verifiers=VERIFIERS)
+    remote = dataclasses.replace(settings, server=Server(url), directory=str(tmp_path / "remote"))
+    grpo.main(remote, verifiers=VERIFIERS)
+    alone, served = metrics(settings.directory), metrics(remote.directory)
+    assert len(alone) == len(served) == 2
+    for step in range(2):
+        for name in ("reward", "length", "kl_sequence", "loss", "grad_norm"):
+            assert served[step][name] == pytest.approx(alone[step][name], rel=1e-3, abs=1e-5)
+        assert served[step]["sampler_gap"] < 1e-4
+
+
+def test_a_server_with_weights_of_its_own_is_corrected_for(settings, url):
+    kept = dataclasses.replace(settings, steps=1, server=Server(url, weights="keep"))
+    grpo.main(kept, verifiers=VERIFIERS)
+    (found,) = metrics(settings.directory)
+    assert "sampler_weight" in found  # π_old / π_sampler, truncated
+
+
+def test_what_goes_wrong_is_one_error_each(settings, url, folder, monkeypatch, tmp_path):
+    directories = (str(tmp_path / f"run{number}") for number in itertools.count())
+
+    def complain(**change) -> str:
+        changed = dataclasses.replace(settings, directory=next(directories), **change)
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            grpo.main(changed, verifiers=VERIFIERS)
+        return str(caught.value)
+
+    assert complain(server=Server("localhost:80")).startswith("'localhost:80' is no address of a server; legal: http")
+    assert complain(server=Server("http://127.0.0.1:9/v1")).startswith("no server at http://127.0.0.1:9/v1")
+    assert "does not list its models" in complain(server=Server(url.removesuffix("/v1")))
+    batches = dataclasses.replace(settings.batches, carry_over=1)
+    assert "a server's completions are not resumed" in complain(server=Server(url), batches=batches)
+    sampling = dataclasses.replace(settings.sampling, top_p=0.5)
+    assert "legal with a server: temperature, n and max_tokens" in complain(server=Server(url), sampling=sampling)
+
+    def push_others(state, config, source, url, version):
+        """Another model's weights, which the server takes for those of the step."""
+        request_json = remote_sampling.request_json
+        body = {"model_path": str(folder / "other"), "weight_version": str(version)}
+        request_json(f"{url.removesuffix('/v1')}/update_weights_from_disk", body, 600.0)
+
+    monkeypatch.setattr(remote_sampling, "push_weights", push_others)
+    assert re.search(r"differ by up to \S+ nats: another model, other weights", complain(server=Server(url)))
+    monkeypatch.setattr(remote_sampling, "push_weights", lambda *_: None)  # a server that says yes and keeps its own
+    push_others(None, None, None, url, 41)
+    assert "answered with version 41 of the weights, the trainer's is 0" in complain(server=Server(url))
