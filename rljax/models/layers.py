@@ -289,10 +289,7 @@ class Decoder(nnx.Module):
             mask = caches.cache_mask(cache, positions, segments)
             layers = caches.layer_caches(cache)
 
-        table = self.embedding[...]
-        if cache is None and config.hidden_sharding is not None:
-            table = _split_over_tensor(config.hidden_sharding, table)
-        x = table[tokens].astype(config.dtype)
+        x = self.embedding[...][tokens].astype(config.dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         rotations = [rope.cos_sin(positions, table) for table in config.rope_tables()]
@@ -401,15 +398,6 @@ def _with_sharding(x, sharding: NamedSharding | None):
         return x
     spec = PartitionSpec(_row_axes(sharding, len(x)), *sharding.spec[1:])
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
-
-
-def _split_over_tensor(sharding: NamedSharding, table: Float[Array, "V D"]):
-    """A table of the vocabulary, gathered over all axes but `tensor`, to look up many tokens.
-
-    XLA by itself gathers it whole, and sums its gradient over all devices.
-    """
-    tensor = "tensor" if len(table) % sharding.mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(table, NamedSharding(sharding.mesh, PartitionSpec(tensor, None)))
 
 
 def _row_axes(sharding: NamedSharding, rows: int) -> tuple[str, ...] | None:
