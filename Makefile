@@ -10,11 +10,11 @@ help:  ## this list
 # Stamps are touched last: an interrupted install is taken up again by the next make. `envs` is empty but on Python 3.11.
 .venv/.dev: setup.py
 	$(PYTHON) -m venv .venv
-	$(python) -m pip install -e '.[dev,envs,verify]'
+	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers]'
 	@touch $@
 
 .venv/.parity: .venv/.dev
-	$(python) -m pip install -e '.[dev,envs,verify,parity]'
+	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,parity]'
 	@touch $@
 
 demo: .venv/.dev  ## teach a tiny language model to add, on this CPU

@@ -61,6 +61,8 @@ setup(
             "gymnax>=1.0.1,<2; python_version < '3.12'",
             "six; python_version < '3.12'",  # gymnax imports it without asking for it
         ],
+        "agents": ["gymnasium", "reasoning-gym"],
+        "verifiers": ["verifiers>=0.4"],  # brings clients of several services
         "verify": ["math-verify"],
         "preflight": ["jax[tpu]"],  # libtpu compiles for a pod that is not there
         "gpu": ["jax[cuda13]"],

@@ -7,7 +7,9 @@ A character-level decoder is shown products, half of them worked out with a call
 (arithmetic_agent_sft.py). From then on it samples conversations of at most two turns, and sees only whether the answer
 at their end was right: 0 or 1. It learns to call, to copy the numbers into the call, and to copy what comes back.
 
-Reached: not yet run.
+Reached: seeds 0 and 1: eval reward 0.407 0.394 -> 0.784 0.791 (1,024 conversations each, standard errors below 0.016),
+calls a conversation 0.61 0.54 -> 1.00 1.01, in 176 and 184 s of CPU time, warm-up and compilation included (shared AMD
+EPYC cores, jax 0.10.2). --shuffle_observations, seed 1: 0.394 -> 0.394, as no conversation was ever rewarded.
 """
 
 from dataclasses import asdict, dataclass
@@ -39,10 +41,10 @@ class Config:
 
     seed: int = 0  # of everything: parameters, split, order, samples
     algorithm: CriticFree = "dapo"  # how to learn
-    shuffle_observations: bool = False  # a control: each conversation reads the calculator's answer to another one
-    steps: int = 60  # steps of reinforcement: sample, score, update
+    shuffle_observations: bool = False  # a control: it reads what the calculator answered to another problem
+    steps: int = 40  # steps of reinforcement: sample, score, update
     batches: Batches = Batches(prompts=32, num_generations=8)
-    optimizer: Optimizer = Optimizer(learning_rate=5e-4, schedule="cosine")
+    optimizer: Optimizer = Optimizer(learning_rate=3e-4, schedule="cosine")
     sft_target: float = 0.3  # reward on training problems at which the supervised warm-up stops
     sft_directory: str = ""  # of the warm-up's run; default DIRECTORY/sft, or one that all runs of this seed share
     eval_prompts: int = 1024  # problems never trained on
@@ -147,4 +149,4 @@ def warmed_up(cfg: Config) -> tuple[ToolTask, Params]:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

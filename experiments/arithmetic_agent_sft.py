@@ -4,6 +4,9 @@ r"""The supervised warm-up of arithmetic_agent_grpo.py: a character-level decode
 
 Half of the demonstrations call the calculator, half give the answer at once, which the decoder cannot learn in this
 time: it learns how a call is written and that what comes back is the answer, but not that calling is worth it.
+
+Reached: as the first stage of arithmetic_agent_grpo.py, seeds 0 and 1: an eval reward of 0.407 and 0.394, with 0.61 and
+0.54 calls a conversation, after 80 and 100 steps.
 """
 
 import dataclasses
@@ -96,4 +99,4 @@ def train_supervised(cfg: Config) -> tuple[ToolTask, Params]:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, one_process=True)

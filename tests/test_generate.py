@@ -111,6 +111,56 @@ def test_the_script(asked, tmp_path):
     assert done.stderr == ""
 
 
+@pytest.fixture
+def with_template(asked, tmp_path) -> str:
+    """The model with a chat template in which the assistant's turns end with </s>."""
+    (tmp_path / "model").mkdir()
+    for file in Path(asked.model).iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    turn = "{{ m.role[0] }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %} "
+    template = f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}a: {{% endif %}}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    return str(tmp_path / "model")
+
+
+def test_a_conversation_in_turns_goes_on_from_the_tokens_that_were_sampled(
+    with_template, tmp_path, monkeypatch, capsys
+):
+    drawn, stream = [], generate.stream
+
+    def watched(lm, params, frozen, rows, *rest, **settings):
+        for answers in stream(lm, params, frozen, rows, *rest, **settings):
+            yield answers
+        drawn.append((rows.tokens[0][rows.mask[0]].tolist(), answers.tokens[0, : answers.num_tokens[0]].tolist()))
+
+    monkeypatch.setattr(generate, "stream", watched)
+    cfg = generate.Config(with_template, chat=True, sampling=Sampling(max_tokens=6), out=str(tmp_path / "out.jsonl"))
+    lines = ["hi", "who?", "why", "what"]
+    ((record,), tokenizer) = generate.talk(cfg, lines), load_tokenizer(with_template)
+    roles = [message["role"] for message in record["messages"]]
+    answered = roles.count("assistant")
+    assert roles == ["user", "assistant"] * answered
+    assert [message["content"] for message in record["messages"][::2]] == lines[:answered]
+    assert drawn[0][0] == tokenizer.encode_more("u: hi a: ")
+    for (before, sampled), (after, _), line in zip(drawn, drawn[1:], lines[1:], strict=False):
+        end = [] if sampled[-1] in tokenizer.stop else list(tokenizer.stop)
+        assert after == [*before, *sampled, *end, *tokenizer.encode_more(f" u: {line} a: ")]
+    assert answered == len(drawn) >= 2
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == record
+    printed = capsys.readouterr().out
+    assert printed.count("log-prob") == answered
+    assert answered == 4 or "of 64 too few are left for an answer" in printed
+
+
+def test_the_lines_of_a_pipe_are_a_conversation(with_template):
+    given = {"model": with_template, "sampling.max_tokens": 4}
+    script = [sys.executable, "-W", "error", SCRIPTS / "tools" / "generate.py", *flags(given), "--chat"]
+    done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, input="hi\n\nwho?\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("log-prob") == 2
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -118,6 +168,8 @@ def test_the_script(asked, tmp_path):
         ({"prompt": "a"}, "legal: --prompt TEXT or --prompts FILE.jsonl, one of them"),
         ({"chat": True}, "has no chat template; legal: without --chat"),
         ({"out": __file__}, "exists; legal: a new file"),
+        ({"prompts": "", "chat": True, "n": 1}, "has no chat template; legal: without --chat"),
+        ({"prompts": "", "chat": True, "n": 3}, "goes on from one completion; legal: --n 1, or a --prompt"),
         ({"n": 0}, "must be at least 1, not 0"),
         ({"sampling": Sampling(max_tokens=64)}, "legal: a sum of at most 64"),
         ({"sampling": Sampling(top_p=2.0, max_tokens=8)}, "top_p is 2.0; legal"),

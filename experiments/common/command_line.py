@@ -16,6 +16,7 @@ import tyro
 
 from experiments.common import hub
 from experiments.common.settings import Hosts
+from rljax.envs.text import TextEnvError
 from rljax.rewards.score import RewardError
 from rljax.train import distributed
 from rljax.train.log import log_error
@@ -26,7 +27,7 @@ from rljax.train.watchdog import EXIT_CODE
 MORE = "Rarely needed settings that are not listed here: experiments/common/settings.py."
 
 # What a user can mend; everything else is a bug, whose traceback is shown.
-REFUSALS = (ValueError, ImportError, OSError, RuntimeError, RewardError, FloatingPointError)
+REFUSALS = (ValueError, ImportError, OSError, RuntimeError, RewardError, TextEnvError, FloatingPointError)
 
 
 def run(config_type: type, main: Callable, one_process: bool = False) -> None:

@@ -94,8 +94,11 @@ def _from_user(messages: Sequence[dict]) -> list[dict]:
 def environment_prompts(
     env: TextEnv, rows: Sequence[Mapping[str, Any]], codec: TurnCodec, max_tokens: int, seed: int, limits: TurnLimits
 ) -> Prompts:
-    """The beginnings of an episode for each row; those of more than `max_tokens` tokens are dropped."""
-    columns = [{**row, SEED: seed + i} for i, row in enumerate(rows)]
+    """The beginnings of an episode for each row; those of more than `max_tokens` tokens are dropped.
+
+    An episode's seed is the row's own, in the column SEED, or its place among the rows beyond `seed`.
+    """
+    columns = [{SEED: seed + i, **row} for i, row in enumerate(rows)]
     begun = begin_each(env, columns, [row[SEED] for row in columns], limits)
     return Prompts(columns, [codec.encode_prompt(messages) for _, messages in begun], max_tokens, seed)
 
@@ -188,7 +191,7 @@ def make_converse(lm: LM, settings: DialogueSettings) -> Callable[..., DialogueR
     def converse(state: TrainState, prompts: PromptBatch, step: int) -> DialogueRollout:
         respond, conversations = begin_dialogues(env, prompts, n, settings.codec, settings.limits)
         if settings.shuffle_observations:
-            respond = shuffle_answers(respond, [settings.seed, step + 1])
+            respond = shuffle_answers(respond, n, [settings.seed, step + 1])
         traj, counts = sample_conversations(
             lm,
             state.params,
@@ -208,16 +211,22 @@ def make_converse(lm: LM, settings: DialogueSettings) -> Callable[..., DialogueR
     return converse
 
 
-def shuffle_answers(respond: RespondFn, seed: Sequence[int]) -> RespondFn:
-    """A control: each conversation reads what the environment answered to another one. Rewards and ends stay."""
+def shuffle_answers(respond: RespondFn, n: int, seed: Sequence[int]) -> RespondFn:
+    """A control: each conversation reads what a conversation on another prompt was answered. Rewards and ends stay.
+
+    n: conversations of a prompt, which are neighbors.
+    """
     random = np.random.default_rng(seed)
+    given: list[tuple[int, list[int]]] = []  # prompt, answer
 
     def respond_to_others(turns: Sequence[Turn]) -> list[Observation]:
         answers = list(respond(turns))
         going_on = [i for i, answer in enumerate(answers) if answer.tokens]
-        texts = [answers[i].tokens for i in random.permutation(going_on)]
-        for i, tokens in zip(going_on, texts, strict=True):
-            answers[i] = answers[i]._replace(tokens=tokens)
+        given.extend((turns[i].row // n, answers[i].tokens) for i in going_on)
+        for i in going_on:
+            others = [tokens for prompt, tokens in given if prompt != turns[i].row // n]
+            if others:  # else all conversations are on one prompt
+                answers[i] = answers[i]._replace(tokens=others[random.integers(len(others))])
         return answers
 
     return respond_to_others

@@ -5,11 +5,13 @@ r"""Completions of a Hugging Face model directory, printed as they are sampled.
         --template "Question: {question}\nAnswer:" \
         --n 8 --sampling.stop_strings "\n\n" "Question:" --out completions.jsonl
     python experiments/tools/generate.py --model DIR --prompt "Who are you?" --chat --sampling.temperature 0
+    python experiments/tools/generate.py --model DIR --chat      # in turns: what is typed, or the lines of a pipe
 
 On a terminal a completion is printed token by token; in a pipe it is printed when it has ended. It depends on the seed,
 on which prompt it is of, and on its own number, not on what is sampled beside it. A line of --out is a prompt with its
 `columns`; of each completion the text (`completion`), the sum of its log-probs at the temperature (`logp`; at 1 where
-that is 0), the number of `tokens`, and why it `ended`: stop or length. The shortest prompts come first.
+that is 0), the number of `tokens`, and why it `ended`: stop or length. The shortest prompts come first. A conversation
+in turns is one line, with its `messages`.
 
 Reached: stories260k, 64 prompts x 8 completions of 100 tokens, --rows 64, on 2 shared AMD EPYC cores: 51,200 tokens
 in 6.2 s with programs that an earlier run had compiled, typically 17,431 a second; 13.8 s the first time.
@@ -19,17 +21,21 @@ import dataclasses
 import json
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from experiments.common import command_line, data, models
 from experiments.common.rows import make_shape, read_rows, text_of_prompt, unescape
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rows, Sampling
+from rljax.data.chat import encode_prompt, encode_reply
 from rljax.data.files import Table, read_table
-from rljax.data.prompts import Prompts
+from rljax.data.prompts import Prompts, pad_left, padded_width
 from rljax.data.stop_strings import streamed_text
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
@@ -38,6 +44,7 @@ from rljax.rollouts.sample_token import check_sampling
 from rljax.rollouts.streaming import stream
 from rljax.train.log import format_number, is_interactive, log_info
 from rljax.train.mesh import make_mesh
+from rljax.types import PromptBatch
 
 REASONS = ("length", "stop")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write characters that control a terminal
@@ -51,7 +58,7 @@ class Config:
     prompt: str = ""  # the text of one prompt
     prompts: str = ""  # or a jsonl file of many; each line an object, its fields are the columns
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line
-    chat: bool = False  # a prompt is a user's message, in the tokenizer's chat template
+    chat: bool = False  # a prompt is a user's message, in the tokenizer's chat template; without one: talk in turns
     n: int = 1  # completions per prompt
     seed: int = 0  # of sampling
     sampling: Sampling = Sampling(max_tokens=256)
@@ -64,6 +71,8 @@ class Config:
 def main(cfg: Config) -> list[dict]:
     """Print the completions, and return what `out` holds."""
     check_settings(cfg)
+    if is_dialogue(cfg):
+        return talk(cfg, typed_lines())
 
     # -- tokenizer and prompts
     config = hf.read_config(cfg.model)
@@ -107,14 +116,81 @@ def check_settings(cfg: Config) -> None:
             f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are sampled at a time; "
             "legal in a stream: max_concurrent=None"
         )
-    if bool(cfg.prompt) == bool(cfg.prompts):
+    if is_dialogue(cfg):
+        if cfg.n != 1:
+            raise ValueError(
+                f"--n {cfg.n}, but a conversation goes on from one completion; legal: --n 1, or a --prompt"
+            )
+    elif bool(cfg.prompt) == bool(cfg.prompts):
         raise ValueError("which prompts? legal: --prompt TEXT or --prompts FILE.jsonl, one of them")
+
+
+def is_dialogue(cfg: Config) -> bool:
+    """Whether the model is talked to in turns."""
+    return cfg.chat and not (cfg.prompt or cfg.prompts)
+
+
+# ------------------------------------------------------------------------------------------------------------ in turns
+
+
+def typed_lines() -> Iterator[str]:
+    """What is typed, line by line, until an empty line or the end of the input; the lines of a pipe."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line and sys.stdin.isatty():
+            return
+        if line:
+            yield line
+
+
+def talk(cfg: Config, lines: Iterable[str]) -> list[dict]:
+    """Answer line after line; the model reads the conversation so far, its own turns as the tokens that it sampled."""
+    config = hf.read_config(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    _check_chat(cfg, tokenizer)
+    chat = tokenizer.chat
+    sampling = make_sampling(cfg.sampling, 1, tokenizer, config.vocab_size)
+    check_sampling(sampling)
+    read = make_reader(cfg, tokenizer, config.vocab_size)
+    context = config.max_positions
+    config, params = models.load_model(cfg.model, make_mesh(**cfg.mesh.sizes), cfg.dtype)
+    lm = decoder.language_model(config)
+
+    messages: list[dict] = []
+    ids: list[int] = []
+    for turn, line in enumerate(lines):
+        question = {"role": "user", "content": line}
+        stopped = bool(ids) and ids[-1] in tokenizer.stop
+        ids += encode_reply(chat, messages[:-1], stopped, [question]) if messages else encode_prompt(chat, [question])
+        if len(ids) + cfg.sampling.max_tokens > context:
+            log_info(f"the conversation has {len(ids)} tokens: of {context} too few are left for an answer", "yellow")
+            break
+        tokens, mask = pad_left([ids], padded_width(len(ids)), tokenizer.pad)
+        rows = PromptBatch(tokens, mask, np.zeros(1, np.int32), [{}], 0)
+        stages = stream(lm, params, {}, rows, sampling, cfg.seed, turn, every=1 if is_interactive() else 16)
+        answers = show(stages, [""], [""], 1, read, [])
+        ids += np.asarray(answers.tokens[0, : answers.num_tokens[0]]).tolist()
+        messages += [question, {"role": "assistant", "content": read(answers, 0)}]
+    if cfg.out:
+        append(cfg.out, [{"messages": messages}])
+    return [{"messages": messages}]
+
+
+# -------------------------------------------------------------------------------------------------------- completions
+
+
+def _check_chat(cfg: Config, tokenizer: Tokenizer) -> None:
+    if tokenizer.chat is None:
+        raise ValueError(f"{cfg.model}: the tokenizer has no chat template; legal: without --chat")
 
 
 def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Prompts, Callable[[dict], str]]:
     """The prompts, and how a row is shown. Those that leave no room for a completion are dropped and counted."""
-    if cfg.chat and tokenizer.chat is None:
-        raise ValueError(f"{cfg.model}: the tokenizer has no chat template; legal: without --chat")
+    if cfg.chat:
+        _check_chat(cfg, tokenizer)
     shape = make_shape(cfg.template, "", Rows(chat=cfg.chat))
     table = Table("--prompt", [{"prompt": cfg.prompt}], [1]) if cfg.prompt else read_table(cfg.prompts)
     found = read_rows(table, shape, data.read_prompt, tokenizer)

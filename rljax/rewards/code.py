@@ -7,6 +7,7 @@ exception, a crash, an endless loop or too much memory fails a test. A sandbox t
 
 import ast
 import json
+import marshal
 import math
 import re
 import time
@@ -115,7 +116,7 @@ def run_function_tests(
     """Run HumanEval's tests on a solution, in a process that the solution cannot reach (`code_judge.py`)."""
     counting, asserts = _counting_tests(test)
     task = {"setup": _with_body(prompt), "test": counting, "entry_point": entry_point}
-    found = _run(JUDGE, json.dumps(task), {"solution.py": source}, isolation, seconds)
+    found = _run(JUDGE, marshal.dumps(task), {"solution.py": source}, isolation, seconds)
     if found.status == "error":
         raise ValueError(f"the columns prompt and test do not run: {found.stderr.strip()[-500:]}")
     results = found.stdout.rstrip(".")
@@ -188,7 +189,7 @@ def _read_tests(tests: str | Sequence[dict]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _run(source: str, stdin: str, files: dict[str, str], isolation: Level, seconds: float) -> Execution:
+def _run(source: str, stdin: str | bytes, files: dict[str, str], isolation: Level, seconds: float) -> Execution:
     limits = ResourceLimits(seconds=seconds, cpu_seconds=math.ceil(seconds), output_bytes=2**20)
     try:
         return run_code(source, stdin=stdin, files=files, limits=limits, isolation=isolation)

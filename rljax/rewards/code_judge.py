@@ -2,54 +2,76 @@
 `rljax.rewards.code`.
 
 The solution runs in a child process that never holds the tests: it is forked before they are read, has /dev/null for
-stdin, stdout and stderr, and answers calls over a pipe. Values cross it as JSON of plain types, so a solution can
-neither end the tests early and pass, nor return an object that equals everything, nor change what the tests call.
+stdin, stdout and stderr, and answers calls over a pipe. Values come back as plain types (`encode_value`), so a solution
+can neither end the tests early and pass, nor return an object that equals everything, nor change what the tests call.
+What the solution sends is read by `decode_value` alone: marshal, which must not read what others wrote, goes the other
+way. There is no json here: importing it takes longer than starting Python.
 
-stdin: JSON with setup (source of the prompt's own helpers), test and entry_point. stdout: 1 for a test that passed, 0
+stdin: marshalled, setup (source of the prompt's own helpers), test and entry_point. stdout: 1 for a test that passed, 0
 for one that failed, and a full stop after the last.
 """
 
 import builtins
-import json
+import marshal
 import os
 import sys
 
-KINDS = {"tuple": tuple, "set": set, "frozenset": frozenset}
-MAX_CHARACTERS = 2**24  # of a value on the pipe
+KINDS = {b"l": list, b"t": tuple, b"u": set, b"z": frozenset}
+CONSTANTS = {b"N": None, b"T": True, b"F": False}
+MAX_BYTES = 2**24  # of a value on the pipe
 
 
-def encode_value(value):
-    """The value as JSON: of a subclass, what it holds. Raises TypeError for other than plain types."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list):
-        return [encode_value(item) for item in value]
-    if isinstance(value, dict):
-        return {"dict": [[encode_value(key), encode_value(item)] for key, item in value.items()]}
-    if isinstance(value, bytes):
-        return {"bytes": list(value)}
+def encode_value(value) -> bytes:
+    """The value as a letter, a number or length, a new line, and what it holds; of a subclass, that of its base.
+
+    Raises TypeError for other than plain types.
+    """
+    for letter, constant in CONSTANTS.items():
+        if value is constant:
+            return letter
+    if isinstance(value, int):
+        return b"i%d\n" % value
+    if isinstance(value, float):
+        return b"f" + float.hex(value).encode() + b"\n"
     if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    for name, kind in KINDS.items():
+        return b"c" + encode_value(value.real) + encode_value(value.imag)
+    if isinstance(value, str | bytes):
+        data = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
+        return (b"b%d\n" if isinstance(value, bytes) else b"s%d\n") % len(data) + data
+    if isinstance(value, dict):
+        items = [encode_value(part) for item in value.items() for part in item]
+        return b"d%d\n" % len(value) + b"".join(items)
+    for letter, kind in KINDS.items():
         if isinstance(value, kind):
-            return {name: [encode_value(item) for item in value]}
+            return letter + b"%d\n" % len(value) + b"".join(map(encode_value, value))
     raise TypeError(f"a value of type {type(value).__name__}; legal: plain types")
 
 
-def decode_value(value):
-    """The value that `encode_value` was given, of exactly a plain type."""
-    if isinstance(value, list):
-        return [decode_value(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((name, content),) = value.items()
-    if name == "dict":
-        return {decode_value(key): decode_value(item) for key, item in content}
-    if name == "bytes":
-        return bytes(content)
-    if name == "complex":
-        return complex(*content)
-    return KINDS[name](decode_value(item) for item in content)
+def decode_value(data: bytes, at: int = 0):
+    """The value that `encode_value` wrote at this place, of exactly a plain type, and the place after it."""
+    letter = data[at : at + 1]
+    if letter in CONSTANTS:
+        return CONSTANTS[letter], at + 1
+    if letter == b"c":
+        real, at = decode_value(data, at + 1)
+        imaginary, at = decode_value(data, at)
+        return complex(real, imaginary), at
+    line = data.index(b"\n", at)
+    text = data[at + 1 : line].decode()
+    if letter == b"f":
+        return float.fromhex(text), line + 1
+    number = int(text)
+    at = line + 1
+    if letter == b"i":
+        return number, at
+    if letter in (b"s", b"b"):
+        found = data[at : at + number]
+        return (found if letter == b"b" else found.decode(errors="surrogatepass")), at + number
+    parts = []
+    for _ in range(2 * number if letter == b"d" else number):
+        part, at = decode_value(data, at)
+        parts.append(part)
+    return (dict(zip(parts[::2], parts[1::2], strict=True)) if letter == b"d" else KINDS[letter](parts)), at
 
 
 def hide_from_debuggers() -> None:
@@ -65,7 +87,7 @@ def serve_solution(calls: int, replies: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    with open(calls, encoding="utf-8") as reader, open(replies, "w", encoding="utf-8") as writer:
+    with open(calls, "rb") as reader, open(replies, "wb") as writer:
         namespace = {"__name__": "solution"}
         problem = None
         try:
@@ -73,35 +95,38 @@ def serve_solution(calls: int, replies: int) -> None:
                 exec(compile(file.read(), "solution.py", "exec"), namespace)
         except Exception as error:
             problem = error
-        for line in reader:
-            name, args, kwargs = json.loads(line)
+        while True:
+            name, args, kwargs = marshal.load(reader)  # EOFError, which ends the child, after the last
             try:
                 if problem is not None:
                     raise problem
-                reply = {"value": encode_value(namespace[name](*decode_value(args), **decode_value(kwargs)))}
-                text = json.dumps(reply)
+                reply = b"v" + encode_value(namespace[name](*args, **kwargs))
             except Exception as error:
-                text = json.dumps({"error": [type(error).__name__, str(error)[:1000]]})
-            writer.write(text + "\n")
+                reply = b"e" + encode_value((type(error).__name__, str(error)[:1000]))
+            writer.write(b"%d\n" % len(reply) + reply)
             writer.flush()
 
 
 def make_candidate(name: str, calls: int, replies: int):
     """The function that the tests call; it asks the child."""
-    writer = os.fdopen(calls, "w", encoding="utf-8")
-    reader = os.fdopen(replies, encoding="utf-8")
+    writer = os.fdopen(calls, "wb")
+    reader = os.fdopen(replies, "rb")
 
     def candidate(*args, **kwargs):
-        writer.write(json.dumps([name, encode_value(list(args)), encode_value(kwargs)]) + "\n")
+        marshal.dump((name, args, kwargs), writer)
         writer.flush()
-        line = reader.readline(MAX_CHARACTERS)
-        reply = json.loads(line) if line.endswith("\n") else {"error": ["RuntimeError", "the solution has ended"]}
-        if "error" not in reply:
-            return decode_value(reply["value"])
-        kind = getattr(builtins, str(reply["error"][0]), None)
+        line = reader.readline(20)
+        size = int(line) if line.strip().isdigit() else 0
+        reply = reader.read(size) if 0 < size <= MAX_BYTES else b""
+        if not reply:
+            raise RuntimeError("the solution has ended")
+        value, _ = decode_value(reply, 1)
+        if reply[:1] == b"v":
+            return value
+        kind = getattr(builtins, str(value[0]), None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             kind = RuntimeError
-        raise kind(reply["error"][1])
+        raise kind(value[1])
 
     candidate.__name__ = name
     return candidate
@@ -150,7 +175,7 @@ def judge() -> None:
             os._exit(0)
     os.close(calls_read)
     os.close(replies_write)
-    task = json.loads(sys.stdin.read())
+    task = marshal.loads(sys.stdin.buffer.read())
     verdict = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the tests may print
     candidate = make_candidate(task["entry_point"], calls_write, replies_read)

@@ -132,7 +132,7 @@ def _reason_against(level: Level) -> str | None:
 def run_code(
     source: str,
     *,
-    stdin: str = "",
+    stdin: str | bytes = "",
     files: Mapping[str, str | bytes] | None = None,
     limits: ResourceLimits = DEFAULT_LIMITS,
     isolation: Level = "namespaces",
@@ -158,13 +158,16 @@ def run_code(
     return _run(source, stdin, files, limits, isolation)
 
 
-def _run(source: str, stdin: str, files: Mapping[str, str | bytes], limits: ResourceLimits, level: Level) -> Execution:
+def _run(
+    source: str, stdin: str | bytes, files: Mapping[str, str | bytes], limits: ResourceLimits, level: Level
+) -> Execution:
     folder = tempfile.mkdtemp(prefix="sandbox-")
     try:
         if os.geteuid() == 0:
             os.chmod(folder, 0o755 if level == "namespaces" else 0o777)  # the program is another user
         spec = _specification({"main.py": source, **files}, folder, limits, level)
-        report, stdout, stderr = _communicate(spec, stdin.encode(errors="replace"), limits)
+        data = stdin.encode(errors="replace") if isinstance(stdin, str) else stdin
+        report, stdout, stderr = _communicate(spec, data, limits)
     finally:
         _remove(folder)
     return _read_report(report, stdout, stderr, limits, level)
