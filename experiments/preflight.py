@@ -29,7 +29,7 @@ from experiments.common.chips import GIB, Topology, read_topology
 from experiments.common.hlo import collectives
 from experiments.common.model_shapes import find_shape
 from experiments.common.plan import Memory, Plan
-from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Rare, Sampling, Weights
+from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Rare, Sampling, Server, Weights
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts.sampler import chunk_size
@@ -66,6 +66,7 @@ class Config:
     optimizer: Optimizer = Optimizer(learning_rate=1e-6)
     weights: Weights = Weights(dtype="bfloat16", remat="full", scan_layers=True)
     mesh: MeshShape = MeshShape()
+    server: Server = Server()
     steps: int = 1000  # of the run whose cost is told
     price: float = 0.0  # of a device-hour; 0: no money is told
     sweep: bool = False  # rank meshes, and go on with the best
