@@ -98,7 +98,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context, cfg.seed)
-    algorithm = with_settings(algorithm, cfg, config)
+    algorithm = with_settings(algorithm, cfg, config, is_off_policy(cfg.server))
     sampling = training_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
 
     # -- training state
@@ -178,11 +178,11 @@ def make_step(
     return Step(decoder.language_model(config), model, annotate, keep, credit, train.cut_update(make, *sizes))
 
 
-def with_settings(algorithm: Algorithm, cfg: Config, config: DecoderConfig) -> Algorithm:
-    """The algorithm with controlled coefficients, filtered groups and old log-probs, as settings and dtype ask."""
+def with_settings(algorithm: Algorithm, cfg: Config, config: DecoderConfig, other: bool = False) -> Algorithm:
+    """The algorithm with controlled terms, filtered groups and old log-probs, as settings and sampler ask."""
     algorithm = controllers.with_controlled_terms(algorithm, cfg.controllers)
     algorithm = train.with_filtered_groups(algorithm, cfg.batches)
-    return train.with_own_old_logp(algorithm, config, cfg.batches.carry_over, is_off_policy(cfg.server))
+    return train.with_own_old_logp(algorithm, config, cfg.batches.carry_over, other)
 
 
 def named_algorithm(cfg: Config) -> Algorithm:

@@ -29,7 +29,7 @@ from experiments.common.chips import GIB, Topology, read_topology
 from experiments.common.hlo import collectives
 from experiments.common.model_shapes import find_shape
 from experiments.common.plan import Memory, Plan
-from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Rare, Sampling, Weights
+from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Rare, Sampling, Server, Weights
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts.sampler import chunk_size
@@ -66,6 +66,7 @@ class Config:
     optimizer: Optimizer = Optimizer(learning_rate=1e-6)
     weights: Weights = Weights(dtype="bfloat16", remat="full", scan_layers=True)
     mesh: MeshShape = MeshShape()
+    server: Server = Server()
     steps: int = 1000  # of the run whose cost is told
     price: float = 0.0  # of a device-hour; 0: no money is told
     sweep: bool = False  # rank meshes, and go on with the best
@@ -93,7 +94,7 @@ def main(cfg: Config) -> Plan:
     if compiles:
         found = compiled(cfg, config, topology, found)
     show(cfg, found)
-    if not found.gathers and found.mesh.shape["fsdp"] > 1:
+    if found.over <= 0 and not found.gathers and found.mesh.shape["fsdp"] > 1:
         log_info(plan.gathering_line(by_formulas, formulas(gathering(cfg, True), config, topology, cfg.mesh.sizes)))
     if cfg.html:
         plan_page.write(cfg.html, cfg, found, swept)
@@ -155,6 +156,7 @@ def compiled(cfg: Config, config: DecoderConfig, topology: Topology, found: Plan
         arrays, sent[program.name] = compile_program(program, chunk_size(cfg.sampling.max_tokens - 1))
         if program.name in ("prefill", "rollout") and "temporaries" in arrays:
             known = {"KV cache": cache if program.name == "rollout" else 0, "gathered weights": copy}
+            known = {name: size for name, size in known.items() if size}
             arrays = known | arrays | {"temporaries": arrays["temporaries"] - sum(known.values())}
         memory.append(Memory(program.name, held | arrays))
         took = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} s of CPU"

@@ -135,6 +135,19 @@ def test_collectives_in_a_loop_count_each_time():
     assert found.sent == 5 * 64 * 32 * 4 * 3 / 4
 
 
+def test_collectives_of_a_shard_map_are_all_counted():
+    """JAX gives them the same channel: here a gather and two sums."""
+    mesh = make_mesh(fsdp=4, tensor=2)
+
+    def of_device(x):
+        gathered = jax.lax.all_gather(x, "fsdp", tiled=True)
+        return jax.lax.psum(jnp.tanh(jax.lax.psum(gathered, "tensor")), "fsdp")
+
+    mapped = jax.shard_map(of_device, mesh=mesh, in_specs=jax.P(("fsdp", "tensor")), out_specs=jax.P())
+    found = collectives(jax.jit(mapped).lower(jax.ShapeDtypeStruct((64, 32), jnp.float32)).compile().as_text())
+    assert sorted(one.kind for one in found) == ["all-gather", "all-reduce", "all-reduce"]
+
+
 MODULE = """\
 %counted (p: (s32[])) -> pred[] {
   %c = s32[] constant(28)

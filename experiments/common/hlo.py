@@ -57,7 +57,7 @@ def collectives(text: str, open_loop_trips: int = 1) -> list[Collective]:
     """
     computations = _computations(text)
     times = _times(computations, open_loop_trips)
-    found: dict[str, Collective] = {}
+    found: dict[tuple, Collective] = {}
     for name, lines in computations.items():
         for place, (result, opcode, rest) in enumerate(lines):
             kind = opcode.removesuffix("-start")
@@ -65,10 +65,12 @@ def collectives(text: str, open_loop_trips: int = 1) -> list[Collective]:
                 continue
             group = _group(rest)
             if len(group) > 1:
-                # What a TPU does in steps beside products is written once for each step, with the same channel.
-                channel = re.search(r"channel_id=\d+", rest)
-                key = channel[0] if channel else f"{name} {place}"
-                one = Collective(kind, _bytes(kind, result, len(group)), group, times[name])
+                # What a TPU does in steps beside products is written once for each step, with the same channel. All
+                # that a `shard_map` asks for may have one channel too: told apart by what it is.
+                channel, op = (re.search(pattern, rest) for pattern in (r"channel_id=\d+", r'op_name="[^"]*"'))
+                size = _bytes(kind, result, len(group))
+                key = (channel[0], kind, size, group, op and op[0]) if channel else (name, place)
+                one = Collective(kind, size, group, times[name])
                 found[key] = max(one, found.get(key, one), key=lambda other: other.sent)
     return list(found.values())
 

@@ -10,7 +10,6 @@ and the embeddings are cast to `DecoderConfig.dtype`. All layers follow their in
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -232,29 +231,12 @@ def _of_whole_rows(sharding: NamedSharding | None) -> NamedSharding | None:
 
 
 def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
-    """`logits` with all of a row on the device that has the row, to sample from.
-
-    The table is cut along the vocabulary. The hidden states come to where its parts are, and the logits go back:
-    XLA by itself collects the table, or all rows' logits, on every device.
-    """
+    """`logits` with all of a row on the devices that have the row, to sample from."""
+    found = logits(config, params, hidden)
     if config.hidden_sharding is None:
-        return logits(config, params, hidden)
-    mesh, rows = config.hidden_sharding.mesh, config.hidden_sharding.spec[0]
-    cuts = ("tensor", "fsdp")
-
-    def placed(x: Array, rows: tuple[str, ...], *features) -> Array:
-        columns = [None] * (x.ndim - 1 - len(features))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(rows, *columns, *features)))
-
-    if config.vocab_size % math.prod(mesh.shape[axis] for axis in cuts) == 0:
-        others = tuple(axis for axis in rows if axis not in cuts)
-        found = logits(config, params, placed(hidden, others))
-        found = placed(found, others, cuts)
-        # Axis by axis: at one go XLA would collect all rows' logits on every device.
-        found = placed(found, tuple(axis for axis in rows if axis != "tensor"), "tensor")
-    else:
-        found = logits(config, params, hidden)
-    return placed(found, rows)
+        return found
+    rows = PartitionSpec(config.hidden_sharding.spec[0])
+    return jax.lax.with_sharding_constraint(found, NamedSharding(config.hidden_sharding.mesh, rows))
 
 
 @lru_cache

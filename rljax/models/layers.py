@@ -413,18 +413,22 @@ def _place_logits(sharding: NamedSharding, hidden: Float[Array, "N D"], table: F
     the product, then the final one.
 
     Each device gets whole rows of logits: sums over the vocabulary then stay on a device. Where tokens are many they
-    stay where they are and the table comes to them; where they are few (decoding) they go to each part of the table.
+    stay where they are and the table comes to them; where they are few (decoding) they go to each part of the table,
+    and their logits come back. XLA by itself collects the table, or all rows' logits, on every device.
     """
     mesh = sharding.mesh
     axes = _all_axes(sharding)
     by_token = NamedSharding(mesh, PartitionSpec(axes, None))
-    replicated = NamedSharding(mesh, PartitionSpec(None, None))
+    cuts = ("tensor", "fsdp")  # of the table
+    others = tuple(name for name in mesh_axes(sharding, 0) if name not in cuts)
     N, D = hidden.shape
     V = table.shape[1]
     half, single = 2, 4  # bytes
     if N * D * half + N * V * single // mesh.size < D * V * half:
-        by_vocabulary = NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp")))
-        return _with_sharding(hidden, replicated), _with_sharding(table, by_vocabulary), (by_vocabulary, by_token)
+        hidden = _with_sharding(hidden, NamedSharding(mesh, PartitionSpec(others, None)))
+        table = jax.lax.with_sharding_constraint(table, NamedSharding(mesh, PartitionSpec(None, cuts)))
+        return hidden, table, (NamedSharding(mesh, PartitionSpec(others, cuts)), by_token)
+    replicated = NamedSharding(mesh, PartitionSpec(None, None))
     return _with_sharding(hidden, by_token), _with_sharding(table, replicated), (by_token,)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common import costs
+from experiments.common import device_memory
 from experiments.common.hlo import collectives
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
@@ -114,5 +114,5 @@ def test_no_weights_are_gathered_for_each_token(config, sizes):
         return sum(x.bytes * x.times / MANY for x in found if x.times >= MANY and x.bytes >= smallest)
 
     before = gathered_in_loop(dataclasses.replace(config, gather_for_generation=False))
-    assert before >= costs.gathered_bytes(config, meshes.make_mesh(**sizes))
+    assert before >= device_memory.gathered_bytes(config, meshes.make_mesh(**sizes))
     assert gathered_in_loop(config) == 0
