@@ -7,9 +7,10 @@ A character-level decoder is shown products, half of them worked out with a call
 (arithmetic_agent_sft.py). From then on it samples conversations of at most two turns, and sees only whether the answer
 at their end was right: 0 or 1. It learns to call, to copy the numbers into the call, and to copy what comes back.
 
-Reached: seeds 0 and 1: eval reward 0.407 0.394 -> 0.784 0.791 (1,024 conversations each, standard errors below 0.016),
-calls a conversation 0.61 0.54 -> 1.00 1.01, in 176 and 184 s of CPU time, warm-up and compilation included (shared AMD
-EPYC cores, jax 0.10.2). --shuffle_observations, seed 1: 0.394 -> 0.394, as no conversation was ever rewarded.
+Reached: seeds 0 1 2: eval reward 0.407 0.394 0.463 -> 0.784 0.791 0.797 (1,024 conversations each, standard errors
+below 0.016), calls a conversation 0.61 0.54 0.66 -> 1.00 1.01 1.00, in 176 184 192 s of CPU time each, warm-up and
+compilation included (shared AMD EPYC cores, jax 0.10.2). --shuffle_observations, evaluated with the right answers:
+0.407 0.394 0.463 -> 0.282 0.394 0.145; with seed 1 no conversation was ever rewarded.
 """
 
 from dataclasses import asdict, dataclass

@@ -5,8 +5,8 @@ r"""The supervised warm-up of arithmetic_agent_grpo.py: a character-level decode
 Half of the demonstrations call the calculator, half give the answer at once, which the decoder cannot learn in this
 time: it learns how a call is written and that what comes back is the answer, but not that calling is worth it.
 
-Reached: as the first stage of arithmetic_agent_grpo.py, seeds 0 and 1: an eval reward of 0.407 and 0.394, with 0.61 and
-0.54 calls a conversation, after 80 and 100 steps.
+Reached: as the first stage of arithmetic_agent_grpo.py, seeds 0 1 2: an eval reward of 0.407 0.394 0.463, with 0.61
+0.54 0.66 calls a conversation, after 80 100 100 steps.
 """
 
 import dataclasses
