@@ -262,6 +262,11 @@ def test_ten_megabytes_of_output_are_cut():
     assert found.output_cut
 
 
+def test_a_single_byte_of_output():
+    found = run("print('two')", limits=PATIENT._replace(output_bytes=1))
+    assert (found.status, found.stdout, found.output_cut) == ("ok", "t", True)
+
+
 def test_disk_is_limited():
     one = "open('big', 'wb').write(bytes(2**25))"
     assert "File too large" in run(one).stderr
