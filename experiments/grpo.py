@@ -111,8 +111,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- the functions of a step
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     lm, model, annotate, keep, credit, update = make_step(algorithm, optimizer, *sizes)
-    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data, connect_server(cfg, config))
     log_ratio = train.make_log_ratio(model, *sizes)
+    remote = connect_server(cfg, config, log_ratio)
+    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data, remote)
 
     # -- the loop
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
