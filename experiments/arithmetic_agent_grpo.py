@@ -10,7 +10,8 @@ at their end was right: 0 or 1. It learns to call, to copy the numbers into the 
 Reached: seeds 0 1 2: eval reward 0.407 0.394 0.463 -> 0.784 0.791 0.797 (1,024 conversations each, standard errors
 below 0.016), calls a conversation 0.61 0.54 0.66 -> 1.00 1.01 1.00, in 176 184 192 s of CPU time each, warm-up and
 compilation included (shared AMD EPYC cores, jax 0.10.2). --shuffle_observations, evaluated with the right answers:
-0.407 0.394 0.463 -> 0.282 0.394 0.145; with seed 1 no conversation was ever rewarded, so its parameters stayed as they were.
+0.407 0.394 0.463 -> 0.282 0.394 0.145; with seed 1 no conversation was ever rewarded, so the parameters did not
+move.
 """
 
 from dataclasses import asdict, dataclass

@@ -188,8 +188,7 @@ def with_settings(algorithm: Algorithm, cfg: Config, config: DecoderConfig, othe
 
 def named_algorithm(cfg: Config) -> Algorithm:
     """The algorithm that cfg names, with the KL to the reference in its loss or in its reward."""
-    algorithms = critic_free(cfg.sampling.max_tokens) | PER_STEP
-    algorithm = algorithms[cfg.algorithm]()
+    algorithm = (critic_free(cfg.sampling.max_tokens) | PER_STEP)[cfg.algorithm]()
     if not cfg.kl_in_reward:
         return with_kl(algorithm, cfg.kl_coef)
     if cfg.algorithm in ("gdpo", *PER_STEP):

@@ -155,6 +155,8 @@ def test_the_arithmetic_agent_cuts_as_it_is_told(tmp_path, monkeypatch, capsys):
     task = tool_arithmetic.make_tool_task(8, seed=0, width=16, layers=1)
     params = policy.init(task.config, jax.random.key(0))
     monkeypatch.setattr(arithmetic_agent_grpo, "warmed_up", lambda cfg: (task, params))
+    nothing = {"reward": 0.0, "error": 0.0, "tool_calls": 0.0}
+    monkeypatch.setattr(tool_arithmetic, "mean_reward", lambda *_: nothing)
     rows = []  # that are annotated at a time
 
     def make_annotate(model, needs, make=policy.make_annotate):

@@ -276,17 +276,16 @@ def test_garbage_of_the_protocol(server):
 # ------------------------------------------------------------------------------------------------------- many clients
 
 
-def test_among_64_clients_nobody_elses_answer_changes(server, directories):
+def test_among_64_clients_nobody_elses_answer_changes(server, client, directories):
     """Half of them ask properly; the others leave, break off, or send garbage."""
     expected = in_process(directories["tiny"], PROMPTS, 9, [0, 1, 2, 3], n=1, max_tokens=16)
 
     def ask(number: int):
-        with client_of(server) as client:
-            extra = {**IDS, "key": [9, number % 4]}
-            prompt = PROMPTS[number % 4]
-            return client.completions.create(
-                model="tiny", prompt=prompt, max_tokens=16, logprobs=1, extra_body=extra
-            ).choices
+        extra = {**IDS, "key": [9, number % 4]}
+        prompt = PROMPTS[number % 4]
+        return client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=16, logprobs=1, extra_body=extra
+        ).choices
 
     def misbehave(number: int):
         how = number % 4

@@ -9,7 +9,7 @@ from rljax.envs.text import TextEnv, TextStep
 
 
 class GymnasiumEpisode:
-    """An environment that is played. It is closed when nobody holds the episode: over, cut, or only begun."""
+    """An environment that is played. It is closed when nothing holds the episode any more: over, cut, or only begun."""
 
     def __init__(self, env: Any):
         self.env = env
