@@ -1,5 +1,6 @@
 """A text environment in conversations that are sampled: what is trained, that no id changes, and what fails."""
 
+import dataclasses
 import re
 import threading
 import types
@@ -10,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import agent_grpo
 from experiments.common import conversations, environments
 from experiments.common.conversations import SEED, DialogueSettings, make_codec, make_converse
 from rljax.data.chat import encode_prompt
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.envs.text import TextEnv, TextEnvError, TextStep, TurnLimits
+from rljax.envs.tools import ToolUnavailable
+from rljax.rewards import sandbox
 from rljax.rewards.sandbox import SandboxError
 from rljax.types import LM, Observation, Sampling, TrainState, Turn
 
@@ -257,6 +261,23 @@ def test_programs_of_the_model_run_in_the_sandbox():
     assert content.startswith("42\nTraceback")
     assert content.endswith("ZeroDivisionError: division by zero\n[error, exit code 1]")
     assert env.step(step.state, "#### 42").reward == 1.0
+
+
+def test_a_sandbox_that_is_not_to_be_had_is_no_answer_of_a_program(monkeypatch):
+    def refuse(source):
+        raise SandboxError("no kernel")
+
+    monkeypatch.setattr(environments, "probe_isolation", lambda level: None)
+    monkeypatch.setattr(environments, "run_code", refuse)
+    env = environments.python_env(environments.TOOL_FORMATS["hermes"])
+    state, _ = env.reset({"question": "?", "answer": "42"}, 0)
+    with pytest.raises(ToolUnavailable, match="no kernel"):
+        env.step(state, '<tool_call>{"name": "python", "arguments": {"code": "1"}}</tool_call>')
+
+
+def test_programs_that_hang_end_before_their_turn():
+    turn = {field.name: field.default for field in dataclasses.fields(agent_grpo.Config)}["turn_seconds"]
+    assert environments.PROGRAMS * sandbox.DEFAULT_LIMITS.seconds < turn
 
 
 @pytest.mark.parametrize(

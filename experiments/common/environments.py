@@ -14,14 +14,17 @@ from rljax.envs.gymnasium import make_gymnasium
 from rljax.envs.maze import make_maze
 from rljax.envs.reasoning_gym import make_reasoning_gym
 from rljax.envs.text import TextEnv
-from rljax.envs.tools import make_python_tool, tool_env
+from rljax.envs.tools import ToolUnavailable, make_python_tool, tool_env
 from rljax.envs.verifiers import make_verifiers
 from rljax.rewards.number import exact_number
-from rljax.rewards.sandbox import probe_isolation, run_code
+from rljax.rewards.sandbox import Execution, SandboxError, probe_isolation, run_code
 
 ToolFormat = Literal[tuple(TOOL_FORMATS)]
 # How the answer is to be written, for `exact_number`.
 ASK = "{question}\nUse the tools where they help. When you know the answer, write it after ####, as in #### 12."
+# In a conversation. All of them in one turn, each to its own deadline, end before that of the turn (30 s): a model that
+# hangs in its programs is answered, and not left without a reward.
+PROGRAMS = 4
 
 
 class NamedEnvironment(NamedTuple):
@@ -40,8 +43,17 @@ def calculator_env(parse: Callable) -> TextEnv:
 def python_env(parse: Callable) -> TextEnv:
     """Word problems with Python programs, which run in the sandbox. Raises SandboxError where there is none."""
     probe_isolation("namespaces")
-    python = make_python_tool(run_code)
-    return tool_env("python", {"python": python}, parse, _ask, _grade, schemas=[tool_schema(python)])
+    python = make_python_tool(_run_program)
+    schemas = [tool_schema(python)]
+    return tool_env("python", {"python": python}, parse, _ask, _grade, schemas=schemas, max_calls=PROGRAMS)
+
+
+def _run_program(source: str) -> Execution:
+    """In the sandbox. Raises ToolUnavailable where it could not be set up."""
+    try:
+        return run_code(source)
+    except SandboxError as error:
+        raise ToolUnavailable(f"the sandbox: {error}") from None
 
 
 def _ask(row: Mapping[str, Any]) -> str:

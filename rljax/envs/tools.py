@@ -10,6 +10,10 @@ from rljax.types import ToolCall
 Parse = Callable[[str], Sequence[ToolCall]]  # what a model wrote -> its calls
 
 
+class ToolUnavailable(RuntimeError):
+    """A tool could not be had, which is not the model's doing: the turn ends in this error, and is not judged."""
+
+
 class ToolState(NamedTuple):
     """A conversation with tools."""
 
@@ -31,7 +35,7 @@ def tool_env(
     """Turns with calls are answered with what the tools return; the first turn without one is the answer, and graded.
 
     A call that does not parse, of an unknown tool, with wrong arguments, or whose tool raises becomes an observation
-    that says so. A tool that hangs meets the deadline of the turn.
+    that says so. A tool that hangs meets the deadline of the turn, and one that raises ToolUnavailable ends it.
 
     Args:
       tools: functions by name. What they return is written as a text.
@@ -63,7 +67,7 @@ def tool_env(
 
 
 def call_tool(tools: Mapping[str, Callable], call: ToolCall) -> tuple[str, bool]:
-    """What the model reads after a call, and whether the call was carried out. Never raises."""
+    """What the model reads after a call, and whether the call was carried out. Raises ToolUnavailable alone."""
     if call.problem:
         return f"The call was not carried out: {call.problem}", False
     if call.name not in tools:
@@ -77,7 +81,9 @@ def call_tool(tools: Mapping[str, Callable], call: ToolCall) -> tuple[str, bool]
         return f"{call.name}: {error}; legal: {call.name}{inspect.signature(tool)}", False
     try:
         return str(tool(*positional, **named)), True
-    except Exception as error:
+    except ToolUnavailable:
+        raise
+    except (Exception, SystemExit) as error:
         return f"{call.name} failed: {type(error).__name__}: {error}", False
 
 

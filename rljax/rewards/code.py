@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from rljax.rewards.code_judge import COLUMNS_FAIL, NO_PROCESS
 from rljax.rewards.sandbox import Execution, Level, ResourceLimits, SandboxError, run_code
 from rljax.rewards.worker import CouldNotJudge
 
@@ -117,11 +118,14 @@ def run_function_tests(
     counting, asserts = _counting_tests(test)
     task = {"setup": _with_body(prompt), "test": counting, "entry_point": entry_point}
     found = _run(JUDGE, marshal.dumps(task), {"solution.py": source}, isolation, seconds)
-    if found.status == "error":
+    if found.exit_code == NO_PROCESS:
+        raise CouldNotJudge(found.stderr.strip()[-500:])
+    if found.exit_code == COLUMNS_FAIL:
         raise ValueError(f"the columns prompt and test do not run: {found.stderr.strip()[-500:]}")
     results = found.stdout.rstrip(".")
     has_ended = found.stdout.endswith(".")
-    total = max(len(results), asserts, 1) if not has_ended else max(len(results), 1)
+    # the test that did not end is one more: a loop may hold any number behind a single assert
+    total = max(len(results), 1) if has_ended else max(len(results) + 1, asserts)
     unfinished = "timeout" if found.status == "timeout" else "crashed"
     return TestCounts(results.count("1"), total, "ok" if has_ended else unfinished)
 
@@ -168,8 +172,9 @@ def run_stdin_tests(
         found = _run(source, given, {}, isolation, left)
         if found.status != "ok":
             status = "timeout" if found.status == "timeout" else "crashed"
-        passed += found.status == "ok" and not found.output_cut and _lines(found.stdout) == _lines(expected)
-        if stop_early and (found.status != "ok" or not passed):
+        passes = found.status == "ok" and not found.output_cut and _lines(found.stdout) == _lines(expected)
+        passed += passes
+        if stop_early and not passes:
             break
     return TestCounts(passed, len(tests), status)
 

@@ -8,7 +8,7 @@ What the solution sends is read by `decode_value` alone: marshal, which must not
 way. There is no json here: importing it takes longer than starting Python.
 
 stdin: marshalled, setup (source of the prompt's own helpers), test and entry_point. stdout: 1 for a test that passed, 0
-for one that failed, and a full stop after the last.
+for one that failed, and a full stop after the last. Exit codes of its own: COLUMNS_FAIL and NO_PROCESS.
 """
 
 import builtins
@@ -19,6 +19,8 @@ import sys
 KINDS = {b"l": list, b"t": tuple, b"u": set, b"z": frozenset}
 CONSTANTS = {b"N": None, b"T": True, b"F": False}
 MAX_BYTES = 2**24  # of a value on the pipe
+COLUMNS_FAIL = 3  # exit code: the prompt's or the tests' own source raises, whatever the solution is
+NO_PROCESS = 4  # exit code: there was no process to be had for the solution
 
 
 def encode_value(value) -> bytes:
@@ -74,6 +76,12 @@ def decode_value(data: bytes, at: int = 0):
     return (dict(zip(parts[::2], parts[1::2], strict=True)) if letter == b"d" else KINDS[letter](parts)), at
 
 
+def import_nothing_from_here() -> None:
+    """The solution may write to this folder: what stands there must not be imported into the judge."""
+    here = os.getcwd()
+    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != here]
+
+
 def hide_from_debuggers() -> None:
     """Where there is a /proc, keep other processes of this user from reading this one's memory and files."""
     if os.path.exists("/proc/self/mem"):
@@ -113,6 +121,7 @@ def make_candidate(name: str, calls: int, replies: int):
     reader = os.fdopen(replies, "rb")
 
     def candidate(*args, **kwargs):
+        candidate.was_called = True
         marshal.dump((name, args, kwargs), writer)
         writer.flush()
         line = reader.readline(20)
@@ -129,11 +138,16 @@ def make_candidate(name: str, calls: int, replies: int):
         raise kind(value[1])
 
     candidate.__name__ = name
+    candidate.was_called = False
     return candidate
 
 
 def run_tests(task: dict, candidate, report) -> None:
-    """Run the tests, which call `count_test` in place of `assert`. Raises what the task's own sources raise."""
+    """Run the tests, which call `count_test` in place of `assert`.
+
+    What the tests raise after they have called the solution is a test that failed. What the sources raise before that
+    has nothing to do with it, and is raised.
+    """
     counted = []
 
     def count_test(condition) -> None:
@@ -148,11 +162,16 @@ def run_tests(task: dict, candidate, report) -> None:
     exec(compile(task["setup"], "prompt", "exec"), namespace)
     namespace[task["entry_point"]] = candidate
     namespace["count_test"] = count_test
-    exec(compile(task["test"], "test", "exec"), namespace)
+    tests = compile(task["test"], "test", "exec")
+    check = None
     try:
-        if "check" in namespace:
-            namespace["check"](candidate)
-    except Exception:
+        exec(tests, namespace)
+        check = namespace.get("check")
+        if check is not None:
+            check(candidate)
+    except (Exception, SystemExit):
+        if check is None and not candidate.was_called:
+            raise
         report(b"0")
         counted.append(False)
     if not counted:  # tests that raise by themselves, and have not
@@ -163,10 +182,16 @@ def run_tests(task: dict, candidate, report) -> None:
 def judge() -> None:
     """Fork the solution, read the tests, run them."""
     sys.set_int_max_str_digits(0)
+    import_nothing_from_here()
     hide_from_debuggers()
     calls_read, calls_write = os.pipe()
     replies_read, replies_write = os.pipe()
-    if os.fork() == 0:
+    try:
+        child = os.fork()
+    except OSError as error:
+        sys.stderr.write(f"no process for the solution: {error}")
+        sys.exit(NO_PROCESS)
+    if child == 0:
         os.close(calls_write)
         os.close(replies_read)
         try:
@@ -179,7 +204,11 @@ def judge() -> None:
     verdict = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the tests may print
     candidate = make_candidate(task["entry_point"], calls_write, replies_read)
-    run_tests(task, candidate, lambda text: os.write(verdict, text))
+    try:
+        run_tests(task, candidate, lambda text: os.write(verdict, text))
+    except (Exception, SystemExit):
+        sys.__excepthook__(*sys.exc_info())
+        sys.exit(COLUMNS_FAIL)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 SETUP_SECONDS = 20.0  # beyond a program's own deadline, for the sandbox around it
 READ_BYTES = 2**16
+REPORT_BYTES = 2000  # of the launcher's line, at most
 
 Level = Literal["namespaces", "seccomp", "rlimits"]
 
@@ -290,8 +291,9 @@ def _communicate(spec: bytes, stdin: bytes, limits: ResourceLimits) -> tuple[str
 
 
 def _exchange_bytes(report, feed, outputs: tuple, stdin: bytes, most: int, deadline: float) -> list[bytearray]:
-    """Write stdin; read all others until the report has come, `most` bytes of each, and drop the rest."""
+    """Write stdin; read all others until the report has come, `most` bytes of each output, and drop the rest."""
     kept = {stream: bytearray() for stream in (report, *outputs)}
+    limits = {report: REPORT_BYTES} | dict.fromkeys(outputs, most)
     with selectors.DefaultSelector() as selector:
         for stream in kept:
             os.set_blocking(stream.fileno(), False)
@@ -302,7 +304,7 @@ def _exchange_bytes(report, feed, outputs: tuple, stdin: bytes, most: int, deadl
             for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
                 if key.fileobj is feed:
                     stdin = _feed(feed, stdin, selector)
-                elif not _drain(key.fileobj, kept[key.fileobj], most):
+                elif not _drain(key.fileobj, kept[key.fileobj], limits[key.fileobj]):
                     selector.unregister(key.fileobj)
     for stream in outputs:
         while len(kept[stream]) < most and _drain(stream, kept[stream], most):  # what is left in the pipe

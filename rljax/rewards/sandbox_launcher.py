@@ -65,9 +65,16 @@ REFUSED = {
 }
 SIGNALS = {  # refused besides where the program shares process numbers with others; tgkill: see `seccomp_filter`
     **{"kill": (62, 129), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)},
-    **{"pidfd_send_signal": (424, 424), "setpriority": (141, 140)},
+    **{"pidfd_send_signal": (424, 424), "setpriority": (141, 140), "sched_setparam": (142, 118)},
+    **{"sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274)},
+    **{"ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239)},
 }
-CLONE, CLONE3, TGKILL, PRLIMIT64 = (56, 220), (435, 435), (234, 131), (302, 261)
+CLONE, CLONE3, TGKILL, PRLIMIT64, SOCKETPAIR = (56, 220), (435, 435), (234, 131), (302, 261), (53, 199)
+# A descriptor sends its owner a signal: (call, the values of its second argument that choose owner or signal).
+OWNERS = [
+    ((72, 25), (8, 10, 15)),  # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX
+    ((16, 29), (0x8901, 0x8902)),  # ioctl: FIOSETOWN, SIOCSPGRP
+]
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -93,9 +100,9 @@ def seccomp_filter(own_signals_only: bool) -> bytes:
     column, audit = ARCHITECTURES[machine]
     refused = REFUSED | SIGNALS if own_signals_only else REFUSED
     numbers = [numbers[column] for numbers in refused.values() if numbers[column] is not None]
-    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, at_least, any_bit, mask, end = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     allow, refuse, no_such_call, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
-    nr, arch, first = 0, 4, 16  # offsets in seccomp_data: number, architecture, first argument
+    nr, arch, first, second = 0, 4, 16, 24  # offsets in seccomp_data: number, architecture, arguments
     program = [(load, 0, 0, arch), (equal, 1, 0, audit), (end, 0, 0, kill), (load, 0, 0, nr)]
     if machine == "x86_64":
         program += [(at_least, 0, 1, 0x40000000), (end, 0, 0, kill)]  # the x32 calls
@@ -108,6 +115,14 @@ def seccomp_filter(own_signals_only: bool) -> bytes:
     # limits of other processes; process 0 is the caller itself
     program += [(equal, 0, 4, PRLIMIT64[column]), (load, 0, 0, first), (equal, 1, 0, 0), (end, 0, 0, refuse)]
     program += [(end, 0, 0, allow)]
+    # pairs of AF_UNIX streams alone: one of datagrams can still send to any path
+    program += [(equal, 0, 7, SOCKETPAIR[column]), (load, 0, 0, first), (equal, 0, 3, 1), (load, 0, 0, second)]
+    program += [(mask, 0, 0, 0xF), (equal, 1, 0, 1), (end, 0, 0, refuse), (end, 0, 0, allow)]
+    for numbers, values in OWNERS if own_signals_only else ():
+        program += [(equal, 0, 2 * len(values) + 2, numbers[column]), (load, 0, 0, second)]
+        for value in values:
+            program += [(equal, 0, 1, value), (end, 0, 0, refuse)]
+        program += [(end, 0, 0, allow)]
     if own_signals_only:  # abort() and raise() of the program itself
         program += [(equal, 0, 4, TGKILL[column]), (load, 0, 0, first), (equal, 1, 0, os.getpid())]
         program += [(end, 0, 0, refuse), (end, 0, 0, allow)]

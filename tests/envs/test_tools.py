@@ -15,7 +15,8 @@ from rljax.data.tool_calls import TOOL_FORMATS, tool_schema
 from rljax.envs.calculator import calculator, evaluate_arithmetic
 from rljax.envs.games import DIRECTIONS, guessing_game, spoken_maze
 from rljax.envs.maze import make_maze
-from rljax.envs.tools import call_tool, make_python_tool, tool_env
+from rljax.envs.text import TurnLimits, play_each
+from rljax.envs.tools import ToolUnavailable, call_tool, make_python_tool, tool_env
 from rljax.types import ToolCall
 
 # ---------------------------------------------------------------------------------------------------------- calculator
@@ -102,7 +103,11 @@ class Silent:
         raise RuntimeError("no text")
 
 
-TOOLS = {"add": add, "divide": divide, "silent": Silent, "bytes": lambda: b"\xff"}
+def leave():
+    raise SystemExit(1)
+
+
+TOOLS = {"add": add, "divide": divide, "silent": Silent, "leave": leave, "bytes": lambda: b"\xff"}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,8 @@ TOOLS = {"add": add, "divide": divide, "silent": Silent, "bytes": lambda: b"\xff
         (ToolCall("divide", {"": 0}), "divide failed: TypeError", False),
         (ToolCall("divide", {"a": 0}), "divide failed: ZeroDivisionError: division by zero", False),
         (ToolCall("silent", {}), "silent failed: RuntimeError: no text", False),
-        (ToolCall("multiply", {}), "There is no tool multiply; legal: add, divide, silent, bytes", False),
+        (ToolCall("leave", {}), "leave failed: SystemExit: 1", False),
+        (ToolCall("multiply", {}), "There is no tool multiply; legal: add, divide, silent, leave, bytes", False),
         (ToolCall("", {}, "{ is no JSON"), "The call was not carried out: { is no JSON", False),
     ],
 )
@@ -124,6 +130,17 @@ def test_a_call_always_has_an_answer(call, text, ok):
     answer, was_ok = call_tool(TOOLS, call)
     assert answer.startswith(text)
     assert was_ok is ok
+
+
+def test_a_tool_that_is_not_to_be_had_leaves_the_turn_unjudged():
+    def unavailable(_):
+        raise ToolUnavailable("no sandbox")
+
+    env = tool_env("none", {"f": unavailable}, TOOL_FORMATS["plain"], lambda row: "?", graded)
+    state, _ = env.reset({}, 0)
+    (turn,) = play_each(env, [state], ["<call>f()</call>"], TurnLimits(timeout_seconds=60.0))
+    assert turn.status == "raised"
+    assert "no sandbox" in str(turn)
 
 
 def graded(answer, row):

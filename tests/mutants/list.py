@@ -2050,6 +2050,15 @@ MUTANTS = [
         ("tests/rewards/test_sandbox.py",),
     ),
     Mutant(
+        "a judge that imports what the solution wrote",
+        "rljax/rewards/code_judge.py",
+        "import_nothing_from_here",
+        "if os.path.realpath(folder) != here",
+        "if folder",
+        "the script's folder is first in sys.path, and the solution's to write to",
+        ("tests/rewards/test_code.py",),
+    ),
+    Mutant(
         "a solution that writes where its judge writes",
         "rljax/rewards/code_judge.py",
         "serve_solution",

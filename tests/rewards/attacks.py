@@ -1,7 +1,7 @@
 """Programs that try to get out of the sandbox, or to wear it out. They print what they got."""
 
 SURVEY = r"""
-import ctypes, os, signal, socket, sys
+import ctypes, fcntl, os, resource, signal, socket, struct, sys
 
 def tries(name, attempt):
     try:
@@ -15,9 +15,13 @@ def system_call(number, *args):
         raise OSError(ctypes.get_errno(), "refused")
 
 secret, outside, port, number = sys.stdin.read().split()
+pid = int(number)
 def connect(): socket.create_connection(("127.0.0.1", int(port)), 1)
 def unix(): socket.socket(socket.AF_UNIX).connect(secret)
 def vsock(): socket.socket(40, socket.SOCK_STREAM)
+def pair(kind): return [end.detach() for end in socket.socketpair(socket.AF_UNIX, kind)]
+def own(command, value): return fcntl.fcntl(pair(socket.SOCK_STREAM)[0], command, value)
+def own_by_ioctl(command): return fcntl.ioctl(pair(socket.SOCK_STREAM)[0], command, struct.pack("i", pid))
 def link(): os.symlink(secret, "link"); return open("link").read()
 def link_to_write(): os.symlink(outside, "out"); open("out", "w").write("written")
 def hard_link(): os.link(secret, "hard")
@@ -26,6 +30,8 @@ tries("connect", connect)
 tries("unix", unix)
 tries("vsock", vsock)
 tries("packets", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+tries("datagrams", lambda: pair(socket.SOCK_DGRAM))
+tries("packet_pair", lambda: pair(socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
 tries("read", lambda: open(secret).read())
 tries("link", link)
 tries("hard_link", hard_link)
@@ -38,6 +44,18 @@ tries("proc", lambda: open(f"/proc/{number}/environ").read())
 tries("proc_parent", lambda: open(f"/proc/{os.getppid()}/environ").read())
 tries("kill_parent", lambda: os.kill(os.getppid(), signal.SIGKILL))
 tries("kill_host", lambda: os.kill(int(number), signal.SIGKILL))
+tries("owner", lambda: own(8, pid))
+tries("owner_ex", lambda: own(15, struct.pack("ii", 1, pid)))
+tries("owner_ioctl", lambda: own_by_ioctl(0x8901))
+tries("group_ioctl", lambda: own_by_ioctl(0x8902))
+tries("affinity", lambda: os.sched_setaffinity(pid, {min(os.sched_getaffinity(0))}))
+tries("scheduler", lambda: os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0)))
+tries("parameters", lambda: os.sched_setparam(pid, os.sched_param(0)))
+tries("priority", lambda: os.setpriority(os.PRIO_PROCESS, pid, 19))
+tries("io_priority", lambda: system_call(251, 1, pid, 0x6000))
+tries("move_pages", lambda: system_call(279, pid, 0, 0, 0, 0, 0))
+tries("migrate_pages", lambda: system_call(256, pid, 0, 0, 0))
+tries("other_limits", lambda: resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0)))
 tries("become_root", lambda: os.setuid(0))
 tries("change_root", lambda: os.chroot("/tmp"))
 tries("unshare", lambda: system_call(272, 0x10000000))

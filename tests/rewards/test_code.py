@@ -17,7 +17,7 @@ from rljax.rewards import code, sandbox
 from rljax.rewards.code import TestCounts, fenced_code, function_tests, solution_source, stdin_tests
 from rljax.rewards.pool import Pool
 from rljax.rewards.sandbox import SandboxError
-from rljax.rewards.worker import call_verifier
+from rljax.rewards.worker import CouldNotJudge, call_verifier
 
 HUMANEVAL = Path(os.environ.get("RLJAX_SHARED", "../shared")) / "data" / "humaneval.jsonl.gz"
 SECONDS = 60.0  # nothing here takes long, but a machine may be busy
@@ -94,6 +94,11 @@ def test_a_solution_that_does_not_end_fails_all_that_is_left(completion):
     assert counts(f"    if x == 4: return 2\n{completion}", seconds=1.0) == TestCounts(1, 2, "timeout")
 
 
+def test_a_loop_of_tests_that_does_not_end_is_never_all_of_them():
+    test = "def check(candidate):\n    for i in range(100):\n        assert candidate(i) == i"
+    assert counts("    while x: pass\n    return 0\n", test, seconds=1.0) == TestCounts(1, 2, "timeout")
+
+
 CHEATS = {
     "equals everything": "    class E:\n        def __eq__(self, other): return True\n    return E()\n",
     "a number that equals everything": "    class E(float):\n        def __eq__(self, other): return True\n"
@@ -120,6 +125,26 @@ CHEATS = {
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_solution_cannot_reach_its_tests(name):
     assert judged(CHEATS[name], partial_credit=True) == 0.0
+
+
+TAKE_OVER = """
+import os
+for name in ("copy", "decimal", "random", "typing"):
+    with open(name + ".py", "w") as file:
+        file.write("import os\\nfor d in range(64):\\n    try: os.write(d, b'1.')\\n    except OSError: pass\\n")
+        file.write("os._exit(0)")
+half = lambda x: 0
+"""
+WAIT = "import os\nwhile not os.path.exists('typing.py'): pass\n"  # the last that is written
+
+
+@pytest.mark.parametrize("place", ["prompt", "test"])
+def test_the_judge_imports_nothing_that_a_solution_wrote(place):
+    imports = f"{WAIT}import copy, decimal, random, typing\n"
+    prompt = imports + PROMPT if place == "prompt" else PROMPT
+    test = imports + TEST if place == "test" else TEST
+    found = code.run_function_tests(TAKE_OVER, prompt, test, "half", "namespaces", SECONDS)
+    assert found == TestCounts(0, 3, "ok")
 
 
 CROSSING = r"""
@@ -155,8 +180,24 @@ def test_tests_that_raise_by_themselves():
 def test_columns_that_do_not_run_are_the_datas_fault():
     with pytest.raises(ValueError, match="the column test is no Python"):
         counts("    return 1\n", "def check(:")
-    with pytest.raises(ValueError, match=r"(?s)the columns prompt and test do not run: .*NameError"):
-        counts("    return 1\n", "undefined\n")
+    for wrong in ("undefined\n", "undefined\ndef check(candidate): candidate(1)"):
+        with pytest.raises(ValueError, match=r"(?s)the columns prompt and test do not run: .*NameError"):
+            counts("    return 1\n", wrong)
+    with pytest.raises(ValueError, match=r"(?s)the columns prompt and test do not run: .*KeyError"):
+        counts("    return 1\n", prompt="{}['x']\n" + PROMPT)
+
+
+@pytest.mark.parametrize("failure", ["raise KeyError(x)", "import os; os._exit(3)", "raise SystemExit(3)"])
+def test_a_solution_that_fails_outside_an_assert_is_not_the_datas_fault(failure):
+    test = "r = half(4)\nassert r == 2"
+    assert counts("    return x / 2\n", test) == TestCounts(1, 1, "ok")
+    assert counts(f"    {failure}\n", test) == TestCounts(0, 1, "ok")
+
+
+def test_no_process_for_the_solution_judges_nothing(monkeypatch):
+    monkeypatch.setattr(code, "ResourceLimits", functools.partial(sandbox.ResourceLimits, processes=1))
+    with pytest.raises(CouldNotJudge, match="no process for the solution"):
+        counts("    return x / 2\n")
 
 
 def test_a_sandbox_that_is_not_to_be_had_judges_nothing(monkeypatch):
@@ -193,6 +234,14 @@ def test_programs_of_stdin_and_stdout(program, share):
 def test_all_tests_have_one_deadline():
     found = code.run_stdin_tests("while True: pass", [("", ""), ("", "")], "namespaces", 1.0, stop_early=False)
     assert found == TestCounts(0, 2, "timeout")
+
+
+def test_the_first_test_that_fails_may_be_the_last(monkeypatch):
+    ran = []
+    run = code._run
+    monkeypatch.setattr(code, "_run", lambda *arguments: ran.append(arguments[1]) or run(*arguments))
+    found = code.run_stdin_tests("print(input())", [("a", "a"), ("b", "x"), ("c", "c")], "namespaces", SECONDS, True)
+    assert (found, ran) == (TestCounts(1, 3, "ok"), ["a", "b"])
 
 
 @pytest.mark.parametrize("tests", ["", "[]", "[1]", '[{"input": "1"}]', [{"input": "1", "output": 1}], "{", None])

@@ -136,6 +136,26 @@ def test_a_launcher_that_fails_is_an_error_and_no_verdict(monkeypatch, tmp_path)
 # ---------------------------------------------------------------------------------------------------------- attacks
 
 
+ORDINARY = 1234  # a user without privileges
+ATTEMPTS = 41
+AS_ORDINARY_USER = """
+import importlib.util, subprocess, sys
+arguments, source = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("sandbox", arguments.split()[0])
+sandbox = importlib.util.module_from_spec(spec)
+sys.modules["sandbox"] = sandbox
+spec.loader.exec_module(sandbox)
+target = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], env={"KEY": "secret"})
+try:
+    limits = sandbox.ResourceLimits(seconds=60.0, cpu_seconds=60)
+    stdin = " ".join([*arguments.split()[1:], str(target.pid)])
+    print(sandbox.run_code(source, stdin=stdin, limits=limits, isolation="seccomp").stdout, target.poll())
+finally:
+    target.kill()
+    target.wait()
+"""
+
+
 def survey(level: str, folder: Path) -> tuple[dict[str, str], str]:
     """attempt -> its outcome, and what is then in the file that was to be overwritten."""
     secret = folder / "secret"
@@ -145,15 +165,24 @@ def survey(level: str, folder: Path) -> tuple[dict[str, str], str]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = run(attacks.SURVEY, level, stdin=f"{secret} {outside} {server.getsockname()[1]} {os.getpid()}")
     assert found.status == "ok", found.stderr
-    outcomes = dict(line.split(" ", 1) for line in found.stdout.splitlines())
+    return read_survey(found.stdout.splitlines()), outside.read_text()
+
+
+def read_survey(lines: list[str]) -> dict[str, str]:
+    outcomes = dict(line.split(" ", 1) for line in lines)
     assert outcomes.pop("still") == "alive"
     assert outcomes.pop("environment") == ENVIRONMENT
-    return outcomes, outside.read_text()
+    assert len(outcomes) == ATTEMPTS
+    return outcomes
+
+
+def got_in(outcomes: dict[str, str]) -> dict[str, str]:
+    return {name: outcome for name, outcome in outcomes.items() if not outcome.startswith("refused")}
 
 
 ENVIRONMENT = str(sorted(["HOME", "LC_CTYPE", "PATH", "PYTHONHASHSEED", "PYTHONUTF8", "TMPDIR"]))
 BY_NUMBER = pytest.mark.skipif(os.uname().machine != "x86_64", reason="it makes system calls by their x86_64 numbers")
-OF_FILES = {"read", "link", "hard_link", "write", "link_to_write", "library", "root"}
+OF_THE_USER = {"read", "link", "hard_link", "write", "link_to_write", "library", "root", "proc"}  # the page says so
 
 
 @BY_NUMBER
@@ -161,18 +190,45 @@ def test_nothing_is_to_be_had_in_namespaces(tmp_path, monkeypatch):
     monkeypatch.setenv("API_KEY", "secret-of-the-environment")
     outcomes, outside = survey("namespaces", tmp_path)
     assert outside == "as it was"
-    got = {name: outcome for name, outcome in outcomes.items() if not outcome.startswith("refused")}
-    assert got in ({}, {"kill_parent": "got None"})  # a signal to process 1 of the namespace is dropped
-    assert len(outcomes) == 27
+    assert got_in(outcomes) in ({}, {"kill_parent": "got None"})  # a signal to process 1 of the namespace is dropped
 
 
 @BY_NUMBER
 def test_no_network_no_signals_and_no_privileges_with_seccomp(tmp_path, monkeypatch):
     monkeypatch.setenv("API_KEY", "secret-of-the-environment")
     outcomes, _ = survey("seccomp", tmp_path)
-    got = {name: outcome for name, outcome in outcomes.items() if not outcome.startswith("refused")}
-    assert got.keys() <= OF_FILES  # the user's: the page says so
-    assert len(outcomes) == 27
+    assert got_in(outcomes).keys() <= OF_THE_USER
+
+
+@BY_NUMBER
+@pytest.mark.skipif(os.geteuid() != 0, reason="the test above is of an ordinary user")
+def test_no_signals_to_others_of_the_same_ordinary_user(tmp_path):
+    """As root, programs are `nobody`, to whom the kernel refuses much that the sandbox has to."""
+    probe = run("print(1)", "seccomp")
+    assert probe.status == "ok"
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o011) if folder.owner() == getpass.getuser() else None
+    module = tmp_path / "sandbox.py"
+    for name in ("sandbox.py", "sandbox_launcher.py"):
+        (tmp_path / name).write_bytes((ROOT / "rljax" / "rewards" / name).read_bytes())
+    for name in ("secret", "outside"):
+        (tmp_path / name).write_text("text")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        arguments = f"{module} {tmp_path}/secret {tmp_path}/outside {server.getsockname()[1]}"
+        done = subprocess.run(
+            [sandbox.INTERPRETER, "-c", AS_ORDINARY_USER, arguments, attacks.SURVEY],
+            user=ORDINARY,
+            group=ORDINARY,
+            extra_groups=[],
+            env={},
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    *lines, target = done.stdout.splitlines()
+    assert target.strip() == "None", done.stderr  # it is alive
+    assert got_in(read_survey(lines)).keys() <= OF_THE_USER
 
 
 def test_the_environment_is_empty_at_the_lowest_level(monkeypatch):
@@ -260,6 +316,11 @@ def test_ten_megabytes_of_output_are_cut():
     found = run("import sys\nprint('x' * 10**7)\nprint('y' * 10**7, file=sys.stderr)", limits=limits)
     assert (found.status, found.stdout, found.stderr) == ("ok", "x" * 1000, "y" * 1000)
     assert found.output_cut
+
+
+def test_a_single_byte_of_output():
+    found = run("print('two')", limits=PATIENT._replace(output_bytes=1))
+    assert (found.status, found.stdout, found.output_cut) == ("ok", "t", True)
 
 
 def test_disk_is_limited():
