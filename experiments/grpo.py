@@ -111,8 +111,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- the functions of a step
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     lm, model, annotate, keep, credit, update = make_step(algorithm, optimizer, *sizes)
-    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data, connect_server(cfg, config))
     log_ratio = train.make_log_ratio(model, *sizes)
+    remote = connect_server(cfg, config, log_ratio)
+    draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data, remote)
 
     # -- the loop
     run = runs.make_run(cfg, __file__, cfg.algorithm, algorithm, rewards.verifiers, PROGRESS_METRICS)
@@ -187,8 +188,7 @@ def with_settings(algorithm: Algorithm, cfg: Config, config: DecoderConfig, othe
 
 def named_algorithm(cfg: Config) -> Algorithm:
     """The algorithm that cfg names, with the KL to the reference in its loss or in its reward."""
-    algorithms = critic_free(cfg.sampling.max_tokens) | PER_STEP
-    algorithm = algorithms[cfg.algorithm]()
+    algorithm = (critic_free(cfg.sampling.max_tokens) | PER_STEP)[cfg.algorithm]()
     if not cfg.kl_in_reward:
         return with_kl(algorithm, cfg.kl_coef)
     if cfg.algorithm in ("gdpo", *PER_STEP):

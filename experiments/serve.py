@@ -238,13 +238,22 @@ class Handler(BaseHTTPRequestHandler):
             raise Disconnected
 
     def stream(self, call: Call) -> None:
-        """Server-sent events: a chunk for what each choice has gained, then [DONE]."""
+        """Server-sent events: what each choice has gained, then [DONE]; or an error, which is the last event then."""
         self.send_response(200)
         self.server.count(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
+        try:
+            self.send_chunks(call)
+        except (Disconnected, OSError):
+            raise
+        except Exception as error:  # the status is sent already
+            message = str(error) if isinstance(error, RequestProblem) else f"{type(error).__name__}: {error}"
+            self.send_event(json.dumps(protocol.error_body(message, 500)))
+
+    def send_chunks(self, call: Call) -> None:
         model = self.server.model
         stages = []
         first = 0  # choice of the request
@@ -292,7 +301,8 @@ def metrics_text(server: Server) -> str:
     for name in ("batches", "tokens", "updates"):
         lines += [f"# TYPE rljax_{name}_total counter", f"rljax_{name}_total {engine.counts[name]}"]
     lines += ["# TYPE rljax_waiting gauge", f"rljax_waiting {engine.num_waiting}"]
-    lines += ["# TYPE rljax_weights gauge", f'rljax_weights{{version="{engine.weights.version}"}} 1']
+    version = engine.weights.version.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    lines += ["# TYPE rljax_weights gauge", f'rljax_weights{{version="{version}"}} 1']
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from experiments.common.settings import Batches, MeshShape, Sampling
 from models import tiny
 from rljax.data.demonstrations import collate
 from rljax.envs.text import TextEnv, TextEnvError, TextStep
+from rljax.models import policy
 from test_grpo_experiment import RAW, metrics, write_tokenizer
 
 
@@ -147,6 +149,26 @@ def test_training_and_evaluation_share_no_problem():
     for row in task.eval_prompts.columns:
         a, b = row["prompt"].removesuffix("=").split("*")
         assert int(a) * int(b) == int(row["answer"])
+
+
+def test_the_arithmetic_agent_cuts_as_it_is_told(tmp_path, monkeypatch, capsys):
+    task = tool_arithmetic.make_tool_task(8, seed=0, width=16, layers=1)
+    params = policy.init(task.config, jax.random.key(0))
+    monkeypatch.setattr(arithmetic_agent_grpo, "warmed_up", lambda cfg: (task, params))
+    nothing = {"reward": 0.0, "error": 0.0, "tool_calls": 0.0}
+    monkeypatch.setattr(tool_arithmetic, "mean_reward", lambda *_: nothing)
+    rows = []  # that are annotated at a time
+
+    def make_annotate(model, needs, make=policy.make_annotate):
+        annotate = make(model, needs)
+        return lambda state, traj: rows.append(len(traj.mask)) or annotate(state, traj)
+
+    monkeypatch.setattr(policy, "make_annotate", make_annotate)
+    batches = Batches(prompts=4, num_generations=4, micro_batches=2)
+    cfg = arithmetic_agent_grpo.Config(steps=1, batches=batches, eval_prompts=8, directory=str(tmp_path / "run"))
+    arithmetic_agent_grpo.main(cfg)
+    assert "an update is cut into 2 micro-batches" in capsys.readouterr().out
+    assert rows == [8, 8]
 
 
 @pytest.mark.nightly

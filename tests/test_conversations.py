@@ -139,6 +139,28 @@ def test_a_time_out_is_counted_and_has_no_reward(user_code):
         release.set()
 
 
+def test_a_turn_without_a_reward_counts_once_wherever_it_stands():
+    """Two of three turns are not judged, and then the task is over with a reward: one conversation without one."""
+
+    def step(turn, text):
+        return TextStep(turn + 1, ";", None if turn < 2 else 1.0, terminated=turn == 2)
+
+    env = TextEnv("shy", lambda row, seed: (0, "begin."), step)
+    rollout, _ = converse_with(env, {".": "3"}, [{}], n=4, max_failed=1.0)
+    assert rollout.metrics["dialogue/frac_unjudged"] == 1.0
+    assert rollout.metrics["dialogue/turns"] == 3.0
+    assert np.isnan(rollout.traj.scores).all()
+    with pytest.raises(TextEnvError, match="shy left 4 of 4 conversations without a reward: unjudged 4"):
+        converse_with(env, {".": "3"}, [{}], n=4, max_failed=0.75)
+
+
+def test_tools_that_a_tokenizer_cannot_show_are_warned_of(capsys):
+    make_codec(TOKENIZER)
+    assert capsys.readouterr().out == ""
+    make_codec(TOKENIZER, [{"type": "function"}])
+    assert "no chat template: the model is not told what the tools are" in capsys.readouterr().out
+
+
 def test_a_conversation_that_outgrows_its_row_is_cut_and_counted(user_code):
     row = {"question": "1+2?", "answer": "3"}
     rollout, _ = converse_with(

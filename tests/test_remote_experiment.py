@@ -8,13 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import grpo
-from experiments.common import remote_sampling
+from experiments.common import models, remote_sampling, train
+from experiments.common.algorithms import critic_free
 from experiments.common.settings import Batches, MeshShape, Sampling, Server
 from experiments.tools import tiny_model
 from rewards import hostile
+from rljax import types
+from rljax.data.tokenizer import load_tokenizer
+from rljax.models.decoder import DecoderConfig
+from rljax.models.policy import make_policy
+from rljax.train.mesh import make_mesh
+from rljax.types import PromptBatch, TrainState
 from test_grpo_experiment import metrics, write_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +71,70 @@ def settings(folder, tmp_path) -> grpo.Config:
     )
 
 
+@pytest.fixture
+def connected(settings, url):
+    """(the sample function of a server that takes the weights, a state, prompts), by a log-ratio."""
+    config, params, frozen = models.load_pretrained(settings.model, settings.weights, make_mesh(), 32, SEED)
+    state = TrainState(0, params, None, jax.random.key(SEED), frozen=frozen)
+    tokens = np.array([[5, 6, 7], [8, 9, 10]], np.int32)
+    prompts = PromptBatch(tokens, np.ones_like(tokens, bool), np.arange(2, dtype=np.int32), [{}, {}], 0)
+    sampling = types.Sampling(n=2, max_tokens=8, stop=load_tokenizer(settings.model).stop)
+    policy = jax.jit(make_policy(config))
+    served = dataclasses.replace(settings, server=Server(url))
+
+    def sample(added: float, step: int):
+        asked = []
+
+        def log_ratio(state, traj):
+            asked.append(traj)
+            found = policy(state.params, state.frozen, traj).logp - traj.logp
+            return jnp.where(traj.mask, found, 99.0).at[1, 2].add(added)
+
+        connection = remote_sampling.connect_server(served, config, log_ratio)
+        trajs = [connection(state, step + k, prompts, sampling) for k in range(3)]
+        assert len(asked) == remote_sampling.CHECKED_STEPS
+        return trajs
+
+    return sample
+
+
+def test_pushed_weights_sample_and_their_log_probs_are_compared(connected, url, folder, monkeypatch):
+    """Where tokens were chosen, by the given log-ratio, in the first steps; other weights are found out."""
+    for k, traj in enumerate(connected(0.0, 5)):
+        np.testing.assert_array_equal(np.unique(traj.version[traj.mask]), [5 + k])
+    with pytest.raises(RuntimeError, match=r"differ by up to 0.25 nats"):
+        connected(-0.25, 5)
+    request_json = remote_sampling.request_json
+
+    def push_others(state, config, source, url, version):
+        """Another model's weights, which the server takes for those of the step."""
+        body = {"model_path": str(folder / "other"), "weight_version": str(version)}
+        request_json(f"{url.removesuffix('/v1')}/update_weights_from_disk", body, 600.0)
+
+    monkeypatch.setattr(remote_sampling, "push_weights", push_others)
+    with pytest.raises(RuntimeError, match=r"differ by up to \S+ nats: another model, other weights"):
+        connected(0.0, 0)
+    monkeypatch.setattr(remote_sampling, "push_weights", lambda *_: None)  # a server that says yes and keeps its own
+    push_others(None, None, None, url, 41)
+    with pytest.raises(ValueError, match="answered with version 41 of the weights, the trainer's is 0"):
+        connected(0.0, 0)
+
+
+@pytest.mark.parametrize("name", sorted(critic_free(8)))
+def test_what_another_policy_sampled_is_corrected_for_or_refused(name):
+    algorithm = critic_free(8)[name]()
+    config = DecoderConfig(8, 8, 1, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=8)
+    if name == "otb":
+        with pytest.raises(ValueError, match=r"an optimal baseline \(otb\) .*legal: --server.weights push"):
+            train.with_own_old_logp(algorithm, config, other=True)
+        return
+    corrected = train.with_own_old_logp(algorithm, config, other=True)
+    assert "old_logp" in corrected.needs
+    assert train.with_own_old_logp(corrected, config, other=True) is corrected
+    assert train.with_own_old_logp(algorithm, config) is algorithm
+
+
+@pytest.mark.nightly
 def test_a_run_learns_from_a_server_what_it_learns_alone(settings, url, tmp_path):
     grpo.main(settings, verifiers=VERIFIERS)
     remote = dataclasses.replace(settings, server=Server(url), directory=str(tmp_path / "remote"))
@@ -74,13 +148,13 @@ def test_a_run_learns_from_a_server_what_it_learns_alone(settings, url, tmp_path
 
 
 def test_a_server_with_weights_of_its_own_is_corrected_for(settings, url):
-    kept = dataclasses.replace(settings, steps=1, server=Server(url, weights="keep"))
+    kept = dataclasses.replace(settings, algorithm="reinforce", steps=1, server=Server(url, weights="keep"))
     grpo.main(kept, verifiers=VERIFIERS)
     (found,) = metrics(settings.directory)
     assert "sampler_weight" in found  # π_old / π_sampler, truncated
 
 
-def test_what_goes_wrong_is_one_error_each(settings, url, folder, monkeypatch, tmp_path):
+def test_what_goes_wrong_is_one_error_each(settings, url, tmp_path):
     directories = (str(tmp_path / f"run{number}") for number in itertools.count())
 
     def complain(**change) -> str:
@@ -96,15 +170,3 @@ def test_what_goes_wrong_is_one_error_each(settings, url, folder, monkeypatch, t
     assert "a server's completions are not resumed" in complain(server=Server(url), batches=batches)
     sampling = dataclasses.replace(settings.sampling, top_p=0.5)
     assert "legal with a server: temperature, n and max_tokens" in complain(server=Server(url), sampling=sampling)
-
-    def push_others(state, config, source, url, version):
-        """Another model's weights, which the server takes for those of the step."""
-        request_json = remote_sampling.request_json
-        body = {"model_path": str(folder / "other"), "weight_version": str(version)}
-        request_json(f"{url.removesuffix('/v1')}/update_weights_from_disk", body, 600.0)
-
-    monkeypatch.setattr(remote_sampling, "push_weights", push_others)
-    assert re.search(r"differ by up to \S+ nats: another model, other weights", complain(server=Server(url)))
-    monkeypatch.setattr(remote_sampling, "push_weights", lambda *_: None)  # a server that says yes and keeps its own
-    push_others(None, None, None, url, 41)
-    assert "answered with version 41 of the weights, the trainer's is 0" in complain(server=Server(url))

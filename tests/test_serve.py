@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ import openai
 import pytest
 
 from experiments import serve
-from experiments.common.engine import Engine, Request
+from experiments.common.engine import Engine, Request, Weights
 from experiments.tools import tiny_model
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
@@ -112,16 +113,23 @@ def test_ids_and_logprobs_are_those_of_sample(client, directories):
 
 
 def test_a_key_is_that_of_a_training_run(client, directories):
-    expected = in_process(directories["tiny"], PROMPTS[:2], 11, [104, 230], n=2, max_tokens=16)
-    for place, number in enumerate((104, 230)):
+    numbers = [104, 230, 7, 0]
+    expected = in_process(directories["tiny"], PROMPTS, 11, numbers, n=3, max_tokens=16)
+    for place, number in enumerate(numbers):
         extra = {**IDS, "key": [11, number]}
         found = client.completions.create(
-            model="tiny", prompt=PROMPTS[place], n=2, max_tokens=16, logprobs=0, extra_body=extra
+            model="tiny", prompt=PROMPTS[place], n=3, max_tokens=16, logprobs=0, extra_body=extra
         )
-        check(found.choices, expected[2 * place : 2 * place + 2])
+        check(found.choices, expected[3 * place : 3 * place + 3])
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.5, "top_p": 0.8, "top_k": 50}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.5, "top_p": 0.8, "top_k": 50},
+        pytest.param({"temperature": 0.0}, marks=pytest.mark.nightly),
+    ],
+)
 def test_settings_of_sampling(client, directories, settings):
     expected = in_process(directories["tiny"], PROMPTS[:1], 2, [0], max_tokens=16, **settings)
     found = client.completions.create(
@@ -268,17 +276,16 @@ def test_garbage_of_the_protocol(server):
 # ------------------------------------------------------------------------------------------------------- many clients
 
 
-def test_among_64_clients_nobody_elses_answer_changes(server, directories):
+def test_among_64_clients_nobody_elses_answer_changes(server, client, directories):
     """Half of them ask properly; the others leave, break off, or send garbage."""
     expected = in_process(directories["tiny"], PROMPTS, 9, [0, 1, 2, 3], n=1, max_tokens=16)
 
     def ask(number: int):
-        with client_of(server) as client:
-            extra = {**IDS, "key": [9, number % 4]}
-            prompt = PROMPTS[number % 4]
-            return client.completions.create(
-                model="tiny", prompt=prompt, max_tokens=16, logprobs=1, extra_body=extra
-            ).choices
+        extra = {**IDS, "key": [9, number % 4]}
+        prompt = PROMPTS[number % 4]
+        return client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=16, logprobs=1, extra_body=extra
+        ).choices
 
     def misbehave(number: int):
         how = number % 4
@@ -369,6 +376,60 @@ def test_a_bug_of_the_engine_ends_nobodys_wait(monkeypatch, server):
     )
     monkeypatch.undo()
     assert post(server, {"prompt": [1]})[0] == 200
+
+
+@pytest.mark.parametrize("place", ["_sample", "read_answers"])
+def test_a_bug_in_a_stream_is_its_last_event(monkeypatch, server, client, place):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Engine, place, broken)
+    before = server.statuses.copy()
+    with pytest.raises(openai.APIError, match="RuntimeError: out of memory"):
+        list(client.completions.create(model="tiny", prompt=[1], stream=True))
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=WAIT) as raw:
+        body = b'{"prompt": [1], "stream": true}'
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    (event,) = events.decode().strip().split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == 500
+    assert server.statuses - before == {200: 2}
+
+
+def test_what_waits_when_the_engine_ends_is_told_so(monkeypatch, server):
+    taken, release = threading.Event(), threading.Event()
+
+    def slow(engine, batch):
+        taken.set()
+        release.wait(WAIT)
+        return iter(())
+
+    monkeypatch.setattr(Engine, "_sample", slow)
+    served = server.engine
+    engine = Engine(served.lm, {}, served.pieces, served.stop, 1, SEED, served.load)
+    requests = [Request([1]) for _ in range(3)]
+    engine.submit(requests[0])
+    assert taken.wait(WAIT)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        engine.submit(requests[1])
+        update = threads.submit(engine.update_weights, Path("/nowhere"), "1")
+        while engine.num_waiting < 2:
+            time.sleep(0.001)
+        closed = threads.submit(engine.close)
+        release.set()
+        closed.result(WAIT)
+        with pytest.raises(RuntimeError, match="the engine has ended"):
+            update.result(WAIT)
+    engine.submit(requests[2])
+    for request in requests[1:]:
+        assert request.stages.get(timeout=WAIT).problem == "the engine has ended"
+
+
+def test_a_version_of_any_text_is_one_line_of_metrics(monkeypatch, server):
+    monkeypatch.setattr(server.engine, "weights", Weights({}, 'a "b"\n\\c'))
+    assert serve.metrics_text(server).splitlines()[-1] == r'rljax_weights{version="a \"b\"\n\\c"} 1'
 
 
 def test_what_nobody_waits_for_is_not_sampled(server):

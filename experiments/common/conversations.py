@@ -43,6 +43,8 @@ def make_codec(tokenizer: Tokenizer, tools: Sequence[dict] = ()) -> TurnCodec:
     if tokenizer.chat is not None:
         encode = _chat_encoders(tokenizer, list(tools) or None)
         return TurnCodec(*encode, decode_turn)
+    if tools:
+        log_info("warning: the tokenizer has no chat template: the model is not told what the tools are", "yellow")
 
     def encode_texts(messages: Sequence[dict]) -> list[int]:
         return tokenizer.encode("".join(message["content"] for message in messages))
@@ -247,9 +249,8 @@ def dialogue_metrics(conversations: Sequence[Conversation], counts: Conversation
     totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
     for played in (played for conversation in conversations for played in conversation.played):
         totals["cut_characters"] += played.cut_characters
-        totals[f"frac_{played.status}"] += 1
         totals.update({name: float(value) for name, value in played.step.info.items()})
-    del totals["frac_ok"]
+    totals.update(f"frac_{found.status}" for found in map(first_failed, conversations) if found)
     totals["turns"] = counts.turns.sum()
     totals["observed_tokens"] = counts.observed.sum()
     totals["frac_out_of_context"] = counts.out_of_context.sum()
@@ -257,12 +258,17 @@ def dialogue_metrics(conversations: Sequence[Conversation], counts: Conversation
     return {f"dialogue/{name}": float(value) / len(conversations) for name, value in totals.items()}
 
 
+def first_failed(conversation: Conversation) -> PlayedTurn | None:
+    """The first turn that leaves the conversation without a reward, if there is one."""
+    return next((played for played in conversation.played if played.status in FAILED), None)
+
+
 def check_failed(env: TextEnv, conversations: Sequence[Conversation], max_failed: float) -> None:
     """Say what became of conversations that the environment left without a reward.
 
     Raises TextEnvError where their share is above `max_failed`.
     """
-    failed = [played for found in conversations for played in found.played[-1:] if played.status in FAILED]
+    failed = list(filter(None, map(first_failed, conversations)))
     if not failed:
         return
     counts = ", ".join(f"{status} {count}" for status, count in Counter(one.status for one in failed).items())

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rljax.data.prompts import pad_left
+from rljax.data.prompts import pad_left, padded_width
 from rljax.data.stop_strings import streamed_text
+from rljax.ops.shapes import power_of_two
 from rljax.rollouts.decode_state import Completions
 from rljax.rollouts.streaming import stream
 from rljax.types import LM, Params, PromptBatch, Resume, Sampling
 
-LEAST_COLUMNS = 16  # of prompts and completions: shorter ones are padded to it
 STAGE_COLUMNS = 16  # sampled between two looks at who is done; 4 while somebody reads along
 
 
@@ -75,7 +75,7 @@ class Weights(NamedTuple):
 
 
 class Engine:
-    """Samples for those who ask. `close` ends its thread.
+    """Samples for those who ask. `close` ends its thread; what waits then, or comes later, is told so.
 
     Args:
       pieces: the bytes of each token. stop: ids that end every completion. rows: most completions sampled at a time.
@@ -123,6 +123,8 @@ class Engine:
             self._is_closed = True
             self._changed.notify()
         self.thread.join()
+        while self._waiting:
+            self._refuse(self._waiting.popleft())
 
     @property
     def num_waiting(self) -> int:
@@ -130,8 +132,18 @@ class Engine:
 
     def _put(self, job: Any) -> None:
         with self._changed:
-            self._waiting.append(job)
-            self._changed.notify()
+            if not self._is_closed:
+                self._waiting.append(job)
+                self._changed.notify()
+                return
+        self._refuse(job)
+
+    def _refuse(self, job: Any) -> None:
+        problem = "the engine has ended"
+        if isinstance(job, _Update):
+            job.done.put(RuntimeError(problem))
+        else:
+            job.stages.put(Stage([], self.weights.version, problem))
 
     def _work(self) -> None:
         while True:
@@ -239,7 +251,7 @@ def padded_batch(batch: Sequence[Request], stop: tuple[int, ...]) -> tuple[Promp
     requests = [(p, g) for p, request in enumerate(batch) for g in range(request.n)]
     requests += [(0, 0)] * (power_of_two(len(requests)) - len(requests))
     rows = [*batch, *[batch[0]] * (P - len(batch))]
-    width = power_of_two(max(len(request.tokens) for request in rows), LEAST_COLUMNS)
+    width = padded_width(max(len(request.tokens) for request in rows))
     tokens, mask = pad_left([request.tokens for request in rows], width, 0)
 
     def of_rows(name: str, dtype) -> np.ndarray:
@@ -253,13 +265,8 @@ def padded_batch(batch: Sequence[Request], stop: tuple[int, ...]) -> tuple[Promp
         temperature=of_rows("temperature", np.float32),
         top_p=top_p if (top_p < 1).any() else None,
         top_k=np.where(top_k > 0, top_k, 1 << 30) if (top_k > 0).any() else None,
-        max_tokens=power_of_two(max(request.max_tokens for request in rows), LEAST_COLUMNS),
+        max_tokens=padded_width(max(request.max_tokens for request in rows)),
         stop=stop,
         logp="policy",
     )
     return prompts, sampling
-
-
-def power_of_two(number: int, least: int = 1) -> int:
-    """The smallest power of two that is neither below `number` nor below `least`."""
-    return max(1 << (number - 1).bit_length(), least)

@@ -7,19 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 
 from experiments.common import models, settings
 from rljax.models.decoder import DecoderConfig
-from rljax.models.policy import make_policy
 from rljax.rewards.judge import served_model
 from rljax.rewards.server import DEFAULT_LIMITS, RequestError, ask_all, check_reachable, check_url, request_json
-from rljax.rollouts.remote import logp_gap, sample_remote
+from rljax.rollouts.remote import sample_remote
 from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.types import PromptBatch, Sampling, TrainState, Trajectory
+from rljax.types import Array, PromptBatch, Sampling, TrainState, Trajectory
 
 SampleFn = Callable[[TrainState, int, PromptBatch, Sampling], Trajectory]
+LogRatioFn = Callable[[TrainState, Trajectory], Array]  # log π - log π_sampler [B T], as of `train.make_log_ratio`
 CHECKED_STEPS = 2  # whose log-probs are compared: with the first weights, and with those after the first update
 WEIGHTS_SECONDS = 600.0  # for a server to take new weights
 
@@ -29,7 +29,7 @@ def is_off_policy(options: settings.Server) -> bool:
     return bool(options.url) and (options.weights == "keep" or options.max_gap > settings.Server.max_gap)
 
 
-def connect_server(cfg: Any, config: DecoderConfig) -> SampleFn | None:
+def connect_server(cfg: Any, config: DecoderConfig, log_ratio: LogRatioFn) -> SampleFn | None:
     """sample(state, step, prompts, sampling) by the server that `cfg.server` names; None where it names none.
 
     cfg: the Config of a recipe, of which it reads model, server and seed. Raises ValueError where there is no server,
@@ -44,7 +44,6 @@ def connect_server(cfg: Any, config: DecoderConfig) -> SampleFn | None:
     check_url(url)
     check_reachable(url)
     model = served_model(url)
-    policy = jax.jit(make_policy(config))
     checked = []
 
     def sample(state: TrainState, step: int, prompts: PromptBatch, sampling: Sampling) -> Trajectory:
@@ -55,7 +54,7 @@ def connect_server(cfg: Any, config: DecoderConfig) -> SampleFn | None:
         ask = partial(ask_server, url)
         traj = sample_remote(ask, model, prompts, sampling, cfg.seed, step, config.vocab_size, version)
         if options.weights == "push" and len(checked) < CHECKED_STEPS:
-            checked.append(check_gap(policy, state, traj, url, options.max_gap))
+            checked.append(check_gap(log_ratio(state, traj), traj, url, options.max_gap))
         return traj
 
     return sample
@@ -96,9 +95,12 @@ def push_weights(state: TrainState, config: DecoderConfig, source: str, url: str
             ) from None
 
 
-def check_gap(policy: Callable, state: TrainState, traj: Trajectory, url: str, limit: float) -> float:
-    """The gap of trainer and server. Raises RuntimeError where it is above the limit."""
-    gap = logp_gap(policy(state.params, state.frozen, traj), traj)
+def check_gap(log_ratio: Array, traj: Trajectory, url: str, limit: float) -> float:
+    """The largest |log-prob of the trainer - log-prob of the server|, in nats.
+
+    Raises RuntimeError where it is above the limit.
+    """
+    gap = float(jnp.where(traj.mask, jnp.abs(log_ratio), 0.0).max())
     log_info(f"log-probs of the trainer and of {url} differ by at most {gap:.2g} nats")
     if not gap <= limit:
         raise RuntimeError(

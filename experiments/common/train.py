@@ -117,10 +117,17 @@ def with_own_old_logp(
 
     In half precision two programs of one model differ by more than some clip ranges. Costs a forward pass a step.
     Completions that go on in the next step were sampled by older policies: there the trainer's log-probs come with the
-    weight π_old/π_sampler (`truncate_is`), and so where another policy samples (`other`).
+    weight π_old/π_sampler (`truncate_is`), and so where another policy samples (`other`). An algorithm that asks for
+    old_logp corrects for the sampler itself.
+    Raises ValueError for an optimal baseline where another policy samples.
     """
-    is_near = (config.dtype == "float32" or config.batch_invariant) and not other
-    if is_near or algorithm.one_update or "old_logp" in algorithm.needs:
+    if other and "sum_pi_squared" in algorithm.needs:
+        raise ValueError(
+            "an optimal baseline (otb) is that of the policy that sampled, and here another one samples; legal: "
+            "--server.weights push to a server in float32, or another algorithm"
+        )
+    is_near = config.dtype == "float32" or config.batch_invariant or algorithm.one_update
+    if (is_near and not other) or "old_logp" in algorithm.needs:
         return algorithm
     return truncate_is(algorithm) if carry_over or other else with_needs(algorithm, "old_logp")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
+from rljax.ops.shapes import power_of_two
 from rljax.types import PromptBatch
 
 
@@ -91,7 +92,7 @@ def padded_width(longest: int) -> int:
 
     Each new width is compiled, so there should be few.
     """
-    return max(16, 1 << (longest - 1).bit_length())
+    return max(16, power_of_two(longest))
 
 
 class Prompts:

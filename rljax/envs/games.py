@@ -50,7 +50,7 @@ def spoken_maze(maze: Env) -> TextEnv:
         return f"You are in row {row + 1}, column {column + 1}."
 
     def step(game: SpokenMaze, text: str) -> TextStep:
-        words = re.findall("|".join(DIRECTIONS), text.lower())
+        words = re.findall(rf"\b(?:{'|'.join(DIRECTIONS)})\b", text.lower())
         if not words:
             return TextStep(game, "Answer up, down, left or right.", info={"illegal_moves": 1})
         step_key, key = jax.random.split(game.key)

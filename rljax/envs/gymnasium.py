@@ -1,14 +1,23 @@
 """Environments of gymnasium (https://gymnasium.farama.org) that can be read and played in words: the `agents` extra."""
 
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rljax.envs.text import TextEnv, TextStep
 
 
+class GymnasiumEpisode:
+    """An environment that is played. It is closed when nothing holds the episode any more: over, cut, or only begun."""
+
+    def __init__(self, env: Any):
+        self.env = env
+        weakref.finalize(self, env.close)
+
+
 def make_gymnasium(make: Callable[[], Any], name: str, instructions: str = "", actions: Sequence[str] = ()) -> TextEnv:
-    """The environment that make() returns, as a TextEnv; every episode makes one of its own.
+    """The environment that make() returns, as a TextEnv; every episode makes one of its own, and closes it.
 
     A turn is the action where actions are texts (`gymnasium.spaces.Text`), and holds its number or one of the names
     `actions` where they are numbered (`Discrete`): the last one in the turn counts. A turn without a legal action is no
@@ -21,7 +30,9 @@ def make_gymnasium(make: Callable[[], Any], name: str, instructions: str = "", a
         from gymnasium import spaces
     except ImportError:
         raise ImportError("gymnasium is not installed: pip install 'rljax[agents]'") from None
-    space = make().action_space
+    first = make()
+    space = first.action_space
+    first.close()
     if not isinstance(space, spaces.Text | spaces.Discrete):
         raise ValueError(f"{name}: actions are a {type(space).__name__}; legal: Text and Discrete")
     if actions and not (isinstance(space, spaces.Discrete) and len(actions) == space.n):
@@ -30,18 +41,18 @@ def make_gymnasium(make: Callable[[], Any], name: str, instructions: str = "", a
     is_text = isinstance(space, spaces.Text)
     legal = f"Answer one of: {', '.join(actions)}." if actions else f"That is no legal action: {space}."
 
-    def reset(row: Mapping[str, Any], seed: int) -> tuple[Any, str]:
-        env = make()
-        observation, _ = env.reset(seed=seed)
-        return env, "\n".join(filter(None, [instructions, show(env, observation)]))
+    def reset(row: Mapping[str, Any], seed: int) -> tuple[GymnasiumEpisode, str]:
+        episode = GymnasiumEpisode(make())
+        observation, _ = episode.env.reset(seed=seed)
+        return episode, "\n".join(filter(None, [instructions, show(episode.env, observation)]))
 
-    def step(env: Any, text: str) -> TextStep:
+    def step(episode: GymnasiumEpisode, text: str) -> TextStep:
         action = text if is_text else _numbered_action(text, actions, int(space.start))
         if action is None or not space.contains(action):
-            return TextStep(env, legal, info={"illegal_moves": 1})
-        observation, reward, terminated, truncated, _ = env.step(action)
+            return TextStep(episode, legal, info={"illegal_moves": 1})
+        observation, reward, terminated, truncated, _ = episode.env.step(action)
         cut = bool(truncated and not terminated)
-        return TextStep(env, show(env, observation), float(reward), bool(terminated), cut)
+        return TextStep(episode, show(episode.env, observation), float(reward), bool(terminated), cut)
 
     return TextEnv(name, reset, step)
 

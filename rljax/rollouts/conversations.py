@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.ops.shapes import power_of_two
 from rljax.rollouts import sampler, turn_decoding
 from rljax.rollouts.conversation_record import ConversationCounts, ConversationRecord, begin_record
 from rljax.rollouts.sample_token import check_logp, check_sampling
@@ -174,7 +175,7 @@ class _Engine(NamedTuple):
     @property
     def widest(self) -> int:
         """Tokens of the widest chunk. The caches have as many columns beyond the conversations, for its padding."""
-        return min(max(_power_of_two(self.max_context // 4), MIN_CHUNK), MAX_CHUNK)
+        return min(max(power_of_two(self.max_context // 4), MIN_CHUNK), MAX_CHUNK)
 
     def empty_state(self, rows: int) -> TurnState:
         """So many empty slots."""
@@ -209,7 +210,7 @@ class _Engine(NamedTuple):
         start = np.where(begins & from_the_start, 0, np.asarray(state.length))
         end = np.where(begins, record.length[slots], start)
         while (left := end - start).any():
-            width = min(_power_of_two(left.max()), self.widest)
+            width = min(power_of_two(int(left.max())), self.widest)
             count = np.minimum(left, width)
             columns = np.minimum(start[:, None] + np.arange(width), self.max_context - 1)
             tokens = record.tokens[slots[:, None], columns]
@@ -246,8 +247,3 @@ class _Engine(NamedTuple):
         experts = np.asarray(self.lm.routing(state.cache))
         for slot in np.flatnonzero(ended):
             record.keep_routing(slots[slot], experts[slot])
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest one that is not below the number."""
-    return 1 << max(int(number) - 1, 0).bit_length()

@@ -2,7 +2,7 @@
 
 Ids go in and ids come out; text is never encoded again. Each answer is checked: the model's name, the ids of the
 prompt, as many log-probs as tokens, stops that the trainer knows, the version of the weights. What does not hold is
-one error. Whether the log-probs are the trainer's is for the trainer to compare (`logp_gap`).
+one error. Whether the log-probs are the trainer's is for the trainer to compare.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.rollouts.sample_token import distribution_settings
-from rljax.types import PolicyOutput, PromptBatch, Sampling, Trajectory, trajectory_of_tokens
+from rljax.types import PromptBatch, Sampling, Trajectory, trajectory_of_tokens
 
 UNKNOWN_VERSION = -1  # `Trajectory.version` of tokens whose server does not tell it
 ROUNDING = 1e-4  # by which a log-prob may be above 0
@@ -107,6 +107,11 @@ def read_completions(body: dict, answer: Any, vocab_size: int, version: int | No
     """The n completions of an answer to `body`. Raises ServerAnswerError, which says what was expected."""
     if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
         raise ServerAnswerError(f"the server answered {str(answer)[:100]!r}; legal: a JSON object with `choices`")
+    for choice in answer["choices"]:
+        if not isinstance(choice, dict) or not isinstance(choice.get("index", 0), int):
+            raise ServerAnswerError(
+                f"the server gave the choice {str(choice)[:100]!r}; legal: an object with its `index`"
+            )
     if answer.get("model", body["model"]) != body["model"]:
         raise ServerAnswerError(f"the server answered with the model {answer['model']!r}, not {body['model']!r}")
     found = _read_version(answer)
@@ -123,16 +128,18 @@ def read_completions(body: dict, answer: Any, vocab_size: int, version: int | No
 
 
 def _read_version(answer: dict) -> int:
-    told = (answer.get("metadata") or {}).get("weight_version")
+    metadata = answer.get("metadata")
+    told = metadata.get("weight_version") if isinstance(metadata, dict) else None
     try:
-        return int(told)
-    except (TypeError, ValueError):
+        return int(np.int32(told))
+    except (TypeError, ValueError, OverflowError):
         return UNKNOWN_VERSION
 
 
 def _read_choice(body: dict, choice: dict, vocab_size: int, version: int) -> SampledCompletion:
     tokens = choice.get("token_ids")
-    logp = (choice.get("logprobs") or {}).get("token_logprobs")
+    logprobs = choice.get("logprobs")
+    logp = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(tokens, list) or not isinstance(logp, list):
         missing = "token ids" if not isinstance(tokens, list) else "log-probs"
         raise ServerAnswerError(f"the server gives no {missing}; legal: one with `return_token_ids` and `logprobs`")
@@ -192,8 +199,3 @@ def _build_trajectory(prompts: PromptBatch, completions: Sequence[SampledComplet
         version=jnp.asarray(after_prompt(version)),
         group=jnp.asarray(of_prompt(prompts.number)),
     )
-
-
-def logp_gap(output: PolicyOutput, traj: Trajectory) -> float:
-    """The largest |log-prob of the trainer - log-prob of the server|, in nats."""
-    return float(jnp.where(traj.mask, jnp.abs(output.logp - traj.logp), 0.0).max())

@@ -1,5 +1,6 @@
 """Environments of other packages in turns, against the packages themselves. Skipped where a package is absent."""
 
+import gc
 import re
 import sys
 
@@ -67,6 +68,37 @@ def test_texts_of_gymnasium_are_the_turns():
     assert env.step(state, "no").info == {"illegal_moves": 1}
     step = env.step(state, "abb")
     assert step[1:5] == ("you said abb", 1.5, True, False)  # ended both ways: it is over, not cut
+
+
+def test_environments_of_gymnasium_are_closed():
+    gymnasium = pytest.importorskip("gymnasium")
+    made = []
+
+    class Counted(gymnasium.Env):
+        action_space = gymnasium.spaces.Discrete(2)
+        observation_space = gymnasium.spaces.Discrete(2)
+        closed = 0
+
+        def __init__(self):
+            made.append(self)
+
+        def reset(self, seed=None, options=None):
+            return 0, {}
+
+        def step(self, action):
+            return 1, 1.0, action == 1, False, {}
+
+        def close(self):
+            self.closed += 1
+
+    env = make_gymnasium(Counted, "counted")
+    begun = begin_each(env, [{}] * 3, range(3), LIMITS)  # over, in the middle, only begun
+    played = play_each(env, [state for state, _ in begun[:2]], ["1", "0"], LIMITS)
+    assert [turn.step.terminated for turn in played] == [True, False]
+    assert [one.closed for one in made] == [1, 0, 0, 0]
+    del begun, played
+    gc.collect()
+    assert [one.closed for one in made] == [1, 1, 1, 1]
 
 
 def test_what_cannot_be_played_in_words():

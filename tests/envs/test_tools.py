@@ -222,7 +222,7 @@ def test_the_spoken_maze_is_the_maze(slip):
 def test_a_turn_without_a_direction_is_no_step():
     env = spoken_maze(make_maze())
     state, _ = env.reset({}, 0)
-    step = env.step(state, "I stay here.")
+    step = env.step(state, "Support my countdown: I stay here, outright.")
     assert step.state is state
     assert (step.observation, step.info) == ("Answer up, down, left or right.", {"illegal_moves": 1})
 

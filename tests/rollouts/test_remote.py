@@ -2,7 +2,6 @@
 
 import re
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,11 +9,10 @@ from rljax.rollouts.remote import (
     UNKNOWN_VERSION,
     ServerAnswerError,
     completion_request,
-    logp_gap,
     read_completions,
     sample_remote,
 )
-from rljax.types import PolicyOutput, PromptBatch, Resume, Sampling
+from rljax.types import PromptBatch, Resume, Sampling
 
 SAMPLING = Sampling(n=2, max_tokens=3, stop=(0, 9), temperature=0.7)
 PROMPTS = PromptBatch(
@@ -29,7 +27,7 @@ BODY = completion_request("m", [5, 6], SAMPLING, seed=1, step=3, number=4)
 
 def choice(index: int, ids: list[int], logp: list[float] | None = None, reason: str = "length", **more) -> dict:
     logp = [-0.5 - token for token in ids] if logp is None else logp
-    return {"index": index, "token_ids": ids, "logprobs": {"token_logprobs": logp}, "finish_reason": reason, **more}
+    return {"index": index, "token_ids": ids, "logprobs": {"token_logprobs": logp}, "finish_reason": reason} | more
 
 
 def answer(*choices: dict, version: str | None = "3", **more) -> dict:
@@ -82,7 +80,12 @@ WRONG = [
     ({**GOOD, "model": "other"}, "the server answered with the model 'other', not 'm'"),
     ({**GOOD, "metadata": {"weight_version": "2"}}, "answered with version 2 of the weights, the trainer's is 3"),
     ({**GOOD, "metadata": {"weight_version": "default"}}, "tells no version, the trainer's is 3"),
+    ({**GOOD, "metadata": [1]}, "tells no version, the trainer's is 3"),
+    ({**GOOD, "metadata": {"weight_version": 10**30}}, "tells no version, the trainer's is 3"),
+    (answer("x", FIRST), "the server gave the choice 'x'; legal: an object with its `index`"),
+    (answer(FIRST, choice("1", [1])), "legal: an object with its `index`"),
     (answer(FIRST), "the server gave 1 completions; legal: 2"),
+    (answer(FIRST, choice(1, [1], logprobs=[1])), "gives no log-probs"),
     (answer(FIRST, {"index": 1, "text": "hi", "finish_reason": "stop"}), "gives no token ids"),
     (answer(FIRST, {"index": 1, "token_ids": [1], "finish_reason": "length"}), "gives no log-probs"),
     (answer(FIRST, choice(1, [1], prompt_token_ids=[1, 5, 6])), "read another prompt than the ids it was sent"),
@@ -117,10 +120,3 @@ def test_settings_that_a_server_is_not_asked_for(change):
     resumed = PROMPTS._replace(resume=Resume(np.array([[0, 0]])))
     with pytest.raises(ValueError, match="resume is set; legal with a server"):
         sample_remote(None, "m", resumed, SAMPLING, 0, 0, 10, 0)
-
-
-def test_the_gap_is_that_of_chosen_tokens():
-    ask_all = lambda bodies: [GOOD, answer(choice(0, [9], reason="stop"), choice(1, [7, 8, 7]))]  # noqa: E731
-    traj = sample_remote(ask_all, "m", PROMPTS, SAMPLING, seed=1, step=3, vocab_size=10, version=3)
-    output = PolicyOutput(jnp.where(traj.mask, traj.logp, 99.0).at[3, 4].add(-0.25))
-    assert logp_gap(output, traj) == 0.25
