@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 
@@ -27,7 +28,7 @@ from experiments.common.environments import NamedEnvironment, ToolFormat, named_
 from experiments.common.optimizer import make_optimizer
 from experiments.common.sampling import training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
-from rljax.algorithms import with_kl
+from rljax.algorithms import turn_groups, with_kl
 from rljax.data.prompts import Prompts, train_eval_split
 from rljax.data.tokenizer import Tokenizer
 from rljax.envs.text import TextEnv, TurnLimits
@@ -56,6 +57,7 @@ class Config:
     max_observation: Rare[int] = 2000  # characters of a message of the environment; the middle is cut out
     max_failed: Rare[float] = 0.5  # share of conversations that the environment may leave without a reward
     algorithm: CriticFree = "grpo"  # how to learn
+    credit: Literal["trajectory", "turn"] = "trajectory"  # turn: of one index in a group are compared
     seed: int = 0  # of the order of prompts, of episodes and of sampling
     steps: int = 20  # steps: converse, score, update
     kl_coef: float = 0.04  # coefficient of the KL to the reference
@@ -81,7 +83,7 @@ def main(
     """
     train.check_directory(cfg.directory, algorithm)
     name = "" if algorithm else cfg.algorithm
-    algorithm = algorithm or with_kl(critic_free(cfg.sampling.max_tokens)[cfg.algorithm](), cfg.kl_coef)
+    algorithm = algorithm or named_algorithm(cfg)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**cfg.mesh.sizes)
@@ -142,6 +144,19 @@ def main(
         after = evaluate(state)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(cfg, before, after, run.directory / "model")
+
+
+def named_algorithm(cfg: Config) -> Algorithm:
+    """The algorithm that cfg names, with its credit and the KL to the reference.
+
+    Raises ValueError for credit by turns of an algorithm that does not compare the completions of a group.
+    """
+    algorithm = critic_free(cfg.sampling.max_tokens)[cfg.algorithm]()
+    if cfg.credit == "turn":
+        if algorithm.group_signal is None or algorithm.needs or cfg.algorithm == "gdpo":
+            raise ValueError(f"{cfg.algorithm} does not compare rewards of a group; legal: --credit trajectory")
+        algorithm = turn_groups(algorithm)
+    return with_kl(algorithm, cfg.kl_coef)
 
 
 def read_tokenizer(cfg: Config) -> Tokenizer:

@@ -39,6 +39,7 @@ def tiny_run(tmp_path_factory) -> agent_grpo.Config:
         environment="spell",
         max_turns=3,
         max_context=48,
+        credit="turn",
         seed=1,
         steps=2,
         batches=Batches(prompts=2, num_generations=2),
@@ -106,6 +107,7 @@ def test_an_environment_that_fails_too_often_ends_the_run(tiny_run, tmp_path):
     [
         ({"environment": "chess"}, "environment 'chess'; legal: calculator, python, maze"),
         ({"batches": Batches(prompts=2, num_generations=2, oversample=2)}, "oversample = 2, .*legal: 1"),
+        ({"algorithm": "gdpo", "credit": "turn"}, "gdpo does not compare .*legal: --credit trajectory"),
         ({"max_context": 6}, "legal: a sum of at most 6"),
         ({"max_context": 4096}, "max_context = 4096; legal: at most 64, the model's context"),
     ],
