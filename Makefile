@@ -42,7 +42,7 @@ lint: .venv/.dev  ## ruff, shellcheck, and the schemas of the CI workflow and of
 	.venv/bin/shellcheck experiments/launch/*.sh tests/launch/fake_srun
 
 # What runs, by name: the other files there are parts of these.
-benchmarks := shares rollout train_step grpo_step returns control memory packing batch_invariant startup reward_pool cost
+benchmarks := shares rollout train_step grpo_step returns control memory packing batch_invariant startup reward_pool cost conversations sandbox
 
 bench: .venv/.dev  ## run every benchmark, and write the table in docs/performance.md
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; for name in $(benchmarks); do \
