@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import arithmetic_agent_sft
-from experiments.common import command_line, conversations, tool_arithmetic, train
+from experiments.common import arithmetic, command_line, conversations, tool_arithmetic, train
 from experiments.common.algorithms import CriticFree, critic_free
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Batches, MeshShape, Optimizer, debug_batches
@@ -95,7 +95,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
 
     # -- the loop
     with run:
-        tool_arithmetic.save_model_files(task, run.directory / "model_files")
+        arithmetic.save_model_files(
+            task.tokenizer, task.config, run.directory / "model_files", tool_arithmetic.ALPHABET
+        )
         state = place(state, shardings.state)
         before = tool_arithmetic.mean_reward(task, state.params, eval_rows, cfg.seed)
         state = run.restore(state)
@@ -119,7 +121,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
                 )
             run.record(step, state, metrics)
         after = tool_arithmetic.mean_reward(task, state.params, eval_rows, cfg.seed)
-        tool_arithmetic.save_pretrained(task, state.params, run.directory)
+        arithmetic.save_pretrained(task.config, state.params, run.directory)
     shown = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
     log_info(f"eval reward: {shown}; calls a conversation: {before['tool_calls']:.2f} -> {after['tool_calls']:.2f}")
     return {"before": before, "after": after}

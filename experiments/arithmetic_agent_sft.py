@@ -15,7 +15,7 @@ from dataclasses import asdict
 import jax
 import numpy as np
 
-from experiments.common import command_line, models, tool_arithmetic, train
+from experiments.common import arithmetic, command_line, models, tool_arithmetic, train
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import MeshShape, Optimizer
 from experiments.common.tool_arithmetic import ToolTask
@@ -78,7 +78,9 @@ def train_supervised(cfg: Config) -> tuple[ToolTask, Params]:
     # -- the loop
     log_info(f"warm-up: supervised, until the reward on training problems is {cfg.target}, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "reward")) as run:
-        tool_arithmetic.save_model_files(task, run.directory / "model_files")
+        arithmetic.save_model_files(
+            task.tokenizer, task.config, run.directory / "model_files", tool_arithmetic.ALPHABET
+        )
         state = run.restore(place(state, shardings.state))
         for step in run.steps(state.step):
             measured = {}
@@ -93,7 +95,7 @@ def train_supervised(cfg: Config) -> tuple[ToolTask, Params]:
             state = state.replace(step=step + 1, cursor=rows.cursor)
             run.record(step, state, metrics | measured)
         run.save(state)
-        tool_arithmetic.save_pretrained(task, state.params, run.directory)
+        arithmetic.save_pretrained(task.config, state.params, run.directory)
     log_info(f"warm-up: {int(state.step)} steps of supervised learning")
     return task, state.params
 

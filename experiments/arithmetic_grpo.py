@@ -113,7 +113,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
 
     # -- the loop
     with run:
-        arithmetic.save_model_files(task, run.directory / "model_files")
+        arithmetic.save_model_files(task.tokenizer, task.config, run.directory / "model_files")
         state = place(state, shardings.state)
         before = evaluate(state)["eval_reward"]
         state = run.restore(state)
@@ -133,7 +133,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
                 run.log_samples(step, batch, task.tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
             run.record(step, state, metrics)
         after = evaluate(state)["eval_reward"]
-        arithmetic.save_pretrained(task, state.params, run.directory)
+        arithmetic.save_pretrained(task.config, state.params, run.directory)
     log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
 

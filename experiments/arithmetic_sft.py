@@ -73,7 +73,7 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     # -- the loop
     log_info(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "accuracy")) as run:
-        arithmetic.save_model_files(task, run.directory / "model_files")
+        arithmetic.save_model_files(task.tokenizer, task.config, run.directory / "model_files")
         state = run.restore(place(state, shardings.state))
         for step in run.steps(state.step):
             measured = {}
@@ -90,7 +90,7 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
         else:
             reached = arithmetic.accuracy(task, state.params, checked, int(state.step))
         run.save(state)
-        arithmetic.save_pretrained(task, state.params, run.directory)
+        arithmetic.save_pretrained(task.config, state.params, run.directory)
     log_info(
         f"warm-up: right on {reached:.0%} of the training problems after {int(state.step)} steps of supervised learning"
     )

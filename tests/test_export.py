@@ -220,7 +220,7 @@ def test_a_model_made_by_a_script_brings_its_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
     task = arithmetic.make_task("additions", eval_prompts=1024, seed=0, width=16, layers=1)
-    arithmetic.save_model_files(task, tmp_path / "model")
+    arithmetic.save_model_files(task.tokenizer, task.config, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("12+34=046")["input_ids"] == task.tokenizer.encode("12+34=046")
     assert tokenizer.decode(task.tokenizer.encode("12+34=046")) == "12+34=046"

@@ -13,6 +13,7 @@ from rljax.data.prompts import Prompts
 from rljax.data.tasks import addition_problems, sorting_problems, train_eval_split_by_kind
 from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
 from rljax.models import decoder, hf, policy
+from rljax.models.decoder import DecoderConfig
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
 from rljax.rollouts.sampler import sample
@@ -33,7 +34,7 @@ class Task(NamedTuple):
     train_prompts: Prompts
     eval_prompts: Prompts
     max_tokens: int  # tokens of the longest answer, its end included
-    config: decoder.DecoderConfig
+    config: DecoderConfig
     lm: LM
     policy: Callable
 
@@ -51,7 +52,14 @@ def make_task(
     def prompts(side: list[dict]) -> Prompts:
         return Prompts(side, [tokenizer.encode(row["prompt"]) for row in side], prompt_tokens, seed)
 
-    config = decoder.DecoderConfig(
+    config = small_decoder(tokenizer, width, layers, prompt_tokens + max_tokens, mesh)
+    lm = decoder.language_model(config)
+    return Task(tokenizer, prompts(train_side), prompts(eval_side), max_tokens, config, lm, policy.make_policy(config))
+
+
+def small_decoder(tokenizer: Tokenizer, width: int, layers: int, positions: int, mesh: Mesh | None) -> DecoderConfig:
+    """A decoder of four heads over the tokenizer's characters."""
+    return DecoderConfig(
         tokenizer.size,
         width,
         layers,
@@ -59,11 +67,9 @@ def make_task(
         num_kv_heads=4,
         head_dim=width // 4,
         intermediate_size=11 * width // 4,
-        max_positions=prompt_tokens + max_tokens,
+        max_positions=positions,
         hidden_sharding=None if mesh is None else hidden_sharding(mesh),
     )
-    lm = decoder.language_model(config)
-    return Task(tokenizer, prompts(train_side), prompts(eval_side), max_tokens, config, lm, policy.make_policy(config))
 
 
 def answer_tokens(task: Task, rows: PromptBatch) -> list[list[int]]:
@@ -102,13 +108,12 @@ def make_evaluate(task: Task, count: int, seed: int) -> Callable[[TrainState], d
     return evaluate
 
 
-def save_model_files(task: Task, directory: Path) -> None:
+def save_model_files(tokenizer: Tokenizer, config: DecoderConfig, directory: Path, alphabet: str = ALPHABET) -> None:
     """Tokenizer and config.json, which tools/export.py needs beside the checkpoints."""
-    save_characters(ALPHABET, directory)
-    config = hf.to_hf_config(task.config, task.tokenizer.stop)
-    write_atomically(directory / "config.json", json.dumps(config))
+    save_characters(alphabet, directory)
+    write_atomically(directory / "config.json", json.dumps(hf.to_hf_config(config, tokenizer.stop)))
 
 
-def save_pretrained(task: Task, params: Params, directory: Path) -> None:
+def save_pretrained(config: DecoderConfig, params: Params, directory: Path) -> None:
     """The trained decoder as DIRECTORY/model, beside its model_files."""
-    models.save_pretrained(params, {}, task.config, directory / "model_files", directory / "model")
+    models.save_pretrained(params, {}, config, directory / "model_files", directory / "model")

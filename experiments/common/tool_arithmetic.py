@@ -1,16 +1,14 @@
 """Products that a small decoder cannot compute in its head, a calculator for it to call, and demonstrations of both."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.common import models
+from experiments.common.arithmetic import small_decoder
 from experiments.common.conversations import (
     DialogueSettings,
     TurnCodec,
@@ -20,16 +18,13 @@ from experiments.common.conversations import (
 )
 from rljax.data.examples import Example
 from rljax.data.prompts import Prompts
-from rljax.data.tokenizer import Tokenizer, character_tokenizer, save_characters
+from rljax.data.tokenizer import Tokenizer, character_tokenizer
 from rljax.data.tool_calls import parse_plain
 from rljax.envs.calculator import calculator
 from rljax.envs.text import TextEnv, TurnLimits
 from rljax.envs.tools import tool_env
-from rljax.models import hf
 from rljax.models.decoder import DecoderConfig, language_model
 from rljax.rewards.text import exact_text
-from rljax.train.log import write_atomically
-from rljax.train.mesh import hidden_sharding
 from rljax.types import Params, PromptBatch, Sampling, TrainState
 
 ALPHABET = "".join(map(chr, range(32, 127)))  # errors of a call are written in it too
@@ -83,17 +78,7 @@ def make_tool_task(
         environment_prompts(env, side, codec, MAX_CONTEXT, seed, limits)
         for side in (rows[:eval_prompts], rows[eval_prompts:])
     )
-    config = DecoderConfig(
-        tokenizer.size,
-        width,
-        layers,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=width // 4,
-        intermediate_size=11 * width // 4,
-        max_positions=MAX_CONTEXT,
-        hidden_sharding=None if mesh is None else hidden_sharding(mesh),
-    )
+    config = small_decoder(tokenizer, width, layers, MAX_CONTEXT, mesh)
     return ToolTask(env, tokenizer, codec, limits, train, evaluation, config)
 
 
@@ -131,15 +116,3 @@ def demonstrations_of_tools(task: ToolTask, rows: Sequence[dict], with_tool: np.
             mask += [is_chosen] * len(new)
         examples.append(Example(task.tokenizer.encode(prompt), ids, mask, row))
     return examples
-
-
-def save_model_files(task: ToolTask, directory: Path) -> None:
-    """Tokenizer and config.json, which tools/export.py needs beside the checkpoints."""
-    save_characters(ALPHABET, directory)
-    config = hf.to_hf_config(task.config, task.tokenizer.stop)
-    write_atomically(directory / "config.json", json.dumps(config))
-
-
-def save_pretrained(task: ToolTask, params: Params, directory: Path) -> None:
-    """The trained decoder as DIRECTORY/model, beside its model_files."""
-    models.save_pretrained(params, {}, task.config, directory / "model_files", directory / "model")
