@@ -15,6 +15,7 @@ import pytest
 from experiments import arithmetic_grpo
 from experiments.common import command_line
 from experiments.tools import check_parity
+from rljax.train.log import MACHINE_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "experiments"
@@ -57,8 +58,7 @@ def run(words: list) -> list[str]:
 def metrics(directory: Path) -> list[dict]:
     """All but the clock's."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    clocks = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(MACHINE_METRICS)} for line in lines]
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from rljax.train.log import MACHINE_METRICS
 from rljax.train.run import Run
 from rljax.train.update import make_update
 from rljax.types import Objective, TrainState
@@ -56,7 +57,7 @@ def files(directory):
 
 def log(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.endswith(MACHINE_METRICS)} for line in lines]
 
 
 def same(one, other):
