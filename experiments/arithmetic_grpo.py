@@ -108,7 +108,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         make = partial(make_trust_region_update, objective, policy.make_divergence(task.config), fisher_every=4)
     make = partial(make, shardings=shardings)
     update = train.cut_update(make, *sizes)
-    token_columns = train.make_token_columns(task.policy, *sizes)
+    per_token = train.make_token_columns(task.policy, *sizes)
     evaluate = arithmetic.make_evaluate(task, 8 if cfg.debug else cfg.eval_prompts, cfg.seed)
 
     # -- the loop
@@ -131,9 +131,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
                 metrics |= evaluate(state)
             if run.should_log_samples(step):
-                run.log_samples(
-                    step, batch, task.tokenizer.decode, score.names, prompts, token_columns(state, batch.traj)
-                )
+                run.log_samples(step, batch, task.tokenizer.decode, score.names, prompts, per_token(state, batch.traj))
             run.record(step, state, metrics)
         after = evaluate(state)["eval_reward"]
         arithmetic.save_pretrained(task.config, state.params, run.directory)

@@ -123,7 +123,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     credit = jax.jit(algorithm.credit)  # KL in the reward, GAE, whitening
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
-    token_columns = train.make_token_columns(model, *sizes)
+    per_token = train.make_token_columns(model, *sizes)
     run = runs.make_run(cfg, __file__, "", algorithm, rewards.verifiers, PROGRESS_METRICS)
 
     # -- the loop
@@ -146,7 +146,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)
             if run.should_log_samples(step):
-                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, token_columns(state, batch.traj))
+                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, per_token(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | credit_metrics(batch) | metrics
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)

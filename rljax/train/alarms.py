@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 BEFORE = 50  # values whose median is compared with
 START = 5  # values whose mean is the start; of fewer than twice as many there is no start to compare with
-Column = tuple[Sequence[int], Sequence[float | None]]  # the steps of a metric, and its values: None if not finite
+MetricColumn = tuple[Sequence[int], Sequence[float | None]]  # the steps of a metric, and its values: None if not finite
 
 
 class AlarmRule(NamedTuple):
@@ -66,7 +66,7 @@ RULES = (
 )
 
 
-def check_alarms(columns: Mapping[str, Column], rules: Sequence[AlarmRule] = RULES) -> list[dict[str, Any]]:
+def check_alarms(columns: Mapping[str, MetricColumn], rules: Sequence[AlarmRule] = RULES) -> list[dict[str, Any]]:
     """Each rule with what the logged values say of it, those that hold now first, then those that held, the rest after.
 
     Returns dicts: title, metric, meaning, rule ("above 0.1"), logged (False: the run has no such metric), and of the
@@ -77,7 +77,7 @@ def check_alarms(columns: Mapping[str, Column], rules: Sequence[AlarmRule] = RUL
     return sorted(checked, key=lambda found: (not found["now"], not found["count"], not found["logged"]))
 
 
-def _check(rule: AlarmRule, column: Column | None) -> dict[str, Any]:
+def _check(rule: AlarmRule, column: MetricColumn | None) -> dict[str, Any]:
     found = {"title": rule.title, "metric": rule.metric, "meaning": rule.meaning, "rule": describe_rule(rule)}
     if column is None:
         return {**found, "logged": False, "total": 0, "count": 0, "now": False}

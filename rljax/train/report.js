@@ -31,6 +31,7 @@ const minus = (text) => text.replace("-", MINUS);
 function short(x) {
   if (x === null || x === undefined) return DASH;
   const size = Math.abs(x);
+  if (size >= 1e9) return minus((x / 1e9).toPrecision(3) + "G");
   if (size >= 1e6) return minus((x / 1e6).toPrecision(3) + "M");
   if (size >= 1000) return minus(Math.round(x).toLocaleString("en-US"));
   if (size > 0 && size < 1e-3) return minus(x.toExponential(1).replace(".0e", "e"));
@@ -47,6 +48,7 @@ function niceTicks(low, high, count) {
 
 function tickLabel(x, step) {
   if (Math.abs(x) < step * 1e-6) return "0";
+  if (step >= 1e8) return minus(Number((x / 1e9).toPrecision(4)) + "G");
   if (step >= 1e6) return minus(x / 1e6 + "M");
   if (step >= 1000) return minus(x / 1000 + "k");
   if (step < 1e-3 && Math.abs(x) < 0.1) return minus(Number(x.toPrecision(3)).toExponential());

@@ -50,6 +50,7 @@ function range(lines) {
   // Of the values, and of comparisons what their runs reached; an interval may be far wider, and is cut at the edge.
   let low = Infinity, high = -Infinity;
   for (const line of lines) for (const v of line.extent || line.values) { low = Math.min(low, v); high = Math.max(high, v); }
+  if (low === 0 && high === 0) return [0, 1];
   if (low === high) { const pad = Math.abs(low) * 0.1 || 0.5; low -= pad; high += pad; }
   const pad = (high - low) * 0.05;
   return [low >= 0 && low - pad < 0 ? 0 : low - pad, high <= 0 && high + pad > 0 ? 0 : high + pad];

@@ -25,19 +25,35 @@ const empty = (text) => el("p", { class: "empty" }, text);
 
 // --------------------------------------------------------------------------------------------------------- alarms
 
-function describeAlarm(alarm) {
+const stateOf = (alarm) => el("span", { class: "state" }, alarm.now ? "at the last step" : "earlier");
+
+function whereOf(alarm) {
   const where = alarm.count === 1 ? `at step ${alarm.first}` : `at ${alarm.count} of ${alarm.total} steps, from ${alarm.first} to ${alarm.last}`;
-  const worst = alarm.worst === null ? "" : `; ${short(alarm.worst)} at step ${alarm.worst_step}`;
-  return el("li", { class: alarm.now ? "alarm now" : "alarm" },
-    el("b", {}, alarm.title), el("span", { class: "state" }, alarm.now ? "at the last step" : "earlier"),
-    alarm.run ? el("span", { class: "of" }, alarm.run) : null,
-    el("p", {}, el("code", {}, alarm.metric), ` ${alarm.rule} ${where}${worst} \u2013 ${alarm.meaning}.`));
+  return where + (alarm.worst === null || alarm.count === 1 ? "" : `, worst at step ${alarm.worst_step}`) + (alarm.worst === null ? "" : `: ${short(alarm.worst)}`);
+}
+
+function describeAlarm(alarms) {
+  // One rule, and where it holds: of this run, or of each of the runs that are compared.
+  const [alarm] = alarms, rule = [el("code", {}, alarm.metric), ` ${alarm.rule}`];
+  const now = alarms.some((each) => each.now);
+  const runs = alarms.map((each) => el("li", {}, el("span", { class: "of" }, each.run), ` ${whereOf(each)}`, stateOf(each)));
+  return el("li", { class: now ? "alarm now" : "alarm" }, el("b", {}, alarm.title), ...(alarm.run ? [] : [stateOf(alarm)]),
+    el("p", {}, ...rule, alarm.run ? "" : ` ${whereOf(alarm)}`, ` \u2013 ${alarm.meaning}.`), alarm.run ? el("ul", {}, ...runs) : null);
+}
+
+function byRule(alarms) {
+  const rules = new Map();
+  for (const alarm of alarms) {
+    if (!rules.has(alarm.title)) rules.set(alarm.title, []);
+    rules.get(alarm.title).push(alarm);
+  }
+  return [...rules.values()];
 }
 
 function drawAlarms() {
   const found = DATA.alarms.filter((alarm) => alarm.count), rules = DATA.rules || DATA.alarms;
   if (!rules.length) { $("alarms").append(empty("No metrics have been written yet.")); return; }
-  if (found.length) $("alarms").append(el("ul", { class: "alarms" }, ...found.map(describeAlarm)));
+  if (found.length) $("alarms").append(el("ul", { class: "alarms" }, ...byRule(found).map(describeAlarm)));
   else $("alarms").append(empty("None of the thresholds below was crossed."));
   const state = (rule) => !rule.logged ? "not logged" : rule.count ? `${rule.count} of ${rule.total} steps` : "never";
   const rows = rules.map((rule) => [rule.title, el("code", {}, rule.metric), rule.rule, ...(DATA.rules ? [] : [state(rule)]), rule.meaning]);
@@ -91,7 +107,7 @@ function drawComparison() {
   $("config").append(DATA.differences.rows.length ? ofGroups("Settings that differ", DATA.differences) : empty("All settings but seed and directory are the same."));
   $("time").append(DATA.time.rows.length ? ofGroups("Time, means over runs", DATA.time) : empty("No times were logged."));
   $("memory").append(DATA.memory.rows.length ? ofGroups("Memory, the largest of the runs", DATA.memory) : empty("No memory was logged."));
-  $("environment").append(DATA.environment.rows.length ? ofGroups("Environment", DATA.environment) : empty("Nothing was saved of the environment."));
+  $("environment").append(DATA.environment.rows.length ? ofGroups("Of each line", DATA.environment) : empty("Nothing was saved of the environment."));
 }
 
 function drawFooter() {

@@ -183,11 +183,10 @@ function drawReward(reward, mean, far) {
 
 function drawFacts(record) {
   const scores = Object.entries(record.scores).map(([name, score]) =>
-    el("span", {}, name + " ", el("b", {}, score === null ? "not scored" : short(score)), " \u00b7 "));
-  const turns = record.turns ? `${plural(record.turns.filter((turn) => turn.policy).length, "turn")} \u00b7 ` : "";
-  const length = el("i", {}, `${turns}${plural(record.length, "token")}`);
-  const end = record.ended ? el("i", {}, " \u00b7 ended") : el("i", { class: "cut" }, " \u00b7 truncated");
-  return el("div", { class: "facts" }, ...scores, length, record.ended === null ? null : end);
+    el("span", {}, name + " ", el("b", {}, score === null ? "not scored" : short(score))));
+  const turns = record.turns ? el("i", {}, plural(record.turns.filter((turn) => turn.policy).length, "turn")) : null;
+  const end = record.ended ? el("i", {}, "ended") : el("i", { class: "cut" }, "truncated");
+  return el("div", { class: "facts" }, ...scores, turns, el("i", {}, plural(record.length, "token")), record.ended === null ? null : end);
 }
 
 const isOpen = ({ at, index }) => view.open !== null && view.open.at === at && view.open.index === index;
