@@ -14,7 +14,7 @@ def environment() -> dict[str, str | int]:
     return {
         "jax": jax.__version__,
         "devices": len(devices),
-        "device kind": devices[0].device_kind,
+        "device_kind": devices[0].device_kind,
         "backend": jax.default_backend(),
         "processes": jax.process_count(),
         "python": platform.python_version(),

@@ -98,16 +98,16 @@ function drawConfig() {
 function drawComparison() {
   const named = DATA.groups.map((group, i) => [lineName(i), ...["runs", "seeds", "steps"].map((key) => group[key])]);
   const columns = DATA.groups.map((group, i) => lineName(i));
-  const ofGroups = (name, { rows }) => table(name, ["", ...columns.map((each) => each.cloneNode(true))],
+  const ofGroups = (name, first, { rows }) => table(name, [first, ...columns.map((each) => each.cloneNode(true))],
     rows.map(([title, unit, cells]) => [title, ...cells.map((value) => cell(unit, value))]));
   const interval = ({ mean, low, high }) => mean === null ? DASH : short(mean) + (low === null ? "" : ` (${short(low)} to ${short(high)})`);
   $("groups-of-runs").append(table("Lines", ["line", "runs", "seeds", "steps"], named));
-  if (DATA.results.length) $("groups-of-runs").append(table("Last values", ["", ...columns.map((each) => each.cloneNode(true))],
+  if (DATA.results.length) $("groups-of-runs").append(table("Last values", ["metric", ...columns.map((each) => each.cloneNode(true))],
     DATA.results.map(([name, cells]) => [name, ...cells.map(interval)])), el("p", { class: "note" }, DATA.note));
-  $("config").append(DATA.differences.rows.length ? ofGroups("Settings that differ", DATA.differences) : empty("All settings but seed and directory are the same."));
-  $("time").append(DATA.time.rows.length ? ofGroups("Time, means over runs", DATA.time) : empty("No times were logged."));
-  $("memory").append(DATA.memory.rows.length ? ofGroups("Memory, the largest of the runs", DATA.memory) : empty("No memory was logged."));
-  $("environment").append(DATA.environment.rows.length ? ofGroups("Of each line", DATA.environment) : empty("Nothing was saved of the environment."));
+  $("config").append(DATA.differences.rows.length ? ofGroups("Settings that differ", "setting", DATA.differences) : empty("All settings but seed and directory are the same."));
+  $("time").append(DATA.time.rows.length ? ofGroups("Time, means over runs", "of time", DATA.time) : empty("No times were logged."));
+  $("memory").append(DATA.memory.rows.length ? ofGroups("Memory, the largest of the runs", "of", DATA.memory) : empty("No memory was logged."));
+  $("environment").append(DATA.environment.rows.length ? ofGroups("Of each line", "fact", DATA.environment) : empty("Nothing was saved of the environment."));
 }
 
 function drawFooter() {

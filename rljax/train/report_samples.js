@@ -3,7 +3,7 @@
 const SORTS = { sampled: "as sampled", best: "best first", worst: "worst first" };
 const LAYOUTS = { list: "below one another", side: "side by side" };
 const STATES = { any: "any", ended: "ended", cut: "truncated", failed: "not scored" };
-const DRAWN_AT_ONCE = 120; // completions; a button draws the next ones
+const DRAWN_AT_ONCE = 48; // completions; a button draws the next ones
 const UNFILTERED = { everywhere: false, state: "any", score: "", least: null, most: null, shortest: null, longest: null, text: "" };
 
 const view = { at: 0, sort: "sampled", layout: "list", open: null, color: null, drawn: DRAWN_AT_ONCE, filter: { ...UNFILTERED } };
@@ -12,7 +12,7 @@ const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count
 function drawCompletions() {
   const all = DATA.samples.steps;
   if (!all.length) { $("samples").append(empty("No completions have been sampled yet.")); return; }
-  all.forEach(({ records }, at) => records.forEach((record, index) => Object.assign(record, { at, index })));
+  all.forEach((each, at) => { each.groups = groupsOf(each.records, at); });
   view.at = all.length - 1;
   readHash();
   $("samples").append(makeBar(all), makeFilter(all), el("div", { id: "groups" }));
@@ -109,7 +109,7 @@ function drawStep() {
     : `${view.at + 1} of ${plural(all.length, "sampled step")}` + (left ? `, ${plural(left, "prompt")} left out` : "");
   const looked = everywhere ? all : [all[view.at]];
   const total = looked.reduce((sum, each) => sum + each.records.length, 0);
-  const groups = looked.flatMap(({ records }) => groupsOf(records)), count = groups.reduce((sum, group) => sum + group.shown.length, 0);
+  const groups = looked.flatMap((each) => passingGroups(each.groups)), count = groups.reduce((sum, group) => sum + group.shown.length, 0);
   $("found").textContent = `${count.toLocaleString("en-US")} of ${plural(total, "completion")}`;
   let drawn = 0;
   const shown = groups.filter((group) => { const fits = drawn < view.drawn; drawn += fits ? group.shown.length : 0; return fits; });
@@ -121,17 +121,19 @@ function drawStep() {
   $("tip").hidden = true;
 }
 
-function groupsOf(records) {
-  // The groups of a step of which something passes: all their records, those that are shown, and their numbers.
+function groupsOf(records, at) {
+  // The groups of the step that is the at-th; every record is told its place.
   const groups = new Map();
-  for (const record of records) {
-    if (!groups.has(record.group)) groups.set(record.group, { records: [], shown: [], number: groups.size + 1 });
+  records.forEach((record, index) => {
+    Object.assign(record, { at, index });
+    if (!groups.has(record.group)) groups.set(record.group, { records: [], number: groups.size + 1 });
     groups.get(record.group).records.push(record);
-  }
-  for (const record of passing(records)) groups.get(record.group).shown.push(record);
-  const all = [...groups.values()];
-  all.forEach((group) => { group.count = all.length; });
-  return all.filter((group) => group.shown.length);
+  });
+  return [...groups.values()].map((group) => ({ ...group, count: groups.size }));
+}
+
+function passingGroups(groups) {
+  return groups.map((group) => ({ ...group, shown: passing(group.records) })).filter((group) => group.shown.length);
 }
 
 function sorted(group) {
