@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 python := .venv/bin/python
 
-.PHONY: help demo test parity nightly mutants lint bench tables clean
+.PHONY: help demo test parity nightly mutants lint bench tables notebook notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ help:  ## this list
 
 .venv/.parity: .venv/.dev
 	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,parity]'
+	@touch $@
+
+.venv/.notebooks: .venv/.dev
+	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,notebooks]'
 	@touch $@
 
 demo: .venv/.dev  ## teach a tiny language model to add, on this CPU
@@ -56,6 +60,12 @@ bench: .venv/.dev  ## run every benchmark, and write the table in docs/performan
 tables: .venv/.dev  ## write docs/algorithms.md and docs/estimators.md again
 	$(python) -m tests.catalogue
 	$(python) experiments/tables/estimators.py
+
+notebook: .venv/.notebooks  ## open the first notebook in JupyterLab
+	$(python) -m jupyterlab notebooks/01_change_the_loss.ipynb
+
+notebooks: .venv/.notebooks  ## run every notebook from its first cell to its last, and write its outputs into its file
+	$(python) -m tests.notebooks
 
 clean:  ## delete caches and build outputs; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
