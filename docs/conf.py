@@ -32,7 +32,7 @@ def setup(app):
 
 
 def adapt_page(app, name: str, source: list[str]) -> None:
-    """What GitHub does by itself: links to files of the repository. And a table of contents from the links of index.md."""
+    """What GitHub does by itself: links to files of the repository. And contents from the links of index.md."""
     source[0] = re.sub(r"\]\(\.\./rljax/([\w/]+)\.py\)", lambda m: f"](#{_label(m[1])})", source[0])
     source[0] = re.sub(r"\]\(\.\./([\w/.]+)\)", r"](path:../\1)", source[0])
     if name == "index":

@@ -1,8 +1,8 @@
 """Writes docs/taxonomy.md, the methods as a tree and a table: python -m tests.taxonomy
 
-What samples a method learns from is classified in tests/catalogue.py, whose words tests hold against the code. The other
-columns are found here: weights and needs are read from the Algorithm, and what a gradient depends on is measured on the
-rollout of the laws.
+What samples a method learns from is classified in tests/catalogue.py, whose words tests hold against the code. The
+other columns are found here: weights and needs are read from the Algorithm, and what a gradient depends on is measured
+on the rollout of the laws.
 """
 
 from collections import defaultdict
@@ -26,17 +26,17 @@ INTRODUCTION = """\
 Written by `make tables` (`python -m tests.taxonomy`); do not edit. [algorithms.md](algorithms.md) has the paper, the
 equation and the settings of each method.
 
-Everything here is model-free: nothing learns or plans with a model of the environment. Wrappers (KL terms, entropy, shaped
-rewards, corrections for another sampler) go around any of the methods and are left out."""
+Everything here is model-free: nothing learns or plans with a model of the environment. Wrappers (KL terms, entropy,
+shaped rewards, corrections for another sampler) go around any of the methods and are left out."""
 
 COLUMNS = """\
 - **samples**: of which policy it learns from; *near on-policy* is the policy a few updates ago.
 - **critic**: whether it reads `Trajectory.values`.
 - **group**: whether it compares the completions of a prompt.
-- **ratio**: what, besides the advantage, the gradient of a decision depends on. A *dash*: nothing, so that the method is
-  right for one update of a rollout, or for samples of any policy (supervised ones). *token*: the policy's log-prob of that
-  decision. *sequence*: log-probs of other decisions of the completion too. *group*: those of other completions of the
-  prompt. Measured: log-probs are changed one at a time, near those of the policy that sampled.
+- **ratio**: what, besides the advantage, the gradient of a decision depends on. A *dash*: nothing, so that the method
+  is right for one update of a rollout, or for samples of any policy (supervised ones). *token*: the policy's log-prob
+  of that decision. *sequence*: log-probs of other decisions of the completion too. *group*: those of other completions
+  of the prompt. Measured: a log-prob is changed, near those of the policy that sampled.
 - **KL**: where the method itself has one. `with_kl` and `kl_in_reward` add one to any.
 - **weights**: how decisions become a sum, by default (`ops.weights`)."""
 
@@ -102,8 +102,9 @@ def dependence(algorithm: Algorithm) -> str:
     last = mask & (np.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
     one = last & (np.arange(len(mask)) == mask.sum(axis=1).argmax())[:, None]  # of one completion
     draw = np.random.default_rng(1)
-    near = logp + draw.uniform(-0.04, -0.02, size=logp.shape)  # ratios below 1, at which some methods cap them
-    gradients = jax.vmap(jax.grad(total))(jnp.float32(near + 0.01 * np.stack([0 * last, one, last])))
+    near = np.asarray(logp) + draw.uniform(-0.04, -0.02, size=mask.shape)  # ratios below 1: some methods cap them there
+    changed = np.stack([near, near + 0.01 * one, near + 0.01 * last])
+    gradients = jax.vmap(jax.grad(total))(jnp.float32(changed))
     of_one, of_all = np.abs(np.asarray(gradients[1:]) - np.asarray(gradients[0])) > 1e-6
     if of_one[~one.any(axis=1)].any():
         return "group"
@@ -127,8 +128,8 @@ def tree(found: list[Row]) -> str:
             trunk = "Policy gradient without a critic, by comparison in the group of a prompt"
         else:
             trunk = "Policy gradient without a critic or a group"
-        leaf = {"–": "no ratio", "token": "ratio of the token", "sequence": "ratio of the sequence", "group": "of the group"}
-        branches[trunk][leaf[row.ratio]].append(catalogue.link(row.name))
+        leaf = "no ratio" if row.ratio == "–" else f"ratio of the {row.ratio}"
+        branches[trunk][leaf].append(catalogue.link(row.name))
     kinds = catalogue.SECTIONS
     values = ["`experiments/maze.py`: value iteration, Q-learning, SARSA", catalogue.link("dqn.dqn")]
     branches["Values alone: actions are the best of Q"]["off-policy and tabular"] = values

@@ -9,13 +9,13 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
 
 from experiments.common import hub
-from experiments.common.settings import Hosts
+from experiments.common.settings import Hosts, Tracker
 from rljax.envs.text import TextEnvError
 from rljax.rewards.score import RewardError
 from rljax.train import distributed, trackers
@@ -25,11 +25,6 @@ from rljax.train.report import flatten_settings
 from rljax.train.watchdog import EXIT_CODE
 
 MORE = "Rarely needed settings that are not listed here: experiments/common/settings.py."
-
-Tracker = Annotated[
-    Literal["none", *trackers.OPENERS],
-    tyro.conf.arg(help="where metrics go too, besides TensorBoard and the report; WANDB_MODE=offline keeps them here"),
-]
 
 # What a user can mend; everything else is a bug, whose traceback is shown.
 REFUSALS = (ValueError, ImportError, OSError, RuntimeError, RewardError, TextEnvError, FloatingPointError)

@@ -1,4 +1,4 @@
-"""docs/coming_from.md: what it calls ours is there, and what it says of the peers stands in tests/docs/peer_flags.txt."""
+"""docs/coming_from.md: what it calls ours is there, and the peers' names stand in tests/docs/peer_flags.txt."""
 
 import importlib
 import inspect

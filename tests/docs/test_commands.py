@@ -1,4 +1,4 @@
-"""README and docs: every command names a script that is there, with flags that it has, and every link leads somewhere."""
+"""README and docs: every command names a script that is there and flags that it has; every link leads somewhere."""
 
 import importlib
 import re
