@@ -313,7 +313,7 @@ def read_samples(path: Path, limit: int = MAX_SAMPLED_STEPS, size: int = MAX_SAM
 def evenly_spaced(items: Sequence, limit: int) -> list:
     """At most `limit` of them, the first and the last included.
 
-    >>> evenly(range(100), 4)
+    >>> evenly_spaced(range(100), 4)
     [0, 33, 66, 99]
     """
     if len(items) <= limit:
