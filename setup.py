@@ -58,7 +58,9 @@ setup(
         ],
         "parity": ["torch==2.13.0", "peft"],  # gigabytes; tests only
         "data": ["datasets"],
-        "wandb": ["wandb", "trackio"],
+        "notebooks": ["jupyterlab", "nbclient", "matplotlib"],
+        "trackers": ["wandb", "trackio"],
+        "docs": ["sphinx", "furo", "myst-parser"],
         "envs": [
             "gymnax>=1.0.1,<2; python_version < '3.12'",
             "six; python_version < '3.12'",  # gymnax imports it without asking for it

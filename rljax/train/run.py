@@ -4,6 +4,7 @@
     experiment.py   the experiment's own source
     functions/      the source of the functions handed in and the git revision, as `rljax.train.provenance` keeps them
     metrics.jsonl, tensorboard/, samples.jsonl, report.html
+    trackers.json   where metrics go to wandb or trackio too: the ids of the run there
     checkpoints/
 
 Running the same command again resumes from the newest undamaged checkpoint. What was logged after it is dropped and
@@ -33,6 +34,7 @@ from rljax.train.machine import environment, peak_bytes
 from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import changed_settings, write_report
 from rljax.train.samples import Decode, sample_records
+from rljax.train.trackers import Tracker, open_tracker
 from rljax.train.watchdog import Watchdog
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
@@ -111,6 +113,7 @@ class Run:
         self._saved_step: int | None = None
         self._signal: int | None = None
         self._log: Log | None = None
+        self._tracker: Tracker | None = None
         self._refuse_other_settings()  # before the experiment does any work
 
     def __enter__(self) -> "Run":
@@ -138,6 +141,8 @@ class Run:
             return
         if self._log is not None:
             self._log.close()
+            if self._tracker is not None:
+                self._tracker.close()
             log_info(f"report: {write_report(self.directory)}")
         self._lock.close()
 
@@ -151,12 +156,14 @@ class Run:
         self._start_step = int(state.step)
         if distributed.is_main():
             self._record_functions()
+            self._tracker = open_tracker(self.directory, self._config)
         self._log = Log(
             self.directory if distributed.is_main() else None,
             total_steps=self.total_steps,
             progress_metrics=self._progress_metrics,
             start=self._start_step,
             compiling=self._compile_watch.describe,
+            writers=[self._tracker.write] if self._tracker else [],
         )
         self._compile_watch.take_seconds()  # what came before is no step's
         return state
