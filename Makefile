@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 python := .venv/bin/python
 
-.PHONY: help demo test parity nightly mutants lint bench tables docs clean
+.PHONY: help demo test parity nightly mutants lint bench tables notebook notebooks docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ help:  ## this list
 
 .venv/.parity: .venv/.dev
 	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,parity]'
+	@touch $@
+
+.venv/.notebooks: .venv/.dev
+	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,notebooks]'
 	@touch $@
 
 .venv/.docs: .venv/.dev
@@ -64,6 +68,12 @@ tables: .venv/.dev  ## write docs/algorithms.md, docs/taxonomy.md and docs/estim
 	$(python) -m tests.catalogue
 	$(python) -m tests.taxonomy
 	$(python) experiments/tables/estimators.py
+
+notebook: .venv/.notebooks  ## open the first notebook in JupyterLab
+	$(python) -m jupyterlab notebooks/01_change_the_loss.ipynb
+
+notebooks: .venv/.notebooks  ## run every notebook from its first cell to its last, and write its outputs into its file
+	$(python) -m tests.notebooks
 
 docs: .venv/.docs  ## the site from docs/ and the docstrings, build/docs/index.html; a warning is an error
 	$(python) -m sphinx -W --keep-going -E -q docs build/docs

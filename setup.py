@@ -56,6 +56,7 @@ setup(
         ],
         "parity": ["torch==2.13.0", "peft"],  # gigabytes; tests only
         "data": ["datasets"],
+        "notebooks": ["jupyterlab", "nbclient", "matplotlib"],
         "trackers": ["wandb", "trackio"],
         "docs": ["sphinx", "furo", "myst-parser"],
         "envs": [
