@@ -47,7 +47,7 @@ def test_readme_is_short_and_names_what_is_there():
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    pages = {page.name for page in PAGES[1:]} - {"index.md", "notebooks.md"}
+    pages = {page.name for page in PAGES[1:]} - {"index.md"}
     assert pages - set(re.findall(r"\]\((\w+\.md)\)", index)) == set()
 
 
