@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 python := .venv/bin/python
 
-.PHONY: help demo test parity nightly mutants lint bench tables clean
+.PHONY: help demo test parity nightly mutants lint bench tables notebook notebooks docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,14 @@ help:  ## this list
 
 .venv/.parity: .venv/.dev
 	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,parity]'
+	@touch $@
+
+.venv/.notebooks: .venv/.dev
+	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,notebooks]'
+	@touch $@
+
+.venv/.docs: .venv/.dev
+	$(python) -m pip install -e '.[docs]'
 	@touch $@
 
 demo: .venv/.dev  ## teach a tiny language model to add, on this CPU
@@ -33,10 +41,13 @@ nightly: .venv/.dev  ## the long tests, and those of make test in programs that 
 mutants: .venv/.dev  ## put known bugs into a copy of this code, one at a time, and see that a test notices each
 	$(python) -m tests.mutants.run
 
-lint: .venv/.dev  ## ruff, shellcheck, and the schemas of the CI workflow and of what launches runs
+lint: .venv/.dev  ## ruff, shellcheck, and the schemas of CI workflow, issue forms, citation and of what launches runs
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(python) -m check_jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/method.yml
+	$(python) -m check_jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(python) -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(python) -m check_jsonschema --schemafile tests/launch/jobset.schema.json experiments/launch/gke_jobset.yaml
 	$(python) -m check_jsonschema --schemafile tests/launch/skypilot.schema.json experiments/launch/skypilot.yaml
 	.venv/bin/shellcheck experiments/launch/*.sh tests/launch/fake_srun
@@ -53,10 +64,20 @@ bench: .venv/.dev  ## run every benchmark, and write the table in docs/performan
 	done; \
 	$(python) experiments/benchmarks/write_table.py $$folder
 
-tables: .venv/.dev  ## write docs/algorithms.md and docs/estimators.md again
+tables: .venv/.dev  ## write docs/algorithms.md, docs/taxonomy.md and docs/estimators.md again
 	$(python) -m tests.catalogue
+	$(python) -m tests.taxonomy
 	$(python) experiments/tables/estimators.py
 
+notebook: .venv/.notebooks  ## open the first notebook in JupyterLab
+	$(python) -m jupyterlab notebooks/01_change_the_loss.ipynb
+
+notebooks: .venv/.notebooks  ## run every notebook from its first cell to its last, and write its outputs into its file
+	$(python) -m tests.notebooks
+
+docs: .venv/.docs  ## the site from docs/ and the docstrings, build/docs/index.html; a warning is an error
+	$(python) -m sphinx -W --keep-going -E -q docs build/docs
+
 clean:  ## delete caches and build outputs; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/api *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

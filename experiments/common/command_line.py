@@ -15,15 +15,16 @@ import jax
 import tyro
 
 from experiments.common import hub
-from experiments.common.settings import Hosts
+from experiments.common.settings import Hosts, Rare, Tracker
 from rljax.envs.text import TextEnvError
 from rljax.rewards.score import RewardError
-from rljax.train import distributed
-from rljax.train.log import log_error
+from rljax.train import distributed, trackers
+from rljax.train.log import log_error, silence
 from rljax.train.provenance import source_digest
 from rljax.train.report import flatten_settings
 from rljax.train.watchdog import EXIT_CODE
 
+Quiet = Annotated[Rare[bool], tyro.conf.arg(help="print nothing but errors")]
 MORE = "Rarely needed settings that are not listed here: experiments/common/settings.py."
 
 # What a user can mend; everything else is a bug, whose traceback is shown.
@@ -41,7 +42,11 @@ def run(config_type: type, main: Callable, one_process: bool = False) -> None:
     is 2 where the command line could not be parsed, 75 where another process was lost, else 1. With --debug the
     traceback is shown.
     """
-    config, hosts = parse(config_type)
+    flags = parse(config_type)
+    config, hosts = flags.config, flags.hosts
+    os.environ[trackers.VARIABLE] = flags.tracker
+    if flags.quiet:
+        silence()
     debug = getattr(config, "debug", False)
     configure_jax(debug)
     try:
@@ -80,25 +85,27 @@ def facts_of(config: Any) -> dict[str, Any]:
     return {**settings, "code (sha256 of the sources)": source_digest(), "jax": jax.__version__}
 
 
-def parse(config_type: type) -> tuple[Any, Hosts]:
-    """The command line as a `config_type`, and the processes that it names in --hosts.
+def parse(config_type: type) -> Any:
+    """The command line: `config`, a `config_type`, and what every script has, `hosts`, `tracker` and `quiet`.
 
     Exits after --help, and on an error with the list of legal flags.
     """
     description = f"{config_type.__doc__} {MORE}"
     of_script = Annotated[config_type, tyro.conf.arg(name="")]
-    flags = dataclasses.make_dataclass("Flags", [("config", of_script), ("hosts", Hosts, Hosts())], frozen=True)
+    tracker = os.environ.get(trackers.VARIABLE) or "none"
+    shared = [("hosts", Hosts, Hosts()), ("tracker", Tracker, tracker), ("quiet", Quiet, False)]
+    flags = dataclasses.make_dataclass("Flags", [("config", of_script), *shared], frozen=True)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed = tyro.cli(
+            return tyro.cli(
                 flags, description=description, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True
             )
-            return parsed.config, parsed.hosts
     except SystemExit as stop:
         print(errors.getvalue(), end="", file=sys.stderr)
         if stop.code and "Unrecognized" in errors.getvalue():
-            legal = "legal: " + " ".join(flags_of(config_type) + flags_of(Hosts, "--hosts."))
+            shared_flags = [*flags_of(Hosts, "--hosts."), "--tracker", "--quiet"]
+            legal = "legal: " + " ".join([*flags_of(config_type), *shared_flags])
             print(textwrap.fill(legal, 100, break_on_hyphens=False), file=sys.stderr)
         raise
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from rljax.train.mesh import AXES
+from rljax.train.trackers import OPENERS
 
 T = TypeVar("T")
 PLACEMENT = (
@@ -194,6 +195,10 @@ class Hosts:
     process: Rare[int] = -1  # the number of this one, from 0; -1: found
     deadline_seconds: Rare[float] = 300.0  # for all processes to come
     heartbeat_seconds: Rare[int] = 100  # silence of a process after which the others are ended
+
+
+# Where every script sends its metrics too, besides TensorBoard and the report: docs/metrics.md.
+Tracker = Rare[Literal["none", *OPENERS]]
 
 
 @dataclasses.dataclass(frozen=True)
