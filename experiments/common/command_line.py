@@ -15,15 +15,16 @@ import jax
 import tyro
 
 from experiments.common import hub
-from experiments.common.settings import Hosts, Tracker
+from experiments.common.settings import Hosts, Rare, Tracker
 from rljax.envs.text import TextEnvError
 from rljax.rewards.score import RewardError
 from rljax.train import distributed, trackers
-from rljax.train.log import log_error
+from rljax.train.log import log_error, silence
 from rljax.train.provenance import source_digest
 from rljax.train.report import flatten_settings
 from rljax.train.watchdog import EXIT_CODE
 
+Quiet = Annotated[Rare[bool], tyro.conf.arg(help="print nothing but errors")]
 MORE = "Rarely needed settings that are not listed here: experiments/common/settings.py."
 
 # What a user can mend; everything else is a bug, whose traceback is shown.
@@ -45,6 +46,8 @@ def run(config_type: type, main: Callable, one_process: bool = False, makes_run:
     config, hosts = flags.config, flags.hosts
     if makes_run:
         os.environ[trackers.VARIABLE] = flags.tracker
+    if flags.quiet:
+        silence()
     debug = getattr(config, "debug", False)
     configure_jax(debug)
     try:
@@ -84,14 +87,14 @@ def facts_of(config: Any) -> dict[str, Any]:
 
 
 def parse(config_type: type, makes_run: bool = True) -> Any:
-    """The command line: `config`, a `config_type`; what every script has, `hosts`; and what makes a run, `tracker`.
+    """The command line: `config`, a `config_type`; what every script has, `hosts` and `quiet`; with a run `tracker`.
 
     Exits after --help, and on an error with the list of legal flags.
     """
     description = f"{config_type.__doc__} {MORE}"
     of_script = Annotated[config_type, tyro.conf.arg(name="")]
-    shared: list[tuple] = [("hosts", Hosts, Hosts())]
-    legal = [*flags_of(config_type), *flags_of(Hosts, "--hosts.")]
+    shared: list[tuple] = [("hosts", Hosts, Hosts()), ("quiet", Quiet, False)]
+    legal = [*flags_of(config_type), *flags_of(Hosts, "--hosts."), "--quiet"]
     if makes_run:
         shared.append(("tracker", Tracker, os.environ.get(trackers.VARIABLE) or "none"))
         legal.append("--tracker")
