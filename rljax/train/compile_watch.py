@@ -1,5 +1,6 @@
 """What XLA compiles and how long it takes, as JAX's monitoring tells: for the terminal and for `compile_seconds`."""
 
+import threading
 import time
 
 import jax
@@ -9,7 +10,7 @@ from rljax.train.log import format_duration, log_info
 EVENT = (
     "/jax/core/compile/backend_compile_duration"  # told when a compilation begins (scalar) and when it ends (duration)
 )
-SLOW_SECONDS = 5.0  # a compilation that took so long has a line of its own
+SLOW_SECONDS = 5.0  # a compilation that takes so long is told of, then and when it ends
 
 
 class CompileWatch:
@@ -18,6 +19,7 @@ class CompileWatch:
     def __init__(self):
         self._seconds = 0.0
         self._now: tuple[str, float] | None = None  # what is being compiled, and since when
+        self._timer: threading.Timer | None = None  # says so where it takes long
 
     def start(self) -> None:
         jax.monitoring.register_scalar_listener(self._on_begin)
@@ -42,14 +44,21 @@ class CompileWatch:
         return f"compiling {name} {format_duration(time.monotonic() - began)}"
 
     def _on_begin(self, event: str, value: float, **facts: str | int) -> None:
-        if event == EVENT:
-            self._now = (_name(facts), time.monotonic())
+        if event != EVENT:
+            return
+        name = _name(facts)
+        self._now = (name, time.monotonic())
+        self._timer = threading.Timer(SLOW_SECONDS, log_info, [f"compiling {name} ..."], {"style": "dim"})
+        self._timer.daemon = True
+        self._timer.start()
 
     def _on_end(self, event: str, seconds: float, **facts: str | int) -> None:
         if event != EVENT:
             return
         self._now = None
         self._seconds += seconds
+        if self._timer is not None:
+            self._timer.cancel()
         if seconds >= SLOW_SECONDS:
             log_info(f"compiled {_name(facts)} in {format_duration(seconds)}", style="dim")
 

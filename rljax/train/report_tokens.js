@@ -7,7 +7,7 @@ const rank = (name) => (name in NAMES ? Object.keys(NAMES).indexOf(name) : 99);
 const quantities = (record) => Object.keys(record.tokens)
   .filter((name) => !["id", "text", "chosen"].includes(name)).sort((a, b) => rank(a) - rank(b));
 const label = (name) => NAMES[name] || name;
-const recorded = (x) => (x > 0 ? "+" : "") + minus(String(x)); // every digit of samples.jsonl
+const recorded = (name, x) => (x > 0 && name !== "entropy" ? "+" : "") + minus(String(x)); // every digit of samples.jsonl
 
 function scalesOf(records) {
   // One scale for all completions of a step, so that their colors compare; the 98th percentile, so that one token does not pale the rest.
@@ -114,7 +114,7 @@ function showTip(span, flow, tokens) {
   const rows = [["token", `${i + 1} of ${flow.children.length}`], ["id", String(tokens.id[i])]];
   for (const name of quantities({ tokens }).filter((key) => key !== "mask")) {
     const x = tokens[name][i];
-    if (x !== null) rows.push([label(name), recorded(x)]);
+    if (x !== null) rows.push([label(name), recorded(name, x)]);
     if (x !== null && name === "logp") rows.push(["probability", short(Math.exp(x))]);
     if (x !== null && name === "log_ratio") rows.push(["ratio", short(Math.exp(x))]);
   }

@@ -41,6 +41,33 @@ def test_a_compilation_is_named_while_it_lasts_and_counted_after(watch, monkeypa
     assert watch.take_seconds() == 0  # it was compiled
 
 
+def test_a_slow_compilation_is_told_of_before_it_ends(watch, monkeypatch, capsys):
+    watch, _ = watch
+    timers = []
+
+    class Timer:
+        """A timer whose time comes when the test says so."""
+
+        def __init__(self, seconds, function, args, kwargs):
+            self.tell = lambda: function(*args, **kwargs)
+            self.cancelled = False
+
+        def start(self):
+            timers.append(self)
+
+        def cancel(self):
+            self.cancelled = True
+
+    monkeypatch.setattr(compile_watch.threading, "Timer", Timer)
+    jax.monitoring.record_scalar(compile_watch.EVENT, 0.0, fun_name="jit(update)")
+    timers[0].tell()
+    assert capsys.readouterr().out == "compiling update ...\n"
+    assert not timers[0].cancelled
+    jax.monitoring.record_event_duration_secs(compile_watch.EVENT, 61.0, fun_name="jit(update)")
+    assert capsys.readouterr().out == "compiled update in 1:01\n"
+    assert timers[0].cancelled
+
+
 def test_other_events_are_none_of_its_business(watch):
     watch, _ = watch
     jax.monitoring.record_event_duration_secs("/jax/other", 3.0)
