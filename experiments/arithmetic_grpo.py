@@ -108,13 +108,14 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
         make = partial(make_trust_region_update, objective, policy.make_divergence(task.config), fisher_every=4)
     make = partial(make, shardings=shardings)
     update = train.cut_update(make, *sizes)
-    log_ratio = train.make_log_ratio(task.policy, *sizes)
+    per_token = train.make_token_columns(task.policy, *sizes)
     evaluate = arithmetic.make_evaluate(task, 8 if cfg.debug else cfg.eval_prompts, cfg.seed)
 
     # -- the loop
     with run:
         arithmetic.save_model_files(task.tokenizer, task.config, run.directory / "model_files")
         state = place(state, shardings.state)
+        draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
         before = evaluate(state)["eval_reward"]
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -130,7 +131,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
                 metrics |= evaluate(state)
             if run.should_log_samples(step):
-                run.log_samples(step, batch, task.tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
+                run.log_samples(step, batch, task.tokenizer.decode, score.names, prompts, per_token(state, batch.traj))
             run.record(step, state, metrics)
         after = evaluate(state)["eval_reward"]
         arithmetic.save_pretrained(task.config, state.params, run.directory)

@@ -94,6 +94,7 @@ def main(cfg: Config) -> dict[str, float]:
     with run:
         arithmetic.save_model_files(task.tokenizer, task.config, run.directory / "model_files")
         state = place(state, shardings.state)
+        draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
         before = evaluate(state)["eval_reward"]
         state = run.restore(state)
         for step in run.steps(state.step):

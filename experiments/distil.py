@@ -122,6 +122,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     with run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         state = place(state, shardings.state)
+        update, evaluate = run.timed(update=update, eval=evaluate)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

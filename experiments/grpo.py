@@ -5,11 +5,10 @@ r"""GRPO on any Hugging Face model directory and any jsonl of prompts.
     python experiments/grpo.py --model DIR --prompts gsm8k_train.jsonl --template "{question}\n" \
         --rewards number think=0.1 --algorithm gdpo
 
-The reward is a weighted sum of verifiers, which are functions (completion, columns of the prompt) -> number: those of
-rljax/rewards/, or your own in VERIFIERS. They run in worker processes under a deadline. The reference of the KL term is
-the model as it was at the start, unless --weights.ref_sync_steps says otherwise. --algorithm takes every critic-free
-algorithm of rljax/algorithms/ by its name, with its paper's settings; for one of your own call main(cfg,
-algorithm=with_kl(mine())). A run writes its report and checkpoints into --directory; the same command resumes it.
+The reward is a weighted sum of verifiers, functions (completion, columns of the prompt) -> number: rljax/rewards/, or
+your own in VERIFIERS. They run in worker processes under a deadline. The reference of the KL term is the model as it
+was at the start, unless --weights.ref_sync_steps is set. --algorithm takes every critic-free one of rljax/algorithms/
+by name; for one of your own call main(cfg, algorithm=with_kl(mine())). The same command resumes a run.
 
 Reached: stories260k, animals, seeds 0 1 2: eval reward 0.173 0.206 0.211 -> 0.457 0.409 0.483 (256 completions each,
 standard errors below 0.022) at a KL to the start of 3.6 2.2 3.4 nats a sequence, in 143 115 124 s on 2 shared Xeon
@@ -111,8 +110,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     # -- the functions of a step
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
     lm, model, annotate, keep, credit, update = make_step(algorithm, optimizer, *sizes)
-    log_ratio = train.make_log_ratio(model, *sizes)
-    remote = connect_server(cfg, config, log_ratio)
+    per_token = train.make_token_columns(model, *sizes)
+    remote = connect_server(cfg, config, per_token)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data, remote)
 
     # -- the loop
@@ -125,6 +124,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         state = place(state, shardings.state)
         train.check_batch_invariance(config, lm, model, state)
+        draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -138,7 +138,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)
             if run.should_log_samples(step):
-                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
+                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, per_token(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | metrics | pass_rates
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)

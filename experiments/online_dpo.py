@@ -110,6 +110,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, cfg.batches, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         state = place(state, shardings.state)
+        sample_scored, update, evaluate = run.timed(sample_and_score=sample_scored, update=update, eval=evaluate)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):

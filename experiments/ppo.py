@@ -123,7 +123,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     credit = jax.jit(algorithm.credit)  # KL in the reward, GAE, whitening
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
-    log_ratio = train.make_log_ratio(model, *sizes)
+    per_token = train.make_token_columns(model, *sizes)
     run = runs.make_run(cfg, __file__, "", algorithm, rewards.verifiers, PROGRESS_METRICS)
 
     # -- the loop
@@ -133,6 +133,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, batches, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         state = place(state, shardings.state)
+        draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
         before = evaluate(state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -145,7 +146,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             state = models.sync_reference(state, cfg.weights)
             if run.should_log_samples(step):
-                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, log_ratio(state, batch.traj))
+                run.log_samples(step, batch, tokenizer.decode, score.names, prompts, per_token(state, batch.traj))
             metrics = rollout_metrics(traj, score.names) | credit_metrics(batch) | metrics
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)

@@ -72,6 +72,7 @@ class Trajectory:
     routing: Array | None = None  # [B T M k] experts chosen at sampling time in each mixture layer, for replay
     version: Array | None = None  # [B T] which policy version chose it
     sum_pi_squared: Array | None = None  # [B T] Σ_v π_old(v)², for baselines that are weighted by it
+    entropy: Array | None = None  # [B T] of the policy at each decision, nats; for the samples of the report
 
 
 @struct.dataclass

@@ -1,5 +1,6 @@
 """Experiment scripts as a user runs them: a few tiny steps, killed and run again, and every kind of bad input."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from experiments import arithmetic_grpo
 from experiments.common import command_line
 from experiments.tools import check_parity
+from rljax.train.log import MACHINE_METRICS, console, log_info
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "experiments"
@@ -57,8 +59,7 @@ def run(words: list) -> list[str]:
 def metrics(directory: Path) -> list[dict]:
     """All but the clock's."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    clocks = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(MACHINE_METRICS)} for line in lines]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -211,6 +212,29 @@ def test_bad_settings_harm_no_run(fields, code, message, finished, monkeypatch, 
     got, printed = complain(monkeypatch, capsys, arithmetic_grpo, legal | fields)
     assert (got, bool(re.search(message, printed))) == (code, True), printed
     assert contents(directory) == before
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A word to say."""
+
+    word: str = "hello"
+
+
+def say_and_fail(cfg: Word) -> None:
+    log_info(cfg.word)
+    raise ValueError("that was all")
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"), [([], "hello\nerror: that was all\n"), (["--quiet"], "error: that was all\n")]
+)
+def test_quiet_prints_nothing_but_errors(words, printed, monkeypatch, capsys):
+    monkeypatch.setattr(console, "quiet", False)
+    monkeypatch.setattr(sys, "argv", ["say.py", *words])
+    with pytest.raises(SystemExit):
+        command_line.run(Word, say_and_fail)
+    assert capsys.readouterr().out == printed
 
 
 def test_parity_needs_a_model(monkeypatch, capsys, tmp_path):

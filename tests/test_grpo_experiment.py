@@ -39,6 +39,7 @@ from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
 from rljax.rollouts import self_check
 from rljax.train.checkpoint import restore_items
+from rljax.train.log import MACHINE_METRICS
 from rljax.train.mesh import make_mesh
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-:;"
@@ -104,7 +105,7 @@ def change(cfg: grpo.Config, **fields) -> grpo.Config:
 def metrics(directory) -> list[dict]:
     """All but the clock's."""
     lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(s).items() if k not in ("seconds", "tokens_per_second")} for s in lines]
+    return [{k: v for k, v in json.loads(s).items() if not k.endswith(MACHINE_METRICS)} for s in lines]
 
 
 def contents(directory) -> dict[str, bytes]:

@@ -85,12 +85,12 @@ def connected(settings, url):
     def sample(added: float, step: int):
         asked = []
 
-        def log_ratio(state, traj):
+        def token_columns(state, traj):
             asked.append(traj)
             found = policy(state.params, state.frozen, traj).logp - traj.logp
-            return jnp.where(traj.mask, found, 99.0).at[1, 2].add(added)
+            return {"log_ratio": jnp.where(traj.mask, found, 99.0).at[1, 2].add(added)}
 
-        connection = remote_sampling.connect_server(served, config, log_ratio)
+        connection = remote_sampling.connect_server(served, config, token_columns)
         trajs = [connection(state, step + k, prompts, sampling) for k in range(3)]
         assert len(asked) == remote_sampling.CHECKED_STEPS
         return trajs

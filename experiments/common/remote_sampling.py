@@ -19,7 +19,8 @@ from rljax.train.log import log_info
 from rljax.types import Array, PromptBatch, Sampling, TrainState, Trajectory
 
 SampleFn = Callable[[TrainState, int, PromptBatch, Sampling], Trajectory]
-LogRatioFn = Callable[[TrainState, Trajectory], Array]  # log π - log π_sampler [B T], as of `train.make_log_ratio`
+# {"log_ratio": log π - log π_sampler [B T], ..}, as of `train.make_token_columns`
+TokenColumnsFn = Callable[[TrainState, Trajectory], dict[str, Array]]
 CHECKED_STEPS = 2  # whose log-probs are compared: with the first weights, and with those after the first update
 WEIGHTS_SECONDS = 600.0  # for a server to take new weights
 
@@ -29,7 +30,7 @@ def is_off_policy(options: settings.Server) -> bool:
     return bool(options.url) and (options.weights == "keep" or options.max_gap > settings.Server.max_gap)
 
 
-def connect_server(cfg: Any, config: DecoderConfig, log_ratio: LogRatioFn) -> SampleFn | None:
+def connect_server(cfg: Any, config: DecoderConfig, token_columns: TokenColumnsFn) -> SampleFn | None:
     """sample(state, step, prompts, sampling) by the server that `cfg.server` names; None where it names none.
 
     cfg: the Config of a recipe, of which it reads model, server and seed. Raises ValueError where there is no server,
@@ -54,7 +55,8 @@ def connect_server(cfg: Any, config: DecoderConfig, log_ratio: LogRatioFn) -> Sa
         ask = partial(ask_server, url)
         traj = sample_remote(ask, model, prompts, sampling, cfg.seed, step, config.vocab_size, version)
         if options.weights == "push" and len(checked) < CHECKED_STEPS:
-            checked.append(check_gap(log_ratio(state, traj), traj, url, options.max_gap))
+            log_ratio = token_columns(state, traj)["log_ratio"]
+            checked.append(check_gap(log_ratio, traj, url, options.max_gap))
         return traj
 
     return sample

@@ -291,14 +291,16 @@ def make_evaluate(
     return evaluate
 
 
-def make_log_ratio(policy: PolicyFn, *sizes: Any) -> Callable[[TrainState, Trajectory], Array]:
-    """log_ratio(state, traj) -> log π - log π_sampler [B T], for the samples of the report.
+def make_token_columns(policy: PolicyFn, *sizes: Any) -> Callable[[TrainState, Trajectory], dict[str, Array]]:
+    """token_columns(state, traj) -> {"log_ratio": log π - log π_sampler [B T], "entropy": of π [B T]}, for the samples
+    of the report.
 
     sizes: those of `cut_annotate`.
     """
-    annotate = cut_annotate(policies.make_annotate(policy, ("old_logp",)), *sizes)
+    annotate = cut_annotate(policies.make_annotate(policy, ("old_logp", "entropy")), *sizes)
 
-    def log_ratio(state: TrainState, traj: Trajectory) -> Array:
-        return annotate(state, traj).old_logp - traj.logp
+    def token_columns(state: TrainState, traj: Trajectory) -> dict[str, Array]:
+        filled = annotate(state, traj)
+        return {"log_ratio": filled.old_logp - traj.logp, "entropy": filled.entropy}
 
-    return log_ratio
+    return token_columns

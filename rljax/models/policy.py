@@ -164,7 +164,7 @@ def make_divergence(
 # ------------------------------------------------------------------------------------------------------------ annotate
 
 FROZEN_POLICIES = {"ref_logp": "reference", "teacher_logp": "teacher"}  # field: the entry of `frozen` it is taken from
-OWN_FIELDS = ("values", "old_logp", "sum_pi_squared")  # computed by the current policy
+OWN_FIELDS = ("values", "old_logp", "sum_pi_squared", "entropy")  # computed by the current policy
 
 
 def make_annotate(policy: PolicyFn, needs: tuple[str, ...]) -> AnnotateFn:
@@ -175,7 +175,8 @@ def make_annotate(policy: PolicyFn, needs: tuple[str, ...]) -> AnnotateFn:
       is: a KL estimated from them is that of the two truncated distributions.
     * values [B T+1]: on state.params, 0 after the last decision; with them final_values [B T] where an environment
       recorded `next_inputs`.
-    * old_logp: the trainer's own log-probs, for methods that distinguish them from the sampler's. sum_pi_squared.
+    * old_logp: the trainer's own log-probs, for methods that distinguish them from the sampler's.
+    * sum_pi_squared, entropy.
 
     `baseline` needs other completions, so it is left to the experiment. Raises ValueError for any other field, and when
     called where parameters are missing.
@@ -222,6 +223,8 @@ def _own_fields(policy: PolicyFn, params: Params, frozen: Params, traj: Trajecto
         fields["old_logp"] = output.logp
     if "sum_pi_squared" in needs:
         fields["sum_pi_squared"] = output.sum_pi_squared
+    if "entropy" in needs:
+        fields["entropy"] = output.entropy
     return fields
 
 

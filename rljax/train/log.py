@@ -3,7 +3,7 @@
 Two files of a run directory hold one JSON object per line, `step` first: `metrics.jsonl`, one line per step, and
 `samples.jsonl`, one line per completion (its format: `rljax.train.samples`). Both are strict JSON: values that are not
 finite are null. Neither holds a time of day, so the files of a resumed run equal those of an uninterrupted one byte for
-byte, as far as the metrics do (`seconds` and `tokens_per_second` differ).
+byte, as far as the metrics do: those whose names end in one of `MACHINE_METRICS` differ.
 
 A process killed while it writes leaves half a line at the end. Readers ignore it, and a resumed run drops it.
 """
@@ -19,12 +19,13 @@ from typing import IO, Any, TextIO
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 PROGRESS_METRICS = ("reward", "length", "kl", "tokens_per_second")
+MACHINE_METRICS = ("seconds", "bytes", "tokens_per_second")  # they hang on the machine and its load
 DISPLAY_NAMES = {"tokens_per_second": "tok/s"}  # on the progress line
 PRINT_INTERVAL_SECONDS = 5.0  # between two progress lines where no line can be redrawn
 
@@ -165,6 +166,7 @@ class Log:
       start: the first step that this process will write. Records of that step and later, left by a process that was
         killed, are dropped; TensorBoard is told to forget them. 0 starts from an empty log.
       writers: further loggers, called as `(step, metrics)`: `lambda step, metrics: wandb.log(metrics, step)`.
+      compiling: says what is being compiled and for how long, "" where nothing is; shown where a line can be redrawn.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class Log:
         progress_metrics: Sequence[str] = PROGRESS_METRICS,
         start: int = 0,
         writers: Sequence[MetricsWriter] = (),
+        compiling: Callable[[], str] = str,
     ):
         self._active = directory is not None
         if not self._active:
@@ -194,7 +197,7 @@ class Log:
         self._writers = writers
         self._latest: dict[str, float] = {}
         if is_interactive():
-            self._progress = _ProgressBar(total_steps, progress_metrics, start)
+            self._progress = _ProgressBar(total_steps, progress_metrics, start, compiling)
         else:
             self._progress = _ProgressLines(total_steps, progress_metrics)
 
@@ -222,9 +225,10 @@ class Log:
         self._events.file_writer.add_summary(Summary(value=scalars), step)
 
     def samples(self, records: Sequence[Mapping]) -> None:
-        """Write lines of samples.jsonl, as `sample_records` makes them."""
+        """Write lines of samples.jsonl, as `sample_records` makes them, and show the best and the worst of them."""
         if self._active:
             _append(self._samples, records)
+            self._progress.show_samples(best_and_worst_lines(records))
 
     def close(self) -> None:
         """Print the last step, flush and close. Closing twice does no harm."""
@@ -255,6 +259,33 @@ def _open_records(path: Path, start: int) -> TextIO:
 def is_interactive() -> bool:
     """Whether a line can be redrawn. FORCE_COLOR makes rich believe so of a file too, so the file is asked as well."""
     return console.is_interactive and console.file.isatty()
+
+
+def best_and_worst_lines(records: Sequence[Mapping], width: int = 100) -> list[str]:
+    """A line each for the records of `sample_records` with the highest and the lowest reward; none without a reward.
+
+    >>> records = [{"reward": r, "prompt": "1+1=", "completion": c} for r, c in ((0.0, "3\\n"), (1.0, "2"), (None, ""))]
+    >>> best_and_worst_lines(records)
+    ['  best 1: 1+1= → 2', '  worst 0: 1+1= → 3']
+    """
+    scored = [record for record in records if record.get("reward") is not None]
+    if not scored:
+        return []
+    chosen = {"best": max(scored, key=lambda record: record["reward"])}
+    lowest = min(scored, key=lambda record: record["reward"])
+    if lowest["reward"] < chosen["best"]["reward"]:
+        chosen["worst"] = lowest
+    lines = []
+    for name, record in chosen.items():
+        prompt = _one_line(record["prompt"])[-width // 3 :]
+        completion = _one_line(record["completion"])[:width]
+        lines.append(f"  {name} {format_number(record['reward'])}: {prompt} → {completion}")
+    return lines
+
+
+def _one_line(text: str) -> str:
+    """The text without line ends and without characters that control a terminal: a model may write any."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def _format_metrics(names: Sequence[str], values: Mapping[str, float]) -> str:
@@ -300,6 +331,10 @@ class _ProgressLines:
         if is_first or is_last or time.monotonic() - self.printed_at >= PRINT_INTERVAL_SECONDS:
             self.close()
 
+    def show_samples(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            log_info(line, style="dim")
+
     def close(self) -> None:
         if self.pending:
             log_info(self.pending)
@@ -307,10 +342,31 @@ class _ProgressLines:
             self.pending = ""
 
 
-class _ProgressBar:
-    """Progress on a terminal: one line, redrawn."""
+class _Compiling(ProgressColumn):
+    """What is being compiled, and for how long."""
 
-    def __init__(self, total: int, names: Sequence[str], start: int):
+    def __init__(self, describe: Callable[[], str]):
+        self.describe = describe
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(self.describe(), "yellow")
+
+
+class _WithSamples(Progress):
+    """The progress line, and under it the best and the worst completion that were sampled last."""
+
+    lines: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(line, "dim", no_wrap=True, overflow="ellipsis") for line in self.lines)
+
+
+class _ProgressBar:
+    """Progress on a terminal: one line, redrawn, with two samples under it."""
+
+    def __init__(self, total: int, names: Sequence[str], start: int, compiling: Callable[[], str]):
         self.names = names
         self.remaining = _RemainingTime(total)
         columns = (
@@ -319,14 +375,18 @@ class _ProgressBar:
             TextColumn("{task.fields[metrics]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("[dim]eta {task.fields[eta]}"),
+            _Compiling(compiling),
         )
-        self.progress = Progress(*columns, console=console, refresh_per_second=2)
+        self.progress = _WithSamples(*columns, console=console, refresh_per_second=2)
         self.task = self.progress.add_task("", total=total, completed=start, metrics="", eta="–")
         self.progress.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         metrics = _format_metrics(self.names, values)
         self.progress.update(self.task, completed=step + 1, metrics=metrics, eta=self.remaining.estimate(step + 1))
+
+    def show_samples(self, lines: Sequence[str]) -> None:
+        self.progress.lines = lines
 
     def close(self) -> None:
         self.progress.stop()

@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from rljax.train.alarms import check_alarms
 from rljax.train.log import read_records, write_atomically
+from rljax.train.samples import read_samples
 
 MAX_POINTS = 1000  # of one curve
-MAX_SAMPLED_STEPS = 24  # on the page, evenly spaced
-MAX_SAMPLED_BYTES = 24_000_000  # of completions on the page
+SCRIPTS = ("report.js", "report_curves.js", "report_samples.js", "report_tokens.js", "report_page.js")  # in this order
+TITLE_FACTS = ("git", "jax", "devices")  # under the title; the others stand in the environment
 
 # A metric belongs to the theme of the first word of its name that is listed here; a theme's metrics follow the order of
 # its words.
@@ -61,7 +63,7 @@ def write_report(directory: str | Path) -> Path:
 
 
 def collect(directory: Path) -> dict:
-    """Everything the page shows: title, headline, steps (first and last), curves, samples, config, thinned."""
+    """Everything the page shows of one run, by the name that the script knows it by."""
     columns, steps = read_metrics(directory / "metrics.jsonl")
     series = [curve(name, *columns[name]) for name in columns]
     themes = group_by_theme(series)
@@ -72,8 +74,12 @@ def collect(directory: Path) -> dict:
         "title": _title(directory, facts, config, steps),
         "headline": headline(ordered, columns),
         "steps": [steps[0], steps[-1]] if steps else [0, 0],
+        "alarms": check_alarms(columns) if steps else [],
         "curves": themes,
         "samples": read_samples(directory / "samples.jsonl"),
+        "time": time_breakdown(columns),
+        "memory": peak_memory(columns),
+        "environment": list(facts.items()),
         "config": config,
         "thinned": MAX_POINTS if longest > MAX_POINTS else 0,
     }
@@ -85,7 +91,7 @@ def collect(directory: Path) -> dict:
 def render_page(data: dict) -> str:
     """The template with its placeholders replaced in one pass, so that inserted text is not searched for others."""
     here = Path(__file__)
-    script = here.with_name("report.js").read_text(encoding="utf-8")
+    script = "\n".join(here.with_name(name).read_text(encoding="utf-8") for name in SCRIPTS)
     parts = {
         "TITLE": html.escape(data["title"]["run"]),
         "SCRIPT_HASH": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -114,8 +120,8 @@ def _title(directory: Path, facts: dict, config: list, steps: Sequence[int]) -> 
         written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {
         "run": directory.resolve().name,
-        "experiment": facts.pop("experiment", None),
-        "facts": facts,
+        "experiment": facts.get("experiment"),
+        "facts": {name: facts[name] for name in TITLE_FACTS if name in facts},
         "written": written,
         "steps": steps[-1] + 1 if steps else 0,
         "total": int(total) if total.isdecimal() else None,
@@ -196,7 +202,7 @@ def curve(name: str, steps: Sequence[int], values: Sequence[float | None]) -> di
         "steps": thinned_steps.tolist(),
         "values": _round_all(thinned_values),
         "smooth": [_round_all(smooth_steps), _round_all(smooth_values)],
-        "last": None if values[-1] is None else _round(values[-1]),
+        "last": None if values[-1] is None else round_digits(values[-1]),
         "missing": len(nulls),
         "nulls": nulls[:: len(nulls) // 50 + 1],
     }
@@ -277,82 +283,84 @@ def headline(series: Sequence[dict], columns: dict) -> list[dict]:
         chosen += matching[:1]
     entries = []
     for name in chosen[:6]:
-        values = [value for value in columns[name][1] if value is not None]
-        if values:
-            window = min(5, math.ceil(len(values) / 20))
-            first = _round(np.mean(values[:window]))
-            last = _round(np.mean(values[-window:]))
-            entries.append({"name": name, "first": first, "last": last, "window": window})
+        ends = first_and_last(columns[name][1]) if name in columns else None
+        if ends:
+            entries.append({"name": name, **ends})
     return entries
 
 
-def _round(value: float) -> float:
+def first_and_last(values: Sequence[float | None]) -> dict | None:
+    """Means of the first and of the last values, a twentieth of them and at most five (`window`); None of no value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    window = min(5, math.ceil(len(known) / 20))
+    first = round_digits(np.mean(known[:window]))
+    last = round_digits(np.mean(known[-window:]))
+    return {"first": first, "last": last, "window": window}
+
+
+def round_digits(value: float) -> float:
+    """Six significant digits."""
     return float(f"{value:.6g}")
 
 
 def _round_all(values: np.ndarray) -> list[float]:
-    return [_round(value) for value in values]
+    return [round_digits(value) for value in values]
 
 
-# ------------------------------------------------------------------------------------------------------- completions
+# ---------------------------------------------------------------------------------------------------- time and memory
 
 
-def read_samples(path: Path, limit: int = MAX_SAMPLED_STEPS, size: int = MAX_SAMPLED_BYTES) -> dict:
-    """The completions of at most `limit` steps, the first and the last included.
+def time_breakdown(columns: dict) -> dict | None:
+    """Where the seconds of all steps went, None where none were logged.
 
-    Of each step the first groups are read, as many as fit into its part of `size` bytes, at least one.
-
-    Returns: {"steps": [{"step", "records", "groups_left_out"}], "left_out": number of steps}.
+    Returns: {"steps", "total", "median", "first"} of whole steps in seconds, "compiling" of all of them (None: not
+    logged), and "phases": {"name", "total", "median", "share"} of each metric NAME_seconds, and of what is left.
     """
-    index = _index_lines(path)
-    chosen = evenly_spaced(sorted(index), limit)
-    steps = [_read_step(path, step, index[step], size // len(chosen)) for step in chosen]
-    return {"steps": steps, "left_out": len(index) - len(steps)}
+    if "seconds" not in columns:
+        return None
+    seconds = [value for value in columns["seconds"][1] if value is not None]
+    compiling = columns.get("compile_seconds")
+    phases = []
+    for name, (_, values) in columns.items():
+        if name.endswith("_seconds") and name != "compile_seconds":
+            phases.append(_phase(name.removesuffix("_seconds"), [value or 0.0 for value in values], sum(seconds)))
+    if phases:
+        left = max(0.0, sum(seconds) - sum(phase["total"] for phase in phases))
+        phases.append(
+            {
+                "name": "everything else",
+                "total": round_digits(left),
+                "median": None,
+                "share": left / (sum(seconds) or 1.0),
+            }
+        )
+    return {
+        "steps": len(seconds),
+        "total": round_digits(sum(seconds)),
+        "median": round_digits(float(np.median(seconds))),
+        "first": round_digits(seconds[0]),
+        "compiling": None if compiling is None else round_digits(sum(value or 0.0 for value in compiling[1])),
+        "phases": phases,
+    }
 
 
-def evenly_spaced(items: Sequence, limit: int) -> list:
-    """At most `limit` of them, the first and the last included.
-
-    >>> evenly_spaced(range(100), 4)
-    [0, 33, 66, 99]
-    """
-    if len(items) <= limit:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
+def _phase(name: str, values: Sequence[float], total: float) -> dict:
+    return {
+        "name": name,
+        "total": round_digits(sum(values)),
+        "median": round_digits(float(np.median(values))),
+        "share": sum(values) / total if total else 0.0,
+    }
 
 
-def _index_lines(path: Path) -> dict[int, list[tuple[int, int]]]:
-    """Step -> (offset, bytes) of its lines, unparsed: a long run logs more completions than fit into memory."""
-    index: dict[int, list[tuple[int, int]]] = {}
-    if not path.exists():
-        return index
-    offset = 0
-    with open(path, "rb") as file:
-        for line in file:
-            start = re.match(rb'\{"step": (\d+),', line)
-            is_complete = line.endswith(b"}\n")
-            if start and is_complete:
-                index.setdefault(int(start[1]), []).append((offset, len(line)))
-            offset += len(line)
-    return index
-
-
-def _read_step(path: Path, step: int, lines: Sequence[tuple[int, int]], size: int) -> dict:
-    """The records of one step, whole groups of at most `size` bytes together, but at least the first group."""
-    records: dict[int, list[dict]] = {}
-    group_bytes: dict[int, int] = {}
-    with open(path, "rb") as file:
-        for offset, length in lines:
-            file.seek(offset)
-            record = json.loads(file.read(length))
-            group = record["group"]
-            records.setdefault(group, []).append(record)
-            group_bytes[group] = group_bytes.get(group, 0) + length
-    kept: list[dict] = []
-    used = 0
-    for i, group in enumerate(records):
-        used += group_bytes[group]
-        if i > 0 and used > size:
-            return {"step": step, "records": kept, "groups_left_out": len(records) - i}
-        kept += records[group]
-    return {"step": step, "records": kept, "groups_left_out": 0}
+def peak_memory(columns: dict) -> list[list]:
+    """(name, bytes): the largest value logged of each metric peak_NAME_bytes."""
+    peaks = []
+    for name, (_, values) in columns.items():
+        found = re.fullmatch(r"peak_(\w+)_bytes", name)
+        known = [value for value in values if value is not None]
+        if found and known:
+            peaks.append([found[1], max(known)])
+    return peaks

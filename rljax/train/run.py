@@ -20,7 +20,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ import jax
 
 from rljax.train import distributed
 from rljax.train.checkpoint import Checkpoints
+from rljax.train.compile_watch import CompileWatch
 from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
+from rljax.train.machine import environment, peak_bytes
 from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import changed_settings, write_report
 from rljax.train.samples import Decode, sample_records
@@ -37,6 +39,24 @@ from rljax.train.watchdog import Watchdog
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
 LINGER_SECONDS = 10.0  # of process 0 when the watchdog ends all of them
+
+
+class _Timed:
+    """A function that waits for its result and adds the seconds to `seconds[name]`; its attributes are as before."""
+
+    def __init__(self, function: Callable, name: str, seconds: dict[str, float]):
+        self._function = function
+        self._name = name
+        self._seconds = seconds
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        began = time.monotonic()
+        result = jax.block_until_ready(self._function(*args, **kwargs))
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.monotonic() - began
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
 
 
 class Run:
@@ -87,6 +107,8 @@ class Run:
         self._progress_metrics = progress_metrics
         self._placement = placement
         self._watchdog = watchdog or Watchdog()
+        self._compile_watch = CompileWatch()
+        self._seconds_of: dict[str, float] = {}  # of the timed functions in this step
         self._start_step = 0
         self._saved_step: int | None = None
         self._signal: int | None = None
@@ -103,6 +125,7 @@ class Run:
         # With several processes JAX has a handler of its own (`distributed.reached_preemption`).
         signals = (signal.SIGTERM, signal.SIGINT) if distributed.process_count() == 1 else ()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in signals}
+        self._compile_watch.start()
         self._watchdog.start(linger_seconds=LINGER_SECONDS if distributed.is_main() else 0.0)
         return self
 
@@ -113,6 +136,7 @@ class Run:
         if not failed_alone:  # else the others may not come to finish what is still being saved
             self._checkpoints.close()
         self._watchdog.stop()
+        self._compile_watch.stop()
         if not distributed.is_main():
             return
         if self._log is not None:
@@ -138,15 +162,27 @@ class Run:
             total_steps=self.total_steps,
             progress_metrics=self._progress_metrics,
             start=self._start_step,
+            compiling=self._compile_watch.describe,
             writers=[self._tracker.write] if self._tracker else [],
         )
+        self._compile_watch.take_seconds()  # what came before is no step's
         return state
 
     def steps(self, start: Array | int) -> Iterator[int]:
         """The steps from `start` on, each timed."""
         for step in range(int(start), self.total_steps):
             self._step_began = time.monotonic()
+            self._seconds_of.clear()
             yield step
+
+    def timed(self, **functions: Callable) -> tuple[Callable, ...]:
+        """The functions, in order, each of which now waits for its result; NAME_seconds of a step are logged.
+
+            draw, score, update = run.timed(sample=draw, score=score, update=update)
+
+        Leave out what the next one need not wait for: waiting would take the overlap away.
+        """
+        return tuple(_Timed(function, name, self._seconds_of) for name, function in functions.items())
 
     def is_first_step(self, step: int) -> bool:
         """Whether this is the first step that this process computes."""
@@ -165,6 +201,9 @@ class Run:
         values = {name: float(value) for name, value in distributed.fetch(metrics).items()}
         self._refuse_non_finite(step, values)
         values["seconds"] = time.monotonic() - self._step_began
+        values |= {f"{name}_seconds": seconds for name, seconds in self._seconds_of.items()}
+        values["compile_seconds"] = self._compile_watch.take_seconds()
+        values |= peak_bytes()
         if "tokens" in values:
             values["tokens_per_second"] = values["tokens"] / values["seconds"]
         self._log.write(step, values)
@@ -196,7 +235,7 @@ class Run:
         decode: Decode,
         names: Sequence[str],
         prompts: PromptBatch,
-        log_ratio: Array | None = None,
+        token_columns: Mapping[str, Array] | None = None,
         turn_notes: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Log the completions of the first prompts of the batch, token by token, and write the report again.
@@ -205,17 +244,18 @@ class Run:
 
         Args:
           decode: token ids -> text. names: of the verifiers, as in `scores`.
-          prompts: those of the batch, whose numbers are in `batch.traj.group`. log_ratio: [B T], shown with the tokens.
+          prompts: those of the batch, whose numbers are in `batch.traj.group`.
+          token_columns: numbers [B T] shown with the tokens, by name: `log_ratio`, `entropy`.
           turn_notes: of each conversation of the batch, a text for each turn.
         """
         began = time.monotonic()
-        batch, log_ratio = distributed.fetch((batch, log_ratio))
+        batch, token_columns = distributed.fetch((batch, token_columns))
         if not distributed.is_main():
             return
         index = {int(number): i for i, number in enumerate(prompts.number)}
         columns = [prompts.columns[index[number]] for number in batch.traj.group.tolist()]
         records = sample_records(
-            step, batch, decode, names=names, columns=columns, log_ratio=log_ratio, turn_notes=turn_notes
+            step, batch, decode, names=names, columns=columns, token_columns=token_columns, turn_notes=turn_notes
         )
         self._log.samples(records)
         write_report(self.directory)
@@ -267,8 +307,7 @@ class Run:
         facts = {
             "experiment": Path(self._source).stem if self._source else None,
             "git": git_revision(),
-            "jax": jax.__version__,
-            "devices": jax.device_count(),
+            **environment(),
         }
         if self._source:
             shutil.copyfile(self._source, self.directory / "experiment.py")

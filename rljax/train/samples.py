@@ -8,11 +8,13 @@ One record per completion, whole groups together:
      "reward": 1.0, "length": 3,                         the sum over the completion; tokens that the policy chose
      "ended": true,                                      by a stop token; false: truncated; null: unknown
      "tokens": {"id": [..], "text": [..], "chosen": [0, 0, 1, ..], "mask": [..],
-                "advantage": [null, ..], "logp": [..], "log_ratio": [..]}}
+                "advantage": [null, ..], "logp": [..], "kl": [..], "log_ratio": [..], "entropy": [..]}}
 
 `tokens` holds columns of equal length, one entry per token of prompt and completion; padding is left out. `chosen` is 1
-where the policy chose the token, `mask` where it is trained on; the numbers are null elsewhere. Numbers have four
-significant digits.
+where the policy chose the token, `mask` where it is trained on; the numbers are null elsewhere, and columns that the
+run did not compute are absent. `kl` is log π_behavior - log π_ref: its sum over a completion estimates the KL of the
+sequence. `log_ratio` is log π - log π_behavior and `entropy` that of π, after the update. Numbers have four significant
+digits.
 
 A conversation of several turns also has its parts after the prompt, in order: turns of the policy, and between them
 what it was answered. `start` and `end` are their tokens in the columns, `notes` what the environment says of the turn:
@@ -21,9 +23,12 @@ what it was answered. `start` and `end` are their tokens in the columns, `notes`
                {"policy": 0, "text": "6=", "start": 16, "end": 18}, ..]
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,6 +40,8 @@ from rljax.types import Array, Batch, Trajectory
 Decode = Callable[[list[int]], str]  # token ids -> text
 
 MAX_COLUMN_CHARACTERS = 2000
+MAX_SAMPLED_STEPS = 24  # in a report, evenly spaced
+MAX_SAMPLED_BYTES = 24_000_000  # of completions in a report
 
 
 def sample_records(
@@ -44,7 +51,7 @@ def sample_records(
     *,
     names: Sequence[str] = (),
     columns: Sequence[Mapping[str, Any]] | None = None,
-    log_ratio: Array | None = None,
+    token_columns: Mapping[str, Array] | None = None,
     turn_notes: Sequence[Sequence[str]] | None = None,
     limit: int = 4,
 ) -> list[dict]:
@@ -54,7 +61,7 @@ def sample_records(
       decode: list of ids -> text; also called on single tokens and pairs, where it may be lossy.
       names: of the K verifiers whose results are `batch.traj.scores` [B K].
       columns: of the dataset, to be shown: B dicts, or P of them where B = P·G and the rows of a prompt are adjacent.
-      log_ratio: [B T] log-prob of each decision after the update minus before it; None if it was not computed.
+      token_columns: further numbers [B T] of each decision by name, such as `log_ratio` and `entropy`.
       turn_notes: of each of B conversations, a text for each turn of the policy.
 
     Raises ValueError where `names` or `columns` do not fit the batch.
@@ -68,8 +75,10 @@ def sample_records(
     group = np.arange(B) if traj.group is None else traj.group
     shown_groups = list(dict.fromkeys(group.tolist()))[:limit]
     rows = [b for shown in shown_groups for b in np.flatnonzero(group == shown)]
-    per_token = {"mask": batch.mask, "advantage": batch.advantages, "logp": traj.logp, "log_ratio": log_ratio}
-    per_token = {name: np.asarray(value) for name, value in per_token.items() if value is not None}
+    per_token = {"mask": batch.mask, "advantage": batch.advantages, "logp": traj.logp}
+    if traj.ref_logp is not None:
+        per_token["kl"] = traj.logp - traj.ref_logp
+    per_token = {name: np.asarray(value) for name, value in {**per_token, **(token_columns or {})}.items()}
     return [
         {
             "step": int(step),
@@ -177,3 +186,67 @@ def token_texts(ids: Sequence[int], decode: Decode) -> list[str]:
 def round_or_none(value: float) -> float | None:
     """Four significant digits; None for what is not finite."""
     return float(f"{float(value):.4g}") if math.isfinite(value) else None
+
+
+# ----------------------------------------------------------------------------------------------------- read them back
+
+
+def read_samples(path: Path, limit: int = MAX_SAMPLED_STEPS, size: int = MAX_SAMPLED_BYTES) -> dict:
+    """The completions of at most `limit` steps, the first and the last included.
+
+    Of each step the first groups are read, as many as fit into its part of `size` bytes, at least one.
+
+    Returns: {"steps": [{"step", "records", "groups_left_out"}], "left_out": number of steps}.
+    """
+    index = _index_lines(path)
+    chosen = evenly_spaced(sorted(index), limit)
+    steps = [_read_step(path, step, index[step], size // len(chosen)) for step in chosen]
+    return {"steps": steps, "left_out": len(index) - len(steps)}
+
+
+def evenly_spaced(items: Sequence, limit: int) -> list:
+    """At most `limit` of them, the first and the last included.
+
+    >>> evenly_spaced(range(100), 4)
+    [0, 33, 66, 99]
+    """
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def _index_lines(path: Path) -> dict[int, list[tuple[int, int]]]:
+    """Step -> (offset, bytes) of its lines, unparsed: a long run logs more completions than fit into memory."""
+    index: dict[int, list[tuple[int, int]]] = {}
+    if not path.exists():
+        return index
+    offset = 0
+    with open(path, "rb") as file:
+        for line in file:
+            start = re.match(rb'\{"step": (\d+),', line)
+            is_complete = line.endswith(b"}\n")
+            if start and is_complete:
+                index.setdefault(int(start[1]), []).append((offset, len(line)))
+            offset += len(line)
+    return index
+
+
+def _read_step(path: Path, step: int, lines: Sequence[tuple[int, int]], size: int) -> dict:
+    """The records of one step, whole groups of at most `size` bytes together, but at least the first group."""
+    records: dict[int, list[dict]] = {}
+    group_bytes: dict[int, int] = {}
+    with open(path, "rb") as file:
+        for offset, length in lines:
+            file.seek(offset)
+            record = json.loads(file.read(length))
+            group = record["group"]
+            records.setdefault(group, []).append(record)
+            group_bytes[group] = group_bytes.get(group, 0) + length
+    kept: list[dict] = []
+    used = 0
+    for i, group in enumerate(records):
+        used += group_bytes[group]
+        if i > 0 and used > size:
+            return {"step": step, "records": kept, "groups_left_out": len(records) - i}
+        kept += records[group]
+    return {"step": step, "records": kept, "groups_left_out": 0}

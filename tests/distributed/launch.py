@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from rljax.train.log import MACHINE_METRICS
+
 ROOT = Path(__file__).resolve().parents[2]
-CLOCK = ("seconds", "tokens_per_second")
 
 
 class Ended(NamedTuple):
@@ -62,7 +63,10 @@ def run(script: str, *flags: str, seconds: float = 400.0, **how) -> list[Ended]:
 def metrics(directory: Path) -> list[dict[str, float]]:
     """What a run logged, without what the clock says."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.endswith(MACHINE_METRICS)}
+        for line in lines
+    ]
 
 
 def wait_for_step(directory: Path, step: int, started: list[subprocess.Popen], seconds: float = 300.0) -> None:

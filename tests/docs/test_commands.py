@@ -12,7 +12,7 @@ from experiments.common.settings import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHARED = {*command_line.flags_of(Hosts, "--hosts."), "--tracker", "--help", "--debug"}
+SHARED = {*command_line.flags_of(Hosts, "--hosts."), "--tracker", "--quiet", "--help", "--debug"}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -47,7 +47,7 @@ def test_readme_is_short_and_names_what_is_there():
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    pages = {page.name for page in PAGES[1:]} - {"index.md", "notebooks.md", "report.md"}
+    pages = {page.name for page in PAGES[1:]} - {"index.md"}
     assert pages - set(re.findall(r"\]\((\w+\.md)\)", index)) == set()
 
 

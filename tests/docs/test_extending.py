@@ -82,6 +82,11 @@ def test_the_family_computes_what_transformers_recorded(example, tmp_path, monke
     recorded = np.load(tiny.RECORDED / "tiny.npz")
     tokens = jnp.asarray(tiny.tokens_of(name)[0])[None]
     segments = jnp.ones_like(tokens)
-    hidden, _ = decoder.forward(decoder_config, params, tokens, jnp.arange(tokens.shape[1])[None], segments, None)
-    logits = decoder.logits(decoder_config, params, hidden)
+
+    @jax.jit
+    def forward(params, tokens, positions, segments):
+        hidden, _ = decoder.forward(decoder_config, params, tokens, positions, segments, None)
+        return decoder.logits(decoder_config, params, hidden)
+
+    logits = forward(params, tokens, jnp.arange(tokens.shape[1])[None], segments)
     np.testing.assert_allclose(logits[0], recorded[f"{name}/0"], rtol=0, atol=2e-5)

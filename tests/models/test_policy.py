@@ -71,11 +71,12 @@ def test_annotate_fills_what_is_needed(params, traj):
     reference = policy.init(CONFIG, jax.random.key(7))
     teacher = policy.init(CONFIG, jax.random.key(8))
     state = TrainState(0, params, None, jax.random.key(0), frozen={"reference": reference, "teacher": teacher})
-    needs = ("ref_logp", "values", "old_logp", "teacher_logp", "sum_pi_squared")
+    needs = ("ref_logp", "values", "old_logp", "teacher_logp", "sum_pi_squared", "entropy")
     filled = policy.make_annotate(model, needs)(state, traj)
-    logp, _, values = expected(params, traj)
+    logp, entropy, values = expected(params, traj)
     mask = np.asarray(traj.mask)
     np.testing.assert_allclose(filled.old_logp, logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(filled.entropy, entropy, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(filled.ref_logp, model(reference, {}, traj).logp, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(filled.teacher_logp, model(teacher, {}, traj).logp, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(filled.sum_pi_squared, model(params, {}, traj).sum_pi_squared, rtol=1e-5, atol=1e-5)
@@ -93,7 +94,8 @@ def test_annotate_fills_no_more(params, traj, needs):
 
 def test_annotate_refuses_what_it_does_not_know():
     with pytest.raises(
-        ValueError, match=r"cannot fill \['routing'\]; it can fill \['old_logp', 'ref_logp', 'sum_pi_squared'"
+        ValueError,
+        match=r"cannot fill \['routing'\]; it can fill \['entropy', 'old_logp', 'ref_logp', 'sum_pi_squared'",
     ):
         policy.make_annotate(policy.make_policy(CONFIG), ("values", "routing"))
 

@@ -255,3 +255,28 @@ def test_tables_keep_brackets_and_align_numbers(capsys):
 def test_log_info_does_not_wrap(capsys):
     log_info("x" * 500)
     assert capsys.readouterr().out == "x" * 500 + "\n"
+
+
+def test_the_best_and_the_worst_sample_are_printed_and_control_no_terminal(tmp_path, capsys):
+    rewards = {0.5: "middle", 1.0: "2\x1b[31m\n\u202ered", 0.0: "x" * 300}
+    records = [{"step": 0, "prompt": "1+1=", "completion": text, "reward": r} for r, text in rewards.items()]
+    with Log(tmp_path, total_steps=1) as log:
+        log.samples(records)
+    assert capsys.readouterr().out.splitlines() == ["  best 1: 1+1= → 2[31m red", "  worst 0: 1+1= → " + "x" * 100]
+
+
+def test_without_a_reward_no_sample_is_best(tmp_path, capsys):
+    with Log(tmp_path, total_steps=1) as log:
+        log.samples([{"step": 0, "prompt": "", "completion": "", "reward": None}])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_shows_samples_and_what_is_compiled_under_the_bar(tmp_path, monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(module, "console", Console(file=out, force_terminal=True, width=120, _environ={}))
+    with Log(tmp_path, total_steps=2, compiling=lambda: "compiling update 0:07") as log:
+        log.samples([{"step": 0, "prompt": "1+1=", "completion": c, "reward": r} for r, c in ((1.0, "2"), (0.0, "5"))])
+        log.write(0, {"reward": 0.5})
+    shown = out.getvalue()
+    for text in ("compiling update 0:07", "best 1: 1+1= → 2", "worst 0: 1+1= → 5"):
+        assert text in shown

@@ -1,9 +1,6 @@
 import base64
 import hashlib
 import json
-import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,14 +11,15 @@ from rljax.train.report import (
     collect,
     curve,
     embed_json,
-    evenly_spaced,
     group_by_theme,
-    read_samples,
+    peak_memory,
     smooth,
     theme_of,
     thin,
+    time_breakdown,
     write_report,
 )
+from rljax.train.samples import evenly_spaced, read_samples
 
 EVIL = '</script><img src=x onerror="alert(1)">\u2028{{SCRIPT}}<!-- &amp; \ud800'
 
@@ -167,6 +165,43 @@ def test_settings_alone_are_a_configuration(tmp_path):
     assert data["title"]["total"] == 5
 
 
+def test_facts_stand_in_the_environment_and_the_first_of_them_under_the_title(tmp_path):
+    config = {"experiment": "grpo", "git": "abc", "jax": "0.10.2", "python": "3.11.7", "config": {"seed": 1}}
+    _, data = write_run(tmp_path, [{"reward": 1.0}], config=config)
+    assert data["environment"] == [["experiment", "grpo"], ["git", "abc"], ["jax", "0.10.2"], ["python", "3.11.7"]]
+    assert data["title"]["facts"] == {"git": "abc", "jax": "0.10.2"}
+
+
+# --------------------------------------------------------------------------------------------------- time and memory
+
+
+def column(*values):
+    return list(range(len(values))), list(values)
+
+
+def test_the_time_of_a_run_is_that_of_its_phases_and_what_is_left():
+    columns = {
+        "seconds": column(10.0, 2.0, 2.0, 4.0),
+        "sample_seconds": column(6.0, 1.0, 1.0, 1.0),
+        "eval_seconds": ([3], [1.5]),
+        "compile_seconds": column(7.0, 0.0, 0.0, 0.0),
+    }
+    time = time_breakdown(columns)
+    assert (time["steps"], time["total"], time["median"], time["first"], time["compiling"]) == (4, 18.0, 3.0, 10.0, 7.0)
+    assert [(phase["name"], phase["total"], phase["median"]) for phase in time["phases"]] == [
+        ("sample", 9.0, 1.0),
+        ("eval", 1.5, 1.5),
+        ("everything else", 7.5, None),
+    ]
+    assert sum(phase["share"] for phase in time["phases"]) == pytest.approx(1.0)
+    assert time_breakdown({"reward": column(1.0)}) is None
+
+
+def test_memory_is_the_largest_that_was_logged():
+    columns = {"peak_host_bytes": column(3e9, None, 4e9), "peak_device_bytes": column(None), "bytes": column(9.0)}
+    assert peak_memory(columns) == [["host", 4e9]]
+
+
 # ------------------------------------------------------------------------------------------------------------- curves
 
 
@@ -264,68 +299,3 @@ def test_whole_groups_within_the_size_and_at_least_one(tmp_path):
     assert groups(10**6) == ([5, 5, 6, 6, 7, 7], 0)
     assert groups(6000) == ([5, 5, 6, 6], 1)
     assert groups(10) == ([5, 5], 2)
-
-
-# --------------------------------------------------------------------------------------------------- in a real browser
-
-
-@pytest.fixture
-def rendered(tmp_path):
-    """Address fragment -> the document after its script ran, as a headless Chromium sees it."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium: nothing to run the report's script with")
-
-    def render(path, fragment):
-        flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        command = [
-            browser,
-            *flags.split(),
-            "--disable-component-update",
-            profile,
-            "--dump-dom",
-            f"{path.as_uri()}#{fragment}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"Chromium does not run here: {done.stderr[-200:]}")
-        return done.stdout
-
-    return render
-
-
-def test_a_browser_draws_it_and_runs_nothing_else(tmp_path, rendered):
-    text = EVIL.replace("\ud800", "")  # which --dump-dom cannot print
-    records = [record(0, text=text, reward=None), record(0, text="a\nb\u202e", reward=-0.5), record(4, text="later")]
-    write_run(tmp_path / "run", [{"reward": i / 40, "kl": 0.1} for i in range(40)], records, {"config": {"seed": 3}})
-    page = rendered(tmp_path / "run" / "report.html", "step=0&completion=0&color=mask")
-    seen = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    assert seen.count('class="smooth"') == 2
-    assert 'class="reward unscored">not scored<' in seen
-    assert ">−0.5<" in seen
-    assert "&lt;/script&gt;&lt;img" in seen
-    assert "<img" not in seen
-    assert 'aria-pressed="true">mask<' in seen
-    assert len(re.findall(r'<div class="flow">', seen)) == 1
-    assert "later" not in seen
-    assert ">seed</dt><dd>3<" in seen
-
-
-def test_a_browser_sets_observations_apart_from_turns(tmp_path, rendered):
-    turns = [
-        {"policy": 1, "text": "<calc(2*3)>", "start": 1, "end": 2, "reward": 0.0, "notes": "tool calls 1"},
-        {"policy": 0, "text": "6=", "start": 2, "end": 3},
-        {"policy": 1, "text": "<b>6</b>", "start": 3, "end": 4, "reward": None, "notes": ""},
-    ]
-    write_run(tmp_path / "run", [{"reward": 0.1}], [record(0, turns=turns), record(0, text="of old")])
-    page = rendered(tmp_path / "run" / "report.html", "step=0&completion=0&color=mask")
-    seen = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    assert re.findall(r'<li class="(turn[ a-z]*)">', seen) == ["turn", "turn seen", "turn"]
-    assert "turn 1</span><span>1 token</span><span>reward 0</span><span>tool calls 1<" in seen
-    assert "observation</span><span>1 token<" in seen
-    assert "turn 2</span><span>1 token</span><span>no reward<" in seen
-    assert "&lt;calc(2*3)&gt;" in seen
-    assert "<b>6</b>" not in seen
-    assert "2 turns \u00b7 1 token" in seen
-    assert "of old" in seen

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from rljax.train.log import MACHINE_METRICS
 from rljax.train.run import Run
 from rljax.train.update import make_update
 from rljax.types import Objective, TrainState
@@ -56,7 +57,7 @@ def files(directory):
 
 def log(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.endswith(MACHINE_METRICS)} for line in lines]
 
 
 def same(one, other):
@@ -256,3 +257,30 @@ def test_the_directory_says_what_was_run(tmp_path):
     assert about["experiment"] == "script"
     assert about["devices"] == 8
     assert (tmp_path / "run" / "experiment.py").read_text() == source.read_text()
+
+
+class Doubler:
+    names = ("double",)
+
+    def __call__(self, x):
+        return 2 * x
+
+
+def test_timed_functions_are_logged_and_stay_what_they_are(tmp_path):
+    state = TrainState(step=0, params={}, opt_state=None, key=jax.random.key(5))
+    with Run(tmp_path, {}, steps=3) as run:
+        double, plus = run.timed(double=Doubler(), plus=lambda x, by: x + by)
+        assert double.names == ("double",)
+        state = run.restore(state)
+        for step in run.steps(0):
+            assert double(double(jnp.ones(2))).tolist() == [4.0, 4.0]
+            if step == 1:
+                assert plus(1, by=2) == 3
+            run.record(step, state.replace(step=step + 1), {})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["double_seconds"] < line["seconds"] for line in lines)
+    assert ["plus_seconds" in line for line in lines] == [False, True, False]
+    assert all(line["compile_seconds"] >= 0 and line["peak_host_bytes"] > 0 for line in lines)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["backend"] == "cpu"

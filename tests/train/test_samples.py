@@ -40,7 +40,7 @@ def batch():
 
 def test_a_record_by_hand():
     ratio = np.arange(16, dtype=np.float32).reshape(4, 4) / 1e4
-    record = sample_records(20, batch(), decode, names=("exact", "judge"), log_ratio=ratio)[0]
+    record = sample_records(20, batch(), decode, names=("exact", "judge"), token_columns={"log_ratio": ratio})[0]
     assert record == {
         "step": 20,
         "group": 7,
@@ -62,6 +62,13 @@ def test_a_record_by_hand():
         },
     }
     assert next(iter(record)) == "step"
+
+
+def test_the_kl_to_the_reference_is_that_of_each_chosen_token():
+    given = batch()
+    reference = given.traj.replace(ref_logp=np.full((4, 4), -1.0, np.float32))
+    record = sample_records(0, given.replace(traj=reference), decode, names=("exact", "judge"))[0]
+    assert record["tokens"]["kl"] == [None, None, 0.3333, 0.0, -0.3333]
 
 
 def test_padding_is_left_out_on_both_sides_and_what_is_not_judged_is_null():
