@@ -60,7 +60,7 @@ setup(
         "data": ["datasets"],
         "notebooks": ["jupyterlab", "nbclient", "matplotlib"],
         "trackers": ["wandb", "trackio"],
-        "docs": ["sphinx", "furo", "myst-parser"],
+        "docs": ["sphinx>=9,<10", "furo", "myst-parser>=5"],
         "envs": [
             "gymnax>=1.0.1,<2; python_version < '3.12'",
             "six; python_version < '3.12'",  # gymnax imports it without asking for it

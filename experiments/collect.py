@@ -170,4 +170,4 @@ def compare_by_panel(cfg: Config, candidates: Candidates) -> list[dict]:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

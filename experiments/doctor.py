@@ -122,4 +122,4 @@ def deadline(name: str, seconds: float) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, makes_run=False)

@@ -230,4 +230,4 @@ def show(cfg: Any, found: Plan) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main)
+    command_line.run(Config, main, makes_run=False)

@@ -179,4 +179,4 @@ def colored(text: dict, tokenizer: Tokenizer) -> Text:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

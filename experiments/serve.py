@@ -307,4 +307,4 @@ def metrics_text(server: Server) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

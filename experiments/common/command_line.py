@@ -31,20 +31,21 @@ MORE = "Rarely needed settings that are not listed here: experiments/common/sett
 REFUSALS = (ValueError, ImportError, OSError, RuntimeError, RewardError, TextEnvError, FloatingPointError)
 
 
-def run(config_type: type, main: Callable, one_process: bool = False) -> None:
+def run(config_type: type, main: Callable, one_process: bool = False, makes_run: bool = True) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
     Where several processes run the script, they find each other first, and make sure that settings and code are the
     same on all. What one of them cannot go on with ends all of them. A script that is not made for several says so
-    (`one_process`).
+    (`one_process`), and so does one that makes no run, whose metrics --tracker could send somewhere (`makes_run`).
 
     Unknown names, wrong types and settings that are refused are one error that says what would be legal; the exit code
     is 2 where the command line could not be parsed, 75 where another process was lost, else 1. With --debug the
     traceback is shown.
     """
-    flags = parse(config_type)
+    flags = parse(config_type, makes_run)
     config, hosts = flags.config, flags.hosts
-    os.environ[trackers.VARIABLE] = flags.tracker
+    if makes_run:
+        os.environ[trackers.VARIABLE] = flags.tracker
     if flags.quiet:
         silence()
     debug = getattr(config, "debug", False)
@@ -85,15 +86,18 @@ def facts_of(config: Any) -> dict[str, Any]:
     return {**settings, "code (sha256 of the sources)": source_digest(), "jax": jax.__version__}
 
 
-def parse(config_type: type) -> Any:
-    """The command line: `config`, a `config_type`, and what every script has, `hosts`, `tracker` and `quiet`.
+def parse(config_type: type, makes_run: bool = True) -> Any:
+    """The command line: `config`, a `config_type`; what every script has, `hosts` and `quiet`; with a run `tracker`.
 
     Exits after --help, and on an error with the list of legal flags.
     """
     description = f"{config_type.__doc__} {MORE}"
     of_script = Annotated[config_type, tyro.conf.arg(name="")]
-    tracker = os.environ.get(trackers.VARIABLE) or "none"
-    shared = [("hosts", Hosts, Hosts()), ("tracker", Tracker, tracker), ("quiet", Quiet, False)]
+    shared: list[tuple] = [("hosts", Hosts, Hosts()), ("quiet", Quiet, False)]
+    legal = [*flags_of(config_type), *flags_of(Hosts, "--hosts."), "--quiet"]
+    if makes_run:
+        shared.append(("tracker", Tracker, os.environ.get(trackers.VARIABLE) or "none"))
+        legal.append("--tracker")
     flags = dataclasses.make_dataclass("Flags", [("config", of_script), *shared], frozen=True)
     errors = io.StringIO()
     try:
@@ -104,9 +108,7 @@ def parse(config_type: type) -> Any:
     except SystemExit as stop:
         print(errors.getvalue(), end="", file=sys.stderr)
         if stop.code and "Unrecognized" in errors.getvalue():
-            shared_flags = [*flags_of(Hosts, "--hosts."), "--tracker", "--quiet"]
-            legal = "legal: " + " ".join([*flags_of(config_type), *shared_flags])
-            print(textwrap.fill(legal, 100, break_on_hyphens=False), file=sys.stderr)
+            print(textwrap.fill("legal: " + " ".join(legal), 100, break_on_hyphens=False), file=sys.stderr)
         raise
 
 

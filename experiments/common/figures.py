@@ -65,7 +65,12 @@ def draw_action_values(axes: Axes, title: str, maze, q, limit: float = 10.0) -> 
     for cell, (row, column) in enumerate(np.ndindex(rows, columns)):
         if walls[row, column] or ends[row, column]:
             color = GREY if walls[row, column] else colors(0.5 + 0.5 * np.sign(rewards[row, column]))
-            axes.fill(column + np.array([-0.5, 0.5, 0.5, -0.5]), row + np.array([-0.5, -0.5, 0.5, 0.5]), color=color)
+            axes.fill(
+                column + np.array([-0.5, 0.5, 0.5, -0.5]),
+                row + np.array([-0.5, -0.5, 0.5, 0.5]),
+                color=color,
+                linewidth=0,
+            )
             if ends[row, column]:
                 name = "goal" if rewards[row, column] > 0 else "trap"
                 axes.text(column, row, f"{name}\n{rewards[row, column]:+g}", color="white", ha="center", va="center")
@@ -77,7 +82,7 @@ def draw_action_values(axes: Axes, title: str, maze, q, limit: float = 10.0) -> 
             axes.text(
                 column + place[0],
                 row + place[1],
-                f"{value:.3g}",
+                f"{round(float(value), 2):g}",
                 ha="center",
                 va="center",
                 fontsize=9,

@@ -197,7 +197,7 @@ class Hosts:
     heartbeat_seconds: Rare[int] = 100  # silence of a process after which the others are ended
 
 
-# Where every script sends its metrics too, besides TensorBoard and the report: docs/metrics.md.
+# Where a script that makes a run sends its metrics too, besides TensorBoard and the report: docs/metrics.md.
 Tracker = Rare[Literal["none", *OPENERS]]
 
 

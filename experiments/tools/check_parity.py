@@ -215,4 +215,4 @@ def trainer_logps(config: decoder.DecoderConfig, params, tokens, mask) -> list[n
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

@@ -288,4 +288,4 @@ def append(path: str, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

@@ -110,4 +110,4 @@ def model_config(cfg: Config, ids: dict[str, int]) -> dict:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

@@ -9,16 +9,16 @@ HOLE = "\0"  # what an f-string fills in
 
 
 @lru_cache
-def trees() -> list[ast.Module]:
+def trees() -> dict[Path, ast.Module]:
     """Every module of rljax and of the experiments."""
     files = [*ROOT.glob("rljax/**/*.py"), *ROOT.glob("experiments/**/*.py")]
-    return [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
 
 
 @lru_cache
 def strings() -> list[str]:
     """Every string of theirs on one line, with HOLE where something is filled in; no docstrings."""
-    nodes = [node for tree in trees() for node in ast.walk(tree)]
+    nodes = [node for tree in trees().values() for node in ast.walk(tree)]
     statements = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     found = set()
     for node in nodes:
