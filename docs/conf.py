@@ -63,7 +63,8 @@ def write_reference() -> None:
     for room in ROOMS:
         files = sorted((ROOT / "rljax").glob(f"{room}.py")) or sorted((ROOT / "rljax" / room).glob("**/*.py"))
         sections = [_module(file) for file in files if file.name != "__init__.py"]
-        text = "\n".join([f"# rljax.{room}", "", *filter(None, sections)])
+        title = "" if sections == sections[:1] else f"# rljax.{room}\n\n"  # a room of one file has that file's
+        text = title + "\n".join(filter(None, sections))
         page = REFERENCE / f"{room}.md"
         if not page.exists() or page.read_text(encoding="utf-8") != text:  # pages that stay are not read again
             page.write_text(text, encoding="utf-8")
@@ -77,7 +78,13 @@ def _module(file: Path) -> str:
     members = [_member(node, source) for node in tree.body if _is_public(node)]
     if not members:
         return ""
-    head = [f"({_label(path)})=", f"## {dotted}", "", f"```{{py:currentmodule}} {dotted}\n```", ""]
+    head = [
+        f"({_label(path)})=",
+        f"{'##' if '/' in path else '#'} {dotted}",
+        "",
+        f"```{{py:currentmodule}} {dotted}\n```",
+        "",
+    ]
     return "\n".join([*head, _markdown(ast.get_docstring(tree) or ""), "", *members])
 
 

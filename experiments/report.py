@@ -46,4 +46,4 @@ def main(cfg: Config) -> Path:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

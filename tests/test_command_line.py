@@ -2,12 +2,17 @@
 
 import dataclasses
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from experiments.common import command_line
 from rljax.train import trackers
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+SCRIPTS = [path for path in sorted(EXPERIMENTS.glob("**/*.py")) if "command_line.run(" in path.read_text()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,3 +60,10 @@ def test_another_tracker_is_refused_with_the_legal_ones(run, monkeypatch, capsys
         run(["--tracker", "mlflow"])
     assert stop.value.code == 2
     assert "trackio" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_say_whether_they_make_a_run(path):
+    text = path.read_text(encoding="utf-8")
+    makes_one = re.search(r"\bRun\(|make_run\(|\w\.main\(|\brlhf\.\w+\(", text) is not None
+    assert makes_one == ("makes_run=False" not in text)

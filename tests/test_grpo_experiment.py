@@ -131,6 +131,10 @@ def test_a_run_leaves_what_one_looks_at(finished):
     assert result["before"]["kl"] == pytest.approx(0, abs=1e-5)
     assert result["after"]["kl"] != 0
     assert "</html>" in (directory / "report.html").read_text()
+    record = json.loads((directory / "samples.jsonl").read_text().splitlines()[0])
+    assert {"advantage", "logp", "kl", "log_ratio", "entropy", "mask"} <= set(record["tokens"])
+    phases = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"sample_seconds", "score_seconds", "update_seconds", "eval_seconds"} <= set(phases)
     assert {"1", "2"} <= {path.name for path in (directory / "checkpoints").iterdir()}
     assert json.loads((directory / "config.json").read_text())["config"]["batches"]["num_generations"] == 2
     assert (directory / "experiment.py").read_text() == Path(grpo.__file__).read_text()

@@ -230,4 +230,4 @@ def logps_of(record: dict, turn: dict) -> list[float] | None:
 
 
 if __name__ == "__main__":
-    command_line.run(Config, main, one_process=True)
+    command_line.run(Config, main, one_process=True, makes_run=False)

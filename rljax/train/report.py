@@ -316,26 +316,22 @@ def time_breakdown(columns: dict) -> dict | None:
     """Where the seconds of all steps went, None where none were logged.
 
     Returns: {"steps", "total", "median", "first"} of whole steps in seconds, "compiling" of all of them (None: not
-    logged), and "phases": {"name", "total", "median", "share"} of each metric NAME_seconds, and of what is left.
+    logged), and "phases": {"name", "total", "median", "share"} of each metric NAME_seconds, and of what is left, in the
+    steps after the first, which compiles.
     """
     if "seconds" not in columns:
         return None
     seconds = [value for value in columns["seconds"][1] if value is not None]
     compiling = columns.get("compile_seconds")
+    later = sum(_after_first(columns, "seconds"))
     phases = []
-    for name, (_, values) in columns.items():
-        if name.endswith("_seconds") and name != "compile_seconds":
-            phases.append(_phase(name.removesuffix("_seconds"), [value or 0.0 for value in values], sum(seconds)))
+    for name in columns:
+        values = _after_first(columns, name) if name.endswith("_seconds") and name != "compile_seconds" else []
+        if values:
+            phases.append(_phase(name.removesuffix("_seconds"), values, later))
     if phases:
-        left = max(0.0, sum(seconds) - sum(phase["total"] for phase in phases))
-        phases.append(
-            {
-                "name": "everything else",
-                "total": round_digits(left),
-                "median": None,
-                "share": left / (sum(seconds) or 1.0),
-            }
-        )
+        left = max(0.0, later - sum(phase["total"] for phase in phases))
+        phases.append({**_phase("everything else", [left], later), "median": None})
     return {
         "steps": len(seconds),
         "total": round_digits(sum(seconds)),
@@ -344,6 +340,12 @@ def time_breakdown(columns: dict) -> dict | None:
         "compiling": None if compiling is None else round_digits(sum(value or 0.0 for value in compiling[1])),
         "phases": phases,
     }
+
+
+def _after_first(columns: dict, name: str) -> list[float]:
+    """The values of a metric but those of the first step, unless there is no other."""
+    first, *others = columns["seconds"][0]
+    return [value or 0.0 for step, value in zip(*columns[name], strict=True) if step != first or not others]
 
 
 def _phase(name: str, values: Sequence[float], total: float) -> dict:

@@ -77,7 +77,7 @@ function drawTime() {
     return el("span", { class: "share" }, fill, el("span", {}, percent(share)));
   };
   const phases = time.phases.map((phase) => [phase.name, duration(phase.median), duration(phase.total), bar(phase.share)]);
-  $("time").append(table("Where the time of a step goes", ["phase", "median of a step", "in all", "share"], phases));
+  $("time").append(table("Where the time goes after the first step, which compiles", ["phase", "median of a step", "in all", "share"], phases));
 }
 
 function drawMemory() {

@@ -43,7 +43,7 @@ def test_the_reward_judges_in_a_worker_process(example, tmp_path, monkeypatch):
     cases = [("1, 2 and 5", 3, 1.0), ("1, 5, 2", 3, 0.0), ("1, 2", 3, 0.0), ("2, 2, 3", 3, 0.0), ("x", 0, None)]
     signature = read_signature(module.ascending)
     calls = [((text,), columns_taken("ascending", signature, {"count": n}, "row")) for text, n, _ in cases]
-    with Pool(1, 20.0) as pool:
+    with Pool(1, 600.0) as pool:
         ((*results,),) = pool.map_each([(module.ascending, calls)])
     assert [result.value for result in results] == [want for *_, want in cases]
     assert results[-1].status == "none"

@@ -189,12 +189,14 @@ def test_the_time_of_a_run_is_that_of_its_phases_and_what_is_left():
     time = time_breakdown(columns)
     assert (time["steps"], time["total"], time["median"], time["first"], time["compiling"]) == (4, 18.0, 3.0, 10.0, 7.0)
     assert [(phase["name"], phase["total"], phase["median"]) for phase in time["phases"]] == [
-        ("sample", 9.0, 1.0),
+        ("sample", 3.0, 1.0),
         ("eval", 1.5, 1.5),
-        ("everything else", 7.5, None),
+        ("everything else", 3.5, None),
     ]
     assert sum(phase["share"] for phase in time["phases"]) == pytest.approx(1.0)
     assert time_breakdown({"reward": column(1.0)}) is None
+    only = time_breakdown({"seconds": column(10.0), "sample_seconds": column(6.0)})
+    assert [(phase["name"], phase["share"]) for phase in only["phases"]] == [("sample", 0.6), ("everything else", 0.4)]
 
 
 def test_memory_is_the_largest_that_was_logged():

@@ -301,8 +301,8 @@ def test_alarms_times_and_facts_are_shown(open_page, report):
     assert "truncated above 0.25 at step 30: 0.5" in alarms[1]
     assert "kl_behavior" in page.text_content("#alarms table")
     time = page.text_content("#time")
-    assert "sample0.5 s20 s50 %" in time
-    assert "everything else\u20138 s20 %" in time
+    assert "sample0.5 s19.5 s50 %" in time
+    assert "everything else\u20137.8 s20 %" in time
     assert page.text_content("#memory") == "host, at most2.5 GB"
     assert "python3.11.7" in page.text_content("#environment")
     assert "seed0" in page.text_content("#config")
