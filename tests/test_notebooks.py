@@ -168,6 +168,20 @@ def test_the_install_cell_installs_in_colab(commands, monkeypatch):
     assert sys.path[0] == str(Path("rljax").resolve())
 
 
+# ---------------------------------------------------------------------------------------------------------- the runner
+
+
+def test_a_notebook_whose_model_is_absent_is_left_out(monkeypatch, tmp_path):
+    pytest.importorskip("nbclient", reason="the notebooks extra is absent")
+    runner = importlib.import_module("tests.notebooks")
+    monkeypatch.delenv("STORY_MODEL", raising=False)
+    monkeypatch.setenv("RLJAX_SHARED", str(tmp_path))
+    assert runner.missing_model("04_kl") == ""
+    assert runner.missing_model("07_rlhf_on_stories") == "models/stories260k"
+    (tmp_path / "models" / "stories260k").mkdir(parents=True)
+    assert runner.missing_model("07_rlhf_on_stories") == ""
+
+
 # --------------------------------------------------------------------------------------------- the checkers themselves
 
 INSTALL = {"cell_type": "code", "id": "install", "source": ['"google.colab"'], "execution_count": 1, "outputs": []}
@@ -226,3 +240,40 @@ def test_what_is_missing_is_found(cell, lines):
     cells = deepcopy(GOOD)
     cells[cell]["source"] = lines
     assert len(faults_of_structure(cells)) == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("1 / 0", "division by zero"),
+        ("import warnings; warnings.warn('careful')", "UserWarning"),
+        ("import sys; print('careful', file=sys.stderr)", "on stderr: careful"),
+        ("import tempfile; print(tempfile.mkdtemp())", "a path or an address"),
+        ("print('fine')", None),
+    ],
+)
+def test_a_run_refuses_what_goes_wrong_in_a_cell(line, said, tmp_path, monkeypatch):
+    """And leaves the file as it was; one without faults is written with its outputs."""
+    pytest.importorskip("nbclient", reason="the notebooks extra is absent (make notebooks)")
+    from tests import notebooks
+
+    path = tmp_path / "a.ipynb"
+    cells = deepcopy(GOOD)
+    cells[2]["source"] = [f"{line}\n", "assert 1\n", "assert 2"]
+    for cell in code_of(cells):
+        cell |= {"execution_count": None, "outputs": [], "metadata": {}}
+    for cell in cells:
+        cell.setdefault("metadata", {})
+    text = json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    path.write_text(text)
+    for name in ("PYTHONPATH", "PYTHONWARNINGS", "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, "")  # restored after the test
+    notebooks.set_environment()
+    faults = notebooks.execute(path)
+    if said is None:
+        assert faults == []
+        assert texts_of(read(path)[2]) == ["fine\n"]
+    else:
+        assert said in "".join(faults)
+        assert path.read_text() == text
