@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 NEEDS = {"07_rlhf_on_stories": "models/stories260k"}  # in $RLJAX_SHARED, or a directory in $STORY_MODEL
 CELL_SECONDS = 1200  # after which a cell is given up
-WARNINGS = "error,ignore::PendingDeprecationWarning:ipykernel.kernelbase"  # the kernel itself warns when it ends
+# Warnings are errors from the first cell on, but for those that the kernel itself gives.
+WARNINGS = (
+    "import warnings; warnings.simplefilter('error'); warnings.filterwarnings('ignore', module='ipykernel|tornado')"
+)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -48,9 +51,9 @@ def missing_model(name: str) -> str:
 
 
 def set_environment() -> None:
-    """What the kernels inherit: this checkout, the CPU, and warnings as errors."""
+    """What the kernels inherit: this checkout, and the CPU."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": WARNINGS, "JAX_PLATFORMS": "cpu"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
 
 
 def execute(path: Path) -> list[str]:
@@ -60,7 +63,7 @@ def execute(path: Path) -> list[str]:
         notebook,
         timeout=CELL_SECONDS,
         kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={WARNINGS}"],
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
