@@ -176,8 +176,12 @@ def pod_devices(topology: Topology) -> list[jax.Device]:
     for name, value in TPU_VARIABLES.items():
         os.environ[name] = value  # jax has set some of them for the machine that it found
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles; there is nothing for it to run on
-    jax.config.update("jax_enable_compilation_cache", False)  # no program of an absent pod can be read back
     from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
+
+    # No program of an absent pod can be read back, and what has compiled before has settled that there is a cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
 
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
