@@ -48,9 +48,13 @@ def missing_model(name: str) -> str:
 
 
 def set_environment() -> None:
-    """What the kernels inherit: this checkout, the CPU, and warnings as errors."""
+    """What the kernels inherit: this checkout, the CPU, and warnings as errors.
+
+    XLA logs nothing: on a busy machine it would remark on compilations that take minutes.
+    """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": WARNINGS, "JAX_PLATFORMS": "cpu"}
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 
 def execute(path: Path) -> list[str]:
