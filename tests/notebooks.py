@@ -51,9 +51,12 @@ def missing_model(name: str) -> str:
 
 
 def set_environment() -> None:
-    """What the kernels inherit: this checkout, and the CPU."""
+    """What the kernels inherit: this checkout, and the CPU.
+
+    XLA logs nothing: on a busy machine it would remark on compilations that take minutes.
+    """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def execute(path: Path) -> list[str]:

@@ -267,7 +267,7 @@ def test_a_run_refuses_what_goes_wrong_in_a_cell(line, said, tmp_path, monkeypat
         cell.setdefault("metadata", {})
     text = json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
     path.write_text(text)
-    for name in ("PYTHONPATH", "JAX_PLATFORMS"):
+    for name in ("PYTHONPATH", "JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL"):
         monkeypatch.setenv(name, "")  # restored after the test
     notebooks.set_environment()
     faults = notebooks.execute(path)
