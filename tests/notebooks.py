@@ -5,7 +5,6 @@
 
 A notebook fails where a cell raises, where Python warns, where anything is written to stderr, and where
 tests/test_notebooks.py would find a fault; its file is then left as it was. The others are committed as they come out.
-One that needs a model which is not there is left out, and its file too stays as it was.
 """
 
 import os
@@ -21,7 +20,6 @@ from tests.test_notebooks import digest_of_code, faults_of_outputs, faults_of_st
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
-NEEDS = {"07_rlhf_on_stories": "models/stories260k"}  # in $RLJAX_SHARED, or a directory in $STORY_MODEL
 CELL_SECONDS = 1200  # after which a cell is given up
 # Warnings are errors from the first cell on, but for those that the kernel itself gives.
 WARNINGS = (
@@ -42,18 +40,13 @@ def find_notebooks(names: list[str]) -> list[Path]:
     return [files[name] for name in names or files]
 
 
-def missing_model(name: str) -> str:
-    """The model that the notebook needs, where it is not there; else ""."""
-    shared = Path(os.environ.get("RLJAX_SHARED") or ROOT.parent / "shared")
-    model = NEEDS.get(name, "")
-    found = not model or "STORY_MODEL" in os.environ or (shared / model).is_dir()
-    return "" if found else model
-
-
 def set_environment() -> None:
-    """What the kernels inherit: this checkout, and the CPU."""
+    """What the kernels inherit: this checkout, and the CPU.
+
+    XLA logs nothing: on a busy machine it would remark on compilations that take minutes.
+    """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def execute(path: Path) -> list[str]:
@@ -84,9 +77,6 @@ def main(names: list[str]) -> int:
     failed, total = [], 0.0
     for path in find_notebooks(names):
         print(f"{path.stem:28}", end="", flush=True)
-        if model := missing_model(path.stem):
-            print(f"left out: there is no {model} in $RLJAX_SHARED")
-            continue
         start = time.perf_counter()
         faults = execute(path)
         seconds = time.perf_counter() - start

@@ -168,20 +168,6 @@ def test_the_install_cell_installs_in_colab(commands, monkeypatch):
     assert sys.path[0] == str(Path("rljax").resolve())
 
 
-# ---------------------------------------------------------------------------------------------------------- the runner
-
-
-def test_a_notebook_whose_model_is_absent_is_left_out(monkeypatch, tmp_path):
-    pytest.importorskip("nbclient", reason="the notebooks extra is absent")
-    runner = importlib.import_module("tests.notebooks")
-    monkeypatch.delenv("STORY_MODEL", raising=False)
-    monkeypatch.setenv("RLJAX_SHARED", str(tmp_path))
-    assert runner.missing_model("04_kl") == ""
-    assert runner.missing_model("07_rlhf_on_stories") == "models/stories260k"
-    (tmp_path / "models" / "stories260k").mkdir(parents=True)
-    assert runner.missing_model("07_rlhf_on_stories") == ""
-
-
 # --------------------------------------------------------------------------------------------- the checkers themselves
 
 INSTALL = {"cell_type": "code", "id": "install", "source": ['"google.colab"'], "execution_count": 1, "outputs": []}
@@ -267,7 +253,7 @@ def test_a_run_refuses_what_goes_wrong_in_a_cell(line, said, tmp_path, monkeypat
         cell.setdefault("metadata", {})
     text = json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
     path.write_text(text)
-    for name in ("PYTHONPATH", "JAX_PLATFORMS"):
+    for name in ("PYTHONPATH", "JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL"):
         monkeypatch.setenv(name, "")  # restored after the test
     notebooks.set_environment()
     faults = notebooks.execute(path)
