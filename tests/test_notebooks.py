@@ -168,6 +168,20 @@ def test_the_install_cell_installs_in_colab(commands, monkeypatch):
     assert sys.path[0] == str(Path("rljax").resolve())
 
 
+# ---------------------------------------------------------------------------------------------------------- the runner
+
+
+def test_a_notebook_whose_model_is_absent_is_left_out(monkeypatch, tmp_path):
+    pytest.importorskip("nbclient", reason="the notebooks extra is absent")
+    runner = importlib.import_module("tests.notebooks")
+    monkeypatch.delenv("STORY_MODEL", raising=False)
+    monkeypatch.setenv("RLJAX_SHARED", str(tmp_path))
+    assert runner.missing_model("04_kl") == ""
+    assert runner.missing_model("07_rlhf_on_stories") == "models/stories260k"
+    (tmp_path / "models" / "stories260k").mkdir(parents=True)
+    assert runner.missing_model("07_rlhf_on_stories") == ""
+
+
 # --------------------------------------------------------------------------------------------- the checkers themselves
 
 INSTALL = {"cell_type": "code", "id": "install", "source": ['"google.colab"'], "execution_count": 1, "outputs": []}
