@@ -525,7 +525,6 @@ def test_in_half_precision_gspo_clips_nothing_at_first_and_controllers_move_thei
         grpo.main(several, remax(), VERIFIERS)
 
 
-@pytest.mark.nightly
 def test_a_batch_invariant_run_begins_with_the_self_check(tiny_run, tmp_path, monkeypatch, capsys):
     """The gap is made up here: which kernels this machine has is no matter of the recipe."""
     with pytest.raises(ValueError, match="batch_invariant: head_dim is 8"):
