@@ -97,7 +97,7 @@ DECODER = DecoderConfig(
 NOISE = {"float32": 0.0, "bfloat16": 0.02}
 
 
-@pytest.fixture(scope="module", params=NOISE)
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"])
 def sampled(request):
     """(dtype, trajectory of a tiny decoder, its policy's own output): three programs of the same weights."""
     config = dataclasses.replace(DECODER, dtype=request.param)

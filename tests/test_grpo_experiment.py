@@ -507,6 +507,7 @@ def test_an_adapter_is_trained_in_half_precision_and_exported_both_ways(tiny_run
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "merged", config), jax.device_get(merged))
 
 
+@pytest.mark.nightly
 def test_in_half_precision_gspo_clips_nothing_at_first_and_controllers_move_their_coefficients(tiny_run, tmp_path):
     fields = {"weights__dtype": "bfloat16", "directory": str(tmp_path / "run"), "batches__minibatches": 2}
     followed = Controllers(kl_target=0.01, kl_horizon=10, entropy_target=100.0, entropy_delta=0.25)

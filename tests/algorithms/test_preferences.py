@@ -204,7 +204,24 @@ CASES = {
     "sdft": (sdft(compare), shown),
     "sdpo": (sdpo(compare, 0.3, 1.2, partial(top_k, k=3)), shown),
 }
-EVERY = pytest.mark.parametrize("name", CASES)
+# These differ from "dpo" in the function of the margin alone, which has tests of its own: at night.
+MARGINS = (
+    "cdpo",
+    "robust",
+    "hinge",
+    "exo",
+    "nca",
+    "bco pair",
+    "sppo",
+    "apo zero",
+    "apo down",
+    "discopop",
+    "rpo",
+    "cpo",
+)
+EVERY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name in MARGINS else name for name in CASES]
+)
 
 
 @lru_cache
