@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtrit
 
+from rljax.train.comparison import mean_and_interval
 from rljax.train.log import write_atomically
 
 GRID = (0, 0.25, 0.5, 0.75, 1)  # shares of a frame at which numbers stand
@@ -42,13 +42,8 @@ def confidence_interval(runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Args: runs: [seeds points]. Returns: mean, lower and upper bound, [points] each; all the same for one seed.
     """
-    runs = np.asarray(runs, float)
-    n = len(runs)
-    mean = runs.mean(axis=0)
-    if n < 2:
-        return mean, mean, mean
-    half_width = stdtrit(n - 1, 0.975) * runs.std(axis=0, ddof=1) / math.sqrt(n)
-    return mean, mean - half_width, mean + half_width
+    mean, low, high = mean_and_interval(np.asarray(runs, float))
+    return (mean, mean, mean) if low is None else (mean, low, high)
 
 
 def grid(
