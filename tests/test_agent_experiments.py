@@ -153,6 +153,7 @@ def test_training_and_evaluation_share_no_problem():
         assert int(a) * int(b) == int(row["answer"])
 
 
+@pytest.mark.nightly
 def test_the_arithmetic_agent_cuts_as_it_is_told(tmp_path, monkeypatch, capsys):
     task = tool_arithmetic.make_tool_task(8, seed=0, width=16, layers=1)
     params = policy.init(task.config, jax.random.key(0))
