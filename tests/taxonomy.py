@@ -96,7 +96,8 @@ def measured_ratios() -> dict[str, str]:
 def dependence(algorithm: Algorithm) -> str:
     """What the gradient of a decision's loss by its own log-prob depends on: –, token, sequence or group.
 
-    "in the advantage": on none of these, but the advantages depend on log-probs of the policy before the update.
+    "in the advantage": on none of these, but the advantages depend on ratios of the policy before the update to the one
+    that sampled: on the log-probs of the first, and not where both change alike.
     """
     traj = rollout()
     logp = jnp.where(traj.mask, traj.logp, 0.0)
@@ -124,9 +125,14 @@ def dependence(algorithm: Algorithm) -> str:
         return "sequence"
     if of_all.any():
         return "token"
-    changed_before = asked_for(algorithm, traj.replace(old_logp=jnp.float32(near)))
-    advantages = algorithm.credit(changed_before, {}).advantages
-    return "–" if np.allclose(advantages, batch.advantages) else "in the advantage"
+
+    def has_these_advantages(**log_probs):
+        moved = asked_for(algorithm, traj.replace(**log_probs))
+        return np.allclose(algorithm.credit(moved, {}).advantages, batch.advantages)
+
+    near = jnp.float32(near)
+    reads_ratios = not has_these_advantages(old_logp=near) and has_these_advantages(old_logp=near, logp=near)
+    return "in the advantage" if reads_ratios else "–"
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
