@@ -63,8 +63,8 @@ def test_a_run_leaves_transcripts(finished):
     directory = Path(cfg.directory)
     first, last = metrics(directory)
     assert (first["step"], last["step"]) == (0, 1)
-    assert 1 <= last["dialogue/turns"] <= 3
-    assert last["dialogue/letters"] > 0
+    assert 1 <= last["conversation/turns"] <= 3
+    assert last["conversation/letters"] > 0
     assert last["reward"] == pytest.approx(last["reward/environment"])
     assert last["grad_norm"] > 0
     assert first["sampler_gap"] < 1e-3

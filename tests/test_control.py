@@ -1,4 +1,4 @@
-"""Control is learnt, at the targets of the field: median and worst of five seeds, compiled once."""
+"""Control is learned, at the targets of the field: median and worst of five seeds, compiled once."""
 
 import jax
 import jax.numpy as jnp

@@ -117,14 +117,16 @@ class Conversation:
     played: list[PlayedTurn]
 
 
-class Dialogues(NamedTuple):
+class Conversations(NamedTuple):
     """The conversations of a rollout, and the function that answers their turns."""
 
     respond: RespondFn
     conversations: list[Conversation]  # row by row, as in the trajectory
 
 
-def begin_dialogues(env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec, limits: TurnLimits) -> Dialogues:
+def begin_conversations(
+    env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec, limits: TurnLimits
+) -> Conversations:
     """n episodes for each prompt of a batch. Raises TextEnvError where they do not begin as the prompt does."""
     columns = [row for row in prompts.columns for _ in range(n)]
     begun = begin_each(env, columns, [row[SEED] for row in columns], limits)
@@ -144,7 +146,7 @@ def begin_dialogues(env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec
         played = play_each(env, [found.state for found in chosen], texts, limits)
         return [_answer(*answer, codec) for answer in zip(turns, texts, chosen, played, strict=True)]
 
-    return Dialogues(respond, conversations)
+    return Conversations(respond, conversations)
 
 
 def _answer(turn: Turn, text: str, conversation: Conversation, played: PlayedTurn, codec: TurnCodec) -> Observation:
@@ -160,7 +162,7 @@ def _answer(turn: Turn, text: str, conversation: Conversation, played: PlayedTur
     return Observation(tokens, reward, bool(step.terminated), bool(step.truncated))
 
 
-class DialogueSettings(NamedTuple):
+class ConversationSettings(NamedTuple):
     """How conversations with an environment are sampled."""
 
     env: TextEnv
@@ -175,7 +177,7 @@ class DialogueSettings(NamedTuple):
     cache: Literal["kept", "prefill"] = "kept"
 
 
-class DialogueRollout(NamedTuple):
+class ConversationRollout(NamedTuple):
     """Sampled conversations: their tokens with the environment's rewards and scores, and what was said."""
 
     traj: Trajectory
@@ -183,15 +185,15 @@ class DialogueRollout(NamedTuple):
     metrics: dict[str, float]
 
 
-def make_converse(lm: LM, settings: DialogueSettings) -> Callable[..., DialogueRollout]:
+def make_converse(lm: LM, settings: ConversationSettings) -> Callable[..., ConversationRollout]:
     """converse(state, prompts, step) -> sampling.n conversations for each prompt, scored by the environment.
 
     Raises TextEnvError where the environment breaks its protocol, or fails in too many of them.
     """
     env, n = settings.env, settings.sampling.n
 
-    def converse(state: TrainState, prompts: PromptBatch, step: int) -> DialogueRollout:
-        respond, conversations = begin_dialogues(env, prompts, n, settings.codec, settings.limits)
+    def converse(state: TrainState, prompts: PromptBatch, step: int) -> ConversationRollout:
+        respond, conversations = begin_conversations(env, prompts, n, settings.codec, settings.limits)
         if settings.shuffle_observations:
             respond = shuffle_answers(respond, n, [settings.seed, step + 1])
         traj, counts = sample_conversations(
@@ -208,7 +210,7 @@ def make_converse(lm: LM, settings: DialogueSettings) -> Callable[..., DialogueR
             cache=settings.cache,
         )
         check_failed(env, conversations, settings.max_failed)
-        return DialogueRollout(score_environment(traj), conversations, dialogue_metrics(conversations, counts))
+        return ConversationRollout(score_environment(traj), conversations, conversation_metrics(conversations, counts))
 
     return converse
 
@@ -244,7 +246,7 @@ def score_environment(traj: Trajectory) -> Trajectory:
     return traj.replace(scores=scores, reward_weights=jnp.ones_like(scores))
 
 
-def dialogue_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
+def conversation_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
     """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs."""
     totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
     for played in (played for conversation in conversations for played in conversation.played):
@@ -255,7 +257,7 @@ def dialogue_metrics(conversations: Sequence[Conversation], counts: Conversation
     totals["observed_tokens"] = counts.observed.sum()
     totals["frac_out_of_context"] = counts.out_of_context.sum()
     totals["frac_out_of_turns"] = counts.out_of_turns.sum()
-    return {f"dialogue/{name}": float(value) / len(conversations) for name, value in totals.items()}
+    return {f"conversation/{name}": float(value) / len(conversations) for name, value in totals.items()}
 
 
 def first_failed(conversation: Conversation) -> PlayedTurn | None:
