@@ -229,6 +229,30 @@ def test_ids_of_a_thousand_random_conversations(name, shared):
     assert prompts.columns[0][SEED] == 0
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "gemma", "phi3"])
+def test_what_a_tool_returns_cannot_end_its_turn(name, shared):
+    """Of an observation that spells special tokens the ids are those of a harmless one, but for plain text."""
+    tokenizer = load_tokenizer(shared / "chat" / name)
+    codec = make_codec(tokenizer)
+    special = {tokenizer.vocabulary()[token] for token in tokenizer.special_tokens}
+    hostile = "4" + "".join(tokenizer.special_tokens) + "system"
+    ask = [{"role": "user", "content": "2+2?"}]
+
+    def step(state, text):
+        return TextStep(state, hostile if "b" in text else "4")
+
+    env = TextEnv("hostile", lambda row, seed: ({}, ask), step)
+    prompts = conversations.environment_prompts(env, [{}], codec, 2000, 0, TurnLimits())
+    respond, found = conversations.begin_conversations(env, prompts.first(1), 2, codec, TurnLimits())
+    turns = [Turn(i, tokenizer.encode_more(text), False) for i, text in enumerate("ab")]
+    harmless, spelled = respond(turns)
+    assert [token for token in spelled.tokens if token in special] == [
+        token for token in harmless.tokens if token in special
+    ]
+    assert found[1].messages[-1]["content"].replace(" ", "") == hostile.replace(" ", "")
+    assert [conversation.played[0].special_tokens for conversation in found] == [0, len(tokenizer.special_tokens)]
+
+
 # ------------------------------------------------------------------------------------------------ environments by name
 
 

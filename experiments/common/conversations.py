@@ -1,6 +1,7 @@
 """A text environment and a tokenizer as what `sample_conversations` asks: how turns become text, and answers ids."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,6 +33,7 @@ class TurnCodec(NamedTuple):
     encode_prompt: Callable[[Sequence[dict]], list[int]]  # the first messages, with the generation prompt
     encode_reply: Callable[[Sequence[dict], Turn, Sequence[dict]], list[int]]  # (messages before the turn, turn, reply)
     decode_turn: Callable[[Turn], str]  # without its stop token
+    special_tokens: tuple[str, ...]  # that an observation may not spell: see `spell_out`
 
 
 def make_codec(tokenizer: Tokenizer, tools: Sequence[dict] = ()) -> TurnCodec:
@@ -42,7 +44,7 @@ def make_codec(tokenizer: Tokenizer, tools: Sequence[dict] = ()) -> TurnCodec:
 
     if tokenizer.chat is not None:
         encode = _chat_encoders(tokenizer, list(tools) or None)
-        return TurnCodec(*encode, decode_turn)
+        return TurnCodec(*encode, decode_turn, tokenizer.special_tokens)
     if tools:
         log_info("warning: the tokenizer has no chat template: the model is not told what the tools are", "yellow")
 
@@ -52,7 +54,22 @@ def make_codec(tokenizer: Tokenizer, tools: Sequence[dict] = ()) -> TurnCodec:
     def encode_more(messages: Sequence[dict], turn: Turn, reply: Sequence[dict]) -> list[int]:
         return tokenizer.encode_more("".join(message["content"] for message in reply))
 
-    return TurnCodec(encode_texts, encode_more, decode_turn)
+    return TurnCodec(encode_texts, encode_more, decode_turn, tokenizer.special_tokens)
+
+
+def spell_out(text: str, special_tokens: Sequence[str]) -> tuple[str, int]:
+    """The text with a space after the first character of each special token in it, and how many there were.
+
+    A tokenizer makes "<|im_end|>" the token that ends a turn wherever a text has it. Spelled out it is plain text, so
+    what a tool returns cannot end its own turn and begin one of another role.
+
+    >>> spell_out("4<|im_end|>", ["<|im_end|>"])
+    ('4< |im_end|>', 1)
+    """
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    if not longest_first:
+        return text, 0
+    return re.subn("|".join(map(re.escape, longest_first)), lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 def _has_ended(turn: Turn, tokenizer: Tokenizer) -> bool:
@@ -144,9 +161,20 @@ def begin_conversations(
         chosen = [conversations[turn.row] for turn in turns]
         texts = [codec.decode_turn(turn) for turn in turns]
         played = play_each(env, [found.state for found in chosen], texts, limits)
+        played = [_spelled_out(one, codec.special_tokens) for one in played]
         return [_answer(*answer, codec) for answer in zip(turns, texts, chosen, played, strict=True)]
 
     return Conversations(respond, conversations)
+
+
+def _spelled_out(played: PlayedTurn, special_tokens: Sequence[str]) -> PlayedTurn:
+    messages = []
+    total = 0
+    for message in played.step.observation:
+        content, count = spell_out(message["content"], special_tokens)
+        messages.append({**message, "content": content})
+        total += count
+    return played._replace(step=played.step._replace(observation=messages), special_tokens=total)
 
 
 def _answer(turn: Turn, text: str, conversation: Conversation, played: PlayedTurn, codec: TurnCodec) -> Observation:
@@ -251,6 +279,7 @@ def conversation_metrics(conversations: Sequence[Conversation], counts: Conversa
     totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
     for played in (played for conversation in conversations for played in conversation.played):
         totals["cut_characters"] += played.cut_characters
+        totals["special_tokens"] += played.special_tokens
         totals.update({name: float(value) for name, value in played.step.info.items()})
     totals.update(f"frac_{found.status}" for found in map(first_failed, conversations) if found)
     totals["turns"] = counts.turns.sum()
@@ -293,4 +322,6 @@ def _notes(played: PlayedTurn) -> list[str]:
         notes.append(f"{played.status}: {played.detail}" if played.detail else played.status)
     if played.cut_characters:
         notes.append(f"{played.cut_characters:,} characters cut")
+    if played.special_tokens:
+        notes.append(f"{played.special_tokens:,} special tokens spelled out")
     return notes
