@@ -1,6 +1,7 @@
 # python3.11 where it runs (a pyenv shim may stand there and not), else python3.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 python := .venv/bin/python
+extras := dev,envs,verify,agents,verifiers
 
 .PHONY: help demo test parity nightly mutants lint bench tables notebook notebooks docs clean
 
@@ -10,15 +11,15 @@ help:  ## this list
 # Stamps are touched last: an interrupted install is taken up again by the next make. `envs` is empty but on Python 3.11.
 .venv/.dev: setup.py
 	$(PYTHON) -m venv .venv
-	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers]'
+	$(python) -m pip install -e '.[$(extras)]'
 	@touch $@
 
 .venv/.parity: .venv/.dev
-	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,parity]'
+	$(python) -m pip install -e '.[$(extras),parity]'
 	@touch $@
 
 .venv/.notebooks: .venv/.dev
-	$(python) -m pip install -e '.[dev,envs,verify,agents,verifiers,notebooks]'
+	$(python) -m pip install -e '.[$(extras),notebooks]'
 	@touch $@
 
 .venv/.docs: .venv/.dev

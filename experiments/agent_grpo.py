@@ -23,7 +23,7 @@ import jax
 
 from experiments.common import command_line, conversations, data, models, runs, train
 from experiments.common.algorithms import CriticFree, critic_free
-from experiments.common.conversations import DialogueSettings
+from experiments.common.conversations import ConversationSettings
 from experiments.common.environments import NamedEnvironment, ToolFormat, named_environment
 from experiments.common.optimizer import make_optimizer
 from experiments.common.sampling import training_sampling
@@ -39,7 +39,7 @@ from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update
 from rljax.types import LM, Algorithm, AnnotateFn, TrainState
 
-PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "dialogue/turns", "length", "kl_sequence")
+PROGRESS_METRICS = ("reward", "frac_reward_zero_std", "conversation/turns", "length", "kl_sequence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def main(
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, cfg.max_context, cfg.seed)
     algorithm = train.with_own_old_logp(algorithm, config)
     sampling = training_sampling(cfg.sampling, batches.num_generations, tokenizer, config.vocab_size)
-    settings = dialogue_settings(cfg, env, tokenizer, sampling)
+    settings = conversation_settings(cfg, env, tokenizer, sampling)
     train_prompts, eval_prompts = read_episodes(cfg, settings, rows)
 
     # -- training state
@@ -168,16 +168,16 @@ def read_tokenizer(cfg: Config) -> Tokenizer:
     return data.load_tokenizer(cfg.model, config.vocab_size)
 
 
-def dialogue_settings(cfg: Config, env: TextEnv, tokenizer: Tokenizer, sampling: Sampling) -> DialogueSettings:
+def conversation_settings(cfg: Config, env: TextEnv, tokenizer: Tokenizer, sampling: Sampling) -> ConversationSettings:
     """How conversations are sampled."""
     limits = TurnLimits(cfg.turn_seconds, cfg.max_observation)
     codec = conversations.make_codec(tokenizer, env.tools)
-    return DialogueSettings(
+    return ConversationSettings(
         env, codec, limits, sampling, cfg.seed, cfg.max_turns, cfg.max_context, max_failed=cfg.max_failed
     )
 
 
-def read_episodes(cfg: Config, settings: DialogueSettings, rows: list[dict]) -> tuple[Prompts, Prompts]:
+def read_episodes(cfg: Config, settings: ConversationSettings, rows: list[dict]) -> tuple[Prompts, Prompts]:
     """The beginnings of episodes to train on and to evaluate on. The seed of one is its place among the rows."""
     longest = data.max_prompt_length(0, cfg.sampling.max_tokens, cfg.max_context)
     rows = [{conversations.SEED: cfg.seed + i, **row} for i, row in enumerate(rows)]
@@ -195,7 +195,7 @@ def make_evaluate(
     cfg: Config,
     lm: LM,
     annotate: AnnotateFn,
-    settings: DialogueSettings,
+    settings: ConversationSettings,
     prompts: Prompts,
     shardings: Shardings,
 ) -> Callable[[TrainState], dict[str, float]]:

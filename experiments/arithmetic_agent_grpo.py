@@ -35,7 +35,7 @@ from rljax.train.run import Run
 from rljax.train.update import learn, make_update
 from rljax.types import Algorithm, Params, TrainState
 
-PROGRESS_METRICS = ("reward", "eval_reward", "dialogue/tool_calls", "length", "kl_sequence")
+PROGRESS_METRICS = ("reward", "eval_reward", "conversation/tool_calls", "length", "kl_sequence")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
 
     # -- the functions of a step
     model = policy.make_policy(task.config)
-    settings = tool_arithmetic.dialogue_settings(task, batches.num_generations, cfg.seed)
+    settings = tool_arithmetic.conversation_settings(task, batches.num_generations, cfg.seed)
     settings = settings._replace(shuffle_observations=cfg.shuffle_observations)
     converse = conversations.make_converse(decoder.language_model(task.config), settings)
     longest = tool_arithmetic.MAX_CONTEXT - 1

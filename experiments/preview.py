@@ -29,7 +29,7 @@ from rljax.data.files import Table, read_table
 from rljax.data.formats import format_of
 from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import hf
-from rljax.train.log import console, is_interactive, log_info
+from rljax.train.log import console, is_interactive, log_info, printable
 
 READERS: dict[str, Read] = {
     "prompt": data.read_prompt,
@@ -173,7 +173,7 @@ def colored(text: dict, tokenizer: Tokenizer) -> Text:
     ends = text.get("step_ends", [0] * len(text["ids"]))
     for i, (token, learned, is_end) in enumerate(zip(text["ids"], text["mask"], ends, strict=True)):
         style = ("green" if learned else "dim") + (" on grey15" if i % 2 else "") + (" underline" if is_end else "")
-        piece = pieces[token].decode("utf-8", "replace") or tokenizer.decode_all([token])
+        piece = printable(pieces[token].decode("utf-8", "replace") or tokenizer.decode_all([token]))
         shown.append(piece.replace("\n", "\N{RETURN SYMBOL}\n"), style)
     return shown
 

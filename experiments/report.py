@@ -3,7 +3,7 @@
     python experiments/report.py runs/grpo/A-seed0 runs/grpo/A-seed1 runs/grpo/B-seed0 --out comparison.html
     python experiments/report.py runs/grpo/A-seed0 --out report.html     # that run's own report, written again
 
-Runs whose settings differ in nothing but seed and directory are one line: their mean, with Student's 95 % interval.
+Runs whose settings differ in nothing but seed and directories are one line: their mean, with Student's 95 % interval.
 The page holds the curves, the settings that differ, alarms, where the time went, memory and environment
 (docs/report.md). Needs no accelerator.
 

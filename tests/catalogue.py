@@ -228,7 +228,7 @@ One row is one function. Its name leads to its file, which is the whole method. 
 - **settings**: the arguments and their defaults. Where the paper's own differ, and what was left out, is said under the
   table, after the equation.
 - **samples**: of which policy it learns from. *on-policy*: the current one, one update a rollout. *near on-policy*: the
-  policy a few updates ago. *off-policy*: any policy whose log-probs are known. *offline*: a data set. Everything is
+  policy a few updates ago. *off-policy*: any policy whose log-probs are known. *offline*: a data set. Every row is
   model-free: nothing learns or plans with a model of the environment.
 - **learns**: a policy, a policy and its critic, a policy from preferences or demonstrations, or a reward model.
 - **data**: what it needs besides tokens and log-probs. *rewards*: of completions, or of tokens; *groups*: several

@@ -26,8 +26,8 @@ INTRODUCTION = """\
 Written by `make tables` (`python -m tests.taxonomy`); do not edit. [algorithms.md](algorithms.md) has the paper, the
 equation and the settings of each method.
 
-Everything here is model-free: nothing learns or plans with a model of the environment. Wrappers (KL terms, entropy,
-shaped rewards, corrections for another sampler) go around any of the methods and are left out."""
+Everything in the table is model-free: nothing learns or plans with a model of the environment. Wrappers (KL terms,
+entropy, shaped rewards, corrections for another sampler) go around any of the methods and are left out."""
 
 COLUMNS = """\
 - **samples**: of which policy it learns from; *near on-policy* is the policy a few updates ago.
@@ -36,9 +36,18 @@ COLUMNS = """\
 - **ratio**: what, besides the advantage, the gradient of a decision depends on. A *dash*: nothing, so that the method
   is right for one update of a rollout, or for samples of any policy (supervised ones). *token*: the policy's log-prob
   of that decision. *sequence*: log-probs of other decisions of the completion too. *group*: those of other completions
-  of the prompt. Measured: a log-prob is changed, near those of the policy that sampled.
+  of the prompt. *in the advantage*: nothing, but the advantages contain ratios of the policy before the update to the
+  one that sampled. Measured: a log-prob is changed, near those of the policy that sampled.
 - **KL**: where the method itself has one. `with_kl` and `kl_in_reward` add one to any.
 - **weights**: how decisions become a sum, by default (`ops.weights`)."""
+
+
+MAZE = "[maze.py](../experiments/maze.py)"
+VALUES = {
+    "planning, P and R known": ["value iteration ([optimal_values](../rljax/envs/tabular.py))"],
+    "on-policy": [f"SARSA and expected SARSA ({MAZE})"],
+    "off-policy": [f"Q-learning and double Q-learning ({MAZE})", catalogue.link("dqn.dqn")],
+}
 
 
 class Row(NamedTuple):
@@ -85,7 +94,11 @@ def measured_ratios() -> dict[str, str]:
 
 
 def dependence(algorithm: Algorithm) -> str:
-    """What the gradient of a decision's loss by its own log-prob depends on: –, token, sequence or group."""
+    """What the gradient of a decision's loss by its own log-prob depends on: –, token, sequence or group.
+
+    "in the advantage": on none of these, but the advantages depend on ratios of the policy before the update to the one
+    that sampled: on the log-probs of the first, and not where both change alike.
+    """
     traj = rollout()
     logp = jnp.where(traj.mask, traj.logp, 0.0)
     traj = asked_for(algorithm, traj.replace(logp=logp, old_logp=logp))
@@ -110,7 +123,16 @@ def dependence(algorithm: Algorithm) -> str:
         return "group"
     if of_all[~last].any():
         return "sequence"
-    return "token" if of_all.any() else "–"
+    if of_all.any():
+        return "token"
+
+    def has_these_advantages(**log_probs):
+        moved = asked_for(algorithm, traj.replace(**log_probs))
+        return np.allclose(algorithm.credit(moved, {}).advantages, batch.advantages)
+
+    near = jnp.float32(near)
+    reads_ratios = not has_these_advantages(old_logp=near) and has_these_advantages(old_logp=near, logp=near)
+    return "in the advantage" if reads_ratios else "–"
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -128,11 +150,11 @@ def tree(found: list[Row]) -> str:
             trunk = "Policy gradient without a critic, by comparison in the group of a prompt"
         else:
             trunk = "Policy gradient without a critic or a group"
-        leaf = "no ratio" if row.ratio == "–" else f"ratio of the {row.ratio}"
+        leaves = {"–": "no ratio", "in the advantage": "ratio in the advantages"}
+        leaf = leaves.get(row.ratio, f"ratio of the {row.ratio}")
         branches[trunk][leaf].append(catalogue.link(row.name))
+    branches["Values alone: actions are the best of Q"] = VALUES
     kinds = catalogue.SECTIONS
-    values = ["`experiments/maze.py`: value iteration, Q-learning, SARSA", catalogue.link("dqn.dqn")]
-    branches["Values alone: actions are the best of Q"]["off-policy and tabular"] = values
     for section in ("Preferences", "Distillation", "Reward models and supervised learning"):
         names = [catalogue.qualified_name(name) for name in kinds[section]]
         taken = {row.name for row in found}

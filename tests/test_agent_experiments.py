@@ -63,8 +63,8 @@ def test_a_run_leaves_transcripts(finished):
     directory = Path(cfg.directory)
     first, last = metrics(directory)
     assert (first["step"], last["step"]) == (0, 1)
-    assert 1 <= last["dialogue/turns"] <= 3
-    assert last["dialogue/letters"] > 0
+    assert 1 <= last["conversation/turns"] <= 3
+    assert last["conversation/letters"] > 0
     assert last["reward"] == pytest.approx(last["reward/environment"])
     assert last["grad_norm"] > 0
     assert first["sampler_gap"] < 1e-3
@@ -153,6 +153,7 @@ def test_training_and_evaluation_share_no_problem():
         assert int(a) * int(b) == int(row["answer"])
 
 
+@pytest.mark.nightly
 def test_the_arithmetic_agent_cuts_as_it_is_told(tmp_path, monkeypatch, capsys):
     task = tool_arithmetic.make_tool_task(8, seed=0, width=16, layers=1)
     params = policy.init(task.config, jax.random.key(0))

@@ -28,6 +28,7 @@ def test_peers_are_named_on_the_command_line(benchmark):
     assert tyro.cli(benchmark.Config, args=["--against", "tunix", "trl"]).against == ("tunix", "trl")
 
 
+@pytest.mark.nightly
 def test_a_step_of_every_algorithm(tiny, tmp_path):
     cfg = train_step.Config(micro_batches=(2,), repeats=1, json=str(tmp_path / "figures.json"))
     figures = train_step.main(cfg)

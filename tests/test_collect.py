@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import collect
-from experiments.common.feedback import report_agreement, whole_lines, worth_of
+from experiments.common.feedback import Candidates, compare_by_person, report_agreement, whole_lines, worth_of
 from experiments.common.panel import preference_probability, votes, worths
 from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
 from models import tiny
@@ -164,6 +164,18 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
     answers = iter(["1 1 3", "2 1 0"])
     lines = collect.main(scored, VERIFIERS, lambda text: next(answers))
     assert [line["margin"] for line in lines[6:]] == [2, 2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_what_a_person_is_shown_controls_no_terminal(as_messages, capsys):
+    text = "\x1b[2J\u202e"
+    prompt = [{"role": "user", "content": text}] if as_messages else text
+    candidates = Candidates(0, prompt, [text, "b"], np.array([2, 1]), None)
+    assert len(compare_by_person(candidates, "ranking", lambda _: "1 2")) == 1
+    out = capsys.readouterr().out
+    assert out.count("\ufffd[2J\ufffd") == 2
+    assert "\x1b" not in out
+    assert "\u202e" not in out
 
 
 def test_a_chat_is_written_as_messages(cfg, tmp_path):

@@ -54,8 +54,15 @@ def test_the_page_orders_algorithms_by_the_median_of_the_seeds_that_all_have_run
         "| grpo | 0.900 | 0.700 | 2 | 0.700 | 41 |",
         "| rloo |  | 0.700 | 1 | 0.700 | 39 |",
     ]
+    assert "The order says nothing yet: 3 of 3 algorithms have fewer than 3 seeds.\n\n| algorithm" in page
     assert "(results/sortings-1.svg)" in page
     assert page.endswith("Commits and jax of the runs: abc; 0.10.2.\n")
+
+
+def test_with_three_seeds_each_the_order_stands():
+    rows = [result(name, seed, 0.25, 0.5, 1.0) for name in ("grpo", "ppo") for seed in range(3)]
+    assert "says nothing" not in results_page.results_page(rows, "results", "")
+    assert "1 of 2 algorithms" in results_page.results_page(rows[:-1], "results", "")
 
 
 def test_a_picture_shows_five_algorithms_the_best_first():

@@ -1,4 +1,4 @@
-"""Control is learnt, at the targets of the field: median and worst of five seeds, compiled once."""
+"""Control is learned, at the targets of the field: median and worst of five seeds, compiled once."""
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +268,7 @@ def test_dqn_at_purejaxrls_settings_is_as_good():
     assert min(last) >= 450
 
 
+@pytest.mark.nightly
 @few_or_five_seeds
 def test_dqn_balances_the_pole_in_50000_steps(seeds):
     """The settings of rl-baselines3-zoo but for its wider network: bursts of 128 updates every 256 steps."""

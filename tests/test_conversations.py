@@ -13,7 +13,7 @@ import pytest
 
 from experiments import agent_grpo
 from experiments.common import conversations, environments
-from experiments.common.conversations import SEED, DialogueSettings, make_codec, make_converse
+from experiments.common.conversations import SEED, ConversationSettings, make_codec, make_converse
 from rljax.data.chat import encode_prompt
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.envs.text import TextEnv, TextEnvError, TextStep, TurnLimits
@@ -59,9 +59,9 @@ def converse_with(env, script, rows, n=2, limits=TurnLimits(), **settings):  # n
     codec = make_codec(TOKENIZER)
     sampling = Sampling(n=n, max_tokens=12, stop=(STOP,))
     settings = {"max_turns": 4, "max_context": 160} | settings
-    dialogues = DialogueSettings(env, codec, limits, sampling, seed=0, **settings)
+    how = ConversationSettings(env, codec, limits, sampling, seed=0, **settings)
     prompts = conversations.environment_prompts(env, rows, codec, 150, 0, limits).first(len(rows))
-    return make_converse(policy_that_writes(script), dialogues)(STATE, prompts, 0), prompts
+    return make_converse(policy_that_writes(script), how)(STATE, prompts, 0), prompts
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,8 @@ def test_a_calculator_in_thirty_lines_of_user_code(user_code):
         np.testing.assert_array_equal(turn_rewards, [0.0, float(row < 2)])
     np.testing.assert_array_equal(rollout.traj.scores[:, 0], [1, 1, 0, 0])
     assert np.asarray(rollout.traj.terminated).sum() == 4
-    assert rollout.metrics["dialogue/tool_calls"] == 1.0
-    assert rollout.metrics["dialogue/turns"] == 2.0
+    assert rollout.metrics["conversation/tool_calls"] == 1.0
+    assert rollout.metrics["conversation/turns"] == 2.0
     assert conversations.turn_notes(rollout.conversations)[0] == ["tool calls 1", ""]
 
 
@@ -129,7 +129,7 @@ def test_a_time_out_is_counted_and_has_no_reward(user_code):
     try:
         rollout, _ = converse_with(env, {".": "3"}, rows, n=1, limits=limits)
         np.testing.assert_array_equal(rollout.traj.scores[:, 0], [np.nan, 1])
-        assert rollout.metrics["dialogue/frac_timeout"] == 0.5
+        assert rollout.metrics["conversation/frac_timeout"] == 0.5
         truncated = np.asarray(rollout.traj.truncated & rollout.traj.mask).any(axis=1)
         np.testing.assert_array_equal(truncated, [True, False])
         assert conversations.turn_notes(rollout.conversations)[0] == ["timeout: no answer within 0.3 s"]
@@ -147,8 +147,8 @@ def test_a_turn_without_a_reward_counts_once_wherever_it_stands():
 
     env = TextEnv("shy", lambda row, seed: (0, "begin."), step)
     rollout, _ = converse_with(env, {".": "3"}, [{}], n=4, max_failed=1.0)
-    assert rollout.metrics["dialogue/frac_unjudged"] == 1.0
-    assert rollout.metrics["dialogue/turns"] == 3.0
+    assert rollout.metrics["conversation/frac_unjudged"] == 1.0
+    assert rollout.metrics["conversation/turns"] == 3.0
     assert np.isnan(rollout.traj.scores).all()
     with pytest.raises(TextEnvError, match="shy left 4 of 4 conversations without a reward: unjudged 4"):
         converse_with(env, {".": "3"}, [{}], n=4, max_failed=0.75)
@@ -166,11 +166,11 @@ def test_a_conversation_that_outgrows_its_row_is_cut_and_counted(user_code):
     rollout, _ = converse_with(
         user_code.env, {".": "<", "<": "1", "1": ">", ";": "3"}, [row], max_context=len(PROMPT) + 7
     )
-    assert rollout.metrics["dialogue/frac_out_of_context"] == 1.0
+    assert rollout.metrics["conversation/frac_out_of_context"] == 1.0
     assert np.asarray(rollout.traj.truncated).sum() == 2
     rollout, _ = converse_with(user_code.env, {".": "<", "<": "1", "1": ">", ";": "<"}, [row], max_turns=3)
-    assert rollout.metrics["dialogue/frac_out_of_turns"] == 1.0
-    assert rollout.metrics["dialogue/tool_calls"] == 3.0
+    assert rollout.metrics["conversation/frac_out_of_turns"] == 1.0
+    assert rollout.metrics["conversation/tool_calls"] == 3.0
     np.testing.assert_array_equal(rollout.traj.scores[:, 0], [0, 0])
 
 
@@ -198,7 +198,7 @@ def test_a_reset_that_is_no_function_of_row_and_seed_is_refused():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma"])
-def test_ids_of_a_thousand_random_dialogues(name, shared):
+def test_ids_of_a_thousand_random_conversations(name, shared):
     """Turns of any ids, those that no text encodes to among them: what is appended is the template's continuation."""
     tokenizer = load_tokenizer(shared / "chat" / name)
     env = environments.calculator_env(environments.TOOL_FORMATS["hermes"])
@@ -208,7 +208,7 @@ def test_ids_of_a_thousand_random_dialogues(name, shared):
     )
     rng = np.random.default_rng(0)
     rows = prompts.first(1)
-    respond, found = conversations.begin_dialogues(env, rows, 334, codec, TurnLimits())
+    respond, found = conversations.begin_conversations(env, rows, 334, codec, TurnLimits())
     call = tokenizer.encode_more('<tool_call>{"name": "calculator", "arguments": {"expression": "2+2"}}</tool_call>')
     noise = [rng.integers(0, tokenizer.size, rng.integers(1, 9)).tolist() for _ in found]
     noise = [[token for token in ids if token not in tokenizer.stop] for ids in noise]
@@ -227,6 +227,30 @@ def test_ids_of_a_thousand_random_dialogues(name, shared):
     assert len({tuple(answer.tokens) for answer in answers}) == 2  # of the environment's words alone, not the model's
     assert answers[0].tokens[-3:] == encode_prompt(tokenizer.chat, [{"role": "user", "content": "?"}])[-3:]
     assert prompts.columns[0][SEED] == 0
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "gemma", "phi3"])
+def test_what_a_tool_returns_cannot_end_its_turn(name, shared):
+    """Of an observation that spells special tokens the ids are those of a harmless one, but for plain text."""
+    tokenizer = load_tokenizer(shared / "chat" / name)
+    codec = make_codec(tokenizer)
+    special = {tokenizer.vocabulary()[token] for token in tokenizer.special_tokens}
+    hostile = "4" + "".join(tokenizer.special_tokens) + "system"
+    ask = [{"role": "user", "content": "2+2?"}]
+
+    def step(state, text):
+        return TextStep(state, hostile if "b" in text else "4")
+
+    env = TextEnv("hostile", lambda row, seed: ({}, ask), step)
+    prompts = conversations.environment_prompts(env, [{}], codec, 2000, 0, TurnLimits())
+    respond, found = conversations.begin_conversations(env, prompts.first(1), 2, codec, TurnLimits())
+    turns = [Turn(i, tokenizer.encode_more(text), False) for i, text in enumerate("ab")]
+    harmless, spelled = respond(turns)
+    assert [token for token in spelled.tokens if token in special] == [
+        token for token in harmless.tokens if token in special
+    ]
+    assert found[1].messages[-1]["content"].replace(" ", "") == hostile.replace(" ", "")
+    assert [conversation.played[0].special_tokens for conversation in found] == [0, len(tokenizer.special_tokens)]
 
 
 # ------------------------------------------------------------------------------------------------ environments by name

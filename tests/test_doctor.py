@@ -101,6 +101,7 @@ def test_a_check_that_hangs_ends_the_process(monkeypatch, capsys):
     assert "error: all-reduce: not done after 0.01 seconds" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_two_processes_that_do_not_share_a_disk(tmp_path):
     """Each in a folder of its own, so that --directory is another one."""
     port = launch.free_port()

@@ -119,3 +119,9 @@ def test_harbor_reads_it(run, tmp_path):
         assert read.final_metrics.total_completion_tokens == sum(
             len(step.metrics.completion_token_ids) for step in read.steps if step.metrics
         )
+
+
+def test_a_run_outside_a_checkout_has_no_revision(run, tmp_path):
+    (run / "config.json").write_text(json.dumps({"experiment": "agent_grpo", "git": None, "config": {}}))
+    (path, *_) = export_samples.main(Config(str(run), "atif", str(tmp_path / "out")))
+    assert json.loads(path.read_text())["agent"]["version"] == "unknown"

@@ -175,6 +175,7 @@ def test_a_run_ends_with_a_model_directory_and_keeps_the_best(tiny_run, tmp_path
         assert (tmp_path / "run" / name / "tokenizer.json").read_bytes() == tokenizer
 
 
+@pytest.mark.nightly
 def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
     """Two of four prompts are carried over; stopped after step two of three, the third is the same to the last bit."""
     cfg = change(tiny_run, steps=3, batches__carry_over=2, sampling__max_tokens=12, directory=str(tmp_path / "run"))
@@ -187,6 +188,7 @@ def test_groups_carried_over_survive_a_stop(tiny_run, tmp_path):
     assert metrics(cfg.directory) == before
 
 
+@pytest.mark.nightly
 def test_pass_rates_survive_a_stop(tiny_run, tmp_path):
     """Prompts that always pass are left out; stopped after step three, the fourth is the same to the last bit."""
     rows = [row | {"letters": row["letters"] * (i % 2)} for i, row in enumerate(ROWS)]  # no letter passes, or most do
@@ -269,6 +271,7 @@ def test_an_own_loss_logs_its_metric_and_another_warns_and_is_recorded(tiny_run,
 # --------------------------------------------------------------------------------------------------------- algorithms
 
 
+@pytest.mark.nightly
 def test_remax_compares_with_the_greedy_completion(tiny_run, tmp_path):
     """The policy is nearly greedy: nearly every completion is the greedy one, of advantage 0."""
     cfg = change(tiny_run, algorithm="remax", steps=1, sampling__temperature=1e-3, directory=str(tmp_path / "run"))
@@ -293,6 +296,7 @@ def test_the_kl_may_be_in_the_reward(tiny_run, tmp_path):
         grpo.main(change(cfg, algorithm="gdpo"), verifiers=VERIFIERS)
 
 
+@pytest.mark.nightly
 def test_gdpo_normalizes_each_of_several_rewards(tiny_run, tmp_path):
     """A reward that is a thousand times another: GRPO learns from it alone, GDPO from both alike."""
     cfg = change(tiny_run, rewards=("share=1000", "length"), steps=1)

@@ -23,6 +23,7 @@ def model(shared, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.nightly
 def test_it_runs_from_the_prompts_to_a_model(model, shared, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_bytes(b"".join((shared / "data" / "gsm8k_train.jsonl").read_bytes().splitlines(True)[:32]))

@@ -1,4 +1,4 @@
-"""Reinforcement learning raises eval accuracy: one run by default, the demo over seeds at night."""
+"""Reinforcement learning raises eval accuracy. These runs are for the night; by day tests/test_benchmarks.py learns."""
 
 import statistics
 
@@ -10,6 +10,7 @@ from experiments.common import arithmetic
 from experiments.common.settings import Batches, Optimizer
 
 
+@pytest.mark.nightly
 def test_grpo_learns_to_sort(tmp_path):
     """From one answer in ten right to most of them, on orders of digits never trained on."""
     cfg = arithmetic_grpo.Config(

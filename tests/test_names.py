@@ -1,6 +1,6 @@
 """One name for one thing, and the field's name: no public name is defined twice, and no name that was given up returns.
 
-tests/old_names.txt lists the names that were given up. CHANGELOG.md and docs/glossary.md may mention them.
+tests/old_names.txt lists the names that were given up. CHANGELOG.md may mention them.
 """
 
 import ast
@@ -17,7 +17,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 READ = ("rljax/**/*.py", "experiments/**/*.py", "experiments/**/*.md", "notebooks/*.ipynb", "docs/*.md", "README.md")
-MAY_MENTION = {"docs/glossary.md"}
 
 # Functions that several modules have because they implement one interface.
 INTERFACES = {"init", "reset", "State", "step"}
@@ -105,8 +104,7 @@ def test_no_old_name_returns():
     paths = [path for pattern in READ for path in sorted(ROOT.glob(pattern))]
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
     assert len(texts) > 100
-    read = {path: text for path, text in texts.items() if path not in MAY_MENTION}
-    assert [line for path, text in read.items() for line in found(path, text, old)] == []
+    assert [line for path, text in texts.items() for line in found(path, text, old)] == []
 
 
 @pytest.mark.parametrize(

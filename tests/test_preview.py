@@ -184,3 +184,16 @@ def test_what_is_learned_is_green(model):
     styles = [span.style for span in shown.spans]
     assert sum("green" in style for style in styles) == sum(record["mask"])
     assert sum("underline" in style for style in styles) == 2
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_row_controls_no_terminal(is_terminal, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preview, "is_interactive", lambda: is_terminal)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": "\x1b[2J\u202eb"}) + "\n")
+    preview.main(preview.Config(model=model, data=Data(files=(str(file),))))
+    out = capsys.readouterr().out
+    assert "(prompt-completion, kept)" in out
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert is_terminal == ("\ufffd" in out)

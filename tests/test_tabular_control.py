@@ -67,7 +67,7 @@ def epsilon_greedy_values(epsilon):
 @pytest.mark.parametrize(
     ("method", "hyper", "bound"),
     [
-        (tabular.EXPECTED_SARSA, Hyperparams(alpha=0.5, epsilon=1.0), 1e-2),
+        pytest.param(tabular.EXPECTED_SARSA, Hyperparams(alpha=0.5, epsilon=1.0), 1e-2, marks=pytest.mark.nightly),
         (tabular.SARSA, Hyperparams(alpha=1.0, power=0.8, epsilon=1.0), 0.5),
         (tabular.EXPECTED_SARSA, Hyperparams(alpha=1.0, power=0.6, epsilon=0.5), 1e-1),
     ],

@@ -59,6 +59,7 @@ def main(cfg: Config) -> dict[str, float]:
     figures = {}
     rows = []
     for turns in cfg.turns:
+        log_info(f"{turns} turns: {cfg.repeats + 1} rollouts with either cache")
         works = {cache: conversations(cfg, turns, cache) for cache in ("kept", "prefill")}
         times = alternately(works, cfg.repeats)
         trace({f"{turns} turns {name}": work for name, work in works.items()}, cfg.profile)

@@ -1,6 +1,7 @@
 """A text environment and a tokenizer as what `sample_conversations` asks: how turns become text, and answers ids."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,6 +33,7 @@ class TurnCodec(NamedTuple):
     encode_prompt: Callable[[Sequence[dict]], list[int]]  # the first messages, with the generation prompt
     encode_reply: Callable[[Sequence[dict], Turn, Sequence[dict]], list[int]]  # (messages before the turn, turn, reply)
     decode_turn: Callable[[Turn], str]  # without its stop token
+    special_tokens: tuple[str, ...]  # that an observation may not spell: see `spell_out`
 
 
 def make_codec(tokenizer: Tokenizer, tools: Sequence[dict] = ()) -> TurnCodec:
@@ -42,7 +44,7 @@ def make_codec(tokenizer: Tokenizer, tools: Sequence[dict] = ()) -> TurnCodec:
 
     if tokenizer.chat is not None:
         encode = _chat_encoders(tokenizer, list(tools) or None)
-        return TurnCodec(*encode, decode_turn)
+        return TurnCodec(*encode, decode_turn, tokenizer.special_tokens)
     if tools:
         log_info("warning: the tokenizer has no chat template: the model is not told what the tools are", "yellow")
 
@@ -52,7 +54,22 @@ def make_codec(tokenizer: Tokenizer, tools: Sequence[dict] = ()) -> TurnCodec:
     def encode_more(messages: Sequence[dict], turn: Turn, reply: Sequence[dict]) -> list[int]:
         return tokenizer.encode_more("".join(message["content"] for message in reply))
 
-    return TurnCodec(encode_texts, encode_more, decode_turn)
+    return TurnCodec(encode_texts, encode_more, decode_turn, tokenizer.special_tokens)
+
+
+def spell_out(text: str, special_tokens: Sequence[str]) -> tuple[str, int]:
+    """The text with a space after the first character of each special token in it, and how many there were.
+
+    A tokenizer makes "<|im_end|>" the token that ends a turn wherever a text has it. Spelled out it is plain text, so
+    what a tool returns cannot end its own turn and begin one of another role.
+
+    >>> spell_out("4<|im_end|>", ["<|im_end|>"])
+    ('4< |im_end|>', 1)
+    """
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    if not longest_first:
+        return text, 0
+    return re.subn("|".join(map(re.escape, longest_first)), lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 def _has_ended(turn: Turn, tokenizer: Tokenizer) -> bool:
@@ -117,14 +134,16 @@ class Conversation:
     played: list[PlayedTurn]
 
 
-class Dialogues(NamedTuple):
+class Conversations(NamedTuple):
     """The conversations of a rollout, and the function that answers their turns."""
 
     respond: RespondFn
     conversations: list[Conversation]  # row by row, as in the trajectory
 
 
-def begin_dialogues(env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec, limits: TurnLimits) -> Dialogues:
+def begin_conversations(
+    env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec, limits: TurnLimits
+) -> Conversations:
     """n episodes for each prompt of a batch. Raises TextEnvError where they do not begin as the prompt does."""
     columns = [row for row in prompts.columns for _ in range(n)]
     begun = begin_each(env, columns, [row[SEED] for row in columns], limits)
@@ -142,9 +161,20 @@ def begin_dialogues(env: TextEnv, prompts: PromptBatch, n: int, codec: TurnCodec
         chosen = [conversations[turn.row] for turn in turns]
         texts = [codec.decode_turn(turn) for turn in turns]
         played = play_each(env, [found.state for found in chosen], texts, limits)
+        played = [_spelled_out(one, codec.special_tokens) for one in played]
         return [_answer(*answer, codec) for answer in zip(turns, texts, chosen, played, strict=True)]
 
-    return Dialogues(respond, conversations)
+    return Conversations(respond, conversations)
+
+
+def _spelled_out(played: PlayedTurn, special_tokens: Sequence[str]) -> PlayedTurn:
+    messages = []
+    total = 0
+    for message in played.step.observation:
+        content, count = spell_out(message["content"], special_tokens)
+        messages.append({**message, "content": content})
+        total += count
+    return played._replace(step=played.step._replace(observation=messages), special_tokens=total)
 
 
 def _answer(turn: Turn, text: str, conversation: Conversation, played: PlayedTurn, codec: TurnCodec) -> Observation:
@@ -160,7 +190,7 @@ def _answer(turn: Turn, text: str, conversation: Conversation, played: PlayedTur
     return Observation(tokens, reward, bool(step.terminated), bool(step.truncated))
 
 
-class DialogueSettings(NamedTuple):
+class ConversationSettings(NamedTuple):
     """How conversations with an environment are sampled."""
 
     env: TextEnv
@@ -175,7 +205,7 @@ class DialogueSettings(NamedTuple):
     cache: Literal["kept", "prefill"] = "kept"
 
 
-class DialogueRollout(NamedTuple):
+class ConversationRollout(NamedTuple):
     """Sampled conversations: their tokens with the environment's rewards and scores, and what was said."""
 
     traj: Trajectory
@@ -183,15 +213,15 @@ class DialogueRollout(NamedTuple):
     metrics: dict[str, float]
 
 
-def make_converse(lm: LM, settings: DialogueSettings) -> Callable[..., DialogueRollout]:
+def make_converse(lm: LM, settings: ConversationSettings) -> Callable[..., ConversationRollout]:
     """converse(state, prompts, step) -> sampling.n conversations for each prompt, scored by the environment.
 
     Raises TextEnvError where the environment breaks its protocol, or fails in too many of them.
     """
     env, n = settings.env, settings.sampling.n
 
-    def converse(state: TrainState, prompts: PromptBatch, step: int) -> DialogueRollout:
-        respond, conversations = begin_dialogues(env, prompts, n, settings.codec, settings.limits)
+    def converse(state: TrainState, prompts: PromptBatch, step: int) -> ConversationRollout:
+        respond, conversations = begin_conversations(env, prompts, n, settings.codec, settings.limits)
         if settings.shuffle_observations:
             respond = shuffle_answers(respond, n, [settings.seed, step + 1])
         traj, counts = sample_conversations(
@@ -208,7 +238,7 @@ def make_converse(lm: LM, settings: DialogueSettings) -> Callable[..., DialogueR
             cache=settings.cache,
         )
         check_failed(env, conversations, settings.max_failed)
-        return DialogueRollout(score_environment(traj), conversations, dialogue_metrics(conversations, counts))
+        return ConversationRollout(score_environment(traj), conversations, conversation_metrics(conversations, counts))
 
     return converse
 
@@ -244,18 +274,19 @@ def score_environment(traj: Trajectory) -> Trajectory:
     return traj.replace(scores=scores, reward_weights=jnp.ones_like(scores))
 
 
-def dialogue_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
+def conversation_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
     """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs."""
     totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
     for played in (played for conversation in conversations for played in conversation.played):
         totals["cut_characters"] += played.cut_characters
+        totals["special_tokens"] += played.special_tokens
         totals.update({name: float(value) for name, value in played.step.info.items()})
     totals.update(f"frac_{found.status}" for found in map(first_failed, conversations) if found)
     totals["turns"] = counts.turns.sum()
     totals["observed_tokens"] = counts.observed.sum()
     totals["frac_out_of_context"] = counts.out_of_context.sum()
     totals["frac_out_of_turns"] = counts.out_of_turns.sum()
-    return {f"dialogue/{name}": float(value) / len(conversations) for name, value in totals.items()}
+    return {f"conversation/{name}": float(value) / len(conversations) for name, value in totals.items()}
 
 
 def first_failed(conversation: Conversation) -> PlayedTurn | None:
@@ -291,4 +322,6 @@ def _notes(played: PlayedTurn) -> list[str]:
         notes.append(f"{played.status}: {played.detail}" if played.detail else played.status)
     if played.cut_characters:
         notes.append(f"{played.cut_characters:,} characters cut")
+    if played.special_tokens:
+        notes.append(f"{played.special_tokens:,} special tokens spelled out")
     return notes

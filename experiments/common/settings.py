@@ -25,7 +25,7 @@ Rare = tyro.conf.Suppress if {"-h", "--help"} & set(sys.argv) else Annotated[T, 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """One step: prompts x num_generations rows, learnt from in epochs x minibatches optimizer updates."""
+    """One step: prompts x num_generations rows, learned from in epochs x minibatches optimizer updates."""
 
     prompts: int = 32  # prompts per step
     num_generations: int = 8  # completions per prompt: the group, G

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from experiments.common.arithmetic import small_decoder
 from experiments.common.conversations import (
-    DialogueSettings,
+    ConversationSettings,
     TurnCodec,
     environment_prompts,
     make_codec,
@@ -82,10 +82,10 @@ def make_tool_task(
     return ToolTask(env, tokenizer, codec, limits, train, evaluation, config)
 
 
-def dialogue_settings(task: ToolTask, n: int, seed: int) -> DialogueSettings:
+def conversation_settings(task: ToolTask, n: int, seed: int) -> ConversationSettings:
     """How to sample n conversations per prompt."""
     sampling = Sampling(n=n, max_tokens=TURN_TOKENS, stop=task.tokenizer.stop)
-    return DialogueSettings(task.env, task.codec, task.limits, sampling, seed, MAX_TURNS, MAX_CONTEXT)
+    return ConversationSettings(task.env, task.codec, task.limits, sampling, seed, MAX_TURNS, MAX_CONTEXT)
 
 
 def mean_reward(task: ToolTask, params: Params, rows: PromptBatch, seed: int) -> dict[str, float]:
@@ -93,12 +93,12 @@ def mean_reward(task: ToolTask, params: Params, rows: PromptBatch, seed: int) ->
 
     Conversations are sampled at temperature 1, with keys that no training step uses and the calculator's own answers.
     """
-    converse = make_converse(language_model(task.config), dialogue_settings(task, 1, seed))
+    converse = make_converse(language_model(task.config), conversation_settings(task, 1, seed))
     state = TrainState(0, params, None, jax.random.key(0))
     traj, _, metrics = converse(state, rows, step=-1)
     found = np.asarray(traj.scores[:, 0])
     error = found.std() / len(found) ** 0.5
-    return {"reward": found.mean(), "error": error, "tool_calls": metrics.get("dialogue/tool_calls", 0.0)}
+    return {"reward": found.mean(), "error": error, "tool_calls": metrics.get("conversation/tool_calls", 0.0)}
 
 
 def demonstrations_of_tools(task: ToolTask, rows: Sequence[dict], with_tool: np.ndarray) -> list[Example]:

@@ -119,7 +119,7 @@ def check_sizes(sizes: Sizes) -> None:
             )
     if sizes.total_steps < sizes.train_frequency or sizes.total_steps <= sizes.learning_starts:
         legal = (
-            f"more than learning_starts = {sizes.learning_starts}, before which nothing is learnt, and at least "
+            f"more than learning_starts = {sizes.learning_starts}, before which nothing is learned, and at least "
             f"train_frequency = {sizes.train_frequency}"
         )
         raise ValueError(f"total_steps = {sizes.total_steps}; legal: {legal}")

@@ -1,7 +1,7 @@
 """Whole training runs of REINFORCE, VPG, TRPO, PPO and V-trace, with the credit and losses of the language models.
 
-A `Method` is a value: how decisions are collected, and what is learnt from them. `make_train(env, method, sizes)` makes
-the run, one function to be compiled. A method of your own is another value: docs/control.md has an example.
+A `Method` is a value: how decisions are collected, and what is learned from them. `make_train(env, method, sizes)`
+makes the run, one function to be compiled. A method of your own is another value: docs/control.md has an example.
 """
 
 from collections.abc import Callable
@@ -245,7 +245,7 @@ def reinforce_baseline_learner(sizes: Sizes, hyper: Hyperparams) -> Learner:
 
 
 class Method(NamedTuple):
-    """How decisions are collected, and what is learnt from them."""
+    """How decisions are collected, and what is learned from them."""
 
     make_learner: Callable[[Sizes, Hyperparams], Learner]
     collect: Callable[..., Rollout] = collect_steps  # or collect_episodes, where whole episodes are credited

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from experiments.common.pictures import learning_curves
 from rljax.train.log import write_atomically
 
 LINES = 5  # in a picture
+SEEDS_OF_A_RANKING = 3  # with fewer an algorithm's place is chance
 
 
 def write_page(page: Path, results: list[dict], explanation: str) -> None:
@@ -84,6 +86,18 @@ def results_page(results: list[dict], folder: str, explanation: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def few_seeds(rows: list[dict]) -> list[str]:
+    """What to say before the table of one task where an algorithm has run with too few seeds to be ranked."""
+    counts = Counter(row["algorithm"] for row in rows)
+    few = sum(count < SEEDS_OF_A_RANKING for count in counts.values())
+    if not few:
+        return []
+    return [
+        f"The order says nothing yet: {few} of {len(counts)} algorithms have fewer than {SEEDS_OF_A_RANKING} seeds.",
+        "",
+    ]
+
+
 def task_section(task: str, rows: list[dict]) -> list[str]:
     """The lines of one task. rows: its results."""
     seeds = sorted({row["seed"] for row in rows})
@@ -99,6 +113,7 @@ def task_section(task: str, rows: list[dict]) -> list[str]:
         "| algorithm | " + " | ".join(f"seed {seed}" for seed in seeds) + f" | seeds | {heading} | longest run, s |",
         "|---" * (len(seeds) + 4) + "|",
     ]
+    lines[4:4] = few_seeds(rows)
     for name in median:
         found = {row["seed"]: row for row in rows if row["algorithm"] == name}
         cells = [f"{found[seed]['after']:.3f}" if seed in found else "" for seed in seeds]

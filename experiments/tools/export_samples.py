@@ -6,7 +6,8 @@
 inspect: one log of UK AISI's Inspect (version 2 of its JSON format). A sample is a prompt at a step, an epoch is one of
 its completions, in the order of samples.jsonl; verifiers and reward are its scores, log-probs those of the sampler.
 atif: the Agent Trajectory Interchange Format (1.7) of the Harbor project: token ids and log-probs of each turn, what
-was answered as its observation. Neither package is needed to write them (extra `viewers`: their readers, for the test).
+the environment added as its observation. Neither package is needed to write them (extra `viewers`: their readers, for
+the test).
 
 Reached: read back by inspect-ai 0.3.285 and harbor 0.26.0 (tests/test_export_samples.py).
 """
@@ -64,7 +65,8 @@ def read_facts(directory: Path) -> dict[str, str]:
     document = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     experiment = str(document.get("experiment") or "rljax")
     model = str(document.get("config", {}).get("model") or experiment)
-    return {"run": directory.resolve().name, "experiment": experiment, "model": model, "git": str(document.get("git"))}
+    git = str(document.get("git") or "unknown")
+    return {"run": directory.resolve().name, "experiment": experiment, "model": model, "git": git}
 
 
 def number_in_groups(records: Sequence[dict]) -> Iterator[tuple[dict, int]]:

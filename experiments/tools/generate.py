@@ -19,7 +19,6 @@ in 6.2 s with programs that an earlier run had compiled, typically 17,431 a seco
 
 import dataclasses
 import json
-import re
 import statistics
 import sys
 import time
@@ -47,7 +46,6 @@ from rljax.train.mesh import make_mesh
 from rljax.types import PromptBatch
 
 REASONS = ("length", "stop")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write characters that control a terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Config:
 def main(cfg: Config) -> list[dict]:
     """Print the completions, and return what `out` holds."""
     check_settings(cfg)
-    if is_dialogue(cfg):
+    if in_turns(cfg):
         return talk(cfg, typed_lines())
 
     # -- tokenizer and prompts
@@ -116,7 +114,7 @@ def check_settings(cfg: Config) -> None:
             f"max_concurrent = {cfg.sampling.max_concurrent}, but --rows says how many are sampled at a time; "
             "legal in a stream: max_concurrent=None"
         )
-    if is_dialogue(cfg):
+    if in_turns(cfg):
         if cfg.n != 1:
             raise ValueError(
                 f"--n {cfg.n}, but a conversation goes on from one completion; legal: --n 1, or a --prompt"
@@ -125,7 +123,7 @@ def check_settings(cfg: Config) -> None:
         raise ValueError("which prompts? legal: --prompt TEXT or --prompts FILE.jsonl, one of them")
 
 
-def is_dialogue(cfg: Config) -> bool:
+def in_turns(cfg: Config) -> bool:
     """Whether the model is talked to in turns."""
     return cfg.chat and not (cfg.prompt or cfg.prompts)
 
@@ -232,7 +230,7 @@ def show(
         if before is not None:
             rates.append((tokens - before[1]) / (now - before[0]))
         while current < len(answers.done) and (is_interactive() or answers.done[current]):
-            text = printable(read(answers, current))
+            text = read(answers, current)
             log_info(text[printed:], end="")
             printed = len(text)
             if not answers.done[current]:
@@ -251,7 +249,7 @@ def print_header(labels: list[str], prompts: list[str], n: int, i: int) -> None:
     prompt, completion = divmod(i, n)
     if completion == 0:
         log_info(labels[prompt], "dim", end="")
-        log_info(printable(prompts[prompt]), "bold", end="")
+        log_info(prompts[prompt], "bold", end="")
     if n > 1:
         log_info(f"{completion + 1}/{n} ", "cyan", end="")
 
@@ -260,11 +258,6 @@ def print_footer(answers: Completions, i: int) -> None:
     """How completion i ended."""
     reason = REASONS[bool(answers.terminated[i])]
     log_info(f"\n({answers.num_tokens[i]} tokens, {reason}, log-prob {answers.logp[i].sum():.1f})", "dim")
-
-
-def printable(text: str) -> str:
-    """The text without characters that control a terminal."""
-    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def record(prompt: str, columns: dict, answers: Completions, p: int, n: int, read: Callable) -> dict:

@@ -28,6 +28,7 @@ class Tokenizer(NamedTuple):
     eos: int | None  # the id that ends a completion that is given as text
     vocabulary: Callable[[], dict[str, int]]  # token -> id
     chat: Chat | None = None  # None: the model has no chat template
+    special_tokens: tuple[str, ...] = ()  # texts that `encode` turns into one special id wherever they stand
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         eos=stop[0] if eos is None and stop else eos,
         vocabulary=inner.get_vocab,
         chat=chat,
+        special_tokens=tuple(token.content for token in inner.added_tokens_decoder.values() if token.special),
     )
 
 

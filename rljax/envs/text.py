@@ -68,6 +68,7 @@ class PlayedTurn(NamedTuple):
     status: TurnStatus
     detail: str = ""
     cut_characters: int = 0
+    special_tokens: int = 0  # that the observation spelled; they became plain text
 
 
 def begin_each(

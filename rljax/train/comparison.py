@@ -1,7 +1,7 @@
 """Several runs on one page: `report.html`'s curves with a line for each group of runs.
 
-Runs of one experiment whose settings differ in nothing but seed and directory are a group. Its line is the mean over
-its runs; the band is Student's interval of that mean, point by point,
+Runs of one experiment whose settings differ in nothing but seed, directory and sft_directory are a group. Its line is
+the mean over its runs; the band is Student's interval of that mean, point by point,
 
     mean ± t(0.975, n - 1) s/√n      n runs, s their standard deviation (ddof 1)
 
@@ -21,7 +21,7 @@ from rljax.train.log import write_atomically
 from rljax.train.report import (
     first_and_last,
     group_by_theme,
-    headline,
+    headline_names,
     peak_memory,
     read_metrics,
     read_run_config,
@@ -31,7 +31,7 @@ from rljax.train.report import (
     time_breakdown,
 )
 
-NOT_SETTINGS = ("seed", "directory")  # in these alone the runs of a group may differ
+NOT_SETTINGS = ("seed", "directory", "sft_directory")  # in these alone the runs of a group may differ
 MAX_LABEL = 90  # characters
 NOTE = (
     "Means over the runs of a line; in parentheses, and as the band of a curve, Student's 95 % interval of the mean. "
@@ -97,7 +97,7 @@ def compare_runs(runs: Sequence[LoggedRun]) -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:
-    """Runs of one experiment whose settings differ in nothing but seed and directory, in the order they were given."""
+    """Runs of one experiment whose settings differ in nothing but NOT_SETTINGS, in the order they were given."""
     groups: dict[tuple, list[LoggedRun]] = {}
     for run in runs:
         settings = {name: value for name, value in run.settings.items() if name not in NOT_SETTINGS}
@@ -198,9 +198,7 @@ def line_of(columns: Sequence[tuple[list, list] | None]) -> dict | None:
 
 def _results(groups: Sequence[Sequence[LoggedRun]], series: Sequence[dict]) -> list:
     """[metric, [{mean, low, high} of each group]] of the last values of the headline's metrics."""
-    columns = groups[0][0].columns
-    names = [entry["name"] for entry in headline(series, columns)]
-    return [[name, [_last_value(group, name) for group in groups]] for name in names]
+    return [[name, [_last_value(group, name) for group in groups]] for name in headline_names(series)]
 
 
 def _last_value(group: Sequence[LoggedRun], name: str) -> dict:

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -38,8 +39,25 @@ console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout
 # -------------------------------------------------------------------------------------------------- messages
 
 
+def printable(text: str) -> str:
+    """The text with U+FFFD for each character that could control a terminal: models and data may hold any.
+
+    Line ends, tabs, spaces and the joiners of letters and emoji are kept.
+
+    >>> printable("a\\tb\\x1b[2J\\u202e")
+    'a\\tb�[2J�'
+    """
+    kept = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+
+    def is_harmless(c: str) -> bool:
+        return c.isprintable() or c in kept or unicodedata.category(c) == "Zs"
+
+    return "".join(c if is_harmless(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def log_info(text: str = "", style: str | None = None, end: str = "\n") -> None:
-    """Print a line without interpreting markup; above the progress bar while there is one."""
+    """Print a line as it is, markup too, but for control characters; above the progress bar while there is one."""
+    text = printable(text)
     console.print(text, style=style, end=end, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -58,10 +76,10 @@ def silence() -> None:
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Print rows of equal keys as a table; numbers are aligned to the right."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    printed = Table(title=Text(title, "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
+    printed = Table(title=Text(printable(title), "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
     for name in names:
         numbers = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        printed.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        printed.add_column(Text(printable(name)), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         cells = [Text(_format_cell(row.get(name, ""))) for name in names]
         printed.add_row(*cells)
@@ -89,7 +107,7 @@ def _format_cell(value: object) -> str:
         return format_number(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value)
+    return printable(str(value))
 
 
 # -------------------------------------------------------------------------------------------------------- JSON lines
@@ -277,15 +295,10 @@ def best_and_worst_lines(records: Sequence[Mapping], width: int = 100) -> list[s
         chosen["worst"] = lowest
     lines = []
     for name, record in chosen.items():
-        prompt = _one_line(record["prompt"])[-width // 3 :]
-        completion = _one_line(record["completion"])[:width]
+        prompt = printable(" ".join(record["prompt"].split()))[-width // 3 :]
+        completion = printable(" ".join(record["completion"].split()))[:width]
         lines.append(f"  {name} {format_number(record['reward'])}: {prompt} → {completion}")
     return lines
-
-
-def _one_line(text: str) -> str:
-    """The text without line ends and without characters that control a terminal: a model may write any."""
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def _format_metrics(names: Sequence[str], values: Mapping[str, float]) -> str:

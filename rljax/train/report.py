@@ -274,15 +274,20 @@ def _order_in_theme(series: dict) -> tuple[int, bool]:
     return rank, series["name"].endswith(SPREAD)
 
 
-def headline(series: Sequence[dict], columns: dict) -> list[dict]:
-    """First and last values of at most six metrics: rewards, how far the policy moved, lengths, speed."""
+def headline_names(series: Sequence[dict]) -> list[str]:
+    """At most six metrics: rewards, how far the policy moved, lengths, speed."""
     names = [each["name"] for each in series if not each["name"].endswith(SPREAD)]
     chosen = [name for name in names if theme_of(name)[0] == "Reward"][:3]
     for prefixes in (("kl_sequence", "kl"), ("entropy",), ("length",), ("tokens_per_second",)):
         matching = [name for prefix in prefixes for name in names if name.startswith(prefix)]
         chosen += matching[:1]
+    return chosen[:6]
+
+
+def headline(series: Sequence[dict], columns: dict) -> list[dict]:
+    """First and last values of the headline's metrics."""
     entries = []
-    for name in chosen[:6]:
+    for name in headline_names(series):
         ends = first_and_last(columns[name][1]) if name in columns else None
         if ends:
             entries.append({"name": name, **ends})

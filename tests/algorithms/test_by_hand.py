@@ -247,7 +247,7 @@ def test_distillation_wants_more_of_what_the_teacher_finds_likelier():
     np.testing.assert_allclose((taught - plain)[MASK], 0.3 * (teacher - OLD)[MASK], rtol=1e-4, atol=1e-5)
 
 
-def test_answers_that_were_cut_are_compared_with_and_neither_learnt_from_nor_counted():
+def test_answers_that_were_cut_are_compared_with_and_neither_learned_from_nor_counted():
     cut = np.zeros((B, T), bool)
     cut[1, np.flatnonzero(MASK[1])[-1]] = True
     cut[3, np.flatnonzero(~MASK[3])[0]] = True  # outside the mask: garbage

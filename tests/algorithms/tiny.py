@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rljax import algorithms as a
 from rljax.algorithms.common.wrappers import with_needs
@@ -139,6 +140,20 @@ def with_defaults(offered: dict, listed: dict) -> dict[str, Algorithm]:
 
 # A new algorithm is tested as soon as rljax.algorithms offers it; it is listed above where its defaults do not suit.
 ALGORITHMS = {**LISTED, **with_defaults(vars(a), LISTED)}
+
+# One of each kind: how tokens are weighed, a ratio of tokens or of texts, a critic, each annotation, extra facts. The
+# others are for the night where each costs a program or two.
+KINDS = {
+    *("remax", "reinforce_pp", "otb", "grpo_process", "dr_grpo", "gspo_token", "gmpo", "kl_cov", "fipo", "capo"),
+    *("off_policy_pg", "vtrace", "trpo_gae", "ppo, dual clip", "vapo + positive nll", "dft", "ppo + kl + entropy"),
+    *("grpo, prompt mean", "grpo + teacher", "grpo + normalized is by sequence", "dapo + high entropy mask"),
+}
+assert set(ALGORITHMS) >= KINDS
+
+
+def kinds_by_day(names):
+    """The names as parameters of a test, of which only KINDS are not for the night."""
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.nightly) for name in names]
 
 
 def table_policy(params, frozen, traj):

@@ -242,6 +242,7 @@ def initialize(port: int, processes: int, process: int, deadline: float = 3.0) -
     return subprocess.Popen([sys.executable, "-c", code], env=environ, **pipe)
 
 
+@pytest.mark.nightly
 def test_who_does_not_come_is_named_by_all_who_did():
     port = launch.free_port()
     present = [initialize(port, 4, 0, 15.0), initialize(port, 4, 2, 15.0)]

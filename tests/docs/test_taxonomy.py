@@ -26,7 +26,7 @@ def test_the_page_is_what_would_be_written_today():
 
 @pytest.mark.parametrize(
     ("name", "want"),
-    [("reinforce", "–"), ("grpo", "token"), ("gspo", "sequence")],
+    [("reinforce", "–"), ("otb", "–"), ("grpo", "token"), ("gspo", "sequence"), ("vtrace", "in the advantage")],
 )
 def test_what_a_gradient_depends_on(name, want):
     assert taxonomy.dependence(ALGORITHMS[name]) == want

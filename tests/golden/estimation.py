@@ -186,9 +186,9 @@ def rlax_vtrace_of(case: Case, mask, **clips) -> returns.VTraceReturns:
 
 
 def rlax_vtrace(case: Case) -> dict:
-    now, learnt = case.ins["v_tm1"], case.ins["sample_mask"]
-    errors = {mask: rlax_vtrace_of(case, x).targets - now for mask, x in {"all": all_of(now), "some": learnt}.items()}
-    return {"errors": errors["all"], "errors_masked": dialects.carried_back(errors["some"], learnt)}
+    now, learned = case.ins["v_tm1"], case.ins["sample_mask"]
+    errors = {mask: rlax_vtrace_of(case, x).targets - now for mask, x in {"all": all_of(now), "some": learned}.items()}
+    return {"errors": errors["all"], "errors_masked": dialects.carried_back(errors["some"], learned)}
 
 
 def rlax_vtrace_advantage(case: Case) -> dict:

@@ -19,20 +19,20 @@ from tests.golden.estimation import mask_of, verl_weights
 NEVER = float("inf")
 
 
-class Learnt(NamedTuple):
+class Learned(NamedTuple):
     loss: jax.Array
     gradient: dict  # by each field of the policy's output
     metrics: dict  # as logged: means over decisions
     shown: dict  # the metrics of the algorithm, [B T]
 
 
-def learn(algorithm: Algorithm, batch: Batch, **outputs) -> Learnt:
+def learn(algorithm: Algorithm, batch: Batch, **outputs) -> Learned:
     """One update of a policy whose parameters are its outputs, short of the step."""
     objective = policy_objective(lambda params, frozen, traj: PolicyOutput(**params), algorithm)
     batch = objective.prepare(outputs, {}, batch, jax.random.key(0))
     (loss, sums), gradient = jax.value_and_grad(objective.loss, has_aux=True)(outputs, {}, batch)
     metrics = {name: total / count for name, (total, count) in sums.items()}
-    return Learnt(loss, gradient, metrics, algorithm.loss(PolicyOutput(**outputs), batch)[1])
+    return Learned(loss, gradient, metrics, algorithm.loss(PolicyOutput(**outputs), batch)[1])
 
 
 def batch_of(mask, old_logp, advantages, sampler_logp=None, **facts) -> Batch:
@@ -83,10 +83,10 @@ def verl_share(case: Case, chosen):
     return dialects.verl_mean(statistics.masked_mean(jnp.asarray(chosen, float), mask), mask)
 
 
-def verl_out(case: Case, learnt: Learnt, bound: float | None = 20.0, clipped: str = "clip_fraction") -> dict:
-    out = {"loss": learnt.loss, "grad_log_prob": learnt.gradient["logp"], "metric actor/ppo_kl": verl_kl(case, bound)}
-    if clipped in learnt.metrics:
-        out["metric actor/pg_clipfrac"] = dialects.verl_mean(learnt.metrics[clipped], mask_of(case))
+def verl_out(case: Case, learned: Learned, bound: float | None = 20.0, clipped: str = "clip_fraction") -> dict:
+    out = {"loss": learned.loss, "grad_log_prob": learned.gradient["logp"], "metric actor/ppo_kl": verl_kl(case, bound)}
+    if clipped in learned.metrics:
+        out["metric actor/pg_clipfrac"] = dialects.verl_mean(learned.metrics[clipped], mask_of(case))
     return out
 
 
@@ -100,14 +100,14 @@ def verl_ppo_clip(case: Case) -> dict:
     nothing = jnp.zeros_like(case.ins["log_prob"])
     batch = verl_batch(case, values=jnp.pad(nothing, ((0, 0), (0, 1)))).replace(returns=nothing)
 
-    def learnt(dual):
+    def learned(dual):
         algorithm = a.ppo(*clip_range(case, "clip_ratio_"), value_clip=None, dual=dual)
         if "rollout_is_weights" in case.ins:
             algorithm = a.truncate_is(algorithm, NEVER)
         algorithm = algorithm._replace(weights=verl_reduction(case))
         return learn(algorithm, batch, logp=case.ins["log_prob"], values=nothing)
 
-    with_dual, without = learnt(number(case, "clip_ratio_c")), learnt(None)
+    with_dual, without = learned(number(case, "clip_ratio_c")), learned(None)
     lowered = with_dual.shown["policy_loss"] < without.shown["policy_loss"]
     out = verl_out(case, with_dual) | {"metric actor/pg_clipfrac_lower": verl_share(case, lowered)}
     # verl counts the dual clip only there
@@ -173,9 +173,11 @@ def verl_dppo(case: Case) -> dict:
     make = a.dppo_tv if "tv" in case.name else a.dppo_kl
     cap = number(case, "clip_ratio_c")
     batch, logp = verl_batch(case), case.ins["log_prob"]
-    learnt = learn(make(*clip_range(case, "clip_ratio_"), cap)._replace(weights=verl_reduction(case)), batch, logp=logp)
-    capped = (ratios.importance_ratio(logp, batch.traj.old_logp) > cap) & (learnt.shown["clip_fraction"] == 0)
-    return verl_out(case, learnt) | {"metric actor/pg_clipfrac_lower": verl_share(case, capped)}
+    learned = learn(
+        make(*clip_range(case, "clip_ratio_"), cap)._replace(weights=verl_reduction(case)), batch, logp=logp
+    )
+    capped = (ratios.importance_ratio(logp, batch.traj.old_logp) > cap) & (learned.shown["clip_fraction"] == 0)
+    return verl_out(case, learned) | {"metric actor/pg_clipfrac_lower": verl_share(case, capped)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- TRL
@@ -257,15 +259,15 @@ def trl_batch(case: Case) -> Batch:
     return batch_of(mask, old, x["advantages"], sampler, ref_logp=x.get("ref_per_token_logps"))
 
 
-def trl_out(case: Case, batch: Batch, learnt: Learnt) -> dict:
-    out = {"loss": learnt.loss, "grad_per_token_logps": learnt.gradient["logp"]}
-    out |= {f"metric {name}": learnt.metrics[name] for name in ("entropy", "kl") if name in learnt.metrics}
-    clipped = learnt.shown.get("clip_fraction", learnt.shown.get("weight_clip_fraction"))
+def trl_out(case: Case, batch: Batch, learned: Learned) -> dict:
+    out = {"loss": learned.loss, "grad_per_token_logps": learned.gradient["logp"]}
+    out |= {f"metric {name}": learned.metrics[name] for name in ("entropy", "kl") if name in learned.metrics}
+    clipped = learned.shown.get("clip_fraction", learned.shown.get("weight_clip_fraction"))
     if clipped is not None:
         one_a_row = case.hyper.get("importance_sampling_level") == "sequence"
         out |= trl_clip_metrics(clipped, batch, one_a_row)
-    if "phi" in learnt.shown:
-        phi = sequences.sequence_mean(learnt.shown["phi"], batch.mask)[:, 0]
+    if "phi" in learned.shown:
+        phi = sequences.sequence_mean(learned.shown["phi"], batch.mask)[:, 0]
         out["metric vespo/phi_seq_mean"] = dialects.trl_row_mean(phi, batch.mask, 1.0)
     return out
 
@@ -291,13 +293,13 @@ def trl_family(case: Case) -> dict:
     """The entropy bonus is a mean over tokens whatever the loss is: it is taken alone, as a difference."""
     x, batch, algorithm = case.ins, trl_batch(case), trl_algorithm(case)
     outputs = {"logp": x["per_token_logps"], "entropy": x.get("entropies", jnp.zeros_like(x["per_token_logps"]))}
-    learnt = learn(algorithm, batch, **outputs)
-    out = trl_out(case, batch, learnt)
+    learned = learn(algorithm, batch, **outputs)
+    out = trl_out(case, batch, learned)
     if case.hyper.get("_entropy_bonus_enabled"):
         by_tokens = algorithm._replace(weights=weights.token_mean)
         plain = learn(by_tokens, batch, **outputs)
         bonus = learn(a.with_entropy(by_tokens, number(case, "entropy_coef")), batch, **outputs)
-        out |= {"loss": learnt.loss + bonus.loss - plain.loss, "metric policy_loss": learnt.loss}
+        out |= {"loss": learned.loss + bonus.loss - plain.loss, "metric policy_loss": learned.loss}
         out["grad_entropies"] = bonus.gradient["entropy"]
     return out
 
@@ -305,8 +307,8 @@ def trl_family(case: Case) -> dict:
 def trl_variant(case: Case, algorithm: Algorithm) -> dict:
     x, batch = case.ins, trl_batch(case)
     outputs = {"logp": x["per_token_logps"], "entropy": jnp.zeros_like(x["per_token_logps"])}
-    learnt = learn(algorithm._replace(weights=trl_reduction(case)), batch, **outputs)
-    return trl_out(case, batch, learnt)
+    learned = learn(algorithm._replace(weights=trl_reduction(case)), batch, **outputs)
+    return trl_out(case, batch, learned)
 
 
 def trl_gspo_token(case: Case) -> dict:
@@ -326,11 +328,11 @@ def trl_rloo(case: Case) -> dict:
     old = shaping.at_last_decision(x["old_logps"], mask)
     clip = clip_range(case, "epsilon_")
     algorithm = a.rloo(*clip)._replace(weights=dialects.divided_by_all_rows(weights.seq_mean_token_mean))
-    learnt = learn(algorithm, batch_of(mask, old, x["advantages"]), logp=x["per_token_logps"])
+    learned = learn(algorithm, batch_of(mask, old, x["advantages"]), logp=x["per_token_logps"])
     of_empty = dialects.trl_empty_rows(
         x["old_logps"], x["advantages"], mask, lambda ratio, gain: losses.clipped_surrogate(ratio, gain, *clip)
     )
-    return {"loss": learnt.loss + of_empty, "grad_per_token_logps": learnt.gradient["logp"]}
+    return {"loss": learned.loss + of_empty, "grad_per_token_logps": learned.gradient["logp"]}
 
 
 def trl_ppo(case: Case) -> dict:
@@ -341,12 +343,12 @@ def trl_ppo(case: Case) -> dict:
     facts = {"values": jnp.pad(x["values"], ((0, 0), (0, 1)))}
     outputs = {"logp": x["new_logprobs"], "values": x["vpred"]}
 
-    def learnt(padding, advantages, scale):
+    def learned(padding, advantages, scale):
         batch = batch_of(~(x[padding] > 0), x["old_logprobs"], advantages, **facts).replace(returns=x["returns"])
         return learn(a.ppo(clip, clip, value_coefficient=scale, value_clip=value_clip), batch, **outputs)
 
-    policy = learnt("padding_mask", x["advantages"], 0.0)
-    critic = learnt("padding_mask_p1", jnp.zeros_like(x["advantages"]), coefficient)
+    policy = learned("padding_mask", x["advantages"], 0.0)
+    critic = learned("padding_mask_p1", jnp.zeros_like(x["advantages"]), coefficient)
     return {
         "loss": policy.loss + critic.loss,
         "pg_loss": policy.metrics["policy_loss"],
@@ -396,8 +398,8 @@ def swift_family(case: Case) -> dict:
     if hyper.get("overlong_filter"):
         algorithm = a.filter_overlong(algorithm)
 
-    learnt = learn(algorithm, algorithm.credit(given.traj, {}), logp=x["per_token_logps"])
-    return {"loss": learnt.loss, "grad_per_token_logps": learnt.gradient["logp"]}
+    learned = learn(algorithm, algorithm.credit(given.traj, {}), logp=x["per_token_logps"])
+    return {"loss": learned.loss, "grad_per_token_logps": learned.gradient["logp"]}
 
 
 # ------------------------------------------------------------------------------------------------------------ OpenRLHF
@@ -435,11 +437,11 @@ def openrlhf_policy(case: Case) -> dict:
         algorithm = openrlhf_correction(case, algorithm)
 
     old, sampler = x["old_log_probs"], x.get("rollout_log_probs")
-    learnt = learn(algorithm, batch_of(mask, old, x["advantages"], sampler), logp=x["log_probs"])
+    learned = learn(algorithm, batch_of(mask, old, x["advantages"], sampler), logp=x["log_probs"])
     out = {
-        "loss": learnt.loss,
-        "grad_log_probs": learnt.gradient["logp"],
-        "clip_ratio": learnt.metrics["clip_fraction"],
+        "loss": learned.loss,
+        "grad_log_probs": learned.gradient["logp"],
+        "clip_ratio": learned.metrics["clip_fraction"],
         "ppo_kl": statistics.masked_mean(kl.k1(old, x["log_probs"]), mask),
     }
     return out if sampler is None else out | {"vllm_kl": diagnostics.sampler_mismatch(old, sampler, mask)["kl"]}

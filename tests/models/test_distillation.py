@@ -56,7 +56,7 @@ def log_probs(z, traj):
     return np.take_along_axis(np.log(softmax(z)), np.asarray(traj.actions)[..., None], axis=-1)[..., 0]
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 4096])
+@pytest.mark.parametrize("chunk_tokens", [7, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 4096))])
 def test_both_are_compared_at_the_temperature_of_each_token(params, frozen, batch, chunk_tokens):
     traj = batch.traj
     student = logits(CONFIG, params, traj, traj.temperature)

@@ -77,8 +77,14 @@ def of_whole_rows(name):
     return config, params, whole, *gradient(config, params, whole)
 
 
-@pytest.mark.parametrize("share", [N, 2, 1])
-@pytest.mark.parametrize("name", CONFIGS)
+# By day every kind of layer with whole groups, and one kind with each other number of rows that share.
+BY_DAY = {*((name, N) for name in CONFIGS), ("llama", 2), ("llama", 1)}
+CASES = [(name, share) for name in CONFIGS for share in (N, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [pytest.param(*case, marks=() if case in BY_DAY else pytest.mark.nightly) for case in CASES]
+)
 def test_the_gradient_is_that_of_whole_rows(name, share):
     config, params, whole, want, want_gradient = of_whole_rows(name)
     assert is_prefix_shared(whole.traj, L - 1, share)

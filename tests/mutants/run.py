@@ -140,7 +140,7 @@ def baseline(copy: Path, mutants: list[Mutant]) -> None:
     done = run_tests(copy, tuple(dict.fromkeys(t for mutant in mutants for t in mutant.tests)), None)
     if done.returncode:
         print(done.stdout)
-        print("these tests fail without any mutant: nothing to be learnt before they pass")
+        print("these tests fail without any mutant: nothing to be learned before they pass")
         sys.exit(2)
     print(f"without a mutant their tests pass ({time.monotonic() - began:.0f} s)", flush=True)
 

@@ -34,9 +34,9 @@ def rows():
 
 
 def run(policies, rows, max_concurrent=None):
-    """What is learnt from at each step."""
+    """What is learned from at each step."""
     sampling = SAMPLING.replace(stop_after=(LEARNT + WAIT) * N - WAIT, max_concurrent=max_concurrent)
-    first, carried, learnt = 0, None, []
+    first, carried, learned = 0, None, []
     for step, params in enumerate(policies):
         count = LEARNT if step else LEARNT + WAIT
         fresh = take(rows, slice(first, first + count))
@@ -48,21 +48,21 @@ def run(policies, rows, max_concurrent=None):
         traj, drawn, carried = partial_step(draw, fresh, carried, N, WAIT, step, WIDTH)
         assert len(carried.number) == WAIT * N
         assert set(traj.group.tolist()) <= set(drawn.number.tolist())
-        learnt.append(jax.tree.map(np.asarray, traj))
-    return learnt, carried
+        learned.append(jax.tree.map(np.asarray, traj))
+    return learned, carried
 
 
 @pytest.mark.parametrize("max_concurrent", [None, 6])
 def test_every_group_leaves_once_with_the_completions_it_would_have_had(params, rows, max_concurrent):
-    learnt, carried = run([params] * STEPS, rows, max_concurrent)
-    left = np.concatenate([traj.group for traj in learnt])
+    learned, carried = run([params] * STEPS, rows, max_concurrent)
+    left = np.concatenate([traj.group for traj in learned])
     numbers, times = np.unique(np.concatenate([left, carried.number]), return_counts=True)
     np.testing.assert_array_equal(numbers, rows.number)
     assert (times == N).all()
     never = [sample(LM, params, {}, rows, SAMPLING, SEED, step) for step in range(STEPS)]
     margins = [draws(params, rows, SAMPLING, SEED, step, whole)[1] for step, whole in enumerate(never)]
     waited = 0
-    for traj in learnt:
+    for traj in learned:
         assert not unfinished_rows(traj).any()
         began = first_versions(traj)
         waited += int((np.where(traj.mask, traj.version, -1).max(axis=1) > began).sum())
@@ -85,9 +85,9 @@ def first_versions(traj):
 def test_after_updates_each_token_has_the_log_prob_of_the_policy_that_drew_it(params, rows):
     """The gap between sampler and trainer, with weights that change between the steps."""
     wide = [{"decoder": jax.tree.map(lambda x, s=s: x * (1 + 0.1 * s), params["decoder"])} for s in range(STEPS)]
-    learnt, _ = run(wide, rows)
+    learned, _ = run(wide, rows)
     mixed = 0
-    for traj in learnt:
+    for traj in learned:
         for version, of_version in enumerate(wide):
             mine = traj.mask & (np.asarray(traj.version) == version)
             logp = POLICY(of_version, {}, traj).logp

@@ -94,7 +94,10 @@ MESHES = [  # sizes, completions at a time, number of prompts (6 do not divide o
 ]
 
 
-@pytest.mark.parametrize(("sizes", "max_concurrent", "prompts", "gathers"), MESHES)
+@pytest.mark.parametrize(
+    ("sizes", "max_concurrent", "prompts", "gathers"),
+    [*(pytest.param(*case, marks=pytest.mark.nightly) for case in MESHES[:3]), *MESHES[3:]],
+)
 @pytest.mark.parametrize("reference", [SAMPLING], ids=["plain"], indirect=True)
 def test_on_any_mesh(reference, params, rows, sizes, max_concurrent, prompts, gathers):
     sampling, traj, (_, margins) = reference

@@ -45,6 +45,13 @@ def test_runs_that_differ_in_seed_and_directory_are_a_group(runs):
     assert label_groups(groups[:1]) == ["a0"]
 
 
+def test_seeds_that_begin_from_checkpoints_of_their_own_are_a_group(tmp_path):
+    """As tables/compare.py runs them: a supervised checkpoint for each seed."""
+    runs = [make_run(tmp_path / f"a{i}", [{"reward": 1.0}], seed=i, sft_directory=f"sft-seed{i}") for i in range(2)]
+    assert [len(group) for group in group_runs(runs)] == [2]
+    assert compare_runs(runs)["differences"]["rows"] == []
+
+
 def test_another_experiment_is_another_group(runs):
     other = runs[0]._replace(experiment="ppo", name="c0")
     groups = group_runs([runs[0], other])
@@ -103,6 +110,16 @@ def test_what_the_page_says(runs):
     assert times["share of sample"] == ["share", [pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3, abs=1e-5), 0.5]]
     assert ["jax", "", ["0.10.2", "0.10.2"]] in data["environment"]["rows"]
     assert data["memory"]["rows"] == []
+
+
+def test_a_metric_that_the_first_run_lacks_is_among_the_last_values(tmp_path):
+    without = make_run(tmp_path / "without", [{"reward": 0.5}], kl_coef=0.0)
+    with_kl = make_run(tmp_path / "with_kl", [{"reward": 0.25, "kl": 3.0}], kl_coef=0.1)
+    alone = {"low": None, "high": None}
+    for order in ((0, 1), (1, 0)):
+        results = dict(compare_runs([(without, with_kl)[i] for i in order])["results"])
+        assert list(results) == ["reward", "kl"]
+        assert [results["kl"][order.index(i)] for i in (0, 1)] == [{"mean": None, **alone}, {"mean": 3.0, **alone}]
 
 
 def test_alarms_name_their_run(tmp_path):

@@ -18,6 +18,7 @@ from rljax.train.log import (
     format_duration,
     format_number,
     log_info,
+    printable,
     read_records,
     table,
     write_atomically,
@@ -252,6 +253,29 @@ def test_tables_keep_brackets_and_align_numbers(capsys):
     assert ["y", "2", "True"] in rows
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b]52;c;AAAA\x07", "\ufffd]52;c;AAAA\ufffd"),  # would write to the clipboard
+        ("a\r\b\x9b2J\x7f", "a\ufffd\ufffd\ufffd2J\ufffd"),
+        ("\u202eabc\ufeff\u2028", "\ufffdabc\ufffd\ufffd"),  # right to left, invisible, another line
+        ("\ud800", "\ufffd"),  # half of a character
+        ("1\t2\n3\xa04\u3000五", "1\t2\n3\xa04\u3000五"),
+        ("👩\u200d🔬 می\u200cخواهم", "👩\u200d🔬 می\u200cخواهم"),
+    ],
+)
+def test_what_is_printable(text, shown):
+    assert printable(text) == shown
+
+
+def test_messages_and_tables_control_no_terminal(capsys):
+    log_info("x\x1b[2J\u202e")
+    table("\x1b[2J", [{"\x1b[2J": "\x1b[2J"}])
+    out = capsys.readouterr().out
+    assert out.count("\ufffd[2J") == 4
+    assert printable(out) == out
+
+
 def test_log_info_does_not_wrap(capsys):
     log_info("x" * 500)
     assert capsys.readouterr().out == "x" * 500 + "\n"
@@ -262,7 +286,10 @@ def test_the_best_and_the_worst_sample_are_printed_and_control_no_terminal(tmp_p
     records = [{"step": 0, "prompt": "1+1=", "completion": text, "reward": r} for r, text in rewards.items()]
     with Log(tmp_path, total_steps=1) as log:
         log.samples(records)
-    assert capsys.readouterr().out.splitlines() == ["  best 1: 1+1= → 2[31m red", "  worst 0: 1+1= → " + "x" * 100]
+    assert capsys.readouterr().out.splitlines() == [
+        "  best 1: 1+1= → 2\ufffd[31m \ufffdred",
+        "  worst 0: 1+1= → " + "x" * 100,
+    ]
 
 
 def test_without_a_reward_no_sample_is_best(tmp_path, capsys):

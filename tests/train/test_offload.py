@@ -45,6 +45,7 @@ def stepped(offload):
     return jax.device_get(state.params), kinds
 
 
+@pytest.mark.nightly
 def test_a_state_that_waits_on_the_host_learns_the_same():
     here, kinds = stepped(())
     assert kinds == {"params": {"device"}, "opt_state": {"device"}, "frozen": {"device"}}

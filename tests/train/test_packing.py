@@ -22,6 +22,7 @@ from tests.algorithms.tiny import (
     agree,
     asked_for,
     credited,
+    kinds_by_day,
     learn,
     rollout,
     state_of,
@@ -155,24 +156,7 @@ def filtered(batch):
     return batch.replace(mask=batch.mask.at[5].set(False).at[6, last].set(False))
 
 
-# One of each kind: how tokens are weighed, a ratio of tokens or of texts, a critic, each annotation, extra facts. All
-# algorithms are packed by hand in tests/test_laws.py.
-KINDS = {
-    *("remax", "reinforce_pp", "otb", "grpo_process", "dr_grpo", "gspo_token", "gmpo", "kl_cov", "fipo", "capo"),
-    *("off_policy_pg", "vtrace", "trpo_gae", "ppo, dual clip", "vapo + positive nll", "dft", "ppo + kl + entropy"),
-    *("grpo, prompt mean", "grpo + teacher", "grpo + normalized is by sequence", "dapo + high entropy mask"),
-}
-assert set(ALGORITHMS) >= KINDS
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in KINDS else pytest.mark.nightly)
-        for name in ALGORITHMS
-        if name not in RANDOM | {"real"}
-    ],
-)
+@pytest.mark.parametrize("name", kinds_by_day(name for name in ALGORITHMS if name not in RANDOM | {"real"}))
 def test_an_update_of_packed_rows_is_that_of_unpacked_ones(name):
     """Loss, gradients and every metric, in the micro-batches of two devices."""
     algorithm = ALGORITHMS[name]

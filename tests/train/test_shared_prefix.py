@@ -24,7 +24,18 @@ from rljax.train.shared_prefix import (
 )
 from rljax.train.update import make_update
 from rljax.types import Pairs, check_shapes
-from tests.algorithms.tiny import ALGORITHMS, GRADIENT, T, agree, credited, learn, rollout, state_of, table_params
+from tests.algorithms.tiny import (
+    ALGORITHMS,
+    GRADIENT,
+    T,
+    agree,
+    credited,
+    kinds_by_day,
+    learn,
+    rollout,
+    state_of,
+    table_params,
+)
 
 COLUMNS = 3
 RANDOM = {"clip_cov", "all at once"}  # draw a number for each column of the batch
@@ -47,7 +58,7 @@ def after_a_prompt(batch, group_size):
     return padded.replace(traj=traj, mask=mask, coefficients=batch.coefficients)
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in RANDOM])
+@pytest.mark.parametrize("name", kinds_by_day(name for name in ALGORITHMS if name not in RANDOM))
 def test_no_loss_sees_the_columns_of_a_prompt(name):
     """Loss, gradient and metrics of the completions alone are those of the rows with their prompts, to the last bit.
 
