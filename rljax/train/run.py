@@ -35,7 +35,7 @@ from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import changed_settings, write_report
 from rljax.train.samples import Decode, sample_records
 from rljax.train.trackers import Tracker, open_tracker
-from rljax.train.watchdog import Watchdog
+from rljax.train.watchdog import Watchdog, sign_of_life
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
 LINGER_SECONDS = 10.0  # of process 0 when the watchdog ends all of them
@@ -52,6 +52,7 @@ class _Timed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
         result = jax.block_until_ready(self._function(*args, **kwargs))
+        sign_of_life()
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.monotonic() - began
         return result
 

@@ -24,7 +24,7 @@ waits_for_a_partner_that_is_gone()
 def test_a_process_that_hangs_is_ended_and_its_stacks_are_printed():
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=120)
     assert done.returncode == watchdog.EXIT_CODE == 75
-    assert "error: no step has ended for" in done.stderr
+    assert "error: no step or evaluation has ended for" in done.stderr
     assert "waits_for_a_partner_that_is_gone" in done.stderr
 
 
