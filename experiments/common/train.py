@@ -295,7 +295,7 @@ def make_evaluate(
 
 
 def before_training(run: Run, evaluate: Callable[[TrainState], Any], state: TrainState) -> Any:
-    """What `evaluate` says of the model that a run begins with; a resumed run reads it in DIRECTORY/before.json."""
+    """What `evaluate` says of the model that a run begins with: evaluated once, kept in DIRECTORY/before.json."""
     file = run.directory / "before.json"
     stored = distributed.on_main("before", lambda: json.loads(file.read_text()) if file.is_file() else None)
     if stored is not None:

@@ -195,7 +195,7 @@ def test_what_has_no_manifest_and_cannot_be_read_is_damaged(tmp_path, small):
 
 def test_a_damaged_step_that_was_half_removed_is_not_taken_for_a_whole_one(tmp_path, small, monkeypatch):
     saved(tmp_path, [small(1), small(2)])
-    flip_a_byte(tmp_path / "2")
+    add_a_file(tmp_path / "2")  # Orbax reads it none the less
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointManager, "delete", interrupt)
         with pytest.raises(KeyboardInterrupt):
