@@ -14,6 +14,7 @@ compilation included (shared AMD EPYC cores, jax 0.10.2). --shuffle_observations
 move.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -33,7 +34,7 @@ from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
-from rljax.types import Algorithm, Params, TrainState
+from rljax.types import Algorithm, Params, PromptBatch, TrainState
 
 PROGRESS_METRICS = ("reward", "eval_reward", "conversation/tool_calls", "length", "kl_sequence")
 
@@ -92,9 +93,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
     eval_rows = task.eval_prompts.first(8 if cfg.debug else cfg.eval_prompts)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return tool_arithmetic.mean_reward(task, state.params, eval_rows, cfg.seed)
+    evaluate = make_evaluate(task, eval_rows, cfg.seed)
 
     # -- the loop
     with run:
@@ -143,6 +142,11 @@ def make_run(cfg: Config, algorithm: Algorithm) -> Run:
         save_every=cfg.save_every,
         progress_metrics=PROGRESS_METRICS,
     )
+
+
+def make_evaluate(task: ToolTask, rows: PromptBatch, seed: int) -> Callable[[TrainState], dict[str, float]]:
+    """evaluate(state) -> `tool_arithmetic.mean_reward` of the state's parameters on these rows."""
+    return lambda state: tool_arithmetic.mean_reward(task, state.params, rows, seed)
 
 
 def warmed_up(cfg: Config) -> tuple[ToolTask, Params]:

@@ -261,7 +261,7 @@ def to_hf_config(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "flo
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
-Fetch = Callable[[Any, int | None], np.ndarray | None]  # (parameter, layer of a stacked one) -> that, on the host
+FetchParam = Callable[[Any, int | None], np.ndarray | None]  # (parameter, layer of a stacked one) -> that, on the host
 
 
 def as_numpy(param: Any, layer: int | None) -> np.ndarray:
@@ -278,7 +278,7 @@ def save(
     score_head: Float[Array, "D"] | None = None,
     replace: bool = False,
     reward_kind: RewardKind = "outcome",
-    fetch: Fetch = as_numpy,
+    fetch: FetchParam = as_numpy,
 ) -> None:
     """Writes a model directory that transformers loads.
 
@@ -316,7 +316,7 @@ def save(
 
 
 def named_tensors(
-    config: DecoderConfig, params: Params, fused: bool = False, fetch: Fetch = as_numpy
+    config: DecoderConfig, params: Params, fused: bool = False, fetch: FetchParam = as_numpy
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """Every stored tensor of the decoder's parameters, one at a time, with its name: the inverse of `load`.
 
@@ -352,7 +352,11 @@ def _stored_tensor(path: tuple, array: np.ndarray) -> np.ndarray:
 
 
 def tensors_to_write(
-    config: DecoderConfig, params: Params, source: str | Path, score_head: Array | None = None, fetch: Fetch = as_numpy
+    config: DecoderConfig,
+    params: Params,
+    source: str | Path,
+    score_head: Array | None = None,
+    fetch: FetchParam = as_numpy,
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """What `save` writes: the decoder's tensors; those of a reward model where there is a head."""
     for name, tensor in named_tensors(config, params, has_fused_projections(source), fetch):

@@ -59,8 +59,8 @@ class Checkpoints:
     def restore(self, state: TrainState) -> TrainState | None:
         """The newest undamaged state, in the shapes, dtypes and shardings of `state`; None without a checkpoint.
 
-        Where there is one, the parameters and the statistics of `state` are deleted before it is read, whoever else
-        refers to them: there is no room for both.
+        Where there is one, the parameters and the statistics of `state` are deleted before it is read, even where
+        other names refer to them: there is no room for both.
         Raises RuntimeError where there are checkpoints and all are damaged: starting over would lose them. Raises
         ValueError, naming a parameter that differs, where they are of another model.
         """

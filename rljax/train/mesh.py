@@ -175,7 +175,7 @@ def place(tree: Any, shardings: Any, donate: bool = False) -> Any:
     Where they span processes, every process holds the same values, and gives its devices their part.
 
     Args:
-      donate: an array that moves to another kind of memory is deleted where it was, whoever else refers to it.
+      donate: an array that moves to another kind of memory is deleted where it was, even where other names refer to it.
     """
     if isinstance(shardings, NamedSharding):
         placed = jax.tree.map(lambda x: _place_array(x, shardings), tree)
