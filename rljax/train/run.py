@@ -166,6 +166,8 @@ class Run:
             writers=[self._tracker.write] if self._tracker else [],
         )
         self._compile_watch.take_seconds()  # what came before is no step's
+        if self._is_told_to_end():  # while it was set up: compiling the first step may take longer than there is left
+            self._stop(self._start_step)
         return state
 
     def steps(self, start: Array | int) -> Iterator[int]:
@@ -207,16 +209,11 @@ class Run:
         if "tokens" in values:
             values["tokens_per_second"] = values["tokens"] / values["seconds"]
         self._log.write(step, values)
-        if distributed.reached_preemption(done):
-            self._signal = signal.SIGTERM
-        if done % self.save_every == 0 or done == self.total_steps or self._signal is not None:
+        is_told_to_end = self._is_told_to_end()
+        if done % self.save_every == 0 or done == self.total_steps or is_told_to_end:
             self.save(state)
-        if self._signal is not None:
-            log_info(
-                f"stopped by signal {self._signal} after step {done} of {self.total_steps}; "
-                "run the same command again to resume"
-            )
-            raise SystemExit(128 + self._signal)
+        if is_told_to_end:
+            self._stop(done)
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint now, unless this step is saved already."""
@@ -322,6 +319,18 @@ class Run:
                 f"{', '.join(changed)}; both are kept in {folder}",
                 style="yellow",
             )
+
+    def _is_told_to_end(self) -> bool:
+        if distributed.reached_preemption():
+            self._signal = signal.SIGTERM
+        return self._signal is not None
+
+    def _stop(self, done: int) -> None:
+        log_info(
+            f"stopped by signal {self._signal} after step {done} of {self.total_steps}; "
+            "run the same command again to resume"
+        )
+        raise SystemExit(128 + self._signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is not None and number == signal.SIGINT:
