@@ -46,7 +46,7 @@ def missing_model(name: str) -> str:
     """The model that the notebook needs, where it is not there; else ""."""
     shared = Path(os.environ.get("RLJAX_SHARED") or ROOT.parent / "shared")
     model = NEEDS.get(name, "")
-    found = not model or "STORY_MODEL" in os.environ or (shared / model).is_dir()
+    found = not model or bool(os.environ.get("STORY_MODEL")) or (shared / model).is_dir()
     return "" if found else model
 
 

@@ -135,7 +135,9 @@ def test_what_a_notebook_imports_exists(notebook):
 
 def test_the_page_of_notebooks_lists_them():
     page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
-    assert re.findall(r"\| `(\d\d_\w+)` \|", page) == [path.stem for path in NOTEBOOKS]
+    assert re.findall(r"^\| \[(\w+)\]\(\.\./notebooks/\1\.ipynb\) \|", page, re.MULTILINE) == [
+        path.stem for path in NOTEBOOKS
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- Colab
@@ -177,6 +179,8 @@ def test_a_notebook_whose_model_is_absent_is_left_out(monkeypatch, tmp_path):
     monkeypatch.delenv("STORY_MODEL", raising=False)
     monkeypatch.setenv("RLJAX_SHARED", str(tmp_path))
     assert runner.missing_model("04_kl") == ""
+    assert runner.missing_model("07_rlhf_on_stories") == "models/stories260k"
+    monkeypatch.setenv("STORY_MODEL", "")
     assert runner.missing_model("07_rlhf_on_stories") == "models/stories260k"
     (tmp_path / "models" / "stories260k").mkdir(parents=True)
     assert runner.missing_model("07_rlhf_on_stories") == ""
