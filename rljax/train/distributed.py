@@ -226,17 +226,17 @@ def _report_to_main(host: str, port: int, cluster: Cluster, deadline_seconds: fl
     """Any other process: report to process 0 and wait for what it says of all."""
     deadline = time.monotonic() + deadline_seconds
     hello = json.dumps({"process": cluster.process, "processes": cluster.processes}).encode() + b"\n"
-    said = b""
+    heard = b""
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as connection:
             connection.sendall(hello)
             connection.settimeout(deadline_seconds + 10.0)  # process 0 may have begun to wait only now
-            said = _read_line(connection) or said
+            heard = _read_line(connection) or heard
             with contextlib.suppress(ValueError, TypeError):  # not of process 0
-                return RollCall(**json.loads(said))
+                return RollCall(**json.loads(heard))
         time.sleep(0.1)
-    if said:
-        other = f"at {cluster.coordinator} another program answers, with {said[:24]!r}"
+    if heard:
+        other = f"at {cluster.coordinator} another program answers, with {heard[:24]!r}"
         return RollCall(f"{other}: a run that is not over yet? Legal: a coordinator with a free port", is_lost=True)
     silent = f"process 0 at {cluster.coordinator} did not answer within {deadline_seconds:g} seconds"
     return RollCall(silent, is_lost=True)
