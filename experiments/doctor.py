@@ -82,9 +82,7 @@ def run_check(name: str, check: Callable[[], Finding | Steps], seconds: float) -
         with deadline(name, seconds):
             step = next_step(steps, everyone)
         if isinstance(step, Finding) and step.verdict == "failed" and distributed.process_count() > 1:
-            log_error(
-                f"{name}: {step.text}"
-            )  # now: the others may be in a collective, and wait there until they give up
+            log_error(f"{name}: {step.text}")  # now, as the others may wait in a collective until they give up
         everyone = distributed.exchange(f"doctor {name}", step, seconds)
     steps.close()
     return [step if isinstance(step, Finding) else None for step in everyone]
