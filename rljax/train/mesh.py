@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rljax.types import Params, PromptBatch, TrainState
 
@@ -166,7 +166,8 @@ def state_shardings(
 
 def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
     """The shardings with arrays in pinned host memory; scalars stay on the devices."""
-    kinds = {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+    absent = isinstance(mesh, AbstractMesh)  # a mesh for plans, without devices to ask
+    kinds = {HOST_MEMORY} if absent else {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
     if name not in OFFLOADABLE or HOST_MEMORY not in kinds:
         raise ValueError(
             f"offload {name!r}: legal: {OFFLOADABLE}, on devices with {HOST_MEMORY} memory; here: {sorted(kinds)}"
