@@ -83,7 +83,7 @@ if process == 0:
     for file in (root / "wanted").iterdir():
         assert (root / "written" / file.name).read_bytes() == file.read_bytes()
     shutil.rmtree(root)
-assert not distributed.reached_preemption(1)
+assert not distributed.reached_preemption()
 
 with pytest.raises(RuntimeError, match="the processes disagree: seed is 0 on process 0 and 1 on process 1") as refused:
     distributed.agree({"seed": process, "model": "m"})
