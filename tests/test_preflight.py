@@ -3,8 +3,11 @@
 import dataclasses
 import importlib.util
 import re
+import shlex
+import sys
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +15,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import grpo, preflight
-from experiments.common import costs, device_memory, lowering, models, plan
+from experiments.common import command_line, costs, device_memory, lowering, models, plan
 from experiments.common.chips import CHIPS, read_topology
 from experiments.common.hlo import collectives
 from experiments.common.model_shapes import SHAPES, find_shape
+from experiments.common.sampling import training_sampling
 from experiments.common.settings import Batches, MeshShape, Sampling, Weights
 from models import tiny
 from rljax.data.tokenizer import load_tokenizer
@@ -425,13 +429,20 @@ def test_flops_of_a_forward_pass_are_the_compilers():
 # ------------------------------------------------------------------------------------------------ the programs of a run
 
 
-def test_the_programs_are_those_that_a_run_lowers(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=7),
+        pytest.param(Sampling(max_tokens=7, top_p=0.9, support=8, min_tokens=2), marks=pytest.mark.nightly),
+    ],
+)
+def test_the_programs_are_those_that_a_run_lowers(sampling, tmp_path, monkeypatch):
     """The StableHLO of a run of grpo.py on eight devices, as JAX writes it, against that from shapes."""
     write_tokenizer(tiny.write(tmp_path / "model", RAW, tiny.tensors_of(RAW)))
     settings = {
         "model": str(tmp_path / "model"),
         "batches": Batches(prompts=8, num_generations=3, micro_batches=1),
-        "sampling": Sampling(max_tokens=7),
+        "sampling": sampling,
         "mesh": MeshShape(fsdp=4, tensor=2),
         "steps": 1,
     }
@@ -513,6 +524,86 @@ def test_a_sweep_ranks_meshes_and_says_why(capsys):
     assert all(reasons)
     assert any("all-gather of weights over fsdp" in reason for reason in reasons)
     assert "why not first" in out
+
+
+def test_a_sweep_passes_over_batches_that_do_not_divide_and_nothing_else(capsys):
+    cfg = preflight.Config("qwen2.5-0.5b", "h100:2", sweep=True, batches=Batches(prompts=3, num_generations=2))
+    preflight.main(cfg)
+    with pytest.raises(ValueError, match="the batch divides over no mesh of 2 devices"):
+        preflight.main(dataclasses.replace(cfg, batches=Batches(prompts=3, num_generations=2, micro_batches=4)))
+    with pytest.raises(ValueError, match="gdpo does not read the sum of rewards"):
+        preflight.main(dataclasses.replace(cfg, algorithm="gdpo", kl_in_reward=True))
+
+
+OFFLOADED = Weights(dtype="bfloat16", remat="full", scan_layers=True, offload=("opt_state", "frozen"))
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_what_waits_on_the_host_is_on_the_device_where_it_is_used(sweep, capsys):
+    here = preflight.Config("qwen2.5-7b", "h100:8", batches=Batches(16, 8, micro_batches=4), sweep=sweep)
+    here = dataclasses.replace(here, weights=dataclasses.replace(OFFLOADED, offload=()))
+    kept = {one.program: one.arrays for one in preflight.main(here).memory}
+    found = preflight.main(dataclasses.replace(here, weights=OFFLOADED))
+    offloaded = {one.program: one.arrays for one in found.memory}
+    assert offloaded["rollout"]["optimizer"] < 100  # its counters
+    assert "reference" not in offloaded["rollout"]
+    assert offloaded["scoring"]["reference"] == kept["scoring"]["reference"] > 0
+    applying = {"parameters", "gradients", "optimizer"}
+    least = sum(kept["update"][name] for name in applying) * (1 - 1e-6)  # scalars stay on the device
+    assert least <= sum(offloaded["update"].values()) < sum(kept["update"].values())
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"batches": Batches(64, 8, carry_over=8)},
+        {"batches": Batches(64, 8, oversample=2)},
+        {"batches": Batches(64, 8, max_tokens_per_device=8192)},
+        {"sampling": Sampling(max_concurrent=32)},
+        {"sampling": Sampling(stop_strings=("\\n",))},
+        {"sampling": Sampling(temperature=0.0)},
+        {"sampling": Sampling(repetition_penalty=1.1)},
+    ],
+)
+def test_a_setting_that_is_not_planned_is_refused(refused):
+    (block,) = refused.values()
+    changed = {name for name in block.__dict__ if getattr(block, name) != getattr(type(block)(), name)}
+    with pytest.raises(ValueError, match=f"({'|'.join(changed)}).*legal") as error:
+        preflight.main(dataclasses.replace(SMALL, topology="h100:8", **refused))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9, "min_p": 0.01, "support": 32, "min_tokens": 3}])
+def test_the_planned_sampling_is_that_of_a_run(options):
+    cfg = dataclasses.replace(SMALL, sampling=Sampling(max_tokens=16, temperature=0.7, **options))
+    config = hf.read_config(find_shape(SMALL.model), 32)
+    of_run = training_sampling(cfg.sampling, 2, SimpleNamespace(stop=(0,)), config.vocab_size)
+    assert lowering.planned_sampling(cfg, config, stop=(0,)) == of_run
+    assert of_run.support in (5, 32)
+
+
+def test_nothing_that_is_refused_is_recommended():
+    assert not [name for name in lowering.PLANNED for advice in plan.TRY.values() if name in advice]
+
+
+def test_the_last_line_is_the_run_that_was_planned(capsys, monkeypatch):
+    cfg = preflight.Config("qwen2.5-7b", "h100:16", mesh=MeshShape(fsdp=-1, tensor=4), kl_coef=0.0, algorithm="dapo")
+    weights = dataclasses.replace(cfg.weights, gather_for_generation=True, offload=("opt_state",))
+    sampling = Sampling(max_tokens=1024, top_p=0.9, support=32)
+    cfg = dataclasses.replace(cfg, sweep=True, weights=weights, sampling=sampling, batches=Batches(32, 16))
+    found = preflight.main(cfg)
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    start, command = line.split(": ", 1)
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    run = command_line.parse(grpo.Config).config
+    assert start == "this program"
+    for name in ("model", "max_prompt_tokens", "algorithm", "kl_coef", "steps", "sampling", "optimizer"):
+        assert getattr(run, name) == getattr(cfg, name), name
+    assert run.mesh.sizes == dict(found.mesh.shape)
+    assert run.weights == dataclasses.replace(weights, gather_for_generation=found.gathers)
+    assert run.batches == dataclasses.replace(cfg.batches, micro_batches=found.sizes.pieces.micro_batches)
+    asked = dataclasses.replace(cfg, mesh=run.mesh, weights=run.weights, batches=run.batches)
+    assert planned(asked).sizes == found.sizes
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")

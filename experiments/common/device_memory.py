@@ -14,11 +14,14 @@ from experiments.common.costs import HOLDERS, SINGLE, Sizes, expert_shards, num_
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.policy import default_chunk_tokens
-from rljax.train.mesh import data_parallel_size, sharding_of
+from rljax.train.mesh import HOST_MEMORY, data_parallel_size, sharding_of
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes on one device of a tree of shapes with shardings."""
+def device_bytes(tree: Any, on_host: bool = False) -> int:
+    """Bytes on one device of a tree of shapes with shardings.
+
+    on_host: of the arrays that wait in the host's memory, in place of those that stay on the device.
+    """
 
     def of_leaf(x) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -26,7 +29,10 @@ def device_bytes(tree: Any) -> int:
         words = 2 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else 1
         return math.prod(shape) * item * words
 
-    return sum(of_leaf(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+    def waits(x) -> bool:
+        return x.sharding is not None and x.sharding.memory_kind == HOST_MEMORY
+
+    return sum(of_leaf(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape") and waits(x) == on_host)
 
 
 def cache_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) -> int:
