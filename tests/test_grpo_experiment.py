@@ -262,7 +262,9 @@ def test_over_long_prompts_are_dropped_and_counted(finished, capsys):
     with pytest.raises(ValueError, match="other settings"):  # after prompts are read
         grpo.main(change(cfg, seed=3), verifiers=VERIFIERS)
     found = re.search(
-        r"(\d) prompts to train on, (\d) to evaluate on; (\d) dropped, longer than 56 tokens\n", capsys.readouterr().out
+        r"(\d) prompts to train on, (\d) to evaluate on; (\d) dropped, longer than 56 tokens; "
+        r"--eval_prompts says how many to hold out\n",  # a third, and more
+        capsys.readouterr().out,
     )
     kept, evaluated, dropped = map(int, found.groups())
     assert (kept + evaluated, dropped) == (len(ROWS), 1)

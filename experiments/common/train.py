@@ -285,6 +285,7 @@ def make_evaluate(
     rows_at_once = batches.prompts * batches.oversample * batches.num_generations
     sample_pieces = make_sample_in_pieces(lm, all_prompts, sampling, shardings, rows_at_once)
     rows = len(prompts) * sampling.n
+    log_info(f"evaluating {len(prompts)} prompts, {sampling.n} completions each")  # the first time is long
 
     def evaluate(state: TrainState) -> dict[str, float]:
         pieces = list(sample_pieces(state, seed))

@@ -300,9 +300,12 @@ class Run:
         changed = changed_settings(stored, self._config, ignored=self._placement)
         if not changed:
             return ""
+        further = ""
+        if stored.get("steps") != self._config.get("steps") and (self.directory / "model").is_dir():
+            further = f"; to train on from its weights: --model {self.directory}/model --directory NEW"
         return (
             f"{self.directory} holds a run with other settings: {changed}. "
-            "Resume it with its own settings, or name another with --directory"
+            f"Resume it with its own settings, or name another with --directory{further}"
         )
 
     def _refuse_non_finite(self, step: int, values: Mapping[str, float]) -> None:
@@ -332,9 +335,13 @@ class Run:
         folder = self.directory / "functions"
         changed = record_sources(folder, self._start_step, self._sources)
         if changed:
+            if self._start_step >= self.total_steps:
+                rest = "; no step is left to train with it, but evaluations use it: name another --directory to train"
+            else:
+                rest = ""
             log_info(
                 f"warning: from step {self._start_step} on this run uses another source than before in "
-                f"{', '.join(changed)}; both are kept in {folder}",
+                f"{', '.join(changed)}; both are kept in {folder}{rest}",
                 style="yellow",
             )
 
