@@ -62,6 +62,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices; one size may be -1: the rest. Raises ValueError unless the product is their number.
 
+    Of several TPU slices each holds a part of the axis `data`, a multiple of their number, and the whole of the others.
     devices: default those of all processes; or those of a topology that a program is compiled for.
     """
     devices = jax.devices() if devices is None else devices
@@ -77,8 +78,21 @@ def make_mesh(
             f"mesh {' x '.join(asked)} = {' x '.join(map(str, asked.values()))} does not cover {count} devices; "
             f"each size must be one of {legal}, their product {count} (one may be -1: the rest)"
         )
-    placed = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arrange(devices, *sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(devices: Sequence[jax.Device], data: int, *others: int) -> np.ndarray:
+    """The devices in the order of the mesh: neighbors of an axis are near each other."""
+    is_tpu = devices[0].platform == "tpu"  # GPUs have slices too, their hosts, which any axis may span
+    slices = len({device.slice_index for device in devices}) if is_tpu else 1
+    if data % slices:
+        raise ValueError(
+            f"mesh data = {data} on {slices} TPU slices, between which only data goes; legal: a multiple of {slices}"
+        )
+    shape, across = (data // slices, *others), (slices,) + (1,) * len(others)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(shape, across, devices, allow_split_physical_axes=True)
 
 
 def sharding_of(mesh: Mesh, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
@@ -170,14 +184,26 @@ def data_parallel_size(mesh: Mesh, rule: str = "rows") -> int:
     return math.prod(mesh.shape[name] for name in RULES[rule])
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: Any, shardings: Any, donate: bool = False) -> Any:
     """The tree on the devices, in these shardings (one for all leaves, or one for each).
 
     Where they span processes, every process holds the same values, and gives its devices their part.
+
+    Args:
+      donate: an array that moves to another kind of memory is deleted where it was, even where other names refer to it.
     """
     if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: _place_array(x, shardings), tree)
-    return jax.tree.map(_place_array, tree, shardings)
+        placed = jax.tree.map(lambda x: _place_array(x, shardings), tree)
+    else:
+        placed = jax.tree.map(_place_array, tree, shardings)
+    if donate:
+        jax.tree.map(_delete_moved, tree, placed)
+    return placed
+
+
+def _delete_moved(x: Any, placed: jax.Array) -> None:
+    if isinstance(x, jax.Array) and x.sharding.memory_kind != placed.sharding.memory_kind:
+        x.delete()
 
 
 def _place_array(x: Any, sharding: NamedSharding) -> jax.Array:

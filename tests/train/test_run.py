@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from rljax.train import distributed
 from rljax.train.log import MACHINE_METRICS
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -158,6 +161,54 @@ def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(
     with pytest.raises(ValueError, match="other settings: new = None, now True; seed = 0, now 1"):
         train(tmp_path, config=other)
     assert files(tmp_path) == before
+
+
+def test_a_finished_run_of_other_steps_says_how_its_weights_are_trained_on(tmp_path):
+    finished, longer = CONFIG | {"steps": 7}, CONFIG | {"steps": 9}
+    train(tmp_path, config=finished)
+    with pytest.raises(ValueError, match=r"steps = 7, now 9\. .* --directory$"):
+        train(tmp_path, config=longer)
+    (tmp_path / "model").mkdir()  # which an experiment writes at its end
+    with pytest.raises(ValueError, match=rf"steps = 7, now 9\. .* --model {re.escape(str(tmp_path))}/model "):
+        train(tmp_path, config=longer)
+    with pytest.raises(ValueError, match=r"seed = 0, now 1\. .* --directory$"):
+        train(tmp_path, config=finished | {"seed": 1})
+
+
+def test_a_finished_run_says_that_another_function_is_only_evaluated_with(tmp_path, capsys):
+    train(tmp_path, functions={"reward": first_reward})
+    train(tmp_path, functions={"reward": second_reward})
+    assert "no step is left to train with it, but evaluations use it" in capsys.readouterr().out
+
+
+def test_process_0_alone_looks_for_other_settings(tmp_path, monkeypatch):
+    """Where NFS is asked for a file that is not there yet, it may say so for half a minute after it was written."""
+    train(tmp_path)
+    monkeypatch.setattr(distributed, "on_main", lambda name, call: "")
+    Run(tmp_path, CONFIG | {"seed": 1}, steps=STEPS)
+    monkeypatch.setattr(distributed, "on_main", lambda name, call: "process 0 refuses it")
+    with pytest.raises(ValueError, match="process 0 refuses it"):
+        Run(tmp_path / "absent", CONFIG, steps=STEPS)
+
+
+@pytest.mark.parametrize("seconds", [30.0, 0.0])
+def test_other_processes_wait_until_they_see_the_directory(seconds, tmp_path, monkeypatch):
+    def make():
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text("{}")
+
+    main = threading.Timer(0.3, make)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "on_main", lambda name, call: main.start() if "open" in name else "")
+    monkeypatch.setattr("rljax.train.run.SHARED_SECONDS", seconds)
+    run = Run(tmp_path / "run", CONFIG, steps=STEPS)
+    if seconds:
+        with run:
+            assert not main.is_alive()
+    else:
+        with pytest.raises(ValueError, match="process 0 made it; legal: a directory that all processes see"), run:
+            pass
+    main.join()
 
 
 def first_reward(completion):
