@@ -9,8 +9,13 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Stamps are touched last: an interrupted install is taken up again by the next make. `envs` is empty but on Python 3.11.
-.venv/.dev: setup.py
+.venv/.demo: setup.py
 	$(PYTHON) -m venv .venv
+	@echo "installing jax, flax, optax, orbax and transformers into .venv: a minute or two"
+	$(python) -m pip install --quiet -e .
+	@touch $@
+
+.venv/.dev: .venv/.demo
 	$(python) -m pip install -e '.[$(extras)]'
 	@touch $@
 
@@ -26,7 +31,7 @@ help:  ## this list
 	$(python) -m pip install -e '.[docs]'
 	@touch $@
 
-demo: .venv/.dev  ## teach a tiny language model to add, on this CPU
+demo: .venv/.demo  ## teach a tiny language model to add, on this CPU
 	$(python) experiments/arithmetic_grpo.py
 
 test: .venv/.dev  ## every test that needs neither torch nor the network, in two processes

@@ -28,7 +28,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.common import command_line, models, runs
+from experiments.common import command_line, hub, models, runs
 from experiments.common.feedback import (
     Candidates,
     check_settings,
@@ -89,7 +89,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     tokenizer, prompts, prompt_of = read_prompts(cfg)
     lines = whole_lines(cfg.out)
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
+    settings = {name: value for name, value in hub.settings_of(cfg).items() if name not in FREE}
     check_settings(cfg.out, settings, lines)
     voters = cfg.panel.annotators if cfg.rewards else 0
     start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.columns_of([number])[0]), voters)

@@ -24,9 +24,10 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from experiments.common import checks, command_line
-from experiments.common.checks import VERDICTS, Finding
+from experiments.common.checks import VERDICTS, Finding, Steps
 from experiments.common.settings import MeshShape, Rare
 from rljax.train import distributed
 from rljax.train.log import log_error, log_info
@@ -41,7 +42,7 @@ class Config:
 
     directory: str = "runs"  # where runs will write their checkpoints; every host must see the same directory
     mesh: MeshShape = MeshShape()
-    deadline_seconds: Rare[float] = 60.0  # for one check; a check that takes longer fails
+    deadline_seconds: Rare[float] = 60.0  # for one step of a check; one that takes longer fails
 
 
 def main(cfg: Config) -> list[str]:
@@ -59,9 +60,7 @@ def main(cfg: Config) -> list[str]:
     }
     verdicts = []
     for name, check in to_check.items():
-        with deadline(name, cfg.deadline_seconds):
-            finding = try_check(check)
-        everyone = distributed.exchange(f"doctor {name}", finding, cfg.deadline_seconds)
+        everyone = run_check(name, check, cfg.deadline_seconds)
         for finding in merged(everyone):
             log_info(f"{finding.verdict:8} {name:18} {finding.text}", COLORS[finding.verdict])
         verdicts.append(worst(everyone))
@@ -72,25 +71,51 @@ def main(cfg: Config) -> list[str]:
     return verdicts
 
 
-def try_check(check: Callable[[], Finding]) -> Finding:
-    """What the check finds; an error is a failure."""
+def run_check(name: str, check: Callable[[], Finding | Steps], seconds: float) -> list[Finding | None]:
+    """What the check finds on each process, the same on all; it is over as soon as one of them has a finding.
+
+    None for a process that has none by then. seconds: for a step of the check, and for the others to come to its end.
+    """
+    steps = steps_of(check)
+    everyone: list[Any] | None = None
+    while everyone is None or not any(isinstance(step, Finding) for step in everyone):
+        with deadline(name, seconds):
+            step = next_step(steps, everyone)
+        if isinstance(step, Finding) and step.verdict == "failed" and distributed.process_count() > 1:
+            log_error(f"{name}: {step.text}")  # now, as the others may wait in a collective until they give up
+        everyone = distributed.exchange(f"doctor {name}", step, seconds)
+    steps.close()
+    return [step if isinstance(step, Finding) else None for step in everyone]
+
+
+def steps_of(check: Callable[[], Finding | Steps]) -> Steps:
+    """The check as a generator."""
+    found = check()
+    return found if isinstance(found, Finding) else (yield from found)
+
+
+def next_step(steps: Steps, everyone: list | None) -> Any:
+    """What the check yields next, or at its end what it finds; an error is a failure."""
     try:
-        return check()
+        return steps.send(everyone)
+    except StopIteration as end:
+        return end.value
     except (ValueError, OSError, RuntimeError) as error:
         return Finding("failed", str(error).partition("\n")[0])
 
 
-def worst(findings: Sequence[Finding]) -> str:
+def worst(everyone: Sequence[Finding | None]) -> str:
     """The gravest verdict."""
-    return max((finding.verdict for finding in findings), key=VERDICTS.index)
+    return max((finding.verdict for finding in everyone if finding), key=VERDICTS.index)
 
 
-def merged(everyone: Sequence[Finding]) -> list[Finding]:
+def merged(everyone: Sequence[Finding | None]) -> list[Finding]:
     """One finding where all processes have the same, else one for each that differs, which names its processes."""
     processes: dict[Finding, list[int]] = {}
     for process, finding in enumerate(everyone):
-        processes.setdefault(finding, []).append(process)
-    if len(processes) == 1:
+        if finding:
+            processes.setdefault(finding, []).append(process)
+    if len(processes) == 1 and None not in everyone:
         return [everyone[0]]
     gravest_first = sorted(processes.items(), key=lambda item: -VERDICTS.index(item[0].verdict))
     return [

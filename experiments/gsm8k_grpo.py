@@ -21,7 +21,7 @@ Accuracy is measured on the test split, which training never sees, before and af
 
 What preflight.py compiled for v5e:2x4 (--mesh.fsdp 8, prompts of up to 512 tokens, scanned layers), GiB a device of 16:
 prefill 1.66, rollout 4.35, scoring 5.25, update 5.53. It bounds a step by 13.8 s at the published peaks, most of it on
-the interconnect; decoding gathers the weights for every token. By its formulas alone: 8.4 s, and 4.7 s with
+the interconnect; decoding gathers the weights for every token. By its formulas alone: 7.2 s, and 5.4 s with
 --mesh.data 4 --mesh.fsdp 1 --mesh.tensor 2.
 
 Reached: not yet run on hardware.

@@ -5,11 +5,12 @@ r"""What a run of grpo.py needs of a pod, before it is paid for: memory, time, m
     python experiments/preflight.py --model DIR --topology v5p:8x8x8 --sweep --price 4.2 --html plan.html
     python experiments/preflight.py --model qwen3-8b --topology h100:16 --mesh.tensor 8
 
-The settings are those of grpo.py. For a TPU topology the very programs that grpo.py would run (prefill, rollout with
-its cache, scoring, update) are compiled by the TPU compiler, which comes with `pip install "rljax[preflight]"`: memory
-and collectives are the compiler's, operations and bytes of HBM are formulas (experiments/common/costs.py). For GPUs all
-is. Times are those of the published peaks, which no run reaches. --sweep ranks meshes by the formulas and goes on with
-the best. A model is a directory, OWNER/NAME, or one of experiments/model_shapes/.
+The settings are those of grpo.py, with defaults of their own; the last line is the grpo.py command that compiles what
+was planned. For a TPU topology the very programs that grpo.py would run (prefill, rollout with its cache, scoring,
+update) are compiled by the TPU compiler, which comes with `pip install "rljax[preflight]"`: memory and collectives are
+the compiler's, operations and bytes of HBM are formulas (experiments/common/costs.py). For GPUs all is. Times are those
+of the published peaks, which no run reaches. --sweep ranks meshes by the formulas and goes on with the best. A model is
+a directory, OWNER/NAME, or one of experiments/model_shapes/.
 
 Reached: see docs/preflight.md.
 """
@@ -18,18 +19,20 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shlex
 import time
 from typing import Any, Literal
 
 import jax
 
+from experiments import grpo
 from experiments.common import command_line, costs, device_memory, lowering, models, plan, plan_page, train
 from experiments.common.algorithms import CriticFree
 from experiments.common.chips import GIB, Topology, read_topology
 from experiments.common.hlo import collectives
 from experiments.common.model_shapes import find_shape
 from experiments.common.plan import Memory, Plan
-from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Rare, Sampling, Server, Weights
+from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Rare, Sampling, Weights
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts.sampler import chunk_size
@@ -66,7 +69,6 @@ class Config:
     optimizer: Optimizer = Optimizer(learning_rate=1e-6)
     weights: Weights = Weights(dtype="bfloat16", remat="full", scan_layers=True)
     mesh: MeshShape = MeshShape()
-    server: Server = Server()
     steps: int = 1000  # of the run whose cost is told
     price: float = 0.0  # of a device-hour; 0: no money is told
     sweep: bool = False  # rank meshes, and go on with the best
@@ -84,6 +86,7 @@ def main(cfg: Config) -> Plan:
             'compiling for a TPU needs libtpu: pip install "rljax[preflight]"; legal without: --programs none'
         )
     config = hf.read_config(directory, cfg.max_prompt_tokens + cfg.sampling.max_tokens)
+    lowering.planned_sampling(cfg, config)
     log_info(f"{cfg.model}: {costs.num_params(config) / 1e9:,.2f} B parameters; {topology.size} x {topology.chip.name}")
     swept = []
     if cfg.sweep:
@@ -96,10 +99,19 @@ def main(cfg: Config) -> Plan:
     show(cfg, found)
     if found.over <= 0 and not found.gathers and found.mesh.shape["fsdp"] > 1:
         log_info(plan.gathering_line(by_formulas, formulas(gathering(cfg, True), config, topology, cfg.mesh.sizes)))
+    log_info(f"this program: python experiments/grpo.py {shlex.join(arguments_of_run(cfg, found))}")
     if cfg.html:
         plan_page.write(cfg.html, cfg, found, swept)
         log_info(f"written: {cfg.html}")
     return found
+
+
+def arguments_of_run(cfg: Config, found: Plan) -> list[str]:
+    """The arguments of grpo.py with which it compiles the programs of this plan; PROMPTS is the user's to fill in."""
+    batches = dataclasses.replace(cfg.batches, micro_batches=found.sizes.pieces.micro_batches)
+    mesh = dataclasses.replace(cfg.mesh, **dict(found.mesh.shape))
+    planned = dataclasses.replace(gathering(cfg, found.gathers), batches=batches, mesh=mesh)
+    return ["--prompts", "PROMPTS", *command_line.changed_flags(planned, grpo.Config(model="", prompts="PROMPTS"))]
 
 
 def gathering(cfg: Config, gathers: bool) -> Config:
@@ -126,11 +138,12 @@ def sweep(cfg: Config, config: DecoderConfig, topology: Topology) -> list[Plan]:
     """
     plans = []
     for mesh in plan.meshes(topology, config):
+        try:
+            train.check_batches(cfg.batches, mesh)
+        except ValueError:  # completions that do not divide over it
+            continue
         for gathers in (False, True)[: 1 + (mesh.shape["fsdp"] > 1)]:
-            try:
-                plans.append(formulas(gathering(cfg, gathers), config, topology, dict(mesh.shape)))
-            except ValueError:  # completions that do not divide over it
-                continue
+            plans.append(formulas(gathering(cfg, gathers), config, topology, dict(mesh.shape)))
     if not plans:
         raise ValueError(f"the batch divides over no mesh of {topology.size} devices; legal: more completions a step")
     plans = plan.ranked(plans)

@@ -1,5 +1,6 @@
 """What a new user's first files and models may be like: each is read, or is one line that says what to do."""
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -16,6 +17,7 @@ from rljax.data.files import read_table
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import hf
 from rljax.models.stored import stored_files
+from rljax.train import distributed
 
 CHATML = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -354,13 +356,44 @@ def test_a_model_in_the_cache_is_taken_and_its_revision_is_in_its_name(cache, mo
     for name in ("owner/small", f"owner/small@{revision}"):
         assert hub.find_model(name) == str(snapshot)
     cfg = hub.with_local_models(generate.Config(model="owner/small", prompt="Once"))
-    assert cfg.model == str(snapshot)  # as a run's config.json records it
+    assert cfg.model == str(snapshot)
     assert hub.model_name(cfg.model) == "small-7ae55760"
     assert hub.find_model(str(model)) == str(model)
     assert hub.find_model("/absent/model") == "/absent/model"  # no name of the hub: whoever reads it says so
     (snapshot / "model.safetensors").unlink()  # a download that was stopped
     with pytest.raises(FileNotFoundError, match="hf download owner/small --revision"):
         hub.find_model(f"owner/small@{revision}")
+
+
+def test_a_run_keeps_the_revision_of_its_model_wherever_the_cache_is():
+    directory = "models--owner--small-2.0/snapshots/7ae55760"
+    for cache in ("/root/hub", "/shared/hub", "hub"):
+        cfg = generate.Config(model=f"{cache}/{directory}", prompt="Once")
+        assert hub.settings_of(cfg) == dataclasses.asdict(cfg) | {"model": "owner/small-2.0@7ae55760"}
+    for model in ("/models/small", "owner/small", f"/root/hub/{directory}/folder"):
+        assert hub.settings_of(generate.Config(model=model, prompt="Once"))["model"] == model
+
+
+def test_all_processes_take_the_revision_that_process_0_has(cache, model, monkeypatch):
+    """In this host's cache the branch is already another commit."""
+    (cache / "models--owner--small" / "refs").mkdir(parents=True)
+    (cache / "models--owner--small" / "refs" / "main").write_text("b" * 40)
+    snapshots = {letter: cache / "models--owner--small" / "snapshots" / (letter * 40) for letter in "ab"}
+    for snapshot in snapshots.values():
+        shutil.copytree(model, snapshot)
+    assert hub.find_model("owner/small") == str(snapshots["b"])
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+
+    def find_where_process_0_has(directory):
+        monkeypatch.setattr(distributed, "on_main", lambda name, call: directory)
+        return hub.find_model("owner/small")
+
+    for letter in "ab":
+        found = find_where_process_0_has(f"/elsewhere/models--owner--small/snapshots/{letter * 40}")
+        assert found == str(snapshots[letter])
+    with pytest.raises(FileNotFoundError, match=f"hf download owner/small --revision {'c' * 40}"):
+        find_where_process_0_has(f"/elsewhere/models--owner--small/snapshots/{'c' * 40}")
+    assert find_where_process_0_has("owner/small") == "owner/small"  # a directory of that name
 
 
 def test_rows_are_read_with_their_place(tokenizer, tmp_path):

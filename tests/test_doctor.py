@@ -4,6 +4,7 @@ import importlib.metadata
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from distributed import launch
 from experiments import doctor
 from experiments.common import checks, settings
 from experiments.common.checks import Finding
+from rljax.train import distributed
 
 CHECKS = ("versions", "devices", "mesh", "memory", "matmul", "all-reduce", "checkpoints", "clocks", "compilation cache")
 
@@ -61,22 +63,100 @@ def test_a_package_that_is_too_old(monkeypatch):
     assert "(wanted: flax>=99): pip install -e ." in checks.check_versions().text
 
 
+def finding_of(check) -> Finding:
+    """What a check finds in one process."""
+    (finding,) = doctor.run_check("check", check, 60.0)
+    return finding
+
+
 def test_a_sum_and_a_product_that_are_wrong(monkeypatch):
-    assert checks.check_all_reduce().verdict == "ok"
+    assert finding_of(checks.check_all_reduce).verdict == "ok"
     with monkeypatch.context() as patch:
         patch.setattr(jax.lax, "psum", lambda x, name: 8 * x)
-        with pytest.raises(ValueError, match="require replication"):  # jax itself sees that devices may differ
-            checks.check_all_reduce()
+        found = finding_of(checks.check_all_reduce)
+        assert (found.verdict, "require replication" in found.text) == (
+            "failed",
+            True,
+        )  # jax sees that devices may differ
         patch.setattr(jax.lax, "psum", lambda x, name: 2 * jax.lax.pmax(x, name))
-        assert checks.check_all_reduce() == Finding("failed", "a wrong sum: look at the driver and at the network")
+        assert finding_of(checks.check_all_reduce) == Finding(
+            "failed", "a wrong sum: look at the driver and at the network"
+        )
     monkeypatch.setattr(checks.jnp, "matmul", lambda a, b, **_: a + b)
-    assert "a wrong product" in checks.check_matmul().text
+    assert "a wrong product" in finding_of(checks.check_matmul).text
 
 
 def test_a_program_that_is_not_read_back(monkeypatch):
-    assert checks.check_cache().verdict == "ok"
+    assert finding_of(checks.check_cache).verdict == "ok"
     monkeypatch.setattr(checks, "compile_probe", lambda: (0.1, False))
-    assert checks.check_cache().verdict == "warning"
+    assert finding_of(checks.check_cache).verdict == "warning"
+
+
+def on_processes(monkeypatch, count: int, call) -> list:
+    """What `call` returns on each of so many processes: threads here, which wait for each other in an exchange."""
+    barrier, own, told = threading.Barrier(count, timeout=10), threading.local(), [None] * count
+
+    def exchange(name, value, deadline_seconds=0.0):
+        told[own.process] = value
+        barrier.wait()
+        everyone = list(told)
+        barrier.wait()
+        return everyone
+
+    def run(process):
+        own.process = process
+        return call(process)
+
+    monkeypatch.setattr(distributed, "exchange", exchange)
+    monkeypatch.setattr(distributed, "process_count", lambda: count)
+    monkeypatch.setattr(distributed, "process_index", lambda: own.process)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def slow(process):
+    return Finding("ok", f"{min((yield process))}")
+
+
+def broken(process):
+    if process == 1:
+        raise RuntimeError("no such driver")
+    return Finding("ok", f"{min((yield process))}")
+
+
+def late(process):
+    everyone = yield process
+    if process == 1:
+        return Finding("failed", "gone")
+    return Finding("ok", f"{min((yield everyone))}")
+
+
+@pytest.mark.parametrize(
+    ("check", "merged"),
+    [
+        (slow, Finding("ok", "0")),
+        (broken, Finding("failed", "no such driver (process 1)")),
+        (late, Finding("failed", "gone (process 1)")),
+    ],
+)
+def test_a_check_that_one_process_cannot_go_on_with_is_over_for_all(check, merged, monkeypatch):
+    every = on_processes(monkeypatch, 3, lambda process: doctor.run_check("check", lambda: check(process), 5.0))
+    assert [doctor.merged(everyone) for everyone in every] == [[merged]] * 3
+    assert {doctor.worst(everyone) for everyone in every} == {merged.verdict}
+
+
+def test_a_process_that_cannot_write_is_named_by_all(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    places = [tmp_path / "runs", tmp_path / "file" / "runs"]
+
+    def check(process):
+        return doctor.run_check("checkpoints", lambda: checks.check_directory(str(places[process])), 5.0)
+
+    for everyone in on_processes(monkeypatch, 2, check):
+        (failed,) = doctor.merged(everyone)
+        assert failed.verdict == "failed"
+        assert failed.text.endswith("legal: --directory DIR that can be written (process 1)")
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_findings_of_several_processes_are_merged():

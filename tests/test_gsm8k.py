@@ -84,6 +84,17 @@ def test_it_is_grpo_with_other_settings():
     assert cfg.batches.prompts * cfg.batches.num_generations % (16 * cfg.batches.minibatches) == 0
 
 
+def test_the_tokenizer_of_a_tiny_model_is_learned_from_messages_too(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    row = {"messages": [{"role": "user", "content": "aaaa aaaa"}, {"role": "assistant", "content": "bbbb bbbb"}]}
+    file.write_text(json.dumps(row) + "\n")
+    tiny_model.main(tiny_model.Config(str(tmp_path / "out"), texts=str(file), width=32, layers=1))
+    assert load_tokenizer(tmp_path / "out").size > 256 + len(tiny_model.SPECIAL)
+    file.write_text(json.dumps({"n": 1}) + "\n")
+    with pytest.raises(ValueError, match=r"no text in .*chats.jsonl; legal: a file with a column of texts"):
+        tiny_model.main(tiny_model.Config(str(tmp_path / "other"), texts=str(file)))
+
+
 def test_a_tiny_model_is_written_once(model, tmp_path):
     out = tmp_path / "qwen3"
     tiny_model.main(tiny_model.Config(str(out), family="qwen3", width=32, layers=1))

@@ -3,6 +3,11 @@
 import dataclasses
 import importlib.util
 import re
+import shlex
+import sys
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +15,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import grpo, preflight
-from experiments.common import costs, device_memory, lowering, models, plan
-from experiments.common.chips import read_topology
+from experiments.common import command_line, costs, device_memory, lowering, models, plan
+from experiments.common.chips import CHIPS, read_topology
 from experiments.common.hlo import collectives
 from experiments.common.model_shapes import SHAPES, find_shape
+from experiments.common.sampling import training_sampling
 from experiments.common.settings import Batches, MeshShape, Sampling, Weights
 from models import tiny
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
+from rljax.models.moe import MoEConfig, sharded_moe_mlp
 from rljax.train.mesh import make_mesh
 from test_grpo_experiment import RAW, ROWS, VERIFIERS, write_prompts, write_tokenizer
 
@@ -103,6 +110,8 @@ def test_an_unknown_model_lists_the_legal_ones():
         ("v5e:8x8", [(i, j) for i in range(8) for j in range(8)], 100),  # links of two dimensions
         ("v5e:8x8", [(0, 0), (0, 4)], 12.5),  # four groups share the links between them
         ("v5p:8x8x8", [(0, 0, i) for i in range(8)], 200),
+        ("v5p:2x2x4", [(0, 0, i) for i in range(4)], 100),  # no cube of 4 x 4 x 4: nothing closes to a ring
+        ("v5e:8x16", [(0, i) for i in range(16)], 100),  # of two dimensions each by itself
         ("h100:16", [(i,) for i in range(8)], 450),
         ("h100:16", [(0,), (8,)], 50),
         ("h100:16", [(i,) for i in range(16)], 400),  # eight ports of a node
@@ -111,6 +120,64 @@ def test_an_unknown_model_lists_the_legal_ones():
 )
 def test_bandwidth_of_a_group(topology, places, gigabytes):
     assert read_topology(topology).bandwidth(places) == gigabytes * 1e9
+
+
+@pytest.mark.parametrize(
+    ("chip", "passes"), [("v5e", 6), ("v5p", 6), ("h100", 989 / 67), ("h200", 989 / 67), ("b200", 2250 / 75)]
+)
+def test_float32_is_computed_without_the_fast_units(chip, passes):
+    """Six products in bfloat16 on a TPU; on a GPU no tensor cores."""
+    chip = CHIPS[chip]
+    assert chip.peak_flops("bfloat16") / chip.peak_flops("float32") == pytest.approx(passes)
+    name = f"{chip.name}:{'x'.join('2' * chip.torus) or 2}"
+    cfg = preflight.Config("qwen3-0.6b", name, mesh=MeshShape(), batches=Batches(micro_batches=1))
+    single = dataclasses.replace(cfg, weights=dataclasses.replace(cfg.weights, dtype="float32"))
+    seconds = [planned(of).phases[0].seconds["compute"] for of in (cfg, single)]
+    assert seconds[1] / seconds[0] == pytest.approx(passes)
+
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+def planned(cfg: preflight.Config) -> plan.Plan:
+    """By formulas."""
+    config = hf.read_config(find_shape(cfg.model), cfg.max_prompt_tokens + cfg.sampling.max_tokens)
+    return preflight.formulas(cfg, config, read_topology(cfg.topology), cfg.mesh.sizes)
+
+
+def test_the_same_pieces_in_more_updates_move_the_same():
+    """4 minibatches of 8 micro-batches and one of 32 gather, reduce and read weights equally often."""
+    cfg = preflight.Config("qwen2.5-7b", "v5e:8x8", mesh=MeshShape(data=4, fsdp=4, tensor=4))
+    few = planned(dataclasses.replace(cfg, batches=Batches(64, 8, minibatches=4, micro_batches=8))).phases
+    one = planned(dataclasses.replace(cfg, batches=Batches(64, 8, minibatches=1, micro_batches=32))).phases
+    for mine, other in zip(few, one, strict=True):
+        assert mine.sent == other.sent
+    by_name = {phase.name: phase for phase in few}
+    sent = {(name, one.what, one.kind): one.bytes for name, phase in by_name.items() for one in phase.sent}
+    assert sent["update", "weights", "all-gather"] / 1e9 == pytest.approx(182.8, abs=0.1)  # 2 x 32 x 3/4 of 2 N/4 bytes
+    assert few[2].hbm_bytes == one[2].hbm_bytes
+    three_optimizer_steps = 3 * 7 * costs.SINGLE * PUBLISHED["qwen2.5-7b"] / 16
+    assert few[3].hbm_bytes - one[3].hbm_bytes == pytest.approx(three_optimizer_steps)
+
+
+def test_a_cache_is_read_whole_where_its_heads_do_not_divide():
+    """Qwen2.5-7B has four heads of keys and values: eight devices of `tensor` have a copy each."""
+
+    def cache_reads(tensor, kv_heads):
+        config = dataclasses.replace(hf.read_config(find_shape("qwen2.5-7b"), 4096), dtype="bfloat16", remat="full")
+        cfg = preflight.Config("qwen2.5-7b", "v5e:8x8", batches=Batches(64, 8, micro_batches=1))
+        topology, mesh = (
+            read_topology(cfg.topology),
+            plan.abstract_mesh(read_topology(cfg.topology), MeshShape(tensor=tensor).sizes),
+        )
+        sizes = lowering.sizes_of(cfg, config, mesh, topology.chip.hbm_bytes)
+        longer = sizes._replace(prompt_tokens=sizes.prompt_tokens + 1)
+        read = [costs.phases(config, topology, mesh, of)[1].hbm_bytes for of in (sizes, longer)]
+        return read[1] - read[0]  # another key and value, for every token that is decoded
+
+    of_token = 2 * 4 * 128 * 2 * 28
+    assert cache_reads(4, 4) == pytest.approx(512 * 3072 * of_token / 64)
+    assert cache_reads(8, 4) == pytest.approx(512 * 3072 * of_token / 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------- HLO
@@ -228,6 +295,73 @@ def test_bytes_of_arguments_and_results_are_the_compilers(on_eight, name):
         assert stats.alias_size_in_bytes == pytest.approx(kept, abs=64)
 
 
+DENSE = decoder.DecoderConfig(512, 256, 2, num_heads=4, num_kv_heads=4, head_dim=64, intermediate_size=512)
+MIXTURE = dataclasses.replace(DENSE, moe=MoEConfig(8, 2, 128, layers=(0, 1), norm_topk_prob=True))
+
+
+def sent_by_formulas_and_compiled(config, program, **sizes):
+    """Bytes that a device sends in a step, {(kind, group of devices): bytes}: of a program with four micro-batches."""
+    batches = Batches(8, 4, micro_batches=4)
+    weights = Weights(dtype="float32", remat="full", scan_layers=True)
+    cfg = dataclasses.replace(SMALL, batches=batches, weights=weights, mesh=MeshShape(**sizes))
+    mesh = make_mesh(**cfg.mesh.sizes)
+    config = models.trained_config(config, weights, mesh)
+    step = lowering.shapes_of_step(cfg, config, mesh)
+    phase = next(x for x in costs.phases(config, read_topology("v5e:2x4"), mesh, step.sizes) if x.name == program)
+    lowered = next(x for x in step.programs if x.name == program)
+    compiled: Counter = Counter()
+    for one in collectives(lowered.lower().compile().as_text()):
+        compiled[one.kind, one.group] += one.sent * lowered.calls
+    formulas = {(one.what, one.kind, costs.group_along(mesh, one.axes)): one.bytes for one in phase.sent}
+    return formulas, compiled
+
+
+def test_each_micro_batch_sums_its_gradients_over_data():
+    formulas, compiled = sent_by_formulas_and_compiled(DENSE, "update", data=2, fsdp=4)
+    assert formulas["gradients", "all-reduce", (0, 4)] == pytest.approx(compiled["all-reduce", (0, 4)], rel=0.1)
+
+
+@pytest.mark.parametrize("program", ["scoring", "update"])
+def test_tokens_of_experts_are_collected_and_their_sums_scattered(program):
+    formulas, compiled = sent_by_formulas_and_compiled(MIXTURE, program, fsdp=1, expert=8)
+    for kind in ("all-gather", "reduce-scatter"):
+        everyone = tuple(range(8))
+        assert formulas["tokens of experts", kind, everyone] == pytest.approx(compiled[kind, everyone], rel=0.05)
+
+
+def test_sums_over_tensor_are_of_all_tokens_that_a_device_of_experts_collects():
+    formulas, compiled = sent_by_formulas_and_compiled(MIXTURE, "scoring", fsdp=1, expert=4, tensor=2)
+    assert formulas["hidden states", "all-reduce", (0, 1)] == pytest.approx(compiled["all-reduce", (0, 1)], rel=0.1)
+
+
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_bytes_of_a_layer_of_experts_are_the_compilers(has_gradient, monkeypatch):
+    """With a plain product of the same sizes: XLA for CPUs computes a grouped one for each expert in turn."""
+    monkeypatch.setattr(jax.lax, "ragged_dot", lambda x, weights, group_sizes, precision: x @ weights[0])
+    mesh = make_mesh(fsdp=1, expert=8)
+    rows, tokens, D, F, E, k = 16, 256, 256, 96, 32, 8
+    config = dataclasses.replace(MIXTURE, hidden_size=D, moe=MoEConfig(E, k, F, layers=(0, 1), norm_topk_prob=True))
+
+    def shape(spec, *sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    of_rows, of_expert = partial(shape, ("expert",), rows, tokens), partial(shape, ("expert",), E)
+    sharding = NamedSharding(mesh, PartitionSpec("expert", None, None))
+    arguments = of_rows(D), of_rows(k, dtype=jnp.int32), of_rows(k), of_expert(D, F), of_expert(D, F), of_expert(F, D)
+
+    def layer(*arguments):
+        return sharded_moe_mlp(*arguments, jax.nn.silu, sharding)
+
+    def backward(x, chosen, *others):
+        of_layer = jax.checkpoint(lambda x, *others: layer(x, chosen, *others))
+        return jax.vjp(of_layer, x, *others)[1](x)
+
+    lowered = jax.jit(backward if has_gradient else layer).lower(*arguments)
+    piece = device_memory._MicroBatch(rows, rows / 8, tokens, rows / 8 * tokens)
+    predicted = 4 * device_memory._numbers_of_mixture(config, mesh, piece, has_gradient)
+    assert predicted == pytest.approx(lowered.compile().memory_analysis().temp_size_in_bytes, rel=0.15)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("model", "sizes", "lengths", "micro_batches"),
@@ -295,13 +429,20 @@ def test_flops_of_a_forward_pass_are_the_compilers():
 # ------------------------------------------------------------------------------------------------ the programs of a run
 
 
-def test_the_programs_are_those_that_a_run_lowers(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=7),
+        pytest.param(Sampling(max_tokens=7, top_p=0.9, support=8, min_tokens=2), marks=pytest.mark.nightly),
+    ],
+)
+def test_the_programs_are_those_that_a_run_lowers(sampling, tmp_path, monkeypatch):
     """The StableHLO of a run of grpo.py on eight devices, as JAX writes it, against that from shapes."""
     write_tokenizer(tiny.write(tmp_path / "model", RAW, tiny.tensors_of(RAW)))
     settings = {
         "model": str(tmp_path / "model"),
         "batches": Batches(prompts=8, num_generations=3, micro_batches=1),
-        "sampling": Sampling(max_tokens=7),
+        "sampling": sampling,
         "mesh": MeshShape(fsdp=4, tensor=2),
         "steps": 1,
     }
@@ -383,6 +524,86 @@ def test_a_sweep_ranks_meshes_and_says_why(capsys):
     assert all(reasons)
     assert any("all-gather of weights over fsdp" in reason for reason in reasons)
     assert "why not first" in out
+
+
+def test_a_sweep_passes_over_batches_that_do_not_divide_and_nothing_else(capsys):
+    cfg = preflight.Config("qwen2.5-0.5b", "h100:2", sweep=True, batches=Batches(prompts=3, num_generations=2))
+    preflight.main(cfg)
+    with pytest.raises(ValueError, match="the batch divides over no mesh of 2 devices"):
+        preflight.main(dataclasses.replace(cfg, batches=Batches(prompts=3, num_generations=2, micro_batches=4)))
+    with pytest.raises(ValueError, match="gdpo does not read the sum of rewards"):
+        preflight.main(dataclasses.replace(cfg, algorithm="gdpo", kl_in_reward=True))
+
+
+OFFLOADED = Weights(dtype="bfloat16", remat="full", scan_layers=True, offload=("opt_state", "frozen"))
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_what_waits_on_the_host_is_on_the_device_where_it_is_used(sweep, capsys):
+    here = preflight.Config("qwen2.5-7b", "h100:8", batches=Batches(16, 8, micro_batches=4), sweep=sweep)
+    here = dataclasses.replace(here, weights=dataclasses.replace(OFFLOADED, offload=()))
+    kept = {one.program: one.arrays for one in preflight.main(here).memory}
+    found = preflight.main(dataclasses.replace(here, weights=OFFLOADED))
+    offloaded = {one.program: one.arrays for one in found.memory}
+    assert offloaded["rollout"]["optimizer"] < 100  # its counters
+    assert "reference" not in offloaded["rollout"]
+    assert offloaded["scoring"]["reference"] == kept["scoring"]["reference"] > 0
+    applying = {"parameters", "gradients", "optimizer"}
+    least = sum(kept["update"][name] for name in applying) * (1 - 1e-6)  # scalars stay on the device
+    assert least <= sum(offloaded["update"].values()) < sum(kept["update"].values())
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"batches": Batches(64, 8, carry_over=8)},
+        {"batches": Batches(64, 8, oversample=2)},
+        {"batches": Batches(64, 8, max_tokens_per_device=8192)},
+        {"sampling": Sampling(max_concurrent=32)},
+        {"sampling": Sampling(stop_strings=("\\n",))},
+        {"sampling": Sampling(temperature=0.0)},
+        {"sampling": Sampling(repetition_penalty=1.1)},
+    ],
+)
+def test_a_setting_that_is_not_planned_is_refused(refused):
+    (block,) = refused.values()
+    changed = {name for name in block.__dict__ if getattr(block, name) != getattr(type(block)(), name)}
+    with pytest.raises(ValueError, match=f"({'|'.join(changed)}).*legal") as error:
+        preflight.main(dataclasses.replace(SMALL, topology="h100:8", **refused))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9, "min_p": 0.01, "support": 32, "min_tokens": 3}])
+def test_the_planned_sampling_is_that_of_a_run(options):
+    cfg = dataclasses.replace(SMALL, sampling=Sampling(max_tokens=16, temperature=0.7, **options))
+    config = hf.read_config(find_shape(SMALL.model), 32)
+    of_run = training_sampling(cfg.sampling, 2, SimpleNamespace(stop=(0,)), config.vocab_size)
+    assert lowering.planned_sampling(cfg, config, stop=(0,)) == of_run
+    assert of_run.support in (5, 32)
+
+
+def test_nothing_that_is_refused_is_recommended():
+    assert not [name for name in lowering.PLANNED for advice in plan.TRY.values() if name in advice]
+
+
+def test_the_last_line_is_the_run_that_was_planned(capsys, monkeypatch):
+    cfg = preflight.Config("qwen2.5-7b", "h100:16", mesh=MeshShape(fsdp=-1, tensor=4), kl_coef=0.0, algorithm="dapo")
+    weights = dataclasses.replace(cfg.weights, gather_for_generation=True, offload=("opt_state",))
+    sampling = Sampling(max_tokens=1024, top_p=0.9, support=32)
+    cfg = dataclasses.replace(cfg, sweep=True, weights=weights, sampling=sampling, batches=Batches(32, 16))
+    found = preflight.main(cfg)
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    start, command = line.split(": ", 1)
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    run = command_line.parse(grpo.Config).config
+    assert start == "this program"
+    for name in ("model", "max_prompt_tokens", "algorithm", "kl_coef", "steps", "sampling", "optimizer"):
+        assert getattr(run, name) == getattr(cfg, name), name
+    assert run.mesh.sizes == dict(found.mesh.shape)
+    assert run.weights == dataclasses.replace(weights, gather_for_generation=found.gathers)
+    assert run.batches == dataclasses.replace(cfg.batches, micro_batches=found.sizes.pieces.micro_batches)
+    asked = dataclasses.replace(cfg, mesh=run.mesh, weights=run.weights, batches=run.batches)
+    assert planned(asked).sizes == found.sizes
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")

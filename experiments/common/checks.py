@@ -1,6 +1,7 @@
 """What doctor.py checks, each as a function that returns what it found on this process.
 
-All processes call the same checks in the same order; numbers are those of all of them.
+Numbers are those of all processes. A check that needs them is a generator: it yields what this process has, and is sent
+what all have, in their order. It exchanges nothing by itself, so that none waits for one whose check is over.
 """
 
 import contextlib
@@ -11,9 +12,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,9 @@ class Finding(NamedTuple):
 
     verdict: str  # one of VERDICTS
     text: str
+
+
+Steps = Generator[Any, list, Finding]
 
 
 # ------------------------------------------------------------------------------------------------ what is installed
@@ -98,13 +102,16 @@ def check_mesh(shape: MeshShape) -> Finding:
     return Finding("ok", text)
 
 
-def check_memory() -> Finding:
+def check_memory() -> Steps:
     """The least memory of a device and of a host among all."""
-    host = least(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB)
     stats = [device.memory_stats() for device in jax.local_devices()]
-    if not all(stats):
+    own_host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    own_limit = min(one["bytes_limit"] for one in stats) / GIB if all(stats) else None
+    hosts, limits = zip(*(yield own_host, own_limit), strict=True)
+    host = min(hosts)
+    if None in limits:
         return Finding("ok", f"{host:.1f} GiB on a host, which its devices share")
-    limit = least(min(one["bytes_limit"] for one in stats) / GIB)
+    limit = min(limits)
     used = max(one["bytes_in_use"] for one in stats) / GIB
     text = f"{limit:.1f} GiB a device, {host:.1f} GiB on a host"
     if used > 0.1 * limit:
@@ -112,15 +119,10 @@ def check_memory() -> Finding:
     return Finding("ok", text)
 
 
-def least(value: float) -> float:
-    """The smallest of the values of all processes."""
-    return min(distributed.exchange("least", value))
-
-
 # ------------------------------------------------------------------------------------------------- speed, and sums
 
 
-def check_matmul() -> Finding:
+def check_matmul() -> Steps:
     """FLOP/s of each of this process's devices by itself. A device that is much slower than the others is broken."""
     on_cpu = jax.default_backend() == "cpu"
     size, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
@@ -131,7 +133,8 @@ def check_matmul() -> Finding:
         if not (multiply(ones, ones) == size).all():
             return Finding("failed", f"{device}: a wrong product; take it out of service")
         speeds.append(2 * size**3 / median_seconds(lambda ones=ones: multiply(ones, ones)) / 1e12)
-    slowest, fastest = least(min(speeds)), -least(-max(speeds))
+    everyone = yield speeds
+    slowest, fastest = min(map(min, everyone)), max(map(max, everyone))
     text = f"{slowest:.3g} to {fastest:.3g} TFLOP/s a device in {jnp.dtype(dtype).name}"
     chip = chip_of(jax.devices()[0].device_kind)
     if chip:
@@ -141,7 +144,7 @@ def check_matmul() -> Finding:
     return Finding("ok", text)
 
 
-def check_all_reduce() -> Finding:
+def check_all_reduce() -> Steps:
     """The sum of an array over all devices, and the bandwidth of a device's links as NCCL's tests count it."""
     count = jax.device_count()
     if count == 1:
@@ -157,10 +160,11 @@ def check_all_reduce() -> Finding:
         lambda x: jax.lax.psum(x[0], "all"), mesh=mesh, in_specs=PartitionSpec("all"), out_specs=PartitionSpec()
     )
     reduce = jax.jit(psum)
+    yield "ready"  # before the first collective, in which they would wait for one that fails here
     if not (np.asarray(reduce(numbered).addressable_data(0)) == count * (count - 1) / 2).all():
         return Finding("failed", "a wrong sum: look at the driver and at the network")
     gigabytes = 2 * (count - 1) / count * 4 * size / 1e9
-    speed = least(gigabytes / median_seconds(lambda: reduce(numbered)))
+    speed = min((yield gigabytes / median_seconds(lambda: reduce(numbered))))
     text = f"{speed:.3g} GB/s over {count} devices, {4 * size // 2**20} MiB each"
     if speed < 1 and jax.default_backend() == "gpu":
         return Finding("warning", f"{text}: slow; NCCL_DEBUG=INFO says which network NCCL found")
@@ -181,44 +185,43 @@ def median_seconds(call: Callable, repeats: int = 5) -> float:
 # ----------------------------------------------------------------------------------------- disk, clocks, compilation
 
 
-def check_directory(directory: str) -> Finding:
+def check_directory(directory: str) -> Steps:
     """Every process can write there, and sees what the others wrote: they all write one checkpoint."""
     place = Path(directory)
-    name = distributed.on_main("probe", lambda: f".doctor-{os.urandom(4).hex()}")
-    own = place / f"{name}-{distributed.process_index()}"
+    names = yield f".doctor-{os.urandom(4).hex()}"
+    own = place / f"{names[0]}-{distributed.process_index()}"
     try:
         place.mkdir(parents=True, exist_ok=True)
         own.write_text("probe")
-        problem = ""
     except OSError as error:
-        problem = f"{place}: {error.strerror}; legal: --directory DIR that can be written"
-    problems = distributed.exchange("written", problem)
-    seen = [(place / f"{name}-{process}").is_file() for process in range(len(problems))]
-    distributed.exchange("seen", None)
-    with contextlib.suppress(OSError):
-        own.unlink()
-    if any(problems):
-        return Finding("failed", problem) if problem else Finding("ok", f"{place.resolve()} can be written")
+        return Finding("failed", f"{place}: {error.strerror}; legal: --directory DIR that can be written")
+    try:
+        yield "written"
+        seen = [(place / f"{names[0]}-{process}").is_file() for process in range(len(names))]
+        yield "seen"
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink()
     if not all(seen):
         return Finding(
             "failed",
             f"{place.resolve()}: what process {seen.index(False)} writes is not there; legal: a directory on a file "
             "system that all hosts share",
         )
-    free = least(shutil.disk_usage(place).free / GIB)
+    free = min((yield shutil.disk_usage(place).free / GIB))
     text = f"{place.resolve()} can be written, {free:.0f} GiB free"
     return Finding("warning" if free < 1 else "ok", text)
 
 
-def check_clocks() -> Finding:
+def check_clocks() -> Steps:
     """How far this process's clock is from that of process 0. Seen through a barrier, so only to some milliseconds."""
     if distributed.process_count() == 1:
         return Finding("ok", "one process")
     own = []
     for _ in range(5):
-        distributed.exchange("clock", None)
+        yield "now"
         own.append(time.time())
-    rounds = np.asarray(distributed.exchange("clocks", own))
+    rounds = np.asarray((yield own))
     skew = float(np.abs(np.median(rounds - rounds[0], axis=1)).max())
     text = f"at most {skew:.2f} seconds apart"
     if skew > 1:
@@ -226,25 +229,23 @@ def check_clocks() -> Finding:
     return Finding("ok", text)
 
 
-def check_cache() -> Finding:
+def check_cache() -> Steps:
     """A program compiled once is read from the cache the second time, on every process."""
     directory = jax.config.jax_compilation_cache_dir
     if not directory:
         return Finding("warning", "off: every start compiles everything; RLJAX_CACHE=DIR switches it on")
-    problem = ""
     if distributed.is_main():  # the others only read
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
-            problem = f"{directory}: {error.strerror}; RLJAX_CACHE=DIR takes another place"
-    if problem := distributed.exchange("cache", problem)[0]:
-        return Finding("warning", problem)
+            return Finding("warning", f"{directory}: {error.strerror}; RLJAX_CACHE=DIR takes another place")
+    yield "can be written"
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     first, _ = compile_probe()
-    distributed.exchange("compiled", None)  # process 0 has written it
+    yield "compiled"  # process 0 has written it
     second, is_hit = compile_probe()
-    first, second = distributed.exchange("compile seconds", (first, second))[0]
+    first, second = (yield first, second)[0]
     text = f"{directory}: compiled in {first:.2f} seconds, read back in {second:.2f}"
     keeps_own = distributed.is_main() or jax.default_backend() != "cpu"  # on CPUs JAX keeps programs of process 0 alone
     if keeps_own and not is_hit:

@@ -22,13 +22,23 @@ class Chip(NamedTuple):
     torus: int = 0  # dimensions of the torus of a pod; 0: nodes of 8, with a network between them
     ring: int = 0  # chips along a dimension of the torus, a multiple of which closes to a ring
     network_bandwidth: float = 0.0  # bytes a second of one chip between nodes, one way
+    vector_flops: float = 0.0  # float32 operations a second of a GPU, without its tensor cores
+
+    def peak_flops(self, dtype: str) -> float:
+        """Operations a second of products in this dtype; of float32 ones in full precision, as all scripts ask for."""
+        if dtype != "float32":
+            return self.flops
+        return self.flops / BFLOAT16_PASSES if self.torus else self.vector_flops
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: "peak compute per chip (bf16)", HBM capacity and bandwidth, and
 # the bidirectional bandwidth of all links of a chip, here of one link in one direction. A dimension of the torus closes
-# to a ring at 16 chips (v5e, v6e) and in slices of whole cubes of 4 x 4 x 4 (v4, v5p).
-# GPU: NVIDIA's data sheets of H100 SXM, H200 SXM and HGX B200, bfloat16 without sparsity; NVLink is 900 and 1,800 GB/s
-# both ways. The network is one 400 Gb/s port a GPU, as in DGX H100 and B200.
+# to a ring at 16 chips (v5e, v6e) and in slices of whole cubes of 4 x 4 x 4 (v4, v5p). A product in float32 is six of
+# parts in bfloat16 (XLA's algorithm BF16_BF16_F32_X6).
+# GPU: NVIDIA's data sheets of H100 SXM, H200 SXM and HGX B200, bfloat16 without sparsity, and FP32, for which there are
+# no tensor cores; NVLink is 900 and 1,800 GB/s both ways. The network is one 400 Gb/s port a GPU, as in DGX H100 and
+# B200.
+BFLOAT16_PASSES = 6
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -36,9 +46,15 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819 * GB, 50 * GB, torus=2, ring=16),
         Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765 * GB, 100 * GB, torus=3, ring=4),
         Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638 * GB, 100 * GB, torus=2, ring=16),
-        Chip("h100", "NVIDIA H100", 989e12, 80 * GB, 3350 * GB, 450 * GB, network_bandwidth=50 * GB),
-        Chip("h200", "NVIDIA H200", 989e12, 141 * GB, 4800 * GB, 450 * GB, network_bandwidth=50 * GB),
-        Chip("b200", "NVIDIA B200", 2250e12, 180 * GB, 8000 * GB, 900 * GB, network_bandwidth=50 * GB),
+        Chip(
+            "h100", "NVIDIA H100", 989e12, 80 * GB, 3350 * GB, 450 * GB, network_bandwidth=50 * GB, vector_flops=67e12
+        ),
+        Chip(
+            "h200", "NVIDIA H200", 989e12, 141 * GB, 4800 * GB, 450 * GB, network_bandwidth=50 * GB, vector_flops=67e12
+        ),
+        Chip(
+            "b200", "NVIDIA B200", 2250e12, 180 * GB, 8000 * GB, 900 * GB, network_bandwidth=50 * GB, vector_flops=75e12
+        ),
     )
 }
 GPUS_OF_NODE = 8
@@ -80,9 +96,14 @@ class Topology(NamedTuple):
             if len(along) == 1:
                 continue
             stride = min(b - a for a, b in pairwise(along))
-            closes = len(along) == size and size % self.chip.ring == 0
+            closes = len(along) == size and self._closes(axis)
             total += self.chip.link_bandwidth * (2 if closes else 1) / stride
         return total or math.inf
+
+    def _closes(self, axis: int) -> bool:
+        """Whether a dimension of the torus is a ring: of three dimensions none is, or all are."""
+        sizes = self.shape if self.chip.torus == 3 else self.shape[axis : axis + 1]
+        return all(size % self.chip.ring == 0 for size in sizes)
 
     def _ways(self, places: Sequence[Sequence[int]]) -> int:
         """Ports of a node that a group has: one for each of its GPUs there."""

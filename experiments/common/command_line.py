@@ -123,6 +123,23 @@ def flags_of(config_type: type, prefix: str = "--") -> list[str]:
     return flags
 
 
+def changed_flags(settings: Any, defaults: Any, prefix: str = "--") -> list[str]:
+    """The arguments of a command line that turn `defaults` into `settings`, as far as both have the same fields."""
+    arguments = []
+    for field in dataclasses.fields(defaults):
+        value, usual = getattr(settings, field.name, None), getattr(defaults, field.name)
+        if not hasattr(settings, field.name) or value == usual:
+            continue
+        if dataclasses.is_dataclass(value):
+            arguments += changed_flags(value, usual, f"{prefix}{field.name}.")
+        elif value is True:
+            arguments.append(prefix + field.name)
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            arguments += [prefix + field.name, *map(str, values)]
+    return arguments
+
+
 def configure_jax(debug: bool = False) -> None:
     """Of the whole process: matmuls in float32, a persistent compilation cache, and debugging.
 

@@ -21,6 +21,7 @@ from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import RULES
 
 SINGLE = 4  # bytes of a float32
+HOLDERS = ("fsdp", "expert", "tensor")  # axes of the mesh that a copy of the parameters is split over
 PASSES = {"none": 3, "dots": 3, "full": 4}  # forward passes that an update costs: forward, two backward, recomputed
 
 
@@ -116,14 +117,14 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
     weights = num_params(config) * half / mesh.shape["tensor"] / mesh.shape["expert"]  # as a device computes with them
     layer_bytes = config.num_layers * config.hidden_size * half
     decode_pairs = seen_pairs(config, L, L + N)
-    kv_of_pair = 2 * config.num_kv_heads * config.head_dim * half * config.num_layers
+    kv_of_pair = 2 * config.num_kv_heads * config.head_dim * half * config.num_layers / kv_shards(config, mesh)
 
     prompt_tokens = B / sizes.pieces.group_size * L
     learned = B * N + prompt_tokens
     learned_flops = forward_flops(
         config, learned, B * decode_pairs + B / sizes.pieces.group_size * seen_pairs(config, 0, L), B * N
     )
-    cut = sizes.pieces.micro_batches
+    cut = sizes.updates // sizes.epochs * sizes.pieces.micro_batches  # all rows of a step, in so many pieces
     passes = PASSES[config.remat]
     local = devices / mesh.shape["tensor"]
     sampled = num_layer_params(config) / num_params(config)  # a sampler gathers no tables of the vocabulary
@@ -131,9 +132,10 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
 
     def phase(name: str, flops: float, hbm: float, sent: Iterable[Sent]) -> Phase:
         sent = tuple(one for one in sent if one.bytes > 0)
-        return Phase(name, flops / devices, hbm, sent, seconds(topology, mesh, flops / devices, hbm, sent))
+        of_device = flops / devices
+        return Phase(name, of_device, hbm, sent, seconds(topology, mesh, config.dtype, of_device, hbm, sent))
 
-    decode_hbm = N * weights + B * decode_pairs * kv_of_pair / devices + N * 4 * layer_bytes * B / local
+    decode_hbm = N * weights + (B * decode_pairs * kv_of_pair + N * 4 * layer_bytes * B) / local
     return [
         phase(
             "prefill",
@@ -157,7 +159,7 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
             "update",
             sizes.epochs * passes * learned_flops,
             sizes.epochs * passes * (cut * weights + 20 * layer_bytes * learned / local)
-            + sizes.updates * 7 * num_params(config) * SINGLE / math.prod(mesh.shape[a] for a in ("fsdp", "tensor")),
+            + sizes.updates * 7 * num_params(config) * SINGLE / math.prod(mesh.shape[a] for a in HOLDERS),
             _sent(
                 config,
                 mesh,
@@ -179,7 +181,12 @@ def _sent(
     reduces: float = 0,
     logits: float = 0,
 ) -> list[Sent]:
-    """What each device sends: weights gathered, gradients reduced, activations reduced or exchanged."""
+    """What each device sends: weights gathered, gradients reduced, activations reduced or exchanged.
+
+    Each micro-batch sums its gradients over `fsdp` and over `data`: their sum over micro-batches is held as parameters
+    are. In a mixture each device collects the tokens of all along `expert`, and sums that it has computed for them go
+    back (`rljax.models.moe`): gathered forward, recomputed and backward, scattered forward and backward.
+    """
     half = np.dtype(config.dtype).itemsize
     shape = mesh.shape
     tensor, fsdp, data, expert, sequence = (shape[a] for a in ("tensor", "fsdp", "data", "expert", "sequence"))
@@ -188,31 +195,46 @@ def _sent(
     summed = share * SINGLE * (fsdp - 1) / fsdp
     on_device = tokens / math.prod(shape[a] for a in (*RULES["rows"], *RULES["columns"]))
     hidden = on_device * config.hidden_size * half
+    mixtures = len(config.moe.layers) if config.moe else 0
+    collected = expert_shards(config, mesh)  # times as many tokens go through the experts of a device
+    summed_layers = 2 * config.num_layers + mixtures * (collected - 1)
     out = [
         Sent("weights", "all-gather", ("fsdp",), gathers * gathered),
         Sent("gradients", "reduce-scatter", ("fsdp",), reduces * summed),
-        Sent("gradients", "all-reduce", ("data",), (reduces > 0) * 2 * share / fsdp * SINGLE * (data - 1) / data),
+        Sent("gradients", "all-reduce", ("data",), reduces * 2 * share / fsdp * SINGLE * (data - 1) / data),
         Sent(
             "hidden states",
             "all-reduce",
             ("tensor",),
-            passes * 2 * config.num_layers * 2 * hidden * (tensor - 1) / tensor,
+            passes * summed_layers * 2 * hidden * (tensor - 1) / tensor,
         ),
     ]
     if sequence > 1 and not logits:
-        kv = 2 * config.num_kv_heads * config.head_dim / tensor * half * tokens / data / fsdp / expert
+        kv = 2 * config.num_kv_heads * config.head_dim / kv_shards(config, mesh) * half * tokens / data / fsdp / expert
         out.append(Sent("keys and values", "all-gather", ("sequence",), passes * config.num_layers * kv))
-    if config.moe is not None and expert > 1:
-        routed = 2 * config.moe.num_experts_per_tok * hidden * len(config.moe.layers) * (expert - 1) / expert
-        out.append(Sent("tokens of experts", "all-to-all", ("expert",), passes * routed))
+    gathered_passes, scattered_passes = (passes - 1, 2) if reduces else (passes, passes)
+    of_pass = mixtures * (collected - 1) * hidden
+    out.append(Sent("tokens of experts", "all-gather", ("expert",), gathered_passes * of_pass))
+    out.append(Sent("tokens of experts", "reduce-scatter", ("expert",), scattered_passes * of_pass))
     if logits:
         moved = logits * config.hidden_size * half + logits * config.vocab_size * SINGLE / mesh.size
         out.append(Sent("logits", "all-to-all", ("fsdp", "tensor"), moved * (mesh.size > 1)))
     return out
 
 
+def kv_shards(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
+    """Parts that keys and values are split into over `tensor`; heads that it does not divide are copied to all."""
+    return mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+
+
+def expert_shards(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
+    """Parts that the experts of a layer are split into over `expert`, where it divides them."""
+    divides = config.moe is not None and config.moe.num_experts % mesh.shape["expert"] == 0
+    return mesh.shape["expert"] if divides else 1
+
+
 def seconds(
-    topology: Topology, mesh: jax.sharding.Mesh, flops: float, hbm_bytes: float, sent: Iterable[Sent]
+    topology: Topology, mesh: jax.sharding.Mesh, dtype: str, flops: float, hbm_bytes: float, sent: Iterable[Sent]
 ) -> dict[str, float]:
     """Time of compute, HBM and interconnect at the chip's published peaks. The longest of them is the phase's bound."""
     places = places_of(topology, mesh)
@@ -222,7 +244,7 @@ def seconds(
         if len(group) > 1:
             wire += one.bytes / topology.bandwidth([places[i] for i in group])
     return {
-        "compute": flops / topology.chip.flops,
+        "compute": flops / topology.chip.peak_flops(dtype),
         "HBM": hbm_bytes / topology.chip.hbm_bandwidth,
         "interconnect": wire,
     }

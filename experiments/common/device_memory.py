@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.common.costs import SINGLE, Sizes, num_layer_params, num_params
+from experiments.common.costs import HOLDERS, SINGLE, Sizes, expert_shards, num_layer_params, num_params
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.policy import default_chunk_tokens
-from rljax.train.mesh import data_parallel_size, sharding_of
+from rljax.train.mesh import HOST_MEMORY, data_parallel_size, sharding_of
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes on one device of a tree of shapes with shardings."""
+def device_bytes(tree: Any, on_host: bool = False) -> int:
+    """Bytes on one device of a tree of shapes with shardings.
+
+    on_host: of the arrays that wait in the host's memory, in place of those that stay on the device.
+    """
 
     def of_leaf(x) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -26,7 +29,10 @@ def device_bytes(tree: Any) -> int:
         words = 2 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else 1
         return math.prod(shape) * item * words
 
-    return sum(of_leaf(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
+    def waits(x) -> bool:
+        return x.sharding is not None and x.sharding.memory_kind == HOST_MEMORY
+
+    return sum(of_leaf(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape") and waits(x) == on_host)
 
 
 def cache_bytes(config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes) -> int:
@@ -111,7 +117,7 @@ def activation_terms(
     layer = {name: attention.get(name, 0) + mlp.get(name, 0) for name in attention | mlp}
     kept = 0 if config.remat == "full" else (config.num_layers - 1) * layer["one layer"]
     inputs = config.num_layers * tokens * config.hidden_size * np.dtype(config.dtype).itemsize
-    shares = math.prod(mesh.shape[name] for name in ("fsdp", "tensor", "expert"))
+    shares = math.prod(mesh.shape[name] for name in HOLDERS)
     copies = 1 if sizes.pieces.micro_batches == 1 else 2  # the sum, and what a micro-batch adds to it
     gradients = copies * num_params(config) / shares * SINGLE
     return max(layer, logits, key=_total) | {"inputs of layers": inputs + kept, "gradients": gradients}
@@ -149,15 +155,30 @@ def _attention_terms(
 def _mlp_terms(
     config: DecoderConfig, mesh: jax.sharding.Mesh, piece: _MicroBatch, has_gradient: bool
 ) -> dict[str, float]:
-    """Gate, up and their product; in a mixture those of the experts that a token takes."""
+    """Gate, up and their product; in a mixture also the tokens, sorted by expert and back in their order."""
     half = np.dtype(config.dtype).itemsize
-    inner = config.moe.intermediate_size * config.moe.num_experts_per_tok if config.moe else config.intermediate_size
+    numbers = 3 * piece.tokens * config.intermediate_size / mesh.shape["tensor"]
+    if config.moe is not None:
+        numbers = _numbers_of_mixture(config, mesh, piece, has_gradient)
     of_attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
     weights = (num_layer_params(config) / config.num_layers - of_attention) / mesh.shape["expert"]
     return {
-        "one layer": 3 * piece.tokens * half * inner / mesh.shape["tensor"],
+        "one layer": half * numbers,
         "weights of a layer": _weights_as_computed(config, mesh, weights, has_gradient),
     }
+
+
+def _numbers_of_mixture(
+    config: DecoderConfig, mesh: jax.sharding.Mesh, piece: _MicroBatch, has_gradient: bool
+) -> float:
+    """What a layer of experts holds: a device has a row for each choice of the tokens of all devices along `expert`.
+
+    Forward these are its inputs beside gate and up, or its outputs twice: sorted by expert and in the order of tokens.
+    Of the backward pass as many as XLA for CPUs was seen to hold.
+    """
+    rows = expert_shards(config, mesh) * piece.tokens * config.moe.num_experts_per_tok
+    wide, inner = config.hidden_size, config.moe.intermediate_size / mesh.shape["tensor"]
+    return rows * (4 * wide + 5.5 * inner if has_gradient else max(2 * wide, wide + 2 * inner))
 
 
 def _weights_as_computed(config: DecoderConfig, mesh: jax.sharding.Mesh, weights: float, has_gradient: bool) -> float:

@@ -3,26 +3,41 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from rljax.train import distributed
 from rljax.train.log import log_info
 
 T = TypeVar("T")
 ON_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w.-]+))?")
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # not the same weights in other formats
 MODEL_FIELDS = ("model", "critic_model", "teacher")
-SNAPSHOT = re.compile(r"models--[^/]+--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)")
+SNAPSHOT = re.compile(r"(.*/)?models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)")
 
 
 def find_model(model: str) -> str:
     """The directory of a model: `model` itself, or where it is OWNER/NAME[@REVISION], its snapshot in the hub's cache.
 
     What is in the cache is taken as it is, so a command that is run again finds the same weights; the directory's name
-    is the revision. HF_HUB_OFFLINE=1 forbids the download. Raises FileNotFoundError, saying how to fetch the model.
+    is the revision. Process 0 says which revision it is; all processes call it. HF_HUB_OFFLINE=1 forbids the download.
+    Raises FileNotFoundError, saying how to fetch the model.
     """
-    named = ON_HUB.fullmatch(model)
-    if Path(model).is_dir() or named is None:
+    if ON_HUB.fullmatch(model) is None:
         return model
+    found = distributed.on_main("find a model", lambda: model if Path(model).is_dir() else _snapshot(model))
+    named = name_on_hub(found)
+    return found if distributed.is_main() or named == found else _snapshot(named)
+
+
+def name_on_hub(directory: str) -> str:
+    """OWNER/NAME@REVISION of a snapshot in the hub's cache, wherever that lies; any other directory as it is."""
+    snapshot = SNAPSHOT.fullmatch(Path(directory).as_posix())
+    return "{owner}/{name}@{revision}".format(**snapshot.groupdict()) if snapshot else directory
+
+
+def _snapshot(model: str) -> str:
+    """The directory of OWNER/NAME[@REVISION] in the hub's cache, downloaded where it is not there."""
+    named = ON_HUB.fullmatch(model)
     from huggingface_hub import snapshot_download  # half a second of import
 
     name, revision = named["name"], named["revision"]
@@ -60,14 +75,23 @@ def _is_whole(directory: str) -> bool:
 
 
 def with_local_models(config: T) -> T:
-    """The settings with directories for models that are named OWNER/NAME: a run's config.json holds their revision."""
-    fields = {field.name for field in dataclasses.fields(config)} & set(MODEL_FIELDS)
-    found = {name: find_model(getattr(config, name)) for name in fields if isinstance(getattr(config, name), str)}
+    """The settings with directories for models that are named OWNER/NAME."""
+    found = {name: find_model(value) for name, value in _models_of(vars(config)).items()}
     return dataclasses.replace(config, **found)
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings as a run's config.json keeps them: models of the hub by name and revision, wherever the cache is."""
+    settings = dataclasses.asdict(config)
+    return settings | {name: name_on_hub(value) for name, value in _models_of(settings).items()}
+
+
+def _models_of(settings: dict[str, Any]) -> dict[str, str]:
+    return {name: settings[name] for name in MODEL_FIELDS if isinstance(settings.get(name), str)}
 
 
 def model_name(model: str) -> str:
     """What a run is called after: the model's directory, or its name and the beginning of its revision on the hub."""
     directory = Path(model).resolve()
-    on_hub = SNAPSHOT.search(directory.as_posix())
+    on_hub = SNAPSHOT.fullmatch(directory.as_posix())
     return f"{on_hub['name']}-{on_hub['revision'][:8]}" if on_hub else directory.name

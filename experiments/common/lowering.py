@@ -12,11 +12,21 @@ from experiments.common import controllers, micro_batches, models, train
 from experiments.common.costs import Sizes
 from experiments.common.device_memory import device_bytes
 from experiments.common.optimizer import make_optimizer
+from experiments.common.sampling import keep_support
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts import sampler
 from rljax.train.mesh import Shardings, data_parallel_size, sharding_of
 from rljax.types import Params, Sampling, TrainState, Trajectory
+
+# Settings of grpo.py with which it compiles other programs than those planned here, and what is planned.
+PLANNED = {
+    "batches.max_tokens_per_device": 0,  # packed rows: their programs depend on the data
+    "batches.carry_over": 0,
+    "batches.oversample": 1,
+    "sampling.max_concurrent": None,
+    "sampling.stop_strings": (),
+}
 
 
 class Program(NamedTuple):
@@ -45,14 +55,11 @@ def shapes_of_step(
       cfg: the settings of experiments/preflight.py, those of grpo.py among them.
       stop: ids of the tokenizer that end a completion, which are constants of the program.
 
-    Raises ValueError for sizes that grpo.py refuses, and for packed rows, whose programs depend on the data.
+    Raises ValueError for settings that grpo.py refuses, and for those that are not planned.
     """
     batches = cfg.batches
     train.check_batches(batches, mesh)
-    if batches.max_tokens_per_device or batches.carry_over or batches.oversample > 1:
-        raise ValueError(
-            "preflight knows rows as sampled; legal: batches.max_tokens_per_device 0, carry_over 0, oversample 1"
-        )
+    sampling = planned_sampling(cfg, config, stop)
     algorithm = grpo.named_algorithm(cfg)
     train.check_algorithm(algorithm, batches, cfg.algorithm)
     algorithm = grpo.with_settings(algorithm, cfg, config)
@@ -60,9 +67,6 @@ def shapes_of_step(
     state, shardings = state_shapes(cfg, config, mesh, optimizer)
     step = grpo.make_step(
         algorithm, optimizer, batches, shardings, config, cfg.max_prompt_tokens, cfg.sampling.max_tokens
-    )
-    sampling = Sampling(
-        cfg.sampling.temperature, n=batches.num_generations, max_tokens=cfg.sampling.max_tokens, stop=stop
     )
     prompts = prompt_shapes(mesh, batches.prompts, cfg.max_prompt_tokens)
     seed = jax.ShapeDtypeStruct((), jnp.int32)
@@ -85,6 +89,28 @@ def shapes_of_step(
         Program("update", lambda: step.update.lower(state, minibatch()), learned, batches.epochs * batches.minibatches),
     ]
     return StepShapes(state, sizes_of(cfg, config, mesh), programs)
+
+
+def planned_sampling(cfg: Any, config: DecoderConfig, stop: tuple[int, ...] = (0,)) -> Sampling:
+    """The sampling of a training run. Raises ValueError for settings that are not planned, or that cannot train."""
+    for name, legal in PLANNED.items():
+        block, field = name.split(".")
+        value = getattr(getattr(cfg, block), field)
+        if value != legal:
+            raise ValueError(f"--{name} {value}: preflight does not plan this program; legal: {legal}")
+    options = cfg.sampling
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        min_tokens=options.min_tokens,
+        n=cfg.batches.num_generations,
+        max_tokens=options.max_tokens,
+        stop=stop,
+    )
+    return keep_support(sampling, options.support, config.vocab_size)
 
 
 @partial(jax.jit, static_argnames="lm")

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments.common import data, micro_batches
+from experiments.common import data, hub, micro_batches
 from experiments.common.settings import PLACEMENT, Batches
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
@@ -44,7 +44,7 @@ def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str =
     name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
     return Run(
         cfg.directory or f"runs/{Path(source).stem}/{name}",
-        dataclasses.asdict(cfg),
+        hub.settings_of(cfg),
         steps=cfg.steps,
         source=source,
         functions=functions,

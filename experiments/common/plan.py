@@ -19,7 +19,7 @@ TRY = {
     "parameters": "more devices on --mesh.fsdp or --mesh.tensor, or --weights.adapter.rank 16",
     "optimizer": "more devices on --mesh.fsdp or --mesh.tensor, or --weights.adapter.rank 16",
     "reference": "more devices on --mesh.fsdp, or --weights.adapter.rank 16: its reference needs no copy",
-    "KV cache": "fewer or shorter completions, --sampling.max_concurrent, or more devices",
+    "KV cache": "fewer or shorter completions, or more devices",
     "gathered weights": "a larger --mesh.tensor, --mesh.expert for a mixture, or no --weights.gather_for_generation",
     "gradients": "more devices on --mesh.fsdp or --mesh.tensor",
     "attention scores": "more --batches.micro_batches, --mesh.tensor or --mesh.sequence",
@@ -88,26 +88,33 @@ def abstract_mesh(topology: Topology, sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(found[name] for name in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def resident(state: Any) -> dict[str, float]:
-    """Bytes on a device of what stays there between programs."""
+def resident(state: Any, on_host: bool = False) -> dict[str, float]:
+    """Bytes on a device of what stays there between programs; or of what waits in the host's memory (`offload`)."""
     arrays = {"parameters": state.params, "optimizer": state.opt_state, **state.frozen}
-    return {
-        name: float(device_memory.device_bytes(tree))
-        for name, tree in arrays.items()
-        if device_memory.device_bytes(tree)
-    }
+    sizes = {name: float(device_memory.device_bytes(tree, on_host)) for name, tree in arrays.items()}
+    return {name: size for name, size in sizes.items() if size}
 
 
 def by_formulas(
     config: DecoderConfig, topology: Topology, mesh: Any, sizes: Sizes, state: Any, backend: str = ""
 ) -> Plan:
-    """The plan without compiling anything. backend: "cpu" for devices of the CPU; "": those of the topology."""
-    held = resident(state)
+    """The plan without compiling anything. backend: "cpu" for devices of the CPU; "": those of the topology.
+
+    What waits on the host comes to the device for the programs that use it: an adapter's base for all, a reference for
+    scoring, the optimizer's state when the gradients are complete.
+    """
+    held, fetched = resident(state), resident(state, on_host=True)
+    base = {name: size for name, size in fetched.items() if name == "base"}
+    reference = {name: size for name, size in fetched.items() if name == "reference"}
     backend = backend or ("tpu" if topology.is_tpu else "gpu")
+    update = device_memory.activation_terms(config, mesh, sizes, True, backend)
+    applying = {"gradients": update["gradients"], "optimizer": fetched.get("optimizer", 0.0)}
     memory = [
-        Memory("rollout", held | device_memory.decoding_terms(config, mesh, sizes, backend)),
-        Memory("scoring", held | device_memory.activation_terms(config, mesh, sizes, False, backend)),
-        Memory("update", held | device_memory.activation_terms(config, mesh, sizes, True, backend)),
+        Memory("rollout", held | base | device_memory.decoding_terms(config, mesh, sizes, backend)),
+        Memory(
+            "scoring", held | base | reference | device_memory.activation_terms(config, mesh, sizes, False, backend)
+        ),
+        Memory("update", held | base | (applying if sum(applying.values()) > sum(update.values()) else update)),
     ]
     phases = costs.phases(config, topology, mesh, sizes)
     return Plan(topology, mesh, sizes, memory, phases, {}, config.gather_for_generation)

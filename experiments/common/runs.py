@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def name_of(cfg: Any, kind: str = "") -> str:
 
 def settings_but(cfg: Any, *names: str) -> dict:
     """The settings of a Config without these."""
-    return {name: value for name, value in asdict(cfg).items() if name not in names}
+    return {name: value for name, value in hub.settings_of(cfg).items() if name not in names}
 
 
 def digest_of(settings: dict) -> str:
@@ -94,7 +93,7 @@ def make_run(
     """
     return Run(
         cfg.directory or f"runs/{Path(source).stem}/{name_of(cfg, kind)}",
-        asdict(cfg),
+        hub.settings_of(cfg),
         steps=cfg.steps,
         source=source,
         functions={"algorithm": algorithm, "rewards": verifiers},

@@ -10,7 +10,7 @@ WORKLOAD=${WORKLOAD:-rljax-1}
 TYPE=${TYPE:-v5litepod-16}
 IMAGE=${IMAGE:-us-docker.pkg.dev/my-project/rljax/rljax:latest}  # with this checkout at /rljax, installed
 STORAGE=${STORAGE:-rljax-runs}                                   # `xpk storage attach`: mounted at /shared on all hosts
-COMMAND=${COMMAND:-python experiments/gsm8k_grpo.py --directory /shared/runs/gsm8k_grpo}
+COMMAND=${COMMAND:-python experiments/gsm8k_grpo.py --directory /shared/runs/gsm8k_grpo --hosts.deadline_seconds 1800}
 RETRIES=${RETRIES:-20}
 
 # xpk restarts a workload on exit codes from 127 to 255 (134, 137, 143) by itself, and on 75 when told; never on 1 or 2.

@@ -39,14 +39,20 @@ case ${1:-} in
     on_every_host "cd rljax && $ENVIRONMENT .venv/bin/python experiments/doctor.py --directory /shared/runs"
     ;;
   run)  # goes on when this machine disconnects
-    on_every_host "cd rljax && $ENVIRONMENT nohup experiments/launch/retry.sh .venv/bin/python $SCRIPT $ARGS \
-      >>run.log 2>&1 </dev/null & "
+    on_every_host "cd rljax || exit 1
+      if kill -0 -- -\$(cat run.pid 2>/dev/null) 2>/dev/null; then echo 'a run is going on: stop it first'; exit 1; fi
+      $ENVIRONMENT setsid experiments/launch/retry.sh .venv/bin/python $SCRIPT $ARGS >>run.log 2>&1 </dev/null &
+      echo \$! >run.pid"
     ;;
   logs)
     gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=0 --command="tail -n 100 -f rljax/run.log"
     ;;
   stop)  # with a checkpoint; `run` goes on
-    on_every_host "pkill -f launch/retry.sh; pkill -f $SCRIPT; true"
+    on_every_host "cd rljax || exit 1
+      group=\$(cat run.pid 2>/dev/null) || exit 0
+      kill -- -\$group
+      while kill -0 -- -\$group 2>/dev/null; do sleep 1; done
+      rm run.pid"
     ;;
   delete)
     gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force

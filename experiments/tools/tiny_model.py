@@ -12,7 +12,7 @@ Reached: nothing, as the model has learned nothing: its completions are noise.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -59,8 +59,18 @@ def main(cfg: Config) -> None:
 
 
 def texts_of(path: str) -> list[str]:
-    """Every text in the columns of a file."""
-    return [text for row in read_table(path).rows for text in row.values() if isinstance(text, str)]
+    """Every text in the columns of a file, also within lists and messages. Raises ValueError where there is none."""
+    found = [text for row in read_table(path).rows for text in _texts_within(row)]
+    if not found:
+        raise ValueError(f"no text in {path}; legal: a file with a column of texts or messages")
+    return found
+
+
+def _texts_within(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for one in inner for text in _texts_within(one)]
 
 
 def write_tokenizer(directory: Path, texts: list[str], vocabulary: int) -> dict[str, int]:

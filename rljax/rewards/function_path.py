@@ -28,7 +28,10 @@ def function_name(function: Callable) -> str:
 
 
 def pickle_function(function: Callable) -> bytes:
-    """The function's import path, for `unpickle_function`. Raises ValueError if another process cannot import it."""
+    """The function's import path, for `unpickle_function`. Raises ValueError if another process cannot import it.
+
+    Raises RuntimeError in a worker process that imports a script which hands its own functions to workers.
+    """
     try:
         return pickle.dumps(_path_of(function))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -52,6 +55,11 @@ def _path_of(function: Callable) -> tuple:
         is_importable = operator.attrgetter(qualname)(sys.modules[module]) is function
     except (AttributeError, KeyError, TypeError):  # <lambda> and <locals> are no attributes
         is_importable = False
+    if module == SCRIPT:
+        raise RuntimeError(
+            "a worker process imported this script for its function, and met the training; legal: what the script runs "
+            'stands under if __name__ == "__main__":'
+        )
     main = sys.modules["__main__"]
     if is_importable and module != "__main__":
         return "module", module, qualname

@@ -11,6 +11,8 @@ the same place.
 
 import atexit
 import contextlib
+import errno
+import itertools
 import json
 import os
 import pickle
@@ -39,6 +41,7 @@ FAILED = "rljax/failed/"
 _leaving = threading.Lock()
 _over = threading.Event()  # this process is at its end
 _rounds: Counter = Counter()  # how often there was an exchange of this name: the same on every process
+_stopping_points = itertools.count(1)  # of `reached_preemption`
 
 
 # ------------------------------------------------------------------------------------------------------------ beginning
@@ -69,10 +72,10 @@ def initialize(
       process: the number of this one, from 0.
       deadline_seconds: for all processes to come.
       heartbeat_seconds: after so long a silence of one process JAX ends the others (exit code 134).
-    Raises ValueError for arguments that do not fit together, RuntimeError on every process, saying who is missing,
-    where not all of them came.
+    Raises ValueError for arguments that do not fit together; on every process ProcessLostError, saying who is missing,
+    where not all of them came, and RuntimeError where they were told of different numbers.
     """
-    found = find_cluster(coordinator, processes, process)
+    found = find_cluster(coordinator, processes, process, deadline_seconds)
     if found is None:
         return
     if found.process:
@@ -90,8 +93,13 @@ def initialize(
     log_info(f"{found.processes} processes, {jax.device_count()} devices")
 
 
-def find_cluster(coordinator: str = "", processes: int = 0, process: int = -1) -> Cluster | None:
-    """What is given, or else what is found (`initialize`); None for a single process."""
+def find_cluster(
+    coordinator: str = "", processes: int = 0, process: int = -1, deadline_seconds: float = 300.0
+) -> Cluster | None:
+    """What is given, or else what is found (`initialize`); None for a single process.
+
+    Raises ProcessLostError where the host of process 0 has no name by the deadline.
+    """
     if processes == 1:
         return None
     if _is_given(coordinator, processes, process):
@@ -100,7 +108,12 @@ def find_cluster(coordinator: str = "", processes: int = 0, process: int = -1) -
     if environment is None or environment.get_process_count() == 1:
         return None
     port = os.environ.get("JAX_COORDINATOR_PORT")
-    address = environment.get_coordinator_address(timeout_secs=300, override_coordinator_port=port)
+    try:
+        address = environment.get_coordinator_address(int(deadline_seconds), port)
+    except RuntimeError as error:
+        if NO_NAME.match(str(error)):
+            raise ProcessLostError(f"process 0: {error}") from None
+        raise
     return Cluster(address, environment.get_process_count(), environment.get_process_id())
 
 
@@ -140,46 +153,56 @@ def _environment() -> type[clusters.ClusterEnv] | None:
 # ------------------------------------------------------------------------------------------------------------ roll call
 
 
+class RollCall(NamedTuple):
+    """What process 0 says to every other process once it has heard them."""
+
+    problem: str  # "": they are all there
+    is_lost: bool = False  # one did not come, or not yet: a new start may find it
+
+
 def call_the_roll(cluster: Cluster, deadline_seconds: float) -> None:
-    """Wait until every process is there. Raises RuntimeError on all that are, naming those that are not.
+    """Wait until every process is there. Raises ProcessLostError on all that are, naming those that are not, and
+    RuntimeError where they were numbered wrongly.
 
     JAX's own initialization ends the process where one does not come, and says neither which nor why. Process 0
     listens on the port that JAX's coordinator is going to have.
     """
     host, _, port = cluster.coordinator.rpartition(":")
     if cluster.process == 0:
-        problem = _hear_the_others(int(port), cluster.processes, deadline_seconds)
+        roll = _hear_the_others(int(port), cluster.processes, deadline_seconds)
     else:
-        problem = _report_to_main(host.strip("[]"), int(port), cluster, deadline_seconds)
-    if problem:
-        raise RuntimeError(problem)
+        roll = _report_to_main(host.strip("[]"), int(port), cluster, deadline_seconds)
+    if roll.problem:
+        raise (ProcessLostError if roll.is_lost else RuntimeError)(roll.problem)
 
 
-def _hear_the_others(port: int, processes: int, deadline_seconds: float) -> str:
-    """Process 0: hear every other process, and tell each the same. Returns what is wrong, "" where nothing is."""
+def _hear_the_others(port: int, processes: int, deadline_seconds: float) -> RollCall:
+    """Process 0: hear every other process, and tell each the same."""
     try:
         server = _listen(port)
     except OSError as error:
-        return f"process 0 cannot listen on port {port} ({error.strerror}); legal: a coordinator with a free port"
+        problem = f"process 0 cannot listen on port {port} ({error.strerror}); legal: a coordinator with a free port"
+        return RollCall(problem, error.errno == errno.EADDRINUSE)  # perhaps by the run before, which is about to end
     deadline = time.monotonic() + deadline_seconds
     present: dict[int, socket.socket] = {}
-    problem = ""
+    roll = RollCall("")
     with server, contextlib.ExitStack() as connections:
-        while len(present) < processes - 1 and not problem:
+        while len(present) < processes - 1 and not roll.problem:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 connection = connections.enter_context(server.accept()[0])
             except TimeoutError:
                 missing = sorted(set(range(1, processes)) - present.keys())
-                problem = f"{_processes(missing)} of {processes} did not come within {deadline_seconds:g} seconds"
+                late = f"{_processes(missing)} of {processes} did not come within {deadline_seconds:g} seconds"
+                roll = RollCall(late, is_lost=True)
                 break
-            problem = _note_arrival(connection, present, processes)
+            roll = RollCall(_note_arrival(connection, present, processes))
         for connection in present.values():
             with contextlib.suppress(OSError):
-                connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+                connection.sendall(json.dumps(roll._asdict()).encode() + b"\n")
                 connection.settimeout(5.0)
                 connection.recv(1)  # until it has read that and closed: the port is then free at once
-    return problem
+    return roll
 
 
 def _note_arrival(connection: socket.socket, present: dict[int, socket.socket], processes: int) -> str:
@@ -199,19 +222,30 @@ def _note_arrival(connection: socket.socket, present: dict[int, socket.socket], 
     return ""
 
 
-def _report_to_main(host: str, port: int, cluster: Cluster, deadline_seconds: float) -> str:
-    """Any other process: report to process 0 and wait for what it says of all. Returns what is wrong."""
+def _report_to_main(host: str, port: int, cluster: Cluster, deadline_seconds: float) -> RollCall:
+    """Any other process: report to process 0 and wait for what it says of all."""
     deadline = time.monotonic() + deadline_seconds
     hello = json.dumps({"process": cluster.process, "processes": cluster.processes}).encode() + b"\n"
+    heard = b""
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5.0) as connection:
             connection.sendall(hello)
             connection.settimeout(deadline_seconds + 10.0)  # process 0 may have begun to wait only now
-            line = connection.makefile().readline()
-            if line:
-                return json.loads(line)["problem"]
+            heard = _read_line(connection) or heard
+            with contextlib.suppress(ValueError, TypeError):  # not of process 0
+                return RollCall(**json.loads(heard))
         time.sleep(0.1)
-    return f"process 0 at {cluster.coordinator} did not answer within {deadline_seconds:g} seconds"
+    if heard:
+        other = f"at {cluster.coordinator} another program answers, with {heard[:24]!r}"
+        return RollCall(f"{other}: a run that is not over yet? Legal: a coordinator with a free port", is_lost=True)
+    silent = f"process 0 at {cluster.coordinator} did not answer within {deadline_seconds:g} seconds"
+    return RollCall(silent, is_lost=True)
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    """A line of JSON; of anything else what comes first: it may have no lines."""
+    line = connection.recv(4096)
+    return line if line.endswith(b"\n") or not line.startswith(b"{") else line + connection.makefile("rb").readline()
 
 
 def _listen(port: int) -> socket.socket:
@@ -344,18 +378,22 @@ def own_rows(group: np.ndarray, process: int, processes: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- the end
 
 
-def reached_preemption(step: int) -> bool:
-    """Whether to save and stop after this step: some process was told to end (SIGTERM, or the cloud's notice).
+def reached_preemption() -> bool:
+    """Whether to save and stop now: some process was told to end (SIGTERM, or the cloud's notice).
 
-    True of the same step on every process. All call it after every step. False with one process.
+    True of the same call on every process. All call it where they can stop, equally often: before the first step and
+    after each. False with one process.
     """
-    return process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+    # JAX waits for a number: one more than the highest that it was given before it heard of the signal, or 1 where it
+    # was given none. The steps of the run would not do: a run that is resumed at step 100 never comes to 1.
+    return process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_stopping_points))
 
 
 class ProcessLostError(RuntimeError):
     """Another process is gone, or did not come in time: worth a new start."""
 
 
+NO_NAME = re.compile("Failed to recognize coordinator address|Retry failed")  # of JAX's messages, see `find_cluster`
 LOST = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): |.*(Gloo|NCCL)")  # of JAX's messages
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rljax.types import Params, PromptBatch, TrainState
 
@@ -62,6 +62,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices; one size may be -1: the rest. Raises ValueError unless the product is their number.
 
+    Of several TPU slices each holds a part of the axis `data`, a multiple of their number, and the whole of the others.
     devices: default those of all processes; or those of a topology that a program is compiled for.
     """
     devices = jax.devices() if devices is None else devices
@@ -77,8 +78,21 @@ def make_mesh(
             f"mesh {' x '.join(asked)} = {' x '.join(map(str, asked.values()))} does not cover {count} devices; "
             f"each size must be one of {legal}, their product {count} (one may be -1: the rest)"
         )
-    placed = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arrange(devices, *sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(devices: Sequence[jax.Device], data: int, *others: int) -> np.ndarray:
+    """The devices in the order of the mesh: neighbors of an axis are near each other."""
+    is_tpu = devices[0].platform == "tpu"  # GPUs have slices too, their hosts, which any axis may span
+    slices = len({device.slice_index for device in devices}) if is_tpu else 1
+    if data % slices:
+        raise ValueError(
+            f"mesh data = {data} on {slices} TPU slices, between which only data goes; legal: a multiple of {slices}"
+        )
+    shape, across = (data // slices, *others), (slices,) + (1,) * len(others)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(shape, across, devices, allow_split_physical_axes=True)
 
 
 def sharding_of(mesh: Mesh, axes: tuple, shape: tuple[int, ...]) -> NamedSharding:
@@ -152,7 +166,8 @@ def state_shardings(
 
 def _on_host(mesh: Mesh, name: str, tree: Any, shardings: Any) -> Any:
     """The shardings with arrays in pinned host memory; scalars stay on the devices."""
-    kinds = {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+    absent = isinstance(mesh, AbstractMesh)  # a mesh for plans, without devices to ask
+    kinds = {HOST_MEMORY} if absent else {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
     if name not in OFFLOADABLE or HOST_MEMORY not in kinds:
         raise ValueError(
             f"offload {name!r}: legal: {OFFLOADABLE}, on devices with {HOST_MEMORY} memory; here: {sorted(kinds)}"

@@ -161,7 +161,8 @@ function drawGroup({ records, shown, number, count }, scales) {
   facts.push(shown.length < records.length ? `${shown.length} of ${plural(records.length, "completion")}` : plural(records.length, "completion"));
   if (scored.length) facts.push(`mean reward ${short(mean)}`, ...meanScores(records));
   if (scored.length < records.length) facts.push(`${records.length - scored.length} not scored`);
-  const columns = Object.entries(records[0].columns || {}).map(([name, value]) => el("span", {}, name + " ", el("b", {}, value)));
+  const others = Object.entries(records[0].columns || {}).filter(([, value]) => value !== records[0].prompt);
+  const columns = others.map(([name, value]) => el("span", {}, name + " ", el("b", {}, value)));
   const header = el("header", {}, el("p", { class: "meta" }, ...facts.map((fact) => el("span", {}, fact))),
     el("div", { class: "prompt", tabindex: 0, role: "group", "aria-label": "prompt" }, records[0].prompt || "(no prompt)"),
     columns.length ? el("p", { class: "columns" }, ...columns) : null);

@@ -17,6 +17,7 @@ may go on with another number of processes and on another mesh: its numbers are 
 import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -39,6 +40,7 @@ from rljax.train.watchdog import Watchdog
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
 LINGER_SECONDS = 10.0  # of process 0 when the watchdog ends all of them
+SHARED_SECONDS = 90.0  # for a new file to be seen by other hosts: NFS remembers for a minute what a directory held
 
 
 class _Timed:
@@ -119,8 +121,8 @@ class Run:
     def __enter__(self) -> "Run":
         self._refuse_other_settings()
         distributed.on_main("open the run's directory", self._open_directory)
-        if not (self.directory / "config.json").is_file():
-            raise ValueError(f"{self.directory}: process 0 made it; legal: a directory that all processes see")
+        if not distributed.is_main():
+            self._wait_for_directory()
         self._checkpoints = Checkpoints(self.directory / "checkpoints", log_info=log_info)
         # With several processes JAX has a handler of its own (`distributed.reached_preemption`).
         signals = (signal.SIGTERM, signal.SIGINT) if distributed.process_count() == 1 else ()
@@ -166,6 +168,8 @@ class Run:
             writers=[self._tracker.write] if self._tracker else [],
         )
         self._compile_watch.take_seconds()  # what came before is no step's
+        if self._is_told_to_end():  # while it was set up: compiling the first step may take longer than there is left
+            self._stop(self._start_step)
         return state
 
     def steps(self, start: Array | int) -> Iterator[int]:
@@ -207,16 +211,11 @@ class Run:
         if "tokens" in values:
             values["tokens_per_second"] = values["tokens"] / values["seconds"]
         self._log.write(step, values)
-        if distributed.reached_preemption(done):
-            self._signal = signal.SIGTERM
-        if done % self.save_every == 0 or done == self.total_steps or self._signal is not None:
+        is_told_to_end = self._is_told_to_end()
+        if done % self.save_every == 0 or done == self.total_steps or is_told_to_end:
             self.save(state)
-        if self._signal is not None:
-            log_info(
-                f"stopped by signal {self._signal} after step {done} of {self.total_steps}; "
-                "run the same command again to resume"
-            )
-            raise SystemExit(128 + self._signal)
+        if is_told_to_end:
+            self._stop(done)
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint now, unless this step is saved already."""
@@ -276,19 +275,34 @@ class Run:
             self._lock.close()
             raise RuntimeError(f"{self.directory}: another process is running in this directory") from None
 
+    def _wait_for_directory(self) -> None:
+        """Until this process sees what process 0 made. Directories are listed: NFS remembers which files are absent."""
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not (self.directory.is_dir() and "config.json" in os.listdir(self.directory)):
+            if time.monotonic() > deadline:
+                raise ValueError(f"{self.directory}: process 0 made it; legal: a directory that all processes see")
+            time.sleep(1.0)
+
     def _refuse_other_settings(self) -> None:
+        problem = distributed.on_main("look for other settings", self._other_settings)
+        if problem:
+            raise ValueError(problem)
+
+    def _other_settings(self) -> str:
+        """Why the directory is not of a run with these settings; "" where it is, or is of none."""
         path = self.directory / "config.json"
         if not path.is_file():
-            return
+            return ""
         stored = json.loads(path.read_text()).get("config")
         if stored is None:
-            raise ValueError(f"{self.directory} is no run directory: its config.json is not of a run; name another")
+            return f"{self.directory} is no run directory: its config.json is not of a run; name another"
         changed = changed_settings(stored, self._config, ignored=self._placement)
-        if changed:
-            raise ValueError(
-                f"{self.directory} holds a run with other settings: {changed}. "
-                "Resume it with its own settings, or name another with --directory"
-            )
+        if not changed:
+            return ""
+        return (
+            f"{self.directory} holds a run with other settings: {changed}. "
+            "Resume it with its own settings, or name another with --directory"
+        )
 
     def _refuse_non_finite(self, step: int, values: Mapping[str, float]) -> None:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, 0.0))]
@@ -322,6 +336,18 @@ class Run:
                 f"{', '.join(changed)}; both are kept in {folder}",
                 style="yellow",
             )
+
+    def _is_told_to_end(self) -> bool:
+        if distributed.reached_preemption():
+            self._signal = signal.SIGTERM
+        return self._signal is not None
+
+    def _stop(self, done: int) -> None:
+        log_info(
+            f"stopped by signal {self._signal} after step {done} of {self.total_steps}; "
+            "run the same command again to resume"
+        )
+        raise SystemExit(128 + self._signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is not None and number == signal.SIGINT:

@@ -50,7 +50,7 @@ assert int(placed["step"]) == 3
 assert jax.random.key_data(placed["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
 to_main = distributed.fetch_to_main(placed["rows"])
 assert (to_main is None) == (process > 0)
-assert not distributed.reached_preemption(1)
+assert not distributed.reached_preemption()
 
 with pytest.raises(RuntimeError, match="the processes disagree: seed is 0 on process 0 and 1 on process 1") as refused:
     distributed.agree({"seed": process, "model": "m"})

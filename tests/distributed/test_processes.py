@@ -12,12 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from distributed import launch
 from models import tiny
+from rljax.train.run import Run
 from rljax.train.watchdog import EXIT_CODE
+from rljax.types import TrainState
 from rollouts.common import CLOSE
 from test_grpo_experiment import RAW, ROWS, write_prompts, write_tokenizer
 
@@ -150,6 +154,22 @@ def test_a_run_goes_on_with_another_number_of_processes(flags, reference, tmp_pa
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
+@pytest.mark.parametrize(
+    ("when", "legal"), [("before restore", {3}), pytest.param("after restore", {3, 4}, marks=pytest.mark.nightly)]
+)
+def test_a_run_that_is_resumed_and_told_to_end_at_once_ends(when, legal, tmp_path):
+    """All processes stop after the same step, long before the last."""
+    state = TrainState(step=3, params={"w": jnp.zeros(3)}, opt_state=(), key=jax.random.key(0))
+    with Run(tmp_path / "run", {}, steps=100) as run:
+        run.save(run.restore(state))
+    ended = launch.run("tests/distributed/told_to_end.py", str(tmp_path / "run"), when, processes=2, devices=1)
+    assert [end.code for end in ended] == [143, 143], ended
+    done = 3 + len(launch.metrics(tmp_path / "run"))
+    assert done in legal
+    assert f"stopped by signal 15 after step {done} of 100" in ended[0].output
+    assert (tmp_path / "run" / "checkpoints" / str(done)).is_dir()
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_process_is_killed_and_the_relaunch_continues(victim, flags, reference, tmp_path):
@@ -235,7 +255,7 @@ def initialize(port: int, processes: int, process: int, deadline: float = 3.0) -
     code = (
         "import sys; from rljax.train import distributed as d\n"
         f"try: d.initialize('127.0.0.1:{port}', {processes}, {process}, deadline_seconds={deadline})\n"
-        "except RuntimeError as error: sys.exit(f'error: {error}')"
+        "except RuntimeError as error: print(f'error: {error}'); sys.exit(75 if d.is_lost_process(error) else 1)"
     )
     environ = os.environ | {"PYTHONPATH": str(launch.ROOT)}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -248,14 +268,14 @@ def test_who_does_not_come_is_named_by_all_who_did():
     present = [initialize(port, 4, 0, 15.0), initialize(port, 4, 2, 15.0)]
     ended = launch.wait(present, 60)
     for end in ended:
-        assert end.code == 1
+        assert end.code == EXIT_CODE
         assert end.output == "error: processes 1, 3 of 4 did not come within 15 seconds\n"
 
 
 def test_a_coordinator_that_does_not_answer():
     port = launch.free_port()
     (ended,) = launch.wait([initialize(port, 2, 1)], 60)
-    assert ended.code == 1
+    assert ended.code == EXIT_CODE
     assert ended.output == f"error: process 0 at 127.0.0.1:{port} did not answer within 3 seconds\n"
 
 
@@ -269,7 +289,7 @@ def test_processes_that_were_numbered_wrongly():
         taken.bind(("", 0))
         taken.listen()
         (ended,) = launch.wait([initialize(taken.getsockname()[1], 2, 0)], 60)
-    assert ended.code == 1
+    assert ended.code == EXIT_CODE
     assert "cannot listen on port" in ended.output
 
 

@@ -8,6 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -79,11 +81,39 @@ def test_all_of_them_retry_the_same_codes():
     for name in ("slurm_gpu.sh", "retry.sh"):
         (codes,) = re.findall(r"RETRY_ON:-([\d ]+)}", (LAUNCH / name).read_text())
         assert set(map(int, codes.split())) == RETRIED
-    recovery = read_yaml("skypilot")["resources"]["job_recovery"]
-    assert set(recovery["recover_on_exit_codes"]) == RETRIED
-    assert recovery["max_restarts_on_errors"] == 0
     xpk = (LAUNCH / "gke_xpk.sh").read_text()
     assert re.findall(r"--restart-on-exit-codes=([\d,]+)", xpk) == ["75"]  # 127 to 255 are xpk's own
+
+
+def restarts_of_skypilot(failures: list[list[int]]) -> int:
+    """How often SkyPilot starts a job again whose nodes end with these codes, one list for each start, as
+    `StrategyExecutor.should_restart_on_failure` decides (SkyPilot, sky/jobs/recovery_strategy.py).
+    """
+    recovery = read_yaml("skypilot")["resources"]["job_recovery"]
+    errors = 0
+    for restarts, codes in enumerate(failures):
+        if not set(codes) & set(recovery["recover_on_exit_codes"]):
+            errors += 1
+            if errors > recovery["max_restarts_on_errors"]:
+                return restarts
+    return len(failures)
+
+
+def test_skypilot_gives_up_on_errors_though_it_kills_the_other_nodes():
+    """It records 137 for nodes that it kills."""
+    assert restarts_of_skypilot([[1, 137]] * 50) == 3
+    assert restarts_of_skypilot([[2, 2]] * 50) == 3
+    assert restarts_of_skypilot([[137, 137]]) == 1  # one that the machine killed
+    for code in RETRIED - {137}:
+        assert restarts_of_skypilot([[code, 137]] * 50) == 50
+
+
+def test_hosts_of_gke_wait_for_each_other_longer_than_nodes_take_to_come_up():
+    (job,) = read_yaml("gke_jobset")["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    xpk = (LAUNCH / "gke_xpk.sh").read_text()
+    for words in (container["command"], shlex.split(re.search(r"COMMAND:-(.*)}", xpk)[1])):
+        assert float(words[words.index("--hosts.deadline_seconds") + 1]) >= 1800
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -132,6 +162,64 @@ def test_retry_goes_on_after_what_is_worth_it(tmp_path):
     assert retry(tmp_path, [1]) == (1, 1)
     assert retry(tmp_path, [75, 2]) == (2, 2)
     assert retry(tmp_path, [75, 75, 75, 0], RETRIES="2") == (75, 3)
+
+
+# gcloud, whose hosts are folders of this machine.
+GCLOUD = """#!/usr/bin/env bash
+command=${!#}
+for host in "$HOSTS"/*; do
+  (cd "$host" && exec bash -c "${command#--command=}") &
+  hosts+=($!)
+done
+for host in "${hosts[@]}"; do
+  wait "$host" || code=1
+done
+exit "${code:-0}"
+"""
+# A run that saves a checkpoint when it is told to end.
+STOPPABLE = """#!/usr/bin/env bash
+trap 'sleep 0.2; touch saved; exit 143' TERM
+echo "$*" >>started
+sleep 60 &
+wait
+"""
+
+
+def tpu_vm(hosts: Path, *words: str) -> subprocess.CompletedProcess:
+    environ = os.environ | {"PATH": f"{hosts.parent}:{os.environ['PATH']}", "HOSTS": str(hosts), "WAIT": "0"}
+    words = [LAUNCH / "tpu_vm.sh", *words]
+    return subprocess.run(words, env=environ, capture_output=True, text=True, timeout=30)
+
+
+def test_a_run_on_a_tpu_slice_is_stopped_with_a_checkpoint(tmp_path):
+    hosts = [tmp_path / "hosts" / name / "rljax" for name in "01"]
+    for host in hosts:
+        (host / ".venv" / "bin").mkdir(parents=True)
+        (host / "experiments").mkdir()
+        (host / "experiments" / "launch").symlink_to(LAUNCH)
+        (host / ".venv" / "bin" / "python").write_text(STOPPABLE)
+        (host / ".venv" / "bin" / "python").chmod(0o755)
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    call = partial(tpu_vm, tmp_path / "hosts")
+
+    assert call("stop").returncode == 0  # there is none
+    for _ in range(2):
+        assert call("run").returncode == 0
+        deadline = time.monotonic() + 20
+        while not all((host / "started").exists() for host in hosts) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        twice = call("run")
+        assert (twice.returncode, twice.stdout) == (1, "a run is going on: stop it first\n" * 2)
+        groups = [int((host / "run.pid").read_text()) for host in hosts]
+        done = call("stop")
+        assert done.returncode == 0, done.stderr
+        for host, group in zip(hosts, groups, strict=True):
+            (host / "saved").unlink()  # by the time that stop is over
+            assert (host / "started").read_text() == "experiments/gsm8k_grpo.py --directory /shared/runs/gsm8k_grpo\n"
+            (host / "started").unlink()
+            with pytest.raises(ProcessLookupError):
+                os.killpg(group, 0)
 
 
 def slurm(tmp_path: Path, python: str, tasks: int = 2, **environ: str) -> subprocess.CompletedProcess:

@@ -248,6 +248,15 @@ def test_functions_of_a_script_travel(tmp_path):
     assert "top level of a file" in typed.stderr
 
 
+def test_a_script_that_trains_wherever_it_is_imported_is_told_of_the_guard(tmp_path):
+    script = tmp_path / "script.py"
+    unguarded = textwrap.dedent(SCRIPT).replace('if __name__ == "__main__":', "if True:")
+    script.write_text(unguarded)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'legal: what the script runs stands under if __name__ == "__main__":' in done.stderr.strip().splitlines()[-1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a busy process with its parent")
 def test_busy_workers_end_with_a_parent_that_was_killed(tmp_path):
     script, marks = tmp_path / "script.py", tmp_path / "marks"

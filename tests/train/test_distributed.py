@@ -1,11 +1,16 @@
 """Which processes belong together, and what each function does where there is one. Several: tests/distributed."""
 
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distributed.launch import free_port
 from rljax.train import distributed
-from rljax.train.distributed import Cluster
+from rljax.train.distributed import Cluster, ProcessLostError
 
 VARIABLES = ("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "KUBERNETES_", "JOB_", "TPU_")
 SLURM = {
@@ -60,6 +65,106 @@ def test_arguments_that_do_not_fit_together(given, environ):
         distributed.find_cluster(*given)
 
 
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("Failed to recognize coordinator address host-0", ProcessLostError),
+        ("Retry failed with all attempts exhausted", ProcessLostError),
+        ("Kubernetes API Error: 403 - Forbidden", RuntimeError),
+    ],
+)
+def test_a_host_without_a_name_is_worth_a_new_start(message, kind, monkeypatch, environ):
+    class Absent:
+        get_process_count = staticmethod(lambda: 2)
+
+        @staticmethod
+        def get_coordinator_address(timeout_secs, override_coordinator_port):
+            assert timeout_secs == 7
+            raise RuntimeError(message)
+
+    environ({})
+    monkeypatch.setattr(distributed, "_environment", lambda: Absent)
+    with pytest.raises(RuntimeError, match=message) as raised:
+        distributed.find_cluster(deadline_seconds=7.0)
+    assert type(raised.value) is kind
+
+
+# ------------------------------------------------------------------------------------------------------------ roll call
+
+
+def roll_call(*processes: int, count: int = 2, seconds: float = 1.0, port: int | None = None) -> list[Exception | None]:
+    """What the roll call raises on each of these processes of `count`."""
+    coordinator = f"127.0.0.1:{port or free_port()}"
+    with ThreadPoolExecutor(len(processes)) as pool:
+        calls = [pool.submit(distributed.call_the_roll, Cluster(coordinator, count, p), seconds) for p in processes]
+        return [call.exception() for call in calls]
+
+
+def test_all_have_come():
+    assert roll_call(0, 2, 1, count=3, seconds=30.0) == [None] * 3
+
+
+def test_who_does_not_come_is_named_by_all_who_did_and_worth_a_new_start():
+    for error in roll_call(0, 2, count=4):
+        assert type(error) is ProcessLostError
+        assert str(error) == "processes 1, 3 of 4 did not come within 1 seconds"
+
+
+def test_processes_that_were_numbered_wrongly_are_refused_for_good():
+    for error in roll_call(0, 1, 1, count=3, seconds=30.0):
+        assert type(error) is RuntimeError
+        assert "two processes say that they are number 1 of 3" in str(error)
+
+
+def test_a_port_that_is_taken_may_be_free_at_a_new_start():
+    with socket.create_server(("", 0)) as taken:
+        (error,) = roll_call(0, port=taken.getsockname()[1])
+    assert type(error) is ProcessLostError
+    assert "cannot listen on port" in str(error)
+
+
+# What the coordinator of jaxlib 0.10.2 sends to whoever connects: the settings of HTTP/2.
+COORDINATOR = bytes.fromhex("000018040000000000000400400000000500400000000600004000fe0300000001")
+
+
+@pytest.mark.parametrize("answer", [COORDINATOR, b"HTTP/1.1 400 Bad Request\r\n", b"{}\n", b"[]\n"], ids=str)
+def test_another_program_on_the_port_is_waited_for_until_the_deadline_and_then_named(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            while True:
+                try:
+                    connection = server.accept()[0]
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        (error,) = roll_call(1, port=server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert type(error) is ProcessLostError
+    assert f"another program answers, with {answer[:24]!r}" in str(error)
+
+
+def test_process_0_may_come_after_another_program_has_left_its_port():
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor(1) as pool:
+        late = pool.submit(distributed.call_the_roll, Cluster(f"127.0.0.1:{port}", 2, 1), 30.0)
+        with server.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(COORDINATOR)
+        server.close()
+        assert roll_call(0, port=port, seconds=30.0) == [None]
+        assert late.exception() is None
+
+
+# --------------------------------------------------------------------------------------------------------------- alone
+
+
 def test_one_process_does_the_plain_thing(environ):
     environ({})
     distributed.initialize()
@@ -67,7 +172,7 @@ def test_one_process_does_the_plain_thing(environ):
     assert distributed.exchange("name", 3) == [3]
     assert distributed.on_main("name", lambda: 4) == 4
     distributed.agree({"seed": 1})
-    assert not distributed.reached_preemption(1)
+    assert not distributed.reached_preemption()
     assert distributed.share_rows(lambda own: own.tolist(), np.array([5, 1, 5])) == [0, 1, 2]
     tree = {"array": jnp.arange(3), "none": None}
     assert isinstance(distributed.fetch(tree)["array"], np.ndarray)

@@ -56,6 +56,41 @@ def test_a_mesh_may_be_over_other_devices_than_those_that_are_here():
         make_mesh(fsdp=8, devices=devices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """A chip, as a mesh is made of: 2 x 2 in each slice."""
+
+    id: int
+    platform = "tpu"
+    device_kind = "TPU v5 lite"
+    core_on_chip = 0
+
+    @property
+    def process_index(self):
+        return self.id // 4
+
+    @property
+    def slice_index(self):
+        return self.id // 4
+
+    @property
+    def coords(self):
+        return (self.id % 2, self.id // 2 % 2, 0)
+
+
+def test_data_alone_goes_over_several_slices_of_tpus():
+    chips = [Tpu(i) for i in (7, 2, 0, 5, 6, 3, 1, 4)]
+    for data, fsdp, tensor in ((2, -1, 1), (4, 2, 1), (2, 2, 2), (8, 1, 1)):
+        mesh = make_mesh(data, fsdp, tensor, devices=chips)
+        assert set(mesh.devices.flat) == set(chips)
+        for part in np.split(mesh.devices, data):
+            assert len({chip.slice_index for chip in part.flat}) == 1
+    assert make_mesh(devices=chips[1:3] + chips[5:7]).shape["fsdp"] == 4  # one slice
+    for sizes in ({}, {"data": 1, "tensor": 4}):
+        with pytest.raises(ValueError, match="mesh data = 1 on 2 TPU slices, between which only data goes"):
+            make_mesh(**sizes, devices=chips)
+
+
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, -1, 1), (16, 1, 1), (-8, 1, -1)])
 def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_the_legal_sizes(sizes):
     with pytest.raises(ValueError, match=r"does not cover 8 devices; each size must be one of \[1, 2, 4, 8\]"):

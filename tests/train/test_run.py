@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from rljax.train import distributed
 from rljax.train.log import MACHINE_METRICS
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -158,6 +160,36 @@ def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(
     with pytest.raises(ValueError, match="other settings: new = None, now True; seed = 0, now 1"):
         train(tmp_path, config=other)
     assert files(tmp_path) == before
+
+
+def test_process_0_alone_looks_for_other_settings(tmp_path, monkeypatch):
+    """Where NFS is asked for a file that is not there yet, it may say so for half a minute after it was written."""
+    train(tmp_path)
+    monkeypatch.setattr(distributed, "on_main", lambda name, call: "")
+    Run(tmp_path, CONFIG | {"seed": 1}, steps=STEPS)
+    monkeypatch.setattr(distributed, "on_main", lambda name, call: "process 0 refuses it")
+    with pytest.raises(ValueError, match="process 0 refuses it"):
+        Run(tmp_path / "absent", CONFIG, steps=STEPS)
+
+
+@pytest.mark.parametrize("seconds", [30.0, 0.0])
+def test_other_processes_wait_until_they_see_the_directory(seconds, tmp_path, monkeypatch):
+    def make():
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text("{}")
+
+    main = threading.Timer(0.3, make)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "on_main", lambda name, call: main.start() if "open" in name else "")
+    monkeypatch.setattr("rljax.train.run.SHARED_SECONDS", seconds)
+    run = Run(tmp_path / "run", CONFIG, steps=STEPS)
+    if seconds:
+        with run:
+            assert not main.is_alive()
+    else:
+        with pytest.raises(ValueError, match="process 0 made it; legal: a directory that all processes see"), run:
+            pass
+    main.join()
 
 
 def first_reward(completion):
