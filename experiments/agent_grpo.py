@@ -123,9 +123,9 @@ def main(
     run = runs.make_run(cfg, __file__, kind, algorithm, {"environment": env.step}, PROGRESS_METRICS)
     with run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = place(state, shardings.state)
+        state = place(state, shardings.state, donate=True)
         converse, update = run.timed(converse=converse, update=update)
-        before = evaluate(state)
+        before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
             prompts = train_prompts.draw(state.cursor, batches.prompts)

@@ -14,6 +14,7 @@ compilation included (shared AMD EPYC cores, jax 0.10.2). --shuffle_observations
 move.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -33,7 +34,7 @@ from rljax.train.metrics import require_on_policy, rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
-from rljax.types import Algorithm, Params, TrainState
+from rljax.types import Algorithm, Params, PromptBatch, TrainState
 
 PROGRESS_METRICS = ("reward", "eval_reward", "conversation/tool_calls", "length", "kl_sequence")
 
@@ -92,14 +93,15 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
     eval_rows = task.eval_prompts.first(8 if cfg.debug else cfg.eval_prompts)
+    evaluate = make_evaluate(task, eval_rows, cfg.seed)
 
     # -- the loop
     with run:
         arithmetic.save_model_files(
             task.tokenizer, task.config, run.directory / "model_files", tool_arithmetic.ALPHABET
         )
-        state = place(state, shardings.state)
-        before = tool_arithmetic.mean_reward(task, state.params, eval_rows, cfg.seed)
+        state = place(state, shardings.state, donate=True)
+        before = train.before_training(run, evaluate, state)
         converse, update = run.timed(converse=converse, update=update)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -113,7 +115,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             metrics = rollout_metrics(traj, conversations.REWARD_NAMES) | rollout.metrics | metrics
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-                after = tool_arithmetic.mean_reward(task, state.params, eval_rows, cfg.seed)
+                after = evaluate(state)
                 metrics |= {f"eval_{key}": after[key] for key in ("reward", "tool_calls")}
             if run.should_log_samples(step):
                 notes = conversations.turn_notes(rollout.conversations)
@@ -121,7 +123,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
                     step, batch, task.tokenizer.decode, conversations.REWARD_NAMES, prompts, turn_notes=notes
                 )
             run.record(step, state, metrics)
-        after = tool_arithmetic.mean_reward(task, state.params, eval_rows, cfg.seed)
+        after = evaluate(state)
         arithmetic.save_pretrained(task.config, state.params, run.directory)
     shown = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
     log_info(f"eval reward: {shown}; calls a conversation: {before['tool_calls']:.2f} -> {after['tool_calls']:.2f}")
@@ -140,6 +142,11 @@ def make_run(cfg: Config, algorithm: Algorithm) -> Run:
         save_every=cfg.save_every,
         progress_metrics=PROGRESS_METRICS,
     )
+
+
+def make_evaluate(task: ToolTask, rows: PromptBatch, seed: int) -> Callable[[TrainState], dict[str, float]]:
+    """evaluate(state) -> `tool_arithmetic.mean_reward` of the state's parameters on these rows."""
+    return lambda state: tool_arithmetic.mean_reward(task, state.params, rows, seed)
 
 
 def warmed_up(cfg: Config) -> tuple[ToolTask, Params]:

@@ -81,7 +81,7 @@ def train_supervised(cfg: Config) -> tuple[ToolTask, Params]:
         arithmetic.save_model_files(
             task.tokenizer, task.config, run.directory / "model_files", tool_arithmetic.ALPHABET
         )
-        state = run.restore(place(state, shardings.state))
+        state = run.restore(place(state, shardings.state, donate=True))
         for step in run.steps(state.step):
             measured = {}
             if step % cfg.check_every == 0:

@@ -114,9 +114,9 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     # -- the loop
     with run:
         arithmetic.save_model_files(task.tokenizer, task.config, run.directory / "model_files")
-        state = place(state, shardings.state)
+        state = place(state, shardings.state, donate=True)
         draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
-        before = evaluate(state)["eval_reward"]
+        before = train.before_training(run, evaluate, state)["eval_reward"]
         state = run.restore(state)
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)

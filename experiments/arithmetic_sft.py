@@ -74,7 +74,7 @@ def train_supervised(cfg: Config) -> tuple[arithmetic.Task, Params]:
     log_info(f"warm-up: supervised, until {cfg.target:.0%} of the training problems are right, at most {steps} steps")
     with Run(cfg.directory, asdict(cfg), steps=steps, source=__file__, progress_metrics=("loss", "accuracy")) as run:
         arithmetic.save_model_files(task.tokenizer, task.config, run.directory / "model_files")
-        state = run.restore(place(state, shardings.state))
+        state = run.restore(place(state, shardings.state, donate=True))
         for step in run.steps(state.step):
             measured = {}
             if step % cfg.check_every == 0:

@@ -99,7 +99,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
             break
         append_lines(Path(cfg.out), found)
         lines += found
-    log_info(f"{len(lines)} comparisons in {cfg.out}")
+    log_info(f"{len(lines)} comparisons in {cfg.out}" if lines else f"no comparison was made: {cfg.out} is not written")
     report_agreement(lines)
     return lines
 

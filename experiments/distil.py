@@ -121,9 +121,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- the loop
     with run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = place(state, shardings.state)
+        state = place(state, shardings.state, donate=True)
         update, evaluate = run.timed(update=update, eval=evaluate)
-        before = evaluate(state)
+        before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
             prompts = train_prompts.draw(state.cursor, batches.prompts)

@@ -99,14 +99,14 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, method=method) as run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
-        state = place(state, shardings.state)
+        state = place(state, shardings.state, donate=True)
         if method.reference:
             annotate = policy.make_annotate(model, ("old_logp",))
             rows = with_reference(rows, annotate, state, widths, cfg.batch_size // pieces, shardings)
         eval_rows = offline.filled(rows.eval, cfg.batch_size, empty_row(rows.eval[0]))
         eval_batches = list(map(collate, eval_rows))
         evaluate = offline.make_evaluate(objective, eval_batches, eval_metrics(method), pieces, shardings)
-        before = evaluate(state)
+        before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
             batch = collate(data.draw(rows.train, cfg.seed, state.cursor, cfg.batch_size))

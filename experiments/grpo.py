@@ -122,10 +122,10 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, batches, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
-        state = place(state, shardings.state)
+        state = place(state, shardings.state, donate=True)
         train.check_batch_invariance(config, lm, model, state)
         draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
-        before = evaluate(state)
+        before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)

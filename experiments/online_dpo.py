@@ -109,9 +109,9 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         sample_scored = make_sample_scored(lm, annotate, score, sampling, shardings, cfg.seed)
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, cfg.batches, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
-        state = place(state, shardings.state)
+        state = place(state, shardings.state, donate=True)
         sample_scored, update, evaluate = run.timed(sample_and_score=sample_scored, update=update, eval=evaluate)
-        before = evaluate(state)
+        before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
             prompts = train_prompts.draw(state.cursor, cfg.batches.prompts)

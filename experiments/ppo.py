@@ -132,9 +132,9 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, batches, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
-        state = place(state, shardings.state)
+        state = place(state, shardings.state, donate=True)
         draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
-        before = evaluate(state)
+        before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)

@@ -6,13 +6,15 @@ r"""Rows of a file as the model sees them: tokens, which of them are learned, le
     python experiments/preview.py --model DIR --data.files pairs.jsonl --json > rows.jsonl
 
 The settings are those of the scripts that learn from rows (docs/data.md). On a terminal the tokens are colored: green
-ones are learned, dim ones are read only. In a pipe, and with --json, each text is its ids and its mask (1: learned).
-All rows are counted, --rows of them are shown. DIR needs no more than a tokenizer.
+ones are learned, dim ones are read only. In a pipe each text is one line, what is learned in brackets, and its ids and
+mask (1: learned); with --json the ids and the mask. All rows are counted, --rows of them are shown; of rows that cannot
+be read for the same reason the first is. DIR needs no more than a tokenizer.
 
 Reached: the ids of 39 recorded conversations under five chat templates, as TRL 1.16 trains on (tests/test_preview.py).
 """
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -61,7 +63,7 @@ class Config:
 
 
 def main(cfg: Config) -> list[dict]:
-    """Print the rows; return what --json prints of them. Raises ValueError, after all rows, if some cannot be read."""
+    """Print rows; return what --json prints of those. Raises ValueError, after all rows, if some cannot be read."""
     if not cfg.data.files:
         raise ValueError("which rows? legal: --data.files FILE.jsonl, and more of them")
     model = hub.find_model(cfg.model)
@@ -72,6 +74,7 @@ def main(cfg: Config) -> list[dict]:
     records = []
     first_error = ""
     counts: Counter = Counter()
+    reasons: Counter = Counter()  # of rows that cannot be read
     lengths = []
     for path in cfg.data.files:
         table = read_table(data.split_weight(path)[0])
@@ -80,13 +83,19 @@ def main(cfg: Config) -> list[dict]:
         for i, found in enumerate(read(table, cfg, tokenizer)):
             record = as_record(found, table.place(i), cfg.data.overlong, limits)
             counts[record["status"]] += 1
-            if record["status"] == "cannot be read" and not first_error:
-                first_error = f"{record['place']}: {record['why']}"
             lengths.append(record.pop("length", 0))
-            if len(records) < cfg.rows:
+            is_told = False
+            if record["status"] == "cannot be read":
+                first_error = first_error or f"{record['place']}: {record['why']}"
+                is_told = record["why"] in reasons and not cfg.json
+                reasons[record["why"]] += 1
+            if len(records) < cfg.rows and not is_told:
                 records.append(record)
                 show(record, tokenizer, cfg.json)
     if not cfg.json:
+        for why, count in reasons.items():
+            if count > 1:
+                log_info(f"the same for {count - 1} more rows: {why}")
         became = ", ".join(f"{count} {status}" for status, count in counts.items())
         allowed = f", {limits_text(*limits)} allowed" if max_tokens < NO_LIMIT else ""
         log_info(f"{sum(counts.values())} rows: {became}; at most {max(lengths)} tokens{allowed}")
@@ -162,8 +171,20 @@ def show(record: dict, tokenizer: Tokenizer, as_json: bool) -> None:
         if is_interactive():
             console.print(colored(text, tokenizer), soft_wrap=True)
         else:
+            log_info(f"text: {in_brackets(text, tokenizer)}")
             log_info(f"ids: {' '.join(map(str, text['ids']))}")
             log_info(f"mask: {' '.join(map(str, text['mask']))}")
+
+
+def in_brackets(text: dict, tokenizer: Tokenizer) -> str:
+    """A text in one line, what is learned in brackets."""
+    pieces = tokenizer.token_bytes()
+    shown = ""
+    for learned, run in itertools.groupby(zip(text["ids"], text["mask"], strict=True), key=lambda pair: pair[1]):
+        encoded = b"".join(pieces[token] or tokenizer.decode_all([token]).encode() for token, _ in run)
+        part = printable(encoded.decode("utf-8", "replace")).replace("\n", "\N{RETURN SYMBOL}")
+        shown += f"[{part}]" if learned else part
+    return shown
 
 
 def colored(text: dict, tokenizer: Tokenizer) -> Text:

@@ -88,8 +88,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter, KIND)  # for tools/export.py
-        state = place(state, shardings.state)
-        before = evaluate(state)
+        state = place(state, shardings.state, donate=True)
+        before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
             batch = collate_steps(data.draw(rows.train, cfg.seed, state.cursor, cfg.batch_size), width)

@@ -7,8 +7,8 @@ A row has a completion and the columns that the verifiers want; `answer` is what
 worker processes under a deadline (--reward.timeout_seconds). A line of DIRECTORY/scores.jsonl is a row with `scores`
 and `statuses`: ok, none (the verifier does not apply), timeout, died. An interrupted run goes on where it stopped.
 
-The last line of a reward counts the completions that it holds for right (a score of at least --right), and where the
-file has labels (true or false, 1 or 0) those on which both agree.
+The last line of a reward counts the completions that it holds for right (a score of at least --right), with the mean
+score, and where the file has labels (true or false, 1 or 0) those on which both agree.
 
 Reached: the 2,638 solutions of GSM8K's 6B models, number: agrees with the published label on every one (801 right for
 both, 1,837 wrong for both), in 5 s on 2 shared AMD EPYC cores.
@@ -49,8 +49,8 @@ class Config:
     debug: bool = False  # an error shows its traceback
 
 
-def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str, dict[str, int]]:
-    """Judge every row; return for each reward how many rows are of which kind."""
+def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str, dict[str, float | None]]:
+    """Judge every row; return for each reward how many rows are of which kind, and the mean score."""
     if unknown := [name for name in cfg.rewards if name not in verifiers]:
         raise ValueError(f"reward {unknown[0]!r}; legal: {', '.join(verifiers)}")
     chosen = {name: with_sandbox(verifiers[name], cfg.reward) for name in cfg.rewards}
@@ -80,7 +80,7 @@ def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str
         write_atomically(run.directory / "summary.json", json.dumps(counts, indent=2) + "\n")
     log_info(f"written: {Path(directory) / 'scores.jsonl'}")
     for name, found in counts.items():
-        log_info(sentence(name, found, label))
+        log_info(sentence(name, found, label, cfg.right))
     return counts
 
 
@@ -136,13 +136,15 @@ def judge(table: Table, rows: range, completion: str, verifiers: Mapping[str, Ca
     ]
 
 
-def count(records: list[dict], name: str, label: str | None, right: float) -> dict[str, int]:
-    """How many rows this reward judged and holds for right; with labels, each of the four kinds."""
+def count(records: list[dict], name: str, label: str | None, right: float) -> dict[str, float | None]:
+    """How many rows this reward judged and holds for right, and the mean score; with labels, each of the four kinds."""
     scores = [record["scores"][name] for record in records]
+    judged = [score for score in scores if score is not None]
     counts = {
         "rows": len(records),
         "failed": scores.count(None),
-        "right": sum(score is not None and score >= right for score in scores),
+        "right": sum(score >= right for score in judged),
+        "mean": sum(judged) / len(judged) if judged else None,
     }
     if label is None:
         return counts
@@ -156,10 +158,14 @@ def count(records: list[dict], name: str, label: str | None, right: float) -> di
     return counts | {kind: pairs.count(pair) for kind, pair in kinds.items()}
 
 
-def sentence(name: str, found: dict[str, int], label: str | None) -> str:
+def sentence(name: str, found: Mapping[str, float | None], label: str | None, right: float) -> str:
     """The counts in one line."""
     judged = found["rows"] - found["failed"]
-    line = f"{name}: {found['right']:,} of {judged:,} right, {found['failed']:,} not judged"
+    mean = f", mean score {found['mean']:.3f}" if judged else ""
+    line = (
+        f"{name}: {found['right']:,} of {judged:,} right (a score of at least {right:g}){mean}, "
+        f"{found['failed']:,} not judged"
+    )
     if label is None:
         return line
     agreed = found["both_right"] + found["both_wrong"]

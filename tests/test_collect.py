@@ -140,7 +140,7 @@ def test_other_prompts_or_votes_are_not_mixed_into_a_file(cfg, tmp_path):
             collect.main(dataclasses.replace(cfg, **change), VERIFIERS)
 
 
-def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
+def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
     answers = iter(["3 1 2", "no", "", "1 3 2", "q"])
     asked = []
 
@@ -161,6 +161,10 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path):
 
     scored = dataclasses.replace(mine, ask="scores")
     assert collect.main(scored, VERIFIERS, stop) == lines
+    none = dataclasses.replace(scored, out=str(tmp_path / "none.jsonl"))
+    assert collect.main(none, VERIFIERS, stop) == []
+    assert f"no comparison was made: {none.out} is not written\n" in capsys.readouterr().out
+    assert not Path(none.out).exists()
     answers = iter(["1 1 3", "2 1 0"])
     lines = collect.main(scored, VERIFIERS, lambda text: next(answers))
     assert [line["margin"] for line in lines[6:]] == [2, 2, 1, 2, 1]

@@ -43,13 +43,17 @@ def test_solutions_are_judged_and_compared_with_their_labels(tmp_path, capsys):
         "rows": 5,
         "failed": 0,
         "right": 3,
+        "mean": 0.6,
         "both_right": 2,
         "only_the_verifier": 1,
         "only_the_label": 1,
         "both_wrong": 1,
     }
     last = capsys.readouterr().out.splitlines()
-    assert any("number: 3 of 5 right, 0 not judged; agrees with is_correct on 3 of 5" in line for line in last)
+    said = (
+        "number: 3 of 5 right (a score of at least 1), mean score 0.600, 0 not judged; agrees with is_correct on 3 of 5"
+    )
+    assert any(line.startswith(said) for line in last)
     written = (tmp_path / "run" / "scores.jsonl").read_text()
     records = [json.loads(line) for line in written.splitlines()]
     assert [record["scores"] for record in records] == [
@@ -66,7 +70,7 @@ def test_what_is_failed_is_counted(tmp_path):
     rows = [{"completion": "a x"}, {"completion": "bb"}]
     cfg = score_settings(tmp_path, rows, rewards=("sometimes",), reward=Reward(timeout_seconds=2.0))
     counts = score.main(cfg, {"sometimes": hostile.sometimes_endless})
-    assert counts == {"sometimes": {"rows": 2, "failed": 1, "right": 1}}
+    assert counts == {"sometimes": {"rows": 2, "failed": 1, "right": 1, "mean": 2.0}}
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,17 @@ def test_every_file_is_a_module_of_the_package(path):
     assert importlib.import_module(name).__file__ == str(path)
 
 
+RESUMED = sorted(path for path in SCRIPTS.glob("*.py") if "run.restore(" in path.read_text())
+
+
+@pytest.mark.parametrize("path", RESUMED, ids=lambda path: path.stem)
+def test_every_script_gives_the_state_up_that_it_began_with(path):
+    """tests/test_grpo_experiment.py counts the arrays of one of them."""
+    text = path.read_text()
+    assert text.count("place(state, shardings.state, donate=True)") == text.count("run.restore(") == 1
+    assert ("before = " in text) == ("before = train.before_training(run, evaluate, state)" in text)
+
+
 RECIPES = sorted(path for path in [*SCRIPTS.glob("*.py"), *SCRIPTS.glob("tools/*.py")] if path.stem != "__init__")
 
 

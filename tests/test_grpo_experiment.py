@@ -1,11 +1,14 @@
 """experiments/grpo.py on a model directory made here: what a run leaves, what it refuses, whose run a directory is."""
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
 import sys
+import types
 import typing
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -41,6 +44,7 @@ from rljax.rollouts import self_check
 from rljax.train.checkpoint import restore_items
 from rljax.train.log import MACHINE_METRICS
 from rljax.train.mesh import make_mesh
+from rljax.train.run import Run
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-:;"
 RAW = tiny.config_of("plain") | {"num_hidden_layers": 1}
@@ -156,6 +160,41 @@ def test_stopped_and_run_again_it_ends_the_same(finished, capsys):
     assert {name: (Path(cfg.directory) / name).read_bytes() for name in kept} == kept
 
 
+@pytest.mark.parametrize("offload", [(), ("frozen",)])
+def test_a_resumed_run_holds_its_state_once(offload, finished, tmp_path, monkeypatch):
+    """Not the parameters that it loaded too, nor a copy on the devices of what waits on the host."""
+    shutil.copytree(finished[0].directory, tmp_path / "run")
+    for left in ("checkpoints/2", "before.json"):  # so that the model is evaluated before it is restored, too
+        shutil.move(tmp_path / "run" / left, tmp_path)
+    (tmp_path / "run" / "checkpoints" / "2.sha256.json").unlink()
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace(finished[0].directory, str(tmp_path / "run")))
+    shape = hf.load(finished[0].model, hf.read_config(finished[0].model))["embedding"].shape
+
+    def held() -> dict[str, int]:
+        gc.collect()
+        return Counter(x.sharding.memory_kind for x in jax.live_arrays() if x.shape == shape)
+
+    others = held()
+    seen = []
+    monkeypatch.setattr(Run, "record", lambda *args, record=Run.record: seen.append(held() - others) or record(*args))
+    cfg = change(finished[0], directory=str(tmp_path / "run"), weights__offload=offload)
+    assert grpo.main(cfg, verifiers=VERIFIERS)["before"] == finished[1]["before"]
+    # the parameters, two means of Adam, the reference
+    assert seen == [{"device": 3, "pinned_host": 1} if offload else {"device": 4}]
+
+
+def test_a_resumed_run_does_not_evaluate_the_model_it_began_with_again(finished, tmp_path):
+    evaluated = []
+    run = types.SimpleNamespace(directory=Path(finished[0].directory))
+    assert grpo.train.before_training(run, evaluated.append, "a state") == finished[1]["before"]
+    run = types.SimpleNamespace(directory=tmp_path)
+    for _ in range(2):
+        found = grpo.train.before_training(run, lambda state: evaluated.append(state) or {"reward": np.float32(0.1)}, 1)
+        assert found == {"reward": np.float32(0.1)}
+    assert evaluated == [1]
+
+
 def test_a_run_ends_with_a_model_directory_and_keeps_the_best(tiny_run, tmp_path):
     """Trained on, each loads again with the parameters of its checkpoint; the tokenizer is the model's own."""
     cfg = change(tiny_run, eval_every=1, directory=str(tmp_path / "run"), optimizer__learning_rate=0.1)
@@ -223,7 +262,9 @@ def test_over_long_prompts_are_dropped_and_counted(finished, capsys):
     with pytest.raises(ValueError, match="other settings"):  # after prompts are read
         grpo.main(change(cfg, seed=3), verifiers=VERIFIERS)
     found = re.search(
-        r"(\d) prompts to train on, (\d) to evaluate on; (\d) dropped, longer than 56 tokens\n", capsys.readouterr().out
+        r"(\d) prompts to train on, (\d) to evaluate on; (\d) dropped, longer than 56 tokens; "
+        r"--eval_prompts says how many to hold out\n",  # a third, and more
+        capsys.readouterr().out,
     )
     kept, evaluated, dropped = map(int, found.groups())
     assert (kept + evaluated, dropped) == (len(ROWS), 1)

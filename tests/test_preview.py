@@ -164,6 +164,18 @@ def test_rows_that_cannot_be_read_are_named_and_the_others_shown(model, tmp_path
     assert "legal: " in records[2]["why"]
 
 
+def test_of_rows_that_cannot_be_read_for_one_reason_the_first_is_shown(model, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"x": 1}\n' * 12 + '{"prompt": null, "completion": "b"}\n{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ValueError, match=r"13 of 14 rows cannot be read; the first: .*line 1: "):
+        preview.main(preview.Config(model=model, data=Data(files=(str(file),)), rows=3))
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.removeprefix(f"{file}, line ").split()[0] for line in lines if line.startswith(str(file))]
+    assert shown == ["1", "13", "14"]
+    reason = lines[0].split("cannot be read: ")[1].removesuffix(")")
+    assert [line for line in lines if "more rows" in line] == [f"the same for 11 more rows: {reason}"]
+
+
 def test_in_a_pipe_ids_and_masks_can_be_read(model):
     command = [sys.executable, ROOT / "experiments" / "preview.py", "--model", model]
     command += ["--data.files", ROWS / "unpaired.jsonl", "--rows", "1"]
@@ -172,8 +184,10 @@ def test_in_a_pipe_ids_and_masks_can_be_read(model):
     lines = done.stdout.splitlines()
     assert lines[0] == f"{ROWS / 'unpaired.jsonl'}, line 1 (unpaired preference, kept)"
     (record,) = look(model, ROWS / "unpaired.jsonl", rows=1)
-    assert lines[2] == f"ids: {' '.join(map(str, record['ids']))}"
-    assert lines[3] == f"mask: {' '.join(map(str, record['mask']))}"
+    read, learned = texts(record, load_tokenizer(model))
+    assert without_spaces((lines[2], "")) == without_spaces((f"text:{read}[{learned}]".replace("\n", "⏎"), ""))
+    assert lines[3] == f"ids: {' '.join(map(str, record['ids']))}"
+    assert lines[4] == f"mask: {' '.join(map(str, record['mask']))}"
     assert lines[-1].startswith("10 rows: 10 kept; at most ")
 
 
@@ -196,4 +210,4 @@ def test_a_row_controls_no_terminal(is_terminal, model, tmp_path, monkeypatch, c
     assert "(prompt-completion, kept)" in out
     assert "\x1b" not in out
     assert "\u202e" not in out
-    assert is_terminal == ("\ufffd" in out)
+    assert "\ufffd" in out

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
 from rljax.train import distributed
 from rljax.train.mesh import hidden_sharding, param_shardings
+from rljax.train.watchdog import sign_of_life
 from rljax.types import Array, Params, TrainState
 
 
@@ -214,18 +216,25 @@ def save_pretrained(
       replace: a directory that is there is replaced by a whole one; else ValueError.
       reward_kind: of a reward model; config.json keeps it.
     """
-    base = {} if holds_tensors(Path(source)) and "lora" in params else frozen.get("base", {})
-    trained, base = distributed.fetch_to_main((dict(params), base))
+    head = params.get("score_head")
+    if "lora" in params:
+        base = {} if holds_tensors(Path(source)) else frozen["base"]
+        low_rank, base, head = jax.tree.map(distributed.fetch_to_main, (params["lora"], base, head))
+        whole = _merged(low_rank, base, config, source) if distributed.is_main() else {}
+    else:
+        whole = decoder.overwrite(frozen.get("base", {}), params)["decoder"]
+    if distributed.is_main():
+        hf.save(directory, config, whole, source, dtype, shard_bytes, head, replace, reward_kind, _fetch)
+    elif whole:
+        for _ in hf.tensors_to_write(config, whole, source, head, _fetch):
+            pass  # process 0 writes what all fetch
+    distributed.exchange("save a model", None)
 
-    def write() -> None:
-        low_rank = trained.pop("lora", None)
-        if low_rank is None:
-            whole = decoder.full_params(config, trained, {"base": base} if base else {})["decoder"]
-        else:
-            whole = _merged(low_rank, base, config, source)
-        hf.save(directory, config, whole, source, dtype, shard_bytes, trained.get("score_head"), replace, reward_kind)
 
-    distributed.on_main(f"save {directory}", write)
+def _fetch(param: Any, layer: int | None) -> np.ndarray | None:
+    """`distributed.fetch_to_main`, each time with a sign of life: writing a large model takes long."""
+    sign_of_life()
+    return distributed.fetch_to_main(param, layer)
 
 
 def keep_model_files(

@@ -1,6 +1,7 @@
 """What the main functions of recipes share: checks of sizes, the update, shardings, evaluation."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +22,12 @@ from rljax.models import policy as policies
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.score import Score
 from rljax.rollouts.self_check import require_batch_invariance
-from rljax.train.log import log_info, table
+from rljax.train import distributed
+from rljax.train.log import log_info, table, write_atomically
 from rljax.train.mesh import RULES, Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
 from rljax.train.packing import make_packed_update
+from rljax.train.run import Run
 from rljax.train.sharding_table import sharding_table
 from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
 from rljax.types import LM, Algorithm, AnnotateFn, Array, PolicyFn, Sampling, TrainState, Trajectory
@@ -282,6 +285,7 @@ def make_evaluate(
     rows_at_once = batches.prompts * batches.oversample * batches.num_generations
     sample_pieces = make_sample_in_pieces(lm, all_prompts, sampling, shardings, rows_at_once)
     rows = len(prompts) * sampling.n
+    log_info(f"evaluating {len(prompts)} prompts, {sampling.n} completions each")  # the first time is long
 
     def evaluate(state: TrainState) -> dict[str, float]:
         pieces = list(sample_pieces(state, seed))
@@ -289,6 +293,18 @@ def make_evaluate(
         return reward_and_kl(score(annotate(state, traj), all_prompts))
 
     return evaluate
+
+
+def before_training(run: Run, evaluate: Callable[[TrainState], Any], state: TrainState) -> Any:
+    """What `evaluate` says of the model that a run begins with: evaluated once, kept in DIRECTORY/before.json."""
+    file = run.directory / "before.json"
+    stored = distributed.on_main("before", lambda: json.loads(file.read_text()) if file.is_file() else None)
+    if stored is not None:
+        return stored
+    found = evaluate(state)
+    if distributed.is_main():
+        write_atomically(file, json.dumps(found, default=float))
+    return found
 
 
 def make_token_columns(policy: PolicyFn, *sizes: Any) -> Callable[[TrainState, Trajectory], dict[str, Array]]:

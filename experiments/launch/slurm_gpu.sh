@@ -39,10 +39,9 @@ step() {
     'trap : TERM; "$@"; code=$?; echo "$code" >"$0/$SLURM_PROCID"; exit "$code"' "$codes" "$PYTHON" "$@"
 }
 
-step experiments/doctor.py || exit 1
-
+checked=
 for ((try = 0; try <= RETRIES; try++)); do
-  step "$SCRIPT" "${args[@]}" && exit 0
+  { [[ $checked ]] || step experiments/doctor.py; } && checked=yes && step "$SCRIPT" "${args[@]}" && exit 0
   failed=$?
   found=$(cat "$codes"/*) || exit "$failed"  # srun itself failed
   for code in $found; do

@@ -66,7 +66,7 @@ def main(cfg: Config) -> None:
     wrong = [name for name, difference in found.items() if not difference.relative <= cfg.tolerance]  # NaN is wrong too
     if wrong:
         raise ValueError(f"relative difference above the tolerance of {cfg.tolerance:g}: {'; '.join(wrong)}")
-    log_info(f"all within {cfg.tolerance:g}")
+    log_info(f"all relative differences within {cfg.tolerance:g}")
 
 
 def random_tokens(vocabulary: int, length: int) -> list[int]:

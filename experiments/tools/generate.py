@@ -101,7 +101,7 @@ def main(cfg: Config) -> list[dict]:
         records += new
     tokens = sum(sum(line["tokens"]) for line in records)
     rate = f", typically {format_number(statistics.median(rates))} a second" if rates else ""
-    log_info(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{rate}", "dim")
+    log_info(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s, compiling included{rate}", "dim")
     return records
 
 

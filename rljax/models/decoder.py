@@ -82,7 +82,7 @@ def full_params(config: DecoderConfig, params: Params, frozen: Params) -> Params
     Parameters that are not trained are in frozen["base"]. With {} as `params` the model is the base itself: an
     adapter's reference policy needs no copy.
     """
-    tree = _overwrite(on_device(frozen["base"]), params) if "base" in frozen else dict(params)
+    tree = overwrite(on_device(frozen["base"]), params) if "base" in frozen else dict(params)
     if "lora" not in tree:
         return tree
     if config.adapter is None:
@@ -99,12 +99,12 @@ def on_device(frozen: Params) -> Params:
     return jax.device_put(frozen, jax.memory.Space.Device)
 
 
-def _overwrite(base: Params, params: Params) -> Params:
+def overwrite(base: Params, params: Params) -> Params:
     """Nested dicts merged; where both have a leaf, that of `params`."""
     out = dict(base)
     for name, value in params.items():
         inner = base.get(name)
-        out[name] = _overwrite(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        out[name] = overwrite(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return out
 
 

@@ -9,9 +9,10 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from rljax.models.layout import (
     tensor_slices,
 )
 from rljax.models.lora import LoraConfig
+from rljax.models.stacks import layers_of
 from rljax.models.stored import HEAD, INDEX, read_object, stored_files
 from rljax.types import Params
 
@@ -259,6 +261,12 @@ def to_hf_config(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "flo
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
+FetchParam = Callable[[Any, int | None], np.ndarray | None]  # (parameter, layer of a stacked one) -> that, on the host
+
+
+def as_numpy(param: Any, layer: int | None) -> np.ndarray:
+    return np.asarray(param if layer is None else param[layer])
+
 
 def save(
     directory: str | Path,
@@ -270,6 +278,7 @@ def save(
     score_head: Float[Array, "D"] | None = None,
     replace: bool = False,
     reward_kind: RewardKind = "outcome",
+    fetch: FetchParam = as_numpy,
 ) -> None:
     """Writes a model directory that transformers loads.
 
@@ -284,6 +293,7 @@ def save(
       score_head: makes it a reward model (transformers' sequence classification with one label), without a table of
       logits. Its files name a padding token that ends no completion (`reward_model_pad`).
       reward_kind: of a reward model, for `reward_kind()`.
+      fetch: brings parameters to the host, a whole one or one of its layers at a time.
     """
     raw = read_raw(source)
     raw.pop("auto_map", None)  # names code of the model directory, which is not copied
@@ -301,12 +311,17 @@ def save(
         if score_head is not None:
             _name_pad(unfinished, raw["pad_token_id"])
         (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        named = _tensors_to_write(config, params, has_fused_projections(source), score_head)
+        named = tensors_to_write(config, params, source, score_head, fetch)
         _write_shards(unfinished, named, jnp.dtype(dtype), shard_bytes)
 
 
-def named_tensors(config: DecoderConfig, params: Params, fused: bool = False) -> Iterator[tuple[str, np.ndarray]]:
-    """Every stored tensor of the decoder's parameters, one at a time, with its name: the inverse of `load`."""
+def named_tensors(
+    config: DecoderConfig, params: Params, fused: bool = False, fetch: FetchParam = as_numpy
+) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Every stored tensor of the decoder's parameters, one at a time, with its name: the inverse of `load`.
+
+    None where `fetch` gives none: on a process that only takes part.
+    """
     leaves = {path_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     rows_of: dict[
         str, list[tuple[int, tuple, tuple]]
@@ -316,16 +331,19 @@ def named_tensors(config: DecoderConfig, params: Params, fused: bool = False) ->
         places = np.ndindex(shape[: num_stacked_axes(path, shape)])
         for place, piece in zip(places, slices, strict=True):
             rows_of.setdefault(piece.name, []).append((piece.start, path, place))
+    fetch_block = lru_cache(maxsize=1)(lambda path, layer: fetch(leaves[path], layer))  # all experts of a layer at once
     for name, parts in rows_of.items():
-        rows = [
-            _stored_tensor(path, leaves[path][place] if place else leaves[path]) for _, path, place in sorted(parts)
-        ]
-        yield name, np.concatenate(rows) if len(rows) > 1 else rows[0]
+        rows = []
+        for _, path, place in sorted(parts):
+            layered = layers_of(path) is not None
+            block = fetch_block(path, place[0] if layered else None)
+            if block is not None:
+                rows.append(_stored_tensor(path, block[place[layered:]]))
+        yield name, np.concatenate(rows) if len(rows) > 1 else next(iter(rows), None)
 
 
-def _stored_tensor(path: tuple, leaf) -> np.ndarray:
+def _stored_tensor(path: tuple, array: np.ndarray) -> np.ndarray:
     """A parameter as it is stored; always contiguous: safetensors 0.8.0 writes other arrays wrongly."""
-    array = np.asarray(leaf)
     if path[-1] == "embedding":
         return np.ascontiguousarray(array)
     if path[-1] in NOT_TRANSPOSED:
@@ -333,15 +351,20 @@ def _stored_tensor(path: tuple, leaf) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(math.prod(array.shape[: num_input_axes(path)]), -1).T)
 
 
-def _tensors_to_write(
-    config: DecoderConfig, params: Params, fused: bool, score_head
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The decoder's tensors; those of a reward model where there is a head."""
-    for name, tensor in named_tensors(config, params, fused):
+def tensors_to_write(
+    config: DecoderConfig,
+    params: Params,
+    source: str | Path,
+    score_head: Array | None = None,
+    fetch: FetchParam = as_numpy,
+) -> Iterator[tuple[str, np.ndarray | None]]:
+    """What `save` writes: the decoder's tensors; those of a reward model where there is a head."""
+    for name, tensor in named_tensors(config, params, has_fused_projections(source), fetch):
         if score_head is None or name != HEAD:
             yield name, tensor
     if score_head is not None:
-        yield SCORE, np.asarray(score_head)[None]
+        head = fetch(score_head, None)
+        yield SCORE, None if head is None else head[None]
 
 
 def _classifier_of(architecture: str) -> str:

@@ -1,8 +1,9 @@
 """Checkpoints of a whole TrainState: asynchronous, atomic, and verified. The only file that knows Orbax.
 
-A step is complete once its manifest (sha256 of every file) exists; the manifest is written after Orbax has committed
-the step. A step without one was interrupted and is removed at the next start. A step that no longer matches its
-manifest is reported and skipped for the one before it.
+Orbax commits a step by renaming its directory; what it did not commit is removed at the next start. The manifest
+(sha256 of every file) is written after that, for which the whole step is read once more. A step that no longer matches
+its manifest is reported and skipped for the one before it. A step without one was interrupted in between: it is
+restored if Orbax can read it, which is said, and then gets its manifest.
 
 Where several processes run, all call every function here: each writes its part of the arrays and computes the digests
 of some files; process 0 writes the manifest and removes what is damaged. A checkpoint may be read by another number of
@@ -25,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rljax.train import distributed
+from rljax.train.watchdog import sign_of_life
 from rljax.types import TrainState
 
 
@@ -42,11 +44,9 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.iterdir():
-            is_step = leftover.name.isdigit() or ".orbax-checkpoint-tmp" in leftover.name
-            if is_step and not _manifest(self.directory, leftover.name).is_file():
-                self.log_info(f"removing {leftover}: its saving was interrupted")
-                shutil.rmtree(leftover)
+        for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            self.log_info(f"removing {leftover}: its saving was interrupted")
+            shutil.rmtree(leftover)
 
     def save(self, step: int, state: TrainState) -> None:
         """Start saving; returns once the arrays are copied off the devices, so that their buffers may be donated."""
@@ -59,6 +59,8 @@ class Checkpoints:
     def restore(self, state: TrainState) -> TrainState | None:
         """The newest undamaged state, in the shapes, dtypes and shardings of `state`; None without a checkpoint.
 
+        Where there is one, the parameters and the statistics of `state` are deleted before it is read, even where
+        other names refer to them: there is no room for both.
         Raises RuntimeError where there are checkpoints and all are damaged: starting over would lose them. Raises
         ValueError, naming a parameter that differs, where they are of another model.
         """
@@ -66,14 +68,17 @@ class Checkpoints:
         damaged = []
         steps = distributed.on_main("steps", lambda: sorted(self._manager.all_steps(), reverse=True))
         for step in steps:
-            damage = _find_damage(self.directory, step)
-            if damage is None:
+            if distributed.on_main("manifest", _manifest(self.directory, step).is_file):
+                damage = _find_damage(self.directory, step)
+                restored = self._read(step, state) if damage is None else None
+            else:
+                restored, damage = self._read_unverified(step, state)
+            if restored is not None:
                 for damaged_step in damaged:
-                    # The manifest first: without one, what is left of the step is removed at the next start.
-                    if distributed.is_main():
-                        _manifest(self.directory, damaged_step).unlink()
                     self._manager.delete(damaged_step)
-                return self._read(step, state)
+                    if distributed.is_main():  # last: what is left of a step that has a manifest counts as damaged
+                        _manifest(self.directory, damaged_step).unlink(missing_ok=True)
+                return restored
             self.log_info(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
             damaged.append(step)
         if damaged:
@@ -98,13 +103,32 @@ class Checkpoints:
         targets = {name: ocp.args.StandardRestore(jax.tree.map(_target, item)) for name, item in _items(state).items()}
         difference = _find_difference(self.directory / str(step), state)  # what Orbax says names no parameter
         if difference:
-            raise ValueError(
+            raise OtherModelError(
                 f"{self.directory.parent} holds a checkpoint of another model: {difference}; "
                 "legal: the model that the run began with, or another directory"
             )
+        for leaf in jax.tree.leaves((state.params, state.opt_state, state.frozen)):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
         found = self._manager.restore(step, args=ocp.args.Composite(**targets))
         found = {name: found[name] for name in targets}
         return state.replace(**found.pop("rest"), **found)
+
+    def _read_unverified(self, step: int, state: TrainState) -> tuple[TrainState | None, str | None]:
+        """The state of a committed step without a manifest, which it gets; or why Orbax cannot read it."""
+        restored, problem = None, None
+        try:
+            restored = self._read(step, state)
+        except OtherModelError:
+            raise
+        except Exception as error:  # Orbax names no type for what is missing or broken
+            problem = f"it has no manifest and cannot be read: {type(error).__name__}: {error}"
+        problem = next(filter(None, distributed.exchange("unverified checkpoint", problem)), None)
+        if problem is not None:
+            return None, problem
+        self.log_info(f"checkpoint {step} has no manifest: it is restored as Orbax committed it, and now gets one")
+        self._pending = self._hasher.submit(self._write_manifest, step)
+        return restored, None
 
     def _write_manifest(self, step: int) -> None:
         self._manager.wait_until_finished()
@@ -121,11 +145,15 @@ class Checkpoints:
                 manifest.unlink()
 
 
+class OtherModelError(ValueError):
+    """A checkpoint is of another model."""
+
+
 def restore_items(directory: str | Path, *names: str, step: int | None = None) -> tuple[int, dict]:
     """Items of a saved state ("params", "frozen") by name, on the CPU, whatever mesh they were saved from.
 
-    step: None is the newest undamaged one. The directory is only read, so its run may continue. Raises
-    FileNotFoundError where there is no such step, RuntimeError where it is damaged.
+    step: None is the newest undamaged one that has a manifest. The directory is only read, so its run may continue.
+    Raises FileNotFoundError where there is no such step, RuntimeError where it is damaged.
     """
     directory = Path(directory).absolute()
     steps = sorted((int(file.name.split(".")[0]) for file in directory.glob("*.sha256.json")), reverse=True)
@@ -217,6 +245,11 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
+def _digest(file: Path) -> str:
+    sign_of_life()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def _digests(directory: Path) -> dict[str, str]:
     """sha256 of every file, by its path inside the directory. Each process reads some of the files."""
 
@@ -224,7 +257,7 @@ def _digests(directory: Path) -> dict[str, str]:
         return sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
 
     def digests_of(own: np.ndarray) -> list[str]:
-        return [hashlib.sha256((directory / files[i]).read_bytes()).hexdigest() for i in own]
+        return [_digest(directory / files[i]) for i in own]
 
     files = distributed.on_main("files of a checkpoint", names)
     digests = distributed.share_rows(digests_of, np.arange(len(files)), "digests")

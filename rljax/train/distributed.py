@@ -23,12 +23,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rljax.train.log import log_error, log_info, silence
 from rljax.types import Array
@@ -331,11 +333,37 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(_fetch_array, tree)
 
 
-def fetch_to_main(tree: Any) -> Any:
-    """The tree with arrays that process 0 holds whole, one leaf at a time; None elsewhere. All processes call it."""
-    if process_count() == 1:
-        return tree
-    return jax.tree.map(lambda x: _fetch_array(x) if is_main() else _drop(_fetch_array(x)), tree)
+def fetch_to_main(x: Any, index: int | None = None) -> np.ndarray | None:
+    """An array as numpy on process 0, or what is at this index of its first axis; None elsewhere. All call it.
+
+    A device receives no more than what is fetched, and JAX keeps no copy of it on the host.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x if index is None else x[index]) if is_main() else None
+    if index is not None:
+        x = _take(x, index, _without_first_axis(x.sharding))
+    if not x.is_fully_addressable:
+        x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+        x = jax.block_until_ready(x).addressable_data(0)
+    if not is_main():
+        return None
+    shards = [shard.data for shard in x.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards))
+
+
+@partial(jax.jit, static_argnames="sharding")
+def _take(x: Array, index: int, sharding: NamedSharding | None) -> Array:
+    """What is at this index of the first axis, in the devices' memory."""
+    taken = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    taken = jax.device_put(taken, jax.memory.Space.Device)
+    return taken if sharding is None else jax.lax.with_sharding_constraint(taken, sharding)
+
+
+def _without_first_axis(sharding: jax.sharding.Sharding) -> NamedSharding | None:
+    """How an array's entries along its first axis are sharded; None on one device."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def _fetch_array(x: Any) -> Any:
@@ -344,10 +372,6 @@ def _fetch_array(x: Any) -> Any:
     if x.is_fully_addressable or x.is_fully_replicated:
         return jax.device_get(x)
     return multihost_utils.process_allgather(x, tiled=True)
-
-
-def _drop(_: Any) -> None:
-    return None
 
 
 def share_rows(judge: Callable[[np.ndarray], Sequence[T]], group: Array, name: str = "rows") -> list[T]:

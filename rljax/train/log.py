@@ -74,12 +74,15 @@ def silence() -> None:
 
 
 def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows of equal keys as a table; numbers are aligned to the right."""
+    """Print rows of equal keys as a table, numbers on the right. In a pipe the names in the first column stay whole."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     printed = Table(title=Text(printable(title), "bold"), title_justify="left", header_style="dim", box=SIMPLE_HEAD)
-    for name in names:
+    for i, name in enumerate(names):
         numbers = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        printed.add_column(Text(printable(name)), justify="right" if numbers else "left", overflow="fold")
+        longest = max(len(_format_cell(row.get(name, ""))) for row in rows)
+        is_name = i == 0 and not console.file.isatty() and longest <= 2 * console.width // 3  # leave room for the rest
+        justify = "right" if numbers else "left"
+        printed.add_column(Text(printable(name)), justify=justify, overflow="fold", no_wrap=is_name)
     for row in rows:
         cells = [Text(_format_cell(row.get(name, ""))) for name in names]
         printed.add_row(*cells)
@@ -295,15 +298,23 @@ def best_and_worst_lines(records: Sequence[Mapping], width: int = 100) -> list[s
         chosen["worst"] = lowest
     lines = []
     for name, record in chosen.items():
-        prompt = printable(" ".join(record["prompt"].split()))[-width // 3 :]
-        completion = printable(" ".join(record["completion"].split()))[:width]
+        prompt = _beginning(printable(" ".join(record["prompt"].split()))[::-1], width // 3)[::-1]  # its end
+        completion = _beginning(printable(" ".join(record["completion"].split())), width)
         lines.append(f"  {name} {format_number(record['reward'])}: {prompt} → {completion}")
     return lines
 
 
+def _beginning(text: str, width: int) -> str:
+    """At most `width` characters, the last one … where some were left out: whole words, unless one is very long."""
+    if len(text) <= width:
+        return text
+    word_end = text.rfind(" ", width // 2, width)
+    return text[: word_end if word_end > 0 else width - 1] + "…"
+
+
 def _format_metrics(names: Sequence[str], values: Mapping[str, float]) -> str:
-    shown = [f"{DISPLAY_NAMES.get(name, name)} {format_number(values[name])}" for name in names if name in values]
-    return "  ".join(shown)
+    rounded = {name: 0.0 if abs(values[name]) < 1e-6 else values[name] for name in names if name in values}
+    return "  ".join(f"{DISPLAY_NAMES.get(name, name)} {format_number(value)}" for name, value in rounded.items())
 
 
 class _RemainingTime:

@@ -184,14 +184,26 @@ def data_parallel_size(mesh: Mesh, rule: str = "rows") -> int:
     return math.prod(mesh.shape[name] for name in RULES[rule])
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: Any, shardings: Any, donate: bool = False) -> Any:
     """The tree on the devices, in these shardings (one for all leaves, or one for each).
 
     Where they span processes, every process holds the same values, and gives its devices their part.
+
+    Args:
+      donate: an array that moves to another kind of memory is deleted where it was, even where other names refer to it.
     """
     if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: _place_array(x, shardings), tree)
-    return jax.tree.map(_place_array, tree, shardings)
+        placed = jax.tree.map(lambda x: _place_array(x, shardings), tree)
+    else:
+        placed = jax.tree.map(_place_array, tree, shardings)
+    if donate:
+        jax.tree.map(_delete_moved, tree, placed)
+    return placed
+
+
+def _delete_moved(x: Any, placed: jax.Array) -> None:
+    if isinstance(x, jax.Array) and x.sharding.memory_kind != placed.sharding.memory_kind:
+        x.delete()
 
 
 def _place_array(x: Any, sharding: NamedSharding) -> jax.Array:

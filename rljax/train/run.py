@@ -36,7 +36,7 @@ from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import changed_settings, write_report
 from rljax.train.samples import Decode, sample_records
 from rljax.train.trackers import Tracker, open_tracker
-from rljax.train.watchdog import Watchdog
+from rljax.train.watchdog import Watchdog, sign_of_life
 from rljax.types import Array, Batch, PromptBatch, TrainState
 
 LINGER_SECONDS = 10.0  # of process 0 when the watchdog ends all of them
@@ -54,6 +54,7 @@ class _Timed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
         result = jax.block_until_ready(self._function(*args, **kwargs))
+        sign_of_life()
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.monotonic() - began
         return result
 
@@ -299,9 +300,12 @@ class Run:
         changed = changed_settings(stored, self._config, ignored=self._placement)
         if not changed:
             return ""
+        further = ""
+        if stored.get("steps") != self._config.get("steps") and (self.directory / "model").is_dir():
+            further = f"; to train on from its weights: --model {self.directory}/model --directory NEW"
         return (
             f"{self.directory} holds a run with other settings: {changed}. "
-            "Resume it with its own settings, or name another with --directory"
+            f"Resume it with its own settings, or name another with --directory{further}"
         )
 
     def _refuse_non_finite(self, step: int, values: Mapping[str, float]) -> None:
@@ -331,9 +335,13 @@ class Run:
         folder = self.directory / "functions"
         changed = record_sources(folder, self._start_step, self._sources)
         if changed:
+            if self._start_step >= self.total_steps:
+                rest = "; no step is left to train with it, but evaluations use it: name another --directory to train"
+            else:
+                rest = ""
             log_info(
                 f"warning: from step {self._start_step} on this run uses another source than before in "
-                f"{', '.join(changed)}; both are kept in {folder}",
+                f"{', '.join(changed)}; both are kept in {folder}{rest}",
                 style="yellow",
             )
 

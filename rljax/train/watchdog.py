@@ -3,6 +3,10 @@
 A collective whose partner is gone, a file system that does not answer, a server without a deadline: a process that
 waits for one of these waits for ever, and holds its accelerators. The thread prints where every thread of the process
 stands and exits with code 75, which schedulers take as "try again".
+
+What takes long outside of steps gives signs of life: each evaluation, each file of a checkpoint that is read, each
+parameter of a model that is written. The same limit holds between two of them, so that a hang after the last step ends
+the run too.
 """
 
 import faulthandler
@@ -17,8 +21,18 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 FLOOR_SECONDS = 1800.0  # compiling a large model or evaluating it takes minutes between two steps
 
 
+_last_sign = 0.0  # of life, of this process
+
+
+def sign_of_life() -> None:
+    """Say that something long has ended which is no step. It does not count in the median."""
+    global _last_sign
+    _last_sign = time.monotonic()
+
+
 class Watchdog:
-    """Ends the process where no step has ended within max(factor x median of the last steps, floor).
+    """Ends the process where no step has ended, and no sign of life was given, within max(factor x median of the last
+    steps, floor).
 
     Args:
       factor: of the median time between the ends of steps. floor_seconds: at least so long; 0: it never ends the run.
@@ -62,14 +76,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(self.floor_seconds / 10, 1.0)):
-            waited = time.monotonic() - self._moved
+            waited = time.monotonic() - max(self._moved, _last_sign)
             if waited > self.limit_seconds():
                 self._end_process(waited)
 
     def _end_process(self, waited: float) -> None:
         sys.__stderr__.write(  # not through the console: the thread that hangs may hold its lock
-            f"error: no step has ended for {waited:.0f} seconds (limit {self.limit_seconds():.0f}); exit code "
-            f"{EXIT_CODE}, run the same command again to resume. Where every thread stands:\n"
+            f"error: no step or evaluation has ended for {waited:.0f} seconds (limit {self.limit_seconds():.0f}); "
+            f"exit code {EXIT_CODE}, run the same command again to resume. Where every thread stands:\n"
         )
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         sys.__stderr__.flush()

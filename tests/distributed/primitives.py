@@ -1,14 +1,22 @@
 """Every function of rljax/train/distributed.py once, on each of the processes that a test starts. Prints "passed"."""
 
+import dataclasses
+import shutil
 import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from experiments.common.models import load_model, save_pretrained
+from rljax.models import hf
 from rljax.train import distributed
 from rljax.train.mesh import make_mesh, place, sharding_of
+from tests.models import tiny
 
 coordinator, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 distributed.initialize(coordinator, processes, process, deadline_seconds=30, heartbeat_seconds=10)
@@ -48,8 +56,33 @@ assert len(placed["rows"].addressable_shards) == jax.local_device_count()
 np.testing.assert_array_equal(distributed.fetch(placed["rows"] * 2), rows * 2)
 assert int(placed["step"]) == 3
 assert jax.random.key_data(placed["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
-to_main = distributed.fetch_to_main(placed["rows"])
-assert (to_main is None) == (process > 0)
+
+# A stacked parameter, sharded along its second axis, on devices and on hosts: whole, or one layer of it.
+stacked = np.arange(2 * 24.0).reshape(2, 8, 3)
+for kind in ("device", "pinned_host"):
+    sharding = sharding_of(mesh, (None, "embed", None), stacked.shape).with_memory_kind(kind)
+    on_devices = place(stacked, sharding)
+    assert on_devices.sharding.memory_kind == kind
+    for index in (None, 1):
+        wanted = stacked if index is None else stacked[index]
+        with mock.patch.object(jax, "device_put", wraps=jax.device_put) as put:
+            to_main = distributed.fetch_to_main(on_devices, index)
+        assert max(call.args[0].size for call in put.call_args_list) == wanted.size
+        if process:
+            assert to_main is None
+        else:
+            np.testing.assert_array_equal(to_main, wanted)
+
+# A model with stacked layers over all devices is written as one on the host is.
+root = Path(distributed.on_main("root", tempfile.mkdtemp))
+made = distributed.on_main("made", lambda: str(tiny.make(root / "made", "moe_mixed")))
+config = dataclasses.replace(hf.read_config(made), scan_layers=True)
+save_pretrained(load_model(made, mesh, "float32", scan_layers=True)[1], {}, config, made, root / "written")
+if process == 0:
+    hf.save(root / "wanted", config, hf.load(made, config), made)
+    for file in (root / "wanted").iterdir():
+        assert (root / "written" / file.name).read_bytes() == file.read_bytes()
+    shutil.rmtree(root)
 assert not distributed.reached_preemption()
 
 with pytest.raises(RuntimeError, match="the processes disagree: seed is 0 on process 0 and 1 on process 1") as refused:

@@ -198,7 +198,7 @@ def test_a_step_that_hangs_ends_with_the_code_of_try_again(flags, tmp_path):
     assert EXIT_CODE in [end.code for end in ended], ended
     assert all(end.code not in (0, -signal.SIGKILL) for end in ended), ended
     hung = ended[1].output
-    assert "error: no step has ended for" in hung
+    assert "error: no step or evaluation has ended for" in hung
     assert "sample_and_keep" in hung  # the stack names the function that hangs
     again = launch.run(SCRIPT, *flags, processes=2, devices=4)
     assert [end.code for end in again] == [0, 0], again

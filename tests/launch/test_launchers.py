@@ -245,7 +245,11 @@ def slurm(tmp_path: Path, python: str, tasks: int = 2, **environ: str) -> subpro
 
 # It logs what it is asked to run, and ends with the code of its process and attempt in codes/PROCESS (default 0).
 SCRIPTED = """
-[[ $1 == *doctor.py ]] && exit ${DOCTOR:-0}
+if [[ $1 == *doctor.py ]]; then
+  echo >>"checked$SLURM_PROCID"
+  read -ra codes <<<"${DOCTOR:-0}"
+  exit "${codes[$(wc -l <"checked$SLURM_PROCID") - 1]}"
+fi
 n=$(grep -c . "ran$SLURM_PROCID" 2>/dev/null)
 echo "$*" >>"ran$SLURM_PROCID"
 read -ra codes <"codes$SLURM_PROCID"
@@ -257,7 +261,8 @@ def scripted(tmp_path: Path, codes: list[str], **environ: str) -> tuple[int, int
     """The code of slurm_gpu.sh where the processes end so, and how often it started them."""
     for process, own in enumerate(codes):
         (tmp_path / f"codes{process}").write_text(own)
-        (tmp_path / f"ran{process}").unlink(missing_ok=True)
+        for name in ("ran", "checked"):
+            (tmp_path / f"{name}{process}").unlink(missing_ok=True)
     done = slurm(tmp_path, SCRIPTED, len(codes), **environ)
     log = tmp_path / "ran0"
     assert not list(tmp_path.glob("runs/.exit-codes*"))
@@ -270,6 +275,8 @@ def test_slurm_goes_on_after_what_is_worth_it(tmp_path):
     assert scripted(tmp_path, ["134 137 0", "137 134 0"]) == (0, 3)
     assert scripted(tmp_path, ["143 0", "143 0"]) == (0, 2)
     assert scripted(tmp_path, ["75 75 75", "75 75 75"], RETRIES="1") == (75, 2)
+    assert scripted(tmp_path, ["75 0", "75 0"], DOCTOR="75 0") == (0, 2)  # a host came late; it is checked once
+    assert (tmp_path / "checked0").read_text() == "\n" * 2
     assert (tmp_path / "ran0").read_text().splitlines()[0] == (
         "experiments/gsm8k_grpo.py --directory runs/gsm8k_grpo/slurm"
     )

@@ -125,6 +125,23 @@ def test_files_are_those_of_single_layers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["moe_mixed", "phi3"])
+def test_a_stack_comes_to_the_host_one_layer_at_a_time(name, tmp_path):
+    """And all experts of a layer at once."""
+    config, params = read(tmp_path / "made", name)
+    fetched = []
+
+    def fetch(param, layer):
+        found = hf.as_numpy(param, layer)
+        fetched.append((id(param), layer, found.nbytes))
+        return found
+
+    hf.save(tmp_path / "written", scanned(config), stacked(config, params), tmp_path / "made", fetch=fetch)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    assert sorted(size for _, _, size in fetched) == sorted(sizes)
+    assert len({block[:2] for block in fetched}) == len(fetched)
+
+
+@pytest.mark.parametrize("name", ["moe_mixed", "phi3"])
 def test_each_device_reads_its_own_part(name, tmp_path):
     config, params = read(tmp_path, name)
     config = scanned(config)

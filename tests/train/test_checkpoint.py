@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import CheckpointManager
 
 from rljax.models import decoder
 from rljax.train.checkpoint import Checkpoints
@@ -77,7 +78,7 @@ def restored(directory, template, **options):
 @pytest.mark.parametrize("fields", [EMPTY, FULL], ids=["nothing optional", "everything"])
 def test_a_state_comes_back_to_the_last_bit(tmp_path, fields):
     state = whole_state(3, **fields)
-    other = jax.tree.map(lambda x: x, whole_state(0, **fields)).replace(key=jax.random.key(0))
+    other = jax.tree.map(jnp.copy, whole_state(0, **fields)).replace(key=jax.random.key(0))
     back = restored(saved(tmp_path, [state]), other)
     assert bits(back) == bits(state)
     assert jax.tree.structure(back) == jax.tree.structure(state)
@@ -166,12 +167,65 @@ def test_if_all_are_damaged_nothing_is_started_over_and_nothing_deleted(tmp_path
     assert files(tmp_path) == before
 
 
-def test_a_step_that_was_never_sealed_is_removed_at_start(tmp_path, small):
+def test_what_was_committed_without_a_manifest_is_restored_and_gets_one(tmp_path, small):
+    """And what was not committed is removed."""
+    saved(tmp_path, [small(1), small(2)])
+    manifest = (tmp_path / "2.sha256.json").read_text()
+    (tmp_path / "2.sha256.json").unlink()
+    (tmp_path / "3.orbax-checkpoint-tmp-5").mkdir()
+    said = []
+    assert restored(tmp_path, small(0), log_info=said.append).params["w"][0] == 2
+    assert [line.partition(":")[0].removeprefix(f"removing {tmp_path}/") for line in said] == [
+        "3.orbax-checkpoint-tmp-5",
+        "checkpoint 2 has no manifest",
+    ]
+    assert (tmp_path / "2.sha256.json").read_text() == manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.sha256.json", "2", "2.sha256.json"]
+
+
+def test_what_has_no_manifest_and_cannot_be_read_is_damaged(tmp_path, small):
     saved(tmp_path, [small(1), small(2)])
     (tmp_path / "2.sha256.json").unlink()
-    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
-    assert restored(tmp_path, small(0)).params["w"][0] == 1
+    cut_short(tmp_path / "2")
+    said = []
+    assert restored(tmp_path, small(0), log_info=said.append).params["w"][0] == 1
+    assert said[0].startswith("checkpoint 2 is damaged (it has no manifest and cannot be read: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.sha256.json"]
+
+
+def test_a_damaged_step_that_was_half_removed_is_not_taken_for_a_whole_one(tmp_path, small, monkeypatch):
+    saved(tmp_path, [small(1), small(2)])
+    add_a_file(tmp_path / "2")  # Orbax reads it none the less
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointManager, "delete", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            restored(tmp_path, small(0))
+    assert restored(tmp_path, small(0)).params["w"][0] == 1
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_checkpoint_is_read_when_the_state_that_it_replaces_is_gone(tmp_path, small, monkeypatch):
+    """Scripts keep names for the parameters that they began with."""
+    saved(tmp_path, [small(1)])
+    state = small(0).replace(opt_state=(jnp.ones(3),), frozen={"reference": jnp.ones(3)})
+    checkpoints = Checkpoints(tmp_path / "new")
+    assert checkpoints.restore(state) is None
+    assert not state.params["w"].is_deleted()  # a new run goes on with it
+    checkpoints.save(1, state)
+    gone = []
+    restore = CheckpointManager.restore
+
+    def watched(*args, **options):
+        gone.extend(x.is_deleted() for x in (state.params["w"], *state.opt_state, state.frozen["reference"]))
+        return restore(*args, **options)
+
+    monkeypatch.setattr(CheckpointManager, "restore", watched)
+    assert checkpoints.restore(state).frozen["reference"][0] == 1
+    assert gone == [True, True, True]
+    checkpoints.close()
 
 
 def test_the_manifest_names_every_file_with_its_hash(tmp_path, small):

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from distributed.launch import free_port
 from rljax.train import distributed
 from rljax.train.distributed import Cluster, ProcessLostError
+from rljax.train.mesh import make_mesh, place, sharding_of
 
 VARIABLES = ("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "KUBERNETES_", "JOB_", "TPU_")
 SLURM = {
@@ -176,8 +178,18 @@ def test_one_process_does_the_plain_thing(environ):
     assert distributed.share_rows(lambda own: own.tolist(), np.array([5, 1, 5])) == [0, 1, 2]
     tree = {"array": jnp.arange(3), "none": None}
     assert isinstance(distributed.fetch(tree)["array"], np.ndarray)
-    assert distributed.fetch_to_main(tree) is tree
+    np.testing.assert_array_equal(distributed.fetch_to_main(np.arange(6).reshape(2, 3), 1), [3, 4, 5])
     distributed.stop_others("nobody is there")
+
+
+def test_what_was_fetched_does_not_stay_on_the_host():
+    """JAX keeps the numpy copy of an array with it, so that a saved model would be there twice."""
+    sharded = place(np.zeros((1024, 1024), np.float32), sharding_of(make_mesh(fsdp=8), ("embed", None), (1024, 1024)))
+    tracemalloc.start()
+    distributed.fetch_to_main(sharded)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 2**20 < 2**22 <= peak
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])

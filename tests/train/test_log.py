@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from rljax.train import log as module
 from rljax.train.log import (
     Log,
+    best_and_worst_lines,
     drop_records_from,
     format_duration,
     format_number,
@@ -231,6 +232,13 @@ def test_the_last_step_of_an_interrupted_run_is_shown(tmp_path, capsys):
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 1/9", "step 3/9"]
 
 
+def test_what_is_nothing_but_rounding_is_shown_as_0_and_written_as_it_is(tmp_path, capsys):
+    with Log(tmp_path, total_steps=1) as log:
+        log.write(0, {"kl": -7.3e-07, "reward": 2e-06})
+    assert capsys.readouterr().out == "step 1/1  reward 2e-06  kl 0  eta –\n"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["kl"] == -7.3e-07
+
+
 def test_a_terminal_gets_one_line_that_words_do_not_break(tmp_path, monkeypatch):
     out = Terminal()
     monkeypatch.setattr(module, "console", Console(file=out, force_terminal=True, width=100, _environ={}))
@@ -251,6 +259,14 @@ def test_tables_keep_brackets_and_align_numbers(capsys):
     rows = [line.split() for line in out.splitlines() if "x" in line or "y" in line]
     assert ["[red]x", "1,234,567"] in rows
     assert ["y", "2", "True"] in rows
+
+
+def test_in_a_pipe_the_first_column_of_a_table_is_not_broken(capsys):
+    name = "params/decoder/layers/attention/query"
+    table("what", [{"array": name, "placed": "word " * 30}])
+    assert any(line.split()[0] == name for line in capsys.readouterr().out.splitlines() if line.strip())
+    table("what", [{"array": name * 4, "placed": "elsewhere"}])  # is broken: else nothing of the rest would be seen
+    assert "elsewhere" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -288,8 +304,17 @@ def test_the_best_and_the_worst_sample_are_printed_and_control_no_terminal(tmp_p
         log.samples(records)
     assert capsys.readouterr().out.splitlines() == [
         "  best 1: 1+1= → 2\ufffd[31m \ufffdred",
-        "  worst 0: 1+1= → " + "x" * 100,
+        "  worst 0: 1+1= → " + "x" * 99 + "…",
     ]
+
+
+def test_a_sample_that_is_cut_says_so_and_is_cut_between_words():
+    prompt = "One day Ben went to the park with his dog Max."
+    completion = "Max ran after the ball and Ben was happy."
+    (line,) = best_and_worst_lines([{"reward": 1, "prompt": prompt, "completion": completion}], width=30)
+    assert line == "  best 1: …dog Max. → Max ran after the ball and…"
+    (line,) = best_and_worst_lines([{"reward": 1, "prompt": "a b", "completion": "c" * 30}], width=30)
+    assert line == f"  best 1: a b → {'c' * 30}"
 
 
 def test_without_a_reward_no_sample_is_best(tmp_path, capsys):

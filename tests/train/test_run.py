@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,24 @@ def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(
     with pytest.raises(ValueError, match="other settings: new = None, now True; seed = 0, now 1"):
         train(tmp_path, config=other)
     assert files(tmp_path) == before
+
+
+def test_a_finished_run_of_other_steps_says_how_its_weights_are_trained_on(tmp_path):
+    finished, longer = CONFIG | {"steps": 7}, CONFIG | {"steps": 9}
+    train(tmp_path, config=finished)
+    with pytest.raises(ValueError, match=r"steps = 7, now 9\. .* --directory$"):
+        train(tmp_path, config=longer)
+    (tmp_path / "model").mkdir()  # which an experiment writes at its end
+    with pytest.raises(ValueError, match=rf"steps = 7, now 9\. .* --model {re.escape(str(tmp_path))}/model "):
+        train(tmp_path, config=longer)
+    with pytest.raises(ValueError, match=r"seed = 0, now 1\. .* --directory$"):
+        train(tmp_path, config=finished | {"seed": 1})
+
+
+def test_a_finished_run_says_that_another_function_is_only_evaluated_with(tmp_path, capsys):
+    train(tmp_path, functions={"reward": first_reward})
+    train(tmp_path, functions={"reward": second_reward})
+    assert "no step is left to train with it, but evaluations use it" in capsys.readouterr().out
 
 
 def test_process_0_alone_looks_for_other_settings(tmp_path, monkeypatch):
