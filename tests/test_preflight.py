@@ -20,7 +20,7 @@ from experiments.common.chips import CHIPS, read_topology
 from experiments.common.hlo import collectives
 from experiments.common.model_shapes import SHAPES, find_shape
 from experiments.common.sampling import training_sampling
-from experiments.common.settings import Batches, MeshShape, Sampling, Weights
+from experiments.common.settings import Adapter, Batches, MeshShape, Sampling, Weights
 from models import tiny
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
@@ -180,6 +180,18 @@ def test_a_cache_is_read_whole_where_its_heads_do_not_divide():
     assert cache_reads(8, 4) == pytest.approx(512 * 3072 * of_token / 8)
 
 
+@pytest.mark.parametrize(
+    ("model", "adapter", "sizes"),
+    [("qwen2.5-7b", Adapter(rank=16), {}), ("qwen3-30b-a3b", Adapter(), {"fsdp": 8, "expert": 8})],
+)
+def test_gradients_lie_as_what_is_trained_does(model, adapter, sizes):
+    """An adapter's are as small as it is, and what is no expert is not split over `expert`."""
+    cfg = preflight.Config(model, "v6e:8x8", mesh=MeshShape(**sizes), batches=Batches(64, 8, micro_batches=2))
+    cfg = dataclasses.replace(cfg, weights=dataclasses.replace(cfg.weights, adapter=adapter))
+    update = planned(cfg).memory[-1].arrays
+    assert update["gradients"] == 2 * update["parameters"]
+
+
 # ----------------------------------------------------------------------------------------------------------------- HLO
 
 
@@ -327,6 +339,9 @@ def test_tokens_of_experts_are_collected_and_their_sums_scattered(program):
     for kind in ("all-gather", "reduce-scatter"):
         everyone = tuple(range(8))
         assert formulas["tokens of experts", kind, everyone] == pytest.approx(compiled[kind, everyone], rel=0.05)
+    if program == "update":  # gradients of what each of them has whole; those of the one table are summed one by one
+        sums = compiled["all-reduce", everyone]
+        assert formulas["gradients", "all-reduce", everyone] == pytest.approx(sums, rel=0.2)
 
 
 def test_sums_over_tensor_are_of_all_tokens_that_a_device_of_experts_collects():

@@ -21,7 +21,6 @@ from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import RULES
 
 SINGLE = 4  # bytes of a float32
-HOLDERS = ("fsdp", "expert", "tensor")  # axes of the mesh that a copy of the parameters is split over
 PASSES = {"none": 3, "dots": 3, "full": 4}  # forward passes that an update costs: forward, two backward, recomputed
 
 
@@ -114,7 +113,7 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
     half = np.dtype(config.dtype).itemsize
     devices = mesh.size
     P, B, L, N = sizes.prompts, sizes.rows, sizes.prompt_tokens, sizes.max_tokens
-    weights = num_params(config) * half / mesh.shape["tensor"] / mesh.shape["expert"]  # as a device computes with them
+    weights = sum(params_of_device(config, mesh)) * half  # as a device computes with them
     layer_bytes = config.num_layers * config.hidden_size * half
     decode_pairs = seen_pairs(config, L, L + N)
     kv_of_pair = 2 * config.num_kv_heads * config.head_dim * half * config.num_layers / kv_shards(config, mesh)
@@ -159,7 +158,7 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
             "update",
             sizes.epochs * passes * learned_flops,
             sizes.epochs * passes * (cut * weights + 20 * layer_bytes * learned / local)
-            + sizes.updates * 7 * num_params(config) * SINGLE / math.prod(mesh.shape[a] for a in HOLDERS),
+            + sizes.updates * 7 * sum(params_of_device(config, mesh)) * SINGLE / mesh.shape["fsdp"],
             _sent(
                 config,
                 mesh,
@@ -183,14 +182,16 @@ def _sent(
 ) -> list[Sent]:
     """What each device sends: weights gathered, gradients reduced, activations reduced or exchanged.
 
-    Each micro-batch sums its gradients over `fsdp` and over `data`: their sum over micro-batches is held as parameters
-    are. In a mixture each device collects the tokens of all along `expert`, and sums that it has computed for them go
-    back (`rljax.models.moe`): gathered forward, recomputed and backward, scattered forward and backward.
+    Each micro-batch sums its gradients over `fsdp` and over `data`, those of all but experts also over `expert`, which
+    has rows too: their sum over micro-batches is held as parameters are. In a mixture each device collects the tokens
+    of all along `expert`, and the sums that it has computed for them go back (`rljax.models.moe`): gathered forward,
+    recomputed and backward, scattered forward and backward.
     """
     half = np.dtype(config.dtype).itemsize
     shape = mesh.shape
     tensor, fsdp, data, expert, sequence = (shape[a] for a in ("tensor", "fsdp", "data", "expert", "sequence"))
-    share = num_params(config) / tensor / expert
+    experts, others = params_of_device(config, mesh)
+    share = experts + others
     gathered = share * half * (fsdp - 1) / fsdp
     summed = share * SINGLE * (fsdp - 1) / fsdp
     on_device = tokens / math.prod(shape[a] for a in (*RULES["rows"], *RULES["columns"]))
@@ -202,6 +203,7 @@ def _sent(
         Sent("weights", "all-gather", ("fsdp",), gathers * gathered),
         Sent("gradients", "reduce-scatter", ("fsdp",), reduces * summed),
         Sent("gradients", "all-reduce", ("data",), reduces * 2 * share / fsdp * SINGLE * (data - 1) / data),
+        Sent("gradients", "all-reduce", ("expert",), reduces * 2 * others / fsdp * SINGLE * (expert - 1) / expert),
         Sent(
             "hidden states",
             "all-reduce",
@@ -220,6 +222,14 @@ def _sent(
         moved = logits * config.hidden_size * half + logits * config.vocab_size * SINGLE / mesh.size
         out.append(Sent("logits", "all-to-all", ("fsdp", "tensor"), moved * (mesh.size > 1)))
     return out
+
+
+def params_of_device(config: DecoderConfig, mesh: jax.sharding.Mesh) -> tuple[float, float]:
+    """Parameters that a device computes with, gathered over `fsdp`: those of experts, and the others."""
+    moe = config.moe
+    experts = 3 * config.hidden_size * moe.intermediate_size * moe.num_experts * len(moe.layers) if moe else 0
+    tensor = mesh.shape["tensor"]
+    return experts / tensor / expert_shards(config, mesh), (num_params(config) - experts) / tensor
 
 
 def kv_shards(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:

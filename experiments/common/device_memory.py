@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.common.costs import HOLDERS, SINGLE, Sizes, expert_shards, num_layer_params, num_params
+from experiments.common.costs import SINGLE, Sizes, expert_shards, num_layer_params
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.policy import default_chunk_tokens
@@ -95,9 +95,11 @@ class _MicroBatch(NamedTuple):
 
 
 def activation_terms(
-    config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes, has_gradient: bool, backend: str
+    config: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sizes, trained: float, backend: str
 ) -> dict[str, float]:
     """The same of a pass over a micro-batch, besides its arguments and results.
+
+    trained: bytes on a device of the float32 parameters that it is differentiated by; 0: a pass without a gradient.
 
     Attention, the MLP and the logits are computed one after the other: without a gradient the largest of the three is
     counted. The backward pass of a layer holds all that the layer computes: with one, the layer or the logits. The
@@ -108,6 +110,7 @@ def activation_terms(
     columns = sizes.max_tokens / mesh.shape["sequence"]
     tokens = rows * (columns + sizes.prompt_tokens / sizes.pieces.group_size / mesh.shape["sequence"])
     piece = _MicroBatch(all_rows, rows, columns, tokens)
+    has_gradient = trained > 0
     attention = _attention_terms(config, mesh, sizes, piece, has_gradient, backend)
     mlp = _mlp_terms(config, mesh, piece, has_gradient)
     logits = _logits_terms(config, mesh, piece, has_gradient, backend)
@@ -117,9 +120,8 @@ def activation_terms(
     layer = {name: attention.get(name, 0) + mlp.get(name, 0) for name in attention | mlp}
     kept = 0 if config.remat == "full" else (config.num_layers - 1) * layer["one layer"]
     inputs = config.num_layers * tokens * config.hidden_size * np.dtype(config.dtype).itemsize
-    shares = math.prod(mesh.shape[name] for name in HOLDERS)
     copies = 1 if sizes.pieces.micro_batches == 1 else 2  # the sum, and what a micro-batch adds to it
-    gradients = copies * num_params(config) / shares * SINGLE
+    gradients = copies * trained
     return max(layer, logits, key=_total) | {"inputs of layers": inputs + kept, "gradients": gradients}
 
 

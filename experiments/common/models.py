@@ -220,20 +220,24 @@ def save_pretrained(
     if "lora" in params:
         base = {} if holds_tensors(Path(source)) else frozen["base"]
         low_rank, base, head = jax.tree.map(distributed.fetch_to_main, (params["lora"], base, head))
-        whole = _merged(low_rank, base, config, source) if distributed.is_main() else {}
+        whole = _merged(low_rank, base, config, source) if distributed.is_main() else decoder.abstract(config)
     else:
         whole = decoder.overwrite(frozen.get("base", {}), params)["decoder"]
     if distributed.is_main():
         hf.save(directory, config, whole, source, dtype, shard_bytes, head, replace, reward_kind, _fetch)
-    elif whole:
+    else:
         for _ in hf.tensors_to_write(config, whole, source, head, _fetch):
             pass  # process 0 writes what all fetch
     distributed.exchange("save a model", None)
 
 
 def _fetch(param: Any, layer: int | None) -> np.ndarray | None:
-    """`distributed.fetch_to_main`, each time with a sign of life: writing a large model takes long."""
+    """`distributed.fetch_to_main`, each time with a sign of life: writing a large model takes long.
+
+    The others wait for process 0, which writes a file, in a message: it has a longer deadline than a collective.
+    """
     sign_of_life()
+    distributed.exchange("a parameter to save", None)
     return distributed.fetch_to_main(param, layer)
 
 

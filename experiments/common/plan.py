@@ -107,13 +107,11 @@ def by_formulas(
     base = {name: size for name, size in fetched.items() if name == "base"}
     reference = {name: size for name, size in fetched.items() if name == "reference"}
     backend = backend or ("tpu" if topology.is_tpu else "gpu")
-    update = device_memory.activation_terms(config, mesh, sizes, True, backend)
+    update = device_memory.activation_terms(config, mesh, sizes, held["parameters"], backend)
     applying = {"gradients": update["gradients"], "optimizer": fetched.get("optimizer", 0.0)}
     memory = [
         Memory("rollout", held | base | device_memory.decoding_terms(config, mesh, sizes, backend)),
-        Memory(
-            "scoring", held | base | reference | device_memory.activation_terms(config, mesh, sizes, False, backend)
-        ),
+        Memory("scoring", held | base | reference | device_memory.activation_terms(config, mesh, sizes, 0, backend)),
         Memory("update", held | base | (applying if sum(applying.values()) > sum(update.values()) else update)),
     ]
     phases = costs.phases(config, topology, mesh, sizes)
@@ -282,8 +280,8 @@ def why_not(plan: Plan, best: Plan) -> str:
     bound = max(other.seconds, key=other.seconds.get)
     if bound != "interconnect":
         return f"{other.name} +{lost:,.1f} s: {bound} {other.seconds[bound]:,.1f} s for {mine.seconds[bound]:,.1f}"
-    before = Counter({(one.what, one.kind): one.bytes for one in mine.sent})
-    one = max(other.sent, key=lambda sent: sent.bytes - before[sent.what, sent.kind])
+    before = Counter({one[:3]: one.bytes for one in mine.sent})
+    one = max(other.sent, key=lambda sent: sent.bytes - before[sent[:3]])
     return (
         f"{other.name} +{lost:,.1f} s: {one.kind} of {one.what} over {' x '.join(one.axes)}, {one.bytes / 1e9:,.0f} GB"
     )

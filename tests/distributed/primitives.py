@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.common.models import load_model, save_pretrained
-from rljax.models import hf
+from experiments.common import models
+from experiments.common.models import load_model, save_pretrained, trained_and_frozen, trained_config
+from experiments.common.settings import Adapter, Weights
+from rljax.models import decoder, hf
 from rljax.train import distributed
 from rljax.train.mesh import make_mesh, place, sharding_of
 from tests.models import tiny
@@ -77,11 +79,18 @@ for kind in ("device", "pinned_host"):
 root = Path(distributed.on_main("root", tempfile.mkdtemp))
 made = distributed.on_main("made", lambda: str(tiny.make(root / "made", "moe_mixed")))
 config = dataclasses.replace(hf.read_config(made), scan_layers=True)
-save_pretrained(load_model(made, mesh, "float32", scan_layers=True)[1], {}, config, made, root / "written")
+params = load_model(made, mesh, "float32", scan_layers=True)[1]
+save_pretrained(params, {}, config, made, root / "written")
+adapted = trained_config(config, Weights(scan_layers=True, adapter=Adapter(rank=2)), mesh)
+with mock.patch.object(models, "sign_of_life") as signs:
+    save_pretrained(*trained_and_frozen(params, adapted, Weights()), adapted, made, root / "merged")
+of_layers = jax.tree.leaves(decoder.abstract(dataclasses.replace(config, scan_layers=False)))
+assert signs.call_count == len(of_layers)  # on every process, also where process 0 alone merges
 if process == 0:
     hf.save(root / "wanted", config, hf.load(made, config), made)
     for file in (root / "wanted").iterdir():
         assert (root / "written" / file.name).read_bytes() == file.read_bytes()
+        assert (root / "merged" / file.name).read_bytes() == file.read_bytes()  # a new adapter is zero
     shutil.rmtree(root)
 assert not distributed.reached_preemption()
 
