@@ -382,7 +382,7 @@ def laws(path: Path) -> list[Law]:
         for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else []:
             words = node.name.removeprefix("test_").replace("_", " ")
             source = ast.unparse(mark)
-            if source == "EVERY":
+            if source in ("EVERY", "EVERY_AT_NIGHT"):
                 found.append(Law(words, None, None))
             elif source.startswith("except_for"):
                 found.append(Law(words, mark.args[0].value, None))

@@ -223,6 +223,13 @@ EVERY = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.nightly) if name in MARGINS else name for name in CASES]
 )
 
+# One of each kind of rows, and of what is carried from step to step.
+KINDS = {"rpo", "aot", "aot unpaired", "kto balanced", "bco", "plackett-luce", "process", "tpo", "sdpo"}
+assert set(CASES) >= KINDS
+EVERY_AT_NIGHT = pytest.mark.parametrize(  # by day one of each kind
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.nightly) for name in CASES]
+)
+
 
 @lru_cache
 def updater(objective, micro_batches):
@@ -301,14 +308,7 @@ def test_a_batch_of_nothing_gives_no_gradient_and_no_nan(name):
     assert not any(np.isnan(x) for x in metrics.values())
 
 
-# One of each kind of rows, and of what is carried from step to step.
-KINDS = {"rpo", "aot", "aot unpaired", "kto balanced", "bco", "plackett-luce", "process", "tpo", "sdpo"}
-assert set(CASES) >= KINDS
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.nightly) for name in CASES]
-)
+@EVERY_AT_NIGHT
 def test_jit_changes_nothing_but_rounding_and_the_width_is_the_callers(name):
     objective, batch = CASES[name]
 
