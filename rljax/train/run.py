@@ -301,7 +301,8 @@ class Run:
         if not changed:
             return ""
         further = ""
-        if stored.get("steps") != self._config.get("steps") and (self.directory / "model").is_dir():
+        more_steps = stored.get("steps") != self._config.get("steps")
+        if more_steps and "model" in self._config and (self.directory / "model").is_dir():
             further = f"; to train on from its weights: --model {self.directory}/model --directory NEW"
         return (
             f"{self.directory} holds a run with other settings: {changed}. "

@@ -300,7 +300,9 @@ def test_a_file_of_solutions_is_scored(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = Reward(timeout_seconds=SECONDS, partial_credit=True)
     cfg = score.Config(str(tmp_path / "rows.jsonl"), ("code",), reward=settings, directory=str(tmp_path / "run"))
-    assert score.main(cfg)["code"] == {"rows": 2, "failed": 0, "right": 1}
+    found = score.main(cfg)["code"]
+    assert found.pop("mean") == pytest.approx(2 / 3)  # `return 2` passes some of the tests
+    assert found == {"rows": 2, "failed": 0, "right": 1}
     records = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
     assert [record["scores"]["code"] for record in records] == [1.0, pytest.approx(1 / 3)]
 

@@ -164,7 +164,8 @@ def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(
 
 
 def test_a_finished_run_of_other_steps_says_how_its_weights_are_trained_on(tmp_path):
-    finished, longer = CONFIG | {"steps": 7}, CONFIG | {"steps": 9}
+    finished = CONFIG | {"steps": 7, "model": "story"}
+    longer = finished | {"steps": 9}
     train(tmp_path, config=finished)
     with pytest.raises(ValueError, match=r"steps = 7, now 9\. .* --directory$"):
         train(tmp_path, config=longer)
