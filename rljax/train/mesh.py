@@ -84,7 +84,8 @@ def make_mesh(
 def _arrange(devices: Sequence[jax.Device], data: int, *others: int) -> np.ndarray:
     """The devices in the order of the mesh: neighbors of an axis are near each other."""
     is_tpu = devices[0].platform == "tpu"  # GPUs have slices too, their hosts, which any axis may span
-    slices = len({device.slice_index for device in devices}) if is_tpu else 1
+    # The devices of a topology that is only compiled for are of one slice, and do not say its number.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
     if data % slices:
         raise ValueError(
             f"mesh data = {data} on {slices} TPU slices, between which only data goes; legal: a multiple of {slices}"

@@ -61,6 +61,7 @@ class Tpu:
     """A chip, as a mesh is made of: 2 x 2 in each slice."""
 
     id: int
+    is_here: bool = True  # False: of a topology that is only compiled for
     platform = "tpu"
     device_kind = "TPU v5 lite"
     core_on_chip = 0
@@ -71,6 +72,8 @@ class Tpu:
 
     @property
     def slice_index(self):
+        if not self.is_here:
+            raise AttributeError
         return self.id // 4
 
     @property
@@ -86,6 +89,8 @@ def test_data_alone_goes_over_several_slices_of_tpus():
         for part in np.split(mesh.devices, data):
             assert len({chip.slice_index for chip in part.flat}) == 1
     assert make_mesh(devices=chips[1:3] + chips[5:7]).shape["fsdp"] == 4  # one slice
+    planned = [Tpu(i, is_here=False) for i in range(4)]
+    assert make_mesh(devices=planned).shape["fsdp"] == 4  # chips of a topology do not say their slice
     for sizes in ({}, {"data": 1, "tensor": 4}):
         with pytest.raises(ValueError, match="mesh data = 1 on 2 TPU slices, between which only data goes"):
             make_mesh(**sizes, devices=chips)
