@@ -12,7 +12,7 @@ from experiments.common import controllers, micro_batches, models, train
 from experiments.common.costs import Sizes
 from experiments.common.device_memory import device_bytes
 from experiments.common.optimizer import make_optimizer
-from experiments.common.sampling import keep_support
+from experiments.common.sampling import keep_support, sampling_of
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts import sampler
@@ -98,19 +98,8 @@ def planned_sampling(cfg: Any, config: DecoderConfig, stop: tuple[int, ...] = (0
         value = getattr(getattr(cfg, block), field)
         if value != legal:
             raise ValueError(f"--{name} {value}: preflight does not plan this program; legal: {legal}")
-    options = cfg.sampling
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        min_tokens=options.min_tokens,
-        n=cfg.batches.num_generations,
-        max_tokens=options.max_tokens,
-        stop=stop,
-    )
-    return keep_support(sampling, options.support, config.vocab_size)
+    sampling = sampling_of(cfg.sampling, cfg.batches.num_generations, stop)
+    return keep_support(sampling, cfg.sampling.support, config.vocab_size)
 
 
 @partial(jax.jit, static_argnames="lm")

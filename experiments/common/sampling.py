@@ -26,7 +26,7 @@ from rljax.rollouts.sampler import sample
 from rljax.train import distributed
 from rljax.train.log import log_info
 from rljax.train.mesh import Shardings, data_parallel_size, shard_prompts, shard_rows
-from rljax.types import LM, Algorithm, AnnotateFn, Params, PromptBatch, Sampling, TrainState, Trajectory
+from rljax.types import LM, Algorithm, AnnotateFn, Array, Params, PromptBatch, Sampling, TrainState, Trajectory
 
 
 def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
@@ -35,6 +35,13 @@ def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, voca
     automaton = None
     if strings:
         automaton = jnp.asarray(stop_strings(strings, data.token_bytes(tokenizer, vocabulary)))
+    return sampling_of(options, n, tokenizer.stop, automaton)
+
+
+def sampling_of(
+    options: settings.Sampling, n: int, stop: tuple[int, ...], stop_strings: Array | None = None
+) -> Sampling:
+    """The sampler's settings for n completions per prompt. stop_strings: their automaton, not those of the options."""
     return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -42,10 +49,10 @@ def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, voca
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
         min_tokens=options.min_tokens,
-        stop_strings=automaton,
+        stop_strings=stop_strings,
         n=n,
         max_tokens=options.max_tokens,
-        stop=tokenizer.stop,
+        stop=stop,
         max_concurrent=options.max_concurrent,
     )
 
