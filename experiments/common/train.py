@@ -285,7 +285,6 @@ def make_evaluate(
     rows_at_once = batches.prompts * batches.oversample * batches.num_generations
     sample_pieces = make_sample_in_pieces(lm, all_prompts, sampling, shardings, rows_at_once)
     rows = len(prompts) * sampling.n
-    log_info(f"evaluating {len(prompts)} prompts, {sampling.n} completions each")  # the first time is long
 
     def evaluate(state: TrainState) -> dict[str, float]:
         pieces = list(sample_pieces(state, seed))
@@ -301,6 +300,7 @@ def before_training(run: Run, evaluate: Callable[[TrainState], Any], state: Trai
     stored = distributed.on_main("before", lambda: json.loads(file.read_text()) if file.is_file() else None)
     if stored is not None:
         return stored
+    log_info("evaluating the model that the run begins with")  # with compilation, this is long
     found = evaluate(state)
     if distributed.is_main():
         write_atomically(file, json.dumps(found, default=float))
