@@ -94,7 +94,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     batches = cfg.batches
     mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh)
-    algorithm = make_algorithm(cfg.ppo)
+    algorithm = controllers.with_controlled_terms(make_algorithm(cfg.ppo), cfg.controllers)
     train.check_algorithm(algorithm, batches, "ppo")
 
     # -- model, critic and data
@@ -139,7 +139,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)
             traj = score(annotate(state, traj), prompts)
-            batch = credit(traj, state.coefficients)
+            batch = credit(traj, controllers.applied_coefficients(cfg.controllers, state.coefficients))
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches, at_old_policy=True)
             if run.is_first_step(step):
                 require_on_policy(metrics, train.on_policy_tolerance(config))
