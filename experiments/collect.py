@@ -31,13 +31,13 @@ import numpy as np
 from experiments.common import command_line, hub, models, runs
 from experiments.common.feedback import (
     Candidates,
-    check_settings,
     compare_by_person,
     first_open,
     line_of,
     report_agreement,
     whole_lines,
 )
+from experiments.common.inputs import inputs_of, keep_settings
 from experiments.common.panel import check_panel, votes, worths
 from experiments.common.records import append_lines
 from experiments.common.rewards import Rewards, load_score, read_rewards
@@ -90,7 +90,10 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
     tokenizer, prompts, prompt_of = read_prompts(cfg)
     lines = whole_lines(cfg.out)
     settings = {name: value for name, value in hub.settings_of(cfg).items() if name not in FREE}
-    check_settings(cfg.out, settings, lines)
+    record = Path(f"{cfg.out}.config.json")
+    if not lines:
+        record.unlink(missing_ok=True)
+    keep_settings(record, settings, inputs_of(cfg), f"{cfg.out} holds preferences", "--out")
     voters = cfg.panel.annotators if cfg.rewards else 0
     start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.columns_of([number])[0]), voters)
     for candidates in sample_candidates(cfg, tokenizer, prompts, prompt_of, rewards, start):

@@ -1,6 +1,7 @@
 """collect.py: votes follow the equation, a person's words are read, the file goes on where it stopped."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -138,6 +139,19 @@ def test_other_prompts_or_votes_are_not_mixed_into_a_file(cfg, tmp_path):
     for change in ({"seed": 5}, {"panel": Panel(annotators=3)}, {"rewards": ()}):
         with pytest.raises(ValueError, match="holds preferences of other settings: "):
             collect.main(dataclasses.replace(cfg, **change), VERIFIERS)
+
+
+def test_a_file_of_other_rows_is_not_gone_on_with(cfg, tmp_path):
+    mine = dataclasses.replace(cfg, prompts=write_prompts(tmp_path / "p.jsonl", ROWS), out=str(tmp_path / "out.jsonl"))
+    one = dataclasses.replace(mine, count=1)
+    assert collect.main(one, VERIFIERS)
+    write_prompts(tmp_path / "p.jsonl", ROWS[::-1])
+    with pytest.raises(ValueError, match=r"p\.jsonl has changed since .*out\.jsonl\.config\.json was begun: .* --out"):
+        collect.main(one, VERIFIERS)
+    kept = Path(f"{mine.out}.config.json")
+    kept.write_text(json.dumps(json.loads(kept.read_text())["config"]))  # as an earlier version left it
+    write_prompts(tmp_path / "p.jsonl", ROWS)
+    collect.main(one, VERIFIERS)
 
 
 def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):

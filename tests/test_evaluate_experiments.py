@@ -64,6 +64,10 @@ def test_solutions_are_judged_and_compared_with_their_labels(tmp_path, capsys):
     (tmp_path / "run" / "scores.jsonl").write_text(written[: len(written) // 2])  # in the middle of a line
     assert score.main(cfg, verifiers) == counts
     assert (tmp_path / "run" / "scores.jsonl").read_text() == written
+    write_prompts(tmp_path / "solutions.jsonl", SOLUTIONS[:2])
+    with pytest.raises(ValueError, match=r"solutions\.jsonl has changed since .* was begun: name another --directory"):
+        score.main(cfg, verifiers)
+    assert (tmp_path / "run" / "scores.jsonl").read_text() == written
 
 
 def test_what_is_failed_is_counted(tmp_path):

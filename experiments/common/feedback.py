@@ -1,7 +1,6 @@
 """Feedback of collect.py: completions to compare, what a person says of them, the file, and how far a panel agrees."""
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,7 +11,6 @@ import numpy as np
 from experiments.common.records import as_lines, read_lines
 from rljax.ops.agreement import cohen_kappa, fleiss_kappa, raw_agreement
 from rljax.train.log import log_info, write_atomically
-from rljax.train.report import changed_settings
 
 
 class Candidates(NamedTuple):
@@ -126,21 +124,6 @@ def first_open(path: str, lines: list[dict], prompt_of: Callable[[int], str | li
         raise ValueError(f"{path} holds other preferences; legal: a new file, or the command that wrote this one")
     log_info(f"{path}: goes on after prompt {last + 1}")
     return last + 1
-
-
-def check_settings(path: str, settings: dict, lines: list[dict]) -> None:
-    """Keep the settings beside the file. Raises ValueError, naming what differs, where others wrote its lines."""
-    record = Path(f"{path}.config.json")
-    now = json.loads(json.dumps(settings))
-    if not lines or not record.is_file():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(now, indent=1))
-        return
-    changed = changed_settings(json.loads(record.read_text(encoding="utf-8")), now)
-    if changed:
-        raise ValueError(
-            f"{path} holds preferences of other settings: {changed}; legal: a new --out, or these settings"
-        )
 
 
 def report_agreement(lines: list[dict]) -> None:

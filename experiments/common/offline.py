@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from experiments.common import data, hub, micro_batches
+from experiments.common.inputs import inputs_of
 from experiments.common.settings import PLACEMENT, Batches
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
@@ -48,6 +49,7 @@ def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str =
         steps=cfg.steps,
         source=source,
         functions=functions,
+        inputs=inputs_of(cfg),
         save_every=cfg.save_every,
         progress_metrics=progress_metrics,
         placement=PLACEMENT,
