@@ -32,12 +32,14 @@ from experiments.common import command_line, hub, models, runs
 from experiments.common.feedback import (
     Candidates,
     compare_by_person,
+    end_last_line,
     first_open,
+    keep_own_settings,
     line_of,
+    own_lines,
     report_agreement,
-    whole_lines,
 )
-from experiments.common.inputs import inputs_of, keep_settings
+from experiments.common.inputs import inputs_of
 from experiments.common.panel import check_panel, votes, worths
 from experiments.common.records import append_lines
 from experiments.common.rewards import Rewards, load_score, read_rewards
@@ -88,14 +90,12 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
     check_panel(cfg.panel)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     tokenizer, prompts, prompt_of = read_prompts(cfg)
-    lines = whole_lines(cfg.out)
+    lines = own_lines(cfg.out)
     settings = {name: value for name, value in hub.settings_of(cfg).items() if name not in FREE}
-    record = Path(f"{cfg.out}.config.json")
-    if not lines:
-        record.unlink(missing_ok=True)
-    keep_settings(record, settings, inputs_of(cfg), f"{cfg.out} holds preferences", "--out")
+    keep_own_settings(cfg.out, settings, inputs_of(cfg), lines)
     voters = cfg.panel.annotators if cfg.rewards else 0
     start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.columns_of([number])[0]), voters)
+    end_last_line(cfg.out, lines)
     for candidates in sample_candidates(cfg, tokenizer, prompts, prompt_of, rewards, start):
         found = compare_by_panel(cfg, candidates) if cfg.rewards else compare_by_person(candidates, cfg.ask, ask)
         if found is None:

@@ -41,10 +41,11 @@ def read_lines(path: Path) -> list[dict]:
     """The lines that an earlier run of the same command wrote. Half a line at the end is cut off."""
     if not path.is_file():
         return []
-    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, rest = path.read_bytes().rpartition(b"\n")  # it may be cut within a character
+    text = whole.decode()
     if rest:
-        write_atomically(path, whole + "\n" * bool(whole))
-    return [json.loads(line) for line in whole.split("\n") if line.strip()]
+        write_atomically(path, text + "\n" * bool(text))
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def append_lines(path: Path, rows: Iterable[dict]) -> None:
