@@ -12,8 +12,9 @@ command goes on after its last prompt, with the same completions and votes as if
 
 A line of --out is a pair: "prompt", "chosen", "rejected", and "margin": the difference of scores, or of the shares of
 votes. With it are the "votes" of a panel (true: for the chosen one; equal votes are decided by a coin), the number of
-the prompt ("row") and of both completions ("pair"). Pairs that are worth the same to all are left out. dpo.py and
-reward_model.py read it. At the end stand the raw agreement of the panel and Cohen's kappa, of more than two annotators
+the prompt ("row") and of both completions ("pair"), and whether each of both "ended" by itself: one that was cut at
+max_tokens gets no end of turn from dpo.py and reward_model.py, which read the file. Pairs that are worth the same to
+all are left out. At the end stand the raw agreement of the panel and Cohen's kappa, of more than two annotators
 Fleiss'.
 
 Reached: stories260k, story_openings.jsonl, --n 16 --rewards animals --sampling.max_tokens 64: 3,142 comparisons in 51 s
@@ -38,10 +39,11 @@ from experiments.common.feedback import (
     line_of,
     own_lines,
     report_agreement,
+    report_cut,
 )
 from experiments.common.inputs import inputs_of
 from experiments.common.panel import check_panel, votes, worths
-from experiments.common.records import append_lines
+from experiments.common.records import append_lines, ended_rows
 from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.rows import make_shape
 from experiments.common.sampling import make_sampling
@@ -103,6 +105,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
         append_lines(Path(cfg.out), found)
         lines += found
     log_info(f"{len(lines)} comparisons in {cfg.out}" if lines else f"no comparison was made: {cfg.out} is not written")
+    report_cut(lines)
     report_agreement(lines)
     return lines
 
@@ -144,12 +147,14 @@ def sample_candidates(
             traj = traj if score is None else score(traj, rows)
             texts = decode_completions(traj, tokenizer.decode)
             lengths = np.asarray(traj.mask).sum(axis=1)
+            ended = ended_rows(traj)
             scores = None if traj.rewards is None else np.asarray(traj.rewards).sum(axis=1)
             for p, number in enumerate(rows.number.tolist()):
                 if number >= start:
                     own = slice(p * cfg.n, (p + 1) * cfg.n)
                     known = None if scores is None else scores[own]
-                    yield Candidates(number, prompt_of(rows.columns[p]), texts[own], lengths[own], known)
+                    prompt = prompt_of(rows.columns[p])
+                    yield Candidates(number, prompt, texts[own], lengths[own], ended[own], known)
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing

@@ -128,6 +128,11 @@ def test_a_panel_fills_a_file_that_goes_on_where_it_stopped(cfg, capsys):
     assert len(ROWS) < len(lines) <= len(ROWS) * 3
     out = capsys.readouterr().out
     assert re.search(r"2 annotators agree on \d+\.\d% of \d+ pairs; Cohen's kappa -?\d\.\d{3}\n", out)
+    cut = sum(not all(line["ended"]) for line in lines)
+    assert f"{cut} of {len(lines)} hold a completion that was cut at max_tokens: it is marked, and has no end\n" in out
+    tokenizer = load_tokenizer(cfg.model)
+    pair = comparison(lines[0], tokenizer)
+    assert [one.completion[-1] in tokenizer.stop for one in (pair.chosen, pair.rejected)] == lines[0]["ended"]
     for line in lines:
         assert line["prompt"] in {row["prompt"] for row in ROWS}
         for_chosen = sum(line["votes"])
@@ -164,15 +169,8 @@ def test_what_is_whole_of_a_file_stays(tmp_path):
     file = tmp_path / "mine.jsonl"
     lines = [{"row": row, "pair": pair} for row, pair in ((0, [0, 1]), (1, [0, 1]), (1, [0, 2]))]
     whole = "".join(json.dumps(line) + "\n" for line in lines)
-    for text, left in (
-        (whole, 3),
-        (whole[:-1], 3),
-        (whole[:-3], 1),
-        (whole + "{", 1),
-        (whole + '{"é', 1),
-        (whole + "\n \n", 3),
-        ("", 0),
-    ):
+    cut = {whole: 3, whole[:-1]: 3, whole[:-3]: 1, whole + "{": 1, whole + '{"é': 1, whole + "\n \n": 3, "": 0}
+    for text, left in cut.items():
         content = text.encode()[: len(text)]  # é without its second byte
         file.write_bytes(content)
         assert own_lines(str(file)) == lines[:left]
@@ -236,7 +234,7 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
 def test_what_a_person_is_shown_controls_no_terminal(as_messages, capsys):
     text = "\x1b[2J\u202e"
     prompt = [{"role": "user", "content": text}] if as_messages else text
-    candidates = Candidates(0, prompt, [text, "b"], np.array([2, 1]), None)
+    candidates = Candidates(0, prompt, [text, "b"], np.array([2, 1]), [True, True], None)
     assert len(compare_by_person(candidates, "ranking", lambda _: "1 2")) == 1
     out = capsys.readouterr().out
     assert out.count("\ufffd[2J\ufffd") == 2

@@ -24,6 +24,7 @@ class Candidates(NamedTuple):
     prompt: str | list[dict]  # as it is written
     texts: list[str]
     lengths: np.ndarray  # tokens of each
+    ended: list[bool]  # whether each ended by itself; the others were cut at max_tokens
     scores: np.ndarray | None  # their rewards, which a panel knows; NaN where it could not be judged
 
 
@@ -38,6 +39,7 @@ def line_of(candidates: Candidates, better: int, worse: int) -> dict:
         "prompt": candidates.prompt,
         "chosen": completion(better),
         "rejected": completion(worse),
+        "ended": [candidates.ended[better], candidates.ended[worse]],
         "row": candidates.number,
         "pair": [better, worse],
     }
@@ -160,6 +162,13 @@ def first_open(path: str, lines: list[dict], prompt_of: Callable[[int], str | li
         raise ValueError(f"{path} {OTHERS}")
     log_info(f"{path}: goes on after prompt {last + 1}")
     return last + 1
+
+
+def report_cut(lines: list[dict]) -> None:
+    """Say how many comparisons hold a completion that was cut."""
+    cut = sum(not all(line.get("ended", ())) for line in lines)
+    if cut:
+        log_info(f"{cut} of {len(lines)} hold a completion that was cut at max_tokens: it is marked, and has no end")
 
 
 def report_agreement(lines: list[dict]) -> None:

@@ -19,7 +19,7 @@ def judged_prompts(traj: Trajectory, rows: PromptBatch, texts: Sequence[str], de
     total, valid = (np.asarray(x) for x in episode_rewards(jnp.asarray(traj.rewards), traj.mask))
     rewards = [float(reward) if known else None for reward, known in zip(total, valid, strict=True)]
     completions = decode_completions(traj, decode)
-    ended = (np.asarray(traj.terminated) & np.asarray(traj.mask)).any(axis=1).tolist()
+    ended = ended_rows(traj)
     n = len(rewards) // len(rows.number)
     records = []
     for i, number in enumerate(rows.number.tolist()):
@@ -35,6 +35,11 @@ def judged_prompts(traj: Trajectory, rows: PromptBatch, texts: Sequence[str], de
             }
         )
     return records
+
+
+def ended_rows(traj: Trajectory) -> list[bool]:
+    """Of each completion whether it ended by itself: the others were cut at max_tokens."""
+    return (np.asarray(traj.terminated) & np.asarray(traj.mask)).any(axis=1).tolist()
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models
-from rljax.data.examples import before_last_turn, demonstration
+from rljax.data.examples import before_last_turn, demonstration, without_end
 from rljax.data.formats import is_conversation, messages_of
 from rljax.data.prompts import pad_left, padded_width
 from rljax.data.tokenizer import Tokenizer
@@ -124,8 +124,8 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
     rows = []
     for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
         example = demonstration(_as_row(text, prompts.columns[index]), other)
-        cut = not text.ended and example.completion[-1] in other.stop
-        rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
+        example = example if text.ended else without_end(example, other)
+        rows.append(example.prompt + example.completion)
     width = padded_width(max(map(len, rows)))
     tokens, present = pad_left(rows, width, other.pad)
     last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
