@@ -113,12 +113,12 @@ def read_and_split(
     keys = [one.key for one in kept]
     train, evaluation = ([kept[i] for i in side] for side in train_eval_split(keys, eval_size, seed))
     repeated = len(keys) - len(set(keys))
-    held_out = f"{len({one.key for one in evaluation})} of {len(set(keys))} prompts"
+    evaluated = f"{len({one.key for one in evaluation})} of {len(set(keys))} prompts"
     option = "--eval_prompts" if what == "prompts" else "--data.eval_size"
     notes = [
         f"{dropped} dropped, longer than {limits_text(*limits[1:])}",
         *([f"{cut} cut to that ({limits[0]})"] if cut else []),
-        *([f"{repeated} repeat the prompt of another, and are on its side: {held_out} held out"] if repeated else []),
+        *([f"{repeated} repeat the prompt of another, and are on its side: {evaluated} held out"] if repeated else []),
         *([f"all have one prompt: the same {what} train and evaluate"] if len(set(keys)) == 1 else []),
         *([f"{option} says how many to hold out"] if 2 * len(evaluation) >= len(train) else []),
     ]
