@@ -127,10 +127,10 @@ def read_and_split(
     if not kept:
         raise ValueError(f"the completions of every one of {len(fitting)} rows are equal: there is nothing to learn")
     keys = split_keys(kept)
-    sides = train_eval_split(keys, eval_size, seed)
-    train, evaluation = ([kept[i] for i in side] for side in sides)
+    split = train_eval_split(keys, eval_size, seed)
+    train, evaluation = ([kept[i] for i in side] for side in split)
     repeated = len(keys) - len(set(keys))
-    evaluated = f"{len({keys[i] for i in sides[1]})} of {len(set(keys))} prompts"
+    evaluated = f"{len({keys[i] for i in split[1]})} of {len(set(keys))} prompts"
     option = "--eval_prompts" if what == "prompts" else "--data.eval_size"
     notes = [
         f"{dropped} dropped, longer than {limits_text(*limits[1:])}",
