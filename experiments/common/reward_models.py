@@ -94,7 +94,7 @@ class ClosedSteps(NamedTuple):
 def close_last_steps(
     traj: Trajectory, ends: np.ndarray, token_bytes: Sequence[bytes], tokenizer: Tokenizer, separator: str
 ) -> ClosedSteps:
-    """The rows to the end of their last step, which is encoded anew with a separator where it lacks one."""
+    """The rows to the end of their last step, which is encoded again, with a separator, where it lacks one."""
     rows, places = [], []
     for b in range(len(ends)):
         present = np.asarray(traj.segments[b]) > 0
