@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -119,7 +120,9 @@ def test_the_numbers_by_hand():
     means = {name: numbers["mean"] for name, numbers in found.items()}
     assert means["avg@4"] == means["pass@1"] == pytest.approx((1 / 2 + 0 + 1) / 3)
     assert means["pass@2"] == pytest.approx((5 / 6 + 0 + 1) / 3)
-    assert means["pass@4"] == pytest.approx(1 / 2)  # of the last prompt three are judged: not known, though one is right
+    assert means["pass@4"] == pytest.approx(
+        1 / 2
+    )  # of the last prompt three are judged: not known, though one is right
     assert means["maj@1"] == pytest.approx((1 / 2 + 0 + 1) / 3)
     assert means["maj@2"] == pytest.approx((1 / 2 + 0 + 1) / 3)  # 4 or 5, 4 or 6: each half right
     assert means["maj@4"] == pytest.approx(1 / 2)
