@@ -28,7 +28,7 @@ import tyro
 
 from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
-from experiments.common.micro_batches import cut
+from experiments.common.micro_batches import Pieces, cut
 from experiments.common.settings import Batches
 from rljax.algorithms import dpo, grpo, ppo, sft
 from rljax.data.demonstrations import demonstrations
@@ -36,7 +36,7 @@ from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
-from rljax.train.shared_prefix import make_shared_prefix_update
+from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
 from rljax.train.update import make_update
 from rljax.types import Objective, Pairs, Params, Sampling, TrainState, Trajectory
 
@@ -102,17 +102,15 @@ def updating(
     workload: Workload,
     micro_batches: int,
     batch_of: Callable[[], object],
-    rows: int,
     group_size: int = 1,
 ) -> Work:
     """work(i): the update from a batch that `batch_of` makes in each step, cut as recipes cut it.
 
     Args:
-      rows: completions. group_size: how many neighboring ones have one prompt; 2: pairs.
+      group_size: how many neighboring completions have one prompt; 2: pairs.
     """
     optimizer = optax.adamw(1e-4)
-    batches = Batches(rows // group_size, group_size, micro_batches=micro_batches)
-    pieces = cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+    pieces = cut_as_recipes(workload, micro_batches, group_size)
     update = make_update(objective, optimizer, pieces.micro_batches)
     update = make_shared_prefix_update(update, workload.prompt_tokens - 1, pieces.group_size)
     state = TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1))
@@ -125,12 +123,18 @@ def updating(
     return work
 
 
+def cut_as_recipes(workload: Workload, micro_batches: int, group_size: int) -> Pieces:
+    """In how many pieces an update of all rows is cut; `micro_batches` 0: chosen from sizes."""
+    batches = Batches(workload.rows // group_size, group_size, micro_batches=micro_batches)
+    return cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+
+
 def grpo_step(workload: Workload, micro_batches: int) -> Work:
     """Completions of one rollout, half of them rewarded at random."""
     params = policy.init(workload.config, jax.random.key(0))
     batch = grpo().credit(rewarded_rollout(workload, params), {})
     objective = policy_objective(policy.make_policy(workload.config), grpo())
-    return updating(objective, params, workload, micro_batches, lambda: batch, workload.rows, workload.n)
+    return updating(objective, params, workload, micro_batches, lambda: batch, workload.n)
 
 
 def ppo_step(workload: Workload, micro_batches: int) -> Work:
@@ -140,9 +144,7 @@ def ppo_step(workload: Workload, micro_batches: int) -> Work:
     traj = rewarded_rollout(workload, params)
     annotated = policy.make_annotate(model, ppo().needs)(TrainState(0, params, None, jax.random.key(1)), traj)
     batch = ppo().credit(annotated, {})
-    return updating(
-        policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch, workload.rows, workload.n
-    )
+    return updating(policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch, workload.n)
 
 
 def sft_step(workload: Workload, micro_batches: int) -> Work:
@@ -150,23 +152,28 @@ def sft_step(workload: Workload, micro_batches: int) -> Work:
     params = policy.init(workload.config, jax.random.key(0))
     batch = sft().credit(random_demonstrations(workload, workload.rows), {})
     objective = policy_objective(policy.make_policy(workload.config), sft())
-    return updating(objective, params, workload, micro_batches, lambda: batch, workload.rows)
+    return updating(objective, params, workload, micro_batches, lambda: batch)
 
 
 def dpo_step(workload: Workload, micro_batches: int) -> Work:
     """Half as many pairs as the rollout has rows, their reference log-probs computed in each step."""
     params = policy.init(workload.config, jax.random.key(0))
     model = policy.make_policy(workload.config)
-    frozen = {"reference": params}
+    state = TrainState(0, params, None, jax.random.key(1), frozen={"reference": params})
+    pieces = cut_as_recipes(workload, micro_batches, group_size=2)
+    rows_at_once = workload.rows // pieces.micro_batches
     annotate = policy.make_annotate(model, ("ref_logp",))
+    annotate = make_shared_prefix_annotate(annotate, workload.prompt_tokens - 1, 2, rows_at_once)
     chosen = random_demonstrations(workload, workload.rows // 2)
     rejected = random_demonstrations(workload, workload.rows // 2, seed=1)
+    both = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:]), chosen, rejected)
 
     def pairs() -> Pairs:
-        state = TrainState(0, params, None, jax.random.key(1), frozen=frozen)
-        return Pairs(chosen=annotate(state, chosen), rejected=annotate(state, rejected))
+        annotated = annotate(state, both)
+        chosen, rejected = (jax.tree.map(lambda x, i=i: x[i::2], annotated) for i in range(2))
+        return Pairs(chosen=chosen, rejected=rejected)
 
-    return updating(dpo(model), params, workload, micro_batches, pairs, workload.rows, group_size=2)
+    return updating(dpo(model), params, workload, micro_batches, pairs, group_size=2)
 
 
 def rewarded_rollout(workload: Workload, params: Params) -> Trajectory:

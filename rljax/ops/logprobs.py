@@ -133,8 +133,8 @@ def chunked_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-prob, entropy and Σ π² of each decision, computed for about `chunk_tokens` decisions at a time.
 
-    Columns are split, never rows, so rows keep their sharding. The backward pass recomputes each chunk's logits: the
-    largest live array is [B, chunk_tokens / B, V].
+    Columns are split, never rows, so rows keep their sharding. The backward pass recomputes each chunk's logits, if
+    there are several: the largest live array is [B, chunk_tokens / B, V].
 
     Args:
       logits_of: hidden [.. D] -> logits [.. V].
@@ -180,8 +180,9 @@ def _slots(support: Int[Array, "*N k"]) -> Int[Array, "*N k"]:
 def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):
     """f(*columns) of arrays [B T ...], a pytree of [B T], for about `chunk_tokens` decisions at a time.
 
-    The backward pass recomputes each chunk. Of C chunks the k-th has columns k, k + C, ...: each has some of every
-    device's, where columns are laid out contiguously over devices.
+    The backward pass recomputes each chunk. A single one is kept: the backward pass begins with it, so the peak of
+    memory is the same. Of C chunks the k-th has columns k, k + C, ...: each has some of every device's, where columns
+    are laid out contiguously over devices.
     """
     B, T = columns[0].shape[:2]
     width = min(T, max(1, chunk_tokens // B))
@@ -191,8 +192,8 @@ def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):
         x = jnp.pad(x, ((0, 0), (0, chunks * width - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
         return jnp.moveaxis(x.reshape(B, width, chunks, *x.shape[2:]), 2, 0)
 
-    rematerialized = jax.checkpoint(f)
     if chunks == 1:
-        return rematerialized(*columns)
+        return f(*columns)
+    rematerialized = jax.checkpoint(f)
     out = jax.lax.map(lambda chunk: rematerialized(*chunk), tuple(map(split, columns)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, chunks * width)[:, :T], out)
