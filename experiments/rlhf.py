@@ -174,10 +174,13 @@ def reinforce(cfg: Config, model: str, judge: str, directory: Path) -> dict[str,
 
 
 def openings_to_train_on(cfg: Config) -> list[dict]:
-    """The prompts that ppo.py and grpo.py do not hold out."""
-    rows = read_table(cfg.prompts).rows
-    train, _ = train_eval_split([row["prompt"] for row in rows], cfg.eval_prompts, cfg.seed)
-    return [rows[i] for i in train]
+    """The prompts that ppo.py and grpo.py do not hold out. Raises ValueError for a row whose prompt is no text."""
+    table = read_table(cfg.prompts)
+    for i, row in enumerate(table.rows):
+        if not isinstance(row.get("prompt"), str):
+            raise ValueError(f"{table.place(i, 'prompt')}: {row.get('prompt')!r}; legal: a text")
+    train, _ = train_eval_split([row["prompt"] for row in table.rows], cfg.eval_prompts, cfg.seed)
+    return [table.rows[i] for i in train]
 
 
 def first_sentences(judged: list[dict], count: int) -> list[dict]:

@@ -103,7 +103,9 @@ def demonstration(row: Row, tokenizer: Tokenizer) -> Example:
         ids, mask = encode_conversation(_chat(tokenizer), messages_of(row, "messages"), _tools(row))
         start = mask.index(True)
         return Example(ids[:start], ids[start:], mask[start:], row)
-    ids = _with_eos(tokenizer.encode(text_of(row, "text")), tokenizer)
+    if not text_of(row, "text"):
+        raise ValueError("column 'text' is empty: there is nothing to learn")
+    ids = _with_eos(tokenizer.encode(row["text"]), tokenizer)
     added = len(ids) - len(_with_eos(tokenizer.encode_more(row["text"]), tokenizer))
     start = max(added, 1)  # the first token follows nothing: no decision
     return _example(ids[:start], ids[start:], row)
@@ -120,6 +122,12 @@ def comparison(row: Row, tokenizer: Tokenizer) -> Comparison:
     elif is_conversational(row, "chosen", "rejected"):
         texts = [messages_of(row, column) for column in ("chosen", "rejected")]
         shared = _common_length(*texts)
+        others = [messages[shared]["role"] for messages in texts if messages[shared]["role"] != "assistant"]
+        if others:
+            raise ValueError(
+                f"no column 'prompt', and chosen and rejected part at message {shared + 1} ({others[0]}): they answer "
+                "different prompts; legal: to part at a message of the assistant"
+            )
         chosen, rejected = (_conversation(row, messages, shared, tokenizer) for messages in texts)
     else:
         chosen, rejected = _after_common_prompt(row, tokenizer)
