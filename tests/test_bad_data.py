@@ -14,7 +14,7 @@ from experiments.common.inputs import inputs_of
 from experiments.common.rows import make_shape, read_rows, read_template, unescape
 from experiments.common.settings import Data, Rows
 from experiments.tools import generate
-from rljax.data.examples import comparison, demonstration, prompt_ids
+from rljax.data.examples import comparison, demonstration, prompt_ids, steps
 from rljax.data.files import read_table
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import hf
@@ -83,6 +83,17 @@ def test_a_row_that_is_no_prompt_is_named(row, message, tokenizer, tmp_path):
         return
     with pytest.raises(ValueError, match=rf"^{file}, line 2: .*({message})"):
         prompts(file, tokenizer)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 1.01, float("nan"), float("inf"), "1", 10**400])
+def test_labels_of_steps_and_margins_are_in_their_range(label, tokenizer):
+    solution = {"prompt": "a", "completions": ["b", "c"]}
+    with pytest.raises(ValueError, match=r"column 'labels' is .*; legal: true, false, numbers from 0 to 1, or null"):
+        steps(solution | {"labels": [True, label]}, tokenizer)
+    assert 0.25 in steps(solution | {"labels": [0.25, None]}, tokenizer).labels
+    if label not in (-1, 5, 1.01):
+        with pytest.raises(ValueError, match=r"column 'margin' is .*; legal: a finite number"):
+            comparison({"prompt": "a", "chosen": "b", "rejected": "c", "margin": label}, tokenizer)
 
 
 def test_a_column_of_the_template_that_is_null_in_some_rows(tokenizer, tmp_path):

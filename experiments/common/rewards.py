@@ -13,11 +13,11 @@ from experiments.common import settings
 from experiments.common.hub import find_model, model_of_reward, split_reward
 from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
-from experiments.common.verifiers import with_sandbox
+from experiments.common.verifiers import read_rubric, with_sandbox
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
 from rljax.ops.shaping import at_last_decision
-from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
+from rljax.rewards.judge import Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
 from rljax.rewards.score import Hosts, ModelReward, Score, make_score
@@ -178,7 +178,7 @@ def _remote(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCa
 
 def _judge(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
     """OPENAI_API_KEY of the environment goes to the server, where it is set."""
-    rubric = Path(options.rubric).read_text(encoding="utf-8") if options.rubric else RUBRICS[options.compare]
+    rubric = read_rubric(options)
     check_rubric(rubric, options.compare)
     limits = _limits(options)
     check_reachable(url)

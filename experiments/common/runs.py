@@ -13,7 +13,7 @@ from experiments.common.best import keep_best
 from experiments.common.inputs import inputs_of
 from experiments.common.rows import Read, make_shape
 from experiments.common.settings import PLACEMENT
-from experiments.common.verifiers import check_answers
+from experiments.common.verifiers import check_answers, check_rubric_columns
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
@@ -66,6 +66,9 @@ def _tokenizer_and_limit(cfg: Any) -> tuple[Tokenizer, int]:
 
 
 def _check_answers(cfg: Any, files: data.Files, verifiers: Mapping[str, Callable] | None) -> None:
+    asks_a_judge = any(item.startswith("judge:") for item in getattr(cfg, "rewards", ()))
+    for table in files.tables if asks_a_judge else ():
+        check_rubric_columns(table, cfg.reward)
     if not verifiers:
         return
     with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:  # has no processes until one is needed

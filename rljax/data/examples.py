@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -116,8 +117,8 @@ def comparison(row: Row, tokenizer: Tokenizer) -> Comparison:
     `ended`, where the row has it, says of each of both whether it ended by itself (`as_ended`).
     """
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise ValueError(f"column 'margin' is {margin!r}; legal: a number")
+    if margin is not None and (isinstance(margin, bool) or not _is_finite(margin)):
+        raise ValueError(f"column 'margin' is {margin!r}; legal: a finite number")
     if "prompt" in row:
         is_conversational(row, "prompt", "chosen", "rejected")
         pair = [_answered(row, column, tokenizer) for column in ("chosen", "rejected")]
@@ -201,9 +202,16 @@ def _step_labels(row: Row, count: int) -> list[float]:
     if not isinstance(labels, list) or len(labels) != count:
         found = f"{len(labels)} values" if isinstance(labels, list) else f"a {type(labels).__name__}"
         raise ValueError(f"column 'labels' is {found} for {count} steps; legal: a list of one label a step")
-    if not all(label is None or isinstance(label, bool | int | float) for label in labels):
-        raise ValueError(f"column 'labels' is {labels!r}; legal: true, false, numbers, or null for no label")
+    if not all(label is None or (_is_finite(label) and 0 <= label <= 1) for label in labels):
+        raise ValueError(
+            f"column 'labels' is {labels!r}; legal: true, false, numbers from 0 to 1, or null for no label (ratings of "
+            "-1, 0 and 1, as PRM800K has them, are to be mapped first)"
+        )
     return [math.nan if label is None else float(label) for label in labels]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _answered(row: Row, column: str, tokenizer: Tokenizer) -> Example:
