@@ -45,7 +45,6 @@ from rljax.rewards.pool import Pool
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table, write_atomically
 from rljax.train.mesh import make_mesh
-from rljax.train.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     # -- sample and judge
     settings = runs.settings_but(cfg, "right", "k")  # which are read at the end only: they may change
     directory = cfg.directory or f"runs/evaluate/{runs.name_of(cfg)}-{runs.digest_of(settings)}"
-    run = Run(directory, settings, steps=1, source=__file__, functions={"rewards": rewards.verifiers})
+    run = runs.make_run_of_one_step(cfg, directory, settings, __file__, rewards.verifiers)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         log = run.directory / "samples.jsonl"

@@ -62,8 +62,13 @@ def test_solutions_are_judged_and_compared_with_their_labels(tmp_path, capsys):
     ]
     assert [{key: record[key] for key in SOLUTIONS[0]} for record in records] == SOLUTIONS
 
-    (tmp_path / "run" / "scores.jsonl").write_text(written[: len(written) // 2])  # in the middle of a line
+    half = written[: len(written) // 2].encode() + "é".encode()[:1]  # in the middle of a line, and of a character
+    (tmp_path / "run" / "scores.jsonl").write_bytes(half)
     assert score.main(cfg, verifiers) == counts
+    assert (tmp_path / "run" / "scores.jsonl").read_text() == written
+    write_prompts(tmp_path / "solutions.jsonl", SOLUTIONS[:2])
+    with pytest.raises(ValueError, match=r"solutions\.jsonl has changed since .* was begun: name another --directory"):
+        score.main(cfg, verifiers)
     assert (tmp_path / "run" / "scores.jsonl").read_text() == written
 
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models
 from rljax.data.chat import encode_after
-from rljax.data.examples import answer, demonstration, prompt_of
+from rljax.data.examples import answer, demonstration, prompt_of, without_end
 from rljax.data.formats import is_conversation
 from rljax.data.prompts import pad_left, padded_width
 from rljax.data.tokenizer import Tokenizer
@@ -171,8 +171,8 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
     rows = []
     for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
         example = demonstration(_as_row(text, prompts.as_read[index]), other)
-        cut = not text.ended and example.completion[-1] in other.stop
-        rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
+        example = example if text.ended else without_end(example, other)
+        rows.append(example.prompt + example.completion)
     return _rows_of_tokens(rows, padded_width(max(map(len, rows))), other.pad)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import settings
-from experiments.common.hub import find_model
+from experiments.common.hub import find_model, model_of_reward, split_reward
 from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
 from experiments.common.verifiers import read_rubric, with_sandbox
@@ -55,14 +55,13 @@ def read_rewards(
     """
     found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
-        plain, at, condition = item.rpartition("@")
-        is_conditioned = bool(at) and condition in found.weights
-        name, weight = _split_weight(plain if is_conditioned else item, tuple(verifiers))
+        name, weight, condition = split_reward(item, found.weights)
+        number = _read_weight(weight, name, item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
         _add_reward(found, name, item, verifiers, options)
-        found.weights[name] = weight
-        if is_conditioned:
+        found.weights[name] = number
+        if condition is not None:
             found.conditions[name] = condition
     if per_step and not found.process:
         raise ValueError("this algorithm learns from steps, and no reward judges them; legal: process:DIRECTORY")
@@ -78,7 +77,7 @@ def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Calla
         check_url(place)
         found.servers[name] = SERVERS[kind](place, options)
     else:
-        directory = find_model(place if kind == "process" else name)
+        directory = find_model(model_of_reward(name))
         if not (directory and Path(directory).is_dir()):
             raise ValueError(_not_legal(item, tuple(verifiers)))
         hf.read_config(directory, reward_model=True)
@@ -98,22 +97,21 @@ def _check_kind(directory: str | Path, as_process: bool) -> None:
         raise ValueError(f"{directory} is an outcome reward model: it judges whole completions; legal: {directory}")
 
 
-def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
-    """NAME=WEIGHT as its parts; a weight of 1 where none is given.
+def _read_weight(text: str | None, name: str, item: str, names: tuple[str, ...]) -> float:
+    """A weight as a number; 1 where none is given.
 
-    Raises ValueError for a weight that is no number, and for ?KEY=NUMBER at the end, which may be one of the address.
+    Raises ValueError where it is none, and for a ?KEY=NUMBER at the end, which may be one of the address.
     """
-    name, equals, weight = item.rpartition("=")
-    if not equals:
-        return item, 1.0
+    if text is None:
+        return 1.0
     try:
-        number = float(weight)
+        number = float(text)
     except ValueError:
         number = math.nan
     is_of_the_query = "?" in name and "=" not in re.split("[?&]", name)[-1]
     if is_of_the_query or not math.isfinite(number):
         raise ValueError(_not_legal(item, names))
-    return name, number
+    return number
 
 
 def _not_legal(item: str, names: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from experiments.common import data, hub
 from experiments.common.best import keep_best
+from experiments.common.inputs import inputs_of
 from experiments.common.rows import Read, make_shape
 from experiments.common.settings import PLACEMENT
 from experiments.common.verifiers import check_answers, check_rubric_columns
@@ -110,11 +111,19 @@ def make_run(
         steps=cfg.steps,
         source=source,
         functions={"algorithm": algorithm, "rewards": verifiers},
+        inputs=inputs_of(cfg),
         save_every=cfg.save_every,
         log_samples_every=cfg.log_samples_every,
         progress_metrics=progress_metrics,
         placement=PLACEMENT,
     )
+
+
+def make_run_of_one_step(
+    cfg: Any, directory: str, settings: dict, source: str, verifiers: Mapping[str, Callable]
+) -> Run:
+    """The run directory of a script that trains nothing; `settings` are those of cfg that may not change."""
+    return Run(directory, settings, steps=1, source=source, functions={"rewards": verifiers}, inputs=inputs_of(cfg))
 
 
 def summarize(cfg: Any, before: dict[str, float], after: dict[str, float], model: Path) -> dict[str, dict[str, float]]:
