@@ -128,16 +128,9 @@ def make_score(
         mask = rows.mask
         prompt_indices(rows, prompts)  # refused for the same row on every process
         judged = _judge_rows(verifiers, signatures, servers, rows, prompts, decode, pool, hosts)
-        results = judged[: len(verifiers)]
-        steps = {}
-        for name, model_reward in model_rewards.items():
-            returned = model_reward(traj, prompts)
-            if isinstance(returned, StepScores):
-                returned = hosts.fetch(returned)
-                steps[len(results)] = returned
-                returned = _least_step(returned, mask)
-            results.append(_results_of_rows(name, returned, len(mask)))
-        results += judged[len(verifiers) :]
+        by_models, steps_of = _call_models(model_rewards, traj, prompts, mask, hosts)
+        results = judged[: len(verifiers)] + by_models + judged[len(verifiers) :]
+        steps = {names.index(name): found for name, found in steps_of.items()}
         for name, factor, of_one in zip(names, factors, results, strict=True):
             _check_failed(name, of_one, max_failed if factor else 1.0, report)
         values, failed = _as_arrays(results)
@@ -182,6 +175,22 @@ def _judge_rows(
 
     of_rows = hosts.share_rows(judge, rows.group)
     return [[results[k] for results in of_rows] for k in range(len(verifiers) + len(servers))]
+
+
+def _call_models(
+    model_rewards: Mapping[str, ModelReward], traj: Trajectory, prompts: PromptBatch, mask: np.ndarray, hosts: Hosts
+) -> tuple[list[list[Result]], dict[str, StepScores]]:
+    """The Results of each model reward on all rows, and by name the scores of steps where it judges these."""
+    results = []
+    steps = {}
+    for name, model_reward in model_rewards.items():
+        returned = model_reward(traj, prompts)
+        if isinstance(returned, StepScores):
+            returned = hosts.fetch(returned)
+            steps[name] = returned
+            returned = _least_step(returned, mask)
+        results.append(_results_of_rows(name, returned, len(mask)))
+    return results, steps
 
 
 def _call_verifiers(
