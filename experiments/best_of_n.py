@@ -8,8 +8,9 @@ Rejection-sampling fine-tuning is an iteration of two commands, this one and
     python experiments/sft.py --model DIR --data.files runs/best_of_n/RUN/chosen.jsonl
 
 whose DIRECTORY/model is the --model of the next iteration. A line of DIRECTORY/chosen.jsonl is a row in TRL's
-prompt-completion format, {"prompt", "completion"}, with the `reward` of the completion, the `rewards` of all n, and
-the other columns of the prompt. A completion that reached max_tokens is not chosen, unless --keep_cut: fine-tuning
+prompt-completion format, {"prompt", "completion"}: what was sampled from (of a conversation, or with --data.chat, its
+messages) and the best completion, with its `reward`, the `rewards` of all n, and `tools` and the other columns that no
+format reads (docs/data.md). A completion that reached max_tokens is not chosen, unless --keep_cut: fine-tuning
 would teach the model to end there. With --above neither is one whose reward is not above it. A prompt of which nothing
 is chosen has no line; where that is every prompt, the script ends with an error. DIRECTORY/judged.jsonl has all
 completions: the same command with another --keep_cut or --above chooses again, and samples nothing.
@@ -34,6 +35,8 @@ from experiments.common.rewards import load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS
+from rljax.data.examples import answer
+from rljax.data.formats import other_columns
 from rljax.models import decoder
 from rljax.ops.pass_at_k import best_of_n_kl, expected_best, powers_of_two
 from rljax.rewards.pool import Pool
@@ -48,7 +51,7 @@ class Config:
     """Completions of a model, the best of each prompt kept."""
 
     model: str  # directory with config.json, *.safetensors and a tokenizer
-    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt; FILE=WEIGHT mixes them
+    prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
     data: settings.Rows = settings.Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
@@ -70,11 +73,12 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
     """Sample, judge and choose; return the rows of the table: n, KL bound, reward and its standard error."""
     if cfg.n < 1 or cfg.prompts_at_once < 1:
         raise ValueError(f"n = {cfg.n}, prompts_at_once = {cfg.prompts_at_once}; legal: at least 1 each")
+    runs.check_whole_prompts(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     mesh = make_mesh(**cfg.mesh.sizes)
 
     # -- model and data
-    tokenizer, prompts, text_of = runs.read_all_prompts(cfg, rewards.verifiers)
+    tokenizer, prompts = runs.read_all_prompts(cfg, rewards.verifiers)
     context = prompts.length + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context)
     lm = decoder.language_model(config)
@@ -92,7 +96,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
             if done.keys() >= set(rows.number.tolist()):
                 continue
             traj = score(sample(lm, params, frozen, rows, sampling, cfg.seed, step=0), rows)
-            new = judged_prompts(traj, rows, list(map(text_of, rows.columns)), tokenizer.decode)
+            new = judged_prompts(traj, rows, tokenizer.decode)
             append_lines(log, [record for record in new if record["number"] not in done])
             done = {record["number"]: record for record in new} | done
             log_info(f"{len(done)} of {len(prompts)} prompts")
@@ -120,8 +124,9 @@ def choose(record: dict, above: float | None, keep_cut: bool) -> dict | None:
     if not legal:
         return None
     best = max(legal, key=lambda i: record["rewards"][i])
-    row = {"prompt": record["prompt"], "completion": record["completions"][best], "reward": record["rewards"][best]}
-    return record["columns"] | row | {"rewards": record["rewards"]}
+    completion = answer(record["prompt"], record["completions"][best])
+    row = {"prompt": record["prompt"], "completion": completion, "reward": record["rewards"][best]}
+    return other_columns(record["columns"]) | row | {"rewards": record["rewards"]}
 
 
 def why_none(records: list[dict], above: float | None) -> str:

@@ -11,10 +11,10 @@ noise, bias and taste (experiments/common/panel.py has the equation). The file m
 command goes on after its last prompt, with the same completions and votes as if it had never stopped.
 
 A line of --out is a pair: "prompt", "chosen", "rejected", and "margin": the difference of scores, or of the shares of
-votes. With it are the "votes" of a panel (true: for the chosen one; equal votes are decided by a coin), the number of
-the prompt ("row") and of both completions ("pair"). Pairs that are worth the same to all are left out. dpo.py and
-reward_model.py read it. At the end stand the raw agreement of the panel and Cohen's kappa, of more than two annotators
-Fleiss'.
+votes; `tools` and the other columns of the prompt that no format reads go along (docs/data.md). With it are the "votes"
+of a panel (true: for the chosen one; equal votes are decided by a coin), the number of the prompt ("row") and of both
+completions ("pair"). Pairs that are worth the same to all are left out. dpo.py and reward_model.py read it. At the end
+stand the raw agreement of the panel and Cohen's kappa, of more than two annotators Fleiss'.
 
 Reached: stories260k, story_openings.jsonl, --n 16 --rewards animals --sampling.max_tokens 64: 3,142 comparisons in 51 s
 on 2 shared CPU cores; with --panel.flip 0.2 three annotators agree on 67.5% of them, Fleiss' kappa 0.350 (expected of
@@ -41,11 +41,10 @@ from experiments.common.feedback import (
 from experiments.common.panel import check_panel, votes, worths
 from experiments.common.records import append_lines
 from experiments.common.rewards import Rewards, load_score, read_rewards
-from experiments.common.rows import make_shape
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Panel, Rare, Reward, Rows, Sampling
 from experiments.common.verifiers import VERIFIERS
-from rljax.data.examples import before_last_turn
+from rljax.data.examples import prompt_of
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder
@@ -86,14 +85,15 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
     if cfg.n < 2:
         raise ValueError(f"n = {cfg.n}; at least 2 completions are compared")
     check_panel(cfg.panel)
+    runs.check_whole_prompts(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
-    tokenizer, prompts, prompt_of = read_prompts(cfg)
+    tokenizer, prompts = runs.read_all_prompts(cfg)
     lines = whole_lines(cfg.out)
     settings = {name: value for name, value in hub.settings_of(cfg).items() if name not in FREE}
     check_settings(cfg.out, settings, lines)
     voters = cfg.panel.annotators if cfg.rewards else 0
-    start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.columns_of([number])[0]), voters)
-    for candidates in sample_candidates(cfg, tokenizer, prompts, prompt_of, rewards, start):
+    start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.shaped_of([number])[0]), voters)
+    for candidates in sample_candidates(cfg, tokenizer, prompts, rewards, start):
         found = compare_by_panel(cfg, candidates) if cfg.rewards else compare_by_person(candidates, cfg.ask, ask)
         if found is None:
             break
@@ -107,20 +107,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
 # ---------------------------------------------------------------------------------------------- prompts and completions
 
 
-def read_prompts(cfg: Config) -> tuple[Tokenizer, Prompts, Callable[[dict], str | list[dict]]]:
-    """The tokenizer, all prompts, and the prompt of a row as it is written: a text, or a conversation."""
-    tokenizer, prompts, _ = runs.read_all_prompts(cfg)
-    shape = make_shape(cfg.template, "", cfg.data)
-
-    def prompt_of(row: dict) -> str | list[dict]:
-        row = shape(row)
-        return row["prompt"] if "prompt" in row else before_last_turn(row["messages"])
-
-    return tokenizer, prompts, prompt_of
-
-
 def sample_candidates(
-    cfg: Config, tokenizer: Tokenizer, prompts: Prompts, prompt_of: Callable, rewards: Rewards, start: int
+    cfg: Config, tokenizer: Tokenizer, prompts: Prompts, rewards: Rewards, start: int
 ) -> Iterator[Candidates]:
     """The completions of each prompt from number `start` on; what is sampled beside them does not depend on it."""
     total = min(cfg.count or len(prompts), len(prompts))
@@ -146,7 +134,7 @@ def sample_candidates(
                 if number >= start:
                     own = slice(p * cfg.n, (p + 1) * cfg.n)
                     known = None if scores is None else scores[own]
-                    yield Candidates(number, prompt_of(rows.columns[p]), texts[own], lengths[own], known)
+                    yield Candidates(number, rows.as_read[p], texts[own], lengths[own], known)
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing

@@ -25,7 +25,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.common import command_line, micro_batches, models, runs, settings, train
+from experiments.common import command_line, data, micro_batches, models, runs, settings, train
 from experiments.common.optimizer import make_optimizer
 from experiments.common.sampling import make_mix, make_sample_in_pieces, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
@@ -91,7 +91,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     train.check_batches(batches, mesh)
 
     # -- student, teacher and data
-    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg)
+    read = data.read_prompt if cfg.on_policy_fraction == 1 else data.read_answered_prompt
+    tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, read=read)
     if load_tokenizer(cfg.teacher).vocabulary() != tokenizer.vocabulary():
         raise ValueError(f"{cfg.teacher} has another vocabulary than {cfg.model}; legal: the same")
     context = max(train_prompts.length, eval_prompts.length) + cfg.sampling.max_tokens
@@ -111,7 +112,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the functions of a step
     lm = writer(cfg, config, teacher_config)
-    mix = make_mix(cfg.on_policy_fraction, cfg.sampling, train_prompts, tokenizer, cfg.seed)
+    mix = make_mix(cfg.on_policy_fraction, cfg.sampling, train_prompts, cfg.seed)
     devices = data_parallel_size(mesh)
     pieces = micro_batches.cut(config, batches, train_prompts.length, cfg.sampling.max_tokens, devices)
     update = make_update(objective, optimizer, pieces.micro_batches, shardings)

@@ -77,7 +77,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     mesh = make_mesh(**cfg.mesh.sizes)
 
     # -- model and data
-    tokenizer, prompts, text_of = runs.read_all_prompts(cfg, rewards.verifiers)
+    tokenizer, prompts = runs.read_all_prompts(cfg, rewards.verifiers)
     context = prompts.length + cfg.sampling.max_tokens
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, context)
     lm = decoder.language_model(config)
@@ -100,7 +100,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
                 if done >= {(kind, number) for number in rows.number.tolist()}:
                     continue
                 traj = score(sample(lm, params, frozen, rows, how, cfg.seed, step=0), rows)
-                judged = judged_prompts(traj, rows, list(map(text_of, rows.columns)), tokenizer.decode)
+                judged = judged_prompts(traj, rows, tokenizer.decode)
                 new = [{"kind": kind} | one for one in judged if (kind, one["number"]) not in done]
                 append_lines(log, new)
                 records += new

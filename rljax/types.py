@@ -269,6 +269,13 @@ class PromptBatch(NamedTuple):
     columns: list[dict]  # the dataset's columns, one dict a prompt
     cursor: int  # where the next draw starts
     resume: Resume | None = None  # None: completions 0 .. n-1 of each row, from their first token
+    shaped: list[dict] | None = None  # the columns with the texts that the prompts were made of: templates filled in,
+    # texts as messages; None: the columns themselves
+
+    @property
+    def as_read(self) -> list[dict]:
+        """The rows as the policy's prompts were made of them; what judges a conversation reads these."""
+        return self.columns if self.shaped is None else self.shaped
 
 
 class Turn(NamedTuple):

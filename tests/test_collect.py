@@ -174,7 +174,7 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
 def test_what_a_person_is_shown_controls_no_terminal(as_messages, capsys):
     text = "\x1b[2J\u202e"
     prompt = [{"role": "user", "content": text}] if as_messages else text
-    candidates = Candidates(0, prompt, [text, "b"], np.array([2, 1]), None)
+    candidates = Candidates(0, {"prompt": prompt}, [text, "b"], np.array([2, 1]), None)
     assert len(compare_by_person(candidates, "ranking", lambda _: "1 2")) == 1
     out = capsys.readouterr().out
     assert out.count("\ufffd[2J\ufffd") == 2

@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from experiments.common.rows import Found, Read, limits_text, make_shape, read_rows, shorten
+from experiments.common.rows import Found, Read, examples_in, limits_text, make_shape, read_rows, shorten
 from experiments.common.settings import Data, Rows
-from rljax.data.examples import Example, prompt_ids
+from rljax.data.examples import Example, demonstration, prompt_ids
 from rljax.data.files import Table, read_table
 from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
 from rljax.data.tokenizer import Tokenizer
@@ -204,6 +204,20 @@ def read_prompt(row: dict, tokenizer: Tokenizer) -> Example:
     return Example(prompt_ids(row, tokenizer), [], [], row)
 
 
+class AnsweredPrompt(NamedTuple):
+    """A prompt with the completion that its row has."""
+
+    prompt: Example
+    completion: list[int]
+
+
+def read_answered_prompt(row: dict, tokenizer: Tokenizer) -> AnsweredPrompt:
+    """A prompt, and the `completion` that its row has. Raises ValueError where it has none."""
+    if row.get("completion") is None:
+        raise ValueError("no column 'completion'; legal: with one, or --on_policy_fraction 1")
+    return AnsweredPrompt(read_prompt(row, tokenizer), demonstration(row, tokenizer).completion)
+
+
 def read_prompts(
     files: Files,
     template: str,
@@ -212,11 +226,15 @@ def read_prompts(
     eval_prompts: int,
     seed: int,
     settings: Rows,
+    read: Read = read_prompt,
 ) -> tuple[Prompts, Prompts]:
-    """Prompts to train on and to evaluate on; what becomes of those of more than `max_tokens` is counted."""
+    """Prompts to train on and to evaluate on; what becomes of those of more than `max_tokens` is counted.
+
+    read: `read_prompt`, or `read_answered_prompt` where the file's completions are learned from too.
+    """
     shape = make_shape(template, "", settings)
     limits = (settings.overlong, max_tokens, max_tokens)
-    sides = read_and_split(files, shape, read_prompt, tokenizer, limits, eval_prompts, seed, "prompts")
+    sides = read_and_split(files, shape, read, tokenizer, limits, eval_prompts, seed, "prompts")
     train, evaluation = (as_prompts(side, tokenizer, max_tokens, seed) for side in sides)
     return train, evaluation
 
@@ -229,7 +247,13 @@ def read_all_prompts(
     seed: int,
     overlong: str = "drop",
 ) -> Prompts:
-    """The prompts of all files, none of them held out; what becomes of those of more than `max_tokens` is counted."""
+    """The prompts of all files, none of them held out; what becomes of those of more than `max_tokens` is counted.
+
+    Raises ValueError for weights, which mean nothing where every prompt is taken once.
+    """
+    if any(files.weights):
+        weighted = f"{files.paths[0]}={files.weights[0]:g}"
+        raise ValueError(f"{weighted}: every prompt is taken once; legal: FILE without a weight")
     found = [one for table in files.tables for one in read_rows(table, shape, read_prompt, tokenizer)]
     kept, dropped, cut = shorten(found, overlong, max_tokens, max_tokens, "prompts")
     notes = f"{dropped} dropped, longer than {max_tokens} tokens" + f"; {cut} cut to that ({overlong})" * bool(cut)
@@ -239,5 +263,10 @@ def read_all_prompts(
 
 
 def as_prompts(found: Sequence[Found], tokenizer: Tokenizer, max_tokens: int, seed: int = 0) -> Prompts:
-    """Prompts that were read, with the columns that their file has."""
-    return Prompts([one.row for one in found], [one.item.prompt for one in found], max_tokens, seed, tokenizer.pad)
+    """Prompts that were read, with the columns that their file has, and what was made of these."""
+    prompts = [next(examples_in(one.item)) for one in found]
+    completions = [one.item.completion for one in found] if isinstance(found[0].item, AnsweredPrompt) else None
+    columns = [one.row for one in found]
+    shaped = [prompt.columns for prompt in prompts]
+    encoded = [prompt.prompt for prompt in prompts]
+    return Prompts(columns, encoded, max_tokens, seed, tokenizer.pad, shaped, completions)

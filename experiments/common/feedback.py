@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common.records import as_lines, read_lines
+from rljax.data.examples import answer, prompt_of
+from rljax.data.formats import messages_of, other_columns
 from rljax.ops.agreement import cohen_kappa, fleiss_kappa, raw_agreement
 from rljax.train.log import log_info, write_atomically
 from rljax.train.report import changed_settings
@@ -19,23 +21,22 @@ class Candidates(NamedTuple):
     """The completions of one prompt."""
 
     number: int  # of the prompt, in the order of collection
-    prompt: str | list[dict]  # as it is written
+    row: dict  # what the prompt was made of
     texts: list[str]
     lengths: np.ndarray  # tokens of each
     scores: np.ndarray | None  # their rewards, which a panel knows; NaN where it could not be judged
 
 
 def line_of(candidates: Candidates, better: int, worse: int) -> dict:
-    """A preference in the columns of TRL's format, a conversation where the prompt is one; and which pair it is."""
+    """A preference in the columns of TRL's format, a conversation where the prompt is one; and which pair it is.
 
-    def completion(number: int) -> str | list[dict]:
-        text = candidates.texts[number]
-        return text if isinstance(candidates.prompt, str) else [{"role": "assistant", "content": text}]
-
-    return {
-        "prompt": candidates.prompt,
-        "chosen": completion(better),
-        "rejected": completion(worse),
+    `tools` and the other columns that no format reads go along.
+    """
+    prompt = prompt_of(candidates.row)
+    return other_columns(candidates.row) | {
+        "prompt": prompt,
+        "chosen": answer(prompt, candidates.texts[better]),
+        "rejected": answer(prompt, candidates.texts[worse]),
         "row": candidates.number,
         "pair": [better, worse],
     }
@@ -50,7 +51,7 @@ def compare_by_person(
     """A line for each pair that a person prefers one of; None where the person stops."""
     n = len(candidates.texts)
     log_info(f"\n[{candidates.number + 1}] ", "dim", end="")
-    log_info(shown(candidates.prompt), "bold")
+    log_info(shown(prompt_of(candidates.row)), "bold")
     for number, text in enumerate(candidates.texts, 1):
         log_info(f"  {number}) ", "cyan", end="")
         log_info(text)
@@ -93,7 +94,9 @@ def worth_of(answer: list[str], n: int, kind: str) -> list[float] | None:
 
 def shown(prompt: str | list[dict]) -> str:
     """A prompt as a person reads it."""
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(message["content"] for message in messages_of({"prompt": prompt}, "prompt"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the file

@@ -1,12 +1,13 @@
 """Completions with their rewards, and the jsonl files that a script goes on with where it was stopped."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.data.examples import prompt_of
 from rljax.ops.returns import episode_rewards
 from rljax.rewards.score import decode_completions
 from rljax.train.log import write_atomically
@@ -14,8 +15,11 @@ from rljax.train.samples import Decode
 from rljax.types import PromptBatch, Trajectory
 
 
-def judged_prompts(traj: Trajectory, rows: PromptBatch, texts: Sequence[str], decode: Decode) -> list[dict]:
-    """A record of each prompt of the batch with all of its completions and their rewards. texts: of the prompts."""
+def judged_prompts(traj: Trajectory, rows: PromptBatch, decode: Decode) -> list[dict]:
+    """A record of each prompt of the batch with all of its completions and their rewards.
+
+    Its `prompt` is what was sampled from: a text, or the messages of a conversation.
+    """
     total, valid = (np.asarray(x) for x in episode_rewards(jnp.asarray(traj.rewards), traj.mask))
     rewards = [float(reward) if known else None for reward, known in zip(total, valid, strict=True)]
     completions = decode_completions(traj, decode)
@@ -28,7 +32,7 @@ def judged_prompts(traj: Trajectory, rows: PromptBatch, texts: Sequence[str], de
             {
                 "number": number,
                 "columns": rows.columns[i],
-                "prompt": texts[i],
+                "prompt": prompt_of(rows.as_read[i]),
                 "completions": completions[own],
                 "rewards": rewards[own],
                 "ended": ended[own],

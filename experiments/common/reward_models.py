@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models
-from rljax.data.examples import before_last_turn, demonstration
-from rljax.data.formats import is_conversation, messages_of
+from rljax.data.examples import answer, demonstration, prompt_of
+from rljax.data.formats import is_conversation
 from rljax.data.prompts import pad_left, padded_width
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads, hf
@@ -123,7 +123,7 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
     """
     rows = []
     for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
-        example = demonstration(_as_row(text, prompts.columns[index]), other)
+        example = demonstration(_as_row(text, prompts.as_read[index]), other)
         cut = not text.ended and example.completion[-1] in other.stop
         rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
     width = padded_width(max(map(len, rows)))
@@ -132,11 +132,9 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
     return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
 
 
-def _as_row(text: RowText, columns: dict) -> dict:
-    """A row as `data.formats` has them: a conversation where the prompt is one, else two texts."""
-    column = "prompt" if "prompt" in columns else "messages"
-    if not is_conversation(columns.get(column)):
+def _as_row(text: RowText, row: dict) -> dict:
+    """The row that was sampled from, with the completion: a conversation where the prompt is one, else two texts."""
+    if not is_conversation(row.get("prompt", row.get("messages"))):
         return {"prompt": text.prompt, "completion": text.completion}
-    messages = before_last_turn(messages_of(columns, column))
-    answer = [{"role": "assistant", "content": text.completion}]
-    return {"prompt": messages, "completion": answer, "tools": columns.get("tools")}
+    prompt = prompt_of(row)
+    return {"prompt": prompt, "completion": answer(prompt, text.completion), "tools": row.get("tools")}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from experiments.common.settings import Rows
 from rljax.data.chat import ignores_tools
-from rljax.data.examples import Example, Steps
+from rljax.data.examples import Example, Steps, prompt_of
 from rljax.data.files import Table
 from rljax.data.formats import TEXTS, is_conversation, messages_of
 from rljax.data.prompts import from_template
@@ -54,8 +54,8 @@ def make_shape(template: str, completion: str, settings: Rows) -> Callable[[dict
 
 
 def text_of_prompt(row: dict) -> str:
-    """The text of a prompt; of a conversation its last message."""
-    prompt = row.get("prompt", row.get("messages"))
+    """The text of a prompt to be shown; of a conversation the last message that is answered."""
+    prompt = prompt_of(row)
     return prompt if isinstance(prompt, str) else messages_of({"prompt": prompt}, "prompt")[-1]["content"]
 
 

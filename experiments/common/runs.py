@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from experiments.common import data, hub
 from experiments.common.best import keep_best
-from experiments.common.rows import make_shape, text_of_prompt
+from experiments.common.rows import Read, make_shape
 from experiments.common.settings import PLACEMENT
 from experiments.common.verifiers import check_answers
 from rljax.data.prompts import Prompts
@@ -23,28 +23,38 @@ from rljax.train.run import Run
 from rljax.types import Batch, TrainState, Trajectory
 
 
-def read_data(cfg: Any, verifiers: Mapping[str, Callable] | None = None) -> tuple[Tokenizer, Prompts, Prompts]:
+def read_data(
+    cfg: Any, verifiers: Mapping[str, Callable] | None = None, read: Read = data.read_prompt
+) -> tuple[Tokenizer, Prompts, Prompts]:
     """The tokenizer, prompts to train on, and prompts to evaluate on, as a script's Config says.
 
-    Raises ValueError for rows whose answers the verifiers cannot judge by.
+    read: of `data.read_prompts`. Raises ValueError for rows whose answers the verifiers cannot judge by.
     """
     tokenizer, max_tokens = _tokenizer_and_limit(cfg)
     files = data.read_files(cfg.prompts)
-    prompts = data.read_prompts(files, cfg.template, tokenizer, max_tokens, cfg.eval_prompts, cfg.seed, cfg.data)
+    sizes = (max_tokens, cfg.eval_prompts, cfg.seed)
+    prompts = data.read_prompts(files, cfg.template, tokenizer, *sizes, cfg.data, read)
     _check_answers(cfg, files, verifiers)
     return tokenizer, *prompts
 
 
-def read_all_prompts(
-    cfg: Any, verifiers: Mapping[str, Callable] | None = None
-) -> tuple[Tokenizer, Prompts, Callable[[dict], str]]:
-    """The tokenizer, all prompts of a script's Config, and the text of a row's prompt. Raises as `read_data` does."""
+def read_all_prompts(cfg: Any, verifiers: Mapping[str, Callable] | None = None) -> tuple[Tokenizer, Prompts]:
+    """The tokenizer and all prompts of a script's Config. Raises as `read_data` does."""
     tokenizer, max_tokens = _tokenizer_and_limit(cfg)
     shape = make_shape(cfg.template, "", cfg.data)
     files = data.read_files(cfg.prompts)
     prompts = data.read_all_prompts(files, shape, tokenizer, max_tokens, cfg.seed, cfg.data.overlong)
     _check_answers(cfg, files, verifiers)
-    return tokenizer, prompts, lambda row: text_of_prompt(shape(row))
+    return tokenizer, prompts
+
+
+def check_whole_prompts(cfg: Any) -> None:
+    """Raise ValueError where the script would write prompts of which its completions have read a part only."""
+    if cfg.data.overlong.startswith("cut"):
+        raise ValueError(
+            f"data.overlong = {cfg.data.overlong}: completions would be of a part of the prompt, and the file would "
+            "hold the whole one; legal: drop, or error"
+        )
 
 
 def _tokenizer_and_limit(cfg: Any) -> tuple[Tokenizer, int]:

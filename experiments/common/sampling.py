@@ -15,7 +15,6 @@ from experiments.common.rows import unescape
 from experiments.common.settings import Batches
 from rljax.algorithms.gkd import mix_completions
 from rljax.data.demonstrations import demonstrations
-from rljax.data.examples import demonstration
 from rljax.data.prompts import Prompts
 from rljax.data.stop_strings import stop_strings
 from rljax.data.tokenizer import Tokenizer
@@ -145,7 +144,7 @@ def make_draw(
     until_enough = sampling.replace(stop_after=(count + carry) * n - carry)
 
     def draw_and_carry(state: TrainState, step: int):
-        carried = rollouts.carry_from_arrays(state.extra, prompts.columns_of)
+        carried = rollouts.carry_from_arrays(state.extra, prompts.columns_of, prompts.shaped_of)
         fresh = prompts.draw(state.cursor, count + carry if carried is None else count)
         columns = row_tokens(prompts, sampling)
 
@@ -221,7 +220,8 @@ def make_sample_in_pieces(
         for start in range(0, count, size):
             here = np.minimum(np.arange(start, start + size), count - 1)
             tokens, mask, number = (np.asarray(x)[here] for x in (prompts.tokens, prompts.mask, prompts.number))
-            piece = PromptBatch(tokens, mask, number, [prompts.columns[i] for i in here], prompts.cursor)
+            columns, shaped = ([side[i] for i in here] for side in (prompts.columns, prompts.as_read))
+            piece = PromptBatch(tokens, mask, number, columns, prompts.cursor, shaped=shaped)
             yield sample(lm, state.params, state.frozen, shard_prompts(shardings, piece), sampling, seed, step=-1)
 
     return sample_pieces
@@ -231,20 +231,16 @@ MIXED = ("inputs", "actions", "logp", "mask", "positions", "segments", "temperat
 
 
 def make_mix(
-    policy_fraction: float, options: settings.Sampling, prompts: Prompts, tokenizer: Tokenizer, seed: int
+    policy_fraction: float, options: settings.Sampling, prompts: Prompts, seed: int
 ) -> Callable[[int, Trajectory, PromptBatch], Trajectory]:
     """mix(step, traj, rows) -> the trajectory, in which some rows are the file's completions of the same prompts.
 
-    They are cut where sampled ones would be. `policy_fraction`: share of rows that stay as they were sampled. Raises
-    ValueError for a row without a column `completion`.
+    They are `prompts.completions`, cut where sampled ones would be. `policy_fraction`: share of rows that stay as they
+    were sampled.
     """
     if policy_fraction == 1:
         return lambda step, traj, rows: traj
-    completions = []
-    for row in prompts.columns:
-        if row.get("completion") is None:
-            raise ValueError("a row has no column 'completion'; legal: with one, or --on_policy_fraction 1")
-        completions.append(demonstration(row, tokenizer).completion[: options.max_tokens])
+    completions = [ids[: options.max_tokens] for ids in prompts.completions]
 
     def mix(step: int, traj: Trajectory, rows: PromptBatch) -> Trajectory:
         given = demonstrations(rows, [completions[i] for i in prompts.indices_of(rows.number)], options.max_tokens)

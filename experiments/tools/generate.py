@@ -75,7 +75,7 @@ def main(cfg: Config) -> list[dict]:
     # -- tokenizer and prompts
     config = hf.read_config(cfg.model)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
-    prompts, text_of = read_prompts(cfg, tokenizer, config.max_positions)
+    prompts = read_prompts(cfg, tokenizer, config.max_positions)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     check_sampling(sampling)
     read = make_reader(cfg, tokenizer, config.vocab_size)
@@ -90,7 +90,7 @@ def main(cfg: Config) -> list[dict]:
     rates = []
     start = time.perf_counter()
     for rows in prompts.batches(max(cfg.rows // cfg.n, 1)):
-        texts = [text_of(columns) for columns in rows.columns]
+        texts = list(map(text_of_prompt, rows.as_read))
         labels = [f"[{i + 1}/{len(prompts)}] " if len(prompts) > 1 else "" for i in rows.number]
         gap = "\n" if cfg.chat or cfg.n > 1 else ""
         stages = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if is_interactive() else 16)
@@ -185,8 +185,8 @@ def _check_chat(cfg: Config, tokenizer: Tokenizer) -> None:
         raise ValueError(f"{cfg.model}: the tokenizer has no chat template; legal: without --chat")
 
 
-def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Prompts, Callable[[dict], str]]:
-    """The prompts, and how a row is shown. Those that leave no room for a completion are dropped and counted."""
+def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> Prompts:
+    """The prompts. Those that leave no room for a completion are dropped and counted."""
     if cfg.chat:
         _check_chat(cfg, tokenizer)
     shape = make_shape(cfg.template, "", Rows(chat=cfg.chat))
@@ -196,7 +196,7 @@ def read_prompts(cfg: Config, tokenizer: Tokenizer, context: int) -> tuple[Promp
     prompts = data.as_prompts(found, tokenizer, longest)
     if prompts.dropped:
         log_info(f"{prompts.dropped} of {len(found)} prompts dropped, longer than {longest} tokens")
-    return prompts, lambda row: text_of_prompt(shape(row))
+    return prompts
 
 
 def make_reader(cfg: Config, tokenizer: Tokenizer, vocabulary: int) -> Callable[[Completions, int], str]:

@@ -73,6 +73,16 @@ def _chat(tokenizer: Tokenizer) -> Chat:
     return tokenizer.chat
 
 
+def prompt_of(row: Row) -> str | list[dict]:
+    """The prompt of a row as the row has it: a text, or the messages that a model answers."""
+    return row["prompt"] if "prompt" in row else before_last_turn(row["messages"])
+
+
+def answer(prompt: str | list[dict], text: str) -> str | list[dict]:
+    """A text that answers a prompt, in the form of the prompt: of a conversation a message of the assistant."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def before_last_turn(messages: list[dict]) -> list[dict]:
     """The messages before those of the assistant that end the conversation."""
     end = len(messages)

@@ -27,6 +27,9 @@ FORMATS = {  # the most specific first
 }
 TEXTS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 
+# What some format or method reads of a row. A row that is made of another's prompt has its own of these, or none.
+READ = {*TEXTS, "completions", "label", "labels", "margin"}
+
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
 
@@ -43,6 +46,11 @@ def format_of(row: Row) -> str:
             return name
     legal = "; ".join(" + ".join(sorted(columns)) for columns in FORMATS.values())
     raise ValueError(f"columns {', '.join(row) or 'none'}; legal: {legal}")
+
+
+def other_columns(row: Row) -> dict[str, Any]:
+    """The columns that go along whatever the row is for: those that no format reads."""
+    return {name: value for name, value in row.items() if name not in READ}
 
 
 def is_conversation(value: Any) -> bool:

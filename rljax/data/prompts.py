@@ -99,10 +99,20 @@ class Prompts:
     """A dataset of prompts. `draw(cursor, count)` is a pure function: resuming needs the cursor alone."""
 
     def __init__(
-        self, columns: Sequence[dict], encoded: Sequence[list[int]], max_tokens: int, seed: int = 0, pad: int = 0
+        self,
+        columns: Sequence[dict],
+        encoded: Sequence[list[int]],
+        max_tokens: int,
+        seed: int = 0,
+        pad: int = 0,
+        shaped: Sequence[dict] | None = None,
+        completions: Sequence[list[int]] | None = None,
     ):
         """Rows with the ids of their prompts; those of more than `max_tokens` are dropped (their number: `dropped`).
 
+        Args:
+          columns: of the dataset, which verifiers read. shaped: the rows that the prompts were made of, where these
+            differ from the columns. completions: the ids of the dataset's own completions, where it has some.
         Raises ValueError for an empty dataset, for an empty prompt, and where every prompt is too long.
         """
         if not columns:
@@ -115,6 +125,8 @@ class Prompts:
             raise ValueError(f"every prompt is longer than {max_tokens} tokens; the shortest has {shortest}")
         self.columns = [columns[i] for i in kept]
         self.encoded = [encoded[i] for i in kept]
+        self.shaped = self.columns if shaped is None else [shaped[i] for i in kept]
+        self.completions = None if completions is None else [completions[i] for i in kept]
         self.dropped = len(encoded) - len(kept)
         self.length = max(map(len, self.encoded))  # L: one width for every draw, so nothing recompiles
         self.seed = seed
@@ -128,7 +140,8 @@ class Prompts:
     ) -> PromptBatch:
         tokens, mask = pad_left([self.encoded[i] for i in indices], length or self.length, self.pad)
         columns = [self.columns[i] for i in indices]
-        return PromptBatch(tokens, mask, np.asarray(numbers, np.int32), columns, cursor)
+        shaped = [self.shaped[i] for i in indices]
+        return PromptBatch(tokens, mask, np.asarray(numbers, np.int32), columns, cursor, shaped=shaped)
 
     def draw(self, cursor: int, count: int) -> PromptBatch:
         """The next `count` prompts of the shuffled order from draw number `cursor` on."""
@@ -159,6 +172,10 @@ class Prompts:
     def columns_of(self, numbers: np.ndarray) -> list[dict]:
         """The columns of the prompts with these draw numbers."""
         return [self.columns[i] for i in self.indices_of(numbers)]
+
+    def shaped_of(self, numbers: np.ndarray) -> list[dict]:
+        """The rows that the prompts with these draw numbers were made of."""
+        return [self.shaped[i] for i in self.indices_of(numbers)]
 
     def first(self, count: int) -> PromptBatch:
         """The first `count` prompts in the dataset's own order: a fixed set for evaluation."""

@@ -112,12 +112,11 @@ def make_judge(
         return cache.fetch(questions, draws, ask)
 
     def reward(traj: Trajectory, prompts: PromptBatch) -> list[Result]:
-        columns = [prompts.columns[index] for index in prompt_indices(traj, prompts)]
-        texts = decode_rows(traj, decode)
-        rows = [
-            _Row(int(draw), text.completion, {**about, "prompt": _prompt_text(about, text.prompt)})
-            for draw, text, about in zip(np.asarray(traj.group), texts, columns, strict=True)
-        ]
+        indices = prompt_indices(traj, prompts)
+        rows = []
+        for draw, text, i in zip(np.asarray(traj.group), decode_rows(traj, decode), indices, strict=True):
+            fields = {**prompts.columns[i], "prompt": _prompt_text(prompts.as_read[i], text.prompt)}
+            rows.append(_Row(int(draw), text.completion, fields))
         return judge(rubric, rows, fetch)
 
     return reward
@@ -132,9 +131,9 @@ class _Row(NamedTuple):
 Fetch = Callable[[list[str], list[int]], list[Reply]]  # (questions, numbers of their prompts) -> replies
 
 
-def _prompt_text(columns: dict, decoded: str) -> str:
+def _prompt_text(row: dict, decoded: str) -> str:
     """A conversation with its roles; any other prompt as the model read it, without special tokens."""
-    messages = columns.get("prompt", columns.get("messages"))
+    messages = row.get("prompt", row.get("messages"))
     if not isinstance(messages, list):
         return decoded
     if messages[-1]["role"] == "assistant":  # what is to be written

@@ -72,8 +72,15 @@ def empty_carry(carry_over: int, n: int, width: int, support: int | None = None)
     return arrays
 
 
-def carry_from_arrays(arrays: dict, columns: Callable[[np.ndarray], list[dict]]) -> PromptBatch | None:
-    """The rows of `carry_to_arrays`; None of `empty_carry`. columns: numbers of prompts -> their dataset columns."""
+def carry_from_arrays(
+    arrays: dict,
+    columns: Callable[[np.ndarray], list[dict]],
+    shaped: Callable[[np.ndarray], list[dict]] | None = None,
+) -> PromptBatch | None:
+    """The rows of `carry_to_arrays`; None of `empty_carry`.
+
+    Args: columns, shaped: numbers of prompts -> these fields of a PromptBatch.
+    """
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
     if (arrays["number"] < 0).any():
         return None
@@ -84,7 +91,9 @@ def carry_from_arrays(arrays: dict, columns: Callable[[np.ndarray], list[dict]])
         start_step=arrays["began"],
     )
     row_arrays = {name: arrays[name] for name in ROW_ARRAYS}
-    return PromptBatch(**row_arrays, columns=columns(arrays["number"]), cursor=0, resume=resume)
+    found = columns(arrays["number"])
+    rows = None if shaped is None else shaped(arrays["number"])
+    return PromptBatch(**row_arrays, columns=found, cursor=0, resume=resume, shaped=rows)
 
 
 # ------------------------------------------------------------------------------------------------------ which rows
@@ -143,6 +152,7 @@ def resume_rows(
         columns=[rows.columns[i] for i in source],
         cursor=rows.cursor,
         resume=Resume(requests, facts, start_step[source]),
+        shaped=None if rows.shaped is None else [rows.shaped[i] for i in source],
     )
 
 
@@ -238,6 +248,7 @@ def join_rows(carried: PromptBatch, new_prompts: PromptBatch, n: int, step: int)
         columns=[*carried.columns, *new_prompts.columns],
         cursor=new_prompts.cursor,
         resume=resume,
+        shaped=None if new_prompts.shaped is None else [*carried.as_read, *new_prompts.shaped],
     )
 
 
