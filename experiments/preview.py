@@ -16,34 +16,64 @@ Reached: the ids of 39 recorded conversations under five chat templates, as TRL 
 import dataclasses
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.text import Text
 
 from experiments.common import command_line, data, hub
-from experiments.common.rows import CUTS, Read, is_overlong, length_of, limits_text, make_shape, warn_of_ignored_tools
+from experiments.common.rows import (
+    CUTS,
+    Found,
+    Read,
+    Unread,
+    is_overlong,
+    is_tie,
+    length_of,
+    limits_text,
+    make_shape,
+    read_each,
+    warn_of_rows,
+)
 from experiments.common.settings import Data
 from rljax.data.examples import Comparison, Example, Judgment, Steps, comparison, demonstration, judgment, steps
 from rljax.data.files import Table, read_table
 from rljax.data.formats import format_of
+from rljax.data.preferences import ranking
 from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import hf
 from rljax.train.log import console, is_interactive, log_info, printable
 
+
+class WithGold(NamedTuple):
+    """A comparison with a third completion, to be imitated."""
+
+    pair: Comparison
+    gold: Example
+
+
+def with_gold(row: dict, tokenizer: Tokenizer) -> WithGold:
+    """A comparison and the `gold` of its row."""
+    return WithGold(comparison(row, tokenizer), demonstration(row | {"completion": row["gold"]}, tokenizer))
+
+
 READERS: dict[str, Read] = {
     "prompt": data.read_prompt,
     "demonstration": demonstration,
-    "comparison": comparison,
+    "comparison": lambda row, tokenizer: with_gold(row, tokenizer) if "gold" in row else comparison(row, tokenizer),
     "judgment": judgment,
     "steps": steps,
+    "ranking": lambda row, tokenizer: ranking(row, partial(demonstration, tokenizer=tokenizer)),
 }
 KIND_OF_FORMAT = {  # what a row is read as, unless --kind says otherwise
     "preference": "comparison",
     "unpaired preference": "judgment",
     "stepwise supervision": "steps",
+    "ranking": "ranking",
     "prompt": "prompt",
 }
 NO_LIMIT = 10**9  # tokens of a row where the model's context is unknown
@@ -55,7 +85,7 @@ class Config:
 
     model: str  # directory with a tokenizer, or OWNER/NAME on the hub
     data: Data  # the rows
-    kind: Literal["auto", "prompt", "demonstration", "comparison", "judgment", "steps"] = (
+    kind: Literal["auto", "prompt", "demonstration", "comparison", "judgment", "steps", "ranking"] = (
         "auto"  # what a row is read as
     )
     rows: int = 10  # rows to show; all are counted
@@ -68,7 +98,9 @@ def main(cfg: Config) -> list[dict]:
         raise ValueError("which rows? legal: --data.files FILE.jsonl, and more of them")
     model = hub.find_model(cfg.model)
     tokenizer = load_tokenizer(model)
-    context = hf.read_config(model).max_positions if (Path(model) / "config.json").is_file() else NO_LIMIT
+    context = (
+        hf.read_config(model, reward_model=True).max_positions if (Path(model) / "config.json").is_file() else NO_LIMIT
+    )
     max_tokens = cfg.data.max_tokens or context
     limits = (cfg.data.max_prompt_tokens or max_tokens, max_tokens)
     records = []
@@ -78,10 +110,11 @@ def main(cfg: Config) -> list[dict]:
     lengths = []
     for path in cfg.data.files:
         table = read_table(data.split_weight(path)[0])
+        found = list(read(table, cfg, tokenizer))
         if not cfg.json:
-            warn_of_ignored_tools(table, tokenizer)
-        for i, found in enumerate(read(table, cfg, tokenizer)):
-            record = as_record(found, table.place(i), cfg.data.overlong, limits)
+            warn_of_rows(table, [one for one in found if isinstance(one, Found)], tokenizer)
+        for one in found:
+            record = as_record(one, cfg.data.overlong, limits)
             counts[record["status"]] += 1
             lengths.append(record.pop("length", 0))
             is_told = False
@@ -105,30 +138,31 @@ def main(cfg: Config) -> list[dict]:
     return records
 
 
-def read(table: Table, cfg: Config, tokenizer: Tokenizer) -> Iterator[tuple[str, Any]]:
-    """(format, what was read) of each row; of a row that cannot be read ("", why)."""
+def read(table: Table, cfg: Config, tokenizer: Tokenizer) -> Iterator[Found | Unread]:
+    """Each row as scripts read it; its item is (format, what was read)."""
+
+    def read_as_its_format(row: dict, tokenizer: Tokenizer) -> tuple[str, Any]:
+        name = format_of(row)
+        kind = KIND_OF_FORMAT.get(name, "demonstration") if cfg.kind == "auto" else cfg.kind
+        return name, READERS[kind](row, tokenizer)
+
     shape = make_shape(cfg.data.template, cfg.data.completion, cfg.data)
-    for row in table.rows:
-        try:
-            shaped = shape(row)
-            name = format_of(shaped)
-            kind = KIND_OF_FORMAT.get(name, "demonstration") if cfg.kind == "auto" else cfg.kind
-            yield name, READERS[kind](shaped, tokenizer)
-        except ValueError as error:
-            yield "", str(error)
+    return read_each(table, shape, read_as_its_format, tokenizer)
 
 
-def as_record(found: tuple[str, Any], place: str, overlong: str, limits: tuple[int, int]) -> dict:
+def as_record(found: Found | Unread, overlong: str, limits: tuple[int, int]) -> dict:
     """What --json prints of a row: its place, its format, what became of it, and its texts as ids and masks."""
-    name, item = found
-    if not name:
-        return {"place": place, "status": "cannot be read", "why": item}
-    record = {"place": place, "format": name, "status": "kept", "length": length_of(item)}
+    if isinstance(found, Unread):
+        return {"place": found.place, "status": "cannot be read", "why": found.why}
+    name, item = found.item
+    record = {"place": found.place, "format": name, "status": "kept", "length": length_of(item)}
     if is_overlong(item, *limits):
         why = f"{length_of(item)} tokens; at most {limits_text(*limits)}"
         shorter = None if overlong == "error" else CUTS[overlong](item, *limits)
         record |= {"status": "dropped" if shorter is None else overlong, "why": why}
         item = item if shorter is None else shorter
+    if record["status"] != "dropped" and is_tie(item):
+        record |= {"status": "left out", "why": "its completions are equal"}
     return record | texts_of(item)
 
 
@@ -136,11 +170,16 @@ def texts_of(item: Any) -> dict:
     """The texts of what was read from a row, as ids and masks, with what else it holds."""
     if isinstance(item, Comparison):
         return {"chosen": as_ids(item.chosen), "rejected": as_ids(item.rejected), "margin": item.margin}
+    if isinstance(item, WithGold):
+        return texts_of(item.pair) | {"gold": as_ids(item.gold)}
+    if isinstance(item, list):
+        return {"completions": [as_ids(example) for example in item]}
     if isinstance(item, Judgment):
         return as_ids(item.example) | {"label": item.desirable}
     if isinstance(item, Steps):
         before = [0] * len(item.example.prompt)
-        labels = [label if ends else None for ends, label in zip(item.step_ends, item.labels, strict=True)]
+        pairs = zip(item.step_ends, item.labels, strict=True)
+        labels = [label if ends and not math.isnan(label) else None for ends, label in pairs]
         return as_ids(item.example) | {"step_ends": [*before, *map(int, item.step_ends)], "labels": [*before, *labels]}
     return as_ids(item)
 
@@ -162,9 +201,7 @@ def show(record: dict, tokenizer: Tokenizer, as_json: bool) -> None:
         return
     why = f": {record['why']}" if "why" in record else ""
     log_info(f"{record['place']} ({record.get('format', 'no format')}, {record['status']}{why})", "bold")
-    for name, text in [("", record)] + [(name, record[name]) for name in ("chosen", "rejected") if name in record]:
-        if "ids" not in text:
-            continue
+    for name, text in named_texts(record):
         rest = {key: record[key] for key in ("margin", "label") if record.get(key) is not None}
         notes = "".join(f", {key} {value}" for key, value in rest.items())
         log_info(f"{name} {text['prompt_tokens']} prompt + {text['completion_tokens']} tokens{notes}".strip(), "dim")
@@ -174,6 +211,17 @@ def show(record: dict, tokenizer: Tokenizer, as_json: bool) -> None:
             log_info(f"text: {in_brackets(text, tokenizer)}")
             log_info(f"ids: {' '.join(map(str, text['ids']))}")
             log_info(f"mask: {' '.join(map(str, text['mask']))}")
+
+
+def named_texts(record: dict) -> Iterator[tuple[str, dict]]:
+    """The texts of a row, each with its name where there are several."""
+    if "ids" in record:
+        yield "", record
+    for name in ("chosen", "rejected", "gold"):
+        if name in record:
+            yield name, record[name]
+    for place, text in enumerate(record.get("completions", ()), 1):
+        yield f"place {place}", text
 
 
 def in_brackets(text: dict, tokenizer: Tokenizer) -> str:

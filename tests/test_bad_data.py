@@ -8,11 +8,13 @@ from functools import partial
 
 import pytest
 
-from experiments.common import data, hub
+from experiments import dpo, ppo, score
+from experiments.common import data, hub, settings
+from experiments.common.inputs import inputs_of
 from experiments.common.rows import make_shape, read_rows, read_template, unescape
 from experiments.common.settings import Data, Rows
 from experiments.tools import generate
-from rljax.data.examples import comparison, demonstration, prompt_ids
+from rljax.data.examples import comparison, demonstration, prompt_ids, steps
 from rljax.data.files import read_table
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import hf
@@ -83,6 +85,17 @@ def test_a_row_that_is_no_prompt_is_named(row, message, tokenizer, tmp_path):
         prompts(file, tokenizer)
 
 
+@pytest.mark.parametrize("label", [-1, 5, 1.01, float("nan"), float("inf"), "1", 10**400])
+def test_labels_of_steps_and_margins_are_in_their_range(label, tokenizer):
+    solution = {"prompt": "a", "completions": ["b", "c"]}
+    with pytest.raises(ValueError, match=r"column 'labels' is .*; legal: true, false, numbers from 0 to 1, or null"):
+        steps(solution | {"labels": [True, label]}, tokenizer)
+    assert 0.25 in steps(solution | {"labels": [0.25, None]}, tokenizer).labels
+    if label not in (-1, 5, 1.01):
+        with pytest.raises(ValueError, match=r"column 'margin' is .*; legal: a finite number"):
+            comparison({"prompt": "a", "chosen": "b", "rejected": "c", "margin": label}, tokenizer)
+
+
 def test_a_column_of_the_template_that_is_null_in_some_rows(tokenizer, tmp_path):
     file = write(tmp_path / "rows.jsonl", {"q": "a", "hint": "b"}, {"q": "a", "hint": None})
     assert len(prompts(file, tokenizer, "{q}")[0]) == 2  # both have one prompt
@@ -150,10 +163,22 @@ def test_rows_as_chats_in_every_format():
         (r"\nu, \nabla f, \not, \nnot", "\\nu, \\nabla f, \\not, \nnot"),
         (r"\n1\n{q}", "\n1\n{q}"),
         ("a\nb", "a\nb"),
+        (r"\null \noindent \npreceq\nleqslant\n\nsupseteq", "\\null \\noindent \\npreceq\\nleqslant\n\\nsupseteq"),
+        (r"{q}\nless is more\nothing", "{q}\\nless is more\nothing"),
     ],
 )
 def test_only_a_bare_n_is_a_new_line(written, read):
     assert unescape(written) == read
+
+
+def test_one_line_says_which_n_is_left_as_it_is(capsys):
+    unescape(r"{q}\nAnswer:")
+    assert capsys.readouterr().out == ""
+    unescape(r"{q}\ni think \neq\nA \ni")
+    out = capsys.readouterr().out
+    assert out.startswith(r"\neq, \ni in ")
+    assert "left as it is" in out
+    assert "@FILE" in out
 
 
 def test_a_template_of_a_file_is_taken_as_it_is(tmp_path):
@@ -195,6 +220,60 @@ def test_equal_prompts_are_on_one_side_and_counted(tokenizer, tmp_path, capsys):
     assert {len(found.train), len(found.eval)} == {1, 5}
 
 
+def test_answers_that_begin_alike_are_of_one_prompt(tokenizer, tmp_path):
+    """Of pairs without a prompt; prompts that are given are other prompts where one begins as another."""
+    question = "Q: what is best? A:"
+    answers = [("red", "red wine"), ("red", "blue"), ("green tea", "green"), ("you", "your dog")]
+    rows = [{"chosen": f"{question} {a} {i}", "rejected": f"{question} {b}"} for i, (a, b) in enumerate(answers)]
+    rows += [{"chosen": f"Where is {i}? Here", "rejected": f"Where is {i}? There"} for i in range(9)]
+    file = write(tmp_path / "rows.jsonl", *rows)
+    for seed in range(6):
+        found = examples(tokenizer, file, read=comparison, seed=seed, eval_size=4)
+        of_question = [[one.chosen.columns["chosen"].startswith(question) for one in side] for side in found]
+        assert sum(map(any, of_question)) == 1
+        assert len(found.train) + len(found.eval) == len(rows)
+    given = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in ("Q", "Q:", "Q: w", "Q: wh")]
+    found = examples(tokenizer, write(tmp_path / "given.jsonl", *given), read=comparison, eval_size=2)
+    assert (len(found.train), len(found.eval)) == (2, 2)
+    unlike = [
+        {"chosen": f"{letter} {letter}", "rejected": "zz"} for letter in "abcdef"
+    ]  # no prompt: only <s> is common
+    found = examples(tokenizer, write(tmp_path / "unlike.jsonl", *unlike), read=comparison, eval_size=2)
+    assert (len(found.train), len(found.eval)) == (4, 2)
+
+
+def test_conversations_of_a_pair_begin_with_one_prompt(tokenizer):
+    def talk(*texts):
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    found = comparison({"chosen": talk("A?", "a"), "rejected": talk("A?", "b", "Why?", "c")}, tokenizer)
+    assert found.chosen.prompt == found.rejected.prompt
+    for other, place in [(("B?", "b"), "message 1"), (("A?", "a", "So?", "c"), "message 3")]:
+        with pytest.raises(ValueError, match=rf"part at {place} \(user\): they answer different prompts"):
+            comparison({"chosen": talk("A?", "a", "Why?", "b"), "rejected": talk(*other)}, tokenizer)
+
+
+def test_completions_that_are_equal_are_left_out_and_an_empty_text_is_an_error(tokenizer, tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "chosen": "x", "rejected": "x" if i < 3 else "y"} for i in range(8)]
+    found = examples(tokenizer, write(tmp_path / "rows.jsonl", *rows), read=comparison, eval_size=2)
+    assert len(found.train) + len(found.eval) == 5
+    assert "3 left out, whose completions are equal" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the completions of every one of 3 rows are equal"):
+        examples(tokenizer, write(tmp_path / "ties.jsonl", *rows[:3]), read=comparison)
+    with pytest.raises(ValueError, match="line 2: column 'text' is empty"):
+        examples(tokenizer, write(tmp_path / "texts.jsonl", {"text": "a"}, {"text": ""}))
+
+
+def test_one_line_says_that_bos_stands_twice(tokenizer, tmp_path, capsys):
+    rows = [{"prompt": "<s>Hi", "completion": "a"}, {"prompt": "Hi", "completion": "a"}]
+    found = examples(tokenizer, write(tmp_path / "rows.jsonl", *rows), eval_size=1)
+    assert sorted(one.prompt[:2] == [1, 1] for side in found for one in side) == [False, True]
+    assert "warning: 1 of 2 rows begin with '<s>' twice: the text holds it" in capsys.readouterr().out
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]
+    examples(tokenizer, write(tmp_path / "chats.jsonl", {"messages": chat}, {"messages": chat}), eval_size=1)
+    assert "twice" not in capsys.readouterr().out
+
+
 def test_texts_are_split_by_the_whole_text(tokenizer, tmp_path):
     found = examples(
         tokenizer, write(tmp_path / "rows.jsonl", *({"text": f"Once {i}"} for i in range(10))), eval_size=3
@@ -218,6 +297,7 @@ def test_files_with_weights_have_their_share_of_the_draws(tokenizer, tmp_path):
         ((f"{one}=3", two), "weights for some files only"),
         ((f"{one}=-1", f"{two}=1"), "must be a positive number"),
         ((f"{one}=1e-6", f"{two}=1"), "would repeat rows"),
+        ((f"{one}=1", f"{one}=3"), rf"{one} is named twice; legal: once"),
     ]:
         with pytest.raises(ValueError, match=message):
             prompts(files, tokenizer)
@@ -347,12 +427,19 @@ def test_offline_one_line_says_how_to_fetch_a_model(cache):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_in_the_cache_is_taken_and_its_revision_is_in_its_name(cache, model):
+def put_into(cache, model):
+    """The snapshot of owner/small in the cache."""
     revision = "7ae557604adf67be50417f59c2c2f167def9a775"
     snapshot = cache / "models--owner--small" / "snapshots" / revision
     shutil.copytree(model, snapshot)
     (cache / "models--owner--small" / "refs").mkdir()
     (cache / "models--owner--small" / "refs" / "main").write_text(revision)
+    return snapshot
+
+
+def test_a_model_in_the_cache_is_taken_and_its_revision_is_in_its_name(cache, model):
+    snapshot = put_into(cache, model)
+    revision = snapshot.name
     for name in ("owner/small", f"owner/small@{revision}"):
         assert hub.find_model(name) == str(snapshot)
     cfg = hub.with_local_models(generate.Config(model="owner/small", prompt="Once"))
@@ -372,6 +459,28 @@ def test_a_run_keeps_the_revision_of_its_model_wherever_the_cache_is():
         assert hub.settings_of(cfg) == dataclasses.asdict(cfg) | {"model": "owner/small-2.0@7ae55760"}
     for model in ("/models/small", "owner/small", f"/root/hub/{directory}/folder"):
         assert hub.settings_of(generate.Config(model=model, prompt="Once"))["model"] == model
+
+
+def test_what_a_script_reads_is_found_in_its_settings(cache, model, tmp_path, monkeypatch):
+    """Models, reward models, rows, templates and rubrics; the hub's by their revision, in config.json."""
+    snapshot = put_into(cache, model)
+    monkeypatch.chdir(tmp_path)
+    for name in ("reward", "critic", "number"):
+        (tmp_path / name).mkdir()
+    for name in ("a.jsonl", "b=2.jsonl", "t.txt", "rubric.txt"):
+        (tmp_path / name).write_text("")
+    reward = settings.Reward(rubric="rubric.txt")
+    rewards = ("number", "process:reward=2", "owner/small=0.5@number", "judge:http://h/v1")
+    files = dict(model=str(snapshot), prompts=("a.jsonl=2", "b=2.jsonl=1"), critic_model="critic", template="@t.txt")
+    cfg = ppo.Config(**files, rewards=rewards, reward=reward)
+    assert inputs_of(cfg) == sorted(["a.jsonl", "b=2.jsonl", "critic", "reward", "rubric.txt", "t.txt"])
+    pinned = f"owner/small@{snapshot.name}=0.5@number"
+    assert hub.settings_of(cfg)["rewards"] == ["number", "process:reward=2", pinned, "judge:http://h/v1"]
+    again = dataclasses.replace(cfg, rewards=tuple(hub.settings_of(cfg)["rewards"]))
+    assert hub.settings_of(again)["rewards"] == hub.settings_of(cfg)["rewards"]
+    learned = dpo.Config(model="reward", data=settings.Data(files=("a.jsonl", "hf://owner/rows"), completion="@t.txt"))
+    assert inputs_of(learned) == ["a.jsonl", "reward", "t.txt"]
+    assert inputs_of(score.Config(data="a.jsonl")) == ["a.jsonl"]
 
 
 def test_all_processes_take_the_revision_that_process_0_has(cache, model, monkeypatch):

@@ -1,5 +1,6 @@
 """Every row format, plain and conversational, through the reader of the script that eats it: what it learns from."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -8,7 +9,7 @@ import pytest
 
 from experiments.common import data
 from experiments.common.preference_methods import METHODS
-from experiments.common.preference_rows import collate_rows, read_rows
+from experiments.common.preference_rows import _pair_with_gold, collate_rows, read_rows
 from experiments.common.settings import Data
 from experiments.reward_model import completions_of, read_row
 from models import tiny
@@ -116,6 +117,19 @@ def test_preferences(make, tokenizer, tmp_path):
         assert text[-2] != other[-2]  # of another prompt
 
 
+@pytest.mark.parametrize("make", PREFERENCES.values(), ids=PREFERENCES)
+def test_what_was_cut_has_no_end_of_turn(make, tokenizer):
+    """The chosen one of a pair, and the second of a ranking."""
+    pair = read_row(make("a") | {"ended": [False, True]}, tokenizer)
+    assert learned(collate(completions_of(pair), 40), tokenizer) == [" yesa", " noa."]
+    ranked = RANKINGS["texts" if isinstance(make("a")["chosen"], str) else "chat"]("a")
+    row = read_row(ranked | {"ended": [True, False, True]}, tokenizer)
+    assert learned(collate(completions_of(row), 40), tokenizer) == [" best.", " good", " bad."]
+    for wrong in (None, [True], [1, 0], "no"):
+        with pytest.raises(ValueError, match=r"column 'ended' is .*; legal: a list of true and false, one for each"):
+            read_row(make("a") | {"ended": wrong}, tokenizer)
+
+
 JUDGMENTS = {
     "texts": lambda c: {"prompt": f"q{c}", "completion": f" yes{c}", "label": c < "e"},
     "chat": lambda c: {"prompt": user(f"q{c}"), "completion": assistant(f" yes{c}"), "label": c < "e"},
@@ -143,6 +157,29 @@ def test_rankings(make, tokenizer, tmp_path):
     settings = write(tmp_path / "rows.jsonl", [make(c) for c in LETTERS])
     for row in sorted_sides(data.read_examples(settings, read_row, tokenizer, 60, 0)):
         assert learned(collate(completions_of(row), 40), tokenizer) == [" best.", " good.", " bad."]
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_rankings_and_gold_are_read_with_the_tools_of_their_row(tokenizer, tmp_path):
+    """And where there is no prompt, that is said."""
+    row = RANKINGS["chat"]("a") | {"tools": TOOLS}
+    for example in read_row(row, tokenizer):
+        assert example.columns["tools"] == TOOLS
+    gold = {"prompt": user("q"), "chosen": assistant("a"), "rejected": assistant("b"), "gold": assistant("c")}
+    rows = [gold | {"tools": TOOLS}, {"prompt": "q", "chosen": "a", "rejected": "b", "gold": "c"}]
+    for made, chat in zip(rows, (False, True), strict=True):
+        settings = dataclasses.replace(write(tmp_path / "rows.jsonl", [made] * 2), chat=chat)
+        for found in sorted_sides(read_rows(settings, METHODS["tpo"], tokenizer, 60, 0)):
+            assert learned(collate(found.completions, 40), tokenizer) == ["a.", "b.", "c."]
+            assert found.completions[2].columns.get("tools") == made.get("tools")
+    for read, bad in [
+        (read_row, {"question": "q", "completions": ["a", "b"]}),
+        (_pair_with_gold, {"chosen": "q a", "rejected": "q b", "gold": "q c"}),
+    ]:
+        with pytest.raises(ValueError, match=r"no column 'prompt'; the row has (question|chosen)"):
+            read(bad, tokenizer)
 
 
 STEPS = {

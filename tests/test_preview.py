@@ -164,6 +164,45 @@ def test_rows_that_cannot_be_read_are_named_and_the_others_shown(model, tmp_path
     assert "legal: " in records[2]["why"]
 
 
+def test_what_scripts_refuse_or_leave_out_is_said(model, tmp_path, capsys):
+    """A plain row after a conversation; equal completions."""
+    chat = [{"role": "user", "content": "a"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": chat}, {"prompt": "a"})))
+    with pytest.raises(ValueError, match=r"1 of 2 rows .* line 2: plain text, but .*line 1 is a conversation"):
+        look(model, file)
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    (record,) = look(model, file)
+    assert (record["status"], record["why"]) == ("left out", "its completions are equal")
+
+
+def test_rankings_gold_and_labels_that_are_missing(model, tmp_path, capsys):
+    rows = [
+        {"prompt": "a", "completions": ["best", "worst"]},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "gold": "gold"},
+        {"prompt": "a", "completions": ["one", "two"], "labels": [None, 1]},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranking, pair, steps = look(model, file)
+    tokenizer = load_tokenizer(model)
+    assert [texts(text, tokenizer)[1].strip() for text in ranking["completions"]] == ["best</s>", "worst</s>"]
+    assert texts(pair["gold"], tokenizer)[1].strip() == "gold</s>"
+    assert [label for label, ends in zip(steps["labels"], steps["step_ends"], strict=True) if ends] == [None, 1.0]
+    assert "NaN" not in capsys.readouterr().out
+    preview.main(preview.Config(model=model, data=Data(files=(str(file),))))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("place")] == [["place", "1"], ["place", "2"]]
+
+
+def test_a_reward_model_has_a_tokenizer_too(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert look(str(tmp_path / "model"), ROWS / "preference.jsonl", rows=1)
+
+
 def test_of_rows_that_cannot_be_read_for_one_reason_the_first_is_shown(model, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"x": 1}\n' * 12 + '{"prompt": null, "completion": "b"}\n{"prompt": "a", "completion": "b"}\n')

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import best_of_n, collect
+from experiments import best_of_n, collect, rlhf
 from experiments.common import data, reward_models, sampling
 from experiments.common.feedback import Candidates, line_of
 from experiments.common.records import judged_prompts
@@ -177,3 +177,11 @@ def test_weights_are_refused_where_every_prompt_is_taken_once(tokenizer, tmp_pat
 
 def test_generate_shows_the_question_not_the_answer(tokenizer, tmp_path):
     assert generate.text_of_prompt({"messages": [*ASKED, GOLD]}) == "What is 2+2?"
+
+
+def test_the_road_wants_prompts_that_are_texts(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for row, found in ({"question": "a"}, "None"), ({"prompt": ASKED}, ".*user"):
+        file.write_text('{"prompt": "a"}\n' + json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2, column 'prompt': {found}.*; legal: a text"):
+            rlhf.openings_to_train_on(rlhf.Config(model="/absent", prompts=str(file)))

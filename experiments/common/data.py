@@ -8,7 +8,17 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from experiments.common.rows import Found, Read, examples_in, limits_text, make_shape, read_rows, shorten
+from experiments.common.rows import (
+    Found,
+    Read,
+    examples_in,
+    is_tie,
+    limits_text,
+    make_shape,
+    read_rows,
+    shorten,
+    split_keys,
+)
 from experiments.common.settings import Data, Rows
 from rljax.data.examples import Example, demonstration, prompt_ids
 from rljax.data.files import Table, read_table
@@ -56,9 +66,12 @@ class Files(NamedTuple):
 
 
 def read_files(names: str | Sequence[str]) -> Files:
-    """The files FILE or FILE=WEIGHT. Raises ValueError for weights of some only."""
+    """The files FILE or FILE=WEIGHT. Raises ValueError for weights of some only, and for a file named twice."""
     names = [names] if isinstance(names, str) else names
     paths, weights = map(list, zip(*map(split_weight, names), strict=True))
+    twice = [path for i, path in enumerate(paths) if path in paths[:i]]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice; legal: once, FILE=WEIGHT for a larger share of the draws")
     if any(weights) and not all(weights):
         raise ValueError(f"weights for some files only ({', '.join(names)}); legal: FILE=WEIGHT for all or for none")
     return Files(paths, weights, [read_table(path) for path in paths])
@@ -109,15 +122,21 @@ def read_and_split(
     parts = [read_rows(table, shape, read, tokenizer) for table in files.tables]
     file_of = [number for number, part in enumerate(parts) for _ in part]
     source = {one.place: number for number, one in zip(file_of, (one for part in parts for one in part), strict=True)}
-    kept, dropped, cut = shorten([one for part in parts for one in part], *limits, what)
-    keys = [one.key for one in kept]
-    train, evaluation = ([kept[i] for i in side] for side in train_eval_split(keys, eval_size, seed))
+    fitting, dropped, cut = shorten([one for part in parts for one in part], *limits, what)
+    kept = [one for one in fitting if not is_tie(one.item)]
+    if not kept:
+        raise ValueError(f"the completions of every one of {len(fitting)} rows are equal: there is nothing to learn")
+    keys = split_keys(kept)
+    split = train_eval_split(keys, eval_size, seed)
+    train, evaluation = ([kept[i] for i in side] for side in split)
     repeated = len(keys) - len(set(keys))
+    evaluated = f"{len({keys[i] for i in split[1]})} of {len(set(keys))} prompts"
     option = "--eval_prompts" if what == "prompts" else "--data.eval_size"
     notes = [
         f"{dropped} dropped, longer than {limits_text(*limits[1:])}",
         *([f"{cut} cut to that ({limits[0]})"] if cut else []),
-        *([f"{repeated} repeat the prompt of another, and are on its side"] if repeated else []),
+        *([f"{len(fitting) - len(kept)} left out, whose completions are equal"] if len(kept) < len(fitting) else []),
+        *([f"{repeated} repeat the prompt of another, and are on its side: {evaluated} held out"] if repeated else []),
         *([f"all have one prompt: the same {what} train and evaluate"] if len(set(keys)) == 1 else []),
         *([f"{option} says how many to hold out"] if 2 * len(evaluation) >= len(train) else []),
     ]

@@ -65,7 +65,7 @@ def _pair_with_gold(row: dict, tokenizer: Tokenizer) -> list[Row]:
     (found,) = _pair(row, tokenizer)
     if "gold" not in row:
         raise ValueError("a pair without a column gold; this method wants one: a third completion, to be imitated")
-    gold = demonstration({"prompt": row["prompt"], "completion": row["gold"]}, tokenizer)
+    gold = demonstration(row | {"completion": row["gold"]}, tokenizer)
     return [found._replace(completions=(*found.completions, gold))]
 
 

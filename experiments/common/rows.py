@@ -17,16 +17,31 @@ from rljax.train.log import log_info
 T = TypeVar("T")
 Read = Callable[[dict, Tokenizer], Any]  # row -> an Example, or a tuple or list that holds some
 
-# Within these commands of LaTeX, \nabla, \neq and so on, "\n" is no new line.
-NEW_LINE = re.compile(
-    r"\\n(?!(abla|atural|cong|e|earrow|eg|eq|ewcommand|ewline|exists|geq|gtr|i|leftarrow|leq|less|mid|olimits|onumber|"
-    r"ormalsize|ot|otag|otin|parallel|prec|rightarrow|Rightarrow|sim|subset|subseteq|succ|supset|u|vdash|warrow)(?![A-Za-z]))"
-)
+# LaTeX's commands that begin with n: within them "\\n" is no new line.
+COMMANDS = """
+    nabla natural ncong ne nearrow neg negmedspace negthickspace negthinspace neq nequiv newcommand newcounter
+    newenvironment newif newlength newline newpage newtheorem nexists ngeq ngeqq ngeqslant ngtr ngtrsim ni nicefrac
+    nleftarrow nLeftarrow nleftrightarrow nLeftrightarrow nleq nleqq nleqslant nless nlesssim nmid nobreak
+    nobreakspace nocite node noindent nolimits nolinebreak nonumber nopagebreak norm normalfont normalsize not notag
+    notin notni nparallel nprec npreceq nrightarrow nRightarrow nshortmid nshortparallel nsim nsimeq nsubset
+    nsubseteq nsubseteqq nsucc nsucceq nsupset nsupseteq nsupseteqq ntriangleleft ntrianglelefteq ntriangleright
+    ntrianglerighteq nu null num numberwithin nvdash nvDash nVdash nVDash nwarrow
+"""
+ESCAPED = re.compile(rf"\\n(?:(?P<rest>{'|'.join(name[1:] for name in COMMANDS.split())})(?![A-Za-z]))?")
 
 
 def unescape(text: str) -> str:
-    """A text of the command line, in which \\n is a new line, but not within a command of LaTeX such as \\neq."""
-    return NEW_LINE.sub("\n", text)
+    """A text of the command line, in which \\n is a new line, but not within a command of LaTeX such as \\neq.
+
+    One line says which were left as they are.
+    """
+    kept = {match[0] for match in ESCAPED.finditer(text) if match["rest"]}
+    if kept:
+        log_info(
+            f"{', '.join(sorted(kept))} in {text!r} is left as it is, as LaTeX's; where \\n is to be a new line, write "
+            "a new line itself, or of a template @FILE, the file that holds it"
+        )
+    return ESCAPED.sub(lambda match: match[0] if match["rest"] else "\n", text)
 
 
 def read_template(text: str) -> Callable[[dict], str]:
@@ -63,7 +78,13 @@ def _as_conversations(row: dict) -> dict:
     """The texts of a row as messages: the prompt a user's, the rest the assistant's."""
     if "text" in row and "prompt" not in row:
         raise ValueError("column 'text' has no user's message to make a conversation of; legal with chat: a prompt")
-    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    roles = {
+        "prompt": "user",
+        "completion": "assistant",
+        "chosen": "assistant",
+        "rejected": "assistant",
+        "gold": "assistant",
+    }
     made: dict = {
         name: [{"role": role, "content": row[name]}] for name, role in roles.items() if isinstance(row.get(name), str)
     }
@@ -93,12 +114,31 @@ class Found(NamedTuple):
     row: dict  # as the file has it
     place: str  # FILE, line 7
     key: tuple  # of its prompt: rows of equal keys are on one side of a split
+    key_is_common: bool = False  # the key is what two texts both begin with: the prompt, or more of both answers
 
 
 def read_rows(table: Table, shape: Callable[[dict], dict], read: Read, tokenizer: Tokenizer) -> list[Found]:
     """read(row) of every row of a file. Raises ValueError, with file and line, for what cannot be read."""
-    warn_of_ignored_tools(table, tokenizer)
     found = []
+    for one in read_each(table, shape, read, tokenizer):
+        if isinstance(one, Unread):
+            raise ValueError(f"{one.place}: {one.why}")
+        found.append(one)
+    warn_of_rows(table, found, tokenizer)
+    return found
+
+
+class Unread(NamedTuple):
+    """A row that cannot be read."""
+
+    why: str
+    place: str  # FILE, line 7
+
+
+def read_each(
+    table: Table, shape: Callable[[dict], dict], read: Read, tokenizer: Tokenizer
+) -> Iterator[Found | Unread]:
+    """read(row) of each row of a file, or why it cannot be read."""
     kind = None
     for i, row in enumerate(table.rows):
         try:
@@ -106,9 +146,23 @@ def read_rows(table: Table, shape: Callable[[dict], dict], read: Read, tokenizer
             kind = _same_kind(kind, shaped, table)
             item = read(shaped, tokenizer)
         except ValueError as error:
-            raise ValueError(f"{table.place(i)}: {error}") from None
-        found.append(Found(item, row, table.place(i), _key(shaped, item)))
-    return found
+            yield Unread(str(error), table.place(i))
+            continue
+        yield Found(item, row, table.place(i), *_key(shaped, item, tokenizer))
+
+
+def warn_of_rows(table: Table, found: Sequence[Found], tokenizer: Tokenizer) -> None:
+    """One line where the chat template ignores tools, and one where texts begin with BOS, which is added once more."""
+    warn_of_ignored_tools(table, tokenizer)
+    added = tokenizer.encode("")[:1]
+    firsts = [next(examples_in(one.item)) for one in found] if added else []
+    count = sum([*first.prompt[:2], *first.completion[:2]][:2] == 2 * added for first in firsts)
+    if count:
+        log_info(
+            f"warning: {count} of {len(table.rows)} rows begin with {tokenizer.decode_all(added)!r} twice: the text "
+            "holds it, and the tokenizer adds it; legal: texts without it",
+            "yellow",
+        )
 
 
 def warn_of_ignored_tools(table: Table, tokenizer: Tokenizer) -> None:
@@ -131,10 +185,37 @@ def _same_kind(kind: bool | None, row: dict, table: Table) -> bool | None:
     return mine
 
 
-def _key(row: dict, item: Any) -> tuple:
+def _key(row: dict, item: Any, tokenizer: Tokenizer) -> tuple[tuple, bool]:
+    """The key of the row's prompt, and whether it is what two texts both begin with."""
     first = next(examples_in(item))
-    is_text = "text" in row and not {"prompt", "messages", "completion"} & set(row)
-    return tuple(first.prompt + first.completion) if is_text else tuple(first.prompt)
+    whole = (*first.prompt, *first.completion)
+    if not {"prompt", "messages", "completion"} & set(row):
+        if isinstance(row.get("chosen"), str):
+            has_prompt = len(first.prompt) > len(tokenizer.encode(""))
+            return (tuple(first.prompt), True) if has_prompt else (whole, False)
+        if "text" in row:
+            return whole, False
+    return tuple(first.prompt), False
+
+
+def split_keys(found: Sequence[Found]) -> list[tuple]:
+    """A key for each row: rows of equal keys are on one side of a split.
+
+    Of pairs without a prompt, keys of which one is the beginning of another are one: "Q: best? A:" is the prompt of a
+    pair whose answers begin alike, too.
+    """
+    shortest: dict[tuple, tuple] = {}
+    root: tuple = ()
+    for key in sorted({one.key for one in found if one.key_is_common}):  # a beginning stands right before what follows
+        root = root if root and key[: len(root)] == root else key
+        shortest[key] = root
+    return [shortest[one.key] if one.key_is_common else one.key for one in found]
+
+
+def is_tie(item: Any) -> bool:
+    """Whether the completions that are compared are equal: nothing is learned from them."""
+    first, *others = examples_in(item)
+    return bool(others) and all(other[:2] == first[:2] for other in others)
 
 
 def examples_in(item: Any) -> Iterator[Example]:

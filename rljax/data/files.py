@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rljax.data.formats import TEXTS
+
 HUB = "hf://"
+NESTED = (*TEXTS, "completions", "gold", "tools")  # columns of messages and of JSON schemas
 LEGAL = (
     "legal: .jsonl, .json (lines, or one array), either of them with .gz; .parquet; hf://OWNER/NAME[/CONFIG][:SPLIT]"
 )
@@ -40,6 +43,8 @@ def read_table(path: str | Path) -> Table:
         table = _read_parquet(path)
     else:
         text = _read_text(path)
+        if text.startswith("version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; get it with: git lfs pull")
         table = _read_array(path, text) if text.lstrip().startswith("[") else _read_lines(path, text)
     if not table.rows:
         raise ValueError(f"{path} is empty: a dataset needs at least one row")
@@ -49,6 +54,8 @@ def read_table(path: str | Path) -> Table:
 def _read_text(path: str) -> str:
     if Path(path).is_dir():
         raise ValueError(f"{path} is a directory; {LEGAL}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     content = Path(path).read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):
@@ -67,22 +74,25 @@ def _read_lines(path: str, text: str) -> Table:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON ({error}); one object a line, or one array of objects") from None
+        row = _loads(line, place, "one object a line, or one array of objects" if rows else LEGAL)
         rows.append(_require_object(row, place))
         numbers.append(number)
     return Table(path, rows, numbers)
 
 
 def _read_array(path: str, text: str) -> Table:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); it begins as an array of objects") from None
+    rows = _loads(text, path, "it begins as an array of objects")
     rows = [_require_object(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
     return Table(path, rows, list(range(1, len(rows) + 1)), "row")
+
+
+def _loads(text: str, place: str, legal: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{place}: JSON that is nested too deeply to be read") from None
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise ValueError(f"{place}: not JSON ({error}); {legal}") from None
 
 
 def _require_object(row: Any, place: str) -> dict:
@@ -121,8 +131,19 @@ def _datasets(path: str):
 
 def _of_dataset(path: str, load: Callable[[], Iterable[dict]]) -> Table:
     try:
-        rows = [dict(row) for row in load()]
+        rows = [{name: _without_absent(name, value) for name, value in row.items()} for row in load()]
     except Exception as error:  # of many libraries: network, hub, arrow
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{path}: datasets cannot read it: {reason}") from None
     return Table(path, rows, list(range(1, len(rows) + 1)), "row")
+
+
+def _without_absent(column: str, value: Any) -> Any:
+    """The value without nulls in its objects: a column of objects has every key in each, null where it was absent."""
+
+    def clean(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: clean(inner) for name, inner in part.items() if inner is not None}
+        return [clean(inner) for inner in part] if isinstance(part, list) else part
+
+    return clean(value) if column in NESTED else value

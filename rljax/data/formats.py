@@ -8,6 +8,7 @@
 | preference | `chosen`, `rejected`, and `prompt` unless both begin with it; `margin` if the pair was rated |
 | unpaired preference | `prompt`, `completion`, `label` (true: desirable) |
 | stepwise supervision | `prompt`, `completions` (the steps), `labels` (of each step) |
+| ranking | `prompt`, `completions` (the best first) |
 
 Each is standard (strings) or conversational (lists of messages {"role", "content"}), told by type. Other columns go
 along: verifiers read them, and `tools` is what a chat template is told of functions.
@@ -18,6 +19,7 @@ from typing import Any
 
 FORMATS = {  # the most specific first
     "stepwise supervision": {"prompt", "completions", "labels"},
+    "ranking": {"prompt", "completions"},
     "unpaired preference": {"prompt", "completion", "label"},
     "prompt-completion": {"prompt", "completion"},
     "preference": {"chosen", "rejected"},
@@ -28,7 +30,7 @@ FORMATS = {  # the most specific first
 TEXTS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 
 # What some format or method reads of a row. A row that is made of another's prompt has its own of these, or none.
-READ = {*TEXTS, "completions", "label", "labels", "margin"}
+READ = {*TEXTS, "completions", "label", "labels", "margin", "ended"}
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]

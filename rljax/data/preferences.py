@@ -66,12 +66,13 @@ def mismatched_examples(examples: Sequence[Example], pool: Sequence[Example], wi
 def ranking(row: dict, read: Callable[[dict], Example]) -> list[Example]:
     """The completions of a row, best first, from its columns `prompt` and `completions`.
 
-    `read`: {prompt, completion} -> Example. Raises ValueError for fewer than two completions.
+    `read`: the row with one `completion` in place of all -> Example. Raises ValueError for fewer than two completions.
     """
     completions = row.get("completions")
     if not isinstance(completions, list) or len(completions) < 2:
         raise ValueError(f"completions is {completions!r}; legal: a list of at least two, best first")
-    return [read({"prompt": row["prompt"], "completion": completion}) for completion in completions]
+    rest = {name: value for name, value in row.items() if name != "completions"}
+    return [read(rest | {"completion": completion}) for completion in completions]
 
 
 def collate_rankings(

@@ -45,11 +45,19 @@ BROKEN = {
     "one object over lines": (
         "a.json",
         b'{\n"rows": []\n}',
-        r"a\.json, line 1: not JSON .*one object a line, or one array",
+        r"a\.json, line 1: not JSON .*; legal: \.jsonl, \.json \(lines, or one array\)",
     ),
     "empty": ("a.jsonl", b" \n", r"a\.jsonl is empty: a dataset needs at least one row"),
     "empty array": ("a.json", b"[]", r"a\.json is empty"),
     "UTF-16": ("a.jsonl", '{"q": 1}'.encode("utf-16"), r"a\.jsonl: not UTF-8 at byte 0; legal: .*\.jsonl"),
+    "a pointer": (
+        "a.jsonl",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        r"a\.jsonl is a Git LFS pointer, not the file itself; get it with: git lfs pull",
+    ),
+    "too deep": ("a.jsonl", b'{"q": 1}\n{"q": ' + b"[" * 10**5, r"a\.jsonl, line 2: JSON that is nested too deeply"),
+    "a table": ("a.csv", b"question,answer\n1,2\n", r"a\.csv, line 1: not JSON .*; legal: \.jsonl, \.json .*\.parquet"),
+    "an archive": ("a.zip", b"PK\x03\x04 stored", r"a\.zip, line 1: not JSON .*; legal: \.jsonl, \.json .*\.parquet"),
     "half a gzip": ("a.jsonl.gz", gzip.compress(b'{"q": 1}' * 99)[:30], r"a\.jsonl\.gz: a damaged gzip file"),
 }
 
@@ -64,7 +72,7 @@ def test_one_line_for_what_is_not_read(name, content, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
 def test_no_file(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match=name):
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path / name}: no such file$"):
         read_table(tmp_path / name)
 
 
@@ -115,6 +123,22 @@ def test_parquet_and_the_hub(datasets, tmp_path):
     ]
     with pytest.raises(ValueError, match=r"hf://none/there: datasets cannot read it: Couldn't reach the hub$"):
         read_table("hf://none/there")
+
+
+def test_a_key_that_other_rows_have_is_absent_from_a_column_of_objects(monkeypatch, tmp_path):
+    """`datasets` fills it with null in calls, schemas and messages; a null of a column of its own stays."""
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome", "a": None}}, "id": None}
+    tool = {"function": {"parameters": {"properties": {"city": {"enum": ["Rome", None]}, "a": None}}}}
+    row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool], "n": None}
+    row |= {"tests": [{"input": "1", "output": None}]}
+    stub = types.ModuleType("datasets")
+    stub.Dataset = types.SimpleNamespace(from_parquet=lambda path: [row])
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (found,) = read_table(tmp_path / "a.parquet").rows
+    assert found["messages"][0]["tool_calls"] == [{"function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    assert found["tools"] == [{"function": {"parameters": {"properties": {"city": {"enum": ["Rome", None]}}}}}]
+    assert (found["n"], found["tests"]) == (None, row["tests"])
 
 
 def test_without_the_package(monkeypatch, tmp_path):
