@@ -43,7 +43,6 @@ from rljax.rewards.pool import Pool
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table, write_atomically
 from rljax.train.mesh import make_mesh
-from rljax.train.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
     # -- sample, judge, choose
     directory = cfg.directory or f"runs/best_of_n/{runs.name_of(cfg, f'n{cfg.n}')}"
     kept = runs.settings_but(cfg, "above", "keep_cut")  # which choose among what is sampled: they may change
-    run = Run(directory, kept, steps=1, source=__file__, functions={"rewards": rewards.verifiers})
+    run = runs.make_run_of_one_step(cfg, directory, kept, __file__, rewards.verifiers)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         log = run.directory / "judged.jsonl"

@@ -13,7 +13,8 @@ command goes on after its last prompt, with the same completions and votes as if
 A line of --out is a pair: "prompt", "chosen", "rejected", and "margin": the difference of scores, or of the shares of
 votes; `tools` and the other columns of the prompt that no format reads go along (docs/data.md). With it are the "votes"
 of a panel (true: for the chosen one; equal votes are decided by a coin), the number of the prompt ("row") and of both
-completions ("pair"). Pairs that are worth the same to all are left out. dpo.py and reward_model.py read it. At the end
+completions ("pair"), and whether each of both "ended" by itself: one that was cut at max_tokens gets no end of turn
+from dpo.py and reward_model.py, which read the file. Pairs that are worth the same to all are left out. At the end
 stand the raw agreement of the panel and Cohen's kappa, of more than two annotators Fleiss'.
 
 Reached: stories260k, story_openings.jsonl, --n 16 --rewards animals --sampling.max_tokens 64: 3,142 comparisons in 51 s
@@ -31,15 +32,18 @@ import numpy as np
 from experiments.common import command_line, hub, models, runs
 from experiments.common.feedback import (
     Candidates,
-    check_settings,
     compare_by_person,
+    end_last_line,
     first_open,
+    keep_own_settings,
     line_of,
+    own_lines,
     report_agreement,
-    whole_lines,
+    report_cut,
 )
+from experiments.common.inputs import inputs_of
 from experiments.common.panel import check_panel, votes, worths
-from experiments.common.records import append_lines
+from experiments.common.records import append_lines, ended_rows
 from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Panel, Rare, Reward, Rows, Sampling
@@ -88,11 +92,12 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
     runs.check_whole_prompts(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     tokenizer, prompts = runs.read_all_prompts(cfg)
-    lines = whole_lines(cfg.out)
+    lines = own_lines(cfg.out)
     settings = {name: value for name, value in hub.settings_of(cfg).items() if name not in FREE}
-    check_settings(cfg.out, settings, lines)
+    keep_own_settings(cfg.out, settings, inputs_of(cfg), lines)
     voters = cfg.panel.annotators if cfg.rewards else 0
     start = first_open(cfg.out, lines, lambda number: prompt_of(prompts.shaped_of([number])[0]), voters)
+    end_last_line(cfg.out, lines)
     for candidates in sample_candidates(cfg, tokenizer, prompts, rewards, start):
         found = compare_by_panel(cfg, candidates) if cfg.rewards else compare_by_person(candidates, cfg.ask, ask)
         if found is None:
@@ -100,6 +105,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
         append_lines(Path(cfg.out), found)
         lines += found
     log_info(f"{len(lines)} comparisons in {cfg.out}" if lines else f"no comparison was made: {cfg.out} is not written")
+    report_cut(lines)
     report_agreement(lines)
     return lines
 
@@ -129,12 +135,13 @@ def sample_candidates(
             traj = traj if score is None else score(traj, rows)
             texts = decode_completions(traj, tokenizer.decode)
             lengths = np.asarray(traj.mask).sum(axis=1)
+            ended = ended_rows(traj)
             scores = None if traj.rewards is None else np.asarray(traj.rewards).sum(axis=1)
             for p, number in enumerate(rows.number.tolist()):
                 if number >= start:
                     own = slice(p * cfg.n, (p + 1) * cfg.n)
                     known = None if scores is None else scores[own]
-                    yield Candidates(number, rows.as_read[p], texts[own], lengths[own], known)
+                    yield Candidates(number, rows.as_read[p], texts[own], lengths[own], ended[own], known)
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing

@@ -36,6 +36,7 @@ from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, mixtures
 from rljax.models.decoder import DecoderConfig
 from rljax.models.distillation import make_compare
+from rljax.ops import groups
 from rljax.ops.distillation import full_vocabulary
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
@@ -177,12 +178,12 @@ def make_evaluate(
     @jax.jit
     def kl_of_rows(params, frozen, traj):
         found = compare(params, frozen, Distillation(traj), full_vocabulary(1.0))
-        return jnp.where(traj.mask, found.divergence, 0.0).sum(axis=1)
+        return jnp.where(traj.mask, found.divergence, 0.0).sum(axis=1), traj.group
 
     def evaluate(state: TrainState) -> dict[str, float]:
         pieces = [kl_of_rows(state.params, state.frozen, traj) for traj in sample_pieces(state, cfg.seed)]
-        kl = jnp.concatenate(pieces)[: len(prompts) * sampling.n]
-        return {"kl": float(kl.mean()), "error": float(kl.std(ddof=1) / len(kl) ** 0.5)}
+        kl, group = (jnp.concatenate(parts)[: len(prompts) * sampling.n] for parts in zip(*pieces, strict=True))
+        return {"kl": float(kl.mean()), "error": float(groups.standard_error(kl, jnp.ones_like(kl), group))}
 
     return evaluate
 

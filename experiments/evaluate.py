@@ -14,7 +14,8 @@ A completion is correct where its reward, the weighted sum of --rewards, is at l
 Each is a mean over prompts with its 95 % interval: the completions of a prompt are not independent of each other, so
 prompts are what is counted. Of shares that is Wilson's interval (experiments/common/intervals.py), which has a width
 where all prompts agree, too; of the reward ± 1.96 standard errors. A completion that could not be judged is left out of
-all of them, and their number is in the last line. DIRECTORY/samples.jsonl has every completion with its reward,
+all of them, and a prompt with fewer than k judged ones of pass@k and maj@k, whatever else is known of it; the last line
+counts both. DIRECTORY/samples.jsonl has every completion with its reward,
 DIRECTORY/summary.json the numbers. An interrupted run goes on with the next prompts; a completion depends on the seed,
 not on what is sampled beside it.
 
@@ -24,6 +25,7 @@ pass@4 0.050 ± 0.068, greedy 0.000.
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -43,7 +45,6 @@ from rljax.rewards.pool import Pool
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table, write_atomically
 from rljax.train.mesh import make_mesh
-from rljax.train.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     # -- sample and judge
     settings = runs.settings_but(cfg, "right", "k")  # which are read at the end only: they may change
     directory = cfg.directory or f"runs/evaluate/{runs.name_of(cfg)}-{runs.digest_of(settings)}"
-    run = Run(directory, settings, steps=1, source=__file__, functions={"rewards": rewards.verifiers})
+    run = runs.make_run_of_one_step(cfg, directory, settings, __file__, rewards.verifiers)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         log = run.directory / "samples.jsonl"
@@ -141,10 +142,9 @@ def summarize(cfg: Config, records: list[dict], final_answer: Callable | None) -
             passed = np.asarray(pass_at_k(jnp.asarray(count), jnp.asarray(correct.sum(axis=1)), k))
             found[f"pass@{k}"] = share_of(passed, cfg.n // k)
         if final_answer is not None:
-            answers = np.where(judged, answer_ids(sampled, final_answer), -1)
+            answers = answer_ids(sampled, final_answer)
             for k in cfg.k or powers_of_two(cfg.n):
-                votes = majority_at_k(jnp.asarray(answers), jnp.asarray(correct), k)
-                found[f"maj@{k}"] = share_of(np.where(count > 0, votes, np.nan), cfg.n // k)
+                found[f"maj@{k}"] = share_of(majority_of_judged(answers, correct, judged, k), cfg.n // k)
         found["reward"] = over_prompts(mean_of(rewards, judged), standard_error_interval)
     greedy = [record for record in records if record["kind"] == "greedy"]
     if greedy:
@@ -162,6 +162,17 @@ def mean_of(values: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """[P] the mean over the judged completions of each prompt, NaN for a prompt without one."""
     total = np.where(judged, values, 0.0).sum(axis=1)
     return np.where(judged.any(axis=1), total / np.maximum(judged.sum(axis=1), 1), np.nan)
+
+
+def majority_of_judged(answers: np.ndarray, correct: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
+    """[P] maj@k of the judged completions of each prompt, NaN for a prompt with fewer than k."""
+    found = np.full(len(answers), np.nan)
+    count = judged.sum(axis=1)
+    for n in np.unique(count[count >= k]):
+        rows = np.flatnonzero(count == n)
+        of_rows = (x[rows][judged[rows]].reshape(len(rows), n) for x in (answers, correct))
+        found[rows] = majority_at_k(*map(jnp.asarray, of_rows), k)
+    return found
 
 
 def share_of(values: np.ndarray, trials: int) -> dict[str, float]:
@@ -188,7 +199,12 @@ def answer_ids(records: list[dict], final_answer: Callable[[str], object]) -> np
 
 def sentence(found: Mapping[str, Mapping[str, float]], records: list[dict]) -> str:
     """The numbers in one line."""
-    parts = [f"{name} {of['mean']:.3f} ({of['low']:.3f} to {of['high']:.3f})" for name, of in found.items()]
+    prompts = max(Counter(record["kind"] for record in records).values())
+    parts = [
+        f"{name} {of['mean']:.3f} ({of['low']:.3f} to {of['high']:.3f})"
+        + f" without {prompts - of['prompts']} of {prompts} prompts" * (of["prompts"] < prompts)
+        for name, of in found.items()
+    ]
     missing = sum(reward is None for record in records for reward in record["rewards"])
     return "eval: " + ", ".join(parts) + (f"; {missing} completions not judged" if missing else "")
 

@@ -11,7 +11,7 @@ was at the start, unless --weights.ref_sync_steps is set. --algorithm takes ever
 by name; for one of your own call main(cfg, algorithm=with_kl(mine())). The same command resumes a run.
 
 Reached: stories260k, animals, seeds 0 1 2: eval reward 0.173 0.206 0.211 -> 0.457 0.409 0.483 (256 completions each,
-standard errors below 0.022) at a KL to the start of 3.6 2.2 3.4 nats a sequence, in 143 115 124 s on 2 shared Xeon
+8 of a prompt) at a KL to the start of 3.6 2.2 3.4 nats a sequence, in 143 115 124 s on 2 shared Xeon
 cores. GSM8K: the whole path runs; a model of 260 K parameters learns nothing there.
 """
 

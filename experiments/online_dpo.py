@@ -15,7 +15,7 @@ A prompt whose completions are equally good makes no pair. The reference is the 
 
 Reached: stories260k as rlhf.py fine-tunes it, against its reward model (seed 0; --batches.prompts 16
 --batches.num_generations 4 --sampling.max_tokens 80 --optimizer.learning_rate 3e-4 --optimizer.schedule constant):
-reward of 256 held-out stories -2.25 ± 0.25 -> 2.32 ± 0.27 at a KL of 13.5 nats a story, in about 60 s of CPU time. xpo
+reward of 256 held-out stories -2.25 -> 2.32 at a KL of 13.5 nats a story, in about 60 s of CPU time. xpo
 and nash_md: not yet run at this size.
 """
 

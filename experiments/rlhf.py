@@ -15,10 +15,13 @@ writes and a rule, so that the whole road can be walked with any small model tha
                     the comparisons themselves
 
 Half of the openings are held out from every stage; the last line is the reward of 256 stories that begin with these.
+Of the others the comparisons of eight are held out from the reward model, whose accuracy is measured on them. Most
+stories reach max_tokens: they are compared as they are, without an end (docs/data.md, `ended`), and a story's score is
+read at its last token, as PPO reads it. DIRECTORY/config.json keeps the settings that the stages share.
 
 Reached: stories260k, seeds 0 to 2: reward of the fine-tuned model and with PPO -2.25 -> 3.23, -3.71 -> -1.91, -0.82 ->
-3.82 (standard errors at most 0.28) at a KL of 7.4, 6.5 and 6.5 nats a story; RLOO, GRPO and DPO: docs/rlhf.md. Seed 0:
-accuracy of the reward model on held-out comparisons 0.970 ± 0.012; the road to PPO took 186 s on 2 shared cores.
+3.82 at a KL of 7.4, 6.5 and 6.5 nats a story; RLOO, GRPO and DPO: docs/rlhf.md, which says what these runs did
+otherwise. The road to PPO took 186 s on 2 shared cores.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ from typing import Literal
 
 from experiments import best_of_n, dpo, grpo, ppo, reward_model, sft
 from experiments.common import command_line, runs
+from experiments.common.inputs import inputs_of, keep_settings
 from experiments.common.judging import judge_model
 from experiments.common.records import as_lines
 from experiments.common.settings import Batches, Data, Optimizer, Sampling
@@ -40,6 +44,8 @@ from rljax.train.log import log_info, write_atomically
 OPENINGS = str(Path(__file__).with_name("story_openings.jsonl"))
 # Of the KL to the fine-tuned model. GRPO's advantages have a deviation of 1, the others are in units of the reward.
 KL_COEF = {"ppo": 1.5, "rloo": 1.5, "grpo": 0.2}
+HELD_OUT = 8  # openings whose comparisons are held out from the reward model and from DPO
+LAST = ("algorithm", "steps", "dpo_steps", "eval_samples", "directory")  # settings of the last stage alone
 SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"”]?")
 
 
@@ -81,7 +87,12 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
 
 def compare_completions(cfg: Config, root: Path) -> tuple[str, str]:
-    """The stages before the reward model; the directory of the fine-tuned model, and the file of comparisons."""
+    """The stages before the reward model; the directory of the fine-tuned model, and the file of comparisons.
+
+    Raises ValueError where the stages are there and have other settings: the files between them would be others.
+    """
+    settings = runs.settings_but(cfg, *LAST)
+    keep_settings(root / "config.json", settings, inputs_of(cfg), f"{root} holds stages", "--directory")
     openings = write_rows(root / "openings.jsonl", openings_to_train_on(cfg))
     log_info("== demonstrations and supervised fine-tuning")
     write_completions(cfg, cfg.model, openings, cfg.n, root / "pretrained")
@@ -121,8 +132,13 @@ def fine_tune(cfg: Config, demonstrations: str, directory: Path) -> None:
 
 def learn_rewards(cfg: Config, model: str, preferences: str, directory: Path) -> dict[str, dict[str, float]]:
     """A reward model, which begins as the fine-tuned model; its accuracy before and after."""
-    data = Data(files=(preferences,))
+    data = preference_data(cfg, preferences)
     return reward_model.main(reward_model.Config(model, data, steps=cfg.reward_steps, **offline(cfg, directory)))
+
+
+def preference_data(cfg: Config, preferences: str) -> Data:
+    """The comparisons, of which those of `HELD_OUT` openings are held out."""
+    return Data(files=(preferences,), eval_size=HELD_OUT * cfg.comparisons)
 
 
 def offline(cfg: Config, directory: Path) -> dict:
@@ -136,7 +152,7 @@ def learn_from_comparisons(
 ) -> dict[str, dict[str, float]]:
     """DPO on the comparisons, from the fine-tuned model; judged like the methods that learn from the reward model."""
     settings = offline(cfg, directory) | dict(optimizer=Optimizer(learning_rate=1e-4, schedule="cosine"))
-    dpo.main(dpo.Config(model, Data(files=(preferences,)), steps=cfg.dpo_steps, **settings))
+    dpo.main(dpo.Config(model, preference_data(cfg, preferences), steps=cfg.dpo_steps, **settings))
     sampled = grpo.Config(**online(cfg, model, judge, directory))
     tuned = directory / "model"
     return runs.summarize(sampled, judge_model(sampled, model), judge_model(sampled, str(tuned)), tuned)
@@ -198,11 +214,12 @@ def comparisons(judged: list[dict], most: int, seed: int) -> list[dict]:
     """Two completions of a prompt whose rewards differ, at most so many times for each prompt, at random."""
     rows = []
     for record in judged:
-        pairs = itertools.combinations(zip(record["rewards"], record["completions"], strict=True), 2)
+        pairs = itertools.combinations(zip(record["rewards"], record["completions"], record["ended"], strict=True), 2)
         told_apart = [sorted(pair, reverse=True) for pair in pairs if pair[0][0] != pair[1][0]]
         random.Random(f"{seed} {record['number']}").shuffle(told_apart)
-        for (_, chosen), (_, rejected) in told_apart[:most]:
-            rows.append({"prompt": record["prompt"], "chosen": chosen, "rejected": rejected})
+        for (_, chosen, ended), (_, rejected, other_ended) in told_apart[:most]:
+            pair = {"chosen": chosen, "rejected": rejected, "ended": [ended, other_ended]}
+            rows.append({"prompt": record["prompt"], **pair})
     return rows
 
 

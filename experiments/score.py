@@ -27,7 +27,6 @@ from rljax.data.files import Table, read_table
 from rljax.rewards.pool import Call, Pool
 from rljax.rewards.score import RewardError, columns_taken, read_signature
 from rljax.train.log import log_info, write_atomically
-from rljax.train.run import Run
 
 COMPLETIONS = ("completion", "solution")  # columns that are taken for it, the first that a file has
 LABELS = ("is_correct", "label")
@@ -66,7 +65,7 @@ def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str
     settings = runs.settings_but(cfg, "right")  # which is read at the end only: it may change
     name = "-".join((data.name_of(cfg.data), *cfg.rewards, runs.digest_of(settings)))
     directory = cfg.directory or f"runs/score/{name}"
-    run = Run(directory, settings, steps=1, source=__file__, functions={"rewards": chosen})
+    run = runs.make_run_of_one_step(cfg, directory, settings, __file__, chosen)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
         check_answers(table, chosen, pool)
         log = run.directory / "scores.jsonl"

@@ -93,7 +93,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     update = make_packed_update(make, packed, width - 1, shardings) if packed else make(pieces)
     eval_batches = [make_batch(part) for part in offline.filled(examples.eval, cfg.batch_size, EMPTY)]
     # A token's loss in DFT falls as it becomes more likely or less likely: maximum likelihood is what is evaluated.
-    evaluate = offline.make_evaluate(policy_objective(model, sft()), eval_batches, (), pieces, shardings)
+    measured = (examples.eval, eval_batches, ())
+    evaluate = offline.make_evaluate(policy_objective(model, sft()), *measured, pieces, shardings)
 
     # -- the loop
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, algorithm=algorithm) as run:

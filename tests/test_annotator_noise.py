@@ -4,7 +4,7 @@ import pytest
 
 from experiments.tables import annotator_noise
 
-ROWS = [{"prompt": f"{i}", "chosen": "better", "rejected": "worse"} for i in range(10_000)]
+ROWS = [{"prompt": f"{i}", "chosen": "better", "rejected": "worse", "ended": [True, False]} for i in range(10_000)]
 
 
 def test_a_share_of_the_comparisons_is_turned_round():
@@ -13,6 +13,7 @@ def test_a_share_of_the_comparisons_is_turned_round():
     assert turned == annotator_noise.with_errors(ROWS, 0.3, 0) != annotator_noise.with_errors(ROWS, 0.3, 1)
     errors = sum(row["chosen"] == "worse" for row in turned)
     assert abs(errors - 3000) < 5 * (10_000 * 0.3 * 0.7) ** 0.5
+    assert all(row["ended"][0] == (row["chosen"] == "better") for row in turned)
     assert all({row["chosen"], row["rejected"]} == {"better", "worse"} for row in turned)
 
 
@@ -26,7 +27,8 @@ def test_what_is_learned_of_the_rule():
 def test_the_page():
     facts = {"eval_accuracy_error": 0.02, "git": "abc"}
     results = [{"noise": 0.2, "seed": seed, "eval_accuracy": 0.6 + 0.1 * seed, **facts} for seed in (0, 1)]
-    page = annotator_noise.results_page(results)
+    page = annotator_noise.results_page(results, wanted=15)
+    assert "2 of 15 runs are done." in page
     assert "| 0.2 | 0.800 | 0.600, 0.700 | 0.650 | 0.750 |" in page
 
 

@@ -8,11 +8,13 @@ from functools import partial
 
 import pytest
 
-from experiments.common import data, hub
+from experiments import dpo, ppo, score
+from experiments.common import data, hub, settings
+from experiments.common.inputs import inputs_of
 from experiments.common.rows import make_shape, read_rows, read_template, unescape
 from experiments.common.settings import Data, Rows
 from experiments.tools import generate
-from rljax.data.examples import comparison, demonstration, prompt_ids
+from rljax.data.examples import comparison, demonstration, prompt_ids, steps
 from rljax.data.files import read_table
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import hf
@@ -81,6 +83,17 @@ def test_a_row_that_is_no_prompt_is_named(row, message, tokenizer, tmp_path):
         return
     with pytest.raises(ValueError, match=rf"^{file}, line 2: .*({message})"):
         prompts(file, tokenizer)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 1.01, float("nan"), float("inf"), "1", 10**400])
+def test_labels_of_steps_and_margins_are_in_their_range(label, tokenizer):
+    solution = {"prompt": "a", "completions": ["b", "c"]}
+    with pytest.raises(ValueError, match=r"column 'labels' is .*; legal: true, false, numbers from 0 to 1, or null"):
+        steps(solution | {"labels": [True, label]}, tokenizer)
+    assert 0.25 in steps(solution | {"labels": [0.25, None]}, tokenizer).labels
+    if label not in (-1, 5, 1.01):
+        with pytest.raises(ValueError, match=r"column 'margin' is .*; legal: a finite number"):
+            comparison({"prompt": "a", "chosen": "b", "rejected": "c", "margin": label}, tokenizer)
 
 
 def test_a_column_of_the_template_that_is_null_in_some_rows(tokenizer, tmp_path):
@@ -414,12 +427,19 @@ def test_offline_one_line_says_how_to_fetch_a_model(cache):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_in_the_cache_is_taken_and_its_revision_is_in_its_name(cache, model):
+def put_into(cache, model):
+    """The snapshot of owner/small in the cache."""
     revision = "7ae557604adf67be50417f59c2c2f167def9a775"
     snapshot = cache / "models--owner--small" / "snapshots" / revision
     shutil.copytree(model, snapshot)
     (cache / "models--owner--small" / "refs").mkdir()
     (cache / "models--owner--small" / "refs" / "main").write_text(revision)
+    return snapshot
+
+
+def test_a_model_in_the_cache_is_taken_and_its_revision_is_in_its_name(cache, model):
+    snapshot = put_into(cache, model)
+    revision = snapshot.name
     for name in ("owner/small", f"owner/small@{revision}"):
         assert hub.find_model(name) == str(snapshot)
     cfg = hub.with_local_models(generate.Config(model="owner/small", prompt="Once"))
@@ -439,6 +459,28 @@ def test_a_run_keeps_the_revision_of_its_model_wherever_the_cache_is():
         assert hub.settings_of(cfg) == dataclasses.asdict(cfg) | {"model": "owner/small-2.0@7ae55760"}
     for model in ("/models/small", "owner/small", f"/root/hub/{directory}/folder"):
         assert hub.settings_of(generate.Config(model=model, prompt="Once"))["model"] == model
+
+
+def test_what_a_script_reads_is_found_in_its_settings(cache, model, tmp_path, monkeypatch):
+    """Models, reward models, rows, templates and rubrics; the hub's by their revision, in config.json."""
+    snapshot = put_into(cache, model)
+    monkeypatch.chdir(tmp_path)
+    for name in ("reward", "critic", "number"):
+        (tmp_path / name).mkdir()
+    for name in ("a.jsonl", "b=2.jsonl", "t.txt", "rubric.txt"):
+        (tmp_path / name).write_text("")
+    reward = settings.Reward(rubric="rubric.txt")
+    rewards = ("number", "process:reward=2", "owner/small=0.5@number", "judge:http://h/v1")
+    files = dict(model=str(snapshot), prompts=("a.jsonl=2", "b=2.jsonl=1"), critic_model="critic", template="@t.txt")
+    cfg = ppo.Config(**files, rewards=rewards, reward=reward)
+    assert inputs_of(cfg) == sorted(["a.jsonl", "b=2.jsonl", "critic", "reward", "rubric.txt", "t.txt"])
+    pinned = f"owner/small@{snapshot.name}=0.5@number"
+    assert hub.settings_of(cfg)["rewards"] == ["number", "process:reward=2", pinned, "judge:http://h/v1"]
+    again = dataclasses.replace(cfg, rewards=tuple(hub.settings_of(cfg)["rewards"]))
+    assert hub.settings_of(again)["rewards"] == hub.settings_of(cfg)["rewards"]
+    learned = dpo.Config(model="reward", data=settings.Data(files=("a.jsonl", "hf://owner/rows"), completion="@t.txt"))
+    assert inputs_of(learned) == ["a.jsonl", "reward", "t.txt"]
+    assert inputs_of(score.Config(data="a.jsonl")) == ["a.jsonl"]
 
 
 def test_all_processes_take_the_revision_that_process_0_has(cache, model, monkeypatch):

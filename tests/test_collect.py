@@ -1,6 +1,7 @@
 """collect.py: votes follow the equation, a person's words are read, the file goes on where it stopped."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import collect
-from experiments.common.feedback import Candidates, compare_by_person, report_agreement, whole_lines, worth_of
+from experiments.common.feedback import (
+    Candidates,
+    compare_by_person,
+    end_last_line,
+    own_lines,
+    report_agreement,
+    worth_of,
+)
 from experiments.common.panel import preference_probability, votes, worths
 from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
 from models import tiny
@@ -120,6 +128,11 @@ def test_a_panel_fills_a_file_that_goes_on_where_it_stopped(cfg, capsys):
     assert len(ROWS) < len(lines) <= len(ROWS) * 3
     out = capsys.readouterr().out
     assert re.search(r"2 annotators agree on \d+\.\d% of \d+ pairs; Cohen's kappa -?\d\.\d{3}\n", out)
+    cut = sum(not all(line["ended"]) for line in lines)
+    assert f"{cut} of {len(lines)} hold a completion that was cut at max_tokens: it is marked, and has no end\n" in out
+    tokenizer = load_tokenizer(cfg.model)
+    pair = comparison(lines[0], tokenizer)
+    assert [one.completion[-1] in tokenizer.stop for one in (pair.chosen, pair.rejected)] == lines[0]["ended"]
     for line in lines:
         assert line["prompt"] in {row["prompt"] for row in ROWS}
         for_chosen = sum(line["votes"])
@@ -133,11 +146,58 @@ def test_a_panel_fills_a_file_that_goes_on_where_it_stopped(cfg, capsys):
         assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": "a", "chosen": "b"}\n{"prompt": "precious", "chosen": "c"}',
+        '{"prompt": "precious"}\n',
+        '{"prompt": "precious"',
+        "precious\n[1]\n",
+    ],
+)
+def test_a_file_of_others_is_refused_and_left_as_it_was(text, cfg, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.jsonl holds other preferences; legal: a new file"):
+        collect.main(dataclasses.replace(cfg, out=str(other)), VERIFIERS)
+    assert other.read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["other.jsonl"]
+
+
+def test_what_is_whole_of_a_file_stays(tmp_path):
+    """A last line without a new line is whole where it is JSON; half a line goes, with the prompt before it."""
+    file = tmp_path / "mine.jsonl"
+    lines = [{"row": row, "pair": pair} for row, pair in ((0, [0, 1]), (1, [0, 1]), (1, [0, 2]))]
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    cut = {whole: 3, whole[:-1]: 3, whole[:-3]: 1, whole + "{": 1, whole + '{"é': 1, whole + "\n \n": 3, "": 0}
+    for text, left in cut.items():
+        content = text.encode()[: len(text)]  # é without its second byte
+        file.write_bytes(content)
+        assert own_lines(str(file)) == lines[:left]
+        assert file.read_bytes() == content
+    file.write_text(whole[:-1])
+    end_last_line(str(file), lines)
+    assert file.read_text() == whole
+
+
 def test_other_prompts_or_votes_are_not_mixed_into_a_file(cfg, tmp_path):
     collect.main(cfg, VERIFIERS)
     for change in ({"seed": 5}, {"panel": Panel(annotators=3)}, {"rewards": ()}):
         with pytest.raises(ValueError, match="holds preferences of other settings: "):
             collect.main(dataclasses.replace(cfg, **change), VERIFIERS)
+
+
+def test_a_file_of_other_rows_is_not_gone_on_with(cfg, tmp_path):
+    mine = dataclasses.replace(cfg, prompts=write_prompts(tmp_path / "p.jsonl", ROWS), out=str(tmp_path / "out.jsonl"))
+    one = dataclasses.replace(mine, count=1)
+    assert collect.main(one, VERIFIERS)
+    write_prompts(tmp_path / "p.jsonl", ROWS[::-1])
+    with pytest.raises(ValueError, match=r"p\.jsonl has changed since .*out\.jsonl\.config\.json was begun: .* --out"):
+        collect.main(one, VERIFIERS)
+    kept = Path(f"{mine.out}.config.json")
+    kept.write_text(json.dumps(json.loads(kept.read_text())["config"]))  # as an earlier version left it
+    write_prompts(tmp_path / "p.jsonl", ROWS)
+    collect.main(one, VERIFIERS)
 
 
 def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
@@ -154,7 +214,7 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
     assert [line["row"] for line in lines] == [0, 0, 0, 2, 2, 2]
     assert [line["pair"] for line in lines[:3]] == [[0, 1], [2, 0], [2, 1]]
     assert "margin" not in lines[0]
-    assert whole_lines(mine.out) == lines
+    assert own_lines(mine.out) == lines
 
     def stop(text):
         raise EOFError
@@ -174,7 +234,7 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
 def test_what_a_person_is_shown_controls_no_terminal(as_messages, capsys):
     text = "\x1b[2J\u202e"
     prompt = [{"role": "user", "content": text}] if as_messages else text
-    candidates = Candidates(0, {"prompt": prompt}, [text, "b"], np.array([2, 1]), None)
+    candidates = Candidates(0, {"prompt": prompt}, [text, "b"], np.array([2, 1]), [True, True], None)
     assert len(compare_by_person(candidates, "ranking", lambda _: "1 2")) == 1
     out = capsys.readouterr().out
     assert out.count("\ufffd[2J\ufffd") == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -61,8 +62,13 @@ def test_solutions_are_judged_and_compared_with_their_labels(tmp_path, capsys):
     ]
     assert [{key: record[key] for key in SOLUTIONS[0]} for record in records] == SOLUTIONS
 
-    (tmp_path / "run" / "scores.jsonl").write_text(written[: len(written) // 2])  # in the middle of a line
+    half = written[: len(written) // 2].encode() + "é".encode()[:1]  # in the middle of a line, and of a character
+    (tmp_path / "run" / "scores.jsonl").write_bytes(half)
     assert score.main(cfg, verifiers) == counts
+    assert (tmp_path / "run" / "scores.jsonl").read_text() == written
+    write_prompts(tmp_path / "solutions.jsonl", SOLUTIONS[:2])
+    with pytest.raises(ValueError, match=r"solutions\.jsonl has changed since .* was begun: name another --directory"):
+        score.main(cfg, verifiers)
     assert (tmp_path / "run" / "scores.jsonl").read_text() == written
 
 
@@ -119,10 +125,13 @@ def test_the_numbers_by_hand():
     means = {name: numbers["mean"] for name, numbers in found.items()}
     assert means["avg@4"] == means["pass@1"] == pytest.approx((1 / 2 + 0 + 1) / 3)
     assert means["pass@2"] == pytest.approx((5 / 6 + 0 + 1) / 3)
-    assert means["pass@4"] == pytest.approx(2 / 3)
-    assert means["maj@1"] == pytest.approx((1 / 2 + 0 + 3 / 4) / 3)
+    assert means["pass@4"] == pytest.approx(
+        1 / 2
+    )  # of the last prompt three are judged: not known, though one is right
+    assert means["maj@1"] == pytest.approx((1 / 2 + 0 + 1) / 3)
     assert means["maj@2"] == pytest.approx((1 / 2 + 0 + 1) / 3)  # 4 or 5, 4 or 6: each half right
-    assert means["maj@4"] == pytest.approx(2 / 3)
+    assert means["maj@4"] == pytest.approx(1 / 2)
+    assert found["pass@4"]["prompts"] == found["maj@4"]["prompts"] == 2
     assert means["greedy"] == 1 / 2
     assert found["greedy"]["prompts"] == 2  # one was not judged
     values = np.array([1 / 2, 0, 1])
@@ -131,6 +140,9 @@ def test_the_numbers_by_hand():
     # Wilson's interval of 3 prompts: a share of 1/2 is half of the variance, so that 4 trials are worth 3/2 prompts.
     assert found["avg@4"]["low"] == pytest.approx(wilson(1 / 2, 3)[0])
     assert "maj@4" not in summarize(cfg, records, None)
+    line = evaluate.sentence(found, records)
+    assert re.search(r"pass@2 [\d.]+ \([^)]*\), pass@4 [\d.]+ \([^)]*\) without 1 of 3 prompts, ", line)
+    assert line.endswith(" without 1 of 3 prompts; 2 completions not judged")
 
 
 def wilson(share: float, trials: float) -> list[float]:

@@ -6,14 +6,23 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import dpo, process_reward, reward_model, sft
+from experiments.common import offline
 from experiments.common.settings import Adapter, Data, MeshShape, Optimizer, Weights
 from models import tiny
+from rljax import algorithms
+from rljax.data.demonstrations import EMPTY
+from rljax.data.examples import Comparison, Example
+from rljax.data.preferences import collate_pairs
 from rljax.models import decoder, hf
 from rljax.train.checkpoint import restore_items
+from rljax.train.mesh import make_mesh, state_shardings
+from rljax.types import TrainState
 from test_grpo_experiment import RAW, contents, metrics, write_tokenizer
 
 ANIMALS = ("a cat", "a dog", "a bird", "a fish", "a cow", "a hen")
@@ -107,6 +116,31 @@ def test_a_run_goes_on_where_it_stopped_and_leaves_a_model(script, rows, fields,
     assert contents(tmp_path / "run" / "model") == left
     best = json.loads((tmp_path / "run" / "best.json").read_text())
     assert best["value"] == before[best["step"] - 1][best["metric"]]
+
+
+def test_the_error_of_an_accuracy_is_that_of_prompts():
+    """Three prompts with 4, 2 and 1 pairs in batches of 4; a score is the number that the last token is."""
+    prompts, right = np.array([5, 5, 6, 5, 7, 5, 6]), np.array([1, 1, 0, 1, 0, 1, 1])
+    pairs = [
+        Comparison(*(Example([prompt], [3, score], [True] * 2, {}) for score in (2 * is_right, 1)), None)
+        for prompt, is_right in zip(prompts.tolist(), right.tolist(), strict=True)
+    ]
+
+    def score(params, frozen, traj):
+        last = traj.mask.shape[1] - 1 - jnp.argmax(traj.mask[:, ::-1], axis=1)
+        return jnp.take_along_axis(traj.actions, last[:, None], axis=1)[:, 0].astype(float)
+
+    filled = offline.filled(pairs, 4, Comparison(EMPTY, EMPTY, None))
+    batches = [collate_pairs(part, 1, 2) for part in filled]
+    state = TrainState(0, {"w": jnp.zeros(2)}, optax.EmptyState(), jax.random.key(0))
+    shardings = state_shardings(make_mesh(fsdp=1, tensor=-1), state, optax.identity(), {"w": (None,)})
+    evaluate = offline.make_evaluate(algorithms.reward_model(score), pairs, batches, ("accuracy",), 2, shardings)
+    found = evaluate(state)
+    assert found["eval_accuracy"] == pytest.approx(5 / 7)
+    of_prompts = np.array([4 - 4 * 5 / 7, 1 - 2 * 5 / 7, 0 - 5 / 7])
+    assert found["eval_accuracy_error"] == pytest.approx(np.sqrt(3 / 2 * (of_prompts**2).sum()) / 7)
+    losses = np.log1p(np.exp(1 - 2 * right))
+    assert found["eval_loss"] == pytest.approx(losses.mean())
 
 
 def test_packed_demonstrations_make_the_same_first_step(root, tmp_path):

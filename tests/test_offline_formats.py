@@ -117,6 +117,19 @@ def test_preferences(make, tokenizer, tmp_path):
         assert text[-2] != other[-2]  # of another prompt
 
 
+@pytest.mark.parametrize("make", PREFERENCES.values(), ids=PREFERENCES)
+def test_what_was_cut_has_no_end_of_turn(make, tokenizer):
+    """The chosen one of a pair, and the second of a ranking."""
+    pair = read_row(make("a") | {"ended": [False, True]}, tokenizer)
+    assert learned(collate(completions_of(pair), 40), tokenizer) == [" yesa", " noa."]
+    ranked = RANKINGS["texts" if isinstance(make("a")["chosen"], str) else "chat"]("a")
+    row = read_row(ranked | {"ended": [True, False, True]}, tokenizer)
+    assert learned(collate(completions_of(row), 40), tokenizer) == [" best.", " good", " bad."]
+    for wrong in (None, [True], [1, 0], "no"):
+        with pytest.raises(ValueError, match=r"column 'ended' is .*; legal: a list of true and false, one for each"):
+            read_row(make("a") | {"ended": wrong}, tokenizer)
+
+
 JUDGMENTS = {
     "texts": lambda c: {"prompt": f"q{c}", "completion": f" yes{c}", "label": c < "e"},
     "chat": lambda c: {"prompt": user(f"q{c}"), "completion": assistant(f" yes{c}"), "label": c < "e"},

@@ -127,13 +127,17 @@ def test_stopped_and_run_again_it_ends_the_same(name, root, tmp_path):
 
 
 def test_ppo_logs_what_its_field_looks_at(root, tmp_path):
+    followed = Controllers(kl_target=0.01, kl_horizon=10, entropy_target=100.0, entropy_delta=50.0)
     cfg = change(ppo_settings(root, tmp_path / "run"), eval_every=1, critic="shared", critic_model="")
-    ppo.main(cfg, VERIFIERS)
+    ppo.main(change(cfg, controllers=followed), VERIFIERS)
     first, last = metrics(cfg.directory)
     wanted = {"reward", "kl_sequence", "kl_coef", "value_loss", "policy_loss", "explained_variance", "clip_fraction"}
     assert wanted | {"value_clip_fraction", "entropy", "eval_reward"} <= set(last)
     assert first["kl_coef"] == pytest.approx(0.05)
     assert first["kl_coef"] != last["kl_coef"]
+    assert (first["entropy_coef"], last["entropy_coef"]) == (0, 1)
+    terms = last["policy_loss"] + 0.1 * last["value_loss"] - 1.0 * last["entropy"]
+    assert last["loss"] == pytest.approx(terms, rel=1e-3)
     assert first["clip_fraction_first"] == 0
     assert (tmp_path / "run" / "best" / "config.json").is_file()
 

@@ -10,13 +10,15 @@ import optax
 import pytest
 
 from algorithms.tiny import table_params, table_policy
+from experiments.common import online_methods
 from experiments.common.offline import make_evaluate
 from experiments.common.preference_methods import METHODS
 from experiments.common.preference_rows import Row, collate_rows, empty_row
+from experiments.common.settings import Batches
 from rljax.data.demonstrations import EMPTY
 from rljax.data.examples import Example
 from rljax.train.mesh import make_mesh, state_shardings
-from rljax.types import TrainState
+from rljax.types import TrainState, Trajectory
 
 BEST, WORST = [1, 2, 1], [3, 4, 3, 4]
 
@@ -121,3 +123,26 @@ def test_what_is_measured_on_rows_held_out_does_not_depend_on_the_pieces(name):
     metrics = ("rewards/chosen", "rewards/rejected")
     whole, cut = (make_evaluate(objective, batches, metrics, pieces, shardings)(state) for pieces in (1, 2))
     assert whole == pytest.approx(cut, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "chosen"),
+    [(0.0, [None, 2, None]), (1.0, [1, None, 5]), (0.5, [1, 2, 5])],
+)
+def test_online_dpo_takes_the_penalty_of_a_cut_completion_before_it_looks_for_pairs(penalty, chosen):
+    """Three prompts, whose completions have the rewards 1 and 1, 1 and 0, 0 and 0; the first of each was cut."""
+    rows = jnp.arange(6)[:, None]
+    traj = Trajectory(
+        inputs=rows,
+        actions=rows,
+        logp=jnp.zeros((6, 1)),
+        mask=jnp.ones((6, 1), bool),
+        rewards=jnp.array([[1.0], [1], [1], [0], [0], [0]]),
+        terminated=jnp.array([[False], [True]] * 3),
+        group=jnp.array([7, 7, 8, 8, 9, 9]),
+    )
+    preference = online_methods.Preference(missing_eos_penalty=penalty)
+    method = online_methods.online_dpo(preference, Batches(num_generations=2), None, table_policy)
+    pairs = method.make_batch(traj, None)
+    rows, kept = (np.asarray(column)[:, 0].tolist() for column in (pairs.chosen.inputs, pairs.chosen.mask))
+    assert [row if is_kept else None for row, is_kept in zip(rows, kept, strict=True)] == chosen

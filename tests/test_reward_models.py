@@ -17,6 +17,7 @@ from experiments.common.rewards import read_rewards
 from experiments.common.settings import Batches, MeshShape, Reward, Sampling
 from models import tiny
 from rewards import servers
+from rljax.data import examples
 from rljax.models import decoder, hf
 from rljax.rewards.score import RewardError
 from rljax.train.mesh import make_mesh
@@ -118,15 +119,23 @@ def test_a_conversation_is_encoded_with_the_other_template(directories, tmp_path
     np.testing.assert_allclose(reward(traj.replace(group=np.arange(2)), rows), want, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_are_judged_where_they_end(directories):
-    """σ of the head behind the last token of each step, the separator being a comma; the least of them, or each."""
+def test_steps_are_judged_behind_their_separator(directories):
+    """σ of the head behind the comma of each step; a last step without one is read with one, in place of what ends it.
+
+    These are the tokens at which `data.examples.steps` puts the labels of training.
+    """
     policy = data.load_tokenizer(str(directories / "policy"), 37)
-    traj, whole = rollout([("once", "a,b c, d", True), ("as", "if", True)], policy)
-    ends = [[6, 10, 13], [5]]  # the tokens of a row, <s> included, after which a step has ended
-    want = [
-        [score_of(directories / "same", ids[: end + 1]) for end in of_row]
-        for ids, of_row in zip(whole, ends, strict=True)
-    ]
+    texts = [("once", "a,b c, d", True), ("as", "if", False), ("once", "a,b,", True), ("as", "", True)]
+    traj, _ = rollout(texts, policy)
+    want = []
+    for prompt, completion, _ in texts[:3]:
+        row = {"prompt": prompt, "completions": completion.removesuffix(",").split(",")}
+        learned = examples.steps(row | {"labels": [None] * len(row["completions"])}, policy, ",")
+        ids = learned.example.prompt + learned.example.completion
+        ends = [len(learned.example.prompt) + i for i, is_end in enumerate(learned.step_ends) if is_end]
+        assert [ids[end] for end in ends] == policy.encode_more(",") * len(ends)
+        want.append([score_of(directories / "same", ids[: end + 1]) for end in ends])
+    want.append([score_of(directories / "same", policy.encode("as,"))])
     want = [1 / (1 + np.exp(-np.array(logits))) for logits in want]
 
     def load(per_step, name="same"):
@@ -137,6 +146,8 @@ def test_steps_are_judged_where_they_end(directories):
     found = load(True)
     for row, probabilities in enumerate(want):
         np.testing.assert_allclose(found.scores[row][found.ends[row]], probabilities, rtol=1e-4)
+    last = [np.flatnonzero(traj.mask[row])[-1] for row in (0, 1, 3)]
+    assert np.asarray(found.ends)[[0, 1, 3], last].all()  # the reward of a last step stands where the completion ends
     with pytest.raises(
         ValueError, match=r"other judges steps, and its vocabulary is not the policy's; legal: the same"
     ):

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 
 from experiments import rlhf
+from experiments.common import data
 from models import tiny
+from rljax.data.examples import comparison
+from rljax.data.tokenizer import load_tokenizer
 from rljax.models import hf
 from test_grpo_experiment import RAW, write_prompts, write_tokenizer
 
@@ -13,6 +16,7 @@ JUDGED = [
     {"number": 0, "prompt": "a", "completions": [" b. c! d? e.", " b.", ' "b." c. "d!" e'], "rewards": [0.0, 1.0, 1.0]},
     {"number": 1, "prompt": "b", "completions": [" x. y. z."], "rewards": [0.5]},
 ]
+JUDGED[0]["ended"], JUDGED[1]["ended"] = [False, True, True], [True]
 
 
 def test_a_demonstration_is_the_first_sentences():
@@ -27,8 +31,20 @@ def test_equal_completions_are_no_comparison():
     worse = JUDGED[0]["completions"][0]
     rows = rlhf.comparisons(JUDGED, most=5, seed=0)
     assert sorted(row.pop("chosen") for row in rows) == sorted(JUDGED[0]["completions"][1:])
-    assert rows == [{"prompt": "a", "rejected": worse}] * 2
+    assert rows == [{"prompt": "a", "rejected": worse, "ended": [True, False]}] * 2
     assert len(rlhf.comparisons(JUDGED, most=1, seed=0)) == 1
+
+
+def test_comparisons_of_several_openings_are_held_out(tmp_path):
+    write_tokenizer(tiny.write(tmp_path / "model", RAW, {}))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    cfg = rlhf.Config("model", comparisons=5)
+    letters = "abcdefghijklmnopqrst"
+    rows = [{"prompt": letter, "chosen": f" {k} b", "rejected": " c"} for letter in letters for k in range(5)]
+    settings = rlhf.preference_data(cfg, rlhf.write_rows(tmp_path / "rows.jsonl", rows))
+    found = data.read_examples(settings, comparison, tokenizer, 64, 0)
+    assert len({tuple(pair.chosen.prompt) for pair in found.eval}) == rlhf.HELD_OUT == 8
+    assert len(found.eval) == 40
 
 
 def test_nothing_to_write_is_one_error(tmp_path):
@@ -40,7 +56,8 @@ def test_nothing_to_write_is_one_error(tmp_path):
 def test_each_stage_takes_what_the_last_one_left(others, tmp_path, monkeypatch):
     """The model writes single letters: sentences and animals are made up here."""
     write_tokenizer(tiny.write(tmp_path / "model", RAW, tiny.tensors_of(RAW)))
-    prompts = write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "once upon a"[: 3 + i]} for i in range(8)])
+    rows = [{"prompt": "once upon a"[: 3 + i]} for i in range(8)]
+    prompts = write_prompts(tmp_path / "prompts.jsonl", rows)
     monkeypatch.setattr(rlhf, "SENTENCE", rlhf.re.compile(r"[a-z]"))
     cfg = rlhf.Config(
         model=str(tmp_path / "model"), prompts=prompts, eval_prompts=4, eval_samples=8, sentences=2, n=4, compared=4
@@ -55,6 +72,15 @@ def test_each_stage_takes_what_the_last_one_left(others, tmp_path, monkeypatch):
     assert hf.load_score_head(tmp_path / "road" / "reward_model" / "model").any()
     openings = (tmp_path / "road" / "openings.jsonl").read_text().splitlines()
     assert len(openings) == 4
+    for changed in ({"comparisons": 3}, {"sentences": 1}, {"eval_prompts": 3}, {"compared": 2}):
+        name, value = next(iter(changed.items()))
+        with pytest.raises(ValueError, match=rf"holds stages of other settings: {name} = \d+, now {value}; legal: "):
+            rlhf.main(dataclasses.replace(cfg, **changed))
+    write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "once upon"[: 2 + i]} for i in range(8)])
+    with pytest.raises(ValueError, match=r"prompts\.jsonl has changed since .* was begun: name another --directory"):
+        rlhf.main(cfg)
+    write_prompts(tmp_path / "prompts.jsonl", rows)
+    assert (tmp_path / "road" / "openings.jsonl").read_text().splitlines() == openings
     for algorithm in others:  # from the stages that are there: the same completions, judged in another program
         other = rlhf.main(dataclasses.replace(cfg, algorithm=algorithm, dpo_steps=1))
         for name in ("reward", "error"):
@@ -64,4 +90,4 @@ def test_each_stage_takes_what_the_last_one_left(others, tmp_path, monkeypatch):
 
 def two_of(record: dict) -> dict:
     first, second, *_ = record["completions"]
-    return {"prompt": record["prompt"], "chosen": first, "rejected": second}
+    return {"prompt": record["prompt"], "chosen": first, "rejected": second, "ended": record["ended"][:2]}

@@ -127,14 +127,16 @@ def read_and_split(
     if not kept:
         raise ValueError(f"the completions of every one of {len(fitting)} rows are equal: there is nothing to learn")
     keys = split_keys(kept)
-    train, evaluation = ([kept[i] for i in side] for side in train_eval_split(keys, eval_size, seed))
+    split = train_eval_split(keys, eval_size, seed)
+    train, evaluation = ([kept[i] for i in side] for side in split)
     repeated = len(keys) - len(set(keys))
+    evaluated = f"{len({keys[i] for i in split[1]})} of {len(set(keys))} prompts"
     option = "--eval_prompts" if what == "prompts" else "--data.eval_size"
     notes = [
         f"{dropped} dropped, longer than {limits_text(*limits[1:])}",
         *([f"{cut} cut to that ({limits[0]})"] if cut else []),
         *([f"{len(fitting) - len(kept)} left out, whose completions are equal"] if len(kept) < len(fitting) else []),
-        *([f"{repeated} repeat the prompt of another, and are on its side"] if repeated else []),
+        *([f"{repeated} repeat the prompt of another, and are on its side: {evaluated} held out"] if repeated else []),
         *([f"all have one prompt: the same {what} train and evaluate"] if len(set(keys)) == 1 else []),
         *([f"{option} says how many to hold out"] if 2 * len(evaluation) >= len(train) else []),
     ]

@@ -2,19 +2,21 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common.records import as_lines, read_lines
+from experiments.common.inputs import keep_settings
+from experiments.common.records import as_lines
 from rljax.data.examples import answer, prompt_of
 from rljax.data.formats import messages_of, other_columns
 from rljax.ops.agreement import cohen_kappa, fleiss_kappa, raw_agreement
 from rljax.train.log import log_info, write_atomically
-from rljax.train.report import changed_settings
+
+OTHERS = "holds other preferences; legal: a new file, or the command that wrote this one"
 
 
 class Candidates(NamedTuple):
@@ -24,6 +26,7 @@ class Candidates(NamedTuple):
     row: dict  # what the prompt was made of
     texts: list[str]
     lengths: np.ndarray  # tokens of each
+    ended: list[bool]  # whether each ended by itself; the others were cut at max_tokens
     scores: np.ndarray | None  # their rewards, which a panel knows; NaN where it could not be judged
 
 
@@ -38,6 +41,7 @@ def line_of(candidates: Candidates, better: int, worse: int) -> dict:
         "prompt": prompt,
         "chosen": answer(prompt, candidates.texts[better]),
         "rejected": answer(prompt, candidates.texts[worse]),
+        "ended": [candidates.ended[better], candidates.ended[worse]],
         "row": candidates.number,
         "pair": [better, worse],
     }
@@ -103,18 +107,51 @@ def shown(prompt: str | list[dict]) -> str:
 # ------------------------------------------------------------------------------------------------------------ the file
 
 
-def whole_lines(path: str) -> list[dict]:
-    """The lines of the file so far, none where there is no file.
+def own_lines(path: str) -> list[dict]:
+    """The lines of the file so far, none where there is no file. It is only read.
 
-    Where the last one was cut short, it is removed from the file with all lines of the prompt before it.
+    A last line that was cut short is left out with all lines of the prompt before it. Raises ValueError for a file that
+    collect.py did not write.
     """
     file = Path(path)
-    was_cut = file.is_file() and not file.read_bytes().endswith(b"\n")
-    lines = read_lines(file)
-    if was_cut and lines:
-        lines = [line for line in lines if line["row"] != lines[-1]["row"]]
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""  # it may be cut within a character
+    whole, _, rest = text.rpartition("\n")
+    lines = [_parse(line) for line in whole.split("\n") if line.strip()]
+    last = _parse(rest)
+    if last is not None:
+        lines.append(last)
+    is_own = all(line is not None and isinstance(line.get("row"), int) and "pair" in line for line in lines)
+    if not is_own or (text.strip() and not lines and not _record_of(path).is_file()):
+        raise ValueError(f"{path} {OTHERS}")
+    was_cut = bool(rest.strip()) and last is None
+    return [line for line in lines if line["row"] != lines[-1]["row"]] if was_cut else lines
+
+
+def end_last_line(path: str, lines: list[dict]) -> None:
+    """Write the lines again where the file does not end with a new line."""
+    file = Path(path)
+    if file.is_file() and not file.read_bytes().endswith(b"\n"):
         write_atomically(file, as_lines(lines))
-    return lines
+
+
+def keep_own_settings(path: str, settings: dict, inputs: Sequence[str], lines: list[dict]) -> None:
+    """Keep the settings beside the file. Raises ValueError, naming what differs, where others wrote its lines."""
+    if not lines:
+        _record_of(path).unlink(missing_ok=True)
+    keep_settings(_record_of(path), settings, inputs, f"{path} holds preferences", "--out")
+
+
+def _record_of(path: str) -> Path:
+    return Path(f"{path}.config.json")
+
+
+def _parse(line: str) -> dict | None:
+    """The object that a line holds; None where it holds none."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def first_open(path: str, lines: list[dict], prompt_of: Callable[[int], str | list[dict]], voters: int) -> int:
@@ -124,27 +161,18 @@ def first_open(path: str, lines: list[dict], prompt_of: Callable[[int], str | li
     """
     if not lines:
         return 0
-    last = lines[-1].get("row")
-    same_prompt = isinstance(last, int) and prompt_of(last) == lines[-1].get("prompt")
-    if not same_prompt or any(len(line.get("votes", ())) != voters for line in lines):
-        raise ValueError(f"{path} holds other preferences; legal: a new file, or the command that wrote this one")
+    last = lines[-1]["row"]
+    if prompt_of(last) != lines[-1].get("prompt") or any(len(line.get("votes", ())) != voters for line in lines):
+        raise ValueError(f"{path} {OTHERS}")
     log_info(f"{path}: goes on after prompt {last + 1}")
     return last + 1
 
 
-def check_settings(path: str, settings: dict, lines: list[dict]) -> None:
-    """Keep the settings beside the file. Raises ValueError, naming what differs, where others wrote its lines."""
-    record = Path(f"{path}.config.json")
-    now = json.loads(json.dumps(settings))
-    if not lines or not record.is_file():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(now, indent=1))
-        return
-    changed = changed_settings(json.loads(record.read_text(encoding="utf-8")), now)
-    if changed:
-        raise ValueError(
-            f"{path} holds preferences of other settings: {changed}; legal: a new --out, or these settings"
-        )
+def report_cut(lines: list[dict]) -> None:
+    """Say how many comparisons hold a completion that was cut."""
+    cut = sum(not all(line.get("ended", ())) for line in lines)
+    if cut:
+        log_info(f"{cut} of {len(lines)} hold a completion that was cut at max_tokens: it is marked, and has no end")
 
 
 def report_agreement(lines: list[dict]) -> None:

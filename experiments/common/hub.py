@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,9 +82,44 @@ def with_local_models(config: T) -> T:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """The settings as a run's config.json keeps them: models of the hub by name and revision, wherever the cache is."""
+    """The settings as a run's config.json keeps them: models of the hub by name and revision, wherever the cache is.
+
+    All processes call it.
+    """
     settings = dataclasses.asdict(config)
-    return settings | {name: name_on_hub(value) for name, value in _models_of(settings).items()}
+    rewards = {"rewards": _pinned(settings["rewards"])} if settings.get("rewards") else {}
+    return settings | {name: name_on_hub(value) for name, value in _models_of(settings).items()} | rewards
+
+
+def split_reward(item: str, before: Collection[str]) -> tuple[str, str | None, str | None]:
+    """NAME, WEIGHT and OTHER of a reward NAME=WEIGHT@OTHER, None where it is not there.
+
+    Args: before: names of rewards that stand before it. What follows @ is OTHER where it is one of them, else it
+      belongs to the name.
+    """
+    plain, at, other = item.rpartition("@")
+    if not at or other not in before:
+        plain, other = item, None
+    name, equals, weight = plain.rpartition("=")
+    return (name, weight, other) if equals else (plain, None, other)
+
+
+def model_of_reward(name: str) -> str:
+    """The model that a reward DIRECTORY or process:DIRECTORY names, as `find_model` takes it."""
+    return name.removeprefix("process:")
+
+
+def _pinned(rewards: Sequence[str]) -> list[str]:
+    """The items of --rewards, those that name a model of the hub with its revision."""
+    names: list[str] = []
+    items = []
+    for item in rewards:
+        name, _, _ = split_reward(item, names)
+        names.append(name)
+        model = model_of_reward(name)
+        place = name.removesuffix(model)
+        items.append(place + name_on_hub(find_model(model)) + item.removeprefix(name))
+    return items
 
 
 def _models_of(settings: dict[str, Any]) -> dict[str, str]:

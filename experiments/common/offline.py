@@ -1,23 +1,28 @@
 """What scripts share that learn from a file of examples: sizes, pieces of an update, held-out examples, the run."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from experiments.common import data, hub, micro_batches
+from experiments.common.inputs import inputs_of
+from experiments.common.rows import examples_in
 from experiments.common.settings import PLACEMENT, Batches
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
+from rljax.ops import groups
+from rljax.train import distributed
 from rljax.train.log import log_info
 from rljax.train.mesh import RULES, Shardings, data_parallel_size, shard_rows
 from rljax.train.run import Run
-from rljax.train.update import map_micro_batches, sum_over_micro_batches
-from rljax.types import Objective, TrainState
+from rljax.train.update import map_micro_batches
+from rljax.types import Array, Objective, Params, TrainState
 
 
 def check_settings(cfg: Any, mesh: jax.sharding.Mesh) -> None:
@@ -48,6 +53,7 @@ def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str =
         steps=cfg.steps,
         source=source,
         functions=functions,
+        inputs=inputs_of(cfg),
         save_every=cfg.save_every,
         progress_metrics=progress_metrics,
         placement=PLACEMENT,
@@ -89,42 +95,67 @@ def filled(examples: Sequence, size: int, empty: Any) -> list[list]:
 
 
 def make_evaluate(
-    objective: Objective, batches: Sequence, metrics: Sequence[str], pieces: int, shardings: Shardings
+    objective: Objective, rows: Sequence, batches: Sequence, metrics: Sequence[str], pieces: int, shardings: Shardings
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> the loss and the objective's `metrics` over all rows of the batches, each as eval_NAME.
 
-    With "accuracy" among them, its standard error too. As in an update, statistics of a batch are those of the whole
-    batch, which is then cut into `pieces`.
+    With "accuracy" among them, its standard error too, that of independent prompts. As in an update, statistics of a
+    batch are those of the whole batch, which is then cut into `pieces`.
+
+    Args: rows: those that the batches are made of, in their order, without what fills up the last batch.
     """
+    prompts = [tuple(next(examples_in(row)).prompt) for row in rows]
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    group = jnp.asarray([number[prompt] for prompt in prompts])
 
     @jax.jit
     def measure(params, frozen, batch):
         map_rows = partial(map_micro_batches, micro_batches=pieces)
         batch = objective.prepare(params, frozen, batch, jax.random.key(0), map_rows)
 
-        def loss_of_piece(piece):
-            loss, found = objective.loss(params, frozen, piece)
-            return loss, {name: found[name] for name in metrics}
+        def measure_piece(piece):
+            loss, _ = objective.loss(params, frozen, piece)
+            found = metrics_by_row(objective, params, frozen, piece) if metrics else {}
+            of_piece = jnp.zeros(len(piece.weight)).at[0].set(loss)
+            return {"loss": of_piece} | {name: found[name] for name in metrics}
 
-        loss, found = sum_over_micro_batches(loss_of_piece, batch, pieces)
-        count = (batch.weight > 0).sum().astype(float)
-        return {"loss": (loss * count, count)} | found
+        found = map_rows(measure_piece, batch)
+        count = (batch.weight > 0).astype(float)
+        return found | {"loss": (found["loss"] * count.sum(), count)}
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        totals = {name: (0.0, 0.0) for name in ("loss", *metrics)}
+        parts = []
         for batch in batches:
             if objective.state:
                 carried = {name: state.coefficients[name] for name in objective.state}
                 batch = batch.replace(coefficients=batch.coefficients | carried)
-            found = jax.device_get(measure(state.params, state.frozen, shard_rows(shardings, batch)))
-            totals = {name: (totals[name][0] + found[name][0], totals[name][1] + found[name][1]) for name in totals}
-        means = {f"eval_{name}": float(total / max(count, 1.0)) for name, (total, count) in totals.items()}
+            found = measure(state.params, state.frozen, shard_rows(shardings, batch))
+            parts.append(distributed.fetch(found))
+        found = jax.tree.map(lambda *x: np.concatenate(x).astype(np.float64), *parts)
+        means = {f"eval_{name}": float(x.sum() / max(n.sum(), 1.0)) for name, (x, n) in found.items()}
         if "accuracy" in metrics:
-            share = means["eval_accuracy"]
-            means["eval_accuracy_error"] = math.sqrt(share * (1.0 - share) / max(totals["accuracy"][1], 1.0))
+            right, count = (jnp.asarray(x[: len(rows)], jnp.float32) for x in found["accuracy"])
+            means["eval_accuracy_error"] = float(groups.standard_error(right, count, group))
         return means
 
     return evaluate
+
+
+def metrics_by_row(objective: Objective, params: Params, frozen: Params, batch: Any) -> dict[str, tuple[Array, Array]]:
+    """The objective's metrics of each row alone, as (sum [B], count [B]): with the masks of all other rows empty.
+
+    A model reads tokens, not masks, so it is computed once for all rows.
+    """
+    rows = jnp.arange(len(batch.weight))
+
+    def keep_row(row: Array, path: tuple, x: Array) -> Array:
+        is_mask = getattr(path[-1], "name", "") == "mask"
+        return x & (rows == row).reshape(-1, *[1] * (x.ndim - 1)) if is_mask else x
+
+    def alone(row: Array) -> dict[str, tuple[Array, Array]]:
+        return objective.loss(params, frozen, jax.tree.map_with_path(partial(keep_row, row), batch))[1]
+
+    return jax.vmap(alone)(rows)
 
 
 def is_due(every: int, step: int, steps: int) -> bool:

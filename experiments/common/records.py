@@ -23,7 +23,7 @@ def judged_prompts(traj: Trajectory, rows: PromptBatch, decode: Decode) -> list[
     total, valid = (np.asarray(x) for x in episode_rewards(jnp.asarray(traj.rewards), traj.mask))
     rewards = [float(reward) if known else None for reward, known in zip(total, valid, strict=True)]
     completions = decode_completions(traj, decode)
-    ended = (np.asarray(traj.terminated) & np.asarray(traj.mask)).any(axis=1).tolist()
+    ended = ended_rows(traj)
     n = len(rewards) // len(rows.number)
     records = []
     for i, number in enumerate(rows.number.tolist()):
@@ -41,14 +41,20 @@ def judged_prompts(traj: Trajectory, rows: PromptBatch, decode: Decode) -> list[
     return records
 
 
+def ended_rows(traj: Trajectory) -> list[bool]:
+    """Of each completion whether it ended by itself: the others were cut at max_tokens."""
+    return (np.asarray(traj.terminated) & np.asarray(traj.mask)).any(axis=1).tolist()
+
+
 def read_lines(path: Path) -> list[dict]:
     """The lines that an earlier run of the same command wrote. Half a line at the end is cut off."""
     if not path.is_file():
         return []
-    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, rest = path.read_bytes().rpartition(b"\n")  # it may be cut within a character
+    text = whole.decode()
     if rest:
-        write_atomically(path, whole + "\n" * bool(whole))
-    return [json.loads(line) for line in whole.split("\n") if line.strip()]
+        write_atomically(path, text + "\n" * bool(text))
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def append_lines(path: Path, rows: Iterable[dict]) -> None:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.common import data, models
-from rljax.data.examples import answer, demonstration, prompt_of
+from rljax.data.chat import encode_after
+from rljax.data.examples import answer, demonstration, prompt_of, without_end
 from rljax.data.formats import is_conversation
 from rljax.data.prompts import pad_left, padded_width
 from rljax.data.tokenizer import Tokenizer
@@ -57,10 +59,11 @@ def load_process_reward_model(
     per_step: bool,
     dtype: str = "float32",
 ) -> ModelReward:
-    """reward(traj, prompts) -> the probability that a step is right, σ(head's output), behind its last token.
+    """reward(traj, prompts) -> the probability that a step is right, σ(head's output), behind the step's separator.
 
-    With `per_step` that of each step, else [B]: the least of a completion's steps. Steps end with the separator. Raises
-    ValueError for a model with another vocabulary than the policy's.
+    With `per_step` that of each step, else [B]: the least of a completion's steps. A last step without a separator is
+    read with one, as in training (`data.examples.steps`). Raises ValueError for a model with another vocabulary than
+    the policy's.
     """
     config, params, own = _load_scorer(directory, mesh, dtype)
     if own.vocabulary() != tokenizer.vocabulary():
@@ -71,10 +74,54 @@ def load_process_reward_model(
     def reward(traj: Trajectory, prompts: PromptBatch) -> StepScores | np.ndarray:
         traj = distributed.fetch(traj)
         ends = mark_step_ends(traj, token_bytes, separator)
-        probability = jax.nn.sigmoid(score_tokens(traj))
+        steps = close_last_steps(traj, ends, token_bytes, tokenizer, separator)
+        rows, _ = np.nonzero(ends)
+        logits = np.zeros(ends.shape, np.float32)
+        logits[ends] = score_tokens(steps.traj)[rows, steps.columns]
+        probability = jax.nn.sigmoid(logits)
         return StepScores(probability, ends) if per_step else min_over_steps(probability, jnp.asarray(ends))
 
     return reward
+
+
+class ClosedSteps(NamedTuple):
+    """Rows of tokens that end with their last step, and where the steps end there."""
+
+    traj: Trajectory
+    columns: np.ndarray  # of all rows one after another: the column that chose the last token of each step
+
+
+def close_last_steps(
+    traj: Trajectory, ends: np.ndarray, token_bytes: Sequence[bytes], tokenizer: Tokenizer, separator: str
+) -> ClosedSteps:
+    """The rows to the end of their last step, which is encoded again, with a separator, where it lacks one."""
+    rows, places = [], []
+    for b in range(len(ends)):
+        present = np.asarray(traj.segments[b]) > 0
+        tokens = [*traj.inputs[b][present].tolist(), int(traj.actions[b][present][-1])]
+        place = np.cumsum(present)  # of what a column chose, among the tokens
+        columns = np.flatnonzero(ends[b])
+        if len(columns):
+            decisions = np.flatnonzero(traj.mask[b])
+            start = place[decisions[decisions > columns[-2]][0] if len(columns) > 1 else decisions[0]]
+            tokens = tokens[: place[columns[-1]] + 1]
+            tokens[start:] = _closed(tokens[:start], tokens[start:], token_bytes, tokenizer, separator)
+        rows.append(tokens)
+        places.append([*place[columns[:-1]], len(tokens) - 1][: len(columns)])
+    width = padded_width(max(map(len, rows)))
+    columns = [width - len(row) + place - 1 for row, of_row in zip(rows, places, strict=True) for place in of_row]
+    return ClosedSteps(_rows_of_tokens(rows, width, tokenizer.pad), np.array(columns, np.int64))
+
+
+def _closed(
+    before: list[int], step: list[int], token_bytes: Sequence[bytes], tokenizer: Tokenizer, separator: str
+) -> list[int]:
+    """The ids of a step that ends with the separator. Special tokens are no part of a step."""
+    text = b"".join(token_bytes[i] for i in step)
+    if separator.encode() in text:
+        return step
+    closed = text.decode(errors="replace") + separator
+    return encode_after(tokenizer.decode_all(before), closed, tokenizer.encode_more, tokenizer.encode_more)
 
 
 def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[DecoderConfig, Params, Tokenizer]:
@@ -124,10 +171,14 @@ def encode_again(traj: Trajectory, prompts: PromptBatch, tokenizer: Tokenizer, o
     rows = []
     for text, index in zip(decode_rows(traj, tokenizer.decode), prompt_indices(traj, prompts), strict=True):
         example = demonstration(_as_row(text, prompts.as_read[index]), other)
-        cut = not text.ended and example.completion[-1] in other.stop
-        rows.append(example.prompt + (example.completion[:-1] if cut else example.completion))
-    width = padded_width(max(map(len, rows)))
-    tokens, present = pad_left(rows, width, other.pad)
+        example = example if text.ended else without_end(example, other)
+        rows.append(example.prompt + example.completion)
+    return _rows_of_tokens(rows, padded_width(max(map(len, rows))), other.pad)
+
+
+def _rows_of_tokens(rows: list[list[int]], width: int, pad: int) -> Trajectory:
+    """Rows of token ids as a trajectory whose only decision is the last token."""
+    tokens, present = pad_left(rows, width, pad)
     last = np.broadcast_to(np.arange(width) == width - 1, tokens.shape)
     return trajectory_of_tokens(tokens, present.astype(np.int32), last, np.zeros(tokens.shape, np.float32))
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import settings
-from experiments.common.hub import find_model
+from experiments.common.hub import find_model, model_of_reward, split_reward
 from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
-from experiments.common.verifiers import with_sandbox
+from experiments.common.verifiers import read_rubric, with_sandbox
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
 from rljax.ops.shaping import at_last_decision
-from rljax.rewards.judge import RUBRICS, Endpoint, check_rubric, make_judge, served_model
+from rljax.rewards.judge import Endpoint, check_rubric, make_judge, served_model
 from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
 from rljax.rewards.score import Hosts, ModelReward, Score, make_score
@@ -55,14 +55,13 @@ def read_rewards(
     """
     found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
-        plain, at, condition = item.rpartition("@")
-        is_conditioned = bool(at) and condition in found.weights
-        name, weight = _split_weight(plain if is_conditioned else item, tuple(verifiers))
+        name, weight, condition = split_reward(item, found.weights)
+        number = _read_weight(weight, item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
         _add_reward(found, name, item, verifiers, options)
-        found.weights[name] = weight
-        if is_conditioned:
+        found.weights[name] = number
+        if condition is not None:
             found.conditions[name] = condition
     if per_step and not found.process:
         raise ValueError("this algorithm learns from steps, and no reward judges them; legal: process:DIRECTORY")
@@ -78,7 +77,7 @@ def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Calla
         check_url(place)
         found.servers[name] = SERVERS[kind](place, options)
     else:
-        directory = find_model(place if kind == "process" else name)
+        directory = find_model(model_of_reward(name))
         if not (directory and Path(directory).is_dir()):
             raise ValueError(_not_legal(item, tuple(verifiers)))
         hf.read_config(directory, reward_model=True)
@@ -98,18 +97,15 @@ def _check_kind(directory: str | Path, as_process: bool) -> None:
         raise ValueError(f"{directory} is an outcome reward model: it judges whole completions; legal: {directory}")
 
 
-def _split_weight(item: str, names: tuple[str, ...]) -> tuple[str, float]:
-    """NAME=WEIGHT as its parts; a weight of 1 where none is given."""
-    name, equals, weight = item.rpartition("=")
-    if not equals:
-        return item, 1.0
+def _read_weight(text: str | None, item: str, names: tuple[str, ...]) -> float:
+    """A weight as a number; 1 where none is given."""
     try:
-        number = float(weight)
+        number = 1.0 if text is None else float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(_not_legal(item, names))
-    return name, number
+    return number
 
 
 def _not_legal(item: str, names: tuple[str, ...]) -> str:
@@ -182,7 +178,7 @@ def _remote(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCa
 
 def _judge(url: str, options: settings.Reward) -> Callable[[Tokenizer, AnswerCache], ModelReward]:
     """OPENAI_API_KEY of the environment goes to the server, where it is set."""
-    rubric = Path(options.rubric).read_text(encoding="utf-8") if options.rubric else RUBRICS[options.compare]
+    rubric = read_rubric(options)
     check_rubric(rubric, options.compare)
     limits = _limits(options)
     check_reachable(url)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from experiments.common import data, hub
 from experiments.common.best import keep_best
+from experiments.common.inputs import inputs_of
 from experiments.common.rows import Read, make_shape
 from experiments.common.settings import PLACEMENT
-from experiments.common.verifiers import check_answers
+from experiments.common.verifiers import check_answers, check_rubric_columns
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import hf
@@ -65,6 +66,9 @@ def _tokenizer_and_limit(cfg: Any) -> tuple[Tokenizer, int]:
 
 
 def _check_answers(cfg: Any, files: data.Files, verifiers: Mapping[str, Callable] | None) -> None:
+    asks_a_judge = any(item.startswith("judge:") for item in getattr(cfg, "rewards", ()))
+    for table in files.tables if asks_a_judge else ():
+        check_rubric_columns(table, cfg.reward)
     if not verifiers:
         return
     with Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:  # has no processes until one is needed
@@ -107,11 +111,19 @@ def make_run(
         steps=cfg.steps,
         source=source,
         functions={"algorithm": algorithm, "rewards": verifiers},
+        inputs=inputs_of(cfg),
         save_every=cfg.save_every,
         log_samples_every=cfg.log_samples_every,
         progress_metrics=progress_metrics,
         placement=PLACEMENT,
     )
+
+
+def make_run_of_one_step(
+    cfg: Any, directory: str, settings: dict, source: str, verifiers: Mapping[str, Callable]
+) -> Run:
+    """The run directory of a script that trains nothing; `settings` are those of cfg that may not change."""
+    return Run(directory, settings, steps=1, source=source, functions={"rewards": verifiers}, inputs=inputs_of(cfg))
 
 
 def summarize(cfg: Any, before: dict[str, float], after: dict[str, float], model: Path) -> dict[str, dict[str, float]]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from experiments.common import settings
 from rljax.data.files import Table
+from rljax.ops.templates import fill
 from rljax.rewards.code import function_tests, stdin_tests
 from rljax.rewards.format import think_then_answer
+from rljax.rewards.judge import FIELDS, RUBRICS
 from rljax.rewards.number import exact_number, final_number, last_box
 from rljax.rewards.pool import Call, Pool
 from rljax.rewards.sandbox import probe_isolation
@@ -68,6 +71,22 @@ def check_answers(table: Table, verifiers: Mapping[str, Callable], pool: Pool) -
         others = _that_take(table, bad, columns, pool)
         advice = f" ({' or '.join(others)} would take them all)" if others else ""
         raise ValueError(f"{place}: {name} cannot judge {len(bad)} of {len(results)} rows{advice}; here {message}")
+
+
+def read_rubric(options: settings.Reward) -> str:
+    """The question to a judge, by the settings."""
+    return Path(options.rubric).read_text(encoding="utf-8") if options.rubric else RUBRICS[options.compare]
+
+
+def check_rubric_columns(table: Table, options: settings.Reward) -> None:
+    """Fill in the rubric of the judge for every row, without completions. Raises ValueError, naming the row."""
+    rubric = read_rubric(options)
+    others = dict.fromkeys(("prompt", *FIELDS[options.compare]), "?")
+    for i, row in enumerate(table.rows):
+        try:
+            fill(rubric, row | others, "the rubric of the judge")
+        except ValueError as error:
+            raise ValueError(f"{table.place(i)}: {error}") from None
 
 
 def _empty_call(name: str, verifier: Callable, table: Table, i: int) -> Call:

@@ -48,7 +48,7 @@ def main(cfg: Config) -> list[dict]:
     for seed in cfg.seeds:
         for noise in cfg.noise:
             results.append(measure(cfg, noise, seed))
-            write_atomically(Path(cfg.out), results_page(results))
+            write_atomically(Path(cfg.out), results_page(results, len(cfg.seeds) * len(cfg.noise)))
     log_info(f"written: {cfg.out}")
     return results
 
@@ -75,7 +75,8 @@ def with_errors(rows: Sequence[dict], noise: float, seed: int) -> list[dict]:
     for row in rows:
         is_error = dice.random() < noise
         better, worse = ("rejected", "chosen") if is_error else ("chosen", "rejected")
-        turned.append({"prompt": row["prompt"], "chosen": row[better], "rejected": row[worse]})
+        ended = row["ended"][::-1] if is_error else row["ended"]
+        turned.append({"prompt": row["prompt"], "chosen": row[better], "rejected": row[worse], "ended": ended})
     return turned
 
 
@@ -84,8 +85,8 @@ def learned(agreement: float, noise: float) -> float:
     return (agreement - noise) / (1 - 2 * noise)
 
 
-def results_page(results: Sequence[dict]) -> str:
-    """Markdown: a row for each share of errors."""
+def results_page(results: Sequence[dict], wanted: int) -> str:
+    """Markdown: a row for each share of errors. wanted: number of runs that there are to be."""
     lines = ["# Annotators that err", "", "Written by `python experiments/tables/annotator_noise.py`; do not edit.", ""]
     lines += [EXPLANATION, "", "| ε | limit | agreement, by seed | mean | follows the rule, mean |", "|---" * 5 + "|"]
     for noise in sorted({result["noise"] for result in results}):
@@ -95,7 +96,8 @@ def results_page(results: Sequence[dict]) -> str:
         lines.append(f"| {noise:g} | {1 - noise:.3f} | {of_seeds} | {mean(found):.3f} | {rule:.3f} |")
     error = max(result["eval_accuracy_error"] for result in results)
     commits = ", ".join(dict.fromkeys(str(result["git"]) for result in results))
-    lines += ["", f"The standard error of an agreement is at most {error:.3f}, rows taken as independent."]
+    lines += ["", f"{len(results)} of {wanted} runs are done."]
+    lines += [f"The standard error of an agreement, that of independent openings, is at most {error:.3f}."]
     return "\n".join([*lines, f"Commits of the runs: {commits}.", ""])
 
 

@@ -10,7 +10,7 @@ from rljax.algorithms.common.credit import outcome_rewards
 from rljax.types import Pairs, Trajectory
 
 
-def online_pairs(traj: Trajectory, num_generations: int = 2, eos_penalty: float = 0.0) -> Pairs:
+def online_pairs(traj: Trajectory, num_generations: int = 2) -> Pairs:
     """The best completion of each prompt against its worst one: B/num_generations pairs, ordered by group id.
 
     Of equal best completions the first is chosen, of equal worst ones the last is rejected. Rows that are not valid are
@@ -18,15 +18,12 @@ def online_pairs(traj: Trajectory, num_generations: int = 2, eos_penalty: float 
 
     Args:
       traj: a rollout whose groups all have `num_generations` rows, in any order.
-      eos_penalty: subtracted from the reward of a completion that did not terminate, before ranking.
 
     Raises ValueError where `num_generations` does not divide the rows.
     """
     rewards, valid = outcome_rewards(traj)
     if rewards.shape[0] % num_generations:
         raise ValueError(f"{rewards.shape[0]} rows are not groups of {num_generations} completions")
-    if eos_penalty:
-        rewards = rewards - eos_penalty * ~(traj.terminated & traj.mask).any(axis=1)
     rows = jnp.argsort(traj.group, stable=True).reshape(-1, num_generations)
     rewards = rewards[rows]
     valid = valid[rows]

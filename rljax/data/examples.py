@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,13 +112,16 @@ def demonstration(row: Row, tokenizer: Tokenizer) -> Example:
 
 
 def comparison(row: Row, tokenizer: Tokenizer) -> Comparison:
-    """The completions `chosen` and `rejected` of a `prompt`; without one it is what both begin with."""
+    """The completions `chosen` and `rejected` of a `prompt`; without one it is what both begin with.
+
+    `ended`, where the row has it, says of each of both whether it ended by itself (`as_ended`).
+    """
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise ValueError(f"column 'margin' is {margin!r}; legal: a number")
+    if margin is not None and (isinstance(margin, bool) or not _is_finite(margin)):
+        raise ValueError(f"column 'margin' is {margin!r}; legal: a finite number")
     if "prompt" in row:
         is_conversational(row, "prompt", "chosen", "rejected")
-        chosen, rejected = (_answered(row, column, tokenizer) for column in ("chosen", "rejected"))
+        pair = [_answered(row, column, tokenizer) for column in ("chosen", "rejected")]
     elif is_conversational(row, "chosen", "rejected"):
         texts = [messages_of(row, column) for column in ("chosen", "rejected")]
         shared = _common_length(*texts)
@@ -127,10 +131,30 @@ def comparison(row: Row, tokenizer: Tokenizer) -> Comparison:
                 f"no column 'prompt', and chosen and rejected part at message {shared + 1} ({others[0]}): they answer "
                 "different prompts; legal: to part at a message of the assistant"
             )
-        chosen, rejected = (_conversation(row, messages, shared, tokenizer) for messages in texts)
+        pair = [_conversation(row, messages, shared, tokenizer) for messages in texts]
     else:
-        chosen, rejected = _after_common_prompt(row, tokenizer)
+        pair = _after_common_prompt(row, tokenizer)
+    chosen, rejected = as_ended(row, pair, tokenizer)
     return Comparison(chosen, rejected, None if margin is None else float(margin))
+
+
+def as_ended(row: Row, completions: Sequence[Example], tokenizer: Tokenizer) -> list[Example]:
+    """The completions of a row; those that its column `ended` says were cut have no end of turn.
+
+    Raises ValueError where `ended` is not one of true or false for each completion.
+    """
+    ended = row.get("ended", [True] * len(completions))
+    if not (isinstance(ended, list) and len(ended) == len(completions) and all(type(one) is bool for one in ended)):
+        raise ValueError(f"column 'ended' is {ended!r}; legal: a list of true and false, one for each completion")
+    pairs = zip(completions, ended, strict=True)
+    return [example if has_end else without_end(example, tokenizer) for example, has_end in pairs]
+
+
+def without_end(example: Example, tokenizer: Tokenizer) -> Example:
+    """The example without the token that ends its completion, unless that is all of it."""
+    if len(example.completion) < 2 or example.completion[-1] not in tokenizer.stop:
+        return example
+    return example._replace(completion=example.completion[:-1], mask=example.mask[:-1])
 
 
 def judgment(row: Row, tokenizer: Tokenizer) -> Judgment:
@@ -178,9 +202,16 @@ def _step_labels(row: Row, count: int) -> list[float]:
     if not isinstance(labels, list) or len(labels) != count:
         found = f"{len(labels)} values" if isinstance(labels, list) else f"a {type(labels).__name__}"
         raise ValueError(f"column 'labels' is {found} for {count} steps; legal: a list of one label a step")
-    if not all(label is None or isinstance(label, bool | int | float) for label in labels):
-        raise ValueError(f"column 'labels' is {labels!r}; legal: true, false, numbers, or null for no label")
+    if not all(label is None or (_is_finite(label) and 0 <= label <= 1) for label in labels):
+        raise ValueError(
+            f"column 'labels' is {labels!r}; legal: true, false, numbers from 0 to 1, or null for no label (ratings of "
+            "-1, 0 and 1, as PRM800K has them, are to be mapped first)"
+        )
     return [math.nan if label is None else float(label) for label in labels]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _answered(row: Row, column: str, tokenizer: Tokenizer) -> Example:

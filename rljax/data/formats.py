@@ -30,7 +30,7 @@ FORMATS = {  # the most specific first
 TEXTS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 
 # What some format or method reads of a row. A row that is made of another's prompt has its own of these, or none.
-READ = {*TEXTS, "completions", "label", "labels", "margin"}
+READ = {*TEXTS, "completions", "label", "labels", "margin", "ended"}
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]

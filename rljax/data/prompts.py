@@ -1,11 +1,11 @@
 """A dataset of prompts with their columns, in an order that is a pure function of (seed, cursor)."""
 
-import string
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
 from rljax.ops.shapes import power_of_two
+from rljax.ops.templates import fill, names_in
 from rljax.types import PromptBatch
 
 
@@ -13,28 +13,11 @@ def from_template(template: str) -> Callable[[dict], str]:
     """columns of a row -> text, by a template with column names in braces: "{question}\n"; {{ and }} write a brace.
 
     Raises ValueError where the template does not parse. The function raises it, naming the columns, where the template
-    does not fit them, and for a column that is null or holds neither text nor a number.
+    does not fit them, and for a column that is null or holds neither text nor a finite number.
     """
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"the template {template!r} does not parse ({error}); {{{{ and }}}} write a brace") from None
-
-    def text(row: dict) -> str:
-        try:
-            values = {name: string.Formatter().get_field(name, (), row)[0] for name in names}
-            written = template.format_map(row)
-        except (LookupError, AttributeError, ValueError, TypeError) as missing:
-            raise ValueError(
-                f"the template {template!r} does not fit ({missing}); legal in braces: {', '.join(sorted(row))}"
-            ) from None
-        for name, value in values.items():
-            if not isinstance(value, str | int | float):
-                found = "null" if value is None else f"a {type(value).__name__}"
-                raise ValueError(f"column {name!r} is {found}; legal in a template: text and numbers")
-        return written
-
-    return text
+    what = f"the template {template!r}"
+    names_in(template, what)
+    return lambda row: fill(template, row, what)
 
 
 def train_eval_split(keys: Sequence[Hashable], eval_size: int, seed: int) -> tuple[list[int], list[int]]:

@@ -20,6 +20,25 @@ def group_count(group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Arra
     return group_sum(valid.astype(float), group)
 
 
+def standard_error(
+    total: Float[Array, " B"], count: Float[Array, " B"] | Bool[Array, " B"], group: Int[Array, " B"]
+) -> Float[Array, ""]:
+    """Standard error of r = Σ total / Σ count, where the rows of a group are not independent but groups are.
+
+        √(P/(P - 1) Σ_p (t_p - r c_p)²) / Σ count     t_p and c_p the sums over group p, P the groups that count
+
+    The mean of x over the valid rows is that of total = where(valid, x, 0) and count = valid; with one row a group this
+    is std/√B. NaN for fewer than two groups. (Cochran, Sampling Techniques, 1977, chapter 6: the variance of a ratio.)
+    """
+    count = count.astype(float)
+    ratio = total.sum() / jnp.maximum(count.sum(), 1.0)
+    residual = group_sum(total - ratio * count, group)
+    size = group_sum(jnp.ones_like(total), group)
+    groups = jnp.where(group_sum(count, group) > 0, 1.0 / size, 0.0).sum()
+    variance = groups / jnp.maximum(groups - 1.0, 1.0) * (residual**2 / size).sum()
+    return jnp.where(groups > 1.5, jnp.sqrt(variance) / jnp.maximum(count.sum(), 1.0), jnp.nan)
+
+
 def group_min(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:
     """The smallest valid x of each row's group, 0 for a group without one.
 

@@ -13,13 +13,13 @@ def pass_at_k(count: Counts, correct: Counts, k: int) -> Float[Array, "*P"]:
 
         1 - C(n-c, k)/C(n, k) = 1 - Π_{j<k} (n-c-j)/(n-j)        1 where n - c < k
 
-    NaN where it is not known: fewer than k completions and none of them correct.
+    NaN where there are fewer than k completions, correct or not: to keep only the prompts that are solved is a bias.
     """
     n = jnp.asarray(count)[..., None]
     c = jnp.asarray(correct)[..., None]
     j = jnp.arange(k).reshape((1,) * (n.ndim - 1) + (k,))
     factor = jnp.maximum(n - c - j, 0) / jnp.maximum(n - j, 1)
-    return jnp.where((c > 0) | (n >= k), 1.0 - factor.prod(axis=-1, keepdims=True), jnp.nan)[..., 0]
+    return jnp.where(n >= k, 1.0 - factor.prod(axis=-1, keepdims=True), jnp.nan)[..., 0]
 
 
 def expected_best(rewards: Float[Array, "*P n"], k: int) -> Float[Array, "*P"]:

@@ -50,8 +50,13 @@ def function_tests(
       prompt: imports, helpers, and the beginning of the function, as the model read it.
       test: source that defines check(candidate); each assert counts as a test.
       isolation, seconds: of the sandbox, for all tests together.
-    Raises ValueError for a test that is no Python, and CouldNotJudge where there is no sandbox.
+    Raises ValueError for columns that are no texts or a test that is no Python, and CouldNotJudge where there is no
+    sandbox.
     """
+    for column, value in {"prompt": prompt, "test": test, "entry_point": entry_point}.items():
+        if not isinstance(value, str):
+            found = "null" if value is None else f"a {type(value).__name__}"
+            raise ValueError(f"column {column!r} is {found}; legal: source of Python, as HumanEval has it")
     counts = run_function_tests(
         solution_source(completion, prompt, entry_point), prompt, test, entry_point, isolation, seconds
     )

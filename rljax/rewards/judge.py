@@ -14,14 +14,15 @@ and the dataset's columns in braces; {{ and }} write braces. Of the reply counts
 "Winner:" or "Ranking:"; a reply without one is "could not be judged".
 """
 
+import json
 import re
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rljax.ops.templates import fill, names_in
 from rljax.rewards.score import ModelReward, RewardError, decode_rows, prompt_indices
 from rljax.rewards.server import DEFAULT_LIMITS, AnswerCache, Limits, Reply, RequestError, ask_all, request_json
 from rljax.rewards.worker import Result
@@ -97,7 +98,7 @@ def make_judge(
       decode: token ids -> text without special tokens. rubric: None: that of RUBRICS.
       scale: the highest score that the rubric allows. cache: of replies; None: one of this process.
     Raises ValueError for a rubric without the completion. The reward raises RewardError for a column that the rubric
-    names and the dataset lacks, and where completions are to be compared and a prompt has one alone.
+    names and a row lacks or has as null, and where completions are to be compared and a prompt has one alone.
     """
     rubric = RUBRICS[compare] if rubric is None else rubric
     check_rubric(rubric, compare)
@@ -136,14 +137,19 @@ def _prompt_text(row: dict, decoded: str) -> str:
     messages = row.get("prompt", row.get("messages"))
     if not isinstance(messages, list):
         return decoded
-    if messages[-1]["role"] == "assistant":  # what is to be written
-        messages = messages[:-1]
-    return "\n\n".join(f"{message['role']}: {_content_text(message['content'])}" for message in messages)
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":  # what is to be written
+        end -= 1
+    return "\n\n".join(f"{message['role']}: {_message_text(message)}" for message in messages[:end])
 
 
-def _content_text(content: Any) -> str:
-    """The text of a message, which may stand in parts {"type": "text", "text": ...}."""
-    return "".join(part.get("text", "") for part in content) if isinstance(content, list) else str(content)
+def _message_text(message: Mapping[str, Any]) -> str:
+    """The content of a message, which may stand in parts {"type": "text", "text": ...}, and its calls of tools."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([content, *calls] if content else calls)
 
 
 # -------------------------------------------------------------------------------------------------------------- rubrics
@@ -151,24 +157,17 @@ def _content_text(content: Any) -> str:
 
 def check_rubric(rubric: str, compare: Compare) -> None:
     """Raises ValueError unless the rubric is a template with the completions that are compared."""
-    try:
-        named = {name for _, name, _, _ in string.Formatter().parse(rubric) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"the rubric does not parse ({error}); a brace of the text is written {{{{ or }}}}") from None
+    named = names_in(rubric, "the rubric")
     absent = [f"{{{name}}}" for name in FIELDS[compare] if name not in named]
     if absent:
         raise ValueError(f"the rubric lacks {' and '.join(absent)}, which it is to judge (compare = {compare})")
 
 
 def _fill(rubric: str, row: _Row, **completions: str) -> str:
-    fields = row.fields | completions
     try:
-        return rubric.format_map(fields)
-    except (KeyError, IndexError, AttributeError, ValueError) as error:
-        raise RewardError(
-            f"the rubric of the judge does not fit prompt {row.draw} ({error}); legal in braces: "
-            f"{', '.join(sorted(fields))}; a brace of the text is written {{{{ or }}}}"
-        ) from None
+        return fill(rubric, row.fields | completions, "the rubric of the judge")
+    except ValueError as error:
+        raise RewardError(f"prompt {row.draw}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------- three judges

@@ -11,7 +11,7 @@ def mark_step_ends(traj: Trajectory, token_bytes: Sequence[bytes], separator: st
     """[B T] bool: True on the decision that chose the last token of each step of the completion.
 
     A step ends with the token that completes the separator; white space alone is no step, and belongs to the next one.
-    What follows the last separator is a step too, and ends at the last decision.
+    What follows the last separator is a step too, and ends at the last decision, which chose EOS or was cut.
 
     Args:
       token_bytes: of each id, empty for special tokens. Raises ValueError for an empty separator.

@@ -3,9 +3,16 @@
 import re
 from collections.abc import Mapping
 
+from rljax.ops.templates import is_text_or_number, shown_value
+
 
 def exact_text(completion: str, answer: object) -> float:
-    """1.0 if the completion is the answer and nothing else (white space around either aside), else 0.0."""
+    """1.0 if the completion is the answer and nothing else (white space around either aside), else 0.0.
+
+    Raises ValueError for an answer that is neither a text nor a number.
+    """
+    if isinstance(answer, bool) or not is_text_or_number(answer):
+        raise ValueError(f"column 'answer' is {shown_value(answer)}; legal: a text or a number")
     return float(completion.strip() == str(answer).strip())
 
 

@@ -59,7 +59,7 @@ def solve_rates(
 
     avg@k is the fraction of correct ones among the first k scored completions of a prompt; maj@k the probability that
     the most common answer of these is correct, ties broken uniformly; pass@k is estimated from all of them. Prompts
-    without a scored completion are left out.
+    without a scored completion are left out, of pass@k those with fewer than k.
 
     Args:
       correct, valid: [B] bool: the completion is correct; it was scored.
@@ -73,7 +73,7 @@ def solve_rates(
         first = valid & (position < k)
         average = groups.group_mean(correct.astype(float), group, first)
         rates[f"avg@{k}"] = _mean_over_groups(average, group, valid)
-        rates[f"pass@{k}"] = _mean_over_groups(pass_at_k(count, solved, k), group, valid)
+        rates[f"pass@{k}"] = _mean_over_groups(pass_at_k(count, solved, k), group, valid & (count >= k))
         if answers is not None:
             majority = majority_correct(answers, correct, group, first)
             rates[f"maj@{k}"] = _mean_over_groups(majority, group, valid)

@@ -14,7 +14,7 @@ from rljax.ops import groups
 from rljax.ops.kl import k1, k3
 from rljax.ops.ratios import importance_ratio
 from rljax.ops.returns import episode_rewards
-from rljax.ops.statistics import explained_variance, masked_max, masked_mean, masked_min, masked_std, masked_var
+from rljax.ops.statistics import explained_variance, masked_max, masked_mean, masked_min, masked_std
 from rljax.train.diagnostics import sampler_mismatch, sequence_kl
 from rljax.types import Array, Batch, PolicyOutput, Trajectory
 
@@ -66,9 +66,12 @@ def rollout_metrics(traj: Trajectory, names: tuple[str, ...], solved: float = 1.
 
 
 def reward_and_kl(traj: Trajectory) -> dict[str, float]:
-    """Mean reward of the scored rows with its standard error, and the KL to the reference in nats per sequence."""
+    """Mean reward of the scored rows with its standard error, and the KL to the reference in nats per sequence.
+
+    The error is that of independent prompts, not completions. NaN of one prompt.
+    """
     total, valid = episode_rewards(jnp.asarray(traj.rewards), traj.mask)
-    error = jnp.sqrt(masked_var(total, valid) / jnp.maximum(valid.sum(), 1))
+    error = groups.standard_error(jnp.where(valid, total, 0.0), valid, traj.group)
     return {
         "reward": float(masked_mean(total, valid)),
         "error": float(error),

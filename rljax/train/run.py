@@ -1,6 +1,7 @@
 """A run directory: lock, settings, log, checkpoints, signals. The only resource object of an experiment.
 
     config.json     the settings, the experiment, the git revision
+    inputs.json     a digest of each file that the run reads: models and rows
     experiment.py   the experiment's own source
     functions/      the source of the functions handed in and the git revision, as `rljax.train.provenance` keeps them
     metrics.jsonl, tensorboard/, samples.jsonl, report.html
@@ -30,6 +31,7 @@ import jax
 from rljax.train import distributed
 from rljax.train.checkpoint import Checkpoints
 from rljax.train.compile_watch import CompileWatch
+from rljax.train.inputs import describe_changed_inputs, file_digests
 from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
 from rljax.train.machine import environment, peak_bytes
 from rljax.train.provenance import git_revision, record_sources, run_sources
@@ -73,6 +75,8 @@ class Run:
 
     Args:
       config: the settings, as JSON. A directory that holds a run with other settings is refused and left unchanged.
+      inputs: what the run reads: files, and directories of models. A directory whose run began with files of other
+        content is refused like one of other settings.
       steps: of the loop. save_every: steps between checkpoints (the last step is always saved).
       log_samples_every: steps between samples of completions. progress_metrics: metrics on the progress line.
       placement: names of settings, or of blocks of them, that say where arrays lie and how work is cut: they may be
@@ -90,6 +94,7 @@ class Run:
         steps: int,
         source: str | None = None,
         functions: Mapping[str, Any] | None = None,
+        inputs: Sequence[str | Path] = (),
         save_every: int = 50,
         log_samples_every: int = 20,
         progress_metrics: Sequence[str] = PROGRESS_METRICS,
@@ -106,6 +111,7 @@ class Run:
         self.log_samples_every = log_samples_every
         self._config = json.loads(json.dumps(config))
         self._source = source
+        self._inputs = distributed.on_main("read what the run reads", lambda: file_digests(inputs))
         self._sources = run_sources(functions or {})  # now: their files may be edited while the run goes on
         self._progress_metrics = progress_metrics
         self._placement = placement
@@ -299,7 +305,7 @@ class Run:
             return f"{self.directory} is no run directory: its config.json is not of a run; name another"
         changed = changed_settings(stored, self._config, ignored=self._placement)
         if not changed:
-            return ""
+            return self._changed_inputs()
         further = ""
         more_steps = stored.get("steps") != self._config.get("steps")
         if more_steps and "model" in self._config and (self.directory / "model").is_dir():
@@ -308,6 +314,12 @@ class Run:
             f"{self.directory} holds a run with other settings: {changed}. "
             f"Resume it with its own settings, or name another with --directory{further}"
         )
+
+    def _changed_inputs(self) -> str:
+        path = self.directory / "inputs.json"
+        if not path.is_file():  # it reads nothing, or an earlier version began it
+            return ""
+        return describe_changed_inputs(self.directory, json.loads(path.read_text()), self._inputs, "--directory")
 
     def _refuse_non_finite(self, step: int, values: Mapping[str, float]) -> None:
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, 0.0))]
@@ -330,6 +342,8 @@ class Run:
         }
         if self._source:
             shutil.copyfile(self._source, self.directory / "experiment.py")
+        if self._inputs:
+            write_atomically(self.directory / "inputs.json", json.dumps(self._inputs, indent=1))
         write_atomically(path, json.dumps({"config": self._config, **facts}, indent=1))
 
     def _record_functions(self) -> None:

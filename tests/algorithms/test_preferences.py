@@ -598,12 +598,6 @@ def test_of_equal_answers_the_first_is_chosen_and_the_last_rejected():
     assert (named(found, "chosen"), named(found, "rejected")) == ([0, 5], [2, 4])
 
 
-def test_answers_without_end_lose_the_penalty_before_ranking():
-    traj = answered([3, 2, 3, 2], [0, 0, 1, 1], ended=[False, True, True, False])
-    assert named(online_pairs(traj), "chosen") == [0, 2]
-    assert named(online_pairs(traj, eos_penalty=1.5), "chosen") == [1, 2]
-
-
 def test_unjudged_answers_are_in_no_pair():
     nan = np.nan
     found = online_pairs(answered([nan, 1, 2, nan, nan, 5], [0, 0, 0, 1, 1, 1]), num_generations=3)

@@ -1,5 +1,7 @@
 """Prompts: an order that a cursor resumes, what is dropped, and demonstrations."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -143,7 +145,9 @@ def test_template_names_columns():
         from_template(r"\boxed{")
 
 
-@pytest.mark.parametrize(("value", "found"), [(None, "null"), ([{"role": "user"}], "a list"), ({"a": 1}, "a dict")])
+@pytest.mark.parametrize(
+    ("value", "found"), [(None, "null"), ([{"role": "user"}], "a list"), ({"a": 1}, "a dict"), (math.nan, "nan")]
+)
 def test_template_takes_text_and_numbers(value, found):
     with pytest.raises(ValueError, match=f"column 'q' is {found}; legal in a template: text and numbers"):
         from_template("Q: {q}")({"q": value, "other": None})

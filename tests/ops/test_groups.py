@@ -39,6 +39,19 @@ def test_statistics_are_those_of_the_judged_rows_with_the_same_id(ours, hand):
     close(ours(narrow(X), jnp.asarray(GROUP), jnp.asarray(VALID)), by_hand(hand))
 
 
+def test_the_standard_error_of_a_ratio_counts_groups():
+    count = np.array([2.0, 1, 0, 3, 1, 0, 0, 1, 0])
+    total = np.where(count > 0, np.nan_to_num(X), 0.0)
+    ratio = total.sum() / count.sum()
+    sums = [(total - ratio * count)[g == GROUP].sum() for g in (7, -2, 40)]  # of group 3 nothing counts
+    want = np.sqrt(3 / 2 * np.square(sums).sum()) / count.sum()
+    standard_error = jax.jit(groups.standard_error)
+    close(standard_error(narrow(total), narrow(count), jnp.asarray(GROUP)), want)
+    alone = np.arange(len(X))
+    close(standard_error(narrow(total), jnp.ones(9), alone), total.std(ddof=1) / 3)
+    assert np.isnan(standard_error(narrow(total), jnp.ones(9), jnp.zeros(9, int)))
+
+
 def test_group_sum_adds_every_row():
     close(group_sum(jnp.ones(len(X)), jnp.asarray(GROUP)), [np.sum(g == GROUP) for g in GROUP])
 

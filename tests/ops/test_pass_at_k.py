@@ -22,8 +22,9 @@ def test_it_is_the_share_of_subsets_with_a_correct_completion(n):
         assert (got[n - k + 1 :] == 1).all()
 
 
-def test_with_fewer_completions_than_k_it_is_known_only_if_one_is_correct():
-    np.testing.assert_array_equal(pass_at_k(jnp.array([3, 3, 0]), jnp.array([1, 0, 0]), 4), [1, np.nan, np.nan])
+def test_with_fewer_completions_than_k_it_is_not_known_correct_or_not():
+    found = pass_at_k(jnp.array([3, 3, 0, 4, 4]), jnp.array([1, 0, 0, 1, 0]), 4)
+    np.testing.assert_array_equal(found, [np.nan, np.nan, np.nan, 1, 0])
     assert pass_at_k(2, 1, 1) == 0.5
     np.testing.assert_allclose(pass_at_k(10_000, 10, 100), 1 - (0.99) ** 10, rtol=5e-3)
 

@@ -187,6 +187,23 @@ def test_columns_that_do_not_run_are_the_datas_fault():
         counts("    return 1\n", prompt="{}['x']\n" + PROMPT)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "found"),
+    [
+        ("prompt", [{"role": "user"}], "a list"),
+        ("prompt", None, "null"),
+        ("test", 3, "a int"),
+        ("entry_point", None, "null"),
+    ],
+)
+def test_columns_that_are_no_texts_are_named(column, value, found):
+    columns = {"prompt": PROMPT, "test": "def check(f): pass", "entry_point": "half"} | {column: value}
+    with pytest.raises(
+        ValueError, match=f"^column '{column}' is {found}; legal: source of Python, as HumanEval has it"
+    ):
+        function_tests("", **columns)
+
+
 @pytest.mark.parametrize("failure", ["raise KeyError(x)", "import os; os._exit(3)", "raise SystemExit(3)"])
 def test_a_solution_that_fails_outside_an_assert_is_not_the_datas_fault(failure):
     test = "r = half(4)\nassert r == 2"

@@ -7,9 +7,12 @@ import re
 import numpy as np
 import pytest
 
+from experiments.common.settings import Reward
+from experiments.common.verifiers import check_rubric_columns
 from rewards import servers
 from rewards.test_remote import PATIENT, SHORT, texts
 from rewards.test_score import decode, rows_of
+from rljax.data.files import Table
 from rljax.rewards import judge
 from rljax.rewards.judge import Endpoint, check_rubric, make_judge, read_ranking, read_score, read_winner
 from rljax.rewards.score import RewardError, make_score
@@ -67,6 +70,37 @@ def test_a_conversation_is_shown_with_its_roles():
         assert values(reward(texts(("8", "12", 40), ("8", "3", 41)), rows)) == [0.1, 0.1]
     found = {body["messages"][0]["content"] for body in server.requests}
     assert found == {"system: Be kind.\n\nuser: {why}?|" + completion for completion in ("12", "3")}
+
+
+def test_calls_of_tools_are_shown_and_every_turn_of_the_answer_is_not():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
+    answer = [{"role": "assistant", "content": "It is 2."}, {"role": "assistant", "content": "Anything else?"}]
+    wanted = 'user: 1 + 1?\n\nassistant: {"name": "add", "arguments": {"a": 1}}\n\ntool: 2'
+    assert judge._prompt_text({"prompt": asked}, "") == judge._prompt_text({"messages": asked + answer}, "") == wanted
+
+
+@pytest.mark.parametrize(
+    ("answer", "rubric", "message"),
+    [
+        (None, "{completion} against {answer}", "column 'answer' is null; legal in a template: text and numbers"),
+        (["a"], "{completion} against {answer}", "column 'answer' is a list; legal"),
+        (4, "{completion} against {answer[x]}", "the rubric of the judge does not fit"),
+    ],
+)
+def test_a_column_of_the_rubric_that_is_no_text_is_an_error(answer, rubric, message, tmp_path):
+    """Before anything is asked; and by the scripts, before anything is loaded."""
+    row = judge._Row(40, "c", {"prompt": "p", "answer": answer})
+    with pytest.raises(RewardError, match=f"^prompt 40: {message}"):
+        judge._fill(rubric, row, completion=row.completion)
+    (tmp_path / "rubric.txt").write_text(rubric)
+    table = Table("rows.jsonl", [{"prompt": "p", "answer": {"x": "y"} if "[" in rubric else 3}, row.fields], [1, 2])
+    with pytest.raises(ValueError, match=rf"^rows\.jsonl, line 2: {message}"):
+        check_rubric_columns(table, Reward(rubric=str(tmp_path / "rubric.txt")))
 
 
 def larger(question):
@@ -239,7 +273,7 @@ def test_replies_are_kept_on_disk_with_their_text(tmp_path):
         ("{completion_a}", "pairwise", r"the rubric lacks \{completion_b\}"),
         ("{completion}", "ranking", r"the rubric lacks \{completions\}"),
         ('{completion} as {"score": N', "score", "the rubric does not parse"),
-        ("{completion} }", "score", r"does not parse .*; a brace of the text is written \{\{ or \}\}"),
+        ("{completion} }", "score", r"does not parse .*; \{\{ and \}\} write a brace"),
     ],
 )
 def test_a_rubric_without_the_completion_is_refused(rubric, compare, message):
@@ -250,7 +284,7 @@ def test_a_rubric_without_the_completion_is_refused(rubric, compare, message):
 def test_a_column_that_the_rubric_names_and_the_data_lack_is_one_error():
     judge_of = functools.partial(make_judge, Endpoint("http://h", "m"), decode, rubric="{completion} {solution}")
     with pytest.raises(
-        RewardError, match=r"prompt 40 \('solution'\); legal in braces: answer, completion, level, prompt"
+        RewardError, match=r"prompt 40: .* \('solution'\); legal in braces: answer, completion, level, prompt"
     ):
         judge_of(cache=AnswerCache())(TRAJ, ROWS)
 

@@ -44,6 +44,21 @@ from rljax.rewards.number import exact_number, final_number
         *[("3x + 1 = 7", 7), ("3 xylophones", 3), ("3xyz", 3), ("5x faster", None)],
         *[("7 - 4 = 3", 3), ("2 * 5 is 10", 10), ("page 3: 12", 12), ("COVID-19", 19), ("**72**", 72), ("+5", 5)],
         *[("so 2\nA: 18", 18), ("Answer: 7", 7), ("A: 3\nA: 4", 4), ("A: none of 7 - 4", None), ("DNA: 5", 5)],
+        *[("10³", None), ("10₂", None), ("10_2", None), ("2⋅3", None), ("5±1", None), (r"5 \pm 1", None), ("5π", None)],
+        *[("3 : 1", None), ("1–2", None), ("1 – 2", None), ("1_000", None), ("5'000", None), ("1e400", None)],
+        *[("5k", None), ("3i", None), ("5 million", None), ("17 mod 5", None), ("5 choose 2", None), ("5 x", None)],
+        *[("5 * x", None), ("5 + x", None), ("5/x", None), ("2 times 5", None), ("5 minus $3", None), ("-(5)", None)],
+        *[("f(3)", None), ("5(3)", None), ("gcd(12, 18)", None), ("(3, 4)", None), ("|-5|", None), ("log 8", None)],
+        *[(r"\log_2 8", None), (r"\binom{5}{2}", None), (r"\frac{10}{x}", None), (r"\frac{a}{2}", None)],
+        *[(r"\sqrt[3]{8}", None), (r"\boxed{5 \text{ million}}", None), (r"\boxed{x - 5}", None)],
+        # by itself, whatever stands beside it
+        *[("5 km/h", 5), ("$6/m", 6), ("18/day", 18), ("5m", 5), ("5 cm²", 5), ("5°", 5), ("5元", 5), ("5th", 5)],
+        *[("18 (eighteen)", 18), ("18(eighteen)", 18), ("| 5 |", 5), ("_18_", 18), ("≈5", 5), (r"x \le 5", 5)],
+        *[("5 - a lot", 5), ("5 times", 5), ("5 x-rays", 5), ("• 5", 5), (r"\(5\)", 5), (r"is $5$.", 5)],
+        *[("–5", -5), ("The answer – 5", 5), ("½", "1/2"), ("2½", "5/2"), ("1⁄2", "1/2"), (r"2\frac{4}{2}", None)],
+        *[(r"\cfrac{1}{2}", "1/2"), (r"\frac{1}{-2}", "-1/2"), (r"\frac{1.5}{2}", "3/4"), (r"\frac{1}{0}", None)],
+        *[(r"\boxed{(5)}", 5), (r"\boxed{\left(5\right)}", 5), (r"\boxed{\text{5}}", 5), (r"\textbf{5}", 5)],
+        *[(r"\boxed {5} and 6", 5), (r"\fbox{5} and 6", 5), ("**Answer:** 18\n", 18), ("**Final Answer**: 18", 18)],
         *[(r"\boxed{3x}", None), (r"\boxed{1 1/2}", "3/2"), (r"\boxed{(3, 4)}", None), (r"\boxed{}", None)],
     ],
 )
@@ -80,7 +95,27 @@ def reading_seconds(text: str) -> float:
     return min(found)
 
 
-@pytest.mark.parametrize("piece", ["1,000,", ",000", "\\boxed{", "\\frac{", "^ ", "{", "-", ".5", "9", "1/", "####"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1,000,",
+        ",000",
+        "\\boxed{",
+        "\\frac{",
+        "^ ",
+        "{",
+        "-",
+        ".5",
+        "9",
+        "1/",
+        "####",
+        "\\text{",
+        "(1,",
+        "5 – ",
+        "f_{",
+        "½",
+    ],
+)
 def test_long_texts_are_read_fast(piece):
     """A text of 16 times the length takes about 16 times as long, not 256 times."""
     short, long = ("1 ^" + piece * (characters // len(piece)) for characters in (6_250, 100_000))

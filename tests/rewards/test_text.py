@@ -20,6 +20,14 @@ def test_exact_text(completion, answer, value):
 
 
 @pytest.mark.parametrize(
+    ("answer", "found"), [(None, "null"), (["a"], "a list"), (True, "a bool"), (float("nan"), "nan"), ({}, "a dict")]
+)
+def test_an_answer_that_is_no_text_is_an_error(answer, found):
+    with pytest.raises(ValueError, match=rf"^column 'answer' is {found}; legal: a text or a number$"):
+        exact_text(str(answer), answer)
+
+
+@pytest.mark.parametrize(
     ("story", "count"),
     [
         *[("", 0), ("Once upon a time there was a girl.", 0), ("A cat.", 1), ("CATS and Cat's cat", 1)],

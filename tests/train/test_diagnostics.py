@@ -52,6 +52,15 @@ def test_rates_depend_neither_on_the_names_of_groups_nor_on_rows_that_were_not_s
             assert {k: float(v) for k, v in other.items()} == pytest.approx({k: float(v) for k, v in whole.items()})
 
 
+def test_a_prompt_with_fewer_scored_completions_than_k_has_no_pass_rate_solved_or_not():
+    group = jnp.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    valid = jnp.array([True, True, False] * 2 + [True] * 3)
+    correct = jnp.array([True, True, False, False, False, False, True, False, False])
+    got = diagnostics.solve_rates(correct, group, valid, (2, 3))
+    assert float(got["pass@3"]) == 1
+    assert float(got["pass@2"]) == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+
 def test_rates_of_nothing_are_0():
     got = diagnostics.solve_rates(CORRECT, GROUP, VALID & False, (1,), ANSWER)
     assert {name: float(x) for name, x in got.items()} == {"avg@1": 0, "pass@1": 0, "maj@1": 0}

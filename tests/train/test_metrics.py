@@ -79,10 +79,14 @@ def test_a_row_without_a_decision_is_not_judged():
 
 
 def test_reward_with_its_standard_error_and_the_kl_a_sequence():
-    got = reward_and_kl(trajectory(ref_logp=np.where(MASK, -1.5, nan)))
+    traj = trajectory(ref_logp=np.where(MASK, -1.5, nan))
+    got = reward_and_kl(traj.replace(group=jnp.arange(8)))
     judged = np.array([1, 0, 0.3, 0.3, 0.7])
     want = {"reward": judged.mean(), "error": judged.std(ddof=1) / np.sqrt(5), "kl": 0.5 * 12 / 8}
     assert got == pytest.approx(want, rel=1e-6)
+    of_prompts = np.array([1 + 0, 0.3 + 0.3, 0.7]) - judged.mean() * np.array([2, 2, 1])
+    assert reward_and_kl(traj)["error"] == pytest.approx(np.sqrt(3 / 2 * (of_prompts**2).sum()) / 5, rel=1e-6)
+    assert np.isnan(reward_and_kl(traj.replace(group=jnp.zeros(8, int)))["error"])
 
 
 def test_the_gap_between_sampler_and_trainer_is_shown_where_both_are_known():

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from rljax.train import distributed
+from rljax.train import distributed, inputs
 from rljax.train.log import MACHINE_METRICS
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -210,6 +210,47 @@ def test_other_processes_wait_until_they_see_the_directory(seconds, tmp_path, mo
         with pytest.raises(ValueError, match="process 0 made it; legal: a directory that all processes see"), run:
             pass
     main.join()
+
+
+def test_a_run_whose_files_have_changed_is_refused_and_left_as_it_was(tmp_path):
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    model.mkdir()
+    rows.write_text("first")
+    (model / "model.safetensors").write_text("weights")
+    train(tmp_path / "run", inputs=[rows, model])
+    before = files(tmp_path / "run")
+    train(tmp_path / "run", inputs=[rows, model])
+    rows.write_text("other")
+    with pytest.raises(ValueError, match=r"rows\.jsonl has changed since .*run was begun: name another --directory"):
+        train(tmp_path / "run", inputs=[rows, model])
+    rows.write_text("first")
+    (model / "model.safetensors").unlink()
+    (model / "model-1.safetensors").write_text("weights")
+    with pytest.raises(ValueError, match=r"model-1\.safetensors has changed .* \(and 1 more files\)"):
+        train(tmp_path / "run", inputs=[rows, model])
+    assert files(tmp_path / "run").items() >= before.items() - {("report.html", before["report.html"])}
+    (tmp_path / "run" / "inputs.json").unlink()  # as an earlier version left it
+    train(tmp_path / "run", inputs=[rows, model])
+    assert not (tmp_path / "run" / "inputs.json").exists()
+
+
+def test_what_is_read_of_a_large_file_of_a_model(tmp_path, monkeypatch):
+    """Blocks from the first byte to the last; rows are read whole."""
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(inputs, "BLOCKS", 3)
+
+    def digest(content, name="model.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        return inputs.file_digests([tmp_path] if name.endswith("safetensors") else [tmp_path / name])
+
+    same = digest(bytes(20))
+    assert same.keys() == {str(tmp_path / "model.safetensors")}
+    read = [digest(bytes(i) + b"x" + bytes(19 - i)) != same for i in range(20)]
+    assert [i for i in range(20) if read[i]] == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19]
+    assert digest(bytes(21)) != same  # nothing but the length
+    assert all(digest(bytes(i) + b"x" + bytes(11 - i)) != digest(bytes(12)) for i in range(12))
+    whole = digest(bytes(20), "rows.jsonl")
+    assert all(digest(bytes(i) + b"x" + bytes(19 - i), "rows.jsonl") != whole for i in range(20))
 
 
 def first_reward(completion):

@@ -37,12 +37,18 @@ def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: KLE
 def missing_eos_penalty(algorithm: Algorithm, penalty: float = 1.0) -> Algorithm:
     """Takes `penalty` from the reward of a completion that did not end by itself (TRL's setting of that name)."""
 
-    def shaped(traj, rewards, valid, coefficients):
-        require(traj, "terminated")
-        ended = (traj.terminated & traj.mask).any(axis=1)
-        return jnp.where(ended, rewards, rewards - penalty)
+    def credit(traj, coefficients):
+        return algorithm.credit(penalize_missing_eos(traj, penalty), coefficients)
 
-    return _reshape_outcome(algorithm, shaped)
+    return algorithm._replace(credit=credit)
+
+
+def penalize_missing_eos(traj: Trajectory, penalty: float) -> Trajectory:
+    """The trajectory with `penalty` less on the last decision of each row that did not terminate."""
+    require(traj, "rewards", "terminated")
+    ended = (traj.terminated & traj.mask).any(axis=1)
+    change = jnp.where(ended, 0.0, -penalty).astype(traj.rewards.dtype)
+    return traj.replace(rewards=traj.rewards + shaping.at_last_decision(change, traj.mask))
 
 
 def clip_reward(algorithm: Algorithm, limit: float = 10.0) -> Algorithm:
