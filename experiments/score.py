@@ -30,6 +30,7 @@ from rljax.train.log import log_info, write_atomically
 
 COMPLETIONS = ("completion", "solution")  # columns that are taken for it, the first that a file has
 LABELS = ("is_correct", "label")
+WRITTEN = ("scores", "statuses")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,10 @@ class Config:
 def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str, dict[str, float | None]]:
     """Judge every row; return for each reward how many rows are of which kind, and the mean score."""
     if unknown := [name for name in cfg.rewards if name not in verifiers]:
-        raise ValueError(f"reward {unknown[0]!r}; legal: {', '.join(verifiers)}")
+        raise ValueError(
+            f"reward {unknown[0]!r}; legal: {', '.join(verifiers)} (a reward model, a judge or a server judges what a "
+            "model samples: evaluate.py, best_of_n.py)"
+        )
     chosen = {name: with_sandbox(verifiers[name], cfg.reward) for name in cfg.rewards}
 
     # -- the rows
@@ -59,7 +63,7 @@ def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str
     completion = find_column(table, cfg.completion, COMPLETIONS) or ""
     label = find_column(table, cfg.label, LABELS, required=False)
     check_columns(table, completion, label)
-    table = table._replace(rows=[with_answer(row, cfg.answer) for row in table.rows])
+    read = table._replace(rows=[with_answer(row, cfg.answer) for row in table.rows])  # what the verifiers read
 
     # -- judge
     settings = runs.settings_but(cfg, "right")  # which is read at the end only: it may change
@@ -67,11 +71,13 @@ def main(cfg: Config, verifiers: Mapping[str, Callable] = VERIFIERS) -> dict[str
     directory = cfg.directory or f"runs/score/{name}"
     run = runs.make_run_of_one_step(cfg, directory, settings, __file__, chosen)
     with run, Pool(cfg.reward.workers, cfg.reward.timeout_seconds) as pool:
-        check_answers(table, chosen, pool)
+        check_answers(read, chosen, pool)
         log = run.directory / "scores.jsonl"
         records = read_lines(log)
         for start in range(len(records), len(table.rows), cfg.rows_at_once):
-            new = judge(table, range(start, min(start + cfg.rows_at_once, len(table.rows))), completion, chosen, pool)
+            rows = range(start, min(start + cfg.rows_at_once, len(table.rows)))
+            judged = judge(read, rows, completion, chosen, pool)
+            new = [table.rows[i] | found for i, found in zip(rows, judged, strict=True)]
             append_lines(log, new)
             records += new
             log_info(f"{len(records)} of {len(table.rows)} rows", "dim")
@@ -97,8 +103,14 @@ def find_column(table: Table, wanted: str, usual: tuple[str, ...], required: boo
 
 
 def check_columns(table: Table, completion: str, label: str | None) -> None:
-    """Raise ValueError at the first row whose completion is no text, or whose label is neither true nor false."""
+    """Raise ValueError at the first row whose completion is no text, whose label is neither true nor false, or which
+    has a column that is to be written.
+    """
     for i, row in enumerate(table.rows):
+        if taken := [column for column in WRITTEN if column in row]:
+            raise ValueError(
+                f"{table.place(i, taken[0])}: this script writes {' and '.join(WRITTEN)}; legal: other names"
+            )
         if not isinstance(row.get(completion), str):
             raise ValueError(f"{table.place(i, completion)}: {row.get(completion)!r}; legal: a text")
         if label is not None and row.get(label) not in (True, False):
@@ -114,7 +126,7 @@ def with_answer(row: dict, column: str) -> dict:
 
 
 def judge(table: Table, rows: range, completion: str, verifiers: Mapping[str, Callable], pool: Pool) -> list[dict]:
-    """These rows with what each verifier says. Raises RewardError, naming the row, for a verifier that fails."""
+    """What each verifier says of these rows. Raises RewardError, naming the row, for a verifier that fails."""
     work = []
     for name, verifier in verifiers.items():
         signature = read_signature(verifier)
@@ -128,10 +140,11 @@ def judge(table: Table, rows: range, completion: str, verifiers: Mapping[str, Ca
             if result.status == "error":
                 raise RewardError(f"{name} failed on {table.place(i, completion)}: {result.detail}")
     return [
-        table.rows[i]
-        | {"scores": {name: found[k].value for name, found in results.items()}}
-        | {"statuses": {name: found[k].status for name, found in results.items()}}
-        for k, i in enumerate(rows)
+        {
+            "scores": {name: found[k].value for name, found in results.items()},
+            "statuses": {name: found[k].status for name, found in results.items()},
+        }
+        for k in range(len(rows))
     ]
 
 

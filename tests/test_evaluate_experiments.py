@@ -72,6 +72,13 @@ def test_solutions_are_judged_and_compared_with_their_labels(tmp_path, capsys):
     assert (tmp_path / "run" / "scores.jsonl").read_text() == written
 
 
+def test_an_answer_of_another_column_is_read_and_not_written(tmp_path):
+    rows = [{"completion": "4", "answer": "five", "truth": 4}]
+    assert score.main(score_settings(tmp_path, rows, answer="truth"))["number"]["right"] == 1
+    (record,) = (json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines())
+    assert record == rows[0] | {"scores": {"number": 1.0}, "statuses": {"number": "ok"}}
+
+
 def test_what_is_failed_is_counted(tmp_path):
     rows = [{"completion": "a x"}, {"completion": "bb"}]
     cfg = score_settings(tmp_path, rows, rewards=("sometimes",), reward=Reward(timeout_seconds=2.0))
@@ -88,6 +95,13 @@ def test_what_is_failed_is_counted(tmp_path):
             ValueError,
             "reward 'numbers'; legal: animals, code, code_stdin, math, number",
         ),
+        (
+            SOLUTIONS,
+            {"rewards": ("remote:http://h",)},
+            ValueError,
+            r"legal: animals, .*a server judges .*: evaluate\.py",
+        ),
+        ([{**SOLUTIONS[0], "scores": 1}], {}, ValueError, r"line 1, column 'scores': this script writes scores and st"),
         (SOLUTIONS, {"completion": "text"}, ValueError, r"line 1 has no column text; its columns are question, sol"),
         (SOLUTIONS, {"label": "right?"}, ValueError, r"line 1 has no column right\?"),
         ([{"question": "a"}], {}, ValueError, r"line 1 has no column completion or solution"),

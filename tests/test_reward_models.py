@@ -212,6 +212,8 @@ def test_conditions_of_items(directories):
         ("process:", "reward 'process:'; legal: one, the"),
         ("", "reward ''; legal: one, the"),
         ("judge:localhost", "'localhost' is no address of a server; legal: http://HOST:PORT/PATH"),
+        ("remote:http://host/?a=2", "reward 'remote:http://host/.a=2'; .*with one where the name holds a ="),
+        ("remote:http://host/?a=b&c=2", "reward .*&c=2'; .*with one where the name holds a ="),
         ("remote:http://host/?a=b", "reward 'remote:http://host/.a=b'; .*with one where the name holds a ="),
         ("policy", "holds no score.weight: it is no reward model"),
         ("empty", "no model in .*empty"),
@@ -239,6 +241,8 @@ def test_servers_are_tried_before_anything_is_loaded(directories, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with servers.serve(servers.stalls) as server:
         judge, remote = f"judge:{server.url}/v1", f"remote:{server.url}"
+        with_query = read_rewards((f"{remote}/?version=2=0.5",), {}, Reward())
+        assert with_query.weights == {f"{remote}/?version=2": 0.5}
         found = read_rewards((f"{judge}=0.5", remote), {}, Reward())
         assert (list(found.servers), found.weights) == ([judge, remote], {judge: 0.5, remote: 1.0})
         with pytest.raises(ValueError, match=r"/models does not list its models"):

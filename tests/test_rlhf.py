@@ -1,15 +1,20 @@
 """rlhf.py: the data between its stages, and on a tiny model that each stage takes what the last one left."""
 
 import dataclasses
+import json
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments import rlhf
 from experiments.common import data
 from models import tiny
 from rljax.data.examples import comparison
 from rljax.data.tokenizer import load_tokenizer
-from rljax.models import hf
+from rljax.models import heads, hf
 from test_grpo_experiment import RAW, write_prompts, write_tokenizer
 
 JUDGED = [
@@ -66,10 +71,8 @@ def test_each_stage_takes_what_the_last_one_left(others, tmp_path, monkeypatch):
     cfg = dataclasses.replace(cfg, rule="think", directory=str(tmp_path / "road"))
     monkeypatch.setattr(rlhf, "comparisons", lambda judged, most, seed: [two_of(record) for record in judged])
     found = rlhf.main(cfg)
-    assert found["after"]["kl"] != 0
-    for stage in ("sft", "reward_model", "ppo"):
-        assert (tmp_path / "road" / stage / "model" / "config.json").is_file()
-    assert hf.load_score_head(tmp_path / "road" / "reward_model" / "model").any()
+    assert found["before"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert_stages_follow(tmp_path / "road", tmp_path / "model", "sft", "reward_model", "ppo")
     openings = (tmp_path / "road" / "openings.jsonl").read_text().splitlines()
     assert len(openings) == 4
     for changed in ({"comparisons": 3}, {"sentences": 1}, {"eval_prompts": 3}, {"compared": 2}):
@@ -85,7 +88,25 @@ def test_each_stage_takes_what_the_last_one_left(others, tmp_path, monkeypatch):
         other = rlhf.main(dataclasses.replace(cfg, algorithm=algorithm, dpo_steps=1))
         for name in ("reward", "error"):
             assert other["before"][name] == pytest.approx(found["before"][name], abs=1e-5)
-        assert other["before"]["kl"] == pytest.approx(0, abs=1e-5) != other["after"]["kl"]
+        assert other["before"]["kl"] == pytest.approx(0, abs=1e-5)
+        assert_stages_follow(tmp_path / "road", tmp_path / "model", algorithm)
+
+
+def assert_stages_follow(road: Path, model: Path, *stages: str) -> None:
+    """Each began with the model of the stage before it, and left another; the reward model judges the last one."""
+    judge = str(road / "reward_model" / "model")
+    for stage in stages:
+        settings = json.loads((road / stage / "config.json").read_text())["config"]
+        begun_as = model if stage == "sft" else road / "sft" / "model"
+        assert settings["model"] == str(begun_as)
+        assert stage not in ("ppo", "rloo", "grpo") or settings["rewards"][0] == judge
+        assert stage != "ppo" or settings["critic_model"] == judge
+        first, last = (load_file(place / "model.safetensors") for place in (begun_as, road / stage / "model"))
+        assert [name for name in first if name in last and np.array_equal(first[name], last[name])] == []
+        assert set(last) - set(first) == ({"score.weight"} if stage == "reward_model" else set())
+    config = hf.read_config(road / "sft" / "model")
+    fresh = heads.with_score_head({}, config, jax.random.fold_in(jax.random.key(0), 4))["score_head"]
+    assert 0 < np.abs(hf.load_score_head(judge) - fresh).max() < 0.01  # a random one, after one step
 
 
 def two_of(record: dict) -> dict:

@@ -37,10 +37,14 @@ def initial_rates(settings: PromptData, prompts: Prompts, carry_over: int) -> di
 
 
 def lowest_rate(settings: PromptData, step: int) -> float:
-    """The least pass rate of a prompt at this step: with a curriculum it falls from 1/2 to min_pass_rate, linearly."""
+    """The least pass rate of a prompt at this step: with a curriculum it falls to min_pass_rate, linearly.
+
+    It begins at 1/2, or in the middle from min_pass_rate to max_pass_rate where that is lower.
+    """
     if step >= settings.curriculum_steps:
         return settings.min_pass_rate
-    start = max(0.5, settings.min_pass_rate)
+    middle = (settings.min_pass_rate + settings.max_pass_rate) / 2
+    start = max(min(0.5, middle), settings.min_pass_rate)
     return start + (settings.min_pass_rate - start) * step / settings.curriculum_steps
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +23,9 @@ from rljax.rewards.pool import Pool
 from rljax.rewards.remote import make_remote_reward
 from rljax.rewards.score import Hosts, ModelReward, Score, make_score
 from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
-from rljax.rewards.worker import Result
 from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.types import PromptBatch, Trajectory
+from rljax.types import Trajectory
 
 
 class Rewards(NamedTuple):
@@ -56,7 +56,7 @@ def read_rewards(
     found = Rewards({}, {}, {}, {}, {}, set(), per_step, options)
     for item in items:
         name, weight, condition = split_reward(item, found.weights)
-        number = _read_weight(weight, item, tuple(verifiers))
+        number = _read_weight(weight, name, item, tuple(verifiers))
         if name in found.weights:
             raise ValueError(f"reward {name!r} is named twice; legal: once, with one weight")
         _add_reward(found, name, item, verifiers, options)
@@ -97,13 +97,19 @@ def _check_kind(directory: str | Path, as_process: bool) -> None:
         raise ValueError(f"{directory} is an outcome reward model: it judges whole completions; legal: {directory}")
 
 
-def _read_weight(text: str | None, item: str, names: tuple[str, ...]) -> float:
-    """A weight as a number; 1 where none is given."""
+def _read_weight(text: str | None, name: str, item: str, names: tuple[str, ...]) -> float:
+    """A weight as a number; 1 where none is given.
+
+    Raises ValueError where it is none, and for a ?KEY=NUMBER at the end, which may be one of the address.
+    """
+    if text is None:
+        return 1.0
     try:
-        number = 1.0 if text is None else float(text)
+        number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    is_of_the_query = "?" in name and "=" not in re.split("[?&]", name)[-1]
+    if is_of_the_query or not math.isfinite(number):
         raise ValueError(_not_legal(item, names))
     return number
 
@@ -137,9 +143,10 @@ def load_score(
         else:
             model_rewards[name] = load_reward_model(place, mesh, tokenizer, dtype)
     process = f"-process{distributed.process_index()}" * (not distributed.is_main())
-    for number, (name, make) in enumerate(rewards.servers.items()):
-        cache = AnswerCache(directory / "answers" / f"{number}{process}.jsonl")
-        model_rewards[name] = _of_own_rows(make(tokenizer, cache))
+    servers = {
+        name: make(tokenizer, AnswerCache(directory / "answers" / f"{number}{process}.jsonl"))
+        for number, (name, make) in enumerate(rewards.servers.items())
+    }
     return make_score(
         rewards.verifiers,
         tokenizer.decode,
@@ -150,17 +157,8 @@ def load_score(
         rewards.options.max_failed,
         report=log_info,
         hosts=Hosts(distributed.fetch, distributed.share_rows),
+        servers=servers,
     )
-
-
-def _of_own_rows(reward: ModelReward) -> ModelReward:
-    """The reward of a server, which each process asks about its own rows."""
-
-    def of_all_rows(traj: Trajectory, prompts: PromptBatch) -> list[Result]:
-        rows = distributed.fetch(traj)
-        return distributed.share_rows(lambda own: reward(jax.tree.map(lambda x: x[own], rows), prompts), rows.group)
-
-    return of_all_rows
 
 
 # -------------------------------------------------------------------------------------------------------------- servers

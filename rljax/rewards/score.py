@@ -35,6 +35,7 @@ import numpy as np
 from rljax.ops.decoding import text_after
 from rljax.rewards.function_path import function_name
 from rljax.rewards.pool import Pool
+from rljax.rewards.server import in_background
 from rljax.rewards.worker import FAILED, MAX_FLOAT32, Result, call_verifier
 from rljax.types import Array, PromptBatch, RewardFn, Trajectory
 
@@ -90,6 +91,7 @@ def make_score(
     max_failed: float = 1.0,
     report: Callable[[str], None] | None = None,
     hosts: Hosts = Hosts(),  # noqa: B008 (immutable)
+    servers: Mapping[str, ModelReward] | None = None,
 ) -> Score:
     """The function that scores a rollout.
 
@@ -102,8 +104,10 @@ def make_score(
       conditions: name -> the reward that must be above 0 for it to count. One that has a condition itself comes first.
       max_failed: share of a rollout's rows that a reward with a weight may leave without a judgement.
       report: called with a line for each reward that left rows without one.
-      hosts: where several processes hold the rollout, each calls the verifiers on rows of its own, and a model reward
-        is called on all.
+      hosts: where several processes hold the rollout, each calls verifiers and servers on rows of its own, and a model
+        reward is called on all.
+      servers: model rewards, by name, that wait for answers from elsewhere: each is asked in a thread of its own, while
+        the verifiers judge. They get `JUDGED_FIELDS` of the rows, on the host. Their columns come last.
 
     Returns: `Score`. It reads `group` (row b completes the prompt with number `group[b]`), `actions` and `mask`, and
     fills `scores` and `reward_weights` [B K] float32 and `rewards` [B T] float32: the weighted sum on the last chosen
@@ -113,7 +117,8 @@ def make_score(
     many were not judged; ValueError for unknown weights.
     """
     model_rewards = model_rewards or {}
-    names = (*verifiers, *model_rewards)
+    servers = servers or {}
+    names = (*verifiers, *model_rewards, *servers)
     factors = _factors(names, weights or {})
     pairs = _column_pairs(names, conditions or {})
     signatures = {name: read_signature(verifier) for name, verifier in verifiers.items()}
@@ -122,15 +127,10 @@ def make_score(
         rows = hosts.fetch(Trajectory(**{name: getattr(traj, name) for name in JUDGED_FIELDS}))
         mask = rows.mask
         prompt_indices(rows, prompts)  # refused for the same row on every process
-        results = _judge_rows(verifiers, signatures, rows, prompts, decode, pool, hosts) if verifiers else []
-        steps = {}
-        for name, model_reward in model_rewards.items():
-            returned = model_reward(traj, prompts)
-            if isinstance(returned, StepScores):
-                returned = hosts.fetch(returned)
-                steps[len(results)] = returned
-                returned = _least_step(returned, mask)
-            results.append(_results_of_rows(name, returned, len(mask)))
+        judged = _judge_rows(verifiers, signatures, servers, rows, prompts, decode, pool, hosts)
+        by_models, steps_of = _call_models(model_rewards, traj, prompts, mask, hosts)
+        results = judged[: len(verifiers)] + by_models + judged[len(verifiers) :]
+        steps = {names.index(name): found for name, found in steps_of.items()}
         for name, factor, of_one in zip(names, factors, results, strict=True):
             _check_failed(name, of_one, max_failed if factor else 1.0, report)
         values, failed = _as_arrays(results)
@@ -152,22 +152,45 @@ def make_score(
 def _judge_rows(
     verifiers: Mapping[str, RewardFn],
     signatures: Mapping[str, "Signature"],
+    servers: Mapping[str, ModelReward],
     rows: Trajectory,
     prompts: PromptBatch,
     decode: Callable[[list[int]], str],
     pool: Pool | None,
     hosts: Hosts,
 ) -> list[list[Result]]:
-    """The Results of each verifier on all rows, of which this process decodes and judges its own."""
+    """The Results of each verifier and each server on all rows, of which this process decodes and judges its own."""
+    if not (verifiers or servers):
+        return []
 
     def judge(own: np.ndarray) -> list[tuple[Result, ...]]:
         part = jax.tree.map(lambda x: x[own], rows)
-        completions = decode_completions(part, decode)
-        results = _call_verifiers(verifiers, signatures, completions, prompts, prompt_indices(part, prompts), pool)
+        asked = {name: in_background(server, part, prompts) for name, server in servers.items()}
+        results = []
+        if verifiers:
+            completions = decode_completions(part, decode)
+            results = _call_verifiers(verifiers, signatures, completions, prompts, prompt_indices(part, prompts), pool)
+        results += [_results_of_rows(name, answers(), len(own)) for name, answers in asked.items()]
         return list(zip(*results, strict=True))
 
     of_rows = hosts.share_rows(judge, rows.group)
-    return [[results[k] for results in of_rows] for k in range(len(verifiers))]
+    return [[results[k] for results in of_rows] for k in range(len(verifiers) + len(servers))]
+
+
+def _call_models(
+    model_rewards: Mapping[str, ModelReward], traj: Trajectory, prompts: PromptBatch, mask: np.ndarray, hosts: Hosts
+) -> tuple[list[list[Result]], dict[str, StepScores]]:
+    """The Results of each model reward on all rows, and by name the scores of steps where it judges these."""
+    results = []
+    steps = {}
+    for name, model_reward in model_rewards.items():
+        returned = model_reward(traj, prompts)
+        if isinstance(returned, StepScores):
+            returned = hosts.fetch(returned)
+            steps[name] = returned
+            returned = _least_step(returned, mask)
+        results.append(_results_of_rows(name, returned, len(mask)))
+    return results, steps
 
 
 def _call_verifiers(

@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import json
 import math
+import queue
 import socket
 import threading
 import time
@@ -189,6 +190,29 @@ def _ask_again(ask: Callable[[Any, float], Any], question: Any, limits: Limits, 
         time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
         pause *= 2
     return reply
+
+
+def in_background(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Start the call in a thread that does not keep the program from ending.
+
+    The function that is returned waits for the result, and raises what the call raised.
+    """
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            outcome.put((function(*args), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    def result() -> Any:
+        value, error = outcome.get()
+        if error is not None:
+            raise error
+        return value
+
+    threading.Thread(target=call, daemon=True).start()
+    return result
 
 
 def finite_number(value: Any) -> float | None:

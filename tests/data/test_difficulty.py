@@ -73,6 +73,16 @@ def test_a_curriculum_begins_with_easy_prompts():
     assert {row["n"] for row in draw(state, 10, 9).columns} == {1, 2, 3, 4, 5, 6, 7, 8, 9}
 
 
+def test_a_curriculum_leaves_prompts_that_may_be_drawn():
+    """Of rates of at most 0.4 the upper half at first."""
+    options = PromptData(curriculum_steps=4, max_pass_rate=0.4)
+    assert [lowest_rate(options, step) for step in range(5)] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
+    assert lowest_rate(PromptData(curriculum_steps=4, min_pass_rate=0.8), 0) == 0.8
+    rates = update_pass_rates(initial_pass_rates(10), range(10), [0] * 10, np.arange(10) / 10)
+    state = TrainState(0, {}, (), None, cursor=0, extra=rates._asdict())
+    assert {row["n"] for row in make_next_prompts(options, PROMPTS)(state, 0, 3).columns} == {2, 3, 4}
+
+
 @pytest.mark.parametrize(
     ("options", "carry_over", "message"),
     [

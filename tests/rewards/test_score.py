@@ -1,6 +1,7 @@
 """From verifiers to `scores` and `rewards`: where they stand, when they are NaN, and what is told when they fail."""
 
 import functools
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -197,6 +198,39 @@ def test_a_model_reward_enters_as_a_verifier_does():
     np.testing.assert_array_equal(recorded(TRAJ, rows).rewards[:, 3], [1, 1, 1, 0])
     alone = make_score({}, decode, model_rewards={"model": model})(TRAJ, rows)
     np.testing.assert_array_equal(alone.rewards[:, 3], [0.5, np.nan, -2, 0])
+
+
+def test_servers_are_asked_side_by_side_while_the_verifiers_judge():
+    """Each waits until all three of them were asked."""
+    all_asked = threading.Barrier(3, timeout=60)
+
+    def verifier(completion):
+        if not all_asked.broken and not met:
+            met.append(all_asked.wait())
+        return 1.0
+
+    def server(value):
+        def reward(traj, prompts):
+            all_asked.wait()
+            return [Result(value, "ok"), Result(None, "timeout"), Result(None, "unreachable"), Result(value, "ok")]
+
+        return reward
+
+    met = []
+    servers = {"one": server(2.0), "two": server(3.0)}
+    model = {"model": lambda traj, prompts: np.zeros(4)}
+    score = make_score({"v": verifier}, decode, {"two": 0}, model_rewards=model, servers=servers)
+    traj = score(TRAJ, rows_of(COLUMNS))
+    assert score.names == ("v", "model", "one", "two")
+    kept, lost = [1, 0, 2, 3], [1, 0, np.nan, np.nan]
+    np.testing.assert_array_equal(traj.scores, [kept, lost, lost, kept])
+    np.testing.assert_array_equal(traj.rewards[:3, 3], [3, np.nan, np.nan])
+
+    def broken(traj, prompts):
+        raise RewardError("no such column")
+
+    with pytest.raises(RewardError, match="no such column"):
+        make_score({}, decode, servers={"broken": broken})(TRAJ, rows_of(COLUMNS))
 
 
 @pytest.mark.parametrize(
