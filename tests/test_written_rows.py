@@ -30,7 +30,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 ASKED = [{"role": "user", "content": "What is 2+2?"}]
 GOLD = {"role": "assistant", "content": "It is 4."}
 TALK = [{"role": "system", "content": "Be brief."}, *ASKED, GOLD, {"role": "user", "content": "And 3+3?"}]
-OTHERS = {"answer": "4", "label": 1, "margin": 2, "votes": 7}
+OTHERS = {"answer": "4", "label": 1, "margin": 2, "votes": 7, "ended": [False, False]}
 PLAIN = {"template": "{prompt}"}
 CHAT = {"template": "{prompt}", "chat": True, "system": "Be kind."}
 FILES = {  # a row, how it is read, and the text of the prompt that the model reads
@@ -84,7 +84,7 @@ def test_what_is_written_begins_as_what_was_sampled(row, how, text, tokenizer, t
     traj = traj.replace(rewards=jnp.zeros(traj.mask.shape), terminated=ended)
     (record,) = json.loads(json.dumps(judged_prompts(traj, batch, tokenizer.decode)))
     chosen = best_of_n.choose(record, None, keep_cut=True)
-    pair = line_of(Candidates(0, batch.as_read[0], ["four", "five"], np.array([1, 1]), None), 0, 1)
+    pair = line_of(Candidates(0, batch.as_read[0], ["four", "five"], np.array([1, 1]), [True, True], None), 0, 1)
     for written, found in [
         (chosen, demonstration(chosen, tokenizer)),
         (pair, comparison(pair, tokenizer).chosen),
@@ -94,6 +94,7 @@ def test_what_is_written_begins_as_what_was_sampled(row, how, text, tokenizer, t
         assert written["answer"] == "4"
         assert not {"messages", "label", "margin"} & written.keys()
         assert ("votes" in written) == (written is chosen)
+        assert written.get("ended", [True, True]) == [True, True]
         assert prompt_ids({"prompt": written["prompt"], "tools": written.get("tools")}, tokenizer) == found.prompt
 
 
