@@ -50,6 +50,7 @@ class Trajectory:
     mask: Array  # [B T] True where the policy itself chose: not prompt, tool output or padding
     positions: Array | None = None  # [B T] position of the input in its segment, from 0
     segments: Array | None = None  # [B T] 0 = padding; several per row only after packing (any ids)
+    context: Array | None = None  # [B T] the segment of the row that stands before this one, seen by it too; 0 = none
     temperature: Array | None = None  # [B T] at which it was drawn; the policy rescales its logits by it
     prefix: SharedPrefix | None = None  # what stands before column 0, where neighboring rows share it
     support: Array | None = None  # [B T k] int32: the tokens it was drawn from (top-k, top-p ...), -1 = no token; the

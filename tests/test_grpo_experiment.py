@@ -250,6 +250,7 @@ def test_packed_it_makes_the_same_first_step(finished, tmp_path):
     grpo.main(packed, verifiers=VERIFIERS)
     want, got = metrics(cfg.directory)[0], metrics(packed.directory)[0]
     assert want.pop("shared_prefix") == 1
+    assert got.pop("shared_prefix") in (0, 1)  # whichever takes fewer rows
     assert got.keys() - want.keys() == {"padding_before", "padding_after", "micro_batches"}
     # Ratios of 1 up to rounding ε: their standard deviation, a root of a difference of squares, is up to √ε.
     assert got.pop("ratio_std") < 4 * np.sqrt(np.finfo(np.float32).eps)

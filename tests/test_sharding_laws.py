@@ -64,7 +64,8 @@ def parameters(config):
     if config.adapter is not None:
         params, frozen = models.with_adapter(params, config, jax.random.key(2))
         keys = iter(jax.random.split(jax.random.key(3), 100))
-        params["lora"] = jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), params["lora"])
+        # With 0.3 the gradient of one device was 1.2e-5 of its norm away from float64's, with 0.1 it is 7e-7.
+        params["lora"] = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), params["lora"])
     return params, {**frozen, "teacher": models.init(dataclasses.replace(config, adapter=None), jax.random.key(4))}
 
 

@@ -1,4 +1,5 @@
-r"""One GRPO update on work W1 with completions of all lengths: rows as sampled against packed rows, side by side.
+r"""One GRPO update on work W1 with completions of all lengths: rows as sampled against packed rows, side by side; each
+also with prompts computed once, for all their completions or for those in a packed row.
 
     python experiments/benchmarks/packing.py
 
@@ -20,8 +21,9 @@ from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
-from rljax.train.packing import make_packed_update
-from rljax.train.update import make_update
+from rljax.train.packing import SharedColumns, make_packed_update
+from rljax.train.shared_prefix import make_shared_prefix_update
+from rljax.train.update import UpdateFn, make_update
 from rljax.types import Batch, Sampling, TrainState
 
 
@@ -57,9 +59,15 @@ def main(cfg: Config) -> dict[str, float]:
     columns = batch.mask.shape[1]
     tokens = batch.mask.size // cfg.micro_batches
     width = round(columns * cfg.rows_as_wide)
+
+    def make(micro_batches: int) -> UpdateFn:
+        return make_update(objective, optimizer, micro_batches)
+
     updates = {
-        "as sampled": make_update(objective, optimizer, cfg.micro_batches),
-        "packed": make_packed_update(lambda m: make_update(objective, optimizer, m), tokens, width),
+        "as sampled": make(cfg.micro_batches),
+        "as sampled, prompts shared": make_shared_prefix_update(make(cfg.micro_batches), 31, 8),
+        "packed": make_packed_update(make, tokens, width),
+        "packed, prompts shared": make_packed_update(make, tokens, width, shared=SharedColumns(31, 8)),
     }
     states = {}
     for name in updates:
@@ -79,14 +87,13 @@ def main(cfg: Config) -> dict[str, float]:
     times = alternately(works, cfg.repeats)
     trace(works, cfg.profile)
     text = batch.mask.size * (1 - first["packed"]["padding_before"])
-    padding = {"as sampled": first["packed"]["padding_before"], "packed": first["packed"]["padding_after"]}
-    pieces = {"as sampled": cfg.micro_batches, "packed": first["packed"]["micro_batches"]}
     log_info(f"{text:.0f} tokens of text in {columns} columns, packed in {width}; {tokens} tokens at a time")
     lines = []
     for name, measured in times.items():
         t = min(measured)
         speed = {"": name, "seconds": t, "tokens/s": text / t}
-        shape = {"padding": padding[name], "micro-batches": pieces[name]}
+        padding = first[name].get("padding_after", first["packed"]["padding_before"])
+        shape = {"padding": padding, "micro-batches": first[name].get("micro_batches", cfg.micro_batches)}
         same = {metric: float(first[name][metric]) for metric in ("loss", "grad_norm")}
         lines.append(speed | shape | same)
     table("W1", lines)

@@ -26,7 +26,7 @@ from rljax.train import distributed
 from rljax.train.log import log_info, table, write_atomically
 from rljax.train.mesh import RULES, Shardings, data_parallel_size, state_shardings
 from rljax.train.metrics import reward_and_kl
-from rljax.train.packing import make_packed_update
+from rljax.train.packing import SharedColumns, make_packed_update
 from rljax.train.run import Run
 from rljax.train.sharding_table import sharding_table
 from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
@@ -188,7 +188,7 @@ def cut_update(
     make: Callable, batches: Batches, shardings: Shardings, config: DecoderConfig, prompt_tokens: int, max_tokens: int
 ) -> Callable:
     """The update of a batch in micro-batches that compute a prompt once for its completions; or packed, with at most
-    `max_tokens_per_device` tokens at a time.
+    `max_tokens_per_device` tokens at a time, a prompt once for those of its completions that are in a row.
 
     Args:
       make: (micro_batches=) -> update.
@@ -210,7 +210,12 @@ def cut_update(
             f"max_tokens_per_device = {tokens}, packed_length = {batches.packed_length} (0: as sampled), where rows as "
             f"sampled have {row_length} tokens; legal: {row_length} <= packed_length <= max_tokens_per_device"
         )
-    return make_packed_update(lambda micro_batches: make(micro_batches=micro_batches), tokens, length, shardings)
+    # Shuffled minibatches separate the rows of a group; TPUs' attention kernel knows no segment that continues another.
+    shares = prompt_tokens > 1 and batches.minibatches == 1 and config.backend != "tpu"
+    shared = SharedColumns(prompt_tokens - 1, batches.num_generations) if shares else None
+    return make_packed_update(
+        lambda micro_batches: make(micro_batches=micro_batches), tokens, length, shardings, shared
+    )
 
 
 def cut_annotate(

@@ -1,12 +1,12 @@
 """Attention: one masking rule, one function, and the choice between implementations.
 
-A query attends to the keys of its own segment (segment 0 is padding) at positions up to its own; in a layer with a
-sliding window of W positions only to the last W of them, its own included.
+A query attends to the keys of its own segment (segment 0 is padding) and of the segment that this one continues, at
+positions up to its own; in a layer with a sliding window of W positions only to the last W of them, its own included.
 
     xla      everywhere, and for caches
     cudnn    NVIDIA's flash attention: uncached rows in half precision, no softcap
-    splash   Pallas on TPU: uncached rows of a multiple of 128 columns, each segment contiguous; on a mesh each device
-             attends for its rows and heads, where these divide and columns are whole
+    splash   Pallas on TPU: uncached rows of a multiple of 128 columns, each segment contiguous and none continued; on a
+             mesh each device attends for its rows and heads, where these divide and columns are whole
 """
 
 from functools import partial, reduce
@@ -36,6 +36,7 @@ class AttentionMask(NamedTuple):
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]  # 0: padding
     keys: tuple[tuple[Array, Array], ...] | None = None
+    context: Int[Array, "B T"] | None = None  # the segment that each one continues; 0: none
 
     def visible(self, window: int | None = None) -> list[Array]:
         """For each part of the keys, which of them each query attends to. bool [R T·B/R S]"""
@@ -47,6 +48,9 @@ class AttentionMask(NamedTuple):
         own_positions = self.positions.reshape(rows, -1)
         own_segments = self.segments.reshape(rows, -1)
         same = (own_segments[:, :, None] == segments[:, None, :]) & (own_segments[:, :, None] > 0)
+        if self.context is not None:
+            context = self.context.reshape(rows, -1, 1)
+            same |= (context == segments[:, None, :]) & (context > 0)
         distance = own_positions[:, :, None] - positions[:, None, :]
         causal = same & (distance >= 0)
         if window is None:
@@ -111,7 +115,7 @@ def attend(
         implementation = "xla"
     elif implementation == "auto":
         backend = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
-        can_cut = divides_over(sharding, len(query), key.shape[2])
+        can_cut = mask.context is None and divides_over(sharding, len(query), key.shape[2])
         implementation = choose_implementation(backend, can_cut, query.shape, key.shape[1], query.dtype, softcap)
     if implementation == "cudnn":
         return cudnn_attention(query, key, value, mask.visible(window)[0], scale)
@@ -169,7 +173,8 @@ def choose_implementation(
 ) -> Implementation:
     """What "auto" means on this backend, for queries of this shape [B T H K] and so many columns of keys.
 
-    can_cut: `divides_over`. XLA cannot partition a Pallas kernel over devices by itself.
+    can_cut: `divides_over`, and no segment continues another. XLA cannot partition a Pallas kernel over devices by
+    itself.
     """
     _, T, _, K = shape
     is_half = dtype in (jnp.bfloat16, jnp.float16)
@@ -334,6 +339,8 @@ def splash_attention(
       sharding: of hidden states on a mesh over which rows and heads divide.
       interpret: run without a TPU, slowly.
     """
+    if attention_mask.context is not None:
+        raise ValueError("splash attention knows no segment that continues another; legal: 'auto' or 'xla'")
     segments = attention_mask.segments
     key_segments = segments if attention_mask.keys is None else attention_mask.keys[0][1]
     call = partial(_splash, scale=scale, window=window, softcap=softcap, interpret=interpret)

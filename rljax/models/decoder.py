@@ -128,6 +128,7 @@ def forward(
     cache: caches.Cache | None = None,
     routing: Int[Array, "B T M k"] | None = None,
     prefix: SharedPrefix | None = None,
+    context: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], caches.Cache | None]:
     """Hidden states after the last norm, and the cache with the new columns.
 
@@ -137,19 +138,19 @@ def forward(
     Args:
       routing: the experts to use in each of the M mixture-of-experts layers; None: the routers choose.
       prefix: tokens before those of the rows, computed once for the rows that share them; only without a cache.
+      context: the segment that each segment continues, in packed rows; 0: none; only without a cache and a prefix.
     """
-    if cache is not None and prefix is not None:
-        raise ValueError("a cache holds what came before the rows; legal: cache or prefix, not both")
+    if (cache is not None) + (prefix is not None) + (context is not None) > 1:
+        raise ValueError("each holds what came before the tokens; legal: one of cache, prefix and context")
     decoder = nnx.merge(_definition(config)[0], params)
-    hidden, cache = decoder(tokens, positions, segments, cache, routing, prefix)
+    hidden, cache = decoder(tokens, positions, segments, cache, routing, prefix, context)
     return hidden, None if cache is None else caches.constrain(cache, config.hidden_sharding)
 
 
 def hidden_of(config: DecoderConfig, params: Params, traj: Trajectory) -> Float[Array, "B T D"]:
     """Hidden states of a trajectory's rows after the last norm."""
-    hidden, _ = forward(
-        config, params, traj.inputs, traj.positions, traj.segments, routing=traj.routing, prefix=traj.prefix
-    )
+    before = {"prefix": traj.prefix, "context": traj.context}
+    hidden, _ = forward(config, params, traj.inputs, traj.positions, traj.segments, routing=traj.routing, **before)
     return hidden
 
 

@@ -271,12 +271,12 @@ class Decoder(nnx.Module):
             self.head = _matrix(rngs, (D, V), (None, "vocabulary"), D)
         self.config = config
 
-    def __call__(self, tokens, positions, segments, cache, routing, prefix: SharedPrefix | None):
+    def __call__(self, tokens, positions, segments, cache, routing, prefix: SharedPrefix | None, context):
         """Hidden states [B T D] after the last norm, and the cache with the new columns."""
         config = self.config
         if cache is None:
             start = None
-            mask = AttentionMask(positions, segments)
+            mask = AttentionMask(positions, segments, context=context)
             layers = [None] * len(self.layers)
             if prefix is not None:  # one row for each group from here on: its prefix, then its rows
                 mask = SharedPrefixMask.join(AttentionMask(prefix.positions, prefix.segments), mask)

@@ -8,6 +8,11 @@ every bin
 
     tokens <= mean + longest sequence,    Σ n² <= mean + most in a row
 
+Where the completions of a prompt are neighbors, the prompt is there once for as many of them as fit beside it in a row
+(`Trajectory.context`): such a bundle then takes the place of a sequence. A completion attends to its prompt and to
+itself, so the numbers are those of whole rows to rounding. Where bundles would take no fewer rows than sequences, these
+are packed.
+
 Shapes: at most `rows` rows for each device and micro-batch, and as many micro-batches as the sequences need. The rows
 of a device are 1 to 16, then steps of a sixteenth of the power of two below, so that few shapes compile, rounded up to
 whole micro-batches.
@@ -19,7 +24,7 @@ method that draws random numbers for each column of the batch draws others. Left
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +32,41 @@ import numpy as np
 
 from rljax.ops.first_fit import first_fit_decreasing
 from rljax.train.mesh import Shardings, data_parallel_size
+from rljax.train.shared_prefix import ROW_FIELDS, is_prefix_shared
 from rljax.train.update import UpdateFn
 from rljax.types import Array, Batch, TrainState, check_shapes
-
-ROW_FIELDS = ("scores", "reward_weights", "baseline")
 
 MeasureFn = Callable[[Array, Array], Array]  # (segments, mask) -> [3 B], see _measure_sequences
 
 
+class SharedColumns(NamedTuple):
+    """The first columns of each so many neighboring rows, which hold one prompt and no decision."""
+
+    columns: int
+    group_size: int
+
+
+class Pieces(NamedTuple):
+    """Runs of columns of the batch, in the order in which packed rows hold them. Each field has an entry for each."""
+
+    bundle: np.ndarray  # what stays together in a row, numbered from 0
+    row: np.ndarray  # of the batch
+    first: np.ndarray  # its first column
+    length: np.ndarray  # number of columns
+    is_prompt: np.ndarray  # bool: the pieces after it in its bundle continue it
+
+    @property
+    def bundle_lengths(self) -> np.ndarray:
+        """Columns of each bundle."""
+        return np.bincount(self.bundle, self.length).astype(np.int64)
+
+
 def make_packed_update(
-    make: Callable[[int], UpdateFn], tokens: int, width: int, shardings: Shardings | None = None
+    make: Callable[[int], UpdateFn],
+    tokens: int,
+    width: int,
+    shardings: Shardings | None = None,
+    shared: SharedColumns | None = None,
 ) -> UpdateFn:
     """update(state, batch) -> (state, metrics) on packed batches.
 
@@ -45,6 +75,7 @@ def make_packed_update(
     Args:
       make: number of micro-batches -> update (`make_update`); called once for each number that occurs.
       tokens: columns that a device computes at a time; width: of a row. Raises ValueError where no row fits.
+      shared: what rows have in common, computed once where they do; adds the metric `shared_prefix`, 1 there, else 0.
     """
     if not 0 < width <= tokens:
         raise ValueError(f"{tokens} tokens at a time hold no row of {width}; legal: at least {max(width, 1)} tokens")
@@ -57,22 +88,29 @@ def make_packed_update(
         measure = jax.jit(_measure_sequences, out_shardings=shardings.replicated)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        batch, micro_batches, padding = pack_batch(batch, width, tokens // width, devices, measure)
+        batch, micro_batches, added = pack_batch(batch, width, tokens // width, devices, measure, shared)
         state, metrics = make(micro_batches)(state, batch)
-        return state, {**metrics, **padding, "micro_batches": micro_batches}
+        return state, {**metrics, **added, "micro_batches": micro_batches}
 
     return update
 
 
 def pack_batch(
-    batch: Batch, width: int, rows: int, devices: int = 1, measure: MeasureFn | None = None
+    batch: Batch,
+    width: int,
+    rows: int,
+    devices: int = 1,
+    measure: MeasureFn | None = None,
+    shared: SharedColumns | None = None,
 ) -> tuple[Batch, int, dict[str, float]]:
     """The batch in rows of `width`, at most `rows` of them for each device and micro-batch.
 
     Rows are in the order in which `mesh` and `update` cut them: contiguous over devices, micro-batch m of M takes rows
-    m, m + M, ... Each sequence is a segment, 1, 2, ... in its row; the content of padding is unspecified.
+    m, m + M, ... Each sequence is a segment, 1, 2, ... in its row, and so are a prompt that is there once and each
+    completion whose `context` it is; the content of padding is unspecified.
 
-    Returns: the packed batch, the number of micro-batches, and the metrics `padding_before` and `padding_after`.
+    Returns: the packed batch, the number of micro-batches, and the metrics `padding_before`, `padding_after` and, with
+    `shared`, `shared_prefix`.
     Raises ValueError for a batch without segments, with several sequences in a row, with fields that are not
     [B T ...], and for a sequence longer than `width`.
     """
@@ -86,13 +124,35 @@ def pack_batch(
         raise ValueError(
             f"row {is_one_sequence.argmin()} is not one sequence: consecutive columns of one segment, decisions inside"
         )
-    row, micro_batches, count = plan_rows(length, width, rows, devices)
-    source, segments = _place_sequences(row, first, length, (count, width), columns=batch.mask.shape[1])
-    padding = {
-        "padding_before": float(1.0 - length.sum() / batch.mask.size),
-        "padding_after": float(1.0 - length.sum() / source.size),
-    }
-    return _gather(batch, source, segments), micro_batches, padding
+    if length.max() > width:
+        raise ValueError(
+            f"row {length.argmax()} holds a sequence of {length.max()} decisions; a packed row holds {width}"
+        )
+    pieces = _sequences(first, length)
+    row, micro_batches, count = plan_rows(pieces.bundle_lengths, width, rows, devices)
+    added = {}
+    if shared is not None:
+        is_shared = False
+        if _has_shared_columns(batch, shared):
+            bundles = _bundles(first, length, width, shared)
+            plan = plan_rows(bundles.bundle_lengths, width, rows, devices)
+            is_shared = plan[2] < count
+        if is_shared:
+            pieces = bundles
+            row, micro_batches, count = plan
+        added["shared_prefix"] = float(is_shared)
+    source, segments, context = _place_pieces(row, pieces, (count, width), columns=batch.mask.shape[1])
+    added["padding_before"] = float(1.0 - length.sum() / batch.mask.size)
+    added["padding_after"] = float((source < 0).mean())
+    # An array even where no prompt is shared this time: another program would have to be compiled.
+    context = None if shared is None else context
+    return _gather(batch, source, segments, context), micro_batches, added
+
+
+def _has_shared_columns(batch: Batch, shared: SharedColumns) -> bool:
+    """Whether the rows are whole groups that begin alike, as shuffled minibatches and older completions do not."""
+    whole_groups = len(batch.mask) % shared.group_size == 0
+    return whole_groups and bool(is_prefix_shared(batch.traj, shared.columns, shared.group_size))
 
 
 def _check_fields(batch: Batch) -> None:
@@ -129,12 +189,43 @@ def _measure_sequences(segments: Array, mask: Array) -> Array:
 # ------------------------------------------------------------------------------------------------- on the host: numpy
 
 
+def _sequences(first: np.ndarray, length: np.ndarray) -> Pieces:
+    """Each sequence by itself."""
+    (row,) = np.nonzero(length)
+    return Pieces(np.arange(len(row)), row, first[row], length[row], np.zeros(len(row), bool))
+
+
+def _bundles(first: np.ndarray, length: np.ndarray, width: int, shared: SharedColumns) -> Pieces:
+    """Each prompt with as many of its completions as a row of `width` holds, and again for the rest of them."""
+    pieces = []
+    bundle = 0
+    for start in range(0, len(length), shared.group_size):
+        group = start + np.flatnonzero(length[start : start + shared.group_size])
+        prompt = max(0, shared.columns - int(first[start]))
+        completions = length[group] - prompt
+        bundle_of_row = _fewest_rows(completions, width - prompt) if prompt else np.arange(len(group))
+        for number in np.unique(bundle_of_row):
+            if prompt:
+                pieces.append((bundle, start, first[start], prompt, True))
+            for k in np.flatnonzero(bundle_of_row == number):
+                pieces.append((bundle, group[k], first[group[k]] + prompt, completions[k], False))
+            bundle += 1
+    return Pieces(*map(np.array, zip(*pieces, strict=True)))
+
+
+def _fewest_rows(lengths: np.ndarray, width: int) -> np.ndarray:
+    """The row of each length by first fit, in as few rows as that takes."""
+    rows = -(-int(lengths.sum()) // width)
+    while (fitted := first_fit_decreasing(lengths.tolist(), width, rows)) is None:
+        rows += 1
+    return np.array(fitted, np.int64)
+
+
 def plan_rows(length: np.ndarray, width: int, rows: int, devices: int) -> tuple[np.ndarray, int, int]:
-    """The row of each sequence, the number of micro-batches, and the number of rows in total."""
-    if length.max() > width:
-        raise ValueError(
-            f"row {length.argmax()} holds a sequence of {length.max()} decisions; a packed row holds {width}"
-        )
+    """The row of each sequence, the number of micro-batches, and the number of rows in total.
+
+    `length` [N], each at most `width`; one of 0 takes no place.
+    """
     sequences = np.flatnonzero(length)
     lengths = length[sequences]
     rows_per_device = 1
@@ -195,26 +286,36 @@ def _deal_rows(tokens: np.ndarray, work: np.ndarray, bins: int) -> tuple[np.ndar
     return bin_of_row, place_in_bin
 
 
-def _place_sequences(
-    row: np.ndarray, first: np.ndarray, length: np.ndarray, shape: tuple[int, int], columns: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each column of the packed rows: the decision of the flattened batch that it holds, or -1; and its segment."""
+def _place_pieces(
+    row_of_bundle: np.ndarray, pieces: Pieces, shape: tuple[int, int], columns: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each column of the packed rows: the decision of the flattened batch that it holds, or -1; its segment; and
+    the segment that this one continues, or 0.
+    """
     source = np.full(shape, -1, np.int32)
     segments = np.zeros(shape, np.int32)
-    for sequence in np.flatnonzero(length):
-        target = row[sequence]
-        start = np.argmax(source[target] < 0)
-        span = slice(start, start + length[sequence])
-        source[target, span] = sequence * columns + first[sequence] + np.arange(length[sequence])
-        segments[target, span] = segments[target, start - 1] + 1
-    return source, segments
+    context = np.zeros(shape, np.int32)
+    filled = np.zeros(shape[0], np.int64)  # columns of each row
+    segment = np.zeros(shape[0], np.int32)  # the last one of each row
+    prompt_of_bundle = np.zeros(len(row_of_bundle), np.int32)
+    for bundle, row, first, length, is_prompt in zip(*pieces, strict=True):
+        target = row_of_bundle[bundle]
+        span = slice(filled[target], filled[target] + length)
+        filled[target] += length
+        segment[target] += 1
+        source[target, span] = row * columns + first + np.arange(length)
+        segments[target, span] = segment[target]
+        context[target, span] = prompt_of_bundle[bundle]
+        if is_prompt:
+            prompt_of_bundle[bundle] = segment[target]
+    return source, segments, context
 
 
 # ------------------------------------------------------------------------------------------------------- on the device
 
 
 @jax.jit
-def _gather(batch: Batch, source: Array, segments: Array) -> Batch:
+def _gather(batch: Batch, source: Array, segments: Array, context: Array | None) -> Batch:
     """In each column the decision `source` of the flattened batch; below 0 there is none."""
     B, T = batch.mask.shape
     is_filled = source >= 0
@@ -229,7 +330,7 @@ def _gather(batch: Batch, source: Array, segments: Array) -> Batch:
     if traj.values is not None:
         traj = traj.replace(values=traj.values[:, :-1])
     moved = jax.tree.map(take, batch.replace(traj=traj, coefficients={}))
-    fields = {"segments": segments, "mask": moved.traj.mask & is_filled}
+    fields = {"segments": segments, "context": context, "mask": moved.traj.mask & is_filled}
     if traj.values is not None:
         fields["values"] = jnp.pad(moved.traj.values, ((0, 0), (0, 1)))
     packed_traj = moved.traj.replace(**fields)

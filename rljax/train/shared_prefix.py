@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from rljax.train.mesh import Shardings, data_parallel_size, row_shapes, shard_rows
-from rljax.train.packing import ROW_FIELDS
 from rljax.train.update import UpdateFn
 from rljax.types import AnnotateFn, Array, Batch, Pairs, SharedPrefix, TrainState, Trajectory
 
+ROW_FIELDS = ("scores", "reward_weights", "baseline")  # of a row, and meaningless for several sequences in one
 OF_ROWS = ("group", *ROW_FIELDS)  # of a row, not of its columns
 
 

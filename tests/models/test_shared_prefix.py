@@ -124,5 +124,7 @@ def test_a_prefix_and_a_cache_are_refused():
     prefix = share_prefix(batch(TINY), L - 1, N).traj.prefix
     tokens = jnp.ones((N * PROMPTS, 1), jnp.int32)
     cache = decoder.init_cache(TINY, N * PROMPTS, 4)
-    with pytest.raises(ValueError, match="legal: cache or prefix, not both"):
-        decoder.forward(TINY, decoder.init(TINY, jax.random.key(0)), tokens, tokens, tokens, cache, prefix=prefix)
+    params = decoder.init(TINY, jax.random.key(0))
+    for two in ({"cache": cache, "prefix": prefix}, {"cache": cache, "context": tokens}):
+        with pytest.raises(ValueError, match="legal: one of cache, prefix and context"):
+            decoder.forward(TINY, params, tokens, tokens, tokens, **two)

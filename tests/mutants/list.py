@@ -1906,11 +1906,20 @@ MUTANTS = [
     Mutant(
         "texts of a packed row that see each other",
         "rljax/train/packing.py",
-        "_place_sequences",
-        "segments[target, span] = segments[target, start - 1] + 1",
+        "_place_pieces",
+        "segments[target, span] = segment[target]",
         "segments[target, span] = 1",
         "packing changes the loss: TRL PR 3526, OpenRLHF 377",
         ("tests/train/test_packing.py",),
+    ),
+    Mutant(
+        "a packed completion without its prompt",
+        "rljax/train/packing.py",
+        "_place_pieces",
+        "context[target, span] = prompt_of_bundle[bundle]",
+        "context[target, span] = 0",
+        "a prompt that is there once is the context of each completion beside it",
+        ("tests/train/test_shared_prefix.py",),
     ),
     Mutant(
         "a truncated draw differentiated as a whole one",

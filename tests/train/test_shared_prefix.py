@@ -13,7 +13,7 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
-from rljax.train.packing import pack_batch
+from rljax.train.packing import SharedColumns, make_packed_update, pack_batch
 from rljax.train.shared_prefix import (
     is_prefix_of_pairs,
     is_prefix_shared,
@@ -23,7 +23,7 @@ from rljax.train.shared_prefix import (
     with_own_prefixes,
 )
 from rljax.train.update import make_update
-from rljax.types import Pairs, check_shapes
+from rljax.types import Batch, Pairs, check_shapes, trajectory_of_tokens
 from tests.algorithms.tiny import (
     ALGORITHMS,
     GRADIENT,
@@ -58,6 +58,18 @@ def after_a_prompt(batch, group_size):
     return padded.replace(traj=traj, mask=mask, coefficients=batch.coefficients)
 
 
+def without_left_padding(batch):
+    """The batch with each row's sequence from column 0 on."""
+    first = batch.traj.segments.argmax(axis=1)
+
+    def shift(x):
+        if jnp.ndim(x) < 2 or x.shape[1] < T:
+            return x
+        return jnp.stack([x[row].at[:T].set(jnp.roll(x[row, :T], -first[row], axis=0)) for row in range(len(x))])
+
+    return jax.tree.map(shift, batch)
+
+
 @pytest.mark.parametrize("name", kinds_by_day(name for name in ALGORITHMS if name not in RANDOM))
 def test_no_loss_sees_the_columns_of_a_prompt(name):
     """Loss, gradient and metrics of the completions alone are those of the rows with their prompts, to the last bit.
@@ -84,7 +96,7 @@ def of_decoder(name, update_of, sizes=None, group_size=2):
     params = models.with_value_head(models.init(DECODER, jax.random.key(1)), DECODER)
     params["value_head"] = jnp.linspace(-1, 1, DECODER.hidden_size)
     state = state_of(params)
-    batch = after_a_prompt(credited(algorithm, rollout(vocabulary=16)), group_size)
+    batch = after_a_prompt(without_left_padding(credited(algorithm, rollout(vocabulary=16))), group_size)
     shardings = None
     if sizes is not None:
         shardings = state_shardings(make_mesh(*sizes), state, GRADIENT, models.logical_axes(DECODER, params))
@@ -111,6 +123,72 @@ def test_an_update_is_that_of_whole_rows(unshared, sizes, micro_batches):
     agree((gradient, metrics), unshared)
     apart = optax.tree.norm(jax.tree.map(np.subtract, gradient, unshared[0]))
     assert apart < 1e-5 * optax.tree.norm(unshared[0])
+
+
+@pytest.mark.parametrize(("sizes", "tokens"), [(None, 12), (None, 200), ((2, 2, 2), 12)])
+def test_an_update_of_packed_rows_is_that_of_whole_rows(sizes, tokens):
+    """Rows of 12 columns hold a prompt of 3 with two or three of its four completions, of 2 to 5 each."""
+    name = "ppo + kl + entropy"
+    whole, metrics_of_whole = of_decoder(name, lambda objective, _: make_update(objective, GRADIENT), group_size=4)
+
+    def update_of(objective, shardings):
+        def make(micro_batches):
+            return make_update(objective, GRADIENT, micro_batches, shardings)
+
+        return make_packed_update(make, tokens, 12, shardings, SharedColumns(COLUMNS, 4))
+
+    gradient, metrics = of_decoder(name, update_of, sizes, group_size=4)
+    assert metrics["shared_prefix"] == 1
+    agree((gradient, {name: metrics[name] for name in metrics_of_whole}), (whole, metrics_of_whole))
+    apart = optax.tree.norm(jax.tree.map(np.subtract, gradient, whole))
+    assert apart < 1e-5 * optax.tree.norm(whole)
+
+
+def test_packed_completions_stand_after_their_prompt():
+    """Two groups of three in rows of 12: a prompt of 3 with completions of 4 and 5, and again with one of 3."""
+    lengths = np.array([4, 3, 5, 2, 4, 3])
+    inside = np.arange(8)[None] < COLUMNS + lengths[:, None]
+    prompts = np.arange(2).repeat(3)
+    tokens = np.where(np.arange(9) < COLUMNS, 50 + prompts[:, None], np.arange(54).reshape(6, 9))
+    chosen = inside & (np.arange(8) >= COLUMNS)
+    traj = trajectory_of_tokens(
+        tokens,
+        np.pad(inside, ((0, 0), (1, 0)), constant_values=True).astype(int),
+        np.pad(chosen, ((0, 0), (1, 0))),
+        0.0 * tokens,
+    )
+    batch = Batch(traj=traj.replace(group=prompts), advantages=jnp.ones((6, 8)), mask=traj.mask)
+    packed, _, added = pack_batch(batch, 12, rows=4, shared=SharedColumns(COLUMNS, 3))
+    check_shapes(packed)
+    assert added["shared_prefix"] == 1
+    rows = np.asarray(packed.traj.segments)
+    context = np.asarray(packed.traj.context)
+    found = []
+    for row in range(len(rows)):
+        for segment in range(1, rows[row].max() + 1):
+            columns = np.flatnonzero(rows[row] == segment)
+            before = context[row, columns]
+            assert len(set(before)) == 1
+            prompt = np.flatnonzero(rows[row] == before[0]) if before[0] else columns[:0]
+            assert not packed.mask[row, prompt].any()
+            assert packed.traj.positions[row, columns].tolist() == [*range(len(prompt), len(prompt) + len(columns))]
+            if len(prompt):
+                assert packed.mask[row, columns].all()
+                found.append(packed.traj.inputs[row, [*prompt, *columns]].tolist())
+    assert sorted(found) == sorted(ids[own].tolist() for ids, own in zip(traj.inputs, inside, strict=True))
+    assert (rows > 0).sum() < inside.sum()
+
+
+def test_prompts_are_not_shared_where_that_takes_as_many_rows():
+    """Nor where rows do not have them in common."""
+    batch = after_a_prompt(without_left_padding(credited(ALGORITHMS["grpo"], rollout())), 2)
+    plain, micro_batches, _ = pack_batch(batch, 15, rows=4)
+    for columns in (SharedColumns(COLUMNS, 2), SharedColumns(COLUMNS, 4)):
+        packed, same_micro_batches, added = pack_batch(batch, 15, rows=4, shared=columns)
+        assert added["shared_prefix"] == 0
+        assert micro_batches == same_micro_batches
+        assert not packed.traj.context.any()
+        np.testing.assert_array_equal(packed.traj.inputs, plain.traj.inputs)
 
 
 @pytest.mark.parametrize(
