@@ -19,7 +19,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,10 +39,19 @@ from experiments.common.rows import (
     warn_of_rows,
 )
 from experiments.common.settings import Data
-from rljax.data.examples import Comparison, Example, Judgment, Steps, comparison, demonstration, judgment, steps
+from rljax.data.examples import (
+    Comparison,
+    Example,
+    Judgment,
+    Steps,
+    comparison,
+    demonstration,
+    judgment,
+    ranking,
+    steps,
+)
 from rljax.data.files import Table, read_table
 from rljax.data.formats import format_of
-from rljax.data.preferences import ranking
 from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import hf
 from rljax.train.log import console, is_interactive, log_info, printable
@@ -67,7 +75,7 @@ READERS: dict[str, Read] = {
     "comparison": lambda row, tokenizer: with_gold(row, tokenizer) if "gold" in row else comparison(row, tokenizer),
     "judgment": judgment,
     "steps": steps,
-    "ranking": lambda row, tokenizer: ranking(row, partial(demonstration, tokenizer=tokenizer)),
+    "ranking": ranking,
 }
 KIND_OF_FORMAT = {  # what a row is read as, unless --kind says otherwise
     "preference": "comparison",

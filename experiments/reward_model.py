@@ -28,8 +28,8 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Data, MeshShape, Optimizer, Weights
 from rljax.algorithms import ranked_reward_model, reward_model
 from rljax.data.demonstrations import EMPTY
-from rljax.data.examples import Comparison, Example, as_ended, comparison, demonstration
-from rljax.data.preferences import collate_pairs, collate_rankings, ranking
+from rljax.data.examples import Comparison, Example, comparison, ranking
+from rljax.data.preferences import collate_pairs, collate_rankings
 from rljax.data.tokenizer import Tokenizer
 from rljax.models import heads
 from rljax.ops.ranking import kwise, plackett_luce
@@ -115,9 +115,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
 def read_row(row: dict, tokenizer: Tokenizer) -> Comparison | list[Example]:
     """A row of either kind: a pair, or a ranking of several completions."""
-    if "completions" in row:
-        return as_ended(row, ranking(row, partial(demonstration, tokenizer=tokenizer)), tokenizer)
-    return comparison(row, tokenizer)
+    return ranking(row, tokenizer) if "completions" in row else comparison(row, tokenizer)
 
 
 def completions_of(row: Comparison | list[Example]) -> list[Example]:

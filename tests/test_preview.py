@@ -178,7 +178,7 @@ def test_what_scripts_refuse_or_leave_out_is_said(model, tmp_path, capsys):
 
 def test_rankings_gold_and_labels_that_are_missing(model, tmp_path, capsys):
     rows = [
-        {"prompt": "a", "completions": ["best", "worst"]},
+        {"prompt": "a", "completions": ["best", "worst"], "ended": [True, False]},
         {"prompt": "a", "chosen": "b", "rejected": "c", "gold": "gold"},
         {"prompt": "a", "completions": ["one", "two"], "labels": [None, 1]},
     ]
@@ -186,7 +186,7 @@ def test_rankings_gold_and_labels_that_are_missing(model, tmp_path, capsys):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ranking, pair, steps = look(model, file)
     tokenizer = load_tokenizer(model)
-    assert [texts(text, tokenizer)[1].strip() for text in ranking["completions"]] == ["best</s>", "worst</s>"]
+    assert [texts(text, tokenizer)[1].strip() for text in ranking["completions"]] == ["best</s>", "worst"]
     assert texts(pair["gold"], tokenizer)[1].strip() == "gold</s>"
     assert [label for label, ends in zip(steps["labels"], steps["step_ends"], strict=True) if ends] == [None, 1.0]
     assert "NaN" not in capsys.readouterr().out

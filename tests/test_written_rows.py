@@ -30,6 +30,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 ASKED = [{"role": "user", "content": "What is 2+2?"}]
 GOLD = {"role": "assistant", "content": "It is 4."}
 TALK = [{"role": "system", "content": "Be brief."}, *ASKED, GOLD, {"role": "user", "content": "And 3+3?"}]
+OTHERS = {"answer": "4", "label": 1, "margin": 2, "votes": 7, "ended": [False, False]}
 PLAIN = {"template": "{prompt}"}
 CHAT = {"template": "{prompt}", "chat": True, "system": "Be kind."}
 FILES = {  # a row, how it is read, and the text of the prompt that the model reads
@@ -67,7 +68,7 @@ def tokenizer(shared, tmp_path_factory):
 
 def read(tmp_path, tokenizer, row, template, **options):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row | {"answer": "4", "label": 1, "margin": 2}) + "\n")
+    file.write_text(json.dumps(row | OTHERS) + "\n")
     shape = make_shape(template, "", Rows(**options))
     return data.read_all_prompts(data.read_files(str(file)), shape, tokenizer, 500, 0)
 
@@ -83,7 +84,7 @@ def test_what_is_written_begins_as_what_was_sampled(row, how, text, tokenizer, t
     traj = traj.replace(rewards=jnp.zeros(traj.mask.shape), terminated=ended)
     (record,) = json.loads(json.dumps(judged_prompts(traj, batch, tokenizer.decode)))
     chosen = best_of_n.choose(record, None, keep_cut=True)
-    pair = line_of(Candidates(0, batch.as_read[0], ["four", "five"], np.array([1, 1]), None), 0, 1)
+    pair = line_of(Candidates(0, batch.as_read[0], ["four", "five"], np.array([1, 1]), [True, True], None), 0, 1)
     for written, found in [
         (chosen, demonstration(chosen, tokenizer)),
         (pair, comparison(pair, tokenizer).chosen),
@@ -92,6 +93,8 @@ def test_what_is_written_begins_as_what_was_sampled(row, how, text, tokenizer, t
         assert tokenizer.decode(found.completion).strip() == "four"
         assert written["answer"] == "4"
         assert not {"messages", "label", "margin"} & written.keys()
+        assert ("votes" in written) == (written is chosen)
+        assert written.get("ended", [True, True]) == [True, True]
         assert prompt_ids({"prompt": written["prompt"], "tools": written.get("tools")}, tokenizer) == found.prompt
 
 
@@ -105,7 +108,7 @@ def test_judges_and_reward_models_read_what_the_policy_read(row, how, text, toke
     is_chat = text.startswith("<s>")
     messages = prompt_of(batch.as_read[0]) if is_chat else []
     assert shown == ("\n\n".join(f"{m['role']}: {m['content']}" for m in messages) if is_chat else "What is 2+2?")
-    assert batch.columns[0] == row | {"answer": "4", "label": 1, "margin": 2}  # verifiers read the file's columns
+    assert batch.columns[0] == row | OTHERS  # verifiers read the file's columns
 
 
 def test_prompts_that_are_resumed_keep_their_rows(tokenizer, tmp_path):

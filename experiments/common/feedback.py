@@ -33,10 +33,11 @@ class Candidates(NamedTuple):
 def line_of(candidates: Candidates, better: int, worse: int) -> dict:
     """A preference in the columns of TRL's format, a conversation where the prompt is one; and which pair it is.
 
-    `tools` and the other columns that no format reads go along.
+    `tools` and the other columns that no format reads go along, but for votes, which a panel writes.
     """
     prompt = prompt_of(candidates.row)
-    return other_columns(candidates.row) | {
+    rest = {name: value for name, value in other_columns(candidates.row).items() if name != "votes"}
+    return rest | {
         "prompt": prompt,
         "chosen": answer(prompt, candidates.texts[better]),
         "rejected": answer(prompt, candidates.texts[worse]),

@@ -138,6 +138,19 @@ def comparison(row: Row, tokenizer: Tokenizer) -> Comparison:
     return Comparison(chosen, rejected, None if margin is None else float(margin))
 
 
+def ranking(row: Row, tokenizer: Tokenizer) -> list[Example]:
+    """The `completions` of a `prompt`, best first; `ended`, where the row has it, is of these (`as_ended`).
+
+    Raises ValueError for fewer than two completions.
+    """
+    completions = row.get("completions")
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise ValueError(f"column 'completions' is {completions!r}; legal: a list of at least two, best first")
+    rest = {name: value for name, value in row.items() if name != "completions"}
+    found = [demonstration(rest | {"completion": completion}, tokenizer) for completion in completions]
+    return as_ended(row, found, tokenizer)
+
+
 def as_ended(row: Row, completions: Sequence[Example], tokenizer: Tokenizer) -> list[Example]:
     """The completions of a row; those that its column `ended` says were cut have no end of turn.
 

@@ -1,6 +1,6 @@
 """Comparisons, judgments and rankings of completions, as batches of the DPO family, of KTO and of reward models."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,18 +61,6 @@ def mismatched_examples(examples: Sequence[Example], pool: Sequence[Example], wi
         room = width - len(example.prompt)
         found.append(example._replace(completion=other.completion[:room], mask=other.mask[:room]))
     return found
-
-
-def ranking(row: dict, read: Callable[[dict], Example]) -> list[Example]:
-    """The completions of a row, best first, from its columns `prompt` and `completions`.
-
-    `read`: the row with one `completion` in place of all -> Example. Raises ValueError for fewer than two completions.
-    """
-    completions = row.get("completions")
-    if not isinstance(completions, list) or len(completions) < 2:
-        raise ValueError(f"completions is {completions!r}; legal: a list of at least two, best first")
-    rest = {name: value for name, value in row.items() if name != "completions"}
-    return [read(rest | {"completion": completion}) for completion in completions]
 
 
 def collate_rankings(

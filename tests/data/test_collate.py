@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rljax.data.demonstrations import collate, collate_after_prompts
-from rljax.data.examples import Comparison, Example, Judgment, Steps
+from rljax.data.examples import Comparison, Example, Judgment, Steps, ranking
 from rljax.data.preferences import (
     collate_pairs,
     collate_rankings,
     collate_unpaired,
     judgments_of,
     mismatched_examples,
-    ranking,
 )
 from rljax.data.steps import collate_steps
+from rljax.data.tokenizer import character_tokenizer
 from rljax.types import check_shapes
 
 IDS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
@@ -122,13 +122,13 @@ def test_rankings_are_filled_up_with_rows_without_a_decision():
 
 
 def test_a_row_of_a_ranking():
-    def read(row):
-        return example([len(row["prompt"])], [len(row["completion"])])
-
-    assert ranking({"prompt": "ab", "completions": ["x", "yyy"]}, read) == [example([2], [1]), example([2], [3])]
+    tokenizer = character_tokenizer("abxy")
+    found = ranking({"prompt": "ab", "completions": ["x", "yy"], "ended": [True, False], "tools": []}, tokenizer)
+    assert [one[:3] for one in found] == [example([1, 2], [3, 0])[:3], example([1, 2], [4, 4])[:3]]
+    assert all("tools" in one.columns for one in found)
     for wrong in (["only"], "text", None):
         with pytest.raises(ValueError, match="legal: a list of at least two, best first"):
-            ranking({"prompt": "ab", "completions": wrong}, read)
+            ranking({"prompt": "ab", "completions": wrong}, tokenizer)
 
 
 def test_labels_stand_on_the_ends_of_steps():

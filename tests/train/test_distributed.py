@@ -11,8 +11,8 @@ import pytest
 
 from distributed.launch import free_port
 from rljax.train import distributed
-from rljax.train.distributed import Cluster, ProcessLostError
 from rljax.train.mesh import make_mesh, place, sharding_of
+from rljax.train.roll_call import Cluster, ProcessLostError, call_the_roll
 
 VARIABLES = ("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "KUBERNETES_", "JOB_", "TPU_")
 SLURM = {
@@ -98,7 +98,7 @@ def roll_call(*processes: int, count: int = 2, seconds: float = 1.0, port: int |
     """What the roll call raises on each of these processes of `count`."""
     coordinator = f"127.0.0.1:{port or free_port()}"
     with ThreadPoolExecutor(len(processes)) as pool:
-        calls = [pool.submit(distributed.call_the_roll, Cluster(coordinator, count, p), seconds) for p in processes]
+        calls = [pool.submit(call_the_roll, Cluster(coordinator, count, p), seconds) for p in processes]
         return [call.exception() for call in calls]
 
 
@@ -155,7 +155,7 @@ def test_another_program_on_the_port_is_waited_for_until_the_deadline_and_then_n
 def test_process_0_may_come_after_another_program_has_left_its_port():
     port = free_port()
     with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor(1) as pool:
-        late = pool.submit(distributed.call_the_roll, Cluster(f"127.0.0.1:{port}", 2, 1), 30.0)
+        late = pool.submit(call_the_roll, Cluster(f"127.0.0.1:{port}", 2, 1), 30.0)
         with server.accept()[0] as connection:
             connection.recv(4096)
             connection.sendall(COORDINATOR)

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from rljax.train import distributed
+from rljax.train.roll_call import ProcessLostError
 
 GLOO = "UNKNOWN: Gloo AllGather failed: pair.cc:538] Read error [127.0.0.1]:31915: Connection reset by peer"
 NCCL = "INTERNAL: NCCL operation ncclAllReduce failed: unhandled system error"
@@ -32,4 +33,4 @@ def test_what_jax_says_of_lost_processes(monkeypatch, message, lost):
 def test_refusals_are_not_lost_processes():
     assert not distributed.is_lost_process(ValueError("UNAVAILABLE: a setting"))
     assert not distributed.is_lost_process(RuntimeError("the processes disagree: seed"))
-    assert distributed.is_lost_process(distributed.ProcessLostError("clock: process 1 did not come (60 seconds)"))
+    assert distributed.is_lost_process(ProcessLostError("clock: process 1 did not come (60 seconds)"))
