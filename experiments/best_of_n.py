@@ -31,7 +31,7 @@ import numpy as np
 
 from experiments.common import command_line, models, runs, settings
 from experiments.common.records import append_lines, as_lines, judged_prompts, read_lines
-from experiments.common.rewards import load_score, read_rewards
+from experiments.common.rewards import check_compared, load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS
@@ -73,6 +73,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> list[dict[str, float]]:
     if cfg.n < 1 or cfg.prompts_at_once < 1:
         raise ValueError(f"n = {cfg.n}, prompts_at_once = {cfg.prompts_at_once}; legal: at least 1 each")
     runs.check_whole_prompts(cfg)
+    models.check_not_trained(cfg.weights)
+    check_compared(cfg, {"n": cfg.n})
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     mesh = make_mesh(**cfg.mesh.sizes)
 

@@ -15,7 +15,9 @@ votes; `tools` and the other columns of the prompt that no format reads go along
 of a panel (true: for the chosen one; equal votes are decided by a coin), the number of the prompt ("row") and of both
 completions ("pair"), and whether each of both "ended" by itself: one that was cut at max_tokens gets no end of turn
 from dpo.py and reward_model.py, which read the file. Pairs that are worth the same to all are left out. At the end
-stand the raw agreement of the panel and Cohen's kappa, of more than two annotators Fleiss'.
+stand the raw agreement of the panel and Cohen's kappa, of more than two annotators Fleiss'. With --rankings FILE the
+completions of each prompt are written there too as one row {"prompt", "completions"}, in the order of the pairs that
+they won (of equal ones the first alone), for the losses of rankings in reward_model.py.
 
 Reached: stories260k, story_openings.jsonl, --n 16 --rewards animals --sampling.max_tokens 64: 3,142 comparisons in 51 s
 on 2 shared CPU cores; with --panel.flip 0.2 three annotators agree on 67.5% of them, Fleiss' kappa 0.350 (expected of
@@ -38,12 +40,13 @@ from experiments.common.feedback import (
     keep_own_settings,
     line_of,
     own_lines,
+    rankings_of,
     report_agreement,
     report_cut,
 )
 from experiments.common.inputs import inputs_of
 from experiments.common.panel import check_panel, votes, worths
-from experiments.common.records import append_lines, ended_rows
+from experiments.common.records import append_lines, as_lines, ended_rows
 from experiments.common.rewards import Rewards, load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Panel, Rare, Reward, Rows, Sampling
@@ -55,10 +58,10 @@ from rljax.models import decoder
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import decode_completions
 from rljax.rollouts.sampler import sample
-from rljax.train.log import log_info
+from rljax.train.log import log_info, write_atomically
 from rljax.train.mesh import make_mesh
 
-FREE = ("out", "count", "rows", "mesh", "ask")  # settings that may change when a file is continued
+FREE = ("out", "rankings", "count", "rows", "mesh", "ask")  # settings that may change when a file is continued
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer
     prompts: str | tuple[str, ...]  # files of rows, whose fields are the columns of a prompt
     out: str  # jsonl file of preferences, to write or to go on with
+    rankings: str = ""  # another jsonl file to write: the completions of each prompt in one row; default: none
     template: str = "{prompt}"  # text of a prompt, columns in braces; \n is a new line; @FILE: read from there
     data: Rows = Rows()
     max_prompt_tokens: Rare[int] = 0  # tokens of a prompt, longer ones are dropped; 0: what the context leaves
@@ -105,6 +109,8 @@ def main(cfg: Config, verifiers: dict = VERIFIERS, ask: Callable[[str], str] = i
         append_lines(Path(cfg.out), found)
         lines += found
     log_info(f"{len(lines)} comparisons in {cfg.out}" if lines else f"no comparison was made: {cfg.out} is not written")
+    if cfg.rankings:
+        write_atomically(Path(cfg.rankings), as_lines(rankings_of(lines)))
     report_cut(lines)
     report_agreement(lines)
     return lines

@@ -156,6 +156,8 @@ def check_settings(cfg: Config) -> None:
             "completions of the file have no log-probs, which minillm needs, and there is one a row; "
             "legal: --on_policy_fraction 1, or another divergence and --batches.num_generations 1"
         )
+    if cfg.weights.ref_sync_steps:
+        raise ValueError(f"weights.ref_sync_steps = {cfg.weights.ref_sync_steps}; legal where the teacher stays: 0")
     if cfg.teacher_mixture and cfg.divergence != "minillm":
         raise ValueError("only minillm weights its tokens by the policy that wrote them; legal: --teacher_mixture 0")
 

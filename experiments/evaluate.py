@@ -35,7 +35,7 @@ import numpy as np
 from experiments.common import command_line, models, runs
 from experiments.common.intervals import standard_error_interval, wilson_interval
 from experiments.common.records import append_lines, judged_prompts, read_lines
-from experiments.common.rewards import load_score, read_rewards
+from experiments.common.rewards import check_compared, load_score, read_rewards
 from experiments.common.sampling import make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Rows, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS, find_final_answer
@@ -74,6 +74,8 @@ class Config:
 def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Sample, judge and count; return name -> {"mean", "low", "high", "prompts"}."""
     check_sizes(cfg)
+    models.check_not_trained(cfg.weights)
+    check_compared(cfg, {"n": cfg.n}, "the greedy one stands alone; legal: --no_greedy" * cfg.greedy)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     mesh = make_mesh(**cfg.mesh.sizes)
 

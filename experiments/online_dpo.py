@@ -28,7 +28,7 @@ import jax
 from experiments.common import command_line, models, runs, settings, train
 from experiments.common.online_methods import METHODS, Preference, check_preference
 from experiments.common.optimizer import make_optimizer
-from experiments.common.rewards import load_score, read_rewards
+from experiments.common.rewards import check_compared_in_training, load_score, read_rewards
 from experiments.common.sampling import make_sample_scored, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.common.verifiers import VERIFIERS
@@ -73,6 +73,7 @@ class Config:
 
 def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]]:
     """Train; return reward and KL on the eval prompts before and after."""
+    check_compared_in_training(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
     cfg = one_small_step(cfg) if cfg.debug else cfg
     mesh = make_mesh(**cfg.mesh.sizes)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments import best_of_n, dpo, grpo, ppo, reward_model, sft
-from experiments.common import command_line, runs
+from experiments.common import command_line, hub, runs
 from experiments.common.inputs import inputs_of, keep_settings
 from experiments.common.judging import judge_model
 from experiments.common.records import as_lines
@@ -75,7 +75,7 @@ class Config:
 
 def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Walk the road; return the reward and the KL to the fine-tuned model before and after the last stage."""
-    root = Path(cfg.directory or f"runs/rlhf/{Path(cfg.model).resolve().name}-seed{cfg.seed}")
+    root = Path(cfg.directory or f"runs/rlhf/{hub.model_name(cfg.model)}-seed{cfg.seed}")
     tuned, preferences = compare_completions(cfg, root)
     log_info("== reward model")
     learn_rewards(cfg, tuned, preferences, root / "reward_model")

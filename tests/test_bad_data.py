@@ -3,13 +3,15 @@
 import dataclasses
 import gzip
 import json
+import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from experiments import dpo, ppo, score
-from experiments.common import data, hub, settings
+from experiments.common import data, hub, offline, settings
 from experiments.common.inputs import inputs_of
 from experiments.common.rows import make_shape, read_rows, read_template, unescape
 from experiments.common.settings import Data, Rows
@@ -481,6 +483,30 @@ def test_what_a_script_reads_is_found_in_its_settings(cache, model, tmp_path, mo
     learned = dpo.Config(model="reward", data=settings.Data(files=("a.jsonl", "hf://owner/rows"), completion="@t.txt"))
     assert inputs_of(learned) == ["a.jsonl", "reward", "t.txt"]
     assert inputs_of(score.Config(data="a.jsonl")) == ["a.jsonl"]
+
+
+def test_a_run_keeps_the_revision_of_its_rows(cache):
+    """That of the newest snapshot, and none where there is none and no network; a revision that is named stays."""
+    snapshots = cache / "datasets--owner--rows" / "snapshots"
+    for time, name in enumerate(("b" * 40, "a" * 40)):
+        (snapshots / name).mkdir(parents=True)
+        os.utime(snapshots / name, (time, time))
+    named = ("hf://owner/rows/main:test=2", "hf://owner/rows@v1=1", "hf://other/rows", "rows.jsonl")
+    pinned = (f"hf://owner/rows@{'a' * 40}/main:test=2", *named[1:])
+    assert hub.settings_of(ppo.Config(model="m", prompts=named))["prompts"] == pinned
+    assert hub.settings_of(dpo.Config(model="m", data=settings.Data(files=named)))["data"]["files"] == pinned
+    assert hub.settings_of(score.Config(data="hf://owner/rows"))["data"] == f"hf://owner/rows@{'a' * 40}"
+
+
+def test_runs_are_called_after_the_run_that_made_their_model():
+    names = [hub.model_name(f"runs/sft/{run}/{kind}") for run in "ab" for kind in ("model", "best")]
+    assert names == ["a", "a-best", "b", "b-best"]
+    assert hub.model_name("/models/small") == "small"
+    long = [hub.model_name(f"runs/sft/{'x' * 100}{run}/model") for run in "ab"]
+    assert len(set(long)) == 2
+    assert {len(name) for name in long} == {hub.LONGEST}
+    made = offline.make_run(dpo.Config(model="/runs/sft/a/model", data=settings.Data(files=("b.jsonl",))), "dpo.py", ())
+    assert made.directory == Path("runs/dpo/a-b-seed0")
 
 
 def test_all_processes_take_the_revision_that_process_0_has(cache, model, monkeypatch):

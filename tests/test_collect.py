@@ -17,11 +17,13 @@ from experiments.common.feedback import (
     compare_by_person,
     end_last_line,
     own_lines,
+    rankings_of,
     report_agreement,
     worth_of,
 )
 from experiments.common.panel import preference_probability, votes, worths
 from experiments.common.settings import MeshShape, Panel, PromptData, Sampling
+from experiments.reward_model import completions_of, read_row
 from models import tiny
 from rewards import hostile
 from rljax.data.examples import comparison
@@ -200,6 +202,22 @@ def test_a_file_of_other_rows_is_not_gone_on_with(cfg, tmp_path):
     collect.main(one, VERIFIERS)
 
 
+def test_the_pairs_of_a_prompt_are_a_ranking():
+    """The order of wins: 2, 0, 1; of a prompt whose two best won equally often the first stays."""
+
+    def line(row, better, worse):
+        texts = {"chosen": f"c{better}", "rejected": f"c{worse}", "ended": [better > 0, worse > 0]}
+        return {"prompt": f"p{row}", "tools": [], "row": row, "pair": [better, worse], "votes": [True], **texts}
+
+    lines = [line(0, 0, 1), line(0, 2, 0), line(0, 2, 1), line(3, 0, 2), line(3, 1, 2), line(4, 1, 0)]
+    cycle = [line(5, 0, 1), line(5, 1, 2), line(5, 2, 0)]
+    assert rankings_of(lines + cycle) == [
+        {"prompt": "p0", "tools": [], "row": 0, "completions": ["c2", "c0", "c1"], "ended": [True, False, True]},
+        {"prompt": "p3", "tools": [], "row": 3, "completions": ["c0", "c2"], "ended": [False, True]},
+        {"prompt": "p4", "tools": [], "row": 4, "completions": ["c1", "c0"], "ended": [True, False]},
+    ]
+
+
 def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
     answers = iter(["3 1 2", "no", "", "1 3 2", "q"])
     asked = []
@@ -209,7 +227,12 @@ def test_a_person_is_asked_again_leaves_out_and_stops(cfg, tmp_path, capsys):
         return next(answers)
 
     mine = dataclasses.replace(cfg, rewards=(), out=str(tmp_path / "mine.jsonl"), count=5)
-    lines = collect.main(mine, VERIFIERS, ask)
+    ranked = tmp_path / "ranked.jsonl"
+    lines = collect.main(dataclasses.replace(mine, rankings=str(ranked)), VERIFIERS, ask)
+    rows = [json.loads(text) for text in ranked.read_text().splitlines()]
+    best, _, worst = rows[0]["completions"]  # of the answer "3 1 2"
+    assert (best, worst) == (lines[2]["chosen"], lines[2]["rejected"])
+    assert len(completions_of(read_row(rows[1], load_tokenizer(cfg.model)))) == 3
     assert len(asked) == 5
     assert [line["row"] for line in lines] == [0, 0, 0, 2, 2, 2]
     assert [line["pair"] for line in lines[:3]] == [[0, 1], [2, 0], [2, 1]]

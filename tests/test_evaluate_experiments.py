@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import evaluate, score
+from experiments import best_of_n, evaluate, score
 from experiments.common.intervals import standard_error_interval, wilson_interval
 from experiments.common.runs import digest_of
-from experiments.common.settings import MeshShape, Reward, Sampling
+from experiments.common.settings import Adapter, MeshShape, Reward, Sampling, Weights
 from experiments.evaluate import summarize
 from models import tiny
 from rewards import hostile
@@ -28,6 +28,7 @@ SOLUTIONS = [
     {"question": "1 + 4", "solution": "it is 6", "answer": "#### 5", "is_correct": True},  # and another
     {"question": "1 + 5", "solution": "it is 6", "answer": "#### 6", "is_correct": True},
 ]
+COMPARING = {"rewards": ("judge:http://h/v1",), "reward__compare": "ranking"}
 GSM8K = Path(os.environ.get("RLJAX_SHARED", "../shared")) / "data" / "gsm8k_solutions_6b.jsonl"
 
 
@@ -233,11 +234,24 @@ def test_a_model_is_evaluated_and_a_stopped_run_goes_on(model, tmp_path, capsys)
         ({"k": (9,)}, r"k = 9 of n = 8 completions; legal: 1 to 8"),
         ({"sampling__temperature": 0.0}, "temperature is 0: .* legal: --n 0"),
         ({"rewards": ("numbers",)}, "reward 'numbers'; legal: "),
+        (COMPARING, r"reward\.compare = ranking .*: the greedy one stands alone; legal: --no_greedy"),
+        ({**COMPARING, "n": 1}, "n = 1 leaves nothing to compare; legal: at least 2"),
+        (
+            {"weights__remat": "dots"},
+            r"weights\.remat says how to train, and nothing is trained here; legal: ",
+        ),
+        ({"weights": Weights(adapter=Adapter(rank=2))}, r"weights\.adapter says how to train"),
     ],
 )
 def test_bad_settings_are_one_error(fields, message):
     with pytest.raises(ValueError, match=message):
         evaluate.main(change(evaluate.Config(model="/absent", prompts="/absent"), **fields))
+
+
+@pytest.mark.parametrize("fields", [{**COMPARING, "n": 1}, {"weights__freeze": ("decoder",)}])
+def test_bad_settings_of_best_of_n_are_one_error(fields):
+    with pytest.raises(ValueError, match=r"n = 1 leaves nothing to compare|weights\.freeze says how to train"):
+        best_of_n.main(change(best_of_n.Config(model="/absent", prompts="/absent"), **fields))
 
 
 @pytest.mark.parametrize(

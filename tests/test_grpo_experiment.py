@@ -321,6 +321,9 @@ def test_remax_compares_with_the_greedy_completion(tiny_run, tmp_path):
     (record,) = metrics(cfg.directory)
     assert record["reward"] > 0
     assert record["loss"] == pytest.approx(0, abs=1e-6)
+    compared = {"rewards": ("judge:http://h/v1",), "reward__compare": "pairwise"}
+    with pytest.raises(ValueError, match="the greedy one stands alone; legal: another algorithm"):
+        grpo.main(change(cfg, **compared))
     with pytest.raises(ValueError, match=r"carry_over = 2: .* greedy .*; legal: 0"):
         grpo.main(change(cfg, batches__carry_over=2, directory=str(tmp_path / "other")), verifiers=VERIFIERS)
 

@@ -239,9 +239,20 @@ BAD = {
         r"legal: --on_policy_fraction 1",
     ),
     "a mixture": (distil, {"teacher_mixture": 0.2}, r"legal: --teacher_mixture 0"),
+    "a teacher that moves": (distil, {"weights__ref_sync_steps": 2}, r"ref_sync_steps = 2; legal .*: 0"),
     "no teacher": (distil, {"teacher": "/absent"}, r"/absent"),
     "a critic": (ppo, {"critic_model": "reward"}, r"legal: --critic separate"),
     "a reward": (ppo, {"rewards": ("shares",)}, r"reward 'shares'; legal: "),
+    "one to compare": (
+        ppo,
+        {"rewards": ("judge:http://h/v1",), "reward__compare": "ranking", "batches__num_generations": 1},
+        r"reward\.compare = ranking .*: num_generations = 1 leaves nothing to compare; legal: at least 2",
+    ),
+    "one to compare in evaluations": (
+        online_dpo,
+        {"rewards": ("judge:http://h/v1",), "reward__compare": "pairwise", "eval_samples": 2},
+        r"reward\.compare = pairwise .*: eval_samples/eval_prompts = 1 leaves nothing to compare",
+    ),
     "greedy": (ppo, {"sampling__temperature": 0.0}, r"temperature is 0"),
 }
 

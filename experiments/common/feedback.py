@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -45,6 +46,32 @@ def line_of(candidates: Candidates, better: int, worse: int) -> dict:
         "row": candidates.number,
         "pair": [better, worse],
     }
+
+
+def rankings_of(lines: Sequence[dict]) -> list[dict]:
+    """The pairs of each prompt as one row {"prompt", "completions"}, the best first: that which won most of its pairs.
+
+    Of completions that won equally often the first stays. A prompt of which one is left has no row.
+    """
+    of_prompt: dict[int, list[dict]] = {}
+    for line in lines:
+        of_prompt.setdefault(line["row"], []).append(line)
+    rows = map(_ranking_of, of_prompt.values())
+    return [row for row in rows if len(row["completions"]) > 1]
+
+
+def _ranking_of(lines: Sequence[dict]) -> dict:
+    wins: Counter[int] = Counter()
+    found = {}
+    for line in lines:
+        ends = line.get("ended", (True, True))
+        for number, column, ended in zip(line["pair"], ("chosen", "rejected"), ends, strict=True):
+            found[number] = (line[column], ended)
+            wins[number] += column == "chosen"
+    by_wins = {wins[number]: found[number] for number in sorted(found, reverse=True)}
+    completions, ended = zip(*(by_wins[count] for count in sorted(by_wins, reverse=True)), strict=True)
+    others = {name: value for name, value in other_columns(lines[0]).items() if name not in ("pair", "votes")}
+    return others | {"prompt": lines[0]["prompt"], "completions": list(completions), "ended": list(ended)}
 
 
 # ------------------------------------------------------------------------------------------------------------ a person

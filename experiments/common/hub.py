@@ -1,6 +1,7 @@
-"""Models named OWNER/NAME, which huggingface_hub downloads into its cache."""
+"""Models named OWNER/NAME, which huggingface_hub downloads into its cache; and the revisions that a run keeps."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from rljax.train.log import log_info
 T = TypeVar("T")
 ON_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w.-]+))?")
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # not the same weights in other formats
+DATASET = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)(?=$|[/:=])")  # without a revision
+LONGEST = 60  # characters of a model's name in that of a run
 MODEL_FIELDS = ("model", "critic_model", "teacher")
 SNAPSHOT = re.compile(r"(.*/)?models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)")
 
@@ -82,13 +85,15 @@ def with_local_models(config: T) -> T:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """The settings as a run's config.json keeps them: models of the hub by name and revision, wherever the cache is.
+    """The settings as a run's config.json keeps them: models and data sets of the hub by name and revision.
 
     All processes call it.
     """
     settings = dataclasses.asdict(config)
-    rewards = {"rewards": _pinned(settings["rewards"])} if settings.get("rewards") else {}
-    return settings | {name: name_on_hub(value) for name, value in _models_of(settings).items()} | rewards
+    models = {name: name_on_hub(value) for name, value in _models_of(settings).items()}
+    rewards = {"rewards": _pinned_rewards(settings["rewards"])} if settings.get("rewards") else {}
+    rows = {name: _pinned_rows(settings[name]) for name in ("prompts", "data") if name in settings}
+    return settings | models | rewards | rows
 
 
 def split_reward(item: str, before: Collection[str]) -> tuple[str, str | None, str | None]:
@@ -109,7 +114,7 @@ def model_of_reward(name: str) -> str:
     return name.removeprefix("process:")
 
 
-def _pinned(rewards: Sequence[str]) -> list[str]:
+def _pinned_rewards(rewards: Sequence[str]) -> list[str]:
     """The items of --rewards, those that name a model of the hub with its revision."""
     names: list[str] = []
     items = []
@@ -122,12 +127,45 @@ def _pinned(rewards: Sequence[str]) -> list[str]:
     return items
 
 
+def _pinned_rows(named: Any) -> Any:
+    """The files of a setting, data sets of the hub with their revision."""
+    if isinstance(named, dict):
+        return named | {"files": _pinned_rows(named["files"])} if "files" in named else named
+    if isinstance(named, str):
+        found = DATASET.match(named)
+        revision = found and distributed.on_main("find a data set", lambda: _dataset_revision(found[1]))
+        return f"{found[0]}@{revision}{named[found.end() :]}" if revision else named
+    return tuple(map(_pinned_rows, named))
+
+
+def _dataset_revision(name: str) -> str:
+    """The revision of a data set that was read: the newest in the cache, else the hub's; "" where neither is known."""
+    from huggingface_hub import HfApi, constants
+
+    snapshots = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "snapshots")
+    if snapshots.is_dir() and (found := list(snapshots.iterdir())):
+        return max(found, key=lambda snapshot: snapshot.stat().st_mtime).name
+    try:
+        return HfApi().dataset_info(name, timeout=10.0).sha or ""
+    except Exception:  # of the network, of the hub: the run goes on without a pin
+        return ""
+
+
 def _models_of(settings: dict[str, Any]) -> dict[str, str]:
     return {name: settings[name] for name in MODEL_FIELDS if isinstance(settings.get(name), str)}
 
 
 def model_name(model: str) -> str:
-    """What a run is called after: the model's directory, or its name and the beginning of its revision on the hub."""
+    """What a run is called after: the model's directory, or its name and the beginning of its revision on the hub.
+
+    Every run writes its models as RUN/model and RUN/best: these are called RUN and RUN-best. Of a name of more than
+    `LONGEST` characters (each iteration adds some) the end is replaced by a digest.
+    """
     directory = Path(model).resolve()
     on_hub = SNAPSHOT.fullmatch(directory.as_posix())
-    return f"{on_hub['name']}-{on_hub['revision'][:8]}" if on_hub else directory.name
+    if on_hub:
+        return f"{on_hub['name']}-{on_hub['revision'][:8]}"
+    names = {"model": directory.parent.name, "best": f"{directory.parent.name}-best"}
+    name = names.get(directory.name, directory.name)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{digest}"

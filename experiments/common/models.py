@@ -20,6 +20,16 @@ from rljax.train.watchdog import sign_of_life
 from rljax.types import Array, Params, TrainState
 
 
+def check_not_trained(weights: Weights) -> None:
+    """Raise ValueError for settings of training, which a script that trains nothing would ignore."""
+    held = ("dtype", "scan_layers", "batch_invariant", "gather_for_generation")
+    fields = [field.name for field in dataclasses.fields(weights) if field.name not in held]
+    wrong = [name for name in fields if getattr(weights, name) != getattr(Weights(), name)]
+    if wrong:
+        legal = ", ".join(f"--weights.{name}" for name in held)
+        raise ValueError(f"weights.{wrong[0]} says how to train, and nothing is trained here; legal: {legal}")
+
+
 def load_pretrained(
     directory: str,
     weights: Weights,

@@ -45,7 +45,7 @@ def one_small_step(cfg: Any) -> Any:
 
 def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str = "", **functions: Any) -> Run:
     """The run directory of a script's Config, by default runs/SCRIPT/KIND-MODEL-FILE-seedSEED."""
-    parts = (kind, Path(cfg.model).resolve().name, data.name_of(cfg.data.files), f"seed{cfg.seed}")
+    parts = (kind, hub.model_name(cfg.model), data.name_of(cfg.data.files), f"seed{cfg.seed}")
     name = "-".join(part for part in parts if part) + "-debug" * cfg.debug
     return Run(
         cfg.directory or f"runs/{Path(source).stem}/{name}",

@@ -3,9 +3,9 @@
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,28 @@ def read_rewards(
     if per_step and not found.process:
         raise ValueError("this algorithm learns from steps, and no reward judges them; legal: process:DIRECTORY")
     return found
+
+
+def check_compared(cfg: Any, sizes: Mapping[str, int], alone: str = "") -> None:
+    """Raise ValueError where a judge is to compare the completions of a prompt, and one has nothing beside it.
+
+    Args:
+      sizes: setting -> completions of a prompt that are judged together.
+      alone: which other completion is judged by itself, and what is legal.
+    """
+    if cfg.reward.compare == "score" or not any(item.startswith("judge:") for item in cfg.rewards):
+        return
+    text = "{} = {} leaves nothing to compare; legal: at least 2"
+    small = [text.format(name, size) for name, size in sizes.items() if size < 2]
+    if found := [*small, *filter(None, [alone])]:
+        raise ValueError(f"reward.compare = {cfg.reward.compare} compares the completions of a prompt: {found[0]}")
+
+
+def check_compared_in_training(cfg: Any, needs: Sequence[str] = ()) -> None:
+    """`check_compared` of the steps and evaluations of a script that trains. needs: of its algorithm."""
+    in_evaluation = -(-cfg.eval_samples // max(cfg.eval_prompts, 1))
+    sizes = {"num_generations": cfg.batches.num_generations, "eval_samples/eval_prompts": in_evaluation}
+    check_compared(cfg, sizes, "the greedy one stands alone; legal: another algorithm" * ("baseline" in needs))
 
 
 def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Callable], options: settings.Reward) -> None:

@@ -11,9 +11,7 @@ from rljax.data.formats import TEXTS
 
 HUB = "hf://"
 NESTED = (*TEXTS, "completions", "gold", "tools")  # columns of messages and of JSON schemas
-LEGAL = (
-    "legal: .jsonl, .json (lines, or one array), either of them with .gz; .parquet; hf://OWNER/NAME[/CONFIG][:SPLIT]"
-)
+LEGAL = "legal: .jsonl, .json (lines, or one array), either of them with .gz; .parquet; hf://OWNER/NAME[@REVISION][/CONFIG][:SPLIT]"
 
 
 class Table(NamedTuple):
@@ -115,10 +113,10 @@ def _read_hub(path: str) -> Table:
     name, _, split = path.removeprefix(HUB).partition(":")
     owner, _, rest = name.partition("/")
     dataset, _, config = rest.partition("/")
+    dataset, _, revision = dataset.partition("@")
     datasets = _datasets(path)
-    return _of_dataset(
-        path, lambda: datasets.load_dataset(f"{owner}/{dataset}", config or None, split=split or "train")
-    )
+    options = {"split": split or "train", "revision": revision or None}
+    return _of_dataset(path, lambda: datasets.load_dataset(f"{owner}/{dataset}", config or None, **options))
 
 
 def _datasets(path: str):

@@ -96,8 +96,8 @@ def datasets(monkeypatch):
     asked = []
     stub = types.ModuleType("datasets")
 
-    def load_dataset(name, config, split):
-        asked.append((name, config, split))
+    def load_dataset(name, config, split, revision):
+        asked.append((name, config, split, revision))
         if name == "none/there":
             raise ConnectionError("Couldn't reach the hub\nand more")
         return ROWS
@@ -113,13 +113,13 @@ def test_parquet_and_the_hub(datasets, tmp_path):
     path.write_bytes(b"PAR1")
     assert read_table(path).rows == ROWS
     assert read_table(path).place(0) == f"{path}, row 1"
-    for name in ("hf://openai/gsm8k/main:test", "hf://trl-lib/tldr"):
+    for name in ("hf://openai/gsm8k@e53f048/main:test", "hf://trl-lib/tldr"):
         assert read_table(name).rows == ROWS
     assert datasets == [
         str(path),
         str(path),
-        ("openai/gsm8k", "main", "test"),
-        ("trl-lib/tldr", None, "train"),
+        ("openai/gsm8k", "main", "test", "e53f048"),
+        ("trl-lib/tldr", None, "train", None),
     ]
     with pytest.raises(ValueError, match=r"hf://none/there: datasets cannot read it: Couldn't reach the hub$"):
         read_table("hf://none/there")
