@@ -14,11 +14,11 @@ from experiments.common.records import judged_prompts
 from experiments.common.rows import make_shape
 from experiments.common.settings import Rows, Sampling
 from experiments.tools import generate
+from rewards import servers
 from rljax.data.demonstrations import demonstrations
 from rljax.data.examples import comparison, demonstration, prompt_ids, prompt_of
 from rljax.data.tokenizer import load_tokenizer
 from rljax.rewards import judge
-from rljax.rewards.score import RowText
 from rljax.rollouts.partial import carry_from_arrays, resume_rows
 
 TEMPLATE = (
@@ -100,14 +100,22 @@ def test_what_is_written_begins_as_what_was_sampled(row, how, text, tokenizer, t
 
 @pytest.mark.parametrize(("row", "how", "text"), FILES.values(), ids=FILES)
 def test_judges_and_reward_models_read_what_the_policy_read(row, how, text, tokenizer, tmp_path):
+    """A conversation in the reward model's own template, which is the policy's here."""
     batch = read(tmp_path, tokenizer, row, **how).draw(0, 1)
-    decoded = tokenizer.decode(batch.tokens[0][batch.mask[0]].tolist())
-    as_row = reward_models._as_row(RowText(decoded, "four", True), batch.as_read[0])
-    assert tokenizer.decode(demonstration(as_row, tokenizer).prompt) == decoded
-    shown = judge._prompt_text(batch.as_read[0], decoded)
-    is_chat = text.startswith("<s>")
-    messages = prompt_of(batch.as_read[0]) if is_chat else []
-    assert shown == ("\n\n".join(f"{m['role']}: {m['content']}" for m in messages) if is_chat else "What is 2+2?")
+    prompt = batch.tokens[0][batch.mask[0]].tolist()
+    traj = demonstrations(batch, [[*tokenizer.encode_more("four"), tokenizer.eos]], 8)
+    ends = np.asarray(traj.mask) & (np.asarray(traj.actions) == tokenizer.eos)
+    traj = traj.replace(terminated=ends, group=batch.number)
+    again = reward_models.encode_again(traj, batch, tokenizer, tokenizer)
+    ids = np.asarray(again.inputs)[np.asarray(again.segments) > 0].tolist()
+    assert tokenizer.decode(ids[: len(prompt)]) == tokenizer.decode(prompt)
+    with servers.serve(servers.chat(lambda question: "Score: 1")) as server:
+        endpoint = judge.Endpoint(server.url + "/v1", "m")
+        judge.make_judge(endpoint, tokenizer.decode, rubric="{prompt}|{completion}|{answer}")(traj, batch)
+    (question,) = (body["messages"][0]["content"] for body in server.requests)
+    messages = prompt_of(batch.as_read[0]) if text.startswith("<s>") else []
+    shown = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages) or "What is 2+2?"
+    assert [part.strip() for part in question.split("|")] == [shown, "four", "4"]
     assert batch.columns[0] == row | OTHERS  # verifiers read the file's columns
 
 

@@ -111,7 +111,9 @@ class PromptData(Rows):
 
     min_pass_rate: Rare[float] = 0.0  # prompts of which a smaller share of completions passes are left out
     max_pass_rate: Rare[float] = 1.0  # and those of a larger one; a completion passes where the first reward is above 0
-    curriculum_steps: Rare[int] = 0  # steps in which the least pass rate falls from 1/2 to min_pass_rate; 0: at once
+    curriculum_steps: Rare[int] = (
+        0  # steps in which the least pass rate falls from (at most) 1/2 to min_pass_rate; 0: at once
+    )
     skip_epochs: Rare[int] = 3  # epochs after which a prompt that was left out is drawn again
 
 

@@ -84,11 +84,12 @@ _CONTEXT = 60  # characters before a number that are looked at
 _PART = r"(?:\{\s*(-?(?:\d+(?:\.\d+)?|\.\d+))\s*\}|(\d))"  # numerator or denominator
 _FRACTION = re.compile(rf"\\[cdt]?frac\s*{_PART}\s*{_PART}")
 _STYLE = r"\\(?:text|mathrm|textbf|mathbf|textit|mathit|textrm|mbox|emph|underline)\s*"
+_SIZES = "displaystyle|bf|it|rm|small|large|Large|LARGE|huge|Huge"
 _LATEX = (
     (re.compile(rf"{_STYLE}\{{\s*({_SCALES})\s*\}}"), r" \1 "),
     (re.compile(rf"{_STYLE}\{{[^{{}}\d]*\}}|\^\s*+(?:\{{\s*+)?\\circ\s*+\}}?"), " "),
     (re.compile(rf"{_STYLE}\{{([^{{}}]*)\}}"), r" \1 "),
-    (re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
+    (re.compile(rf"\\(?:left|right|{_SIZES})(?![A-Za-z])|\\(?:text)?color\s*\{{[^{{}}]*\}}"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[!,]"), ""),  # thin spaces: 1\,000
     (re.compile(r"\\[ ;:]|~"), " "),

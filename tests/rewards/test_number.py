@@ -58,6 +58,7 @@ from rljax.rewards.number import exact_number, final_number
         *[("–5", -5), ("The answer – 5", 5), ("½", "1/2"), ("2½", "5/2"), ("1⁄2", "1/2"), (r"2\frac{4}{2}", None)],
         *[(r"\cfrac{1}{2}", "1/2"), (r"\frac{1}{-2}", "-1/2"), (r"\frac{1.5}{2}", "3/4"), (r"\frac{1}{0}", None)],
         *[(r"\boxed{(5)}", 5), (r"\boxed{\left(5\right)}", 5), (r"\boxed{\text{5}}", 5), (r"\textbf{5}", 5)],
+        *[(r"{\bf 5}", 5), (r"\Large{5}", 5), (r"\color{red}{5}", 5), (r"\boxed{\textcolor{red}{5}}", 5), ("✅5", 5)],
         *[(r"\boxed {5} and 6", 5), (r"\fbox{5} and 6", 5), ("**Answer:** 18\n", 18), ("**Final Answer**: 18", 18)],
         *[(r"\boxed{3x}", None), (r"\boxed{1 1/2}", "3/2"), (r"\boxed{(3, 4)}", None), (r"\boxed{}", None)],
     ],
