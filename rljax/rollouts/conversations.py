@@ -179,7 +179,7 @@ class _Engine(NamedTuple):
 
     @property
     def prompt_columns(self) -> int:
-        """Columns in which the prompts are read: of the longest of the data set, so that one program serves them all."""
+        """Columns in which the prompts are read: of the data set's longest, so that one program serves them all."""
         return min(self.prompts.tokens.shape[1], self.max_context)
 
     def empty_state(self, rows: int) -> TurnState:
