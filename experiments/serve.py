@@ -96,7 +96,7 @@ def start(cfg: Config) -> Iterator["Server"]:
 
 
 def check_settings(cfg: Config, max_positions: int) -> int:
-    """The context to serve: the given one, or the model's. Raises ValueError for settings that can serve nobody."""
+    """The context to serve: the given one, or the model's. Raises ValueError for settings that serve no request."""
     if not 0 <= cfg.context <= max_positions:
         raise ValueError(f"--context {cfg.context}; legal: at most the model's {max_positions}, or 0, which is that")
     if cfg.rows < 1 or cfg.max_waiting < 0:
