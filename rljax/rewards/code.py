@@ -150,7 +150,7 @@ class _CountAsserts(ast.NodeTransformer):
 
 
 def _counting_tests(test: str, entry_point: str) -> tuple[str, int]:
-    """The source with its asserts counted, and how many there are in it. Raises ValueError for one that tests nothing."""
+    """The source with its asserts counted, and how many it has. Raises ValueError for one that tests nothing."""
     try:
         tree = ast.parse(test)
     except (SyntaxError, ValueError) as error:

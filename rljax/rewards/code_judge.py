@@ -26,7 +26,7 @@ PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes}) | CONTAIN
 MAX_BYTES = 2**24  # of a value on the pipe
 MAX_ITEMS = 10**5  # of an iterator that a solution returns
 COLUMNS_FAIL = 3  # exit code: the prompt's or the tests' own source raises, or tests nothing, whatever the solution is
-LEGAL = f"None, numbers, texts, bytes, lists, tuples, dicts, sets, iterators of at most {MAX_ITEMS:,}"
+LEGAL = "None, numbers, texts, bytes, lists, tuples, dicts, sets"
 NO_VERDICT = 4  # exit code: no process for the solution, or a value that cannot cross between the two
 
 
@@ -63,7 +63,9 @@ def encode_value(value) -> bytes:
         items = list(itertools.islice(value, MAX_ITEMS + 1))
         if len(items) <= MAX_ITEMS:
             return b"g" + encode_value(items)
-    raise CannotCross(f"the solution returns a value of type {type(value).__name__[:100]}; legal: {LEGAL}")
+    raise CannotCross(
+        f"the solution returns a value of type {type(value).__name__[:100]}; legal: {LEGAL}, ranges, short iterators"
+    )
 
 
 def decode_value(data: bytes, at: int = 0):
@@ -195,7 +197,7 @@ def encode_call(name: str, args: tuple, kwargs: dict) -> bytes:
         foreign = first_foreign((args, kwargs))
         if foreign is None:
             return marshal.dumps((name, args, kwargs))
-        reason = f"an argument of type {foreign.__name__}; legal: None, numbers, texts, bytes, lists, tuples, dicts, sets"
+        reason = f"an argument of type {foreign.__name__}; legal: {LEGAL}"
     except (ValueError, RecursionError):
         reason = "an argument that is nested too deeply"
     raise CannotCross(f"the tests call {name} with {reason}")
