@@ -62,7 +62,7 @@ REFUSED = {
     "socket": (41, 198),
     # memory that no limit of a process counts
     **{"memfd_create": (319, 279), "memfd_secret": (447, 447)},
-    # System V's memory, queues and semaphores, which whoever knows their number may use; queues by name
+    # System V's memory, queues and semaphores, open to all who know their number; queues by name
     **{"shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "shmdt": (67, 197)},
     **{"semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192)},
     **{"msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187)},
