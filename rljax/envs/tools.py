@@ -99,6 +99,8 @@ def make_python_tool(run_code: Callable[[str], Any]) -> Callable[[str], str]:
         Args:
             code: The program. Only what it prints is seen.
         """
+        if not isinstance(code, str):
+            raise TypeError(f"code is of type {type(code).__name__}; legal: a text")
         done = run_code(code)
         parts = [done.stdout, done.stderr] if done.stderr else [done.stdout]
         if done.status != "ok":

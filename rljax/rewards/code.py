@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rljax.rewards.code_judge import COLUMNS_FAIL, NO_PROCESS
+from rljax.rewards.code_judge import COLUMNS_FAIL, NO_VERDICT
 from rljax.rewards.sandbox import Execution, Level, ResourceLimits, SandboxError, run_code
 from rljax.rewards.worker import CouldNotJudge
 
@@ -50,8 +50,8 @@ def function_tests(
       prompt: imports, helpers, and the beginning of the function, as the model read it.
       test: source that defines check(candidate); each assert counts as a test.
       isolation, seconds: of the sandbox, for all tests together.
-    Raises ValueError for columns that are no texts or a test that is no Python, and CouldNotJudge where there is no
-    sandbox.
+    Raises ValueError for columns that are no texts, and for a test that is no Python or never calls the function;
+    CouldNotJudge where there is no sandbox, or a value cannot cross between the tests and the function.
     """
     for column, value in {"prompt": prompt, "test": test, "entry_point": entry_point}.items():
         if not isinstance(value, str):
@@ -120,11 +120,11 @@ def run_function_tests(
     source: str, prompt: str, test: str, entry_point: str, isolation: Level, seconds: float
 ) -> TestCounts:
     """Run HumanEval's tests on a solution, in a process that the solution cannot reach (`code_judge.py`)."""
-    counting, asserts = _counting_tests(test)
-    task = {"setup": _with_body(prompt), "test": counting, "entry_point": entry_point}
+    counting, asserts = _counting_tests(test, entry_point)
+    task = {"setup": _with_body(prompt), "test": counting, "entry_point": entry_point, "asserts": asserts}
     found = _run(JUDGE, marshal.dumps(task), {"solution.py": source}, isolation, seconds)
-    if found.exit_code == NO_PROCESS:
-        raise CouldNotJudge(found.stderr.strip()[-500:])
+    if found.exit_code == NO_VERDICT:
+        raise CouldNotJudge(found.stderr.strip().rpartition("\n")[2][-500:])
     if found.exit_code == COLUMNS_FAIL:
         raise ValueError(f"the columns prompt and test do not run: {found.stderr.strip()[-500:]}")
     results = found.stdout.rstrip(".")
@@ -149,12 +149,15 @@ class _CountAsserts(ast.NodeTransformer):
         return ast.copy_location(ast.Expr(call), node)
 
 
-def _counting_tests(test: str) -> tuple[str, int]:
-    """The source with its asserts counted, and how many there are in it."""
+def _counting_tests(test: str, entry_point: str) -> tuple[str, int]:
+    """The source with its asserts counted, and how many it has. Raises ValueError for one that tests nothing."""
     try:
         tree = ast.parse(test)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the column test is no Python: {error}") from None
+    names = {name for node in ast.walk(tree) for name in (getattr(node, "name", None), getattr(node, "id", None))}
+    if not names & {"check", entry_point}:
+        raise ValueError("the column test defines no check(candidate); legal: source that does, as HumanEval has it")
     counter = _CountAsserts()
     changed = ast.fix_missing_locations(counter.visit(tree))
     return ast.unparse(changed), counter.count

@@ -4,29 +4,40 @@
 The solution runs in a child process that never holds the tests: it is forked before they are read, has /dev/null for
 stdin, stdout and stderr, and answers calls over a pipe. Values come back as plain types (`encode_value`), so a solution
 can neither end the tests early and pass, nor return an object that equals everything, nor change what the tests call.
+A list, dict or set that it changes in place is changed for the tests too; what cannot cross is no verdict.
 What the solution sends is read by `decode_value` alone: marshal, which must not read what others wrote, goes the other
 way. There is no json here: importing it takes longer than starting Python.
 
-stdin: marshalled, setup (source of the prompt's own helpers), test and entry_point. stdout: 1 for a test that passed, 0
-for one that failed, and a full stop after the last. Exit codes of its own: COLUMNS_FAIL and NO_PROCESS.
+stdin: marshalled, setup (source of the prompt's own helpers), test, entry_point and asserts (how many the test has).
+stdout: 1 for a test that passed, 0 for one that failed, and a full stop after the last. Exit codes of its own:
+COLUMNS_FAIL and NO_VERDICT, with the reason as the end of stderr.
 """
 
 import builtins
+import itertools
 import marshal
 import os
 import sys
 
 KINDS = {b"l": list, b"t": tuple, b"u": set, b"z": frozenset}
 CONSTANTS = {b"N": None, b"T": True, b"F": False}
+CONTAINERS = frozenset({list, tuple, dict, set, frozenset})
+PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes}) | CONTAINERS
 MAX_BYTES = 2**24  # of a value on the pipe
-COLUMNS_FAIL = 3  # exit code: the prompt's or the tests' own source raises, whatever the solution is
-NO_PROCESS = 4  # exit code: there was no process to be had for the solution
+MAX_ITEMS = 10**5  # of an iterator that a solution returns
+COLUMNS_FAIL = 3  # exit code: the prompt's or the tests' own source raises, or tests nothing, whatever the solution is
+LEGAL = "None, numbers, texts, bytes, lists, tuples, dicts, sets"
+NO_VERDICT = 4  # exit code: no process for the solution, or a value that cannot cross between the two
+
+
+class CannotCross(Exception):
+    """A value that is not to be had in the other process."""
 
 
 def encode_value(value) -> bytes:
     """The value as a letter, a number or length, a new line, and what it holds; of a subclass, that of its base.
 
-    Raises TypeError for other than plain types.
+    An iterator is read to its end. Raises CannotCross for other than plain types, ranges and iterators.
     """
     for letter, constant in CONSTANTS.items():
         if value is constant:
@@ -46,7 +57,15 @@ def encode_value(value) -> bytes:
     for letter, kind in KINDS.items():
         if isinstance(value, kind):
             return letter + b"%d\n" % len(value) + b"".join(map(encode_value, value))
-    raise TypeError(f"a value of type {type(value).__name__}; legal: plain types")
+    if isinstance(value, range):
+        return b"r" + encode_value((value.start, value.stop, value.step))
+    if hasattr(type(value), "__next__"):
+        items = list(itertools.islice(value, MAX_ITEMS + 1))
+        if len(items) <= MAX_ITEMS:
+            return b"g" + encode_value(items)
+    raise CannotCross(
+        f"the solution returns a value of type {type(value).__name__[:100]}; legal: {LEGAL}, ranges, short iterators"
+    )
 
 
 def decode_value(data: bytes, at: int = 0):
@@ -58,6 +77,9 @@ def decode_value(data: bytes, at: int = 0):
         real, at = decode_value(data, at + 1)
         imaginary, at = decode_value(data, at)
         return complex(real, imaginary), at
+    if letter in (b"r", b"g"):
+        parts, at = decode_value(data, at + 1)
+        return (range(*parts) if letter == b"r" else (part for part in parts)), at
     line = data.index(b"\n", at)
     text = data[at + 1 : line].decode()
     if letter == b"f":
@@ -105,14 +127,106 @@ def serve_solution(calls: int, replies: int) -> None:
             problem = error
         while True:
             name, args, kwargs = marshal.load(reader)  # EOFError, which ends the child, after the last
-            try:
-                if problem is not None:
-                    raise problem
-                reply = b"v" + encode_value(namespace[name](*args, **kwargs))
-            except Exception as error:
-                reply = b"e" + encode_value((type(error).__name__, str(error)[:1000]))
+            reply = call_solution(namespace, problem, name, args, kwargs)
             writer.write(b"%d\n" % len(reply) + reply)
             writer.flush()
+
+
+def call_solution(namespace: dict, problem: Exception | None, name: str, args: tuple, kwargs: dict) -> bytes:
+    """v and the value, or e and the exception, then the arguments where they were changed; or u and why neither."""
+    before = marshal.dumps((args, kwargs), 2)
+    try:
+        try:
+            if problem is not None:
+                raise problem
+            reply = b"v" + encode_value(namespace[name](*args, **kwargs))
+        except CannotCross:
+            raise
+        except Exception as error:
+            reply = b"e" + encode_error(error)
+        reply += encode_value(None if is_unchanged((args, kwargs), before) else (args, kwargs))
+        if len(reply) > MAX_BYTES:
+            raise CannotCross(f"the solution returns {len(reply):,} bytes; legal: {MAX_BYTES:,}")
+        return reply
+    except CannotCross as error:
+        return b"u" + encode_value(str(error))
+
+
+def encode_error(error: Exception) -> bytes:
+    """The built-in exception that it is, or that its class is derived from, and its arguments."""
+    kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+    try:
+        return encode_value((kinds[0], error.args))
+    except CannotCross:
+        return encode_value((kinds[0], (str(error)[:1000],)))
+
+
+def is_unchanged(value, before: bytes) -> bool:
+    try:
+        return marshal.dumps(value, 2) == before
+    except ValueError:  # it holds now what marshal does not know
+        return False
+
+
+# --------------------------------------------------------------------------------------------------- the tests' process
+
+
+def leave_unjudged(reason: str) -> None:
+    """End the judge, whatever the tests catch."""
+    os.write(2, f"\n{reason}".encode(errors="replace"))
+    os._exit(NO_VERDICT)
+
+
+def first_foreign(values) -> type | None:
+    """The type of the first value, at any depth, that would be another one on the other side."""
+    kinds = set(map(type, values))
+    for kind in kinds - PLAIN:
+        return kind
+    for value in values if kinds & CONTAINERS else ():
+        if type(value) in CONTAINERS:
+            parts = [*value, *value.values()] if type(value) is dict else value
+            found = first_foreign(parts)
+            if found is not None:
+                return found
+    return None
+
+
+def encode_call(name: str, args: tuple, kwargs: dict) -> bytes:
+    """For the solution's process. Raises CannotCross for other than exactly plain types."""
+    try:
+        foreign = first_foreign((args, kwargs))
+        if foreign is None:
+            return marshal.dumps((name, args, kwargs))
+        reason = f"an argument of type {foreign.__name__}; legal: {LEGAL}"
+    except (ValueError, RecursionError):
+        reason = "an argument that is nested too deeply"
+    raise CannotCross(f"the tests call {name} with {reason}")
+
+
+def write_back(arguments: list, changed: list) -> None:
+    """Give the lists, dicts and sets among the arguments the content that the solution has left in them."""
+    for old, new in zip(arguments, changed, strict=True):
+        if isinstance(old, list):
+            old[:] = new
+        elif isinstance(old, dict | set):
+            old.clear()
+            old.update(new)
+        elif old != new:
+            raise CannotCross("the solution changes what stands in a tuple that it is given")
+
+
+def raise_error(name: str, args: tuple) -> None:
+    """The exception of the solution. A StopIteration would end the tests' own loops as if all had passed."""
+    kind = getattr(builtins, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        kind = RuntimeError
+    if issubclass(kind, StopIteration | StopAsyncIteration):
+        kind = RuntimeError
+    try:
+        error = kind(*args)
+    except Exception:  # UnicodeDecodeError, say, takes five arguments
+        error = RuntimeError(*args)
+    raise error
 
 
 def make_candidate(name: str, calls: int, replies: int):
@@ -120,22 +234,32 @@ def make_candidate(name: str, calls: int, replies: int):
     writer = os.fdopen(calls, "wb")
     reader = os.fdopen(replies, "rb")
 
-    def candidate(*args, **kwargs):
-        candidate.was_called = True
-        marshal.dump((name, args, kwargs), writer)
+    def ask(args: tuple, kwargs: dict) -> tuple[bytes, object]:
+        writer.write(encode_call(name, args, kwargs))
         writer.flush()
         line = reader.readline(20)
         size = int(line) if line.strip().isdigit() else 0
         reply = reader.read(size) if 0 < size <= MAX_BYTES else b""
         if not reply:
             raise RuntimeError("the solution has ended")
-        value, _ = decode_value(reply, 1)
-        if reply[:1] == b"v":
-            return value
-        kind = getattr(builtins, str(value[0]), None)
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            kind = RuntimeError
-        raise kind(value[1])
+        letter = reply[:1]
+        value, at = decode_value(reply, 1)
+        if letter == b"u":
+            raise CannotCross(value)
+        changed, _ = decode_value(reply, at)
+        if changed is not None:
+            write_back([*args, *kwargs.values()], [*changed[0], *(changed[1][key] for key in kwargs)])
+        return letter, value
+
+    def candidate(*args, **kwargs):
+        candidate.was_called = True
+        try:
+            letter, value = ask(args, kwargs)
+        except CannotCross as error:
+            leave_unjudged(str(error))
+        if letter == b"e":
+            raise_error(*value)
+        return value
 
     candidate.__name__ = name
     candidate.was_called = False
@@ -146,7 +270,7 @@ def run_tests(task: dict, candidate, report) -> None:
     """Run the tests, which call `count_test` in place of `assert`.
 
     What the tests raise after they have called the solution is a test that failed. What the sources raise before that
-    has nothing to do with it, and is raised.
+    has nothing to do with it, and is raised. Raises ValueError for tests that never call the solution.
     """
     counted = []
 
@@ -163,17 +287,20 @@ def run_tests(task: dict, candidate, report) -> None:
     namespace[task["entry_point"]] = candidate
     namespace["count_test"] = count_test
     tests = compile(task["test"], "test", "exec")
-    check = None
     try:
         exec(tests, namespace)
         check = namespace.get("check")
         if check is not None:
             check(candidate)
     except (Exception, SystemExit):
-        if check is None and not candidate.was_called:
+        if not candidate.was_called:
             raise
         report(b"0")
         counted.append(False)
+    if not candidate.was_called:
+        raise ValueError(f"the tests never call {task['entry_point']}: every solution would pass")
+    if not counted and task["asserts"]:
+        leave_unjudged("the tests end before their first assert")
     if not counted:  # tests that raise by themselves, and have not
         report(b"1")
     report(b".")
@@ -189,8 +316,7 @@ def judge() -> None:
     try:
         child = os.fork()
     except OSError as error:
-        sys.stderr.write(f"no process for the solution: {error}")
-        sys.exit(NO_PROCESS)
+        leave_unjudged(f"no process for the solution: {error}")
     if child == 0:
         os.close(calls_write)
         os.close(replies_read)

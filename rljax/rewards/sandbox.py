@@ -19,7 +19,6 @@ import functools
 import marshal
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -138,16 +137,19 @@ def run_code(
     limits: ResourceLimits = DEFAULT_LIMITS,
     isolation: Level = "namespaces",
 ) -> Execution:
-    """Run a Python program, with the standard library alone, and wait for its end. What it does is never raised here.
+    """Run a Python program, without packages on its path, and wait for its end. What it does is never raised here.
 
     Args:
       source: of the program; it is main.py in its folder.
       files: relative path -> content of what else is in its folder.
       isolation: the level to run at, neither a lower nor a higher one.
     Raises SandboxError where the level is not available or the sandbox could not be set up; ValueError for a path of
-    `files` that leads out of the folder, and for limits that are not positive.
+    `files` that leads out of the folder, and for limits that are not positive; TypeError for what is no text or bytes.
     """
     files = dict(files or {})
+    for name, text in {"source": source, "stdin": stdin, **{f"files: {name!r}": files[name] for name in files}}.items():
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"{name} is of type {type(text).__name__}; legal: a text or bytes")
     for name in files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or path.parts in ((), ("main.py",)):
@@ -337,17 +339,51 @@ def _drain(stream, kept: bytearray, most: int) -> bool:
 
 
 def _remove(folder: str) -> None:
-    """Delete a folder whatever modes a program has given to what is in it. Links are not followed."""
+    """Delete a folder whatever modes a program has given to what is in it, however deep. Links are not followed.
 
-    def allow_and_repeat(function, path, _):
+    Folders are moved to a place of ours before they are emptied: no path grows, and no other program can put a link there. What
+    cannot be deleted is left, and nothing raised.
+    """
+    with contextlib.suppress(OSError):
+        place = tempfile.mkdtemp(prefix="sandbox-", dir=os.path.dirname(folder))
+        waiting = _move([folder], None, place, 0)
+        count = 1
+        while waiting:
+            path = waiting.pop()
+            with contextlib.suppress(OSError):
+                found = _empty(path, place, count)
+                count += len(found)
+                waiting += found
+                os.rmdir(path)
+        os.rmdir(place)
+
+
+def _empty(path: str, place: str, count: int) -> list[str]:
+    """Delete the files of a folder, and move its folders. Returns where these are now."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        with os.scandir(descriptor) as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for name, is_folder in found:
+            if not is_folder:
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=descriptor)
+        return _move([name for name, is_folder in found if is_folder], descriptor, place, count)
+    finally:
+        os.close(descriptor)
+
+
+def _move(names: list[str], inside: int | None, place: str, count: int) -> list[str]:
+    """Give each folder a number as its name, and its user all rights to it."""
+    moved = []
+    for name in names:
         with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(path), 0o700)
-            if not os.path.islink(path):
-                os.chmod(path, 0o700)
-            function(path)
-
-    shutil.rmtree(folder, onerror=allow_and_repeat)
-    shutil.rmtree(folder, ignore_errors=True)
+            if os.geteuid() != 0:  # root needs no rights, and must not change those of what a link leads to
+                os.chmod(name, 0o700, dir_fd=inside)
+            path = os.path.join(place, str(count + len(moved)))
+            os.rename(name, path, src_dir_fd=inside)
+            moved.append(path)
+    return moved
 
 
 def _read_report(report: str, stdout: bytes, stderr: bytes, limits: ResourceLimits, level: Level) -> Execution:

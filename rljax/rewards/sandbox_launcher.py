@@ -39,6 +39,7 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 
 SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
+PACKAGES = ("site-packages", "dist-packages")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 
 # System calls by number on x86_64 and on aarch64 (None: it has none of that name). A program gets EPERM for these.
@@ -60,8 +61,13 @@ REFUSED = {
     # a network, and sockets of other programs in the file system; pairs stay legal
     "socket": (41, 198),
     # memory that no limit of a process counts
-    **{"shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "memfd_create": (319, 279)},
-    **{"memfd_secret": (447, 447), "mq_open": (240, 180)},
+    **{"memfd_create": (319, 279), "memfd_secret": (447, 447)},
+    # System V's memory, queues and semaphores, open to all who know their number; queues by name
+    **{"shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "shmdt": (67, 197)},
+    **{"semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192)},
+    **{"msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187)},
+    **{"mq_open": (240, 180), "mq_unlink": (241, 181), "mq_timedsend": (242, 182), "mq_timedreceive": (243, 183)},
+    **{"mq_notify": (244, 184), "mq_getsetattr": (245, 185)},
 }
 SIGNALS = {  # refused besides where the program shares process numbers with others; tgkill: see `seccomp_filter`
     **{"kill": (62, 129), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)},
@@ -170,6 +176,8 @@ def enter_namespaces() -> None:
     _, status = os.waitpid(helper, 0)
     if status != 0:
         raise OSError("the ids of the user namespace could not be mapped")
+    call("sethostname", b"sandbox", ctypes.c_size_t(len("sandbox")))  # it begins with the machine's name
+    call("setdomainname", b"", ctypes.c_size_t(0))
 
 
 def write(path: str, text: str) -> None:
@@ -196,6 +204,9 @@ def build_file_system(root: str, megabytes: int) -> None:
         elif os.path.exists(path) and not os.path.exists(root + path):
             bind(path, root + path)
             set_mount_flags(root + path, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, AT_RECURSIVE)
+    for path in INSTALLED:
+        if os.path.isdir(root + path):
+            mount_memory(root + path, "size=4k,nr_inodes=1,mode=555")  # nothing in it, and no room for anything
     os.makedirs(root + "/dev")
     for name in DEVICES:
         bind(f"/dev/{name}", f"{root}/dev/{name}")
@@ -225,6 +236,20 @@ def bind(source: str, target: str) -> None:
 def python_folders() -> list[str]:
     """The interpreter's file and its standard library, parents before children."""
     return sorted({sys.executable, os.path.dirname(os.__file__), os.path.join(sys.base_prefix, "lib")})
+
+
+def installed_packages() -> list[str]:
+    """The folders of packages beside the standard libraries, of all Pythons that a program would see."""
+    found = []
+    for folder in (*SHARED_LIBRARIES, *python_folders()):
+        if os.path.islink(folder) or not os.path.isdir(folder):
+            continue
+        pythons = [os.path.join(folder, name) for name in os.listdir(folder) if name.startswith("python")]
+        found += [os.path.join(python, kind) for python in (folder, *pythons) for kind in PACKAGES]
+    return sorted({path for path in found if os.path.isdir(path) and not os.path.islink(path)})
+
+
+INSTALLED = installed_packages()  # once in the server, not for each program
 
 
 # ---------------------------------------------------------------------------------------------------------- the program

@@ -186,6 +186,9 @@ def test_the_python_tool_shows_what_a_program_printed():
     assert python("b") == "x\nTraceback\n[error, exit code 1]"
     assert python("c") == "[timeout, exit code None]"
     assert tool_schema(python)["function"]["name"] == "python"
+    for wrong in (123, None, ["a"], {"a": 1}, True):
+        answer = f"python failed: TypeError: code is of type {type(wrong).__name__}; legal: a text"
+        assert call_tool({"python": python}, ToolCall("python", {"code": wrong})) == (answer, False)
 
 
 # --------------------------------------------------------------------------------------------------------------- games

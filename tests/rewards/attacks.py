@@ -71,6 +71,35 @@ print("environment", sorted(os.environ))
 print("still", "alive")
 """
 
+# Memory, a queue and semaphores of another process, by their numbers; it prints the errors.
+SYSTEM_V = r"""
+import ctypes, os
+memory, queue, semaphores = map(int, input().split())
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+unlink = 241 if os.uname().machine == "x86_64" else 181
+space = ctypes.create_string_buffer(1024)
+attempts = {
+    "shmget": lambda: libc.shmget(1, 64, 0o1600),
+    "shmat": lambda: libc.shmat(memory, None, 0),
+    "shmctl": lambda: libc.shmctl(memory, 2, space),
+    "shmdt": lambda: libc.shmdt(space),
+    "msgget": lambda: libc.msgget(1, 0o1600),
+    "msgsnd": lambda: libc.msgsnd(queue, b"\1" + bytes(15), 1, 0o4000),
+    "msgrcv": lambda: libc.msgrcv(queue, space, 1, 0, 0o4000),
+    "msgctl": lambda: libc.msgctl(queue, 2, space),
+    "semget": lambda: libc.semget(1, 1, 0o1600),
+    "semop": lambda: libc.semop(semaphores, b"\0\0\1\0\0\0", 1),
+    "semtimedop": lambda: libc.semtimedop(semaphores, b"\0\0\1\0\0\0", 1, None),
+    "semctl": lambda: libc.semctl(semaphores, 0, 12),
+    "mq_unlink": lambda: libc.syscall(ctypes.c_long(unlink), b"name"),
+}
+for name, attempt in attempts.items():
+    ctypes.set_errno(0)
+    attempt()
+    print(name, ctypes.get_errno())
+"""
+
 # Each leaves processes behind that carry MARK in their command line.
 SURVIVORS = r"""
 import os, sys, time

@@ -75,7 +75,6 @@ def test_what_passes(completion):
         ("    import os; os._exit(0)\n", 0, "ok"),
         ("    import os; os.abort()\n", 0, "ok"),
         ("    return [0] * 10**10\n", 0, "ok"),
-        ("    return object()\n", 0, "ok"),
         ("    return half(x)\n", 0, "ok"),
         ("", 0, "ok"),
     ],
@@ -100,7 +99,6 @@ def test_a_loop_of_tests_that_does_not_end_is_never_all_of_them():
 
 
 CHEATS = {
-    "equals everything": "    class E:\n        def __eq__(self, other): return True\n    return E()\n",
     "a number that equals everything": "    class E(float):\n        def __eq__(self, other): return True\n"
     "        __hash__ = None\n    return E(9)\n",
     "writes a verdict": "    import os\n    for d in range(64):\n        try: os.write(d, b'1111.')\n"
@@ -171,6 +169,70 @@ def test_values_and_exceptions_cross_unchanged():
     assert counts("    return 1\n", RAISING) == TestCounts(0, 1, "ok")
 
 
+DERIVED = """
+def check(candidate):
+    for name in ("derived", "stop", "arguments"):
+        try:
+            candidate(name)
+        except KeyError as error:
+            assert name == "derived" and error.args == ("x", 3)
+        except UnicodeDecodeError as error:
+            assert name == "arguments" and error.reason == "?"
+        except RuntimeError:
+            assert name == "stop"
+    assert not all(map(candidate, ["stop"]))
+"""
+
+
+def test_exceptions_keep_what_they_are_derived_from_and_never_end_a_loop_of_the_tests():
+    solution = """
+    class Missing(KeyError): pass
+    if x == "derived":
+        raise Missing("x", 3)
+    raise StopIteration if x == "stop" else UnicodeDecodeError("utf-8", b"", 0, 1, "?")
+"""
+    assert counts(solution, DERIVED) == TestCounts(3, 4, "ok")
+
+
+@pytest.mark.parametrize(
+    ("solution", "test", "passed", "total"),
+    [
+        ("x.sort(key=lambda y: -y[0])", "x = [[1], [3]]\nhalf(x)\nassert x == [[3], [1]]", 1, 1),
+        ("x['a'].append(1); del x['b']", "x = {'a': [], 'b': 2}\nhalf(x=x)\nassert x == {'a': [1]}", 1, 1),
+        ("x.add(1); raise KeyError", "x = set()\ntry: half(x)\nexcept KeyError: pass\nassert x == {1}", 1, 1),
+        ("x[:] = sorted(x) + [None]", "x = [2, 1]\nassert half(x) is None\nassert x == [1, 2]", 1, 2),
+        ("return (i for i in range(x))", "assert list(half(3)) == [0, 1, 2]\nassert half(1) != [0]", 2, 2),
+        ("return map(str, [x, 1])", "assert next(half(3)) == '3'\nassert sum(map(int, half(3))) == 4", 2, 2),
+        ("return range(0, x, 2)", "assert half(4) == range(0, 4, 2)\nassert list(half(3)) == [0, 2]", 2, 2),
+    ],
+)
+def test_what_a_solution_changes_or_yields_reaches_the_tests(solution, test, passed, total):
+    assert counts(f"    {solution}\n", test) == TestCounts(passed, total, "ok")
+
+
+@pytest.mark.parametrize(
+    ("solution", "test", "reason"),
+    [
+        (
+            "return x(2)",
+            "assert half(lambda y: y) == 2",
+            "the tests call half with an argument of type function",
+        ),
+        ("return x.year", "import datetime\nassert half([datetime.date(1, 1, 1)]) == 1", "of type date; legal: None"),
+        ("return x.pop()", "assert half({1: bytearray(2)}) == 0", "of type bytearray; legal: None"),
+        ("x[0].sort()", "x = ([2, 1],)\nhalf(x)\nassert x == ([1, 2],)", "changes what stands in a tuple"),
+        ("return lambda: x", "try: y = half(2)()\nexcept: pass\nassert y == 2", "returns a value of type function"),
+        ("import itertools; return itertools.count()", "assert next(half(1)) == 0", "a value of type count; legal"),
+        ("return bytes(2**24)", "assert len(half(1)) == 2**24", r"returns 16,777,\d+ bytes; legal: 16,777,216"),
+        ("class E:\n        __eq__ = print\n    return E()", "assert half(1) == 1", "a value of type E; legal: None"),
+        ("return []", "for y in half(1):\n    assert y == 1", "the tests end before their first assert"),
+    ],
+)
+def test_what_cannot_cross_judges_nothing(solution, test, reason):
+    with pytest.raises(CouldNotJudge, match=reason):
+        counts(f"    {solution}\n", test)
+
+
 def test_tests_that_raise_by_themselves():
     raising = "def check(candidate):\n    if candidate(4) != 2:\n        raise Exception('wrong')"
     assert counts("    return x / 2\n", raising) == TestCounts(1, 1, "ok")
@@ -180,11 +242,31 @@ def test_tests_that_raise_by_themselves():
 def test_columns_that_do_not_run_are_the_datas_fault():
     with pytest.raises(ValueError, match="the column test is no Python"):
         counts("    return 1\n", "def check(:")
-    for wrong in ("undefined\n", "undefined\ndef check(candidate): candidate(1)"):
+    for wrong in ("undefined\nhalf", "undefined\ndef check(candidate): candidate(1)", "def check(f): f(undefined)"):
         with pytest.raises(ValueError, match=r"(?s)the columns prompt and test do not run: .*NameError"):
             counts("    return 1\n", wrong)
     with pytest.raises(ValueError, match=r"(?s)the columns prompt and test do not run: .*KeyError"):
         counts("    return 1\n", prompt="{}['x']\n" + PROMPT)
+
+
+@pytest.mark.parametrize("test", ["", "def test_half(candidate):\n    assert candidate(2) == 1"])
+def test_a_column_without_check_is_no_test(test):
+    with pytest.raises(ValueError, match=r"^the column test defines no check\(candidate\); legal: source that does"):
+        function_tests("", PROMPT, test, "half")
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "def check(candidate): pass",
+        "def check(candidate):\n    for x in ():\n        assert candidate(x) == 1",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertEqual(half(2), 1)",
+        "def check(candidate):\n    assert True",
+    ],
+)
+def test_a_column_that_never_calls_the_function_is_no_test(test):
+    with pytest.raises(ValueError, match="the tests never call half: every solution would pass"):
+        counts("    return x\n", test)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +279,7 @@ def test_columns_that_do_not_run_are_the_datas_fault():
     ],
 )
 def test_columns_that_are_no_texts_are_named(column, value, found):
-    columns = {"prompt": PROMPT, "test": "def check(f): pass", "entry_point": "half"} | {column: value}
+    columns = {"prompt": PROMPT, "test": TEST, "entry_point": "half"} | {column: value}
     with pytest.raises(
         ValueError, match=f"^column '{column}' is {found}; legal: source of Python, as HumanEval has it"
     ):

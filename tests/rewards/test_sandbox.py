@@ -1,6 +1,9 @@
 """The sandbox keeps what SECURITY.md promises: each promise is attacked, at each level that gives it."""
 
+import ctypes
+import errno
 import getpass
+import inspect
 import os
 import re
 import signal
@@ -106,6 +109,11 @@ def test_arguments_that_are_refused():
             run_code("", files={name: ""})
     with pytest.raises(ValueError, match=re.escape("limits.processes = 0; legal: above 0")):
         run_code("", limits=ResourceLimits(processes=0))
+    for wrong in (123, None, ["print(1)"], {"a": 1}, True):
+        with pytest.raises(TypeError, match=f"^source is of type {type(wrong).__name__}; legal: a text or bytes"):
+            run_code(wrong)
+    with pytest.raises(TypeError, match=r"^files: 'a' is of type int; legal: a text or bytes$"):
+        run_code("", files={"a": 1})
     with pytest.raises(ValueError, match="isolation 'docker'; legal: namespaces, seccomp, rlimits"):
         run_code("", isolation="docker")
 
@@ -231,6 +239,31 @@ def test_no_signals_to_others_of_the_same_ordinary_user(tmp_path):
     assert got_in(read_survey(lines)).keys() <= OF_THE_USER
 
 
+@pytest.mark.parametrize("level", LEVELS[:2])
+def test_no_memory_queue_or_semaphore_of_others_is_open_by_its_number(level):
+    libc = ctypes.CDLL(None, use_errno=True)
+    numbers = libc.shmget(0, 64, 0o1666), libc.msgget(0, 0o1666), libc.semget(0, 1, 0o1666)  # for everybody
+    try:
+        assert min(numbers) >= 0
+        outcomes = run(attacks.SYSTEM_V, level, stdin=" ".join(map(str, numbers))).stdout.split()
+    finally:
+        libc.shmctl(numbers[0], 0, None)
+        libc.msgctl(numbers[1], 0, None)
+        libc.semctl(numbers[2], 0, 0)
+    assert len(outcomes) == 2 * 13
+    assert set(outcomes[1::2]) == {str(errno.EPERM)}, outcomes
+
+
+def test_neither_the_machines_name_nor_installed_packages_are_seen():
+    source = """
+import glob, os, sys
+places = [f"{folder}/{kind}" for folder in {*sys.path, "/usr/lib/python3", "/usr/local/lib/python3"} for kind in
+          ("site-packages", "dist-packages")]
+print(os.uname().nodename, sum((glob.glob(place + "/*") for place in places), []))
+"""
+    assert run(source).stdout == "sandbox []\n"
+
+
 def test_the_environment_is_empty_at_the_lowest_level(monkeypatch):
     monkeypatch.setenv("API_KEY", "secret")
     found = run("import os; print(sorted(os.environ))", "rlimits")
@@ -354,6 +387,29 @@ def test_the_folder_is_removed_whatever_is_in_it(level, tmp_path, monkeypatch):
     assert found.status == "ok", found.stderr
     assert list(tmp_path.iterdir()) == []
     assert Path("/usr").exists()
+
+
+def test_folders_in_folders_are_removed_without_recursion(tmp_path, monkeypatch):
+    """Deeper than Python may call itself here, and than a path may be long."""
+    depth = 400
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    monkeypatch.chdir(folder)
+    for _ in range(depth):
+        os.mkdir("a-long-name")
+        os.chdir("a-long-name")
+    os.symlink(outside, "link")
+    Path("file").touch()
+    os.chmod(".", 0)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + depth // 2)
+    try:
+        sandbox._remove(str(folder))
+    finally:
+        sys.setrecursionlimit(limit)
+    assert list(tmp_path.iterdir()) == [outside]
 
 
 def test_programs_do_not_see_each_other():
