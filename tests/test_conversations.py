@@ -154,6 +154,12 @@ def test_a_turn_without_a_reward_counts_once_wherever_it_stands():
         converse_with(env, {".": "3"}, [{}], n=4, max_failed=0.75)
 
 
+def test_an_environment_does_not_log_under_our_names():
+    env = TextEnv("proud", lambda row, seed: (0, "begin."), lambda state, text: TextStep(state, info={"turns": 7}))
+    with pytest.raises(TextEnvError, match="info of the environment has 'turns'; legal: names other than cut_char"):
+        converse_with(env, {".": "3"}, [{}])
+
+
 def test_tools_that_a_tokenizer_cannot_show_are_warned_of(capsys):
     make_codec(TOKENIZER)
     assert capsys.readouterr().out == ""

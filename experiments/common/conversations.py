@@ -275,17 +275,27 @@ def score_environment(traj: Trajectory) -> Trajectory:
 
 
 def conversation_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
-    """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs."""
+    """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs.
+
+    Raises TextEnvError for an environment that logs a number under one of our names.
+    """
     totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
+    logged: Counter = Counter()
     for played in (played for conversation in conversations for played in conversation.played):
         totals["cut_characters"] += played.cut_characters
         totals["special_tokens"] += played.special_tokens
-        totals.update({name: float(value) for name, value in played.step.info.items()})
+        logged.update({name: float(value) for name, value in played.step.info.items()})
     totals.update(f"frac_{found.status}" for found in map(first_failed, conversations) if found)
     totals["turns"] = counts.turns.sum()
     totals["observed_tokens"] = counts.observed.sum()
     totals["frac_out_of_context"] = counts.out_of_context.sum()
     totals["frac_out_of_turns"] = counts.out_of_turns.sum()
+    taken = sorted(set(logged) & set(totals))
+    if taken:
+        raise TextEnvError(
+            f"info of the environment has {taken[0]!r}; legal: names other than {', '.join(sorted(totals))}"
+        )
+    totals.update(logged)
     return {f"conversation/{name}": float(value) / len(conversations) for name, value in totals.items()}
 
 
