@@ -110,7 +110,8 @@ def push_weights(state: TrainState, config: DecoderConfig, source: str, url: str
         except RequestError as error:
             raise RuntimeError(
                 f"the server does not take the weights of version {version} ({address}: {error.detail}); legal: SGLang "
-                "or experiments/serve.py on a disk that both see, or --server.weights keep, which corrects for older ones"
+                "or experiments/serve.py on a disk that both see, or --server.weights keep, which corrects for older "
+                "ones"
             ) from None
 
 
