@@ -1,14 +1,15 @@
 r"""A model behind OpenAI's protocol: completions, chats, their tokens and log-probs, and new weights without a restart.
 
     python experiments/serve.py --model DIR --port 8000
-    curl localhost:8000/v1/completions -d '{"prompt": "Once upon a time", "max_tokens": 30, "logprobs": 1}'
+    curl localhost:8000/v1/completions -H "Content-Type: application/json" \
+        -d '{"prompt": "Once upon a time", "max_tokens": 30, "logprobs": 1}'
 
 docs/serving.md has the addresses and their fields. What a request gets depends on its prompt, its settings, its seed
 and the seed of the server, not on who else asks: `rollouts.sampler.sample` gives the same tokens. Requests that wait
 are sampled together, at most --rows completions at a time.
 
 There is no password. All who reach the port may ask, and load weights from this machine's disk: keep it on
-127.0.0.1, or behind something that asks for one.
+127.0.0.1, or behind something that asks for one. What a web page asks in a browser of this machine is refused.
 
 Reached: not yet run as a service; tests/test_serve.py drives it with 64 clients.
 """
@@ -19,12 +20,15 @@ import json
 import queue
 import select
 import socket
+import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from experiments.common import command_line, data, models
 from experiments.common import openai_protocol as protocol
@@ -68,12 +72,13 @@ def main(cfg: Config) -> None:
 def start(cfg: Config) -> Iterator["Server"]:
     """A server that listens, its model loaded; `serve_forever` answers."""
     config = hf.read_config(cfg.model)
+    context = check_settings(cfg, config.max_positions)
     tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
     mesh = make_mesh(**cfg.mesh.sizes)
-    config, params = models.load_model(cfg.model, mesh, cfg.dtype, cfg.context or None)
+    config, params = models.load_model(cfg.model, mesh, cfg.dtype, context)
 
     def load(directory: Path):
-        found = dataclasses.replace(hf.read_config(directory), dtype=config.dtype)
+        found = dataclasses.replace(hf.read_config(directory, context), dtype=config.dtype)
         if dataclasses.replace(found, hidden_sharding=config.hidden_sharding) != config:
             raise ValueError(f"{directory} has another architecture; legal: weights of the model that is served")
         return models.load_decoder(str(directory), config, mesh, cfg.dtype)
@@ -82,12 +87,21 @@ def start(cfg: Config) -> Iterator["Server"]:
     lm = decoder.language_model(config)
     engine = Engine(lm, params, pieces, tokenizer.stop, cfg.rows, cfg.seed, load)
     name = cfg.name or Path(cfg.model).resolve().name
-    model = Model(name, tokenizer, config.vocab_size, cfg.context or config.max_positions, cfg.rows)
+    model = Model(name, tokenizer, pieces, context, cfg.rows)
     try:
         with Server((cfg.host, cfg.port), engine, model, cfg.max_waiting) as server:
             yield server
     finally:
         engine.close()
+
+
+def check_settings(cfg: Config, max_positions: int) -> int:
+    """The context to serve: the given one, or the model's. Raises ValueError for settings that serve no request."""
+    if not 0 <= cfg.context <= max_positions:
+        raise ValueError(f"--context {cfg.context}; legal: at most the model's {max_positions}, or 0, which is that")
+    if cfg.rows < 1 or cfg.max_waiting < 0:
+        raise ValueError(f"--rows {cfg.rows}, --max_waiting {cfg.max_waiting}; legal: at least 1 row, and 0 waiting")
+    return cfg.context or max_positions
 
 
 class Server(ThreadingHTTPServer):
@@ -105,7 +119,9 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request, client_address) -> None:
-        """A connection that broke off is no error of the server's."""
+        """A connection that broke off is no error of the server's; anything else is printed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     def count(self, status: int) -> None:
         with self.lock:
@@ -141,14 +157,18 @@ class Handler(BaseHTTPRequestHandler):
         except (Disconnected, OSError):
             self.close_connection = True
         except Exception as error:
+            traceback.print_exc()
             self.close_connection = True
             self.send_json(protocol.error_body(f"{type(error).__name__}: {error}", 500), 500)
 
     def answer_get(self) -> None:
+        self.check_origin()
         model = self.server.model
+        found = {"id": model.name, "object": "model", "owned_by": "rljax", "max_model_len": model.context}
         if self.path == "/v1/models":
-            found = {"id": model.name, "object": "model", "owned_by": "rljax", "max_model_len": model.context}
             self.send_json({"object": "list", "data": [found]})
+        elif unquote(self.path) == f"/v1/models/{model.name}":
+            self.send_json(found)
         elif self.path == "/health":
             if not self.server.engine.thread.is_alive():
                 raise RequestProblem("the engine has ended", 503)
@@ -159,6 +179,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestProblem(f"there is no {self.path}; docs/serving.md has the addresses", 404)
 
     def answer_post(self) -> None:
+        self.check_origin()
         if self.path == "/update_weights_from_disk":
             self.update_weights(self.read_body())
         elif self.path in ("/v1/completions", "/v1/chat/completions"):
@@ -168,14 +189,25 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # its body is not read
             raise RequestProblem(f"there is no {self.path}; docs/serving.md has the addresses", 404)
 
+    def check_origin(self) -> None:
+        """Raises RequestProblem for what a web page asks: a browser would send it, whatever page it shows."""
+        if "Origin" in self.headers:
+            self.close_connection = True  # its body is not read
+            raise RequestProblem("a request of a web page (Origin); legal: clients that are no browsers", 403)
+
     def read_body(self) -> Any:
         """The JSON that was sent. Raises RequestProblem; what was not read ends the connection."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            self.close_connection = True
-            if not length.isdecimal():
-                raise RequestProblem("no Content-Length; legal: a body of a known length", 411)
-            raise RequestProblem(f"a body of {length} bytes; legal: at most {MAX_BODY_BYTES}", 413)
+        kind = self.headers.get_content_type()
+        is_known = length.isdecimal()
+        is_small = is_known and len(length) < 20 and int(length) <= MAX_BODY_BYTES
+        self.close_connection = self.close_connection or not is_small or kind != "application/json"
+        if kind != "application/json":
+            raise RequestProblem(f"a body of {kind}; legal: Content-Type: application/json", 415)
+        if not is_known:
+            raise RequestProblem("no Content-Length; legal: a body of a known length", 411)
+        if not is_small:
+            raise RequestProblem(f"a body of {length[:20]} bytes; legal: at most {MAX_BODY_BYTES}", 413)
         try:
             body = self.rfile.read(int(length))
         except TimeoutError:
@@ -184,14 +216,17 @@ class Handler(BaseHTTPRequestHandler):
         if len(body) < int(length):
             raise Disconnected
         try:
-            return json.loads(body)
+            content = json.loads(body)
+            json.dumps(content, ensure_ascii=False).encode()  # no text has half of a surrogate pair
+            return content
         except (ValueError, RecursionError) as error:
             raise RequestProblem(f"the body is no JSON: {error}") from None
 
     def update_weights(self, body: Any) -> None:
         """SGLang's address: {"model_path": directory, "weight_version": text}."""
         path = body.get("model_path") if isinstance(body, dict) else None
-        version = body.get("weight_version", "") if isinstance(body, dict) else ""
+        version = body.get("weight_version") if isinstance(body, dict) else None
+        version = "" if version is None else version
         if not isinstance(path, str) or not isinstance(version, str):
             raise RequestProblem('legal: {"model_path": a directory, "weight_version": a text}')
         try:
@@ -206,8 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         engine = self.server.engine
         if engine.num_waiting + len(call.requests) > self.server.max_waiting:
             raise RequestProblem(f"{engine.num_waiting} requests wait; try again later", 429)
-        for request in call.requests:
-            engine.submit(request)
+        engine.submit(*call.requests)
         try:
             if call.streams:
                 self.stream(call)
@@ -264,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
                 for g, answer in enumerate(stage.answers):
                     if len(answer.tokens) > len(shown[g].tokens) or answer.finish_reason != shown[g].finish_reason:
                         event = protocol.chunk(call, first + g, request, answer, shown[g], stage.version, model)
-                        self.send_event(json.dumps(event))
+                        self.send_event(json.dumps(event, allow_nan=False))
                 shown = stage.answers
                 if stage.is_last:
                     break
@@ -279,11 +313,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {text}\n\n".encode())
 
     def send_json(self, content: Any, status: int = 200) -> None:
-        self.send_bytes(json.dumps(content).encode(), "application/json", status)
+        self.send_bytes(json.dumps(content, allow_nan=False).encode(), "application/json", status)
 
     def send_bytes(self, content: bytes, kind: str, status: int = 200) -> None:
         self.server.count(status)
-        with contextlib.suppress(OSError):
+        try:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
@@ -291,6 +325,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(content)
+        except OSError:  # no further answer may follow a part of this one
+            self.close_connection = True
 
 
 def metrics_text(server: Server) -> str:

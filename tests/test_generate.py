@@ -152,6 +152,17 @@ def test_a_conversation_in_turns_goes_on_from_the_tokens_that_were_sampled(
     assert answered == 4 or "of 64 too few are left for an answer" in printed
 
 
+def test_a_conversation_that_is_interrupted_is_kept(with_template, tmp_path):
+    def lines():
+        raise KeyboardInterrupt
+        yield
+
+    out = tmp_path / "said.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        generate.talk(generate.Config(str(with_template), chat=True, out=str(out)), lines())
+    assert json.loads(out.read_text()) == {"messages": []}
+
+
 def test_the_lines_of_a_pipe_are_a_conversation(with_template):
     given = {"model": with_template, "sampling.max_tokens": 4}
     script = [sys.executable, "-W", "error", SCRIPTS / "tools" / "generate.py", *flags(given), "--chat"]

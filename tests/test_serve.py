@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 from experiments import serve
-from experiments.common.engine import Engine, Request, Weights
+from experiments.common.engine import Answer, Engine, Request, Weights, _End, _Update
 from experiments.tools import tiny_model
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
@@ -93,6 +94,7 @@ def check(choices, expected) -> None:
 
 
 IDS = {"return_token_ids": True}
+POST = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
 
 
 # --------------------------------------------------------------------------------------------------- what is sampled
@@ -110,6 +112,14 @@ def test_ids_and_logprobs_are_those_of_sample(client, directories):
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (sum(map(len, PROMPTS)), tokens)
     decode = load_tokenizer(directories["tiny"]).decode
     assert [choice.text for choice in found.choices] == [decode(ids) for ids, _, _ in expected]
+    for choice in found.choices:  # each token of the text is where its offset says
+        marks = choice.logprobs
+        places = zip(marks.tokens, marks.text_offset, strict=True)
+        ascii_places = [(token, start) for token, start in places if token.isascii() and start < len(choice.text)]
+        assert [choice.text[start : start + len(token)] for token, start in ascii_places] == [
+            t for t, _ in ascii_places
+        ]
+        assert marks.text_offset == sorted(marks.text_offset)
 
 
 def test_a_key_is_that_of_a_training_run(client, directories):
@@ -142,7 +152,7 @@ def test_where_a_completion_stops(client):
     def ask(**settings):
         extra = IDS | settings.pop("extra", {})
         (choice,) = client.completions.create(
-            model="tiny", prompt=[70, 71], max_tokens=32, seed=4, extra_body=extra, **settings
+            **{"model": "tiny", "prompt": [70, 71], "max_tokens": 32, "seed": 4} | settings, extra_body=extra
         ).choices
         return choice
 
@@ -156,12 +166,13 @@ def test_where_a_completion_stops(client):
     cut = ask(extra={"stop_token_ids": [ids[9]]})
     assert cut.token_ids == ids[: ids.index(ids[9]) + 1]
     assert cut.finish_reason == "stop"
+    assert cut.text == ask(max_tokens=len(cut.token_ids) - 1).text  # without the token that stopped it
 
 
 def test_a_stream_is_the_answer_in_pieces(client):
     settings = {"model": "tiny", "prompt": PROMPTS[:2], "n": 2, "max_tokens": 32, "seed": 5, "logprobs": 1}
     whole = client.completions.create(**settings, extra_body=IDS)
-    pieces = {index: ["", [], [], None] for index in range(4)}
+    pieces = {index: ["", [], [], [], None] for index in range(4)}
     count = 0
     for event in client.completions.create(
         **settings, extra_body=IDS, stream=True, stream_options={"include_usage": True}
@@ -173,11 +184,13 @@ def test_a_stream_is_the_answer_in_pieces(client):
             found[0] += choice.text
             found[1] += choice.token_ids
             found[2] += choice.logprobs.token_logprobs
-            found[3] = choice.finish_reason
+            found[3] += choice.logprobs.text_offset
+            found[4] = choice.finish_reason
     assert count > 8
     assert usage == whole.usage
     for choice in whole.choices:
-        expected = [choice.text, choice.token_ids, choice.logprobs.token_logprobs, choice.finish_reason]
+        marks = choice.logprobs
+        expected = [choice.text, choice.token_ids, marks.token_logprobs, marks.text_offset, choice.finish_reason]
         assert pieces[choice.index] == expected
 
 
@@ -194,6 +207,12 @@ def test_a_chat_is_the_completion_of_its_template(client, directories):
     assert choice.token_ids == same.token_ids
     assert choice.message.content == same.text
     assert [token.logprob for token in choice.logprobs.content] == same.logprobs.token_logprobs
+    joined = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
+    assert joined.decode(errors="replace").startswith(choice.message.content)
+    assert any(not token.token.isascii() and len(token.bytes) == 1 for token in choice.logprobs.content)
+    parts = [messages[0], {"role": "user", "content": [{"type": "text", "text": t} for t in ("Wh", "o?")]}]
+    (in_parts,) = client.chat.completions.create(**settings | {"messages": parts}, extra_body=IDS).choices
+    assert in_parts.token_ids == choice.token_ids
     streamed = client.chat.completions.create(**settings, stream=True)
     assert "".join(event.choices[0].delta.content for event in streamed) == choice.message.content
 
@@ -206,7 +225,7 @@ def post(server, body: bytes | str | dict, path: str = "/v1/completions", header
     data = json.dumps(body) if isinstance(body, dict) else body
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=WAIT)
     try:
-        connection.request("POST", path, data, headers or {})
+        connection.request("POST", path, data, {"Content-Type": "application/json"} | (headers or {}))
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     finally:
@@ -235,11 +254,15 @@ GARBAGE = [
     ({"prompt": [1], "max_tokens": True}, 400, "max_tokens = True; legal"),
     ('{"prompt": [1], "temperature": NaN}', 400, "temperature = nan; legal"),
     ({"prompt": [1], "temperature": -0.5}, 400, "temperature = -0.5; legal"),
+    ({"prompt": [1], "temperature": 1e-10}, 400, "temperature = 1e-10; legal: 0, which is greedy, or a number from"),
     ({"prompt": [1], "top_p": 0}, 400, "top_p = 0; legal"),
     ({"prompt": [1], "n": 17}, 400, "n = 17; legal: a whole number from 1 to 4"),
-    ({"prompt": [1], "seed": 2**40}, 400, "seed = 1099511627776; legal"),
+    ({"prompt": [1], "seed": 2**63}, 400, "seed = 9223372036854775808; legal"),
     ({"prompt": [1], "key": [1]}, 400, "key = \\[1\\]; legal: \\[step, number\\]"),
     ({"prompt": [1], "stop": [""]}, 400, "stop = \\[''\\]; legal"),
+    ({"prompt": "\ud800"}, 400, "the body is no JSON: .*surrogates not allowed"),
+    ({"prompt": [1], "stop": ["\ud800"]}, 400, "surrogates not allowed"),
+    ({"prompt": [1], "stream_options": 7}, 400, "stream_options = 7; legal"),
     ({"prompt": [1], "stop": 3}, 400, "stop = 3; legal"),
     ({"prompt": [1], "stop_token_ids": [1000]}, 400, "stop_token_ids"),
     ({"prompt": [1], "stream": "yes"}, 400, "stream = 'yes'; legal: true or false"),
@@ -266,11 +289,42 @@ def test_garbage_of_the_protocol(server):
     assert post(server, {"messages": [{"role": "user", "content": "x" * 500}]}, chat)[0] == 400
     assert post(server, {}, "/v1/embeddings")[0] == 404
     assert post(server, {}, "/v1/completions", {"Content-Length": str(10**12)})[0] == 413
+    assert post(server, {}, "/v1/completions", {"Content-Length": "9" * 5000})[0] == 413
     assert post(server, {}, "/v1/completions", {"Content-Length": "-5"})[0] == 411
+    assert post(server, {"messages": [], "max_tokens": 1, "max_completion_tokens": 1}, chat)[0] == 400
     assert post(server, {}, "/update_weights_from_disk")[0] == 400
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=WAIT) as raw:
         raw.sendall(b"no http at all\r\n\r\n")
         assert b" 400 " in raw.recv(4096)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/update_weights_from_disk"])
+def test_a_web_page_is_refused(server, path):
+    """A browser sends a page's POST to 127.0.0.1 without asking, as long as it is no JSON by its type."""
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}):
+        assert post(server, {"prompt": [1]}, path, headers)[0] == 403
+    assert post(server, {"prompt": [1]}, path, {"Content-Type": "text/plain"})[0] == 415
+
+
+@pytest.mark.parametrize("settings", [{"context": 129}, {"context": -1}, {"rows": 0}, {"max_waiting": -1}])
+def test_settings_that_are_refused(directories, settings):
+    with pytest.raises(ValueError, match="legal"), serve.start(serve.Config(str(directories["tiny"]), **settings)):
+        pass
+
+
+def test_positions_are_those_of_the_context_that_is_served(directories, monkeypatch):
+    """Models of two tables of positions, by the length of the text (longrope), are told how long it may be."""
+
+    def load_model(directory, mesh, dtype, context):
+        raise RuntimeError(f"context {context}")
+
+    monkeypatch.setattr(serve.models, "load_model", load_model)
+    for given, context in ((0, 128), (64, 64)):
+        with (
+            pytest.raises(RuntimeError, match=f"context {context}"),
+            serve.start(serve.Config(str(directories["tiny"]), context=given)),
+        ):
+            pass
 
 
 # ------------------------------------------------------------------------------------------------------- many clients
@@ -294,7 +348,7 @@ def test_among_64_clients_nobody_elses_answer_changes(server, client, directorie
                 client.completions.create(model="tiny", prompt=[number], max_tokens=16, n=3)
         elif how == 1:  # leaves in the middle of its own request, or of the answer
             with socket.create_connection(("127.0.0.1", server.server_port)) as raw:
-                raw.sendall(b'POST /v1/completions HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{"prompt": ')
+                raw.sendall(POST + b'Content-Length: 1000\r\n\r\n{"prompt": ')
         elif how == 2:
             with client_of(server) as client:
                 stream = client.completions.create(model="tiny", prompt=[number], max_tokens=16, stream=True)
@@ -323,7 +377,7 @@ def test_requests_beyond_the_queue_are_refused(directories):
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def test_weights_are_swapped_between_requests(directories):
+def test_weights_are_swapped_between_requests(directories, monkeypatch):
     with serving(directories["tiny"]) as server, client_of(server) as client:
 
         def ask():
@@ -351,9 +405,23 @@ def test_weights_are_swapped_between_requests(directories):
         assert json.loads(connection.getresponse().read())["weight_version"] == "9"
         connection.close()
 
+        queue_jobs = Engine._put
+
+        def with_an_update_behind(engine, *jobs):
+            queue_jobs(engine, *jobs)
+            queue_jobs(engine, _Update(directories["tiny"], "10"))
+
+        monkeypatch.setattr(Engine, "_put", with_an_update_behind)  # the prompts of a call are one version's
+        found = client.completions.create(
+            model="tiny", prompt=[[5, 6], [7]], max_tokens=16, seed=1, logprobs=1, extra_body=IDS
+        )
+        assert found.choices[0].token_ids == choices[0].token_ids
+        assert found.metadata["weight_version"] == "9"
+
 
 def test_what_monitoring_reads(server, client):
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=WAIT)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
@@ -389,7 +457,7 @@ def test_a_bug_in_a_stream_is_its_last_event(monkeypatch, server, client, place)
         list(client.completions.create(model="tiny", prompt=[1], stream=True))
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=WAIT) as raw:
         body = b'{"prompt": [1], "stream": true}'
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        raw.sendall(POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         answer = b"".join(iter(lambda: raw.recv(4096), b""))
     head, _, events = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ")
@@ -404,7 +472,8 @@ def test_what_waits_when_the_engine_ends_is_told_so(monkeypatch, server):
     def slow(engine, batch):
         taken.set()
         release.wait(WAIT)
-        return iter(())
+        while True:  # a completion without an end
+            yield SimpleNamespace(num_tokens=[0], tokens=np.zeros((1, 1), np.int32), logp=np.zeros((1, 1)))
 
     monkeypatch.setattr(Engine, "_sample", slow)
     served = server.engine
@@ -423,8 +492,34 @@ def test_what_waits_when_the_engine_ends_is_told_so(monkeypatch, server):
         with pytest.raises(RuntimeError, match="the engine has ended"):
             update.result(WAIT)
     engine.submit(requests[2])
-    for request in requests[1:]:
+    for request in requests:
         assert request.stages.get(timeout=WAIT).problem == "the engine has ended"
+
+
+def test_a_completion_is_looked_at_once(server):
+    """For its end, however many stages it comes in: each token is read once, and stop strings are found across them."""
+
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, token):
+            self.reads += 1
+            return super().__getitem__(token)
+
+    reader = SimpleNamespace(pieces=Counted([b"a", b"bc", b"d"]), stop=(3,))
+    request = Request([1], max_tokens=50, stop_strings=(b"cda", b"never there"))
+    tokens = np.array([[0] * 40 + [1, 2, 0, 0]])
+    (end,) = ends = [_End()]
+    for sampled in range(1, 45, 3):
+        Engine._read_on(reader, request, SimpleNamespace(num_tokens=[sampled], tokens=tokens), 0, ends)
+    assert (end.count, end.reason, reader.pieces.reads) == (43, "stop", 43)
+
+
+def test_a_number_that_is_none_is_no_answer(monkeypatch, server):
+    """JSON has no Infinity."""
+    answers = [Answer([1], [-np.inf], "a", "length")]
+    monkeypatch.setattr(Engine, "read_answers", lambda *_: answers)
+    assert post(server, {"prompt": [1], "max_tokens": 1, "logprobs": 1})[0] == 500
 
 
 def test_a_version_of_any_text_is_one_line_of_metrics(monkeypatch, server):

@@ -10,6 +10,7 @@ batches.
 import dataclasses
 import queue
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,9 +107,9 @@ class Engine:
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; its stages come in `request.stages`."""
-        self._put(request)
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, which one version of the weights answers; their stages come in `request.stages`."""
+        self._put(*requests)
 
     def update_weights(self, directory: Path, version: str) -> None:
         """Take the weights of a directory after the requests that wait already. Raises what loading raises."""
@@ -119,6 +120,7 @@ class Engine:
             raise problem
 
     def close(self) -> None:
+        """End the thread after the stage that it samples; who waits for the rest of a completion is told so too."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -130,13 +132,14 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def _put(self, job: Any) -> None:
+    def _put(self, *jobs: Any) -> None:
         with self._changed:
             if not self._is_closed:
-                self._waiting.append(job)
+                self._waiting.extend(jobs)
                 self._changed.notify()
                 return
-        self._refuse(job)
+        for job in jobs:
+            self._refuse(job)
 
     def _refuse(self, job: Any) -> None:
         problem = "the engine has ended"
@@ -189,19 +192,27 @@ class Engine:
         version = self.weights.version
         unfinished = set(range(len(batch)))
         starts = np.cumsum([0, *(request.n for request in batch)])
+        ends = [[_End() for _ in range(request.n)] for request in batch]
         try:
             for completions in self._sample(batch):
+                if self._is_closed:
+                    break
                 for i in sorted(unfinished):
-                    answers = self.read_answers(batch[i], completions, int(starts[i]))
-                    stage = Stage(answers, version)
-                    if stage.is_last or batch[i].reads_along:
-                        batch[i].stages.put(stage)
-                    if stage.is_last or batch[i].is_abandoned.is_set():
+                    request = batch[i]
+                    self._read_on(request, completions, int(starts[i]), ends[i])
+                    is_last = all(end.reason for end in ends[i])
+                    if is_last or request.reads_along:
+                        answers = self.read_answers(request, completions, int(starts[i]), ends[i])
+                        request.stages.put(Stage(answers, version))
+                    if is_last or request.is_abandoned.is_set():
                         unfinished.remove(i)
-                        self.counts["tokens"] += sum(len(answer.tokens) for answer in answers)
+                        self.counts["tokens"] += sum(end.count for end in ends[i])
                 if not unfinished:
                     break
+            for i in unfinished:
+                self._refuse(batch[i])
         except Exception as error:  # a bug: no client is to wait for ever
+            traceback.print_exc()
             for i in unfinished:
                 batch[i].stages.put(Stage([], version, f"{type(error).__name__}: {error}"))
 
@@ -210,30 +221,41 @@ class Engine:
         every = min(4 if request.reads_along else STAGE_COLUMNS for request in batch)
         return stream(self.lm, self.weights.params, {}, rows, sampling, self.seed, 0, every)
 
-    def read_answers(self, request: Request, completions: Completions, start: int) -> list[Answer]:
-        """The request's completions, which begin at row `start`, each cut where the request says."""
+    def _read_on(self, request: Request, completions: Completions, start: int, ends: "list[_End]") -> None:
+        """Look for the end of each of the request's completions, which begin at row `start`, in what is new of it."""
+        kept = max(map(len, request.stop_strings), default=1) - 1  # bytes that may begin a stop string
+        for row, end in enumerate(ends, start):
+            sampled = min(int(completions.num_tokens[row]), request.max_tokens)
+            for token in completions.tokens[row, end.count : sampled].tolist():
+                if end.reason:
+                    break
+                end.count += 1
+                text = end.tail + self.pieces[token]
+                end.tail = text[max(len(text) - kept, 0) :]
+                is_stop = token in self.stop or token in request.stop_tokens
+                if is_stop or any(string in text for string in request.stop_strings):
+                    end.reason = "stop"
+            if end.count == request.max_tokens and not end.reason:
+                end.reason = "length"
+
+    def read_answers(self, request: Request, completions: Completions, start: int, ends: "list[_End]") -> list[Answer]:
+        """The request's completions, which begin at row `start`, each cut where it ends."""
         answers = []
-        for row in range(start, start + request.n):
-            sampled = int(completions.num_tokens[row])
-            tokens = completions.tokens[row, :sampled].tolist()
-            count, reason = self._cut(request, tokens)
-            text = streamed_text(tokens[:count], self.pieces, request.stop_strings, reason is not None)
-            answers.append(Answer(tokens[:count], completions.logp[row, :count].tolist(), text, reason))
+        for row, end in enumerate(ends, start):
+            tokens = completions.tokens[row, : end.count].tolist()
+            shown = tokens[:-1] if tokens and tokens[-1] in request.stop_tokens else tokens
+            text = streamed_text(shown, self.pieces, request.stop_strings, end.reason is not None)
+            answers.append(Answer(tokens, completions.logp[row, : end.count].tolist(), text, end.reason))
         return answers
 
-    def _cut(self, request: Request, tokens: list[int]) -> tuple[int, str | None]:
-        """How many of the tokens belong to the completion, and why it ended there."""
-        text = b""
-        for k, token in enumerate(tokens[: request.max_tokens]):
-            if token in self.stop or token in request.stop_tokens:
-                return k + 1, "stop"
-            if request.stop_strings:
-                text += self.pieces[token]
-                if any(string in text for string in request.stop_strings):
-                    return k + 1, "stop"
-        if len(tokens) >= request.max_tokens:
-            return request.max_tokens, "length"
-        return len(tokens), None
+
+@dataclasses.dataclass
+class _End:
+    """How far a completion was read, and why it ends there."""
+
+    count: int = 0  # tokens of it
+    reason: str | None = None  # stop, length; None: it goes on
+    tail: bytes = b""  # the last bytes of its text
 
 
 class _Update:

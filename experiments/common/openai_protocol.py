@@ -5,6 +5,7 @@ Besides OpenAI's fields a request may have vLLM's `return_token_ids` and `stop_t
 version of the weights as SGLang does, `metadata.weight_version`.
 """
 
+import codecs
 import secrets
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from experiments.common.engine import Answer, Request
 from rljax.data.chat import encode_prompt
 from rljax.data.tokenizer import Tokenizer
+from rljax.rollouts.sample_token import MIN_TEMPERATURE
 
 COMMON = {
     "model",
@@ -48,9 +50,14 @@ class Model(NamedTuple):
 
     name: str
     tokenizer: Tokenizer
-    vocabulary: int  # ids are below it
+    pieces: Sequence[bytes]  # the bytes of each id
     context: int  # most tokens of a prompt and its completion
     rows: int  # most completions of a request
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids are below it."""
+        return len(self.pieces)
 
 
 class Call(NamedTuple):
@@ -82,6 +89,8 @@ def read_call(body: Any, is_chat: bool, model: Model) -> Call:
     shared = _read_sampling(fields, model)
     step, number = _read_key(fields)
     limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+    if limit != "max_tokens" and "max_tokens" in fields:
+        raise RequestProblem("max_tokens and max_completion_tokens; legal: one of them", field="max_tokens")
     requests = []
     for index, tokens in enumerate(prompts):
         room = model.context - len(tokens)
@@ -90,12 +99,11 @@ def read_call(body: Any, is_chat: bool, model: Model) -> Call:
             raise RequestProblem(message, field="messages" if is_chat else "prompt")
         most = fields.integer(limit, room if is_chat else min(DEFAULT_TOKENS, room), 1, room)
         requests.append(Request(tokens, n, most, step=step, number=number + index, **shared))
-    options = fields.get("stream_options", {})
     return Call(
         requests=requests,
         is_chat=is_chat,
         streams=shared["reads_along"],
-        with_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        with_usage=_read_stream_options(fields),
         with_logprobs=_read_logprobs(fields, is_chat),
         with_ids=fields.boolean("return_token_ids"),
         identity=("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
@@ -156,17 +164,30 @@ def _read_messages(fields: _Fields, model: Model) -> list[int]:
     messages = fields.get("messages")
     is_legal = isinstance(messages, list) and len(messages) > 0
     if not is_legal or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        isinstance(message, dict) and isinstance(message.get("role"), str) and _is_content(message.get("content"))
         for message in messages
     ):
-        legal = '[{"role": text, "content": text}, ...]'
+        legal = '[{"role": text, "content": a text, or parts {"type": "text", "text": text}}, ...]'
         raise RequestProblem(f"messages = {_shown(messages)}; legal: {legal}", field="messages")
     if model.tokenizer.chat is None:
         raise RequestProblem("this model has no chat template; legal: /v1/completions", field="messages")
+    messages = [message | {"content": _content_text(message["content"])} for message in messages]
     try:
         return encode_prompt(model.tokenizer.chat, messages)
     except ValueError as error:
         raise RequestProblem(str(error), field="messages") from None
+
+
+def _is_content(content: Any) -> bool:
+    """A text, or a list of texts as parts."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    )
+
+
+def _content_text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _read_sampling(fields: _Fields, model: Model) -> dict[str, Any]:
@@ -179,11 +200,15 @@ def _read_sampling(fields: _Fields, model: Model) -> dict[str, Any]:
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < model.vocabulary for token in ids):
         legal = f"a list of ids below {model.vocabulary}"
         raise RequestProblem(f"stop_token_ids = {_shown(ids)}; legal: {legal}", field="stop_token_ids")
+    temperature = fields.number("temperature", 1.0, 0.0, 100.0)
+    if 0 < temperature < MIN_TEMPERATURE:
+        legal = f"0, which is greedy, or a number from {MIN_TEMPERATURE:g}"
+        raise RequestProblem(f"temperature = {temperature}; legal: {legal}", field="temperature")
     return {
-        "temperature": fields.number("temperature", 1.0, 0.0, 100.0),
+        "temperature": temperature,
         "top_p": fields.number("top_p", 1.0, 1e-6, 1.0),
         "top_k": max(fields.integer("top_k", 0, -1, 1 << 30), 0),
-        "stop_strings": tuple(text.encode(errors="replace") for text in stop),
+        "stop_strings": tuple(text.encode() for text in stop),
         "stop_tokens": tuple(ids),
         "reads_along": fields.boolean("stream"),
     }
@@ -191,12 +216,22 @@ def _read_sampling(fields: _Fields, model: Model) -> dict[str, Any]:
 
 def _read_key(fields: _Fields) -> tuple[int, int]:
     if "key" not in fields:
-        return fields.integer("seed", secrets.randbelow(2**31), -(2**31), 2**31 - 1), 0
+        seed = fields.integer("seed", secrets.randbelow(2**31), -(2**63), 2**63 - 1)
+        return (seed + 2**31) % 2**32 - 2**31, 0  # the last 32 bits
     key = fields["key"]
     is_pair = isinstance(key, list) and len(key) == 2
     if not is_pair or not all(type(part) is int and -(2**31) <= part < 2**31 for part in key):
         raise RequestProblem(f"key = {_shown(key)}; legal: [step, number], two 32-bit integers", field="key")
     return key[0], key[1]
+
+
+def _read_stream_options(fields: _Fields) -> bool:
+    """Whether a stream ends with the numbers of tokens."""
+    options = fields.get("stream_options", {})
+    if not isinstance(options, dict) or not set(options) <= {"include_usage"}:
+        legal = '{"include_usage": true or false}'
+        raise RequestProblem(f"stream_options = {_shown(options)}; legal: {legal}", field="stream_options")
+    return _Fields(options).boolean("include_usage")
 
 
 def _read_logprobs(fields: _Fields, is_chat: bool) -> bool:
@@ -266,23 +301,34 @@ def _choice(
     """A choice from its token `start` on."""
     choice = {"index": index, "text": text, "finish_reason": answer.finish_reason, "logprobs": None}
     if call.with_logprobs:
-        tokens = [model.tokenizer.decode_all([token]) for token in answer.tokens[start:]]
-        choice["logprobs"] = _logprobs(call, tokens, answer.logp[start:])
+        pieces = [model.pieces[token] for token in answer.tokens]
+        choice["logprobs"] = _logprobs(call.is_chat, pieces, answer.logp, start)
     if call.with_ids:
         choice["token_ids"] = answer.tokens[start:]
         choice["prompt_token_ids"] = request.tokens
     return choice
 
 
-def _logprobs(call: Call, tokens: list[str], logp: list[float]) -> dict[str, Any]:
-    if call.is_chat:
+def _logprobs(is_chat: bool, pieces: list[bytes], logp: list[float], start: int) -> dict[str, Any]:
+    """Of the tokens from `start` on: their texts and bytes, and where they begin in the text of the choice.
+
+    The text of a token that is a part of a character is U+FFFD; its bytes, joined to those of its neighbors, are right.
+    """
+    tokens = [piece.decode(errors="replace") for piece in pieces[start:]]
+    if is_chat:
         content = [
-            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, value in zip(tokens, logp, strict=True)
+            {"token": token, "logprob": value, "bytes": list(piece), "top_logprobs": []}
+            for token, value, piece in zip(tokens, logp[start:], pieces[start:], strict=True)
         ]
         return {"content": content}
-    top = [{token: value} for token, value in zip(tokens, logp, strict=True)]
-    return {"tokens": tokens, "token_logprobs": logp, "top_logprobs": top, "text_offset": []}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    offset = len(decoder.decode(b"".join(pieces[:start])))
+    offsets = []
+    for piece in pieces[start:]:
+        unfinished, _ = decoder.getstate()
+        offsets.append(offset + bool(unfinished))
+        offset += len(decoder.decode(piece))
+    return {"tokens": tokens, "token_logprobs": logp[start:], "top_logprobs": None, "text_offset": offsets}
 
 
 def error_body(message: str, status: int, field: str | None = None) -> dict[str, Any]:

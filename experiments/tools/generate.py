@@ -154,26 +154,32 @@ def talk(cfg: Config, lines: Iterable[str]) -> list[dict]:
     check_sampling(sampling)
     read = make_reader(cfg, tokenizer, config.vocab_size)
     context = config.max_positions
-    config, params = models.load_model(cfg.model, make_mesh(**cfg.mesh.sizes), cfg.dtype)
+    config, params = models.load_model(cfg.model, make_mesh(**cfg.mesh.sizes), cfg.dtype, context)
     lm = decoder.language_model(config)
 
     messages: list[dict] = []
     ids: list[int] = []
-    for turn, line in enumerate(lines):
-        question = {"role": "user", "content": line}
-        stopped = bool(ids) and ids[-1] in tokenizer.stop
-        ids += encode_reply(chat, messages[:-1], stopped, [question]) if messages else encode_prompt(chat, [question])
-        if len(ids) + cfg.sampling.max_tokens > context:
-            log_info(f"the conversation has {len(ids)} tokens: of {context} too few are left for an answer", "yellow")
-            break
-        tokens, mask = pad_left([ids], padded_width(len(ids)), tokenizer.pad)
-        rows = PromptBatch(tokens, mask, np.zeros(1, np.int32), [{}], 0)
-        stages = stream(lm, params, {}, rows, sampling, cfg.seed, turn, every=1 if is_interactive() else 16)
-        answers = show(stages, [""], [""], 1, read, [])
-        ids += np.asarray(answers.tokens[0, : answers.num_tokens[0]]).tolist()
-        messages += [question, {"role": "assistant", "content": read(answers, 0)}]
-    if cfg.out:
-        append(cfg.out, [{"messages": messages}])
+    try:
+        for turn, line in enumerate(lines):
+            question = {"role": "user", "content": line}
+            stopped = bool(ids) and ids[-1] in tokenizer.stop
+            ids += (
+                encode_reply(chat, messages[:-1], stopped, [question]) if messages else encode_prompt(chat, [question])
+            )
+            if len(ids) + cfg.sampling.max_tokens > context:
+                log_info(
+                    f"the conversation has {len(ids)} tokens: of {context} too few are left for an answer", "yellow"
+                )
+                break
+            tokens, mask = pad_left([ids], padded_width(len(ids)), tokenizer.pad)
+            rows = PromptBatch(tokens, mask, np.zeros(1, np.int32), [{}], 0)
+            stages = stream(lm, params, {}, rows, sampling, cfg.seed, turn, every=1 if is_interactive() else 16)
+            answers = show(stages, [""], [""], 1, read, [])
+            ids += np.asarray(answers.tokens[0, : answers.num_tokens[0]]).tolist()
+            messages += [question, {"role": "assistant", "content": read(answers, 0)}]
+    finally:  # also after Ctrl-C: what was said is kept
+        if cfg.out:
+            append(cfg.out, [{"messages": messages}])
     return [{"messages": messages}]
 
 

@@ -177,9 +177,14 @@ class _Engine(NamedTuple):
         """Tokens of the widest chunk. The caches have as many columns beyond the conversations, for its padding."""
         return min(max(power_of_two(self.max_context // 4), MIN_CHUNK), MAX_CHUNK)
 
+    @property
+    def prompt_columns(self) -> int:
+        """Columns in which the prompts are read: of the data set's longest, so that one program serves them all."""
+        return min(self.prompts.tokens.shape[1], self.max_context)
+
     def empty_state(self, rows: int) -> TurnState:
-        """So many empty slots."""
-        columns = min(INITIAL_COLUMNS, self.max_context + self.widest)
+        """So many empty slots, with caches that have room for any prompt as it was read."""
+        columns = min(max(INITIAL_COLUMNS, self.prompt_columns), self.max_context + self.widest)
         return turn_decoding.empty_slots(self.lm, self.params, self.frozen, self.sampling, rows, columns)
 
     def vocabulary(self, state: TurnState) -> int:
@@ -198,8 +203,7 @@ class _Engine(NamedTuple):
     def read_prompts(self, record: ConversationRecord) -> TurnState:
         """Each prompt once, in a row of its own."""
         length = record.length[:: self.sampling.n]
-        width = min(self.prompts.tokens.shape[1], self.max_context)  # of every batch, so that one program serves all
-        tokens = record.tokens[:: self.sampling.n, :width]
+        tokens = record.tokens[:: self.sampling.n, : self.prompt_columns]
         state = turn_decoding.empty_slots(self.lm, self.params, self.frozen, self.sampling, *tokens.shape)
         return self._read(state, tokens, length, np.zeros_like(length))
 

@@ -14,6 +14,7 @@ from rljax.ops import sampling as ops
 from rljax.ops.logprobs import chosen_logp, index_in_support, on_support, softmax, softmax_logp
 from rljax.types import Array, Sampling
 
+MIN_TEMPERATURE = 1e-5  # above 0: logits divided by less leave no digits of their difference, or overflow
 LEGAL_RANGES = {
     "temperature": (0.0, 1e4),
     "top_k": (1, 1 << 30),
@@ -82,6 +83,11 @@ def check_sampling(sampling: Sampling) -> None:
         inside = (jnp.asarray(value) >= low) & (jnp.asarray(value) <= high)
         if not bool(jnp.all(inside)):
             raise ValueError(f"sampling.{name} is {value}; legal: {low:g} to {high:g}")
+    temperature = jnp.asarray(sampling.temperature)
+    if bool(jnp.any((temperature > 0) & (temperature < MIN_TEMPERATURE))):
+        raise ValueError(
+            f"sampling.temperature is {sampling.temperature}; legal: 0 (greedy), or from {MIN_TEMPERATURE:g}"
+        )
     _check_support(sampling)
 
 

@@ -13,6 +13,7 @@ from rljax.models import decoder, policy
 from rljax.models.moe import MoEConfig
 from rljax.models.policy import make_policy
 from rljax.ops.sampling import row_keys, token_uniforms
+from rljax.rollouts import conversations
 from rljax.rollouts.conversation_record import ConversationCounts
 from rljax.rollouts.conversations import sample_conversations
 from rljax.rollouts.sampler import sample
@@ -137,9 +138,14 @@ def test_rows_are_what_was_said(kept, rows):
     np.testing.assert_array_equal(np.where(traj.mask, traj.temperature, 1.0), 1.0)
 
 
-def test_the_first_turn_is_the_completion_that_the_sampler_samples(params, rows):
-    traj, counts = converse(params, rows, max_turns=1)
-    whole = sample(LM, params, {}, rows, SAMPLING, SEED, STEP)
+@pytest.mark.parametrize("max_concurrent", [None, pytest.param(2, marks=pytest.mark.nightly)])
+def test_the_first_turn_is_the_completion_that_the_sampler_samples(params, monkeypatch, max_concurrent):
+    """Also of prompts far narrower than their columns: a batch is padded to the longest prompt of the data set."""
+    monkeypatch.setattr(conversations, "INITIAL_COLUMNS", 8)
+    rows = make_rows([2, 4, 1, 3], start=40, width=CONTEXT)
+    sampling = SAMPLING.replace(max_concurrent=max_concurrent)
+    traj, counts = converse(params, rows, sampling, max_turns=1)
+    whole = sample(LM, params, {}, rows, sampling, SEED, STEP)
     assert (counts.turns == 1).all()
     np.testing.assert_array_equal(traj.actions[traj.mask], whole.actions[whole.mask])
     np.testing.assert_allclose(traj.logp[traj.mask], whole.logp[whole.mask], atol=bounds.of_logp(CONFIG, whole))
@@ -170,7 +176,9 @@ def test_token_k_has_the_key_of_k_whatever_stands_between(params, rows, kept):
     ("cache", "max_concurrent"),
     [("kept", None), ("prefill", None), ("kept", 5), pytest.param("prefill", 5, marks=pytest.mark.nightly)],
 )
-def test_every_mode_samples_the_same(params, rows, kept, cache, max_concurrent):
+def test_every_mode_samples_the_same(params, rows, kept, cache, max_concurrent, monkeypatch):
+    if max_concurrent:  # caches that are too small at first, and grow
+        monkeypatch.setattr(conversations, "INITIAL_COLUMNS", CONTEXT - 16)
     environment = Environment()
     sampling = SAMPLING.replace(max_concurrent=max_concurrent)
     traj, counts = converse(params, rows, sampling, respond=environment.respond, cache=cache)

@@ -230,6 +230,7 @@ def test_nothing_compiles_twice(params, rows, max_concurrent, programs):
     ("setting", "message"),
     [
         ({"temperature": -0.1}, r"sampling\.temperature is -0\.1; legal: 0 to"),
+        ({"temperature": 1e-6}, r"sampling\.temperature is 1e-06; legal: 0 \(greedy\), or from 1e-05"),
         ({"temperature": float("nan")}, r"sampling\.temperature is nan; legal: 0 to"),
         ({"temperature": np.array([1.0, -1.0])}, r"sampling\.temperature is .*; legal: 0 to"),
         ({"top_k": 0}, r"sampling\.top_k is 0; legal: 1 to"),
