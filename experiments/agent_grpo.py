@@ -33,6 +33,7 @@ from rljax.data.prompts import Prompts, train_eval_split
 from rljax.data.tokenizer import Tokenizer
 from rljax.envs.text import TextEnv, TurnLimits
 from rljax.models import decoder, hf, policy
+from rljax.rewards.sandbox import Level
 from rljax.train.mesh import Shardings, make_mesh, place, shard_rows
 from rljax.train.metrics import require_on_policy, reward_and_kl, rollout_metrics
 from rljax.train.objective import policy_objective
@@ -51,6 +52,7 @@ class Config:
     prompts: str = ""  # jsonl file of problems, for calculator and python: columns question and answer
     episodes: int = 1024  # episodes of an environment that needs no file, those of the evaluation among them
     tool_format: ToolFormat = "hermes"  # how the model writes calls
+    isolation: Rare[Level] = "namespaces"  # of the model's programs, for python (SECURITY.md)
     max_turns: int = 4  # turns of the model in a conversation; cut then
     max_context: int = 1024  # tokens of a conversation, prompt and observations included; cut then
     turn_seconds: Rare[float] = 30.0  # that the environment may take for a turn; the conversation is cut then
@@ -92,7 +94,9 @@ def main(
     train.check_algorithm(algorithm, batches, name)
 
     # -- environment, model and data
-    env, rows = environment or named_environment(cfg.environment, cfg.tool_format, cfg.prompts, cfg.episodes, cfg.seed)
+    env, rows = environment or named_environment(
+        cfg.environment, cfg.tool_format, cfg.prompts, cfg.episodes, cfg.seed, cfg.isolation
+    )
     tokenizer = read_tokenizer(cfg)
     # frozen: the reference of the KL term, and with an adapter the model under it
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, cfg.max_context, cfg.seed)

@@ -61,7 +61,8 @@ def spell_out(text: str, special_tokens: Sequence[str]) -> tuple[str, int]:
     """The text with a space after the first character of each special token in it, and how many there were.
 
     A tokenizer makes "<|im_end|>" the token that ends a turn wherever a text has it. Spelled out it is plain text, so
-    what a tool returns cannot end its own turn and begin one of another role.
+    what a tool returns cannot end its own turn and begin one of another role. Others that the chat template writes,
+    "</tool_response>" say, are treated alike (`Tokenizer.special_tokens`).
 
     >>> spell_out("4<|im_end|>", ["<|im_end|>"])
     ('4< |im_end|>', 1)
@@ -171,9 +172,11 @@ def _spelled_out(played: PlayedTurn, special_tokens: Sequence[str]) -> PlayedTur
     messages = []
     total = 0
     for message in played.step.observation:
-        content, count = spell_out(message["content"], special_tokens)
-        messages.append({**message, "content": content})
-        total += count
+        message = dict(message)
+        for key in {"content", "name"} & message.keys():  # the name may be one that the model made up
+            message[key], count = spell_out(str(message[key]), special_tokens)
+            total += count
+        messages.append(message)
     return played._replace(step=played.step._replace(observation=messages), special_tokens=total)
 
 

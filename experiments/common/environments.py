@@ -17,7 +17,7 @@ from rljax.envs.text import TextEnv
 from rljax.envs.tools import ToolUnavailable, make_python_tool, tool_env
 from rljax.envs.verifiers import make_verifiers
 from rljax.rewards.number import exact_number
-from rljax.rewards.sandbox import Execution, SandboxError, probe_isolation, run_code
+from rljax.rewards.sandbox import Execution, Level, SandboxError, probe_isolation, run_code
 
 ToolFormat = Literal[tuple(TOOL_FORMATS)]
 # How the answer is to be written, for `exact_number`.
@@ -34,24 +34,24 @@ class NamedEnvironment(NamedTuple):
     rows: list[dict]
 
 
-def calculator_env(parse: Callable) -> TextEnv:
-    """Word problems (columns `question` and `answer`, as in GSM8K) with a calculator."""
+def calculator_env(parse: Callable, isolation: Level = "namespaces") -> TextEnv:
+    """Word problems (columns `question` and `answer`, as in GSM8K) with a calculator, which needs no isolation."""
     tools = {"calculator": calculator}
     return tool_env("calculator", tools, parse, _ask, _grade, schemas=[tool_schema(calculator)])
 
 
-def python_env(parse: Callable) -> TextEnv:
+def python_env(parse: Callable, isolation: Level = "namespaces") -> TextEnv:
     """Word problems with Python programs, which run in the sandbox. Raises SandboxError where there is none."""
-    probe_isolation("namespaces")
-    python = make_python_tool(_run_program)
+    probe_isolation(isolation)
+    python = make_python_tool(partial(_run_program, isolation=isolation))
     schemas = [tool_schema(python)]
     return tool_env("python", {"python": python}, parse, _ask, _grade, schemas=schemas, max_calls=PROGRAMS)
 
 
-def _run_program(source: str) -> Execution:
+def _run_program(source: str, isolation: Level) -> Execution:
     """In the sandbox. Raises ToolUnavailable where it could not be set up."""
     try:
-        return run_code(source)
+        return run_code(source, isolation=isolation)
     except SandboxError as error:
         raise ToolUnavailable(f"the sandbox: {error}") from None
 
@@ -64,14 +64,19 @@ def _grade(text: str, row: Mapping[str, Any]) -> float | None:
     return exact_number(text, row["answer"])
 
 
-def named_environment(name: str, tool_format: ToolFormat, files: str, episodes: int, seed: int) -> NamedEnvironment:
-    """The environment of this name. Raises ValueError, listing what is legal, for a name that is none.
+def named_environment(
+    name: str, tool_format: ToolFormat, files: str, episodes: int, seed: int, isolation: Level = "namespaces"
+) -> NamedEnvironment:
+    """The environment of this name.
+
+    Raises ValueError, listing what is legal, for a name that is none, and for a row that cannot be asked or graded.
 
     Args:
       name: calculator or python, with rows of a file; maze or guess; gymnasium:ID, reasoning_gym:TASK, or
         verifiers:TASKSET, a taskset that is installed.
       tool_format: in which the model writes calls.
       files: the jsonl file of rows. episodes: how many rows there are of an environment that needs none.
+      isolation: of the sandbox, for python.
     """
     kind, _, which = name.partition(":")
     if kind in TOOL_ENVIRONMENTS and not which:
@@ -79,7 +84,7 @@ def named_environment(name: str, tool_format: ToolFormat, files: str, episodes: 
             raise ValueError(
                 f"environment {name}: which problems? legal: --prompts FILE.jsonl, columns question, answer"
             )
-        return NamedEnvironment(TOOL_ENVIRONMENTS[kind](TOOL_FORMATS[tool_format]), read_table(files).rows)
+        return NamedEnvironment(TOOL_ENVIRONMENTS[kind](TOOL_FORMATS[tool_format], isolation), _read_problems(files))
     if files:
         raise ValueError(f"environment {name} has rows of its own; legal: without --prompts")
     if kind in GAMES and not which:
@@ -88,6 +93,23 @@ def named_environment(name: str, tool_format: ToolFormat, files: str, episodes: 
         return PACKAGES[kind](which, episodes, seed)
     packages = ", ".join(f"{package}:NAME" for package in PACKAGES)
     raise ValueError(f"environment {name!r}; legal: {', '.join([*TOOL_ENVIRONMENTS, *GAMES])}, {packages}")
+
+
+def _read_problems(path: str) -> list[dict]:
+    """The rows of a file. Raises ValueError, naming the row, where a question or a number as answer is missing."""
+    table = read_table(path)
+    for i, row in enumerate(table.rows):
+        for column in ("question", "answer"):
+            if row.get(column) is None:
+                raise ValueError(f"{table.place(i)}: no column {column!r}; legal: columns question and answer")
+        if not isinstance(row["question"], str):
+            found = type(row["question"]).__name__
+            raise ValueError(f"{table.place(i, 'question')} is of type {found}; legal: a text")
+        try:
+            exact_number("", row["answer"])
+        except ValueError as error:
+            raise ValueError(f"{table.place(i)}: {error}") from None
+    return table.rows
 
 
 def _of_gymnasium(name: str, episodes: int, seed: int) -> NamedEnvironment:

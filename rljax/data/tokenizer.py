@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,11 @@ from rljax.data.chat_template import read_chat
 from rljax.data.token_bytes import read_token_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+BRACKETS = re.compile(r"<.+>|\[.+\]")
+TEXT_MARKS = (
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+)
 
 
 class Tokenizer(NamedTuple):
@@ -28,7 +34,7 @@ class Tokenizer(NamedTuple):
     eos: int | None  # the id that ends a completion that is given as text
     vocabulary: Callable[[], dict[str, int]]  # token -> id
     chat: Chat | None = None  # None: the model has no chat template
-    special_tokens: tuple[str, ...] = ()  # texts that `encode` turns into one special id wherever they stand
+    special_tokens: tuple[str, ...] = ()  # texts that speak to the model as its chat template does: see `_read_markers`
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,22 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         eos=stop[0] if eos is None and stop else eos,
         vocabulary=inner.get_vocab,
         chat=chat,
-        special_tokens=tuple(token.content for token in inner.added_tokens_decoder.values() if token.special),
+        special_tokens=_read_markers(inner),
     )
+
+
+def _read_markers(inner) -> tuple[str, ...]:
+    """Texts by which turns, roles and calls are told: `encode` makes one id of most, wherever they stand.
+
+    The special tokens, and of other added ones in brackets and of marks that are plain text to some tokenizers those
+    that the chat template writes, as Qwen's <tool_call> and Llama-2's [INST].
+    """
+    template = str(inner.chat_template or "")
+    added = inner.added_tokens_decoder.values()
+    written = [token.content for token in added if not token.special and BRACKETS.fullmatch(token.content)]
+    written += [mark for mark in TEXT_MARKS if mark not in written]
+    special = [token.content for token in added if token.special]
+    return (*special, *(text for text in written if text in template and text not in special))
 
 
 def _check_tokenizer_files(directory: Path) -> None:

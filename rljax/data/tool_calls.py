@@ -29,24 +29,29 @@ def parse_hermes(text: str) -> list[ToolCall]:
         if end:
             calls.append(_read_call(inside, "arguments"))
         else:
-            calls.append(ToolCall("", {}, f"<tool_call> without </tool_call>: {_shown(inside)}"))
+            calls.append(ToolCall("", {}, f"a call without its closing tag: {_shown(inside)}"))
     return calls
 
 
 def parse_llama3(text: str) -> list[ToolCall]:
     """The calls of a turn that begins with <|python_tag|>, or with a JSON object that has a "name"."""
-    tag, body = PYTHON_TAG in text, text.rpartition(PYTHON_TAG)[2].strip()
-    is_call = tag or (body.startswith("{") and re.match(r'\{\s*"(name|type|parameters|function)"', body) is not None)
-    if not is_call:
-        return []
+    parts = [part.strip() for part in text.split(PYTHON_TAG)]
+    if len(parts) > 1:
+        return [call for part in parts[1:] for call in _read_calls(part)]
+    is_call = re.match(r'\{\s*"(name|type|parameters|function)"', parts[0]) is not None
+    return _read_calls(parts[0]) if is_call else []
+
+
+def _read_calls(text: str) -> list[ToolCall]:
+    """Calls with ";" between them; nothing at all is a call that does not parse."""
     calls = []
-    while body:
+    while text or not calls:
         try:
-            _, end = json.JSONDecoder().raw_decode(body)
+            _, end = json.JSONDecoder().raw_decode(text)
         except (ValueError, RecursionError):
-            end = len(body)
-        calls.append(_read_call(body[:end], "parameters"))
-        body = body[end:].lstrip(" \t\r\n;")
+            end = len(text)
+        calls.append(_read_call(text[:end], "parameters"))
+        text = text[end:].lstrip(" \t\r\n;")
     return calls
 
 

@@ -1,7 +1,12 @@
-"""A calculator that evaluates arithmetic, and nothing else: exact, and bounded in time and size."""
+"""A calculator that evaluates arithmetic, and nothing else: exact, and bounded in time and size.
+
+A result is written with all its digits where these are at most 30, else rounded to 10 decimals; never with an exponent.
+"""
 
 import ast
 import operator
+import re
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 MAX_CHARACTERS = 200  # of an expression
@@ -14,6 +19,9 @@ OPERATIONS = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+MAX_DIGITS = 30  # of a result that is written exactly
+DECIMALS = 10  # of another one; as many digits where it is below 1
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 LEGAL = "legal: numbers, + - * / // % ** and parentheses"
 
 
@@ -23,45 +31,61 @@ def calculator(expression: str) -> str:
     Args:
         expression: Numbers with + - * / // % ** and parentheses, as in (3 + 4) * 2.
     """
-    value = evaluate_arithmetic(expression)
+    return write_decimal(evaluate_arithmetic(expression))
+
+
+def write_decimal(value: Fraction) -> str:
+    """The number without an exponent.
+
+    >>> write_decimal(Fraction(12345678901, 2)), write_decimal(Fraction(2, 3))
+    ('6172839450.5', '0.6666666667')
+    """
     if value.denominator == 1:
         return str(value.numerator)
-    return f"{float(value):.10g}"
+    whole = abs(value.numerator) // value.denominator
+    digits = DECIMALS + (len(str(whole)) if whole else 0)
+    for precision in (MAX_DIGITS, digits):
+        with localcontext(prec=precision):
+            found = Decimal(value.numerator) / Decimal(value.denominator)
+        if Fraction(found) == value:
+            break
+    return f"{found:f}"
 
 
 def evaluate_arithmetic(expression: str) -> Fraction:
     """The exact value. Raises ValueError for anything but arithmetic, and for what is too long or too large."""
     if not isinstance(expression, str) or len(expression) > MAX_CHARACTERS:
         raise ValueError(f"an expression is a text of at most {MAX_CHARACTERS} characters")
-    cleaned = expression.replace(",", "").replace("$", "").replace("×", "*").replace("÷", "/").replace("^", "**")
+    cleaned = THOUSANDS.sub(lambda found: found[0].replace(",", ""), expression)
+    cleaned = cleaned.replace("$", "").replace("×", "*").replace("÷", "/").replace("^", "**").strip()
     try:
-        tree = ast.parse(cleaned.strip(), mode="eval")
+        tree = ast.parse(cleaned, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f"{expression!r} is no arithmetic; {LEGAL}") from None
-    return _value(tree.body)
+    return _value(tree.body, cleaned)
 
 
-def _value(node: ast.AST) -> Fraction:
+def _value(node: ast.AST, source: str) -> Fraction:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return _bounded(_exact(number))
+            return _bounded(_exact(number, ast.get_source_segment(source, node)))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand)
+            return -_value(operand, source)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _value(operand)
+            return _value(operand, source)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return _power(_value(left), _value(right))
+            return _power(_value(left, source), _value(right, source))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATIONS:
-            divisor = _value(right)
+            divisor = _value(right, source)
             if divisor == 0 and not isinstance(op, ast.Add | ast.Sub | ast.Mult):
                 raise ValueError("division by zero")
-            return _bounded(Fraction(OPERATIONS[type(op)](_value(left), divisor)))
+            return _bounded(Fraction(OPERATIONS[type(op)](_value(left, source), divisor)))
     raise ValueError(f"{ast.unparse(node)} is no arithmetic; {LEGAL}")
 
 
-def _exact(number: int | float) -> Fraction:
+def _exact(number: int | float, written: str) -> Fraction:
     try:
-        return Fraction(str(number))  # 0.1 is a tenth
+        return Fraction(written if written.isascii() and set(written) <= set("0123456789.") else str(number))
     except ValueError:  # 1e999 is infinite; a text of more than 4,300 digits is refused too
         raise ValueError("a number is too large") from None
 

@@ -137,7 +137,7 @@ def run_code(
     limits: ResourceLimits = DEFAULT_LIMITS,
     isolation: Level = "namespaces",
 ) -> Execution:
-    """Run a Python program, without packages on its path, and wait for its end. What it does is never raised here.
+    """Run a Python program, the standard library alone on its path, to its end. What it does is never raised here.
 
     Args:
       source: of the program; it is main.py in its folder.
@@ -341,8 +341,8 @@ def _drain(stream, kept: bytearray, most: int) -> bool:
 def _remove(folder: str) -> None:
     """Delete a folder whatever modes a program has given to what is in it, however deep. Links are not followed.
 
-    Folders are moved to a place of ours before they are emptied: no path grows, and no other program can put a link there. What
-    cannot be deleted is left, and nothing raised.
+    Folders are moved to a place of ours before they are emptied: no path grows, and a program that is
+    still there puts no link into one. What cannot be deleted is left, and nothing raised.
     """
     with contextlib.suppress(OSError):
         place = tempfile.mkdtemp(prefix="sandbox-", dir=os.path.dirname(folder))

@@ -56,13 +56,14 @@ def test_an_answer_is_no_call(name, text):
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("hermes", "<tool_call>{", "<tool_call> without </tool_call>: {"),
+        ("hermes", "<tool_call>{", "a call without its closing tag: {"),
         ("hermes", "<tool_call>{</tool_call>", "{ is no JSON"),
         ("hermes", "<tool_call>[]</tool_call>", '[] has no name; legal: {"name": NAME, "arguments": {...}}'),
         ("hermes", '<tool_call>{"name": 3}</tool_call>', "has no name"),
         ("hermes", '<tool_call>{"name": "f", "arguments": "a"}</tool_call>', 'arguments of f are "a"; legal'),
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "is no JSON"),
         ("llama3", "<|python_tag|>print(1)", "print(1) is no JSON"),
+        ("llama3", "<|python_tag|> ", "is no JSON"),
         ("llama3", '{"name": "f", "parameters": {', "is no JSON"),
         ("llama3", '{"name": "f", "parameters": 3}', "parameters of f are 3"),
         ("plain", "<call>add 1</call>", "add 1 is no call; legal: <call>NAME(ARGUMENT)</call>"),

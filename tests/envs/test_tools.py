@@ -51,6 +51,12 @@ def test_what_it_writes():
     assert calculator("-7 // 2 + 7 % 3") == "-3"
     assert calculator("$2 ÷ 3") == "0.6666666667"
     assert calculator("2^10") == "1024"
+    assert calculator("12345678901 / 2") == "6172839450.5"
+    assert calculator("1,234,567,890.55 * 10") == "12345678905.5"
+    assert calculator("99999999.999") == "99999999.999"
+    assert calculator("12345678901234567.89 - 1") == "12345678901234566.89"
+    assert calculator("10 ** 20 / 3") == "33333333333333333333.3333333333"
+    assert calculator("-1 / 10 ** 12") == "-0.000000000001"
     assert evaluate_arithmetic("0.1 + 0.2") == Fraction(3, 10)
 
 
@@ -59,6 +65,8 @@ def test_what_it_writes():
     [
         ("", "is no arithmetic"),
         ("1 +", "is no arithmetic"),
+        ("1,5 + 1", "is no arithmetic"),
+        ("12,34", "is no arithmetic"),
         ("__import__('os').system('true')", "is no arithmetic; legal: numbers"),
         ("[1 for _ in (1,)]", "is no arithmetic"),
         ("True + 1", "is no arithmetic"),
