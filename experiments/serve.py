@@ -22,6 +22,7 @@ import select
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
 
 MAX_BODY_BYTES = 8 * 2**20
-SOCKET_SECONDS = 60.0  # for a client to send the next piece of its request, or take the next piece of its answer
+MAX_CONNECTIONS = 512  # each is a thread
+SOCKET_SECONDS = 60.0  # for a client to send a line of its request, or its body, or take the next piece of its answer
 LOOK_SECONDS = 0.25  # between two looks whether the client is still there
 
 
@@ -115,8 +117,20 @@ class Server(ThreadingHTTPServer):
         self.engine = engine
         self.model = model
         self.max_waiting = max_waiting
+        self.places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.statuses: Counter[int] = Counter()
         self.lock = threading.Lock()
+
+    def verify_request(self, request, client_address) -> bool:
+        """Whether there is a thread for the connection; else it is closed."""
+        return self.places.acquire(blocking=False)
+
+    def process_request_thread(self, request, client_address) -> None:
+        """One connection, in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
 
     def handle_error(self, request, client_address) -> None:
         """A connection that broke off is no error of the server's; anything else is printed."""
@@ -208,19 +222,30 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestProblem("no Content-Length; legal: a body of a known length", 411)
         if not is_small:
             raise RequestProblem(f"a body of {length[:20]} bytes; legal: at most {MAX_BODY_BYTES}", 413)
-        try:
-            body = self.rfile.read(int(length))
-        except TimeoutError:
-            self.close_connection = True
-            raise RequestProblem(f"no more of the body came for {SOCKET_SECONDS:g} s", 408) from None
-        if len(body) < int(length):
-            raise Disconnected
+        body = self.receive(int(length))
         try:
             content = json.loads(body)
             json.dumps(content, ensure_ascii=False).encode()  # no text has half of a surrogate pair
             return content
         except (ValueError, RecursionError) as error:
             raise RequestProblem(f"the body is no JSON: {error}") from None
+
+    def receive(self, length: int) -> bytes:
+        """So many bytes of the body. Raises RequestProblem where they take too long, Disconnected where fewer come."""
+        deadline = time.monotonic() + SOCKET_SECONDS
+        body = bytearray()
+        try:
+            while len(body) < length:
+                piece = self.rfile.read1(length - len(body))
+                if not piece:
+                    raise Disconnected
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                body += piece
+        except TimeoutError:
+            self.close_connection = True
+            raise RequestProblem(f"the body did not come within {SOCKET_SECONDS:g} s", 408) from None
+        return bytes(body)
 
     def update_weights(self, body: Any) -> None:
         """SGLang's address: {"model_path": directory, "weight_version": text}."""

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import select
 import socket
 import threading
 import time
@@ -372,6 +373,31 @@ def test_requests_beyond_the_queue_are_refused(directories):
     with serving(directories["tiny"], max_waiting=0) as server:
         status, content = post(server, {"prompt": [1]})
     assert (status, content["error"]["message"]) == (429, "0 requests wait; try again later")
+
+
+def test_a_client_that_sends_byte_by_byte_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(serve, "SOCKET_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=WAIT) as raw:
+        raw.sendall(POST + b"Content-Length: 1000\r\n\r\n")
+        with contextlib.suppress(OSError):  # it is closed meanwhile
+            for _ in range(1000):
+                raw.sendall(b" ")
+                if select.select([raw], [], [], 0.02)[0]:
+                    break
+        assert b" 408 " in raw.recv(4096)
+
+
+def test_connections_beyond_the_last_place_are_closed(directories, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 1)
+    with (
+        serving(directories["tiny"]) as server,
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=WAIT) as first,
+        socket.create_connection(("127.0.0.1", server.server_port), timeout=WAIT) as second,
+    ):
+        assert second.recv(4096) == b""
+        first.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert b" 200 " in first.recv(4096)
+        assert server.places.acquire(timeout=WAIT)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
