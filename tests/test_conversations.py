@@ -13,13 +13,15 @@ import pytest
 
 from experiments import agent_grpo
 from experiments.common import conversations, environments
+from experiments.common.algorithms import critic_free
 from experiments.common.conversations import SEED, ConversationSettings, make_codec, make_converse
 from rljax.data.chat import encode_prompt
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
-from rljax.envs.text import TextEnv, TextEnvError, TextStep, TurnLimits
+from rljax.envs.text import PlayedTurn, TextEnv, TextEnvError, TextStep, TurnLimits
 from rljax.envs.tools import ToolUnavailable
 from rljax.rewards import sandbox
 from rljax.rewards.sandbox import SandboxError
+from rljax.rollouts.conversation_record import ConversationCounts
 from rljax.types import LM, Observation, Sampling, TrainState, Turn
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "agents.md"
@@ -255,6 +257,25 @@ def test_what_a_tool_returns_cannot_end_its_turn(name, shared):
     assert last["content"].replace(" ", "") == hostile.replace(" ", "")
     assert last["name"] == last["content"]
     assert [conversation.played[0].special_tokens for conversation in found] == [0, 2 * len(tokenizer.special_tokens)]
+
+
+def test_what_an_environment_logs_changes_no_count_of_ours():
+    info = {"turns": 7, "frac_raised": 1, "moves": 2}
+    turns = [PlayedTurn(TextStep({}, [], 0.0, info=info), "ok"), PlayedTurn(TextStep({}, [], info=info), "raised")]
+    talks = [conversations.Conversation({}, [], turns), conversations.Conversation({}, [], [])]
+    counts = ConversationCounts(np.array([2, 0]), *np.zeros((3, 2)))
+    found = conversations.conversation_metrics(talks, counts)
+    assert (found["conversation/turns"], found["conversation/frac_raised"], found["conversation/moves"]) == (1, 0.5, 2)
+    assert (found["conversation/info_turns"], found["conversation/info_frac_raised"]) == (7, 1)
+
+
+@pytest.mark.parametrize("max_context", [16, 100])
+def test_the_longest_completion_is_that_of_a_conversation(max_context, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(agent_grpo, "critic_free", lambda longest: lengths.append(longest) or critic_free(longest))
+    cfg = agent_grpo.Config("model", "guess", max_turns=3, max_context=max_context, sampling=Sampling(max_tokens=8))
+    agent_grpo.named_algorithm(cfg)
+    assert lengths == [min(3 * 8, max_context)]
 
 
 # ------------------------------------------------------------------------------------------------ environments by name

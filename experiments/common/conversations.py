@@ -278,17 +278,22 @@ def score_environment(traj: Trajectory) -> Trajectory:
 
 
 def conversation_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
-    """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs."""
+    """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs.
+
+    What the environment calls by one of our names is logged as info_NAME.
+    """
     totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
+    logged: Counter = Counter()
     for played in (played for conversation in conversations for played in conversation.played):
         totals["cut_characters"] += played.cut_characters
         totals["special_tokens"] += played.special_tokens
-        totals.update({name: float(value) for name, value in played.step.info.items()})
+        logged.update({name: float(value) for name, value in played.step.info.items()})
     totals.update(f"frac_{found.status}" for found in map(first_failed, conversations) if found)
     totals["turns"] = counts.turns.sum()
     totals["observed_tokens"] = counts.observed.sum()
     totals["frac_out_of_context"] = counts.out_of_context.sum()
     totals["frac_out_of_turns"] = counts.out_of_turns.sum()
+    totals.update({f"info_{name}" if name in totals else name: value for name, value in logged.items()})
     return {f"conversation/{name}": float(value) / len(conversations) for name, value in totals.items()}
 
 
