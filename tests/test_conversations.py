@@ -17,11 +17,10 @@ from experiments.common.algorithms import critic_free
 from experiments.common.conversations import SEED, ConversationSettings, make_codec, make_converse
 from rljax.data.chat import encode_prompt
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
-from rljax.envs.text import PlayedTurn, TextEnv, TextEnvError, TextStep, TurnLimits
+from rljax.envs.text import TextEnv, TextEnvError, TextStep, TurnLimits
 from rljax.envs.tools import ToolUnavailable
 from rljax.rewards import sandbox
 from rljax.rewards.sandbox import SandboxError
-from rljax.rollouts.conversation_record import ConversationCounts
 from rljax.types import LM, Observation, Sampling, TrainState, Turn
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "agents.md"
@@ -156,6 +155,12 @@ def test_a_turn_without_a_reward_counts_once_wherever_it_stands():
         converse_with(env, {".": "3"}, [{}], n=4, max_failed=0.75)
 
 
+def test_an_environment_does_not_log_under_our_names():
+    env = TextEnv("proud", lambda row, seed: (0, "begin."), lambda state, text: TextStep(state, info={"turns": 7}))
+    with pytest.raises(TextEnvError, match="info of the environment has 'turns'; legal: names other than cut_char"):
+        converse_with(env, {".": "3"}, [{}])
+
+
 def test_tools_that_a_tokenizer_cannot_show_are_warned_of(capsys):
     make_codec(TOKENIZER)
     assert capsys.readouterr().out == ""
@@ -257,16 +262,6 @@ def test_what_a_tool_returns_cannot_end_its_turn(name, shared):
     assert last["content"].replace(" ", "") == hostile.replace(" ", "")
     assert last["name"] == last["content"]
     assert [conversation.played[0].special_tokens for conversation in found] == [0, 2 * len(tokenizer.special_tokens)]
-
-
-def test_what_an_environment_logs_changes_no_count_of_ours():
-    info = {"turns": 7, "frac_raised": 1, "moves": 2}
-    turns = [PlayedTurn(TextStep({}, [], 0.0, info=info), "ok"), PlayedTurn(TextStep({}, [], info=info), "raised")]
-    talks = [conversations.Conversation({}, [], turns), conversations.Conversation({}, [], [])]
-    counts = ConversationCounts(np.array([2, 0]), *np.zeros((3, 2)))
-    found = conversations.conversation_metrics(talks, counts)
-    assert (found["conversation/turns"], found["conversation/frac_raised"], found["conversation/moves"]) == (1, 0.5, 2)
-    assert (found["conversation/info_turns"], found["conversation/info_frac_raised"]) == (7, 1)
 
 
 @pytest.mark.parametrize("max_context", [16, 100])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from experiments.common import models, remote_sampling, train
 from experiments.common.algorithms import critic_free
 from experiments.common.settings import Batches, MeshShape, Sampling, Server
 from experiments.tools import tiny_model
-from rewards import hostile
+from rewards import hostile, servers
 from rljax import types
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models.decoder import DecoderConfig
@@ -108,16 +109,25 @@ def test_pushed_weights_sample_and_their_log_probs_are_compared(connected, url, 
 
     def push_others(state, config, source, url, version):
         """Another model's weights, which the server takes for those of the step."""
-        body = {"model_path": str(folder / "other"), "weight_version": str(version)}
+        body = {"model_path": str(folder / "other"), "weight_version": version}
         request_json(f"{url.removesuffix('/v1')}/update_weights_from_disk", body, 600.0)
 
     monkeypatch.setattr(remote_sampling, "push_weights", push_others)
     with pytest.raises(RuntimeError, match=r"differ by up to \S+ nats: another model, other weights"):
         connected(0.0, 0)
     monkeypatch.setattr(remote_sampling, "push_weights", lambda *_: None)  # a server that says yes and keeps its own
-    push_others(None, None, None, url, 41)
-    with pytest.raises(ValueError, match="answered with version 41 of the weights, the trainer's is 0"):
+    push_others(None, None, None, url, "41")
+    with pytest.raises(ValueError, match=r"answered with version 41 of the weights, the trainer's is \w+:0"):
         connected(0.0, 0)
+
+
+def test_long_answers_are_read():
+    """What the ids, log-probs and texts of all completions may take as JSON is expected of them."""
+    body = {"prompt": [0] * 1000, "n": 64, "max_tokens": 4000}
+    token = json.dumps({"id": 150_000, "text": "\U0001f600" * 8, "logprob": -1.2345678901234567e-05, "offset": 15_000})
+    assert remote_sampling.answer_bytes(body) > 64 * (1000 * len("150000, ") + 4000 * 3 * len(token))
+    with servers.serve(servers.text(json.dumps("x" * 2**24))) as server:
+        assert len(remote_sampling.ask_server(server.url, [body])[0]) == 2**24
 
 
 @pytest.mark.parametrize("name", sorted(critic_free(8)))

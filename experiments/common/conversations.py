@@ -280,7 +280,7 @@ def score_environment(traj: Trajectory) -> Trajectory:
 def conversation_metrics(conversations: Sequence[Conversation], counts: ConversationCounts) -> dict[str, float]:
     """Means over conversations: turns and observed tokens, what was cut and what failed, what the environment logs.
 
-    What the environment calls by one of our names is logged as info_NAME.
+    Raises TextEnvError for an environment that logs a number under one of our names.
     """
     totals: Counter = Counter({f"frac_{status}": 0 for status in FAILED})
     logged: Counter = Counter()
@@ -293,7 +293,12 @@ def conversation_metrics(conversations: Sequence[Conversation], counts: Conversa
     totals["observed_tokens"] = counts.observed.sum()
     totals["frac_out_of_context"] = counts.out_of_context.sum()
     totals["frac_out_of_turns"] = counts.out_of_turns.sum()
-    totals.update({f"info_{name}" if name in totals else name: value for name, value in logged.items()})
+    taken = sorted(set(logged) & set(totals))
+    if taken:
+        raise TextEnvError(
+            f"info of the environment has {taken[0]!r}; legal: names other than {', '.join(sorted(totals))}"
+        )
+    totals.update(logged)
     return {f"conversation/{name}": float(value) / len(conversations) for name, value in totals.items()}
 
 

@@ -1,6 +1,7 @@
 """A server as the source of a training run's completions: weights go to it before each step, and its answers are
 checked."""
 
+import secrets
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,15 @@ import jax.numpy as jnp
 from experiments.common import models, settings
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.judge import served_model
-from rljax.rewards.server import DEFAULT_LIMITS, RequestError, ask_all, check_reachable, check_url, request_json
+from rljax.rewards.server import (
+    DEFAULT_LIMITS,
+    MAX_BYTES,
+    RequestError,
+    ask_all,
+    check_reachable,
+    check_url,
+    request_json,
+)
 from rljax.rollouts.remote import sample_remote
 from rljax.train import distributed
 from rljax.train.log import log_info
@@ -22,6 +31,8 @@ SampleFn = Callable[[TrainState, int, PromptBatch, Sampling], Trajectory]
 # {"log_ratio": log π - log π_sampler [B T], ..}, as of `train.make_token_columns`
 TokenColumnsFn = Callable[[TrainState, Trajectory], dict[str, Array]]
 CHECKED_STEPS = 2  # whose log-probs are compared: with the first weights, and with those after the first update
+PROMPT_TOKEN_BYTES = 16  # of a prompt's token in an answer: its id
+TOKEN_BYTES = 1024  # of a sampled token: id, log-prob, and its text up to three times
 WEIGHTS_SECONDS = 600.0  # for a server to take new weights
 
 
@@ -45,13 +56,14 @@ def connect_server(cfg: Any, config: DecoderConfig, token_columns: TokenColumnsF
     check_url(url)
     check_reachable(url)
     model = served_model(url)
+    run = secrets.token_hex(4)  # another run's weights of the same step are another version
     checked = []
 
     def sample(state: TrainState, step: int, prompts: PromptBatch, sampling: Sampling) -> Trajectory:
         version = None
         if options.weights == "push":
-            push_weights(state, config, cfg.model, url, step)
-            version = step
+            version = f"{run}:{step}"
+            push_weights(state, config, cfg.model, url, version)
         ask = partial(ask_server, url)
         traj = sample_remote(ask, model, prompts, sampling, cfg.seed, step, config.vocab_size, version)
         if options.weights == "push" and len(checked) < CHECKED_STEPS:
@@ -66,7 +78,7 @@ def ask_server(url: str, bodies: list[dict]) -> list[Any]:
     """The answers of POST {url}/completions. Raises RuntimeError, naming the first that failed."""
 
     def ask(body: dict, seconds: float) -> Any:
-        return request_json(f"{url}/completions", body, seconds)
+        return request_json(f"{url}/completions", body, seconds, most_bytes=answer_bytes(body))
 
     replies = ask_all(ask, bodies, DEFAULT_LIMITS._replace(timeout_seconds=DEFAULT_LIMITS.step_timeout_seconds))
     failed = [reply for reply in replies if reply.status != "ok"]
@@ -78,7 +90,12 @@ def ask_server(url: str, bodies: list[dict]) -> list[Any]:
     return [reply.value for reply in replies]
 
 
-def push_weights(state: TrainState, config: DecoderConfig, source: str, url: str, version: int) -> None:
+def answer_bytes(body: dict) -> int:
+    """Most bytes of the answer to a request of completions, whose ids, log-probs and texts are written as JSON."""
+    return MAX_BYTES + body["n"] * (PROMPT_TOKEN_BYTES * len(body["prompt"]) + TOKEN_BYTES * body["max_tokens"])
+
+
+def push_weights(state: TrainState, config: DecoderConfig, source: str, url: str, version: str) -> None:
     """Write the weights of the policy, and have the server load them as this version, by SGLang's address.
 
     Raises RuntimeError where it does not: a server on another machine sees another disk.
@@ -87,13 +104,14 @@ def push_weights(state: TrainState, config: DecoderConfig, source: str, url: str
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         directory = Path(folder) / "model"
         models.save_pretrained(state.params, state.frozen, config, source, directory, dtype="float32")
-        body = {"model_path": str(directory), "weight_version": str(version)}
+        body = {"model_path": str(directory), "weight_version": version}
         try:
             request_json(address, body, WEIGHTS_SECONDS)  # answered when they are loaded
         except RequestError as error:
             raise RuntimeError(
-                f"the server does not take the weights of step {version} ({address}: {error.detail}); legal: SGLang or "
-                "experiments/serve.py on a disk that both see, or --server.weights keep, which corrects for older ones"
+                f"the server does not take the weights of version {version} ({address}: {error.detail}); legal: SGLang "
+                "or experiments/serve.py on a disk that both see, or --server.weights keep, which corrects for older "
+                "ones"
             ) from None
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-MAX_BYTES = 2**24  # of an answer
+MAX_BYTES = 2**24  # of an answer, unless more is expected
 FIRST_PAUSE_SECONDS = 0.25  # before the second try of a request; doubled before each further one
 
 
@@ -78,11 +78,18 @@ def check_reachable(url: str, seconds: float = 10.0) -> None:
         raise ValueError(f"no server at {url} ({error}); start it first, or correct the address") from None
 
 
-def request_json(url: str, body: Any = None, seconds: float = 60.0, headers: dict[str, str] | None = None) -> Any:
+def request_json(
+    url: str,
+    body: Any = None,
+    seconds: float = 60.0,
+    headers: dict[str, str] | None = None,
+    most_bytes: int = MAX_BYTES,
+) -> Any:
     """The JSON that the server answers to a POST of `body`, or to a GET where that is None.
 
     Raises RequestError: "timeout" if the last byte has not come after `seconds`; "unreachable" if there is no
-    connection, or it broke off; "invalid" for a status other than 200, and for what is no JSON.
+    connection, or it broke off; "invalid" for a status other than 200, for what is no JSON, and for more bytes than
+    `most_bytes`.
     """
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -102,7 +109,9 @@ def request_json(url: str, body: Any = None, seconds: float = 60.0, headers: dic
     try:
         connection.connect()
         sockets.append(connection.sock)  # the response takes it away from the connection
-        status, data = _exchange(connection, parts.path + (parts.query and f"?{parts.query}"), body, headers or {})
+        status, data = _exchange(
+            connection, parts.path + (parts.query and f"?{parts.query}"), body, headers or {}, most_bytes
+        )
     except (OSError, http.client.HTTPException) as error:
         if is_late.is_set() or isinstance(error, TimeoutError):
             raise RequestError("timeout", f"no answer in {seconds:g} s") from None
@@ -112,24 +121,24 @@ def request_json(url: str, body: Any = None, seconds: float = 60.0, headers: dic
         connection.close()
     if is_late.is_set():
         raise RequestError("timeout", f"no whole answer in {seconds:g} s")
-    return _read_answer(status, data)
+    return _read_answer(status, data, most_bytes)
 
 
-def _exchange(connection, path: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
+def _exchange(connection, path: str, body: Any, headers: dict[str, str], most_bytes: int) -> tuple[int, bytes]:
     headers = {"Content-Type": "application/json", "Connection": "close"} | headers
     data = None if body is None else json.dumps(body).encode()
     connection.request("GET" if body is None else "POST", path or "/", data, headers)
     response = connection.getresponse()
-    return response.status, response.read(MAX_BYTES + 1)
+    return response.status, response.read(most_bytes + 1)
 
 
-def _read_answer(status: int, data: bytes) -> Any:
+def _read_answer(status: int, data: bytes, most_bytes: int) -> Any:
     shown = data[:200].decode(errors="replace")
     if status != 200:
         is_temporary = status >= 500 or status in (408, 429)
         raise RequestError("invalid", f"HTTP {status}: {shown}", again=is_temporary)
-    if len(data) > MAX_BYTES:
-        raise RequestError("invalid", f"an answer of more than {MAX_BYTES} bytes", again=False)
+    if len(data) > most_bytes:
+        raise RequestError("invalid", f"an answer of more than {most_bytes} bytes", again=False)
     try:
         return json.loads(data)
     except (ValueError, RecursionError):

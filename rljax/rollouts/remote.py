@@ -40,14 +40,15 @@ def sample_remote(
     seed: int,
     step: int,
     vocab_size: int,
-    version: int | None,
+    version: str | None,
 ) -> Trajectory:
-    """`sampler.sample` by a server: B = P·n rows, with `version` on every token that was chosen.
+    """`sampler.sample` by a server: B = P·n rows, with the number of their version on all tokens that were chosen.
 
     Args:
       ask_all: bodies of completion requests -> their answers, in this order.
       model: its name at the server.
-      version: of the weights that must have answered, as the server knows it (`metadata.weight_version`); None: any.
+      version: of the weights that must have answered, as the server knows it (`metadata.weight_version`): a number, or
+        RUN:NUMBER; None: any.
     Raises ValueError for settings that a server cannot be asked for, ServerAnswerError for an answer that is none.
     """
     check_remote(prompts, sampling)
@@ -103,7 +104,7 @@ def completion_request(
     }
 
 
-def read_completions(body: dict, answer: Any, vocab_size: int, version: int | None) -> list[SampledCompletion]:
+def read_completions(body: dict, answer: Any, vocab_size: int, version: str | None) -> list[SampledCompletion]:
     """The n completions of an answer to `body`. Raises ServerAnswerError, which says what was expected."""
     if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
         raise ServerAnswerError(f"the server answered {str(answer)[:100]!r}; legal: a JSON object with `choices`")
@@ -114,9 +115,9 @@ def read_completions(body: dict, answer: Any, vocab_size: int, version: int | No
             )
     if answer.get("model", body["model"]) != body["model"]:
         raise ServerAnswerError(f"the server answered with the model {answer['model']!r}, not {body['model']!r}")
-    found = _read_version(answer)
+    found = _told_version(answer)
     if version is not None and found != version:
-        told = "tells no version" if found == UNKNOWN_VERSION else f"answered with version {found} of the weights"
+        told = "tells no version" if found is None else f"answered with version {found[:40]} of the weights"
         raise ServerAnswerError(
             f"the server {told}, the trainer's is {version}; legal: the same in `metadata.weight_version` of the "
             "answer, as a server gives that takes weights, or training that corrects for older ones"
@@ -124,16 +125,20 @@ def read_completions(body: dict, answer: Any, vocab_size: int, version: int | No
     choices = sorted(answer["choices"], key=lambda choice: choice.get("index", 0))
     if len(choices) != body["n"]:
         raise ServerAnswerError(f"the server gave {len(choices)} completions; legal: {body['n']}, as n says")
-    return [_read_choice(body, choice, vocab_size, found) for choice in choices]
+    return [_read_choice(body, choice, vocab_size, _version_number(found)) for choice in choices]
 
 
-def _read_version(answer: dict) -> int:
+def _told_version(answer: dict) -> str | None:
+    """The version of the weights that answered; None where the server tells none."""
     metadata = answer.get("metadata")
     told = metadata.get("weight_version") if isinstance(metadata, dict) else None
-    try:
-        return int(np.int32(told))
-    except (TypeError, ValueError, OverflowError):
-        return UNKNOWN_VERSION
+    return str(told) if isinstance(told, str) or type(told) is int else None
+
+
+def _version_number(told: str | None) -> int:
+    number = (told or "").rpartition(":")[2]
+    is_number = number.isascii() and number.isdecimal() and len(number) < 10  # of 32 bits
+    return int(number) if is_number else UNKNOWN_VERSION
 
 
 def _read_choice(body: dict, choice: dict, vocab_size: int, version: int) -> SampledCompletion:

@@ -52,7 +52,7 @@ def test_answers_become_a_trajectory():
         asked.extend(bodies)
         return [GOOD, answer(choice(0, [9], reason="stop"), choice(1, [7, 8, 7]))]
 
-    traj = sample_remote(ask_all, "m", PROMPTS, SAMPLING, seed=1, step=3, vocab_size=10, version=3)
+    traj = sample_remote(ask_all, "m", PROMPTS, SAMPLING, seed=1, step=3, vocab_size=10, version="3")
     assert [body["prompt"] for body in asked] == [[5, 6], [1, 2, 3]]
     assert [body["key"] for body in asked] == [[3, 4], [3, 7]]
     np.testing.assert_array_equal(traj.group, [4, 4, 7, 7])
@@ -70,6 +70,15 @@ def test_answers_become_a_trajectory():
 
 def test_a_version_that_is_not_asked_for_is_kept():
     assert {found.version for found in read_completions(BODY, GOOD, 10, None)} == {3}
+    for told, number in {
+        "f0:7": 7,
+        7: 7,
+        "default": UNKNOWN_VERSION,
+        "": UNKNOWN_VERSION,
+        10**30: UNKNOWN_VERSION,
+    }.items():
+        found = read_completions(BODY, {**GOOD, "metadata": {"weight_version": told}}, 10, None)
+        assert {completion.version for completion in found} == {number}
     unknown = {**GOOD, "metadata": None}
     assert {found.version for found in read_completions(BODY, unknown, 10, None)} == {UNKNOWN_VERSION}
 
@@ -79,9 +88,10 @@ WRONG = [
     ("a text", "the server answered 'a text'; legal: a JSON object with `choices`"),
     ({**GOOD, "model": "other"}, "the server answered with the model 'other', not 'm'"),
     ({**GOOD, "metadata": {"weight_version": "2"}}, "answered with version 2 of the weights, the trainer's is 3"),
-    ({**GOOD, "metadata": {"weight_version": "default"}}, "tells no version, the trainer's is 3"),
+    ({**GOOD, "metadata": {"weight_version": "f0:3"}}, "answered with version f0:3 of the weights, the trainer's is 3"),
+    ({**GOOD, "metadata": {"weight_version": "default"}}, "answered with version default of the weights"),
     ({**GOOD, "metadata": [1]}, "tells no version, the trainer's is 3"),
-    ({**GOOD, "metadata": {"weight_version": 10**30}}, "tells no version, the trainer's is 3"),
+    ({**GOOD, "metadata": {"weight_version": 3.7}}, "tells no version, the trainer's is 3"),
     (answer("x", FIRST), "the server gave the choice 'x'; legal: an object with its `index`"),
     (answer(FIRST, choice("1", [1])), "legal: an object with its `index`"),
     (answer(FIRST), "the server gave 1 completions; legal: 2"),
@@ -107,7 +117,7 @@ WRONG = [
 @pytest.mark.parametrize(("found", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_an_answer_that_is_none(found, message):
     with pytest.raises(ServerAnswerError, match=re.escape(message)):
-        read_completions(BODY, found, 10, 3)
+        read_completions(BODY, found, 10, "3")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,7 @@ def test_an_answer_that_is_none(found, message):
 )
 def test_settings_that_a_server_is_not_asked_for(change):
     with pytest.raises(ValueError, match="legal with a server"):
-        sample_remote(None, "m", PROMPTS, SAMPLING.replace(**change), 0, 0, 10, 0)
+        sample_remote(None, "m", PROMPTS, SAMPLING.replace(**change), 0, 0, 10, "0")
     resumed = PROMPTS._replace(resume=Resume(np.array([[0, 0]])))
     with pytest.raises(ValueError, match="resume is set; legal with a server"):
-        sample_remote(None, "m", resumed, SAMPLING, 0, 0, 10, 0)
+        sample_remote(None, "m", resumed, SAMPLING, 0, 0, 10, "0")
