@@ -156,7 +156,8 @@ def named_algorithm(cfg: Config) -> Algorithm:
 
     Raises ValueError for credit by turns of an algorithm that does not compare the completions of a group.
     """
-    algorithm = critic_free(cfg.sampling.max_tokens)[cfg.algorithm]()
+    longest = min(cfg.sampling.max_tokens * cfg.max_turns, cfg.max_context)  # that can be sampled in a conversation
+    algorithm = critic_free(longest)[cfg.algorithm]()
     if cfg.credit == "turn":
         if algorithm.group_signal is None or algorithm.needs or cfg.algorithm == "gdpo":
             raise ValueError(f"{cfg.algorithm} does not compare rewards of a group; legal: --credit trajectory")

@@ -67,7 +67,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
     train.check_batches(batches, mesh)
     train.check_whole_groups(batches)
     name = "" if algorithm else cfg.algorithm
-    algorithm = algorithm or critic_free(tool_arithmetic.TURN_TOKENS)[cfg.algorithm]()
+    algorithm = algorithm or critic_free(tool_arithmetic.MAX_TOKENS)[cfg.algorithm]()
     train.check_algorithm(algorithm, batches, name)
     run = make_run(cfg, algorithm)
 

@@ -13,6 +13,7 @@ import pytest
 
 from experiments import agent_grpo
 from experiments.common import conversations, environments
+from experiments.common.algorithms import critic_free
 from experiments.common.conversations import SEED, ConversationSettings, make_codec, make_converse
 from rljax.data.chat import encode_prompt
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
@@ -261,6 +262,15 @@ def test_what_a_tool_returns_cannot_end_its_turn(name, shared):
     assert last["content"].replace(" ", "") == hostile.replace(" ", "")
     assert last["name"] == last["content"]
     assert [conversation.played[0].special_tokens for conversation in found] == [0, 2 * len(tokenizer.special_tokens)]
+
+
+@pytest.mark.parametrize("max_context", [16, 100])
+def test_the_longest_completion_is_that_of_a_conversation(max_context, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(agent_grpo, "critic_free", lambda longest: lengths.append(longest) or critic_free(longest))
+    cfg = agent_grpo.Config("model", "guess", max_turns=3, max_context=max_context, sampling=Sampling(max_tokens=8))
+    agent_grpo.named_algorithm(cfg)
+    assert lengths == [min(3 * 8, max_context)]
 
 
 # ------------------------------------------------------------------------------------------------ environments by name

@@ -30,6 +30,7 @@ from rljax.types import Params, PromptBatch, Sampling, TrainState
 ALPHABET = "".join(map(chr, range(32, 127)))  # errors of a call are written in it too
 TURN_TOKENS = 16
 MAX_TURNS = 2  # a call, and the answer
+MAX_TOKENS = TURN_TOKENS * MAX_TURNS  # that can be sampled in a conversation
 MAX_CONTEXT = 40
 
 
