@@ -19,8 +19,8 @@ Of the others the comparisons of eight are held out from the reward model, whose
 stories reach max_tokens: they are compared as they are, without an end (docs/data.md, `ended`), and a story's score is
 read at its last token, as PPO reads it. DIRECTORY/config.json keeps the settings that the stages share.
 
-Reached: stories260k, seed 0: accuracy of the reward model on comparisons of eight openings held out 0.962; its reward of
-the fine-tuned model and with PPO -2.73 ± 0.25 -> 2.98 ± 0.33 at a KL of 8.5 nats a story. With 64 completions of an
+Reached: stories260k, seed 0: accuracy of the reward model on comparisons of eight openings held out 0.962; its reward
+of the fine-tuned model and with PPO -2.73 ± 0.25 -> 2.98 ± 0.33 at a KL of 8.5 nats a story. With 64 completions of an
 opening in place of 256 that accuracy was 0.66, and 0.76 after 200 updates. RLOO, GRPO and DPO: docs/rlhf.md, of an
 earlier version.
 """
