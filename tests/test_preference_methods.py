@@ -113,15 +113,15 @@ def test_what_is_measured_on_rows_held_out_does_not_depend_on_the_pieces(name):
     method = METHODS[name]
     rows = rows_of(method)
     rows = [row._replace(ref_logps=tuple(x + 0.1 * i for x in table_logps(row))) for i, row in enumerate(rows)]
-    rows += [empty_row(rows[0])] * (16 - len(rows))
+    filled = rows + [empty_row(rows[0])] * (16 - len(rows))
     objective = method.make(table_policy, method.beta)
     start = {name: jnp.zeros(()) for name in objective.state}
     params = table_params()
     state = TrainState(0, params, optax.identity().init(params), jax.random.key(0), coefficients=start)
     shardings = state_shardings(make_mesh(), state, optax.identity(), jax.tree.map(lambda x: (None,) * x.ndim, params))
-    batches = [collate_rows(rows, method, 2, 4)]
+    batches = [collate_rows(filled, method, 2, 4)]
     metrics = ("rewards/chosen", "rewards/rejected")
-    whole, cut = (make_evaluate(objective, batches, metrics, pieces, shardings)(state) for pieces in (1, 2))
+    whole, cut = (make_evaluate(objective, rows, batches, metrics, pieces, shardings)(state) for pieces in (1, 2))
     assert whole == pytest.approx(cut, rel=1e-5, abs=1e-6)
 
 
