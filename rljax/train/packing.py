@@ -128,24 +128,20 @@ def pack_batch(
         raise ValueError(
             f"row {length.argmax()} holds a sequence of {length.max()} decisions; a packed row holds {width}"
         )
-    pieces = _sequences(first, length)
-    row, micro_batches, count = plan_rows(pieces.bundle_lengths, width, rows, devices)
-    added = {}
-    if shared is not None:
-        is_shared = False
-        if _has_shared_columns(batch, shared):
-            bundles = _bundles(first, length, width, shared)
-            plan = plan_rows(bundles.bundle_lengths, width, rows, devices)
-            is_shared = plan[2] < count
-        if is_shared:
-            pieces = bundles
-            row, micro_batches, count = plan
-        added["shared_prefix"] = float(is_shared)
+    choices = [_sequences(first, length)]
+    if shared is not None and _has_shared_columns(batch, shared):
+        choices.append(_bundles(first, length, width, shared))
+    plans = [(*plan_rows(pieces.bundle_lengths, width, rows, devices), pieces) for pieces in choices]
+    row, micro_batches, count, pieces = min(plans, key=lambda plan: plan[2])  # of equal ones the sequences
     source, segments, context = _place_pieces(row, pieces, (count, width), columns=batch.mask.shape[1])
-    added["padding_before"] = float(1.0 - length.sum() / batch.mask.size)
-    added["padding_after"] = float((source < 0).mean())
-    # An array even where no prompt is shared this time: another program would have to be compiled.
-    context = None if shared is None else context
+    added = {
+        "padding_before": float(1.0 - length.sum() / batch.mask.size),
+        "padding_after": float((source < 0).mean()),
+    }
+    if shared is None:
+        context = None
+    else:  # an array even where no prompt is shared this time: another program would have to be compiled
+        added["shared_prefix"] = float(pieces.is_prompt.any())
     return _gather(batch, source, segments, context), micro_batches, added
 
 
@@ -210,7 +206,8 @@ def _bundles(first: np.ndarray, length: np.ndarray, width: int, shared: SharedCo
             for k in np.flatnonzero(bundle_of_row == number):
                 pieces.append((bundle, group[k], first[group[k]] + prompt, completions[k], False))
             bundle += 1
-    return Pieces(*map(np.array, zip(*pieces, strict=True)))
+    *numbers, is_prompt = np.array(pieces, np.int64).reshape(-1, len(Pieces._fields)).T
+    return Pieces(*numbers, is_prompt.astype(bool))
 
 
 def _fewest_rows(lengths: np.ndarray, width: int) -> np.ndarray:

@@ -191,6 +191,14 @@ def test_prompts_are_not_shared_where_that_takes_as_many_rows():
         np.testing.assert_array_equal(packed.traj.inputs, plain.traj.inputs)
 
 
+def test_a_batch_without_a_decision_shares_nothing():
+    batch = after_a_prompt(without_left_padding(credited(ALGORITHMS["grpo"], rollout())), 2)
+    nothing = batch.replace(mask=batch.mask & False)
+    packed, _, added = pack_batch(nothing, 15, rows=4, shared=SharedColumns(COLUMNS, 2))
+    assert added == {"padding_before": 1.0, "padding_after": 1.0, "shared_prefix": 0.0}
+    assert not packed.mask.any()
+
+
 @pytest.mark.parametrize(
     "change",
     [
