@@ -46,6 +46,7 @@ from rljax.data.examples import (
     Steps,
     comparison,
     demonstration,
+    gold,
     judgment,
     ranking,
     steps,
@@ -66,7 +67,7 @@ class WithGold(NamedTuple):
 
 def with_gold(row: dict, tokenizer: Tokenizer) -> WithGold:
     """A comparison and the `gold` of its row."""
-    return WithGold(comparison(row, tokenizer), demonstration(row | {"completion": row["gold"]}, tokenizer))
+    return WithGold(comparison(row, tokenizer), gold(row, tokenizer))
 
 
 READERS: dict[str, Read] = {

@@ -11,7 +11,7 @@ from experiments.common.data import Examples
 from experiments.common.preference_methods import Method
 from experiments.common.settings import Data
 from rljax.data.demonstrations import EMPTY, collate, collate_after_prompts
-from rljax.data.examples import Comparison, Example, Judgment, comparison, demonstration, judgment
+from rljax.data.examples import Comparison, Example, Judgment, comparison, gold, judgment
 from rljax.data.preferences import collate_pairs, collate_unpaired, judgments_of, mismatched_examples
 from rljax.data.tokenizer import Tokenizer
 from rljax.models.policy import AnnotateFn
@@ -65,8 +65,7 @@ def _pair_with_gold(row: dict, tokenizer: Tokenizer) -> list[Row]:
     (found,) = _pair(row, tokenizer)
     if "gold" not in row:
         raise ValueError("a pair without a column gold; this method wants one: a third completion, to be imitated")
-    gold = demonstration(row | {"completion": row["gold"]}, tokenizer)
-    return [found._replace(completions=(*found.completions, gold))]
+    return [found._replace(completions=(*found.completions, gold(row, tokenizer)))]
 
 
 def _judged(row: dict, tokenizer: Tokenizer) -> list[Row]:

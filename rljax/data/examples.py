@@ -138,6 +138,11 @@ def comparison(row: Row, tokenizer: Tokenizer) -> Comparison:
     return Comparison(chosen, rejected, None if margin is None else float(margin))
 
 
+def gold(row: Row, tokenizer: Tokenizer) -> Example:
+    """The column `gold` of a comparison: a third completion of its prompt, to be imitated."""
+    return demonstration({**row, "completion": row["gold"]}, tokenizer)
+
+
 def ranking(row: Row, tokenizer: Tokenizer) -> list[Example]:
     """The `completions` of a `prompt`, best first; `ended`, where the row has it, is of these (`as_ended`).
 
