@@ -294,7 +294,7 @@ def test_processes_that_were_numbered_wrongly():
 
 
 @pytest.mark.nightly
-def test_a_checkpoint_of_another_model(flags, reference):
+def test_the_model_of_a_run_that_goes_on_is_another_one(flags, reference):
     """The directory of the model now holds another one: one error on every process, and the checkpoint stays."""
     model = Path(flags[flags.index("--model") + 1])
     other = RAW | {"hidden_size": 48}
@@ -308,6 +308,6 @@ def test_a_checkpoint_of_another_model(flags, reference):
         aside.rename(model)
     assert [end.code for end in ended] == [1, 1], ended
     for end in ended:
-        assert "holds a checkpoint of another model" in end.output
+        assert f"has changed since {reference} was begun" in end.output
         assert "Traceback" not in end.output
     assert (reference / "checkpoints" / f"{STEPS}.sha256.json").is_file()
