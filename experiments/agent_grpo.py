@@ -86,7 +86,7 @@ def main(
     train.check_directory(cfg.directory, algorithm)
     name = "" if algorithm else cfg.algorithm
     algorithm = algorithm or named_algorithm(cfg)
-    cfg = one_small_step(cfg) if cfg.debug else cfg
+    cfg = one_small_step(cfg, algorithm.least_group) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh)
@@ -159,7 +159,7 @@ def named_algorithm(cfg: Config) -> Algorithm:
     longest = min(cfg.sampling.max_tokens * cfg.max_turns, cfg.max_context)  # that can be sampled in a conversation
     algorithm = critic_free(longest)[cfg.algorithm]()
     if cfg.credit == "turn":
-        if algorithm.group_signal is None or algorithm.needs or cfg.algorithm == "gdpo":
+        if algorithm.group_signal is None or algorithm.needs or algorithm.reads != "rewards":
             raise ValueError(f"{cfg.algorithm} does not compare rewards of a group; legal: --credit trajectory")
         algorithm = turn_groups(algorithm)
     return with_kl(algorithm, cfg.kl_coef)

@@ -61,13 +61,13 @@ class Config:
 
 def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str, float]]:
     """Warm up, then improve; returns eval reward before and after. `algorithm` replaces the one cfg names."""
-    batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
-    mesh = make_mesh(**cfg.mesh.sizes)
     train.check_directory(cfg.directory, algorithm)
-    train.check_batches(batches, mesh)
-    train.check_whole_groups(batches)
     name = "" if algorithm else cfg.algorithm
     algorithm = algorithm or critic_free(tool_arithmetic.MAX_TOKENS)[cfg.algorithm]()
+    batches = debug_batches(cfg.batches, algorithm.least_group) if cfg.debug else cfg.batches
+    mesh = make_mesh(**cfg.mesh.sizes)
+    train.check_batches(batches, mesh)
+    train.check_whole_groups(batches)
     train.check_algorithm(algorithm, batches, name)
     run = make_run(cfg, algorithm)
 

@@ -71,12 +71,12 @@ class Config:
 
 def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
     """Warm up, then improve; returns eval accuracy before and after. `algorithm` replaces the one cfg names."""
-    batches = debug_batches(cfg.batches) if cfg.debug else cfg.batches
-    mesh = make_mesh(**cfg.mesh.sizes)
     train.check_directory(cfg.directory, algorithm)
-    train.check_batches(batches, mesh)
     own = algorithm
     algorithm = algorithm or ALGORITHMS[cfg.algorithm]()
+    batches = debug_batches(cfg.batches, algorithm.least_group) if cfg.debug else cfg.batches
+    mesh = make_mesh(**cfg.mesh.sizes)
+    train.check_batches(batches, mesh)
     train.check_algorithm(algorithm, batches, "" if own else cfg.algorithm)
     algorithm = train.with_filtered_groups(algorithm, batches)
     run = make_run(cfg, algorithm)

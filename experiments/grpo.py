@@ -27,7 +27,7 @@ from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_optimizer
 from experiments.common.remote_sampling import connect_server, is_off_policy
-from experiments.common.rewards import check_compared_in_training, load_score, read_rewards
+from experiments.common.rewards import check_compared_in_training, check_verdicts, load_score, read_rewards
 from experiments.common.sampling import initial_extra, make_draw, make_greedy_baseline, training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
 from experiments.common.verifiers import VERIFIERS
@@ -86,11 +86,13 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm = algorithm or named_algorithm(cfg)
     check_compared_in_training(cfg, algorithm.needs)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward, per_step=cfg.algorithm in PER_STEP)
-    cfg = one_small_step(cfg) if cfg.debug else cfg
+    cfg = one_small_step(cfg, algorithm.least_group) if cfg.debug else cfg
     batches = cfg.batches
     mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh, carries_over=True)
-    train.check_algorithm(algorithm, batches, name)
+    train.check_algorithm(algorithm, batches, name, is_off_policy(cfg.server))
+    check_verdicts(rewards, algorithm, cfg.data)
+    controllers.check_target(cfg.controllers, cfg.server)
 
     # -- model and data
     tokenizer, train_prompts, eval_prompts = runs.read_data(cfg, rewards.verifiers)
@@ -189,11 +191,7 @@ def with_settings(algorithm: Algorithm, cfg: Config, config: DecoderConfig, othe
 def named_algorithm(cfg: Config) -> Algorithm:
     """The algorithm that cfg names, with the KL to the reference in its loss or in its reward."""
     algorithm = (critic_free(cfg.sampling.max_tokens) | PER_STEP)[cfg.algorithm]()
-    if not cfg.kl_in_reward:
-        return with_kl(algorithm, cfg.kl_coef)
-    if cfg.algorithm in ("gdpo", *PER_STEP):
-        raise ValueError(f"{cfg.algorithm} does not read the sum of rewards; legal: without --kl_in_reward")
-    return kl_in_reward(algorithm, cfg.kl_coef)
+    return kl_in_reward(algorithm, cfg.kl_coef) if cfg.kl_in_reward else with_kl(algorithm, cfg.kl_coef)
 
 
 if __name__ == "__main__":

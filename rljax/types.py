@@ -217,8 +217,15 @@ class Algorithm(NamedTuple):
     needs: tuple[str, ...] = ()  # Trajectory fields that must be annotated; wrappers add theirs
     prepare: PrepareFn | None = None  # called before the optimizer batch is cut into micro-batches; None: identity
     group_signal: SignalFn | None = None  # which groups teach something; None: every completion does
+    least_group: int = 1  # completions of a prompt: with fewer nothing is learned, or nothing is the baseline
     one_update: bool = False  # one update of a rollout: no ratio corrects for policies after the one that sampled
-    whole_groups: bool = False  # `prepare` compares the rows of a group: one minibatch
+    whole_groups: bool = False  # `prepare` compares the rows of a group: one minibatch, rows that are not packed
+    # What advantages are made of. "rewards": sums of them, to which a term may be added (`kl_in_reward`); "correct":
+    # whether completions are correct, or rewards of 0 and 1; "steps": rewards where steps end; "scores": each by itself
+    reads: Literal["rewards", "correct", "steps", "scores"] = "rewards"
+    # What makes samples of another policy than π_old right. "weights": π_old/π_sampler on advantages (`truncate_is`);
+    # "itself": its own loss or credit, or it is right for any samples; "never": nothing that is offered here
+    off_policy: Literal["weights", "itself", "never"] = "weights"
 
 
 class Objective(NamedTuple):

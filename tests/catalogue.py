@@ -205,6 +205,7 @@ SECTIONS["Control"] = CONTROL
 BLOCKS = (
     "wrappers.with_needs",
     "wrappers.with_prepare",
+    "reward_shaping.with_rewards",
     "ppo.actor_critic",
     "pairs.preference_objective",
     "pairs.unpaired_objective",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rljax import algorithms as a
+from rljax.algorithms.common.wrappers import with_needs
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig, language_model
 from rljax.rollouts.sampler import sample
@@ -85,6 +86,50 @@ def test_one_update_is_for_those_whose_loss_knows_no_policy_that_sampled(name):
     if name == "real":
         has_ratio = True  # found in `prepare`
     assert algorithm.one_update == (name in STEPS or (not has_ratio and name not in REGRESSIONS))
+
+
+def moved_by_the_sampler(algorithm):
+    """Whether the gradient depends on the sampler's log-probs, where the policy before the update is annotated too."""
+    algorithm = with_needs(algorithm, "old_logp")
+    traj, output = rollout(), table_output()
+
+    def slope(shift):
+        seen = asked_for(algorithm, traj).replace(logp=traj.logp - shift)
+        batch = algorithm.credit(seen, OTHERS)
+        batch = policy_objective(lambda *_: output, algorithm).prepare({}, {}, batch, jax.random.key(0))
+
+        def total(logp):
+            return jnp.where(batch.mask, algorithm.loss(output.replace(logp=logp), batch)[0], 0.0).sum()
+
+        return jax.grad(total)(jnp.where(batch.mask, output.logp, 0.0)), batch
+
+    (plain, batch), (other, _) = slope(0.0), slope(0.3)
+    by_advantage = jax.grad(lambda logp: jnp.where(batch.mask, of_half(algorithm, output, batch, logp), 0.0).sum())
+    halved = by_advantage(jnp.where(batch.mask, output.logp, 0.0))
+    return bool(jnp.abs(plain - other).max() > 1e-6), bool(jnp.abs(plain - halved).max() > 1e-6)
+
+
+def of_half(algorithm, output, batch, logp):
+    """The loss of half the advantages."""
+    half = batch.replace(advantages=0.5 * batch.advantages)
+    return algorithm.loss(output.replace(logp=logp), half)[0]
+
+
+FILTERS = ("grpo + reject", "grpo + off-policy sequence mask")  # leave out what the sampler made, and weigh nothing
+
+
+@EVERY
+def test_a_method_is_weighted_for_the_sampler_once_and_where_a_weight_is_felt(name):
+    by_sampler, by_advantage = moved_by_the_sampler(ALGORITHMS[name])
+    kind = ALGORITHMS[name].off_policy
+    if by_sampler and name not in FILTERS:
+        assert kind == "itself"
+    if not by_advantage:
+        assert kind != "weights"
+    if kind == "itself" and name not in REGRESSIONS:
+        assert by_sampler
+    if kind == "never":
+        assert not by_advantage or name == "otb"  # whose baseline is that of the policy that sampled
 
 
 # -------------------------------------------------------------------------------------------------- the first update

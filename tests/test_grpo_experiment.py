@@ -37,7 +37,7 @@ from experiments.tools import export
 from models import tiny
 from rewards import hostile
 from rljax.algorithms import grpo as plain_grpo
-from rljax.algorithms import gspo, real, remax, rloo, with_kl
+from rljax.algorithms import gspo, real, remax, with_kl
 from rljax.models import decoder, hf, lora, param_filters, peft
 from rljax.rewards.score import RewardError
 from rljax.rollouts import self_check
@@ -337,7 +337,9 @@ def test_the_kl_may_be_in_the_reward(tiny_run, tmp_path):
     assert "kl" not in last
     assert last["kl_sequence"] != 0
     assert first["kl_coef"] != last["kl_coef"]
-    with pytest.raises(ValueError, match="gdpo does not read the sum of rewards; legal: without --kl_in_reward"):
+    with pytest.raises(
+        ValueError, match=r"kl_in_reward changes the rewards, and this method .*; legal: without it, or"
+    ):
         grpo.main(change(cfg, algorithm="gdpo"), verifiers=VERIFIERS)
 
 
@@ -629,12 +631,19 @@ def test_weight_decay_is_for_matrices():
 
 
 def test_a_loss_that_compares_completions_is_not_cut_into_minibatches():
-    with pytest.raises(ValueError, match=r"real compares .* minibatches = 2 .*; legal: 1$"):
-        check_algorithm(real(), Batches(minibatches=2))
-    for make in (plain_grpo, rloo, gspo):
-        with pytest.raises(ValueError, match=r"compares the completions .* num_generations = 1 .*; legal: 2 or more$"):
+    for sizes in (Batches(minibatches=2), Batches(max_tokens_per_device=512)):
+        with pytest.raises(ValueError, match=r"real compares .* separate them; legal: 1, 0$"):
+            check_algorithm(real(), sizes)
+    table = critic_free(max_tokens=8) | PER_STEP
+    alone = {"remax", "reinforce_pp", "topr", "rft", "psr", "nsr", "w_reinforce"}
+    for name, make in table.items():
+        if name in alone:
             check_algorithm(make(), Batches(num_generations=1))
-    check_algorithm(remax(), Batches(num_generations=1))
+            continue
+        least = "5" if name == "pass_at_k_training" else "2"
+        with pytest.raises(ValueError, match=rf"{name} compares the .* leaves too few; legal: {least} or more$"):
+            check_algorithm(make(), Batches(num_generations=int(least) - 1), name)
+        check_algorithm(make(), Batches(num_generations=int(least)), name)
     with pytest.raises(ValueError, match=r"remax learns from every completion: filter_groups .*; legal: without it"):
         check_algorithm(remax(), Batches(filter_groups=True), "remax")
     check_algorithm(real(), Batches(epochs=2))

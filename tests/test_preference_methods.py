@@ -108,8 +108,8 @@ def test_the_page_names_every_method():
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "kto", "kto_balanced", "bco", "aot", "cpo"])
-def test_what_is_measured_on_rows_held_out_does_not_depend_on_the_pieces(name):
-    """z, λ, ranks, shifts and the tokens' mean are those of a whole batch."""
+def test_what_is_measured_on_rows_held_out_does_not_depend_on_pieces_or_batches(name):
+    """z, λ, ranks, shifts and the tokens' mean are those of all rows that are held out."""
     method = METHODS[name]
     rows = rows_of(method)
     rows = [row._replace(ref_logps=tuple(x + 0.1 * i for x in table_logps(row))) for i, row in enumerate(rows)]
@@ -123,6 +123,9 @@ def test_what_is_measured_on_rows_held_out_does_not_depend_on_the_pieces(name):
     metrics = ("rewards/chosen", "rewards/rejected")
     whole, cut = (make_evaluate(objective, rows, batches, metrics, pieces, shardings)(state) for pieces in (1, 2))
     assert whole == pytest.approx(cut, rel=1e-5, abs=1e-6)
+    halves = [collate_rows(part, method, 2, 4) for part in (filled[:8], filled[8:])]  # rows in smaller batches
+    found = make_evaluate(objective, rows, halves, metrics, 1, shardings)(state)
+    assert found == pytest.approx(whole, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(

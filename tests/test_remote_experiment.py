@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from experiments import grpo
-from experiments.common import models, remote_sampling, train
+from experiments.common import controllers, models, remote_sampling, train
 from experiments.common.algorithms import critic_free
-from experiments.common.settings import Batches, MeshShape, Sampling, Server
+from experiments.common.settings import Batches, Controllers, MeshShape, Sampling, Server
 from experiments.tools import tiny_model
 from rewards import hostile, servers
 from rljax import types
@@ -134,14 +134,37 @@ def test_long_answers_are_read():
 def test_what_another_policy_sampled_is_corrected_for_or_refused(name):
     algorithm = critic_free(8)[name]()
     config = DecoderConfig(8, 8, 1, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=8)
-    if name == "otb":
-        with pytest.raises(ValueError, match=r"an optimal baseline \(otb\) .*legal: --server.weights push"):
-            train.with_own_old_logp(algorithm, config, other=True)
+    sizes = Batches(num_generations=8)
+    if name in ("otb", "real"):
+        legal = r"legal: --server.weights push to a server in float32, or another algorithm$"
+        with pytest.raises(ValueError, match=f"{name} is right for samples of its own policy alone, .*{legal}"):
+            train.check_algorithm(algorithm, sizes, name, other=True)
+        with pytest.raises(ValueError, match="carry_over = 2 goes on with those of older ones; legal: 0"):
+            train.check_algorithm(algorithm, dataclasses.replace(sizes, carry_over=2), name)
         return
-    corrected = train.with_own_old_logp(algorithm, config, other=True)
-    assert "old_logp" in corrected.needs
-    assert train.with_own_old_logp(corrected, config, other=True) is corrected
+    train.check_algorithm(algorithm, dataclasses.replace(sizes, carry_over=2), name, other=True)
+    half = dataclasses.replace(config, dtype="bfloat16")
+    for corrected in (
+        train.with_own_old_logp(algorithm, config, other=True),
+        train.with_own_old_logp(algorithm, config, carry_over=2),
+        train.with_own_old_logp(algorithm, half, carry_over=2),
+    ):
+        assert (corrected is algorithm) == (name == "topr")  # which divides by the sampler's probabilities itself
+        assert ("old_logp" in corrected.needs) == (name != "topr")
+        assert train.with_own_old_logp(corrected, config, other=True) is corrected
     assert train.with_own_old_logp(algorithm, config) is algorithm
+
+
+def test_the_kl_of_a_server_of_its_own_weights_is_no_target():
+    """It stays where it is, however far the trained policy goes."""
+    target = Controllers(kl_target=6.0)
+    with pytest.raises(
+        ValueError, match=r"kl_target = 6.0 follows the KL of the policy that samples.*; legal: --server"
+    ):
+        controllers.check_target(target, Server("http://h/v1", weights="keep"))
+    controllers.check_target(target, Server("http://h/v1"))
+    controllers.check_target(Controllers(), Server("http://h/v1", weights="keep"))
+    controllers.check_target(target, Server())
 
 
 @pytest.mark.nightly

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 from experiments import grpo
 from experiments.common import data
 from experiments.common.reward_models import PIECE_TOKENS, load_process_reward_model, load_reward_model
-from experiments.common.rewards import read_rewards
-from experiments.common.settings import Batches, MeshShape, Reward, Sampling
+from experiments.common.rewards import Rewards, check_verdicts, read_rewards
+from experiments.common.settings import Batches, MeshShape, PromptData, Reward, Sampling
 from models import tiny
 from rewards import servers
+from rljax import algorithms as a
 from rljax.data import examples
 from rljax.models import decoder, hf
 from rljax.rewards.score import RewardError
@@ -229,6 +230,24 @@ def test_what_is_no_reward_is_refused(item, message, directories, tmp_path):
     place = {"policy": directories, "empty": tmp_path, "labels": tmp_path}.get(item)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_rewards((str(place / item) if place else item,), {"one": len}, Reward())
+
+
+def test_a_score_of_a_model_says_not_what_is_correct():
+    verifier, model = {"one": len}, {"rm": Path("rm")}
+    alone = Rewards({}, model, {}, {"rm": 1.0}, {}, set(), False, Reward())
+    judge = alone._replace(directories={}, servers={"judge:http://h/v1": len})
+    for rewards in (alone, judge):
+        for algorithm, asks, settings in (
+            (a.rft(), "this algorithm", {}),
+            (a.grpo(), "a pass rate", {"max_pass_rate": 0.9}),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"{asks} asks which completions are correct, .*; legal: a verifier in "
+            ):
+                check_verdicts(rewards, algorithm, PromptData(**settings))
+        check_verdicts(rewards, a.grpo(), PromptData())
+    check_verdicts(alone._replace(verifiers=verifier), a.rft(), PromptData(max_pass_rate=0.9))
+    check_verdicts(judge._replace(servers={"remote:http://h": len}), a.maxrl(), PromptData())
 
 
 def test_a_reward_named_twice_is_refused():

@@ -2,10 +2,19 @@
 
 import jax.numpy as jnp
 
-from experiments.common.settings import Controllers
+from experiments.common.settings import Controllers, Server
 from rljax.algorithms import with_entropy
 from rljax.algorithms.common.controllers import adaptive_entropy, adaptive_kl, applied_entropy_coefficient
 from rljax.types import Algorithm, Array, TrainState
+
+
+def check_target(cfg: Controllers, server: Server) -> None:
+    """Raise ValueError where the KL to be controlled would be that of a server's own policy, which stays as it is."""
+    if cfg.kl_target is not None and server.url and server.weights == "keep":
+        raise ValueError(
+            f"controllers.kl_target = {cfg.kl_target} follows the KL of the policy that samples, and here that is a "
+            "server's with weights of its own; legal: --server.weights push, or no kl_target"
+        )
 
 
 def with_controlled_terms(algorithm: Algorithm, cfg: Controllers) -> Algorithm:

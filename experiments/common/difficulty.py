@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import numpy as np
 
 from experiments.common.settings import PromptData
 from rljax.data.difficulty import PassRates, initial_pass_rates, is_left_out, update_pass_rates
 from rljax.data.prompts import Prompts
+from rljax.ops.returns import correct_episodes
+from rljax.train import distributed
 from rljax.types import PromptBatch, TrainState, Trajectory
 
 
@@ -68,13 +71,13 @@ def after_scores(
 ) -> tuple[TrainState, dict[str, float]]:
     """The state with the pass rates of the prompts just scored, and how many draws were left out for them.
 
-    A completion passes where the first of --rewards is above 0.
+    A completion passes where it is correct: its first score is above 0 (`rljax.ops.returns.correct_episodes`).
     """
     if not is_filtered(settings):
         return state, {}
-    scores = np.asarray(traj.scores)[:, 0].reshape(len(rows.number), -1)
-    judged = ~np.isnan(scores)
-    passed = np.where(judged.any(axis=1), (scores > 0).sum(axis=1) / np.maximum(judged.sum(axis=1), 1), np.nan)
+    verdicts = distributed.fetch(jax.jit(correct_episodes)(traj.rewards, traj.mask, traj.scores))
+    correct, judged = (x.reshape(len(rows.number), -1) for x in verdicts)
+    passed = np.where(judged.any(axis=1), correct.sum(axis=1) / np.maximum(judged.sum(axis=1), 1), np.nan)
     indices = prompts.indices_of(rows.number)
     rates = PassRates(**{name: np.asarray(value) for name, value in state.extra.items()})
     rates = update_pass_rates(rates, indices, rows.number // len(prompts), passed)

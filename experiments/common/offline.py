@@ -99,18 +99,20 @@ def make_evaluate(
 ) -> Callable[[TrainState], dict[str, float]]:
     """evaluate(state) -> the loss and the objective's `metrics` over all rows of the batches, each as eval_NAME.
 
-    With "accuracy" among them, its standard error too, that of independent prompts. As in an update, statistics of a
-    batch are those of the whole batch, which is then cut into `pieces`.
+    With "accuracy" among them, its standard error too, that of independent prompts. All held-out rows are one optimizer
+    batch, cut into `pieces` for each of the batches: what an objective takes from the whole batch (KTO's z, BCO's δ,
+    AOT's matching) does not depend on how they are cut.
 
     Args: rows: those that the batches are made of, in their order, without what fills up the last batch.
     """
     prompts = [tuple(next(examples_in(row)).prompt) for row in rows]
     number = {prompt: i for i, prompt in enumerate(prompts)}
     group = jnp.asarray([number[prompt] for prompt in prompts])
+    whole = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+    map_rows = partial(map_micro_batches, micro_batches=pieces * len(batches))
 
     @jax.jit
     def measure(params, frozen, batch):
-        map_rows = partial(map_micro_batches, micro_batches=pieces)
         batch = objective.prepare(params, frozen, batch, jax.random.key(0), map_rows)
 
         def measure_piece(piece):
@@ -124,14 +126,12 @@ def make_evaluate(
         return found | {"loss": (found["loss"] * count.sum(), count)}
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        parts = []
-        for batch in batches:
-            if objective.state:
-                carried = {name: state.coefficients[name] for name in objective.state}
-                batch = batch.replace(coefficients=batch.coefficients | carried)
-            found = measure(state.params, state.frozen, shard_rows(shardings, batch))
-            parts.append(distributed.fetch(found))
-        found = jax.tree.map(lambda *x: np.concatenate(x).astype(np.float64), *parts)
+        batch = whole
+        if objective.state:
+            carried = {name: state.coefficients[name] for name in objective.state}
+            batch = batch.replace(coefficients=batch.coefficients | carried)
+        measured = distributed.fetch(measure(state.params, state.frozen, shard_rows(shardings, batch)))
+        found = jax.tree.map(lambda x: x.astype(np.float64), measured)
         means = {f"eval_{name}": float(x.sum() / max(n.sum(), 1.0)) for name, (x, n) in found.items()}
         if "accuracy" in metrics:
             right, count = (jnp.asarray(x[: len(rows)], jnp.float32) for x in found["accuracy"])

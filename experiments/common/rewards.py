@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import settings
+from experiments.common.difficulty import is_filtered
 from experiments.common.hub import find_model, model_of_reward, split_reward
 from experiments.common.reward_models import load_process_reward_model, load_reward_model
 from experiments.common.rows import unescape
@@ -25,7 +26,7 @@ from rljax.rewards.score import Hosts, ModelReward, Score, make_score
 from rljax.rewards.server import AnswerCache, Limits, check_reachable, check_url
 from rljax.train import distributed
 from rljax.train.log import log_info
-from rljax.types import Trajectory
+from rljax.types import Algorithm, Trajectory
 
 
 class Rewards(NamedTuple):
@@ -88,6 +89,22 @@ def check_compared_in_training(cfg: Any, needs: Sequence[str] = ()) -> None:
     in_evaluation = -(-cfg.eval_samples // max(cfg.eval_prompts, 1))
     sizes = {"num_generations": cfg.batches.num_generations, "eval_samples/eval_prompts": in_evaluation}
     check_compared(cfg, sizes, "the greedy one stands alone; legal: another algorithm" * ("baseline" in needs))
+
+
+def check_verdicts(rewards: Rewards, algorithm: Algorithm, data: settings.PromptData) -> None:
+    """Raise ValueError where algorithm or pass rates ask which completions are correct, and only a model's score tells.
+
+    The first column of the scores tells (`rljax.ops.returns.correct_episodes`): verifiers stand before models and
+    servers. What a server of rewards answers is taken for a verdict.
+    """
+    first = next(iter((*rewards.verifiers, *rewards.directories, *rewards.servers)))
+    is_score = first in rewards.directories or first.startswith("judge:")
+    if is_score and (algorithm.reads == "correct" or is_filtered(data)):
+        asks = "this algorithm" if algorithm.reads == "correct" else "a pass rate"
+        raise ValueError(
+            f"{asks} asks which completions are correct, and the score of {first} does not say; legal: a verifier in "
+            "--rewards, with =0 if it is not to be rewarded"
+        )
 
 
 def _add_reward(found: Rewards, name: str, item: str, verifiers: dict[str, Callable], options: settings.Reward) -> None:

@@ -110,7 +110,7 @@ class PromptData(Rows):
     """How rows become prompts, and which are drawn."""
 
     min_pass_rate: Rare[float] = 0.0  # prompts of which a smaller share of completions passes are left out
-    max_pass_rate: Rare[float] = 1.0  # and those of a larger one; a completion passes where the first reward is above 0
+    max_pass_rate: Rare[float] = 1.0  # and those of a larger one; a completion passes where its first score is above 0
     curriculum_steps: Rare[int] = (
         0  # steps in which the least pass rate falls from (at most) 1/2 to min_pass_rate; 0: at once
     )
@@ -214,11 +214,13 @@ class Panel:
     disagreement: float = 0.0  # standard deviation of an annotator's own taste
 
 
-def debug_batches(batches: Batches) -> Batches:
-    """Two prompts with two completions each: a step small enough to run without jit."""
-    return dataclasses.replace(batches, prompts=2, num_generations=2, oversample=1, minibatches=1, micro_batches=1)
+def debug_batches(batches: Batches, least_group: int = 1) -> Batches:
+    """Two prompts with two completions each, or as many as the algorithm needs: small enough to run without jit."""
+    return dataclasses.replace(
+        batches, prompts=2, num_generations=max(2, least_group), oversample=1, minibatches=1, micro_batches=1
+    )
 
 
-def one_small_step(cfg: T) -> T:
+def one_small_step(cfg: T, least_group: int = 1) -> T:
     """The settings of a recipe for --debug: one step of `debug_batches`."""
-    return dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches))
+    return dataclasses.replace(cfg, steps=1, batches=debug_batches(cfg.batches, least_group))

@@ -75,20 +75,31 @@ def check_directory(directory: str, own: Algorithm | None) -> None:
         raise ValueError("an algorithm of your own wants a directory of its own: Config(directory=...)")
 
 
-def check_algorithm(algorithm: Algorithm, batches: Batches, name: str = "") -> None:
-    """Raise ValueError for sizes with which this method would learn something else than it says."""
+def check_algorithm(algorithm: Algorithm, batches: Batches, name: str = "", other: bool = False) -> None:
+    """Raise ValueError for sizes with which this method would learn something else than it says, or nothing.
+
+    other: another policy samples.
+    """
     found = algorithm.loss.__qualname__.split(".")[0]
     name = name or ("this algorithm" if found.startswith("_") else found)
     if algorithm.one_update and (batches.epochs, batches.minibatches) != (1, 1):
         sizes = f"epochs x minibatches = {batches.epochs} x {batches.minibatches}"
         raise ValueError(f"{name} is right for one update of a rollout, on all rows: {sizes}; legal: 1 x 1")
-    if algorithm.whole_groups and batches.minibatches != 1:
-        sizes = f"minibatches = {batches.minibatches}"
-        raise ValueError(f"{name} compares the completions of a prompt in its loss: {sizes} separate them; legal: 1")
-    if algorithm.group_signal is not None and batches.num_generations == 1:
-        sizes = "num_generations = 1"
+    if algorithm.whole_groups and (batches.minibatches != 1 or batches.max_tokens_per_device):
+        sizes = f"minibatches = {batches.minibatches}, max_tokens_per_device = {batches.max_tokens_per_device}"
+        raise ValueError(f"{name} compares the completions of a prompt in its loss: {sizes} separate them; legal: 1, 0")
+    if batches.num_generations < algorithm.least_group:
         raise ValueError(
-            f"{name} compares the completions of a prompt: {sizes} leaves it no baseline; legal: 2 or more"
+            f"{name} compares the completions of a prompt: num_generations = {batches.num_generations} leaves too few; "
+            f"legal: {algorithm.least_group} or more"
+        )
+    if algorithm.off_policy == "never" and batches.carry_over:
+        sizes = f"carry_over = {batches.carry_over} goes on with those of older ones"
+        raise ValueError(f"{name} is right for samples of its own policy alone: {sizes}; legal: 0")
+    if algorithm.off_policy == "never" and other:
+        raise ValueError(
+            f"{name} is right for samples of its own policy alone, and here another one samples; legal: "
+            "--server.weights push to a server in float32, or another algorithm"
         )
     if algorithm.group_signal is None and batches.filter_groups:
         raise ValueError(f"{name} learns from every completion: filter_groups would leave some out; legal: without it")
@@ -119,20 +130,16 @@ def with_own_old_logp(
     """The algorithm whose ratios are to the trainer's own log-probs, where those of the sampler are not near enough.
 
     In half precision two programs of one model differ by more than some clip ranges. Costs a forward pass a step.
-    Completions that go on in the next step were sampled by older policies: there the trainer's log-probs come with the
-    weight π_old/π_sampler (`truncate_is`), and so where another policy samples (`other`). An algorithm that asks for
-    old_logp corrects for the sampler itself.
-    Raises ValueError for an optimal baseline where another policy samples.
+    Completions that go on in the next step were sampled by older policies: there, in any precision, the trainer's
+    log-probs come with the weight π_old/π_sampler (`truncate_is`), and so where another policy samples (`other`). An
+    algorithm that corrects for the sampler itself (`Algorithm.off_policy`) stays as it is.
     """
-    if other and "sum_pi_squared" in algorithm.needs:
-        raise ValueError(
-            "an optimal baseline (otb) is that of the policy that sampled, and here another one samples; legal: "
-            "--server.weights push to a server in float32, or another algorithm"
-        )
-    is_near = config.dtype == "float32" or config.batch_invariant or algorithm.one_update
-    if (is_near and not other) or "old_logp" in algorithm.needs:
+    if algorithm.off_policy == "itself":
         return algorithm
-    return truncate_is(algorithm) if carry_over or other else with_needs(algorithm, "old_logp")
+    if carry_over or other:
+        return truncate_is(algorithm)
+    is_near = config.dtype == "float32" or config.batch_invariant or algorithm.one_update
+    return algorithm if is_near else with_needs(algorithm, "old_logp")
 
 
 def _too_small(batches: Batches) -> list[str]:

@@ -34,4 +34,5 @@ def a_star_po(beta: float = 1e-3) -> Algorithm:
         log_ratio = sequence_product(output.logp - batch.traj.ref_logp, batch.mask, batch.traj.segments)
         return (beta * log_ratio - batch.advantages) ** 2, {}
 
-    return Algorithm(credit=credit, loss=loss, weights=seq_mean_token_mean, needs=("ref_logp", "baseline"))
+    needs = ("ref_logp", "baseline")
+    return Algorithm(credit, loss, weights=seq_mean_token_mean, needs=needs, off_policy="itself")

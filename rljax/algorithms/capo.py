@@ -31,4 +31,4 @@ def capo(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6) -> Algo
         advantages = groups.standardize(reward.ravel(), group.ravel(), mask.ravel(), std_epsilon)
         return Batch(traj, advantages.reshape(mask.shape), mask, coefficients=coefficients)
 
-    return grpo(low, high)._replace(credit=credit, group_signal=None)
+    return grpo(low, high)._replace(credit=credit, group_signal=None, reads="steps")

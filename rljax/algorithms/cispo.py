@@ -25,4 +25,4 @@ def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Algorithm:
         weight = jnp.clip(ratio, ratio_min, ratio_max)
         return -weight * batch.advantages * output.logp, {"weight_clip_fraction": (weight != ratio).astype(ratio.dtype)}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ, least_group=2)

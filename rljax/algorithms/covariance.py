@@ -86,5 +86,10 @@ def kl_cov(share: float = 2e-4, coefficient: float = 1.0) -> Algorithm:
         return terms, {"old_policy_penalty": penalty}
 
     return Algorithm(
-        credit=group_relative(), loss=loss, weights=token_mean, prepare=prepare, group_signal=rewards_differ
+        credit=group_relative(),
+        loss=loss,
+        weights=token_mean,
+        prepare=prepare,
+        group_signal=rewards_differ,
+        least_group=2,
     )

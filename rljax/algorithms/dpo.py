@@ -115,7 +115,7 @@ def dpo(
 
     Args:
       loss: (chosen [B], rejected [B], β) -> [B].
-      measure: CompletionStats -> [B], what the loss compares.
+      measure: CompletionStats -> [B], what the loss compares. Times β it is the implicit reward of the metrics.
       nll: coefficient α of `sequence_nll` (RPO).
       pair_weight: PairStats -> [B], a constant factor of each pair's terms.
       token_weights: (mask [B T], mask of the other completion) -> [B T].
@@ -126,6 +126,6 @@ def dpo(
         return pair_weight(pair) * (preference(pair) + nll * sequence_nll(pair))
 
     def reward(completion):
-        return beta * completion.log_ratio
+        return beta * measure(completion)
 
     return preference_objective(policy, term, reward, token_weights)

@@ -36,7 +36,7 @@ def _dppo(inside: TrustRegionFn, cap: float) -> Algorithm:
         removed = ~kept & (batch.advantages != 0)
         return -weight * batch.advantages * output.logp, {"clip_fraction": removed.astype(weight.dtype)}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ, least_group=2)
 
 
 def dppo_tv(low: float = 0.1, high: float = 0.15, cap: float = 20.0) -> Algorithm:

@@ -20,4 +20,4 @@ def dro(beta: float = 0.1) -> Algorithm:
         terms = losses.policy_gradient(output.logp, batch.advantages) + beta * penalty
         return terms, {"old_policy_penalty": penalty}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ, least_group=2)

@@ -61,7 +61,7 @@ def gdpo(
         std = jnp.sqrt(masked_var(total, valid)) + epsilon
         return outcome_batch(traj, (total - masked_mean(total, valid)) / std, valid, coefficients)
 
-    return grpo(low, high)._replace(credit=credit, group_signal=scores_differ)
+    return grpo(low, high)._replace(credit=credit, group_signal=scores_differ, reads="scores")
 
 
 def _component(traj: Trajectory, k: int, valid: ValidRows) -> tuple[PerRow, ValidRows]:

@@ -34,4 +34,6 @@ def gmpo(low: float = 0.4, high: float = 0.4) -> Algorithm:
         terms = -advantages * bounded_exp(sequence_mean(bounded, mask, segments))
         return terms, {"clip_fraction": clipped.astype(terms.dtype)}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ)
+    return Algorithm(
+        credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ, least_group=2
+    )

@@ -32,4 +32,4 @@ def grpo(
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=group_relative(std_epsilon), loss=loss, weights=weights, group_signal=rewards_differ)
+    return Algorithm(group_relative(std_epsilon), loss, weights, group_signal=rewards_differ, least_group=2)

@@ -31,4 +31,4 @@ def grpo_process(low: float = 0.2, high: float = 0.2, std_epsilon: float = 1e-6)
         advantages = discounted_returns(normalized.reshape(mask.shape), mask)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
-    return grpo(low, high)._replace(credit=credit, group_signal=None)
+    return grpo(low, high)._replace(credit=credit, group_signal=None, reads="steps")

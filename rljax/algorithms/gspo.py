@@ -28,7 +28,9 @@ def _gspo(log_ratio: Callable[[PolicyOutput, Batch], PerToken], low: float, high
         terms = losses.clipped_surrogate(ratio, batch.advantages, low, high)
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ)
+    return Algorithm(
+        credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ, least_group=2
+    )
 
 
 def _sequence_log_ratio(output: PolicyOutput, batch: Batch) -> PerToken:

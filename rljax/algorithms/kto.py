@@ -63,9 +63,9 @@ def kto(policy: PolicyFn, beta: float = 0.1, class_weights: ClassWeightsFn = uni
             z = jnp.maximum(masked_mean(mismatched.log_ratio, has_tokens(batch.mismatched)), 0.0)
         lambda_desirable, lambda_undesirable = class_weights(present & batch.desirable, present & ~batch.desirable)
         weight = batch.weight * jnp.where(batch.desirable, lambda_desirable, lambda_undesirable)
-        return batch.replace(weight=weight, coefficients=batch.coefficients | {"kl": z})
+        return batch.replace(weight=weight, coefficients=batch.coefficients | {"kl_mismatched": z})
 
     def term(log_ratio, batch):
-        return preferences.kto_loss(log_ratio, batch.desirable, batch.coefficients["kl"], beta)
+        return preferences.kto_loss(log_ratio, batch.desirable, batch.coefficients["kl_mismatched"], beta)
 
-    return log_coefficients(unpaired_objective(policy, term, set_reference_point, beta), "kl")
+    return log_coefficients(unpaired_objective(policy, term, set_reference_point, beta), "kl_mismatched")

@@ -3,7 +3,8 @@
     Â_i = (R_i - mean_group R) / mean_group R        0 without a success        L = -(1/N⁺) Σ_i Σ_t Â_i log π
 
 For binary rewards dividing by the success rate turns the gradient of E[R] into one of a truncated expansion of
-log E[R]: hard prompts weigh more. For rewards of other signs the quotient has no such meaning.
+log E[R]: hard prompts weigh more. For rewards of other signs the quotient has no such meaning, so nothing may be added
+to them (`kl_in_reward`).
 """
 
 import jax.numpy as jnp
@@ -21,4 +22,4 @@ def maxrl() -> Algorithm:
         mean = groups.group_mean(rewards, group, valid)
         return jnp.where(mean > 0, groups.center(rewards, group, valid) / jnp.where(mean > 0, mean, 1.0), 0.0)
 
-    return reinforce()._replace(credit=from_rewards(advantage, "group"))
+    return reinforce()._replace(credit=from_rewards(advantage, "group"), reads="correct")

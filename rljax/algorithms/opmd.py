@@ -24,7 +24,9 @@ def opmd(tau: float = 0.01) -> Algorithm:
         log_ratio = output.logp - old_policy_logp(batch.traj)
         total = sequence_product(log_ratio, batch.mask, batch.traj.segments)
         length = sequence_lengths(batch.mask, batch.traj.segments)
-        penalty = 0.5 * tau * total**2 / jnp.maximum(length, 1.0)  # of the sequence, in equal parts on its decisions
-        return -batch.advantages * log_ratio + penalty, {"old_policy_penalty": penalty}
+        penalty = 0.5 * total**2 / jnp.maximum(length, 1.0)  # of the sequence, in equal parts on its decisions
+        return -batch.advantages * log_ratio + tau * penalty, {"old_policy_penalty": penalty}
 
-    return Algorithm(credit=group_relative(None), loss=loss, weights=seq_mean_token_sum, group_signal=rewards_differ)
+    return Algorithm(
+        credit=group_relative(None), loss=loss, weights=seq_mean_token_sum, group_signal=rewards_differ, least_group=2
+    )

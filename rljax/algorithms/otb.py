@@ -6,6 +6,7 @@
 1 - 2π + Σπ² is the squared norm of the gradient of log π by the logits, so W estimates the squared score of the
 completion up to t: the baseline that minimizes the variance (Greensmith et al. 2004), column by column. G is the
 reward-to-go. Rows of a group must start in the same column. A row alone in a column of its group has no baseline there.
+W is that of the policy that sampled: of samples of another one the baseline is not the optimal one.
 """
 
 import jax.numpy as jnp
@@ -32,4 +33,4 @@ def otb() -> Algorithm:
         advantages = jnp.where(mask, returns - jnp.where(alone, 0.0, baseline), 0.0)
         return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
-    return reinforce()._replace(credit=credit, needs=("old_logp", "sum_pi_squared"))
+    return reinforce()._replace(credit=credit, needs=("old_logp", "sum_pi_squared"), off_policy="never")

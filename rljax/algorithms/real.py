@@ -5,7 +5,8 @@
 
 over the groups that have both kinds of completions; P counts all groups. A group's loss couples its rows, which
 micro-batches may separate: `prepare` computes the slopes ∂L/∂S_i over the whole batch, so that the loss of a row is
-slope · S_i, with L's own value and gradient. Â is GRPO's.
+slope · S_i, with L's own value and gradient. Â is GRPO's; only its sign is read, so that no weight on it corrects for
+another sampler.
 """
 
 import jax.numpy as jnp
@@ -59,5 +60,7 @@ def real(temperature: float = 0.5) -> Algorithm:
         weights=seq_mean_token_mean,
         prepare=prepare,
         group_signal=rewards_differ,
+        least_group=2,
         whole_groups=True,
+        off_policy="never",
     )

@@ -60,8 +60,11 @@ def reinforce(baseline: BaselineFn = leave_one_out_baseline) -> Algorithm:
     def loss(output, batch):
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
-    signal = rewards_differ if baseline in (group_mean_baseline, leave_one_out_baseline) else None
-    return Algorithm(credit, loss, weights=weights.seq_mean_token_sum, group_signal=signal, one_update=True)
+    compares = baseline in (group_mean_baseline, leave_one_out_baseline)
+    signal = rewards_differ if compares else None
+    least = 2 if compares else 1
+    weigh = weights.seq_mean_token_sum
+    return Algorithm(credit, loss, weigh, group_signal=signal, least_group=least, one_update=True)
 
 
 def reinforce_to_go(baseline: BaselineFn = leave_one_out_baseline, gamma: Scalar = 1.0) -> Algorithm:
@@ -74,4 +77,4 @@ def reinforce_to_go(baseline: BaselineFn = leave_one_out_baseline, gamma: Scalar
         advantages = jnp.where(mask, returns - baselines, 0.0)
         return Batch(traj, advantages, mask, returns=returns, coefficients=coefficients)
 
-    return reinforce()._replace(credit=credit, group_signal=None)
+    return reinforce(baseline)._replace(credit=credit, group_signal=None)

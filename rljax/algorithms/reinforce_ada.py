@@ -8,7 +8,8 @@ and incorrect ones in equal parts as far as there are enough of both; `reinforce
 
 The mean is of the whole pool, not of the rows kept, and there is no division by a standard deviation: r_i - mean, as
 the authors' repository states it. Its code can divide as well (verl's `norm_adv_by_std_in_grpo`), by the deviation of
-the whole pool; left out.
+the whole pool; left out. It is of the rewards before a wrapper adds a KL or a penalty to those of the rows kept: Â is
+then lower by its mean, which adds variance and no bias.
 
 The paper samples in rounds and leaves a prompt when it has seen enough: one correct completion ("-pos"), or half of
 `kept` correct and the rest incorrect ("-balance"). Both keep completions in the same balanced way. Here all are sampled
@@ -53,4 +54,4 @@ def reinforce_ada(low: float = 0.2, high: float = 0.28) -> Algorithm:
         rewards, valid = outcome_rewards(traj)
         return outcome_batch(traj, rewards - traj.baseline, valid, coefficients)
 
-    return dapo(low, high)._replace(credit=credit, group_signal=None, needs=("baseline",))
+    return dapo(low, high)._replace(credit=credit, group_signal=None, least_group=1, needs=("baseline",))

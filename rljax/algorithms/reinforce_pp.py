@@ -24,7 +24,7 @@ def reinforce_pp(low: float = 0.2, high: float = 0.2, gamma: float = 1.0) -> Alg
         returns = discounted_returns(rewards, mask, gamma)
         return Batch(traj, whiten(returns, mask), mask, returns=returns, coefficients=coefficients)
 
-    return dapo(low, high)._replace(credit=credit, group_signal=None)
+    return dapo(low, high)._replace(credit=credit, group_signal=None, least_group=1)
 
 
 def reinforce_pp_baseline(low: float = 0.2, high: float = 0.2) -> Algorithm:

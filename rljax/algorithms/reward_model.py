@@ -4,8 +4,8 @@
     rankings  (1/P) Σ -log P(best first)                           Plackett-Luce, or all pairs of a prompt
 
 `score`: (params, frozen, trajectory) -> [B], usually read at the last token: a pair one of whose completions has no
-token is no comparison, and weighs nothing. The margin is Llama 2's
-(arXiv:2307.09288), the centering that of arXiv:2312.09244; all pairs of a prompt: `ops.ranking.kwise`.
+token is no comparison, and weighs nothing. The margin is Llama 2's (arXiv:2307.09288), 0 of a pair that has none (NaN);
+the centering is that of arXiv:2312.09244; all pairs of a prompt: `ops.ranking.kwise`.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,9 @@ def reward_model(score: ScoreFn, center_rewards_coefficient: float = 0.0) -> Obj
         chosen = checked_zero_masked(batch.chosen)
         rejected = checked_zero_masked(batch.rejected)
         present = has_tokens(chosen) & has_tokens(rejected)
-        margin = None if batch.margin is None else jnp.where(present, batch.margin, 0.0)
+        margin = batch.margin
+        if margin is not None:
+            margin = jnp.where(present & ~jnp.isnan(margin), margin, 0.0)
         return batch.replace(chosen=chosen, rejected=rejected, margin=margin, weight=uniform_row_weights(present))
 
     def loss(params, frozen, batch: Pairs):

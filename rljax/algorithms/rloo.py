@@ -28,4 +28,4 @@ def rloo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         return terms, losses.clip_metrics(ratio, batch.advantages, low, high)
 
     credit = from_rewards(advantage, "group")
-    return Algorithm(credit, loss, weights=seq_mean_token_mean, group_signal=rewards_differ)
+    return Algorithm(credit, loss, weights=seq_mean_token_mean, group_signal=rewards_differ, least_group=2)

@@ -24,4 +24,6 @@ def sapo(positive: float = 1.0, negative: float = 1.05) -> Algorithm:
         gate = 4.0 / tau * jax.nn.sigmoid(tau * (ratio - 1.0))
         return -gate * batch.advantages, {}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ)
+    return Algorithm(
+        credit=group_relative(), loss=loss, weights=seq_mean_token_mean, group_signal=rewards_differ, least_group=2
+    )

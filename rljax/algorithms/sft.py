@@ -25,7 +25,7 @@ def sft(weights: WeightsFn = token_mean) -> Algorithm:
     def loss(output, batch):
         return -output.logp, {}
 
-    return Algorithm(credit=credit, loss=loss, weights=weights)
+    return Algorithm(credit=credit, loss=loss, weights=weights, off_policy="itself")
 
 
 def dft(weights: WeightsFn = token_mean) -> Algorithm:

@@ -26,4 +26,4 @@ def topr(baseline: BaselineFn = no_baseline) -> Algorithm:
         weight = jnp.where(batch.advantages < 0, truncate_weights(ratio, 1.0), 1.0)
         return losses.policy_gradient(output.logp, weight * batch.advantages), {"importance": weight}
 
-    return reinforce(baseline)._replace(loss=loss, one_update=False)
+    return reinforce(baseline)._replace(loss=loss, one_update=False, off_policy="itself")

@@ -29,4 +29,4 @@ def vespo(positive: tuple[float, float] = (2.0, 3.0), negative: tuple[float, flo
         phi = stop_gradient(jnp.exp(lam + k * log_w - lam * jnp.exp(log_w)))
         return -phi * batch.advantages * output.logp, {"phi": phi}
 
-    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ)
+    return Algorithm(credit=group_relative(), loss=loss, weights=token_mean, group_signal=rewards_differ, least_group=2)

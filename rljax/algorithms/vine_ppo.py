@@ -30,4 +30,4 @@ def vine_ppo(low: float = 0.2, high: float = 0.2) -> Algorithm:
         advantages = jnp.where(mask, sequence_sum(errors, mask, steps), 0.0)
         return Batch(traj, advantages, mask, coefficients=coefficients)
 
-    return dapo(low, high)._replace(credit=credit, group_signal=None)
+    return dapo(low, high)._replace(credit=credit, group_signal=None, least_group=1)

@@ -31,7 +31,7 @@ def off_policy_pg(
         weight = truncate_weights(bounded_exp(level(log_ratio, batch.mask, batch.traj.segments)), cap)
         return losses.policy_gradient(output.logp, weight * batch.advantages), {"importance": weight}
 
-    return reinforce(baseline)._replace(loss=loss, one_update=False)
+    return reinforce(baseline)._replace(loss=loss, one_update=False, off_policy="itself")
 
 
 def vtrace(
@@ -60,4 +60,5 @@ def vtrace(
         metrics = {"policy_loss": policy_terms, "value_loss": value_terms}
         return policy_terms + value_coefficient * value_terms, metrics
 
-    return Algorithm(credit=credit, loss=loss, weights=token_mean, needs=("values", "old_logp"), one_update=True)
+    needs = ("values", "old_logp")
+    return Algorithm(credit, loss, token_mean, needs, one_update=True, off_policy="itself")

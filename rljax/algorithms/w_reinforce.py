@@ -4,15 +4,16 @@
     nsr            L = +(1/N⁺) Σ_{i incorrect} Σ_t log π
     w_reinforce    L = λ L_psr + L_nsr        λ = 0.1 in the paper
 
-A completion is correct if its reward is above `above`: rewards of 0 and 1 mean the same as the paper's -1 and 1. N⁺
-counts all completions, also those without gradient. On-policy the three have the same mean gradient, but for its scale,
-that of the probability to be correct; they differ in variance, and in how they change the policy after several updates.
+A completion is correct if its first score is above `above` (`correct_rows`): verdicts of 0 and 1 mean the same as the
+paper's -1 and 1. N⁺ counts all completions, also those without gradient. On-policy the three have the same mean
+gradient, but for its scale, that of the probability to be correct; they differ in variance, and in how they change the
+policy after several updates.
 """
 
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import from_rewards
-from rljax.algorithms.reinforce import reinforce
+from rljax.algorithms.common.credit import correct_rows, outcome_batch
+from rljax.algorithms.reinforce import no_baseline, reinforce
 from rljax.types import Algorithm
 
 
@@ -34,7 +35,9 @@ def w_reinforce(positive: float = 0.1, above: float = 0.0) -> Algorithm:
 def _weighted(positive: float, negative: float, above: float) -> Algorithm:
     """Advantages of `positive` for correct completions, -`negative` for the others."""
 
-    def advantage(rewards, group, valid):
-        return jnp.where(valid, jnp.where(rewards > above, positive, -negative), 0.0).astype(rewards.dtype)
+    def credit(traj, coefficients):
+        correct, valid = correct_rows(traj, above)
+        advantages = jnp.where(correct, positive, -negative).astype(traj.rewards.dtype)
+        return outcome_batch(traj, advantages, valid, coefficients)
 
-    return reinforce()._replace(credit=from_rewards(advantage), group_signal=None)
+    return reinforce(no_baseline)._replace(credit=credit, reads="correct")

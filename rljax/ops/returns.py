@@ -95,6 +95,24 @@ def episode_rewards(
     return jnp.where(valid, total, 0.0), valid
 
 
+def correct_episodes(
+    rewards: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    scores: Float[Array, "B K"] | None = None,
+    above: Scalar = 0.0,
+) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+    """Which rows are correct, and which are valid (`episode_rewards`).
+
+    A valid row is correct if the first of its scores that is no NaN is above `above`: the first verifier that applies
+    to it, whatever else the reward is made of. Without scores its R is compared.
+    """
+    total, valid = episode_rewards(rewards, mask)
+    if scores is not None:
+        first = jnp.isfinite(scores).argmax(axis=1, keepdims=True)
+        total = jnp.take_along_axis(scores, first, axis=1)[:, 0]
+    return valid & (total > above), valid
+
+
 def fold_ends(
     rewards: Decisions,
     mask: DecisionMask | None,

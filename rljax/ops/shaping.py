@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rljax.ops import groups
 from rljax.ops.kl import KLEstimator, k1
-from rljax.ops.returns import DiscountFactors, td_errors
+from rljax.ops.returns import DiscountFactors, fold_ends, td_errors
 from rljax.ops.sequences import last_decision, sequence_mean
 from rljax.ops.shapes import PerRow, PerToken, Scalar, TokenMask
 
@@ -148,12 +148,17 @@ def potential_shaping(
     mask: Bool[Array, "*B T"],
     gamma: DiscountFactors = 1.0,
     terminated: Bool[Array, "*B T"] | None = None,
+    truncated: Bool[Array, "*B T"] | None = None,
+    final_potentials: Float[Array, "*B T"] | None = None,
 ) -> Float[Array, "*B T"]:
     """F_t = γ Φ(s_{t+1}) - Φ(s_t), to be added to the rewards: the order of policies by return is unchanged (Ng et al.
     1999).
 
-    This needs Φ = 0 in terminal states: it is taken as 0 after a `terminated` decision. S = T + 1: potentials[..., T]
-    is Φ after the last decision, as in `returns`.
+    This needs Φ = 0 in terminal states: it is taken as 0 after a `terminated` decision. After a `truncated` one the
+    next column is another episode's: Φ(s_{t+1}) is then `final_potentials`, that of the last observation. S = T + 1:
+    potentials[..., T] is Φ after the last decision, as in `returns`. Raises ValueError for `truncated` without
+    `final_potentials` (`returns.fold_ends`).
     """
-    gamma = gamma if terminated is None else jnp.where(terminated, 0.0, gamma).astype(potentials.dtype)
-    return td_errors(jnp.zeros_like(potentials[..., :-1]), potentials, mask, gamma)
+    nothing = jnp.zeros_like(potentials[..., :-1])
+    rewards, gamma = fold_ends(nothing, mask, gamma, terminated, truncated, final_potentials)
+    return td_errors(rewards, potentials, mask, gamma)

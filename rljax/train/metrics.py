@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rljax.ops import groups
 from rljax.ops.kl import k1, k3
 from rljax.ops.ratios import importance_ratio
-from rljax.ops.returns import episode_rewards
+from rljax.ops.returns import correct_episodes, episode_rewards
 from rljax.ops.statistics import explained_variance, masked_max, masked_mean, masked_min, masked_std
 from rljax.train.diagnostics import sampler_mismatch, sequence_kl
 from rljax.types import Array, Batch, PolicyOutput, Trajectory
@@ -22,15 +22,16 @@ from rljax.types import Array, Batch, PolicyOutput, Trajectory
 
 
 @partial(jax.jit, static_argnames="names")
-def rollout_metrics(traj: Trajectory, names: tuple[str, ...], solved: float = 1.0) -> dict[str, Array]:
+def rollout_metrics(traj: Trajectory, names: tuple[str, ...], above: float = 0.0) -> dict[str, Array]:
     """Scalars of a scored rollout: rewards in total and by verifier, lengths, and how many groups carry a signal.
 
     Args:
-      names: of the verifiers, as in `scores`. solved: least total reward of a correct completion.
+      names: of the verifiers, as in `scores`. above: the first score of a correct completion is (`correct_episodes`).
     """
     total, valid = episode_rewards(traj.rewards, traj.mask)
     length = traj.mask.sum(axis=1)
-    correct = groups.group_sum(((total >= solved) & valid).astype(float), traj.group)
+    solved, _ = correct_episodes(traj.rewards, traj.mask, traj.scores, above)
+    correct = groups.group_sum(solved.astype(float), traj.group)
     count = groups.group_count(traj.group, valid)
     metrics = {
         "reward": masked_mean(total, valid),

@@ -60,6 +60,8 @@ def make_trust_region_update(
         key, prepare_key = jax.random.split(state.key)
         map_rows = partial(map_micro_batches, micro_batches=micro_batches)
         batch = objective.prepare(state.params, frozen, batch, prepare_key, map_rows)
+        # A candidate is not the old policy: `old_logp` stays what was annotated, for it and for the old parameters.
+        batch = batch.replace(coefficients={k: v for k, v in batch.coefficients.items() if k != "at_old_policy"})
         old = state.params
 
         def loss_and_kl(params, batch):

@@ -243,8 +243,10 @@ def learn(
       at_old_policy: the batch's `old_logp`, if it has one, was computed with the parameters of `state`: the first
         update takes it from its own pass instead. Two programs of one policy round differently, in bfloat16 by more
         than the clip range of some methods; against its own log-probs no ratio leaves it.
-      stop_kl: stop after an update that found the policy that far from the behavior policy (`kl_behavior`, nats a
-        decision). PPO implementations take 1.5 times their target KL.
+      stop_kl: stop after an update that found the policy that far from the old one, in nats a decision: `kl_old`, or
+        without `old_logp` `kl_behavior`. PPO implementations take 1.5 times their target KL.
+
+    Raises ValueError for `stop_kl` where the update measures neither.
     """
     key, shuffle_key = jax.random.split(state.key)
     state = state.replace(key=key)
@@ -255,7 +257,7 @@ def learn(
             minibatch = minibatch.replace(coefficients=minibatch.coefficients | {"at_old_policy": is_first})
         state, metrics = update(state, minibatch)
         logged.append(metrics)
-        if stop_kl is not None and metrics["kl_behavior"] > stop_kl:
+        if stop_kl is not None and _kl_of_update(metrics) > stop_kl:
             break
     averaged = average_metrics(logged)
     if "logp_diff_max" in logged[0]:
@@ -266,6 +268,14 @@ def learn(
     if stop_kl is not None:
         averaged["updates"] = len(logged)
     return state, averaged
+
+
+def _kl_of_update(metrics: dict[str, Any]) -> Array:
+    """The KL between the policy that ratios are taken against and the one that an update began with."""
+    for name in ("kl_old", "kl_behavior"):
+        if name in metrics:
+            return metrics[name]
+    raise ValueError("stop_kl compares with the metric kl_old or kl_behavior, and this objective has neither")
 
 
 def minibatches(key: Array, batch: Any, epochs: int = 1, num_minibatches: int = 1) -> Iterator[Any]:

@@ -202,6 +202,15 @@ def test_loss_and_gradient_are_those_of_the_paper(name):
     assert np.abs(want).max() > 0.01
 
 
+def test_the_penalty_of_mirror_descent_is_shown_before_its_coefficient():
+    batch = Batch(text(old_logp=OLD), jnp.asarray(MASK * ADVANTAGE[:, None]), jnp.asarray(MASK))
+    shown = [a.opmd(tau).loss(PolicyOutput(jnp.float32(POLICY)), batch)[1]["old_policy_penalty"] for tau in (0.3, 0.01)]
+    np.testing.assert_array_equal(*shown)
+    own = ROWS[0][1]
+    want = 0.5 * (POLICY - OLD)[0, own].sum() ** 2
+    np.testing.assert_allclose(np.asarray(shown[0])[0, own].sum(), want, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- credit
 
 

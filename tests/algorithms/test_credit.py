@@ -33,8 +33,9 @@ from rljax.algorithms.dynamic_sampling import dynamic_sampling, filter_groups
 from rljax.algorithms.reinforce import group_mean_baseline, leave_one_out_baseline, no_baseline
 from rljax.algorithms.reinforce_ada import balanced_subsample
 from rljax.ops import kl
+from rljax.ops.weights import token_mean
 from rljax.types import Batch, PolicyOutput, Trajectory
-from tests.algorithms.tiny import ALGORITHMS, agree, learn, rollout, table_params
+from tests.algorithms.tiny import ALGORITHMS, agree, credited, learn, rollout, table_params, take_rows
 from tests.ops.golden import close
 
 
@@ -255,6 +256,92 @@ def test_reinforce_ada_keeps_right_and_wrong_answers_in_equal_parts():
     assert np.isnan(everything.rewards[everything.group == 7, 0][-1])  # not judged: taken last
     with pytest.raises(ValueError, match="not groups of 4"):
         balanced_subsample(traj, drawn=4, kept=2)
+
+
+CHANGES = {  # wrappers that change the rewards
+    "kl_in_reward": kl_in_reward,
+    "missing_eos_penalty": a.missing_eos_penalty,
+    "clip_reward": a.clip_reward,
+    "whiten_rewards": a.whiten_rewards,
+    "overlong_penalty": lambda x: a.overlong_penalty(x, 8, 2),
+    "lcpo_exact": lambda x: a.lcpo_exact(x, 3),
+    "lcpo_max": lambda x: a.lcpo_max(x, 3),
+    "group_length_reward": a.group_length_reward,
+    "cosine_length_reward": lambda x: a.cosine_length_reward(x, 5),
+    "turn_groups": a.turn_groups,
+}
+SUMS_NOTHING = {
+    **dict.fromkeys(("maxrl", "rft", "psr", "nsr", "w_reinforce", "pass_at_k_training"), "which completions are"),
+    **dict.fromkeys(("grpo_process", "capo"), "rewards where steps end"),
+    "gdpo": "each score by itself",
+}
+
+
+@pytest.mark.parametrize("wrapper", CHANGES)
+def test_rewards_are_changed_for_methods_that_learn_from_their_sum(wrapper):
+    assert {name for name, x in ALGORITHMS.items() if x.reads != "rewards"} == set(SUMS_NOTHING)
+    for name, what in SUMS_NOTHING.items():
+        with pytest.raises(ValueError, match=f"{wrapper} changes the rewards, and this method .*{what}.*; legal: "):
+            CHANGES[wrapper](ALGORITHMS[name])
+    CHANGES[wrapper](grpo())
+
+
+def test_a_kl_makes_no_wrong_completion_right():
+    """Four wrong completions, two of which get a reward above 0 by it."""
+    nothing = jnp.zeros((4, 1))
+    traj = bandit(np.zeros((4, 1), int), nothing, np.zeros(4, int)).replace(scores=nothing, ref_logp=nothing)
+    traj = traj.replace(logp=jnp.array([[0.4], [-0.5], [0.3], [-0.3]]))
+    assert np.asarray(kl_in_reward(grpo()).credit(traj, {}).advantages).any()
+    for make in (a.rft, a.psr, a.pass_at_k_training):
+        penalized = traj.replace(rewards=-0.05 * traj.logp)
+        assert not np.asarray(make().credit(penalized, {}).advantages).any()
+
+
+@pytest.mark.parametrize("correct", [truncate_is, a.mask_is, lambda x: a.normalized_is(x, token_mean)])
+def test_the_sampler_is_corrected_for_once(correct):
+    for algorithm in (a.topr(), a.off_policy_pg(), a.vtrace(), a.sft(), a.a_star_po(), correct(grpo())):
+        with pytest.raises(ValueError, match=r"would correct twice: .*; legal: without it"):
+            correct(algorithm)
+    for algorithm in (a.real(), a.otb()):
+        with pytest.raises(ValueError, match=r"does not correct this method .*; legal: samples of its own policy"):
+            correct(algorithm)
+    assert correct(with_kl(a.reject(grpo()))).off_policy == "itself"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_group_of_the_least_size_teaches_something(name):
+    algorithm = ALGORITHMS[name]
+    traj = rollout()
+    rows = np.flatnonzero(np.isfinite(traj.rewards.sum(axis=1)) & traj.mask.any(axis=1))[: 4 * algorithm.least_group]
+    few = take_rows(traj, rows).replace(group=jnp.arange(len(rows)) // algorithm.least_group)
+    few = few.replace(rewards=jnp.abs(few.rewards))  # MaxRL's are not below 0
+    batch = credited(algorithm, few)
+    assert np.asarray(jnp.where(batch.mask, batch.advantages, 0.0)).any()
+
+
+LONE_KEEPS_ITS_REWARD = {  # a baseline of the others, of whom there are none
+    *("reinforce, leave one out", "reinforce", "reinforce_to_go", "rloo", "prime", "trpo", "otb"),
+    *("off_policy_pg", "off_policy_pg, by token", "rloo + kl in reward", "rloo + cosine length"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, x in ALGORITHMS.items() if x.least_group > 1])
+def test_a_smaller_group_teaches_nothing_or_has_no_baseline(name):
+    """Whatever the other rows of the batch are."""
+    algorithm = ALGORITHMS[name]
+    traj = rollout()
+    rows = np.flatnonzero(np.isfinite(traj.rewards.sum(axis=1)) & traj.mask.any(axis=1))
+    rows = rows[: len(rows) // (algorithm.least_group - 1) * (algorithm.least_group - 1)]
+    few = take_rows(traj, rows).replace(group=jnp.arange(len(rows)) // (algorithm.least_group - 1))
+    batch = credited(algorithm, few)
+    learned = np.asarray(jnp.where(batch.mask, batch.advantages, 0.0))
+    if name in LONE_KEEPS_ITS_REWARD:
+        assert learned.any()
+    elif algorithm.reads != "steps" and name not in (
+        "raft",
+        "grpo + teacher",
+    ):  # steps of one are compared; best of one
+        np.testing.assert_allclose(learned, 0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

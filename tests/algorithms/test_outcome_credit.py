@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rljax import algorithms as a
+from rljax.algorithms.reinforce import no_baseline
 from rljax.types import PolicyOutput, Trajectory, Unpaired
 
 B = 9
@@ -77,6 +78,25 @@ def test_positive_and_negative_samples_are_weighted_and_both_counted(algorithm, 
     agrees(algorithm.credit(rollout(np.where(VALID, signs, np.nan)), {}), np.where(signs > 0, correct, incorrect))
 
 
+def test_what_is_correct_is_the_first_score_not_the_sum_of_rewards():
+    """A wrong completion that is paid for its form is none to imitate, a right one with a penalty is."""
+    paid = np.where(REWARD > 0, -0.5, 0.1)
+    traj = rollout(np.where(VALID, paid, np.nan)).replace(scores=jnp.asarray(np.stack([REWARD, 1.0 - REWARD], axis=1)))
+    for make in (a.rft, a.psr, a.nsr, a.w_reinforce, lambda: a.pass_at_k_training(2)):
+        want = make().credit(rollout(), {})
+        got = make().credit(traj, {})
+        np.testing.assert_array_equal(got.mask, want.mask)
+        np.testing.assert_array_equal(got.advantages, want.advantages)
+    for k, taught in {2: np.ones(B), 3: GROUP == 7}.items():
+        np.testing.assert_array_equal(a.pass_at_k_training(k).group_signal(traj), taught)
+    alike = traj.replace(scores=jnp.ones_like(traj.scores))  # all are correct, and are paid differently
+    assert not a.pass_at_k_training(2).group_signal(alike).any()
+    longer = a.group_length_reward(a.reinforce(no_baseline), 0.7)
+    added = longer.credit(traj, {}).advantages - np.where(VALID, paid, 0.0)[:, None]
+    plain = longer.credit(rollout(), {}).advantages - np.where(VALID, REWARD, 0.0)[:, None]
+    np.testing.assert_allclose(np.where(traj.mask, added, 0.0), np.where(traj.mask, plain, 0.0), atol=1e-12)
+
+
 # --------------------------------------------------------------------------------------------------------------- pass@k
 
 
@@ -97,7 +117,9 @@ def test_pass_at_k_advantages_are_those_of_all_subsets(k):
     """Groups of 3, two of them correct, and of 4, two of them correct."""
     want = over_subsets(k)
     assert want.any() == (k <= 2)
-    agrees(a.pass_at_k_training(k).credit(rollout(), {}), want)
+    algorithm = a.pass_at_k_training(k)
+    agrees(algorithm.credit(rollout(), {}), want)
+    assert algorithm.least_group == k + 1  # of k there is one subset
 
 
 # ---------------------------------------------------------------------------------------------------------------- PRIME

@@ -377,6 +377,20 @@ def test_dpo_loss_and_metrics_by_hand():
     assert metrics["logps/chosen"] == pytest.approx(better_logp[present].mean(), rel=1e-5)
 
 
+def test_the_metrics_are_of_what_the_loss_compares():
+    """A completion of few tokens against a longer one: by the sum of log-ratios the other would be preferred."""
+    batch = pairs()
+    objective = dpo(policy, beta=5.0, measure=mean_log_ratio)
+    better, worse = (
+        log_ratios(x)[0] / np.maximum(np.asarray(x.mask).sum(1), 1) for x in (batch.chosen, batch.rejected)
+    )
+    margin = 5.0 * (better - worse)[np.arange(16) != 3]
+    metrics = learn(objective, batch)[1]
+    assert metrics["loss"] == pytest.approx(-np.log(sigma(margin)).mean(), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx((margin > 0).mean())
+    assert metrics["margin"] == pytest.approx(margin.mean(), rel=1e-4)
+
+
 def test_a_mean_ratio_is_one_of_tokens():
     answer = CompletionStats(
         logp=jnp.float32([-3.0, -8.0]), ref_logp=jnp.float32([-5.0, -6.0]), length=jnp.float32([4.0, 1.0])
@@ -444,7 +458,8 @@ def test_kto_by_hand(higher):
     z = max(z, 0.0)
     terms = np.where(good, 1 - sigma(0.5 * (delta - z)), 1.3 * (1 - sigma(0.5 * (z - delta))))
     metrics = learn(CASES["kto"][0], batch.replace(mismatched=other))[1]
-    assert metrics["kl"] == pytest.approx(z, rel=1e-5)
+    assert metrics["kl_mismatched"] == pytest.approx(z, rel=1e-5)
+    assert "kl" not in metrics  # nats a decision, which alarms have a threshold for
     assert metrics["loss"] == pytest.approx(terms[present].mean(), rel=1e-5)
 
 
@@ -460,7 +475,7 @@ def test_kto_without_mismatched_answers_is_unpaired_apo_zero():
     terms = np.where(good, 1 - sigma(0.5 * delta), sigma(0.5 * delta))
     metrics = learn(kto(policy, 0.5), batch)[1]
     assert metrics["loss"] == pytest.approx(terms[present].mean(), rel=1e-5)
-    assert metrics["kl"] == 0
+    assert metrics["kl_mismatched"] == 0
 
 
 STILL = optax.sgd(0.0)  # the parameters stay where they are
@@ -633,6 +648,12 @@ def test_packed_demonstrations_teach_what_single_ones_do(algorithm):
         return learn(objective, algorithm.credit(traj, {}))[0]
 
     agree(*(gradient(*rows[name]) for name in rows))
+
+
+def test_a_pair_that_nobody_rated_has_no_margin():
+    batch = rated()
+    none, zero = (batch.replace(margin=batch.margin.at[5].set(x)) for x in (jnp.nan, 0.0))
+    agree(learn(CASES["reward model"][0], none), learn(CASES["reward model"][0], zero))
 
 
 def test_a_pair_with_an_empty_completion_teaches_a_reward_model_nothing():

@@ -471,10 +471,10 @@ def verl_rollout_is(case: Case) -> dict:
             return dialects.verl_mean(weights.token_mean(mask), mask)
         return dialects.verl_row_mean(weights.seq_mean_token_mean(mask), mask)
 
-    raw, capped = weight(a.truncate_is(a.sft(), NEVER, level)), weight(a.truncate_is(a.sft(), cap, level))
+    raw, capped = weight(a.truncate_is(a.reinforce(), NEVER, level)), weight(a.truncate_is(a.reinforce(), cap, level))
     out = {"weights": capped, "metric rollout_is_mean": verl_share(case, raw)}
     if hyper["rollout_is_batch_normalize"]:
-        normalized = weight(a.normalized_is(a.sft(), mean, cap, level))
+        normalized = weight(a.normalized_is(a.reinforce(), mean, cap, level))
         out["weights"] = normalized / mean(mask).sum()  # verl's mean does not quite sum to one
         out["metric rollout_is_batch_norm_factor"] = capped.sum() / out["weights"].sum()
     rows, largest, least = mask.any(axis=1), statistics.masked_max(raw, mask), statistics.masked_min(raw, mask)
@@ -493,10 +493,10 @@ def swift_rollout_is(case: Case) -> dict:
         return sampler_weight(algorithm, mask, case.ins["rollout_log_ratio"])
 
     if kind == "truncate":
-        return {"weights": weight(a.truncate_is(a.sft(), cap, level))}
-    kept = weight(a.mask_is(a.sft(), 0.0, cap, level)) > 0
+        return {"weights": weight(a.truncate_is(a.reinforce(), cap, level))}
+    kept = weight(a.mask_is(a.reinforce(), 0.0, cap, level)) > 0
     return {
-        "weights": jnp.where(kept, weight(a.truncate_is(a.sft(), NEVER)), 0.0)
+        "weights": jnp.where(kept, weight(a.truncate_is(a.reinforce(), NEVER)), 0.0)
     }  # a filter on the token's own weight
 
 
@@ -507,7 +507,9 @@ def trl_rollout_is(case: Case) -> dict:
     level = {"token": ratios.token_level, "sequence": ratios.sequence_product}[name]
     low, high = case.hyper["clip_min"], case.hyper["clip_max"]
     low, high = 0.0 if low is None else float(low), NEVER if high is None else float(high)
-    algorithm = a.mask_is(a.sft(), low, high, level) if kind == "mask" else a.truncate_is(a.sft(), high, level)
+    algorithm = (
+        a.mask_is(a.reinforce(), low, high, level) if kind == "mask" else a.truncate_is(a.reinforce(), high, level)
+    )
     weight = sampler_weight(algorithm, mask, x["old_per_token_logps"] - x["sampling_per_token_logps"])
     weight = dialects.at_least(weight, low) if kind == "truncate" else weight
     if name == "sequence":

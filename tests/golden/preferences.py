@@ -172,6 +172,11 @@ def trl_dpo(case: Case) -> dict:
         hyper = {"beta": hyper["beta"], "loss_types": ["sft"], "loss_weights": [1.0]}
     by_logits = trl_objective(reads_logits, hyper)
     loss, metrics, grad = learn(by_logits, halves(traj), lambda x: {"logits": table(x["logits"])}, case, "logits")
+    if hyper.get("loss_type") in ("ipo", "sigmoid_norm") or "f_divergence_type" in hyper:  # TRL's rewards are β Σ Δ
+        sums = dpo(reads_logits, beta=hyper["beta"])
+        batch = sums.prepare({}, {}, halves(traj), None)
+        _, of_sums = sums.loss({"logits": table(case.ins["logits"])}, {}, batch)
+        metrics |= {name: total / count for name, (total, count) in of_sums.items() if name != "entropy"}
 
     seen = reads_logits({"logits": table(case.ins["logits"])}, {}, traj)
     wide = lambda x: table(jnp.pad(x, ((0, 0), (0, 1)), constant_values=1.0))  # noqa: E731  one cell a token
@@ -301,7 +306,7 @@ def trl_kto(case: Case) -> dict:
     batch = Unpaired(traj, desirable=ins["label"] > 0, mismatched=mismatched)
     weights = fixed_class_weights(hyper["desirable_weight"], hyper["undesirable_weight"])
     loss, metrics, grad = learn(kto(reads_logits, hyper["beta"], weights), batch, params_of, case, "logits")
-    return {"loss": loss, "kl": metrics["kl"], "grad_logits": grad}
+    return {"loss": loss, "kl": metrics["kl_mismatched"], "grad_logits": grad}
 
 
 def trl_bco(case: Case) -> dict:

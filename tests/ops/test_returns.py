@@ -372,6 +372,18 @@ def test_rows_with_an_unjudged_decision_or_without_one_have_no_episode_reward():
     np.testing.assert_array_equal(judged, [True, False, False])
 
 
+def test_a_row_is_correct_by_the_first_score_that_it_has_whatever_else_it_is_paid_for():
+    nan = np.nan
+    rewards = narrow([[0.1], [1.0], [-0.4], [nan], [0.1], [5.0]])
+    mask = narrow([[True]] * 5 + [[False]])
+    scores = narrow([[0.0, 1.0], [1.0, 0.0], [1.0, nan], [1.0, 1.0], [nan, 1.0], [1.0, 1.0]])
+    correct, judged = returns.correct_episodes(rewards, mask, scores)
+    np.testing.assert_array_equal(correct, [False, True, True, False, True, False])
+    np.testing.assert_array_equal(judged, [True, True, True, False, True, False])
+    np.testing.assert_array_equal(returns.correct_episodes(rewards, mask, scores, 1.0)[0], [False] * 6)
+    np.testing.assert_array_equal(returns.correct_episodes(rewards, mask)[0], [True, True, False, False, True, False])
+
+
 def test_values_without_one_after_the_last_decision_are_refused():
     """Below the signatures, whose shapes are checked in tests alone."""
     rewards = jnp.ones((2, 3))

@@ -102,3 +102,13 @@ def test_shaping_by_a_potential_adds_the_same_to_every_episode_from_one_state(ga
     going_on = shaping.potential_shaping(potentials, MASK, gamma)
     reached = np.array([gamma**3, gamma**3, 0.0, gamma]) * np.asarray(potentials[:, -1])
     np.testing.assert_allclose(total_return(going_on, MASK, gamma), reached - start, rtol=1e-4, atol=1e-6)
+
+
+def test_shaping_where_an_episode_is_cut_inside_a_row_sees_its_last_observation():
+    """Columns 0 and 1 are an episode that was cut, whose last state has potential 5; the next begins at potential 7."""
+    potentials, everywhere = f32([[1.0, 2.0, 7.0, 4.0]]), jnp.ones((1, 3), bool)
+    cut = jnp.array([[False, True, False]])
+    added = shaping.potential_shaping(potentials, everywhere, 0.9, None, cut, f32([[nan, 5.0, nan]]))
+    np.testing.assert_allclose(added, [[0.9 * 2 - 1, 0.9 * 5 - 2, 0.9 * 4 - 7]], rtol=1e-6)
+    with pytest.raises(ValueError, match="give final_values"):
+        shaping.potential_shaping(potentials, everywhere, 0.9, None, cut)

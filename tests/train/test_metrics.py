@@ -35,8 +35,8 @@ def test_rewards_lengths_and_signal():
         "reward_std": np.std([1, 0, 0.3, 0.3, 0.7]),
         "reward_max": 1,
         "reward_min": 0,
-        "solved_all": 0,
-        "solved_none": 4 / 8,  # the group without a judged row counts in neither
+        "solved_all": 2 / 8,
+        "solved_none": 2 / 8,  # the group without a judged row counts in neither
         "length": 12 / 8,
         "length_max": 3,
         "length_min": 1,
@@ -53,10 +53,10 @@ def test_rewards_lengths_and_signal():
 
 
 def test_groups_are_solved_by_all_or_by_none():
-    got = rollout_metrics(trajectory(), (), solved=0.3)
-    assert (got["solved_all"], got["solved_none"]) == (pytest.approx(4 / 8), 0)  # {0.3, 0.3} and {0.7}
-    got = rollout_metrics(trajectory(), (), solved=0.7)
-    assert (got["solved_all"], got["solved_none"]) == (pytest.approx(2 / 8), pytest.approx(2 / 8))
+    """By the first score, whatever the rewards are: {1, 0}, {1, 1}, {0}, and a group that was not judged."""
+    for above, solved in {0.0: (2 / 8, 2 / 8), 1.0: (0, 6 / 8), -1.0: (6 / 8, 0)}.items():
+        got = rollout_metrics(trajectory(), (), above=above)
+        assert (got["solved_all"], got["solved_none"]) == solved
 
 
 def test_truncation_and_distance_to_the_reference_are_shown_where_they_are_known():

@@ -9,6 +9,7 @@ import pytest
 from scipy.special import log_softmax
 
 from rljax.algorithms import trpo, trpo_gae
+from rljax.algorithms.common.wrappers import with_needs
 from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig, forward, language_model, logits
 from rljax.ops.shaping import at_last_decision
@@ -98,6 +99,16 @@ def test_a_critic_beside_the_policy_stands_still():
 def test_it_is_an_update_like_any_other(update):
     _, metrics = learn(update, state(), on_policy(trpo()))
     assert metrics["sampler_gap"] < LOGP
+
+
+def test_a_step_is_accepted_where_the_policy_before_it_is_annotated(update):
+    """A candidate of the line search is compared with that policy, not with itself."""
+    algorithm, batch = with_needs(trpo(), "old_logp"), on_policy(trpo())
+    batch = batch.replace(traj=batch.traj.replace(old_logp=batch.traj.logp))
+    want, _ = update(state(), on_policy(trpo()))
+    new, metrics = learn(updating(algorithm, damping=1e-3), state(), batch, at_old_policy=True)
+    assert metrics["accepted"] == 1
+    np.testing.assert_allclose(new.params["table"], want.params["table"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["old_new", "new_old"])

@@ -245,13 +245,23 @@ def test_learn_makes_all_updates_of_a_rollout_and_averages_what_they_say():
 
 
 @pytest.mark.parametrize(("limit", "updates"), [(None, 6), (0.35, 4), (0.05, 1), (9.0, 6)])
-def test_learn_stops_after_the_update_that_found_the_policy_too_far(limit, updates):
+@pytest.mark.parametrize(("name", "others"), [("kl_behavior", {}), ("kl_old", {"kl_behavior": 5.0})])
+def test_learn_stops_after_the_update_that_found_the_policy_too_far(limit, updates, name, others):
+    """From the policy that ratios are to: of stale samples the sampler is far before the first update."""
     found = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
     def update(state, mini):
-        return state.replace(extra=state.extra + 1), {"kl_behavior": next(found)}
+        return state.replace(extra=state.extra + 1), {name: next(found)} | others
 
     at, metrics = learn(update, state(optax.sgd(0.1), extra=0), numbered(), epochs=3, num_minibatches=2, stop_kl=limit)
     assert at.extra == updates
-    assert metrics["kl_behavior"] == pytest.approx(np.arange(1, updates + 1).mean() / 10)
+    assert metrics[name] == pytest.approx(np.arange(1, updates + 1).mean() / 10)
     assert metrics.get("updates") == (None if limit is None else updates)
+
+
+def test_a_limit_of_a_kl_that_nothing_measures_is_refused():
+    def update(state, mini):
+        return state, {"loss": 0.0}
+
+    with pytest.raises(ValueError, match="stop_kl compares with the metric kl_old or kl_behavior"):
+        learn(update, state(optax.sgd(0.1), extra=0), numbered(), stop_kl=1.0)

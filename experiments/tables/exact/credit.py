@@ -90,7 +90,7 @@ def agreement(decisions: Decisions, credit, rows=None, probs=None, extra_varianc
 def group_agreement(decisions: Decisions, algorithm: Algorithm, group_size: int) -> Correlations:
     """Of the credit that `algorithm` gives the first completion of a group."""
     groups = np.array(list(itertools.product(range(len(decisions.probs)), repeat=group_size)))
-    traj = make_trajectory(decisions.tree, decisions.problem, algorithm.needs)
+    traj = make_trajectory(decisions.tree, decisions.problem, algorithm.needs, algorithm.reads == "scores")
 
     def credit_of_first(group):
         return algorithm.credit(jax.tree.map(lambda x: x[group], traj), {}).advantages[0]

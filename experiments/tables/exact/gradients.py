@@ -42,7 +42,7 @@ def gradient_moments(
     """
 
     def in_problem(problem: Problem, groups):
-        traj = make_trajectory(tree, problem, algorithm.needs)
+        traj = make_trajectory(tree, problem, algorithm.needs, algorithm.reads == "scores")
         values = prefix_values(tree, problem.behavior, on_last_token(tree, problem.rewards))
         probability = jnp.exp(sequence_logps(tree, problem.behavior)[groups].sum(1))
 

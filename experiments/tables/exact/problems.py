@@ -81,12 +81,12 @@ def coin_flip(p: float) -> Problem:
     return Problem(logits, logits, uniform, uniform, rewards, rewards[:, None], scores)
 
 
-def make_trajectory(tree: Tree, problem: Problem, needs: tuple[str, ...] = ()) -> Trajectory:
+def make_trajectory(tree: Tree, problem: Problem, needs: tuple[str, ...] = (), with_scores: bool = False) -> Trajectory:
     """The N completions as rows of one Trajectory, with every field that an algorithm may need.
 
     The critic knows the exact values of the behavior policy. `old_logp` is the trained policy before its update;
     `baseline` the reward of the greedy completion; each token is a step, paid `token_rewards` if `needs` has
-    `step_ends`.
+    `step_ends`. Without scores a completion is correct where its reward is above 0.
     """
     rewards = problem.token_rewards if "step_ends" in needs else on_last_token(tree, problem.rewards)
     last = on_last_token(tree, jnp.ones(len(tree.mask))) > 0
@@ -103,7 +103,7 @@ def make_trajectory(tree: Tree, problem: Problem, needs: tuple[str, ...] = ()) -
         segments=jnp.asarray(tree.mask, jnp.int32),
         temperature=jnp.ones(tree.mask.shape),
         group=jnp.zeros(len(tree.mask), jnp.int32),
-        scores=problem.scores,
+        scores=problem.scores if with_scores else None,
         rewards=rewards,
         step_ends=jnp.asarray(tree.mask),
         baseline=jnp.full(len(tree.mask), (greedy * problem.rewards).sum()),

@@ -3,15 +3,15 @@
 `traj.logp` is what the sampler reported, `traj.old_logp` what the trainer computes before the update. Stale samples,
 quantized weights or different kernels make the two differ. A correction multiplies the advantages by a constant weight
 computed from π_old/π_sampler. In a loss proportional to Â that weights the policy's terms; terms of a critic, of the KL
-and of the entropy stay as they are, in any order of the wrappers. Three limits: `a_star_po` is a regression onto Â and
-`real` reads only its sign, so that neither can be corrected in this way; and where one ratio is that of a whole
-completion (rloo, gspo, gmpo) the weight of a single token scales that token's term, not its part of the ratio
-(`gspo_token` does not have this limit).
+and of the entropy stay as they are, in any order of the wrappers. Where one ratio is that of a whole completion (rloo,
+gspo, luspo, gmpo) the weight of a single token scales that token's term, not its part of the ratio (`gspo_token` does
+not have this limit).
 
 Where no `old_logp` is annotated the ratio of a loss is to the sampler already, and a correction on top would count
-twice: therefore each needs it. A token with weight 0 still counts in the divisor; only `reject` takes it out of the
-batch. Truncated and sequence weights: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-training"; the bounds on tokens are called IcePop.
+twice: therefore each needs it. A method that corrects for the sampler itself, one that has a weight already, and one
+that no weight on Â corrects raise ValueError (`Algorithm.off_policy`). A token with weight 0 still counts in the
+divisor; only `reject` takes it out of the batch. Truncated and sequence weights: Yao et al. 2025, "Your efficient RL
+framework secretly brings you off-policy RL training"; the bounds on tokens are called IcePop.
 """
 
 from collections.abc import Callable
@@ -47,6 +47,24 @@ def _weight_advantages(algorithm: Algorithm, weight: AdvantageWeightFn, name: st
     return with_needs(algorithm, *needs, loss=loss)
 
 
+def _sampler_weight(algorithm: Algorithm, weight: AdvantageWeightFn, wrapper: str) -> Algorithm:
+    """The algorithm on advantages times a weight made of π_old/π_sampler.
+
+    Raises ValueError for a method that corrects for the sampler itself, or that no such weight corrects.
+    """
+    if algorithm.off_policy == "itself":
+        raise ValueError(
+            f"{wrapper} would correct twice: this method corrects for the sampler itself, or is right for any samples; "
+            "legal: without it"
+        )
+    if algorithm.off_policy == "never":
+        raise ValueError(
+            f"{wrapper} weights advantages, which does not correct this method for another sampler; legal: samples of "
+            "its own policy"
+        )
+    return _weight_advantages(algorithm, weight, "sampler_weight", "old_logp")._replace(off_policy="itself")
+
+
 def sampler_ratio(batch: Batch, level: RatioLevel = ratios.token_level) -> PerToken:
     """π_old/π_sampler of each decision, by a level of `ops.ratios`."""
     log_ratio = batch.traj.old_logp - batch.traj.logp
@@ -59,7 +77,7 @@ def truncate_is(algorithm: Algorithm, cap: float = 2.0, level: RatioLevel = rati
     def weight(_, batch):
         return ratios.truncate_weights(sampler_ratio(batch, level), cap)
 
-    return _weight_advantages(algorithm, weight, "sampler_weight", "old_logp")
+    return _sampler_weight(algorithm, weight, "truncate_is")
 
 
 def mask_is(
@@ -72,7 +90,7 @@ def mask_is(
     def weight(_, batch):
         return ratios.mask_weights(sampler_ratio(batch, level), low, high)
 
-    return _weight_advantages(algorithm, weight, "sampler_weight", "old_logp")
+    return _sampler_weight(algorithm, weight, "mask_is")
 
 
 def normalized_is(
@@ -88,8 +106,7 @@ def normalized_is(
     def weight(_, batch):
         return batch.extra["sampler_weight"]
 
-    weighted = _weight_advantages(algorithm, weight, "sampler_weight", "old_logp")
-    return with_prepare(weighted, normalized)
+    return with_prepare(_sampler_weight(algorithm, weight, "normalized_is"), normalized)
 
 
 def reject(
@@ -123,8 +140,9 @@ def _accepted(batch: Batch, low: float, high: float, divergence: KLEstimator, le
 def staleness_filter(algorithm: Algorithm, max_staleness: int) -> Algorithm:
     """Takes decisions out of the batch (and its divisors) that a policy more than `max_staleness` versions old made.
 
-    The present version is coefficients["version"], which the loop sets to its step; that of each decision is
-    `traj.version`. A completion that was sampled by several policies loses its old part only; `credit` has seen it all.
+    The present version is coefficients["version"], which a loop of your own sets to its step before `credit`: no recipe
+    does. That of each decision is `traj.version`. A completion that was sampled by several policies loses its old part
+    only; `credit` has seen it all.
     Raises ValueError where either is missing: nothing could be told to be stale.
     """
 

@@ -12,6 +12,7 @@ from rljax.types import Batch, CreditFn, Trajectory, check_shapes
 
 GroupIds = Int[Array, " B"] | None
 ValidRows = Bool[Array, " B"]  # False: no decision, or a reward that failed
+CorrectRows = Bool[Array, " B"]  # a valid row whose first score is high enough
 AdvantageFn = Callable[[PerRow, GroupIds, ValidRows], PerRow]  # (rewards, group, valid) -> advantages
 
 
@@ -27,6 +28,16 @@ def outcome_rewards(traj: Trajectory) -> tuple[PerRow, ValidRows]:
     require(traj, "rewards")
     check_shapes(traj)
     return returns.episode_rewards(traj.rewards, traj.mask)
+
+
+def correct_rows(traj: Trajectory, above: float = 0.0) -> tuple[CorrectRows, ValidRows]:
+    """`ops.returns.correct_episodes` of a trajectory: what "correct" means in every algorithm and metric.
+
+    `scores` are read before anything that a wrapper adds to rewards; where there are none, the rewards are.
+    """
+    require(traj, "rewards")
+    check_shapes(traj)
+    return returns.correct_episodes(traj.rewards, traj.mask, traj.scores, above)
 
 
 def decision_rewards(traj: Trajectory) -> tuple[PerToken, TokenMask]:

@@ -1,27 +1,53 @@
-"""Algorithm -> Algorithm: changes to rewards, rows and advantages, before or after `credit`."""
+"""Algorithm -> Algorithm: changes to rewards, rows and advantages, before or after `credit`.
+
+What changes rewards is for methods that read their sum (`Algorithm.reads`), and raises ValueError for others: a term of
+either sign added to rewards of 0 and 1 makes wrong completions right for those that ask which are correct, and those
+that read the scores never see it.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import ValidRows, decision_rewards, old_policy_logp, outcome_rewards, require
+from rljax.algorithms.common.credit import (
+    ValidRows,
+    correct_rows,
+    decision_rewards,
+    old_policy_logp,
+    outcome_rewards,
+    require,
+)
 from rljax.algorithms.common.wrappers import with_needs
 from rljax.ops import shaping
 from rljax.ops.kl import KLEstimator, k1
 from rljax.ops.shapes import PerRow
 from rljax.ops.statistics import masked_mean, whiten
-from rljax.types import Algorithm, Trajectory
+from rljax.types import Algorithm, CreditFn, Trajectory
 
 # (trajectory, outcome of each row, rows that are valid, coefficients) -> new outcome
 OutcomeFn = Callable[[Trajectory, PerRow, ValidRows, dict[str, Any]], PerRow]
+READ = {  # `Algorithm.reads` in words
+    "correct": "asks which completions are correct",
+    "steps": "reads rewards where steps end",
+    "scores": "reads each score by itself",
+}
+
+
+def with_rewards(algorithm: Algorithm, wrapper: str, credit: CreditFn, *needs: str) -> Algorithm:
+    """The algorithm with the credit of a wrapper that changes rewards. Raises ValueError where they are not summed."""
+    if algorithm.reads != "rewards":
+        raise ValueError(
+            f"{wrapper} changes the rewards, and this method {READ[algorithm.reads]}; legal: without it, or a method "
+            "that learns from the sum of rewards"
+        )
+    return with_needs(algorithm, *needs, credit=credit)
 
 
 def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: KLEstimator = k1) -> Algorithm:
     """r_t - β KL_t before credit, β = `coefficients["kl_reward"]` if the training state has one: the KL of PPO-RLHF,
     RLOO, ReMax and REINFORCE++ (arXiv:1909.08593). Unlike a KL term in the loss it also credits a token with the KL of
-    later tokens. Not for methods that read rewards at the ends of steps only (`grpo_process`, `capo`) or not at all
-    (`gdpo`).
+    later tokens.
     """
 
     def credit(traj, coefficients):
@@ -31,7 +57,7 @@ def kl_in_reward(algorithm: Algorithm, coefficient: float = 0.05, estimator: KLE
         )
         return algorithm.credit(traj.replace(rewards=rewards), coefficients)
 
-    return with_needs(algorithm, "ref_logp", credit=credit)
+    return with_rewards(algorithm, "kl_in_reward", credit, "ref_logp")
 
 
 def missing_eos_penalty(algorithm: Algorithm, penalty: float = 1.0) -> Algorithm:
@@ -40,7 +66,7 @@ def missing_eos_penalty(algorithm: Algorithm, penalty: float = 1.0) -> Algorithm
     def credit(traj, coefficients):
         return algorithm.credit(penalize_missing_eos(traj, penalty), coefficients)
 
-    return algorithm._replace(credit=credit)
+    return with_rewards(algorithm, "missing_eos_penalty", credit)
 
 
 def penalize_missing_eos(traj: Trajectory, penalty: float) -> Trajectory:
@@ -59,7 +85,7 @@ def clip_reward(algorithm: Algorithm, limit: float = 10.0) -> Algorithm:
     def shaped(traj, rewards, valid, coefficients):
         return jnp.clip(rewards, -limit, limit)
 
-    return _reshape_outcome(algorithm, shaped)
+    return _reshape_outcome(algorithm, "clip_reward", shaped)
 
 
 def whiten_rewards(algorithm: Algorithm) -> Algorithm:
@@ -74,7 +100,7 @@ def whiten_rewards(algorithm: Algorithm) -> Algorithm:
         whitened = jnp.where(mask, whiten(rewards, mask) + mean, traj.rewards)  # rows without a reward keep their NaN
         return algorithm.credit(traj.replace(rewards=whitened), coefficients)
 
-    return algorithm._replace(credit=credit)
+    return with_rewards(algorithm, "whiten_rewards", credit)
 
 
 def overlong_penalty(algorithm: Algorithm, max_completion_length: int, cache: int) -> Algorithm:
@@ -87,13 +113,11 @@ def overlong_penalty(algorithm: Algorithm, max_completion_length: int, cache: in
         rewards = traj.rewards + shaping.at_last_decision(penalty.astype(traj.rewards.dtype), traj.mask)
         return algorithm.credit(traj.replace(rewards=rewards), coefficients)
 
-    return algorithm._replace(credit=credit)
+    return with_rewards(algorithm, "overlong_penalty", credit)
 
 
-def _reshape_outcome(algorithm: Algorithm, shaped: OutcomeFn) -> Algorithm:
-    """The algorithm on rewards whose sum over each row i is shaped(...)[i]: what changes is added on
-    the last decision. For methods that read the outcome: not `grpo_process`, `capo` or `gdpo`.
-    """
+def _reshape_outcome(algorithm: Algorithm, wrapper: str, shaped: OutcomeFn) -> Algorithm:
+    """The algorithm on rewards whose sum over row i is shaped(...)[i]: the change is added on the last decision."""
 
     def credit(traj, coefficients):
         rewards, valid = outcome_rewards(traj)
@@ -102,7 +126,7 @@ def _reshape_outcome(algorithm: Algorithm, shaped: OutcomeFn) -> Algorithm:
             traj.replace(rewards=traj.rewards + shaping.at_last_decision(change, traj.mask)), coefficients
         )
 
-    return algorithm._replace(credit=credit)
+    return with_rewards(algorithm, wrapper, credit)
 
 
 def lcpo_exact(algorithm: Algorithm, target_length: int, alpha: float = 3e-4) -> Algorithm:
@@ -113,7 +137,7 @@ def lcpo_exact(algorithm: Algorithm, target_length: int, alpha: float = 3e-4) ->
     def shaped(traj, rewards, valid, coefficients):
         return shaping.exact_length_reward(rewards, traj.mask.sum(axis=1), target_length, alpha)
 
-    return _reshape_outcome(algorithm, shaped)
+    return _reshape_outcome(algorithm, "lcpo_exact", shaped)
 
 
 def lcpo_max(algorithm: Algorithm, target_length: int, alpha: float = 3e-4, delta: float = 0.5) -> Algorithm:
@@ -124,22 +148,23 @@ def lcpo_max(algorithm: Algorithm, target_length: int, alpha: float = 3e-4, delt
     def shaped(traj, rewards, valid, coefficients):
         return shaping.max_length_reward(rewards, traj.mask.sum(axis=1), target_length, alpha, delta)
 
-    return _reshape_outcome(algorithm, shaped)
+    return _reshape_outcome(algorithm, "lcpo_max", shaped)
 
 
 def group_length_reward(algorithm: Algorithm, coefficient: float = 1.0, above: float = 0.0) -> Algorithm:
     """Adds Kimi k1.5's length reward (arXiv:2501.12599; `shaping.relative_length_reward`) times a weight, which is
     `coefficients["length"]` if the training state has one: the paper starts without it. A completion is correct if its
-    reward is above `above`. The paper does not give the weight.
+    first score is above `above` (`correct_rows`). The paper does not give the weight.
     """
 
     def shaped(traj, rewards, valid, coefficients):
         require(traj, "group")
         lengths = traj.mask.sum(axis=1)
-        added = shaping.relative_length_reward(rewards > above, lengths, traj.group, valid)
+        correct, _ = correct_rows(traj, above)
+        added = shaping.relative_length_reward(correct, lengths, traj.group, valid)
         return rewards + coefficients.get("length", coefficient) * added
 
-    return _reshape_outcome(algorithm, shaped)
+    return _reshape_outcome(algorithm, "group_length_reward", shaped)
 
 
 def cosine_length_reward(
@@ -150,17 +175,16 @@ def cosine_length_reward(
     exceeded: float = -10.0,
     above: float = 0.0,
 ) -> Algorithm:
-    """The reward becomes a cosine of the length, one for completions whose reward is above `above` and another for the
-    rest (arXiv:2502.03373; `shaping.cosine_reward`).
+    """The reward becomes a cosine of the length, one for correct completions, whose first score is above `above`
+    (`correct_rows`), and another for the rest (arXiv:2502.03373; `shaping.cosine_reward`).
     """
 
     def shaped(traj, rewards, valid, coefficients):
         lengths = traj.mask.sum(axis=1)
-        return shaping.cosine_reward(
-            rewards > above, lengths, max_completion_length, correct_range, incorrect_range, exceeded
-        )
+        correct, _ = correct_rows(traj, above)
+        return shaping.cosine_reward(correct, lengths, max_completion_length, correct_range, incorrect_range, exceeded)
 
-    return _reshape_outcome(algorithm, shaped)
+    return _reshape_outcome(algorithm, "cosine_length_reward", shaped)
 
 
 def filter_overlong(algorithm: Algorithm) -> Algorithm:

@@ -12,6 +12,7 @@ Terms that change token rewards go outside, as in kl_in_reward(turn_level(ppo())
 import jax.numpy as jnp
 
 from rljax.algorithms.common.credit import decision_rewards, require
+from rljax.algorithms.common.reward_shaping import with_rewards
 from rljax.ops.returns import discounted_returns
 from rljax.ops.sequences import sequence_sum
 from rljax.ops.shapes import PerToken, Scalar, TokenMask
@@ -65,10 +66,10 @@ def turn_groups(algorithm: Algorithm, gamma: Scalar = 1.0, trajectory_weight: fl
     A is the algorithm's advantage, as (G - mean)/(std + ε) for GRPO, G_i the whole reward of a conversation. Turns j
     are compared among the conversations that have one; a turn that no other has gets A = 0. GiGPO (arXiv:2505.10978)
     has w = 1 and compares turns that start in the same state, not those of one index; MT-GRPO (arXiv:2505.11821)
-    compares the rewards of turns by themselves.
+    compares the rewards of turns by themselves. Raises ValueError for a method that does not read the sum of rewards.
 
     Args:
-      algorithm: one whose credit reads rewards and groups alone. gamma: from turn to turn. trajectory_weight: w.
+      algorithm: one whose credit reads the sum of rewards, and groups. gamma: from turn to turn. trajectory_weight: w.
     """
 
     def credit(traj, coefficients):
@@ -90,7 +91,7 @@ def turn_groups(algorithm: Algorithm, gamma: Scalar = 1.0, trajectory_weight: fl
         advantages = by_turn.advantages + trajectory_weight * whole.advantages
         return by_turn.replace(advantages=advantages, mask=by_turn.mask & whole.mask)
 
-    return algorithm._replace(credit=credit, group_signal=None)
+    return with_rewards(algorithm, "turn_groups", credit)._replace(group_signal=None)
 
 
 def _turns_as_rows(traj: Trajectory, to_go: PerToken, starts: TokenMask, steps: Array) -> Trajectory:

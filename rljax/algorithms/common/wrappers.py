@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import old_policy_logp, outcome_rewards, require
+from rljax.algorithms.common.credit import correct_rows, old_policy_logp, require
 from rljax.ops.kl import KLEstimator, importance_weighted_k3, k1, k3
 from rljax.ops.shapes import PerToken, Scalar
 from rljax.ops.weights import token_mean
@@ -94,15 +94,16 @@ def with_entropy(algorithm: Algorithm, coefficient: Scalar = 0.01) -> Algorithm:
 
 
 def with_positive_nll(algorithm: Algorithm, coefficient: float = 0.1, above: float = 0.0) -> Algorithm:
-    """Adds -c (1/Σ_pos n) Σ_pos log π over the completions whose reward is above `above` (VAPO, arXiv:2504.05118).
+    """Adds -c (1/Σ_pos n) Σ_pos log π over the correct completions, whose first score is above `above` (`correct_rows`;
+    VAPO, arXiv:2504.05118).
 
-    Apply it after `kl_in_reward` and `overlong_penalty`: it compares the rewards that it is given.
+    Without scores it compares the rewards that it is given: apply it after `kl_in_reward` and `overlong_penalty` then.
     """
 
     def credit(traj, coefficients):
         batch = algorithm.credit(traj, coefficients)
-        rewards, _ = outcome_rewards(traj)
-        positive = jnp.broadcast_to((rewards > above)[:, None], batch.mask.shape)
+        correct, _ = correct_rows(traj, above)
+        positive = jnp.broadcast_to(correct[:, None], batch.mask.shape)
         return batch.replace(extra={**batch.extra, "positive": positive})
 
     def rescaled_mean(_, batch):
