@@ -244,7 +244,7 @@ def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[A
 
 
 @lru_cache
-def language_model(config: DecoderConfig) -> LM:
+def language_model(config: DecoderConfig, devices: int | None = None) -> LM:
     """The decoder as the sampler's `LM`. Its parameters are those that `full_params` takes.
 
     On one device `prepare` fuses projections: on a mesh that would move weights. It does not where the config is
@@ -253,8 +253,11 @@ def language_model(config: DecoderConfig) -> LM:
     With `gather_for_generation` it gathers the layers' weights: else decoding gathers them for each token.
 
     A sampler has no long sequence to split: the devices that have columns of a row elsewhere have rows here.
+
+    Args:
+      devices: how many hold the parameters; None: all of this machine.
     """
-    on_one_device = config.hidden_sharding is None and jax.device_count() == 1
+    on_one_device = config.hidden_sharding is None and (devices or jax.device_count()) == 1
     can_merge = config.adapter is None or config.dtype == "float32"
     is_fused = on_one_device and can_merge and not config.batch_invariant
     config = dataclasses.replace(config, hidden_sharding=_of_whole_rows(config.hidden_sharding))

@@ -125,11 +125,10 @@ def test_attached_is_merged_is_the_formula(variant):
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_on_one_device_a_rollout_in_float32_merges_the_adapter_and_fuses_projections(variant, monkeypatch):
+def test_on_one_device_a_rollout_in_float32_merges_the_adapter_and_fuses_projections(variant):
     """What its forward pass computes is what the trainer's does; the base, a reference, is fused without a merge."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config, base, adapter = made(variant)
-    lm = decoder.language_model.__wrapped__(config)
+    lm = decoder.language_model(config, devices=1)
     frozen = {"base": {"decoder": base}}
 
     @compiled
@@ -150,13 +149,12 @@ def is_adapted(x):
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"batch_invariant": True, "head_dim": 16}])
-def test_elsewhere_a_rollout_multiplies_as_the_trainer_does(changes, monkeypatch):
+def test_elsewhere_a_rollout_multiplies_as_the_trainer_does(changes):
     """In bfloat16 a merge keeps most of a base as it was; batch-invariant numbers have the trainer's bits."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = config_of("lora", **changes)
     base = jax.eval_shape(partial(policy.init, config), jax.random.key(0))
     params, frozen = jax.eval_shape(lambda base, key: policy.with_adapter(base, config, key), base, jax.random.key(1))
-    prepared, _ = jax.eval_shape(decoder.language_model.__wrapped__(config).prepare, params, frozen)
+    prepared, _ = jax.eval_shape(decoder.language_model(config, devices=1).prepare, params, frozen)
     assert is_adapted(prepared["layers"][0]["attention"]["query"])
 
 
