@@ -66,7 +66,7 @@ def decode_in_slots(
     for slots, fewer in itertools.pairwise([*slot_counts(lm, sampling.max_concurrent), 0]):
         state = decode_until_idle(lm, state, queue, settings, sampling, num_idle=slots - fewer)
         while state.columns < sampling.max_tokens:
-            state = grow_slots(lm, state, min(2 * state.columns, sampling.max_tokens))
+            state = add_columns(lm, state, min(2 * state.columns, sampling.max_tokens))
             state = decode_until_idle(lm, state, queue, settings, sampling, num_idle=slots - fewer)
         if fewer:
             state = compact_slots(lm, state, fewer)
@@ -108,7 +108,7 @@ def init_slots(lm: LM, queue: Queue, completions: Completions, sampling: Samplin
     )
 
 
-def grow_slots(lm: LM, state: SlotState, columns: int) -> SlotState:
+def add_columns(lm: LM, state: SlotState, columns: int) -> SlotState:
     """The same slots, with room for completions of so many tokens."""
     return state.replace(cache=lm.grow(state.cache, columns - state.columns), columns=columns)
 
