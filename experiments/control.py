@@ -111,6 +111,8 @@ REINFORCE_CARTPOLE = Settings(
 )
 PPO_DEFAULT = Settings(PPO_SIZES, on_policy.Hyperparams(2e-3))
 TRPO_DEFAULT = Settings(PPO_SIZES, on_policy.Hyperparams(lam=0.97))
+# Its ratio is that of the policy before the update: one update of each rollout, so short rollouts.
+VTRACE_SIZES = on_policy.Sizes(num_steps=32, epochs=1, minibatches=1, anneal_learning_rate=False)
 DQN_DEFAULT = Settings(dqn.Sizes(), dqn.Hyperparams())
 
 DEFAULTS: dict[str, Settings] = {  # where TUNED has no entry
@@ -123,7 +125,7 @@ DEFAULTS: dict[str, Settings] = {  # where TUNED has no entry
     "reinforce_to_go": REINFORCE_CARTPOLE,
     "trpo": TRPO_DEFAULT,
     "vpg": PPO_DEFAULT,
-    "vtrace": PPO_DEFAULT,
+    "vtrace": Settings(VTRACE_SIZES, on_policy.Hyperparams(1e-3)),
 }
 TUNED: dict[tuple[str, str], Settings] = {
     ("dqn", "cartpole"): DQN_DEFAULT,
@@ -136,7 +138,7 @@ TUNED: dict[tuple[str, str], Settings] = {
         on_policy.Hyperparams(1e-2, gamma=1.0, entropy_coefficient=0.0),
     ),
     ("vtrace", "catch"): Settings(
-        on_policy.Sizes(100_000, num_envs=32, num_steps=36, epochs=1, anneal_learning_rate=False, actor_lag=4),
+        VTRACE_SIZES._replace(total_steps=100_000, num_envs=32, num_steps=9, actor_lag=4),
         on_policy.Hyperparams(3e-3, gamma=1.0, lam=1.0),
     ),
     ("reinforce", "catch"): REINFORCE_CATCH,

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +38,13 @@ def test_the_table_replaces_what_stands_between_its_comments(tmp_path):
         assert re.search(r"\d+ cores, .*Python 3\.\d+\.\d+, jax \d.*commit", text)
 
 
+def test_a_table_names_the_accelerators_that_it_was_measured_on(monkeypatch):
+    assert write_table.accelerators() == ""
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(write_table.jax, "devices", lambda: [gpu, gpu])
+    assert re.search(r"\d+ cores, .*, 2 x NVIDIA H100 80GB HBM3; Python", write_table.conditions())
+
+
 def test_a_document_without_its_comments_is_refused():
     for text in ("", write_table.BEGIN, f"{write_table.END} {write_table.BEGIN}"):
         with pytest.raises(ValueError, match="must hold"):
@@ -52,5 +60,16 @@ def test_make_bench_runs_every_benchmark():
     """Every script there that can be run on its own, but the one that writes the table."""
     listed = re.search(r"^benchmarks := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     scripts = (ROOT / "experiments" / "benchmarks").glob("*.py")
-    runnable = {script.stem for script in scripts if '__name__ == "__main__"' in script.read_text()}
-    assert set(listed) == runnable - {"write_table"}
+    runnable = {script.stem: script.read_text() for script in scripts if '__name__ == "__main__"' in script.read_text()}
+    del runnable["write_table"]
+    assert set(listed) == runnable.keys()
+    for name, source in runnable.items():  # `run` sets the precision of recipes
+        assert source.endswith('if __name__ == "__main__":\n    run(Config, main)\n'), name
+
+
+def test_what_every_benchmark_can_write_is_written():
+    for script in (ROOT / "experiments" / "benchmarks").glob("*.py"):
+        source = script.read_text()
+        if "class Config(Output)" in source:
+            assert "cfg.json" in source, script.stem
+            assert "cfg.profile" in source, script.stem

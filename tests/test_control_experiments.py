@@ -79,6 +79,16 @@ def test_every_algorithm_has_settings_for_an_environment_it_is_not_tuned_for():
         assert (type(sizes), type(hyper)) == expected
 
 
+def test_a_method_without_a_ratio_makes_one_update_of_a_rollout():
+    """V-trace on any environment; another number is refused."""
+    for env in control.ENVS:
+        sizes, hyper, _ = control.settings(control.Config(algo="vtrace", env=env))
+        on_policy.vtrace_learner(sizes, hyper)
+    for wrong in ({"epochs": 4}, {"minibatches": 8}):
+        with pytest.raises(ValueError, match=r"right for one update of a rollout.*; legal: 1 x 1"):
+            on_policy.vtrace_learner(sizes._replace(**wrong), hyper)
+
+
 def test_greedy_episodes_last_as_long_as_the_environment_says():
     assert [control.max_episode_steps(control.make_env(name)) for name in ("pendulum", "maze", "catch")] == [
         200,

@@ -114,3 +114,15 @@ def test_loops_compute_what_they_time():
         found = roofline._repeat_matmul(*operands, layout, 3)
         expected = left @ right
         np.testing.assert_array_equal(found, expected if out == "mn" else expected.T)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_rates_are_of_the_devices_that_the_work_uses(monkeypatch, devices):
+    """Of the eight here; three split no number of pieces that one device has."""
+    used = []
+    over_rows = roofline._over_rows
+    monkeypatch.setattr(roofline, "_over_rows", lambda number: used.append(number) or over_rows(number))
+    monkeypatch.setattr(roofline, "LOOP_SECONDS", 0.0)
+    assert roofline.read_rate(64, 1, devices) > 0
+    assert roofline.matmul_rate((6, 2, 3), "float32", 1, devices) > 0
+    assert set(used) == {1, devices}

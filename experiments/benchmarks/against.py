@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
+
 from experiments.benchmarks.common import Workload
+from rljax.models.decoder import DecoderConfig
 from rljax.train.log import log_info
 
 FOLDER = Path.home() / ".cache" / "rljax" / "peers"
@@ -42,13 +45,28 @@ SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
 
 @contextlib.contextmanager
 def peer_works(names: Iterable[PeerName], unit: Unit, workload: Workload) -> Iterator[dict[str, Work]]:
-    """{title: work}, each of which does one unit of work and returns when it is done. The peers end with the block."""
+    """{title: work}, each of which does one unit of work and returns when it is done. The peers end with the block.
+
+    Raises ValueError where the workload is not in float32 on a CPU, as theirs is.
+    """
+    names = tuple(names)
+    require_conditions_of_peers(names, workload.config)
     with contextlib.ExitStack() as stack:
         works = {}
         for name in names:
             script = Path(__file__).with_name("peers") / f"{name}_worker.py"
             works[PEERS[name].title] = stack.enter_context(worker(environment(name), script, unit, sizes_of(workload)))
         yield works
+
+
+def require_conditions_of_peers(names: Iterable[str], config: DecoderConfig) -> None:
+    """Raise ValueError where a ratio to one of these would compare dtypes or devices."""
+    ours = f"{config.dtype} on a {jax.default_backend()}"
+    if ours != "float32 on a cpu" and (names := ", ".join(names)):
+        raise ValueError(
+            f"{names}: peers run in float32 on CPUs, and this benchmark would run in {ours}; legal: without them, or "
+            "float32 with JAX_PLATFORMS=cpu"
+        )
 
 
 @contextlib.contextmanager

@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import tyro
 
-from experiments.benchmarks.common import W1, Output, alternately, named, prompts, trace, write_figures
+from experiments.benchmarks.common import W1, Output, alternately, named, prompts, run, trace, write_figures
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts.sampler import sample
@@ -50,7 +49,7 @@ def main(cfg: Config) -> dict[str, float]:
 def works(name: str, config: DecoderConfig) -> dict[str, Callable[[int], object]]:
     """The rollout of step i, and the gradient of the mean log-prob of its completions."""
     rows = prompts(config, 8, 32)
-    lm = decoder.language_model(config)
+    lm = decoder.language_model(config, devices=1)
     model = policy.make_policy(config)
     params = policy.init(config, jax.random.key(0))
     sampling = Sampling(n=8, max_tokens=64)
@@ -68,4 +67,4 @@ def works(name: str, config: DecoderConfig) -> dict[str, Callable[[int], object]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import tyro
 
+from experiments.common.command_line import multiply_in_float32
 from rljax.models.decoder import DecoderConfig
 from rljax.types import PromptBatch
 
@@ -57,6 +59,12 @@ def alternately(works: dict[str, Callable[[int], object]], repeats: int) -> dict
 def seconds(work: Callable[[int], object], repeats: int) -> float:
     """Median wall time of work(i), after one run that compiles."""
     return statistics.median(alternately({"": work}, repeats)[""])
+
+
+def run(config_type: type, main: Callable) -> None:
+    """`main` with the settings of the command line; products are computed in the precision that recipes set."""
+    multiply_in_float32()
+    main(tyro.cli(config_type, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- output

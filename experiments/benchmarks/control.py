@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 
-from experiments.benchmarks.common import Output, named, trace, write_figures
+from experiments.benchmarks.common import Output, named, run, trace, write_figures
 from experiments.control_methods import dqn, on_policy
 from rljax.envs.cartpole import make_cartpole
 from rljax.envs.env import Env
@@ -158,4 +157,4 @@ def dqn_networks_alone(sizes: dqn.Sizes) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

@@ -14,9 +14,8 @@ from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 
-from experiments.benchmarks.common import WORKLOADS, Output, alternately, prompts, trace, write_figures
+from experiments.benchmarks.common import WORKLOADS, Output, alternately, prompts, run, trace, write_figures
 from rljax.models import decoder, policy
 from rljax.rollouts.conversations import sample_conversations
 from rljax.train.log import log_info, table
@@ -38,7 +37,7 @@ def conversations(cfg: Config, turns: int, cache: Literal["kept", "prefill"]) ->
     workload = WORKLOADS["W1"]
     config = workload.config
     params = policy.init(config, jax.random.key(0))
-    lm = decoder.language_model(config)
+    lm = decoder.language_model(config, devices=1)
     rows = prompts(config, workload.prompts, workload.prompt_tokens)
     sampling = Sampling(n=workload.n, max_tokens=cfg.turn_tokens)
     reply = np.random.default_rng(1).integers(1, config.vocab_size, cfg.observation_tokens).tolist()
@@ -75,4 +74,4 @@ def main(cfg: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    run(Config, main)

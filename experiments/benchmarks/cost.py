@@ -1,4 +1,4 @@
-r"""How the seconds of a rollout and of a GRPO update grow with the size of the work: fitted exponents.
+r"""How the seconds of a rollout and of a GRPO update as recipes make it grow with the size of the work: exponents.
 
     python experiments/benchmarks/cost.py
 
@@ -15,19 +15,19 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import log
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
-from experiments.benchmarks.common import Output, Workload, alternately, named, prompts, trace, write_figures
+from experiments.benchmarks.common import Output, Workload, alternately, named, prompts, run, trace, write_figures
 from experiments.benchmarks.roofline import Work, rollout_works, update_works
 from experiments.benchmarks.train_step import rewarded_rollout
 from experiments.common import train
+from experiments.common.settings import Batches
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
@@ -91,10 +91,9 @@ def seconds_at(size: str, factor: int, cfg: Config) -> dict[str, float]:
     """Seconds of rollout and update where `size` has grown by this factor."""
     if size != DEVICES:
         return best_seconds(SIZES[size](factor), cfg.repeats)
-    if factor == 1:
-        return best_seconds(BASE, cfg.repeats)
     command = [sys.executable, str(Path(__file__)), "--only_devices", str(factor), "--repeats", str(cfg.repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    on_cpu = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=on_cpu, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -131,13 +130,17 @@ def works_of(workload: Workload) -> dict[str, Callable[[int], object]]:
     state = jax.device_put(state, shardings.state)
     rows = meshes.shard_prompts(shardings, prompts(config, workload.prompts, workload.prompt_tokens))
     sampling = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
-    update = make_update(policy_objective(policy.make_policy(config), grpo()), optimizer, shardings=shardings)
+    objective = policy_objective(policy.make_policy(config), grpo())
+    make = partial(make_update, objective, optimizer, shardings=shardings)
+    batches = Batches(workload.prompts, workload.n)
+    sizes = (config, workload.prompt_tokens, workload.completion_tokens)
+    update = train.cut_update(make, batches, shardings, *sizes)
     params = jax.tree.map(jnp.copy, state.params)  # an update donates its state
 
     def rollout(i: int):
         return sample(lm, params, {}, rows, sampling, 0, i)
 
-    batch = grpo().credit(rewarded_rollout(workload, params), {})
+    batch = meshes.shard_rows(shardings, grpo().credit(rewarded_rollout(workload, params), {}))
 
     def learn(_):
         nonlocal state
@@ -148,4 +151,4 @@ def works_of(workload: Workload) -> dict[str, Callable[[int], object]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

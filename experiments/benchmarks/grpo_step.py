@@ -23,12 +23,12 @@ from typing import Literal
 import jax
 import numpy as np
 import optax
-import tyro
 
 from experiments.benchmarks.against import PeerName, Work, peer_works
-from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, trace, write_figures
+from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, run, trace, write_figures
 from experiments.benchmarks.train_step import report
 from experiments.common import train
+from experiments.common.micro_batches import cut
 from experiments.common.sampling import make_draw
 from experiments.common.settings import Batches
 from rljax.algorithms import grpo
@@ -63,7 +63,8 @@ def main(cfg: Config) -> dict[str, float]:
     own = {}
     with Pool(workers=1) as pool, peer_works(cfg.against, "grpo_step", workload) as peers:
         score = make_score({"even": ends_even}, decode, pool=pool)
-        for micro_batches in cfg.micro_batches:
+        for asked in cfg.micro_batches:
+            micro_batches = micro_batches_of(workload, asked)
             name = f"{micro_batches} micro-batches"
             parts[name] = defaultdict(list)
             own[name] = own_step(workload, micro_batches, score, parts[name])
@@ -87,6 +88,16 @@ def report_parts(preset: str, parts: dict[str, dict[str, list[float]]]) -> dict[
     return figures
 
 
+def batches_of(workload: Workload, micro_batches: int) -> Batches:
+    return Batches(prompts=workload.prompts, num_generations=workload.n, micro_batches=micro_batches)
+
+
+def micro_batches_of(workload: Workload, asked: int) -> int:
+    """In how many pieces `own_step` cuts its update; `asked` 0: chosen from sizes."""
+    sizes = (workload.prompt_tokens, workload.completion_tokens)
+    return cut(workload.config, batches_of(workload, asked), *sizes, make_mesh()).micro_batches
+
+
 def own_step(workload: Workload, micro_batches: int, score: Score, seconds: dict[str, list[float]]) -> Work:
     """work(i): the step of experiments/grpo.py without a reference; the seconds of its parts go into `seconds`."""
     config = workload.config
@@ -97,7 +108,7 @@ def own_step(workload: Workload, micro_batches: int, score: Score, seconds: dict
     shardings = train.shardings_of(make_mesh(), state, optimizer, config)
     state = jax.device_put(state, shardings.state)
 
-    batches = Batches(prompts=workload.prompts, num_generations=workload.n, micro_batches=micro_batches)
+    batches = batches_of(workload, micro_batches)
     sizes = (config, workload.prompt_tokens, workload.completion_tokens)
     sampling = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
     draw = make_draw(decoder.language_model(config), random_prompts(workload), batches, sampling, shardings, seed=0)
@@ -152,4 +163,4 @@ def ends_even(completion: str) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    run(Config, main)

@@ -15,9 +15,8 @@ from typing import Literal
 
 import jax
 import optax
-import tyro
 
-from experiments.benchmarks.common import WORKLOADS, Workload, named, write_figures
+from experiments.benchmarks.common import WORKLOADS, Workload, named, run, write_figures
 from experiments.benchmarks.train_step import rewarded_rollout
 from experiments.common.micro_batches import cut
 from experiments.common.settings import Batches
@@ -105,4 +104,4 @@ def temporary_bytes(workload: Workload, micro_batches: int) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

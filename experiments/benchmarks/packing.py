@@ -13,18 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
-from experiments.benchmarks.common import W1, Output, alternately, named, prompts, trace, write_figures
+from experiments.benchmarks.common import W1, Output, alternately, named, prompts, run, trace, write_figures
 from rljax.algorithms import grpo
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table
 from rljax.train.objective import policy_objective
 from rljax.train.packing import SharedColumns, make_packed_update
-from rljax.train.shared_prefix import make_shared_prefix_update
+from rljax.train.shared_prefix import make_shared_prefix_update, share_prefix
 from rljax.train.update import UpdateFn, make_update
 from rljax.types import Batch, Sampling, TrainState
+
+COMPLETIONS = 8  # of each prompt
+PROMPT_COLUMNS = 31  # its last token is the input of the first decision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +42,27 @@ def cut_batch() -> Batch:
     """Completions of all lengths, each right or wrong."""
     rng = np.random.default_rng(0)
     params = policy.init(W1, jax.random.key(0))
-    traj = sample(decoder.language_model(W1), params, {}, prompts(W1, 8, 32), Sampling(n=8, max_tokens=64), 0, 0)
-    ends = 31 + rng.integers(1, 65, (64, 1))  # the first token of a completion is the action of column 31
+    rows = prompts(W1, 8, PROMPT_COLUMNS + 1)
+    traj = sample(decoder.language_model(W1), params, {}, rows, Sampling(n=COMPLETIONS, max_tokens=64), 0, 0)
+    ends = PROMPT_COLUMNS + rng.integers(1, 65, (64, 1))  # the first token of a completion is the action of that column
     column = np.arange(traj.mask.shape[1])[None]
     inside = column < ends
     rewards = np.where(column == ends - 1, rng.integers(0, 2, (64, 1)), 0.0)
     segments = jnp.where(inside, traj.segments, 0)
     traj = traj.replace(segments=segments, mask=traj.mask & inside, rewards=jnp.float32(rewards))
     return grpo().credit(traj, {})
+
+
+def padding_of(batch: Batch, metrics: dict) -> float:
+    """The share of the columns that an update with these metrics computes which hold no token."""
+    if "padding_after" in metrics:
+        return metrics["padding_after"]
+    parts = [batch.traj.segments]
+    if metrics.get("shared_prefix"):
+        shared = share_prefix(batch, PROMPT_COLUMNS, COMPLETIONS).traj
+        parts = [shared.segments, shared.prefix.segments]
+    tokens = sum(int((part > 0).sum()) for part in parts)
+    return 1 - tokens / sum(part.size for part in parts)
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -59,15 +74,16 @@ def main(cfg: Config) -> dict[str, float]:
     columns = batch.mask.shape[1]
     tokens = batch.mask.size // cfg.micro_batches
     width = round(columns * cfg.rows_as_wide)
+    shared = SharedColumns(PROMPT_COLUMNS, COMPLETIONS)
 
     def make(micro_batches: int) -> UpdateFn:
         return make_update(objective, optimizer, micro_batches)
 
     updates = {
         "as sampled": make(cfg.micro_batches),
-        "as sampled, prompts shared": make_shared_prefix_update(make(cfg.micro_batches), 31, 8),
+        "as sampled, prompts shared": make_shared_prefix_update(make(cfg.micro_batches), *shared),
         "packed": make_packed_update(make, tokens, width),
-        "packed, prompts shared": make_packed_update(make, tokens, width, shared=SharedColumns(31, 8)),
+        "packed, prompts shared": make_packed_update(make, tokens, width, shared=shared),
     }
     states = {}
     for name in updates:
@@ -92,8 +108,10 @@ def main(cfg: Config) -> dict[str, float]:
     for name, measured in times.items():
         t = min(measured)
         speed = {"": name, "seconds": t, "tokens/s": text / t}
-        padding = first[name].get("padding_after", first["packed"]["padding_before"])
-        shape = {"padding": padding, "micro-batches": first[name].get("micro_batches", cfg.micro_batches)}
+        shape = {
+            "padding": padding_of(batch, first[name]),
+            "micro-batches": first[name].get("micro_batches", cfg.micro_batches),
+        }
         same = {metric: float(first[name][metric]) for metric in ("loss", "grad_norm")}
         lines.append(speed | shape | same)
     table("W1", lines)
@@ -103,4 +121,4 @@ def main(cfg: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

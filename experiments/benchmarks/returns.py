@@ -19,9 +19,8 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from experiments.benchmarks.common import Output, alternately, named, trace, write_figures
+from experiments.benchmarks.common import Output, alternately, named, run, trace, write_figures
 from rljax.ops.returns import gae, vtrace_returns
 from rljax.train.log import table
 
@@ -76,8 +75,8 @@ def main(cfg: Config) -> dict[str, float]:
     works = {}
     for name, work in WORKS.items():
         works |= {(name, whose): copy for whose, copy in copies(moved[name]).items()}
-        works[name, "time-major"] = partial(run, jax.jit(partial(time_major, work)), time_major_arrays)
-        works[name, "[B, T]"] = partial(run, jax.jit(work), arrays)
+        works[name, "time-major"] = partial(call, jax.jit(partial(time_major, work)), time_major_arrays)
+        works[name, "[B, T]"] = partial(call, jax.jit(work), arrays)
     medians = {key: [] for key in works}
     for _ in range(cfg.rounds):
         for key, work in works.items():
@@ -97,9 +96,9 @@ def main(cfg: Config) -> dict[str, float]:
     return figures
 
 
-def run(kernel: Callable, arrays: list[jax.Array], _: int):
+def call(kernel: Callable, arrays: list[jax.Array], _: int):
     return kernel(*arrays)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

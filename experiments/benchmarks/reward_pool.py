@@ -12,9 +12,7 @@ import dataclasses
 import multiprocessing
 import statistics
 
-import tyro
-
-from experiments.benchmarks.common import Output, alternately, named, trace, write_figures
+from experiments.benchmarks.common import Output, alternately, named, run, trace, write_figures
 from rljax.rewards.number import exact_number
 from rljax.rewards.pool import Pool
 from rljax.train.log import table
@@ -68,4 +66,4 @@ def works_of(steps: int, count: int, pool: Pool, plain) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

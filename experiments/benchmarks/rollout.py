@@ -21,11 +21,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.benchmarks.against import PEERS, PeerName, peer_works
-from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
+from experiments.benchmarks.against import PEERS, PeerName, peer_works, require_conditions_of_peers
+from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, run, trace, write_figures
 from experiments.benchmarks.roofline import least_seconds, measure, rollout_works, share
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
@@ -116,8 +115,8 @@ def main(cfg: Config) -> dict[str, float]:
     """Measure, print and return the figures."""
     if cfg.devices > 1:
         jax.config.update("jax_num_cpu_devices", cfg.devices)
-    workload = WORKLOADS[cfg.preset]
-    config = dataclasses.replace(workload.config, dtype=cfg.dtype)
+    workload = workload_of(cfg)
+    config = workload.config
     params = policy.init(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(cfg.dtype), params)
     works = own_works(cfg, workload, config, params)
@@ -126,10 +125,10 @@ def main(cfg: Config) -> dict[str, float]:
 
     # The roofline is measured before and after: what else runs on the machine only ever lowers it.
     passes = rollout_works(workload, config)
-    rates = measure(passes, cfg.dtype, cfg.repeats)
+    rates = measure(passes, cfg.dtype, cfg.repeats, cfg.devices)
     with peer_works(cfg.against, "rollout", workload) as peers:
         times = alternately(works | peers, cfg.repeats)
-    rates = measure(passes, cfg.dtype, cfg.repeats, before=rates)
+    rates = measure(passes, cfg.dtype, cfg.repeats, cfg.devices, before=rates)
     trace(works, cfg.profile)
 
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -146,6 +145,16 @@ def main(cfg: Config) -> dict[str, float]:
     return figures
 
 
+def workload_of(cfg: Config) -> Workload:
+    """That of the preset, in the dtype. Raises ValueError for what would run under other conditions beside it."""
+    workload = WORKLOADS[cfg.preset]
+    config = dataclasses.replace(workload.config, dtype=cfg.dtype)
+    require_conditions_of_peers((*cfg.against, *["transformers"] * cfg.transformers), config)
+    if cfg.devices > 1 and jax.default_backend() != "cpu":
+        raise ValueError(f"devices = {cfg.devices} are virtual ones of a CPU; legal on a {jax.default_backend()}: 1")
+    return workload._replace(config=config)
+
+
 # ------------------------------------------------------------------------------------------------- what takes turns
 
 
@@ -156,8 +165,8 @@ def sampler(lm, params, rows, sampling: Sampling) -> Callable[[int], object]:
 
 def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) -> dict[str, Callable]:
     """The rollout, variants of it, and a queue of requests by static batches and by continuous batching."""
-    lm = decoder.language_model(config)
-    exact_lm = decoder.language_model(dataclasses.replace(config, batch_invariant=True))
+    lm = decoder.language_model(config, devices=1)  # as on a machine that has one, whatever `cfg.devices` is
+    invariant_lm = decoder.language_model(dataclasses.replace(config, batch_invariant=True), devices=1)
     rows = prompts(config, workload.prompts, workload.prompt_tokens)
     plain = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
     queue, ending = queue_of(workload, config)
@@ -166,11 +175,12 @@ def own_works(cfg: Config, workload: Workload, config: DecoderConfig, params) ->
         "rollout": sampler(lm, params, rows, plain),
         "greedy": sampler(lm, params, rows, plain.replace(temperature=0.0)),
         "top-k 50, top-p 0.9": sampler(lm, params, rows, plain.replace(top_k=50, top_p=0.9, logp="policy")),
-        "exact": sampler(exact_lm, params, rows, plain),
+        "batch-invariant": sampler(invariant_lm, params, rows, plain),
         "a queue, static": lambda i: [work(i) for work in quarters],
         "a queue, slots": sampler(lm, params, queue, ending.replace(max_concurrent=workload.rows)),
     }
     if cfg.devices > 1:
+        lm = decoder.language_model(config, cfg.devices)
         works[f"on {cfg.devices} devices"] = over_devices(cfg.devices, lm, params, rows, plain)
     return works
 
@@ -210,7 +220,7 @@ def rollout_figures(workload: Workload, median: dict, parts: dict) -> dict[str, 
         "ms a decode step": 1e3 * step,
         "log-prob capture, of a step": (parts["with its log-prob"] - parts["draw"]) / step,
         "top-k and top-p, of a step": median["top-k 50, top-p 0.9"] / median["rollout"] - 1,
-        "exact / rollout": median["exact"] / median["rollout"],
+        "batch-invariant / rollout": median["batch-invariant"] / median["rollout"],
         "static / slots": median["a queue, static"] / median["a queue, slots"],
     }
 
@@ -219,7 +229,8 @@ def slot_utilization(workload: Workload, config: DecoderConfig, params) -> float
     """Tokens drawn over rows x decode steps, with continuous batching."""
     queue, ending = queue_of(workload, config)
     sampling = ending.replace(max_concurrent=workload.rows)
-    _, stats = sample_and_count(decoder.language_model(config), params, {}, queue, sampling, 0, 0)
+    lm = decoder.language_model(config, devices=1)
+    _, stats = sample_and_count(lm, params, {}, queue, sampling, 0, 0)
     return float(stats.tokens / stats.row_steps)
 
 
@@ -234,4 +245,4 @@ def peer_figures(cfg: Config, median: dict[str, float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    run(Config, main)

@@ -10,7 +10,7 @@ so that no result is written to fresh memory.
 A roofline has to be high enough:
 
 * A product has the rate of the fastest of several ways to compute it: LAYOUTS of its operands, all of its rows at once
-  or in pieces, and rows split over the devices where there are several.
+  or in pieces, and rows split over the devices where the work uses several.
 * Projections of the same input count as one product (queries, keys and values; gate and up). The products of attention
   have the rate of the fastest other product of the pass.
 * FLOPs are the useful ones: a prompt once for all its completions, the head only where a token is drawn or scored,
@@ -190,13 +190,16 @@ SMALL = 4e9  # FLOPs: larger products are measured in pieces only
 TINY = 1e-30  # times this a result is fed back: XLA can neither move a product out of the loop nor leave it out
 
 
-def measure(works: Iterable[Work], dtype: str, repeats: int, before: Rates | None = None) -> Rates:
-    """The rates of all shapes and working sets of these works, each at its best, here or `before`."""
+def measure(works: Iterable[Work], dtype: str, repeats: int, devices: int = 1, before: Rates | None = None) -> Rates:
+    """The rates of all shapes and working sets of these works, each at its best, here or `before`.
+
+    devices: that the work uses, of those of this machine; more would be a roofline that it cannot reach.
+    """
     works = list(works)
     shapes = dict.fromkeys(matmul.shape for work in works for matmul in work.matmuls)
     sizes = dict.fromkeys(working_set(work.bytes) for work in works)
-    flops = {shape: matmul_rate(shape, dtype, repeats) for shape in shapes}
-    reading = {size: read_rate(size, repeats) for size in sizes}
+    flops = {shape: matmul_rate(shape, dtype, repeats, devices) for shape in shapes}
+    reading = {size: read_rate(size, repeats, devices) for size in sizes}
     if before is None:
         return Rates(flops, reading)
     return Rates(_larger(flops, before.flops), _larger(reading, before.reading))
@@ -206,13 +209,13 @@ def _larger(rates: dict, others: dict) -> dict:
     return {key: max(rate, others[key]) for key, rate in rates.items()}
 
 
-def matmul_rate(shape: Shape, dtype: str, repeats: int) -> float:
+def matmul_rate(shape: Shape, dtype: str, repeats: int, devices: int) -> float:
     """FLOPs a second of a product of this shape: the best run of the fastest layout and size of pieces."""
     rates = []
     for piece in cut(shape):
         for layout in LAYOUTS:
-            for devices in {1, jax.device_count()}:
-                rates.append(_loop_rate(piece, layout, dtype, devices, repeats))
+            for used in {1, devices}:
+                rates.append(_loop_rate(piece, layout, dtype, used, repeats))
     return max(rates)
 
 
@@ -273,23 +276,23 @@ def _repeat_matmul(left, right, out, layout: str, count: int):
 READ_COLUMNS = 1024
 
 
-def read_rate(num_bytes: int, repeats: int) -> float:
+def read_rate(num_bytes: int, repeats: int, devices: int) -> float:
     """Bytes a second of reading so many, again and again: the best run of products of matrices with a vector each.
 
     XLA's own reductions run on one thread of a CPU inside a loop; products of a matrix with a vector are spread.
     """
-    rates = []
-    for pieces in (1, 2, 8):
-        rows = num_bytes // (4 * READ_COLUMNS * pieces)
-        if rows == 0 or pieces % jax.device_count():
-            continue
-        sharding = _over_rows(jax.device_count())[0]
-        matrices = jax.device_put(jnp.ones((pieces, rows, READ_COLUMNS), jnp.float32), sharding)
-        vectors = jax.device_put(jnp.ones((pieces, READ_COLUMNS), jnp.float32), sharding)
-        count = max(1, int(LOOP_SECONDS * ASSUMED_BYTES[jax.default_backend()] / matrices.nbytes))
-        run = partial(_repeat_reading, matrices, vectors, count)
-        rates.append(count * matrices.nbytes / min(alternately({"": lambda _, run=run: run()}, repeats)[""]))
-    return max(rates)
+    return max(_reading_rate(num_bytes, used, n * used, repeats) for used in {1, devices} for n in (1, 2, 8))
+
+
+def _reading_rate(num_bytes: int, devices: int, pieces: int, repeats: int) -> float:
+    """With the bytes in so many pieces, of a row at least, spread over the devices."""
+    rows = max(1, num_bytes // (4 * READ_COLUMNS * pieces))
+    sharding = _over_rows(devices)[0]
+    matrices = jax.device_put(jnp.ones((pieces, rows, READ_COLUMNS), jnp.float32), sharding)
+    vectors = jax.device_put(jnp.ones((pieces, READ_COLUMNS), jnp.float32), sharding)
+    count = max(1, int(LOOP_SECONDS * ASSUMED_BYTES[jax.default_backend()] / matrices.nbytes))
+    run = partial(_repeat_reading, matrices, vectors, count)
+    return count * matrices.nbytes / min(alternately({"": lambda _: run()}, repeats)[""])
 
 
 @partial(jax.jit, static_argnums=2)

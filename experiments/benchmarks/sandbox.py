@@ -18,9 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import get_args
 
-import tyro
-
-from experiments.benchmarks.common import Output, alternately, named, write_figures
+from experiments.benchmarks.common import alternately, named, run, write_figures
 from rljax.rewards import sandbox
 from rljax.rewards.code import function_tests
 from rljax.train.log import log_info, table
@@ -29,13 +27,14 @@ EMPTY = [sandbox.INTERPRETER, "-I", "-S", "-c", "pass"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Output):
+class Config:
     """What to measure."""
 
     threads: int = 2  # programs at a time
     programs: int = 40  # in a round
     repeats: int = 5  # timed rounds of each
     humaneval: str = ""  # jsonl.gz file of HumanEval
+    json: str = ""  # where to write the figures
 
 
 def main(cfg: Config) -> dict[str, float]:
@@ -95,4 +94,4 @@ def judge_humaneval(cfg: Config, threads: ThreadPoolExecutor, first: float) -> d
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

@@ -5,6 +5,7 @@ r"""What share of the roofline of this machine a rollout and a GRPO update reach
     python experiments/benchmarks/shares.py --rates True          # the rates that the roofline is made of, too
 
 The roofline (roofline.py) is measured before and after, the best of both counts: what else runs only ever lowers it.
+Both works run on one device, and so does the roofline.
 """
 
 import dataclasses
@@ -12,11 +13,10 @@ import statistics
 from typing import Literal
 
 import jax
-import tyro
 
-from experiments.benchmarks.common import WORKLOADS, Output, alternately, named, prompts, trace, write_figures
+from experiments.benchmarks.common import WORKLOADS, Output, alternately, named, prompts, run, trace, write_figures
 from experiments.benchmarks.roofline import Rates, least_seconds, measure, rollout_works, share, update_works
-from experiments.benchmarks.train_step import own_step
+from experiments.benchmarks.train_step import cut_as_recipes, own_step
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table
@@ -39,12 +39,13 @@ def main(cfg: Config) -> dict[str, float]:
     config = workload.config
     roofs = {"rollout": rollout_works(workload, config), "update": update_works(workload, config)}
     passes = roofs["rollout"] + roofs["update"]
-    lm = decoder.language_model(config)
+    lm = decoder.language_model(config, devices=1)
     params = policy.init(config, jax.random.key(0))
     rows = prompts(config, workload.prompts, workload.prompt_tokens)
     sampling = Sampling(n=workload.n, max_tokens=workload.completion_tokens)
     works = {"rollout": lambda i: sample(lm, params, {}, rows, sampling, 0, i)}
-    works |= {f"update, {m} micro-batches": own_step("grpo", workload, m) for m in cfg.micro_batches}
+    numbers = [cut_as_recipes("grpo", workload, m).micro_batches for m in cfg.micro_batches]
+    works |= {f"update, {m} micro-batches": own_step("grpo", workload, m) for m in numbers}
 
     rates = measure(passes, config.dtype, cfg.repeats)
     times = alternately(works, cfg.repeats)
@@ -73,4 +74,4 @@ def print_rates(rates: Rates) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    run(Config, main)

@@ -21,9 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-
-from experiments.benchmarks.common import Output, named, write_figures
+from experiments.benchmarks.common import Output, named, run, write_figures
 from rljax.train.log import log_info, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,4 +130,4 @@ def wait_for(process: subprocess.Popen, file: Path | None, began: float) -> floa
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, use_underscores=True))
+    run(Config, main)

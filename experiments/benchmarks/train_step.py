@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
-from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, trace, write_figures
+from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, run, trace, write_figures
 from experiments.common.micro_batches import Pieces, cut
 from experiments.common.settings import Batches
 from rljax.algorithms import dpo, grpo, ppo, sft
@@ -61,7 +60,8 @@ def main(cfg: Config) -> dict[str, float]:
     workload = WORKLOADS[cfg.preset]
     figures = {}
     for name in cfg.algorithms:
-        own = {f"{m} micro-batches": own_step(name, workload, m) for m in cfg.micro_batches}
+        numbers = [cut_as_recipes(name, workload, m).micro_batches for m in cfg.micro_batches]
+        own = {f"{m} micro-batches": own_step(name, workload, m) for m in numbers}
         names = cfg.against if name in UNITS else ()
         with peer_works(names, UNITS.get(name), workload) as peers:
             times = alternately(own | peers, cfg.repeats)
@@ -98,20 +98,16 @@ def own_step(name: AlgorithmName, workload: Workload, micro_batches: int) -> Wor
 
 
 def updating(
+    name: AlgorithmName,
     objective: Objective,
     params: Params,
     workload: Workload,
     micro_batches: int,
     batch_of: Callable[[], object],
-    group_size: int = 1,
 ) -> Work:
-    """work(i): the update from a batch that `batch_of` makes in each step, cut as recipes cut it.
-
-    Args:
-      group_size: how many neighboring completions have one prompt; 2: pairs.
-    """
+    """work(i): the update from a batch that `batch_of` makes in each step, cut as recipes cut it."""
     optimizer = optax.adamw(1e-4)
-    pieces = cut_as_recipes(workload, micro_batches, group_size)
+    pieces = cut_as_recipes(name, workload, micro_batches)
     update = make_update(objective, optimizer, pieces.micro_batches)
     update = make_shared_prefix_update(update, workload.prompt_tokens - 1, pieces.group_size)
     state = TrainState(0, jax.tree.map(jnp.copy, params), optimizer.init(params), jax.random.key(1))
@@ -124,8 +120,9 @@ def updating(
     return work
 
 
-def cut_as_recipes(workload: Workload, micro_batches: int, group_size: int) -> Pieces:
+def cut_as_recipes(name: AlgorithmName, workload: Workload, micro_batches: int) -> Pieces:
     """In how many pieces an update of all rows is cut; `micro_batches` 0: chosen from sizes."""
+    group_size = {"dpo": 2, "sft": 1}.get(name, workload.n)  # neighboring completions of one prompt
     batches = Batches(workload.rows // group_size, group_size, micro_batches=micro_batches)
     one = make_mesh(devices=jax.devices()[:1])
     return cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, one)
@@ -136,7 +133,7 @@ def grpo_step(workload: Workload, micro_batches: int) -> Work:
     params = policy.init(workload.config, jax.random.key(0))
     batch = grpo().credit(rewarded_rollout(workload, params), {})
     objective = policy_objective(policy.make_policy(workload.config), grpo())
-    return updating(objective, params, workload, micro_batches, lambda: batch, workload.n)
+    return updating("grpo", objective, params, workload, micro_batches, lambda: batch)
 
 
 def ppo_step(workload: Workload, micro_batches: int) -> Work:
@@ -146,7 +143,7 @@ def ppo_step(workload: Workload, micro_batches: int) -> Work:
     traj = rewarded_rollout(workload, params)
     annotated = policy.make_annotate(model, ppo().needs)(TrainState(0, params, None, jax.random.key(1)), traj)
     batch = ppo().credit(annotated, {})
-    return updating(policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch, workload.n)
+    return updating("ppo", policy_objective(model, ppo()), params, workload, micro_batches, lambda: batch)
 
 
 def sft_step(workload: Workload, micro_batches: int) -> Work:
@@ -154,7 +151,7 @@ def sft_step(workload: Workload, micro_batches: int) -> Work:
     params = policy.init(workload.config, jax.random.key(0))
     batch = sft().credit(random_demonstrations(workload, workload.rows), {})
     objective = policy_objective(policy.make_policy(workload.config), sft())
-    return updating(objective, params, workload, micro_batches, lambda: batch)
+    return updating("sft", objective, params, workload, micro_batches, lambda: batch)
 
 
 def dpo_step(workload: Workload, micro_batches: int) -> Work:
@@ -162,7 +159,7 @@ def dpo_step(workload: Workload, micro_batches: int) -> Work:
     params = policy.init(workload.config, jax.random.key(0))
     model = policy.make_policy(workload.config)
     state = TrainState(0, params, None, jax.random.key(1), frozen={"reference": params})
-    pieces = cut_as_recipes(workload, micro_batches, group_size=2)
+    pieces = cut_as_recipes("dpo", workload, micro_batches)
     rows_at_once = workload.rows // pieces.micro_batches
     annotate = policy.make_annotate(model, ("ref_logp",))
     annotate = make_shared_prefix_annotate(annotate, workload.prompt_tokens - 1, 2, rows_at_once)
@@ -175,7 +172,7 @@ def dpo_step(workload: Workload, micro_batches: int) -> Work:
         chosen, rejected = (jax.tree.map(lambda x, i=i: x[i::2], annotated) for i in range(2))
         return Pairs(chosen=chosen, rejected=rejected)
 
-    return updating(dpo(model), params, workload, micro_batches, pairs, group_size=2)
+    return updating("dpo", dpo(model), params, workload, micro_batches, pairs)
 
 
 def rewarded_rollout(workload: Workload, params: Params) -> Trajectory:
@@ -196,4 +193,4 @@ def random_demonstrations(workload: Workload, count: int, seed: int = 0) -> Traj
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    run(Config, main)

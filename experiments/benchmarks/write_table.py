@@ -13,6 +13,7 @@ import platform
 import re
 from pathlib import Path
 
+import jax
 import tyro
 
 from rljax.train.log import format_number, log_info, write_atomically
@@ -50,7 +51,14 @@ def conditions() -> str:
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     today = datetime.date.today().isoformat()
     python = platform.python_version()
-    return f"{today}, {os.cpu_count()} cores, {processor()}; Python {python}, {packages}; commit {git_revision()}."
+    machine = f"{os.cpu_count()} cores, {processor()}{accelerators()}"
+    return f"{today}, {machine}; Python {python}, {packages}; commit {git_revision()}."
+
+
+def accelerators() -> str:
+    """How many there are, and their kind; nothing where JAX computes on a CPU."""
+    devices = jax.devices()
+    return "" if devices[0].platform == "cpu" else f", {len(devices)} x {devices[0].device_kind}"
 
 
 def processor() -> str:

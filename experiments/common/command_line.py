@@ -149,8 +149,15 @@ def configure_jax(debug: bool = False) -> None:
     if cache and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # The default is TF32 on GPUs and bfloat16 on TPUs, where sampler and trainer would no longer agree.
-    jax.config.update("jax_default_matmul_precision", "float32")
+    multiply_in_float32()
     if debug:
         jax.config.update("jax_disable_jit", True)
         jax.config.update("jax_debug_nans", True)
+
+
+def multiply_in_float32() -> None:
+    """Products of float32 arrays, in the whole process.
+
+    The default is TF32 on GPUs and bfloat16 on TPUs, where sampler and trainer would no longer agree.
+    """
+    jax.config.update("jax_default_matmul_precision", "float32")

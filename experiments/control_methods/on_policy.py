@@ -131,7 +131,15 @@ def adam_update(algorithm: Algorithm, optimizer: optax.GradientTransformation) -
 
 
 def joint_learner(algorithm: Algorithm, sizes: Sizes, hyper: Hyperparams) -> Learner:
-    """Actor and critic trained together, in minibatches of shuffled decisions."""
+    """Actor and critic trained together, in minibatches of shuffled decisions.
+
+    Raises ValueError for several updates of a rollout by a method that has no ratio to the policy before them.
+    """
+    if algorithm.one_update and (sizes.epochs, sizes.minibatches) != (1, 1):
+        asked = f"epochs x minibatches = {sizes.epochs} x {sizes.minibatches}"
+        raise ValueError(
+            f"this algorithm is right for one update of a rollout, on all decisions: {asked}; legal: 1 x 1"
+        )
     algorithm = with_entropy(algorithm, hyper.entropy_coefficient)
     num_updates = sizes.num_rollouts * sizes.epochs * sizes.minibatches
     learning_rate = hyper.learning_rate

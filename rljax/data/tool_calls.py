@@ -6,6 +6,8 @@
 | llama3 | the turn is `{"name": "add", "parameters": {"a": 1}}`, after `<|python_tag|>` or not; `;` between calls |
 | plain | `<call>add(1, 2)</call>`: the text between the parentheses is the argument, for tiny models |
 
+What stands between <think> and </think> is a thought: a call that it mentions is not made (hermes).
+
 A call that does not parse is a call with a `problem`: the conversation goes on with an observation that says so.
 """
 
@@ -17,12 +19,14 @@ from typing import Any
 from rljax.types import ToolCall
 
 PYTHON_TAG = "<|python_tag|>"
+# A thought may be begun by the prompt, and a turn may be cut within one.
+THOUGHT = re.compile(r"(\A|<think>).*?</think>|<think>.*", re.DOTALL)
 MAX_SHOWN = 100  # characters of a call that does not parse, in its problem
 
 
 def parse_hermes(text: str) -> list[ToolCall]:
     """The calls between <tool_call> and </tool_call>: JSON objects with "name" and "arguments"."""
-    pieces = text.split("<tool_call>")[1:]
+    pieces = THOUGHT.sub("", text).split("<tool_call>")[1:]
     calls = []
     for piece in pieces:
         inside, end, _ = piece.partition("</tool_call>")

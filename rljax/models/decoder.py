@@ -251,7 +251,7 @@ def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[A
 
 
 @lru_cache
-def language_model(config: DecoderConfig) -> LM:
+def language_model(config: DecoderConfig, devices: int | None = None) -> LM:
     """The decoder as the sampler's `LM`. Its parameters are those that `full_params` takes.
 
     On one device `prepare` casts matrices to `config.dtype`, once for all tokens; on a mesh of FSDP the copy would take
@@ -261,8 +261,11 @@ def language_model(config: DecoderConfig) -> LM:
     not where the config is batch-invariant: for a matrix with other columns XLA may choose another kernel.
 
     A sampler has no long sequence to split: the devices that have columns of a row elsewhere have rows here.
+
+    Args:
+      devices: how many hold the parameters; None: all of this machine.
     """
-    on_one_device = config.hidden_sharding is None and jax.device_count() == 1
+    on_one_device = config.hidden_sharding is None and (devices or jax.device_count()) == 1
     is_fused = on_one_device and config.adapter is None and not config.batch_invariant
     config = dataclasses.replace(config, hidden_sharding=_of_whole_rows(config.hidden_sharding))
     decoding_config = dataclasses.replace(config, fused_projections=is_fused)

@@ -185,8 +185,8 @@ def in_chunks(f: Callable, chunk_tokens: int, *columns: Array):
     are laid out contiguously over devices.
     """
     B, T = columns[0].shape[:2]
-    width = min(T, max(1, chunk_tokens // B))
-    chunks = -(-T // width)
+    chunks = -(-T // min(T, max(1, chunk_tokens // B)))
+    width = -(-T // chunks)  # what fills up the last chunk is computed too: fewer columns than there are chunks
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, chunks * width - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")

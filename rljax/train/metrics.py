@@ -142,7 +142,7 @@ def policy_metrics(output: PolicyOutput, batch: Batch) -> dict[str, Array]:
 
 def average_metrics(updates: Iterable[dict]) -> dict[str, float]:
     """The metrics of one rollout from those of its updates: means, of *_max and *_min the extremum."""
-    updates = list(updates)
+    updates = jax.device_get(list(updates))  # every copy begins before the first is waited for
     average = {}
     for name in updates[0]:
         values = [float(metrics[name]) for metrics in updates]

@@ -197,12 +197,15 @@ def _bundles(first: np.ndarray, length: np.ndarray, width: int, shared: SharedCo
     bundle = 0
     for start in range(0, len(length), shared.group_size):
         group = start + np.flatnonzero(length[start : start + shared.group_size])
-        prompt = max(0, shared.columns - int(first[start]))
+        if not len(group):
+            continue
+        one = group[0]  # the first columns of all are the same, but those of a row without a token begin nowhere
+        prompt = max(0, shared.columns - int(first[one]))
         completions = length[group] - prompt
         bundle_of_row = _fewest_rows(completions, width - prompt) if prompt else np.arange(len(group))
         for number in np.unique(bundle_of_row):
             if prompt:
-                pieces.append((bundle, start, first[start], prompt, True))
+                pieces.append((bundle, one, first[one], prompt, True))
             for k in np.flatnonzero(bundle_of_row == number):
                 pieces.append((bundle, group[k], first[group[k]] + prompt, completions[k], False))
             bundle += 1

@@ -31,6 +31,20 @@ def test_hermes_reads_what_qwen_writes(drawn, before):
     assert parse_hermes(text) == [ToolCall(*call) for call in drawn]
 
 
+@pytest.mark.parametrize(
+    "thought",
+    ["<think>{}</think>", "I could {}.\n</think>\n", "<think>a</think><think>{}</think>"],
+    ids=["whole", "begun by the prompt", "two"],
+)
+def test_hermes_makes_no_call_that_is_only_thought_of(thought):
+    mentioned = '<tool_call>{"name": "mentioned"}</tool_call>'
+    made = '<tool_call>{"name": "made"}</tool_call>'
+    thought = thought.format(mentioned)
+    assert parse_hermes(thought + made) == [ToolCall("made", {})]
+    assert parse_hermes(thought) == []
+    assert parse_hermes("<think>" + mentioned) == [], "the turn is cut within a thought"
+
+
 @given(calls, st.booleans())
 def test_llama3_reads_what_llama_writes(drawn, has_tag):
     text = "<|python_tag|>" * has_tag + "; ".join(written(*call, "parameters") for call in drawn)

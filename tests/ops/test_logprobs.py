@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.ops.logprobs import chosen_logp, chunked_logprobs, entropy, gaussian_logp
+from rljax.ops.logprobs import chosen_logp, chunked_logprobs, entropy, gaussian_logp, in_chunks
 from tests.ops.golden import close, narrow
 
 B, T, D, V = 3, 10, 4, 11
@@ -61,6 +61,19 @@ def test_no_array_of_the_size_of_all_logits_exists_in_value_or_gradient():
     shapes = re.findall(r"\[([\d,]+)\]", str(program(narrow(HIDDEN), narrow(TABLE))))
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
     assert 2 * B * V <= max(sizes) < B * T * V
+
+
+@pytest.mark.parametrize(("rows", "columns", "most", "width"), [(8, 129, 1024, 65), (2, 512, 883, 256), (3, 10, 9, 3)])
+def test_chunks_are_as_even_as_they_can_be(rows, columns, most, width):
+    shapes = set()
+
+    def f(x):
+        shapes.add(x.shape)
+        return x
+
+    jax.eval_shape(lambda x: in_chunks(f, most, x), jnp.zeros((rows, columns)))
+    assert shapes == {(rows, width)}
+    assert -(-columns // width) * width - columns < -(-columns // width)
 
 
 def test_low_precision_logits_are_summed_in_float32():

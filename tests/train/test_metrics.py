@@ -134,6 +134,22 @@ def test_average_takes_means_and_extremes():
     assert average_metrics(steps) == {"loss": 1.5, "ratio_max": 3.0, "ratio_min": 0.25}
 
 
+def test_metrics_come_to_the_host_together():
+    """All copies have begun when the first is waited for."""
+    calls = []
+
+    class OnDevice:
+        def copy_to_host_async(self):
+            calls.append("begin")
+
+        def __array__(self, dtype=None, copy=None):
+            calls.append("wait")
+            return np.array(2.0, np.float32)
+
+    assert average_metrics([{"loss": OnDevice(), "kl": OnDevice()} for _ in range(2)]) == {"loss": 2.0, "kl": 2.0}
+    assert calls == ["begin"] * 4 + ["wait"] * 4
+
+
 @pytest.mark.parametrize("gap", [2e-3, nan])
 def test_a_sampler_that_disagrees_with_the_trainer_is_an_error(gap):
     require_on_policy({"sampler_gap": 5e-4})

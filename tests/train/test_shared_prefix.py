@@ -13,7 +13,7 @@ from rljax.models import policy as models
 from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import make_mesh, shard_rows, state_shardings
 from rljax.train.objective import policy_objective
-from rljax.train.packing import SharedColumns, make_packed_update, pack_batch
+from rljax.train.packing import SharedColumns, _bundles, make_packed_update, pack_batch
 from rljax.train.shared_prefix import (
     is_prefix_of_pairs,
     is_prefix_shared,
@@ -197,6 +197,14 @@ def test_a_batch_without_a_decision_shares_nothing():
     packed, _, added = pack_batch(nothing, 15, rows=4, shared=SharedColumns(COLUMNS, 2))
     assert added == {"padding_before": 1.0, "padding_after": 1.0, "shared_prefix": 0.0}
     assert not packed.mask.any()
+
+
+def test_groups_without_a_decision_and_rows_without_a_token_hold_no_prompt():
+    """One prompt as wide as a packed row and without a completion, and a row of padding before one without a prompt."""
+    first, length = np.array([0, 0, 2, 2, 0, 5]), np.array([0, 0, 3, 4, 0, 4])
+    pieces = _bundles(first, length, 4, SharedColumns(4, 2))
+    want = [[0, 2, 2, 2, 1], [0, 3, 4, 2, 0], [1, 2, 2, 2, 1], [1, 2, 4, 1, 0], [2, 5, 5, 4, 0]]
+    assert np.stack(pieces, axis=1).tolist() == want
 
 
 @pytest.mark.parametrize(
