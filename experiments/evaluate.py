@@ -36,7 +36,7 @@ from experiments.common import command_line, models, runs
 from experiments.common.intervals import standard_error_interval, wilson_interval
 from experiments.common.records import append_lines, judged_prompts, read_lines
 from experiments.common.rewards import check_compared, load_score, read_rewards
-from experiments.common.sampling import make_sampling
+from experiments.common.sampling import greedy_of, make_sampling
 from experiments.common.settings import MeshShape, Rare, Reward, Rows, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS, find_final_answer
 from rljax.models import decoder
@@ -87,7 +87,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     sampling = make_sampling(cfg.sampling, max(cfg.n, 1), tokenizer, config.vocab_size)
     kinds = {"sampled": sampling} if cfg.n else {}
     if cfg.greedy:
-        kinds["greedy"] = sampling.replace(temperature=0.0, n=1, support=None)
+        kinds["greedy"] = greedy_of(sampling)
 
     # -- sample and judge
     settings = runs.settings_but(cfg, "right", "k")  # which are read at the end only: they may change

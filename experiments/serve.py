@@ -88,6 +88,7 @@ def start(cfg: Config) -> Iterator["Server"]:
     pieces = data.token_bytes(tokenizer, config.vocab_size)
     lm = decoder.language_model(config)
     engine = Engine(lm, params, pieces, tokenizer.stop, cfg.rows, cfg.seed, load)
+    del params  # the engine holds what it samples with
     name = cfg.name or Path(cfg.model).resolve().name
     model = Model(name, tokenizer, pieces, context, cfg.rows)
     try:

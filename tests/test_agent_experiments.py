@@ -26,7 +26,7 @@ def step(state, text):
 
 
 SPELL = NamedEnvironment(
-    TextEnv("spell", lambda row, seed: (0, row["word"]), step), [{"word": w} for w in ["spell", "it", "out"]]
+    TextEnv("spell", lambda row, seed: (0, row["word"]), step), [{"word": w} for w in ["spell", "it", "out", "loud"]]
 )
 
 
@@ -44,7 +44,7 @@ def tiny_run(tmp_path_factory) -> agent_grpo.Config:
         steps=2,
         batches=Batches(prompts=2, num_generations=2),
         sampling=Sampling(max_tokens=6),
-        eval_prompts=1,
+        eval_prompts=2,  # with one there is no standard error
         eval_samples=4,
         save_every=1,
         directory=str(root / "run"),

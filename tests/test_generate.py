@@ -16,6 +16,7 @@ from models import tiny
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 from rljax.models import decoder, hf
+from rljax.rollouts.sample_token import check_logp
 from rljax.rollouts.sampler import sample
 from rljax.types import PromptBatch
 from test_experiments import ENVIRONMENT, SCRIPTS, flags
@@ -45,7 +46,7 @@ def sampled(cfg: generate.Config, prompts: list[str]):
     rows = PromptBatch(tokens, mask, np.arange(len(ids), dtype=np.int32), [{} for _ in ids], 0)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     params = {"decoder": hf.load(cfg.model, config)}
-    traj = sample(decoder.language_model(config), params, {}, rows, sampling.replace(logp="policy"), cfg.seed, 0)
+    traj = sample(decoder.language_model(config), params, {}, rows, sampling, cfg.seed, 0)
     for row in range(len(ids) * cfg.n):
         drawn = np.asarray(traj.mask)[row]
         yield traj.actions[row][drawn].tolist(), float(traj.logp[row][drawn].sum()), bool(traj.terminated[row].any())
@@ -209,6 +210,7 @@ def test_settings_of_the_command_line_become_those_of_the_sampler():
     named = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2}
     named |= {"n": 4, "max_tokens": 7, "max_concurrent": 5, "stop": (0,)}
     assert {name: getattr(got, name) for name in named} == named
+    check_logp(got)  # what is not trained on is sampled whatever is cut off
     assert make_sampling(Sampling(), 1, character_tokenizer("a"), 2).stop_strings is None
 
 

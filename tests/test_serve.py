@@ -17,12 +17,13 @@ import openai
 import pytest
 
 from experiments import serve
+from experiments.common import engine as engines
 from experiments.common.engine import Answer, Engine, Request, Weights, _End, _Update
 from experiments.tools import tiny_model
 from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
-from rljax.rollouts.sampler import sample
+from rljax.rollouts.sampler import prepare_once, sample
 from rljax.types import PromptBatch, Sampling
 
 SEED = 3
@@ -417,6 +418,9 @@ def test_weights_are_swapped_between_requests(directories, monkeypatch):
             return post(server, body, "/update_weights_from_disk")
 
         check(ask()[0], in_process(directories["tiny"], [[5, 6]], 1, [0], max_tokens=16))
+        assert server.engine.lm.prepare is None  # once for all batches, and again for other weights
+        prepared = []
+        monkeypatch.setattr(engines, "prepare_once", lambda *args: prepared.append(args) or prepare_once(*args))
         for name in ("wider", "/nowhere"):
             status, content = update(name, "8")
             assert status == 400
@@ -424,6 +428,7 @@ def test_weights_are_swapped_between_requests(directories, monkeypatch):
         assert ask()[1] == "0"
         assert update("other", "9")[0] == 200
         choices, version = ask()
+        assert len(prepared) == 1
         check(choices, in_process(directories["other"], [[5, 6]], 1, [0], max_tokens=16))
         assert version == "9"
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=WAIT)

@@ -22,6 +22,7 @@ from rljax.data.prompts import pad_left, padded_width
 from rljax.data.stop_strings import streamed_text
 from rljax.ops.shapes import power_of_two
 from rljax.rollouts.decode_state import Completions
+from rljax.rollouts.sampler import prepare_once
 from rljax.rollouts.streaming import stream
 from rljax.types import LM, Params, PromptBatch, Resume, Sampling
 
@@ -69,7 +70,7 @@ class Stage(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters, and the version by which their trainer knows them."""
+    """Parameters as decoding takes them (`LM.prepare`), and the version by which their trainer knows them."""
 
     params: Params
     version: str
@@ -93,13 +94,13 @@ class Engine:
         seed: int,
         load: Callable[[Path], Params],
     ):
-        self.lm = lm
+        self.lm, params, _ = prepare_once(lm, params, {})
         self.weights = Weights(params, "0")
         self.pieces = [b"" if token in stop else piece for token, piece in enumerate(pieces)]
         self.stop = stop
         self.rows = rows
         self.seed = seed
-        self.load = load
+        self.load = lambda directory: prepare_once(lm, load(directory), {})[1]
         self.counts: Counter[str] = Counter()
         self._waiting: deque[Any] = deque()
         self._changed = threading.Condition()

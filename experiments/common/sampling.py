@@ -40,7 +40,10 @@ def make_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, voca
 def sampling_of(
     options: settings.Sampling, n: int, stop: tuple[int, ...], stop_strings: Array | None = None
 ) -> Sampling:
-    """The sampler's settings for n completions per prompt. stop_strings: their automaton, not those of the options."""
+    """The sampler's settings for n completions per prompt; log-probs are the policy's, whatever is cut off.
+
+    stop_strings: their automaton, not those of the options.
+    """
     return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -52,6 +55,7 @@ def sampling_of(
         n=n,
         max_tokens=options.max_tokens,
         stop=stop,
+        logp="policy",
         max_concurrent=options.max_concurrent,
     )
 
@@ -74,11 +78,17 @@ def keep_support(sampling: Sampling, bound: int, vocabulary: int) -> Sampling:
             f"sampling.{untrainable[0]} changes the distribution that tokens are drawn from, and the trainer does not "
             "know it; legal in training: top_k, top_p and min_p, and with one of them min_tokens"
         )
+    sampling = sampling.replace(logp=None)
     if not changed:
         return sampling
     kept = min(sampling.top_k or bound, vocabulary)
     log_info(f"the tokens drawn from go with each token sampled: at most {kept} of them, {4 * kept} bytes")
     return sampling.replace(top_k=None if sampling.top_k is None else min(sampling.top_k, kept), support=kept)
+
+
+def greedy_of(sampling: Sampling) -> Sampling:
+    """One greedy completion per prompt. The most likely token is never cut off: nothing is truncated."""
+    return sampling.replace(temperature=0.0, n=1, top_k=None, top_p=None, min_p=None, support=None, logp="policy")
 
 
 def training_sampling(options: settings.Sampling, n: int, tokenizer: Tokenizer, vocabulary: int) -> Sampling:
@@ -191,7 +201,7 @@ def make_greedy_baseline(
             f"carry_over = {batches.carry_over}: this algorithm compares a completion with the greedy one of the policy"
             " that sampled it; legal: 0"
         )
-    greedy = sampling.replace(temperature=0.0, n=1, support=None)
+    greedy = greedy_of(sampling)
 
     def fill(state: TrainState, traj: Trajectory, prompts: PromptBatch) -> Trajectory:
         placed = shard_prompts(shardings, prompts)

@@ -40,6 +40,7 @@ from rljax.data.tokenizer import Tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts.decode_state import Completions
 from rljax.rollouts.sample_token import check_sampling
+from rljax.rollouts.sampler import prepare_once
 from rljax.rollouts.streaming import stream
 from rljax.train.log import format_number, is_interactive, log_info
 from rljax.train.mesh import make_mesh
@@ -83,7 +84,7 @@ def main(cfg: Config) -> list[dict]:
     # -- model
     mesh = make_mesh(**cfg.mesh.sizes)
     config, params = models.load_model(cfg.model, mesh, cfg.dtype, prompts.length + cfg.sampling.max_tokens)
-    lm = decoder.language_model(config)
+    lm, params, frozen = prepare_once(decoder.language_model(config), params, {})
 
     # -- sample, print, write
     records = []
@@ -93,7 +94,7 @@ def main(cfg: Config) -> list[dict]:
         texts = list(map(text_of_prompt, rows.as_read))
         labels = [f"[{i + 1}/{len(prompts)}] " if len(prompts) > 1 else "" for i in rows.number]
         gap = "\n" if cfg.chat or cfg.n > 1 else ""
-        stages = stream(lm, params, {}, rows, sampling, cfg.seed, 0, every=1 if is_interactive() else 16)
+        stages = stream(lm, params, frozen, rows, sampling, cfg.seed, 0, every=1 if is_interactive() else 16)
         answers = show(stages, labels, [text + gap for text in texts], cfg.n, read, rates)
         new = [record(texts[p], rows.columns[p], answers, p, cfg.n, read) for p in range(len(texts))]
         if cfg.out:
@@ -155,7 +156,7 @@ def talk(cfg: Config, lines: Iterable[str]) -> list[dict]:
     read = make_reader(cfg, tokenizer, config.vocab_size)
     context = config.max_positions
     config, params = models.load_model(cfg.model, make_mesh(**cfg.mesh.sizes), cfg.dtype, context)
-    lm = decoder.language_model(config)
+    lm, params, frozen = prepare_once(decoder.language_model(config), params, {})
 
     messages: list[dict] = []
     ids: list[int] = []
@@ -173,7 +174,7 @@ def talk(cfg: Config, lines: Iterable[str]) -> list[dict]:
                 break
             tokens, mask = pad_left([ids], padded_width(len(ids)), tokenizer.pad)
             rows = PromptBatch(tokens, mask, np.zeros(1, np.int32), [{}], 0)
-            stages = stream(lm, params, {}, rows, sampling, cfg.seed, turn, every=1 if is_interactive() else 16)
+            stages = stream(lm, params, frozen, rows, sampling, cfg.seed, turn, every=1 if is_interactive() else 16)
             answers = show(stages, [""], [""], 1, read, [])
             ids += np.asarray(answers.tokens[0, : answers.num_tokens[0]]).tolist()
             messages += [question, {"role": "assistant", "content": read(answers, 0)}]

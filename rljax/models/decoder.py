@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from rljax.models import caches, stacks
 from rljax.models.config import DecoderConfig as DecoderConfig
 from rljax.models.layers import Decoder
-from rljax.models.lora import LoraWeight, attach, axes_beside
+from rljax.models.lora import LoraWeight, attach, axes_beside, merge
 from rljax.models.partition import num_shards
 from rljax.types import LM, Params, SharedPrefix, Trajectory
 
@@ -76,11 +76,14 @@ def param_axes(config: DecoderConfig) -> Params:
     return {**names(specs), "layers": blocks}
 
 
-def full_params(config: DecoderConfig, params: Params, frozen: Params) -> Params:
+def full_params(config: DecoderConfig, params: Params, frozen: Params, adapt: Callable = attach) -> Params:
     """All that the model needs: frozen["base"] overwritten by the trained `params`, with params["lora"] attached.
 
     Parameters that are not trained are in frozen["base"]. With {} as `params` the model is the base itself: an
     adapter's reference policy needs no copy.
+
+    Args:
+      adapt: `lora.attach`, or `lora.merge`.
     """
     tree = overwrite(on_device(frozen["base"]), params) if "base" in frozen else dict(params)
     if "lora" not in tree:
@@ -88,7 +91,7 @@ def full_params(config: DecoderConfig, params: Params, frozen: Params) -> Params
     if config.adapter is None:
         raise ValueError('params has an adapter ("lora"), but config.adapter is None; legal: a LoraConfig')
     adapter = tree.pop("lora")
-    return tree | {"decoder": attach(config.adapter, tree["decoder"], adapter)}
+    return tree | {"decoder": adapt(config.adapter, tree["decoder"], adapter)}
 
 
 def on_device(frozen: Params) -> Params:
@@ -254,11 +257,11 @@ def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[A
 def language_model(config: DecoderConfig, devices: int | None = None) -> LM:
     """The decoder as the sampler's `LM`. Its parameters are those that `full_params` takes.
 
-    On one device `prepare` casts matrices to `config.dtype`, once for all tokens; on a mesh of FSDP the copy would take
-    memory on top of what is split, and `gather_for_generation` says whether there is to be one: it gathers the layers'
-    weights, which decoding else gathers for each token.
-    On one device and without an adapter, `prepare` also fuses projections: on a mesh that would move weights. It does
-    not where the config is batch-invariant: for a matrix with other columns XLA may choose another kernel.
+    On one device `prepare` casts matrices to `config.dtype`, once for all tokens, and fuses projections: on a mesh that
+    would move weights. It does not fuse where the config is batch-invariant: for a matrix with other columns XLA may
+    choose another kernel. An adapter is merged into the weights first; not in bfloat16, which would round small changes
+    away: with an adapter nothing is fused there.
+    With `gather_for_generation` it gathers the layers' weights on a mesh: else decoding gathers them for each token.
 
     A sampler has no long sequence to split: the devices that have columns of a row elsewhere have rows here.
 
@@ -266,12 +269,14 @@ def language_model(config: DecoderConfig, devices: int | None = None) -> LM:
       devices: how many hold the parameters; None: all of this machine.
     """
     on_one_device = config.hidden_sharding is None and (devices or jax.device_count()) == 1
-    is_fused = on_one_device and config.adapter is None and not config.batch_invariant
+    can_merge = config.adapter is None or config.dtype == "float32"
+    is_fused = on_one_device and can_merge and not config.batch_invariant
     config = dataclasses.replace(config, hidden_sharding=_of_whole_rows(config.hidden_sharding))
     decoding_config = dataclasses.replace(config, fused_projections=is_fused)
 
     def prepare(params: Params, frozen: Params) -> tuple[Params, Params]:
-        params = full_params(config, params, frozen)["decoder"]
+        adapt = partial(merge, dtype=config.dtype) if is_fused else attach
+        params = full_params(config, params, frozen, adapt)["decoder"]
         if on_one_device:
             params = cast_matrices(config, params)
         if is_fused:

@@ -5,8 +5,9 @@
     DoRA     y = (m / ‖W + s A B‖) ⊙ (x W + s x A B)      arXiv:2402.09353; norms over the input, without gradient
 
 The tree has the decoder's structure: in the place of a weight it has `down` (A), `up` (B) and for DoRA `magnitude` (m).
-Training and sampling multiply by A and B in turn; the product A B is computed only for DoRA's norms. The reference is
-the policy without its adapter, so it needs no copy.
+Training multiplies by A and B in turn, and so does sampling in bfloat16: the product A B is computed for DoRA's norms,
+and where a rollout in float32 merges it into the weights. The reference is the policy without its adapter, so it needs
+no copy.
 """
 
 import dataclasses
@@ -86,15 +87,21 @@ def attach(config: LoraConfig, decoder: Params, adapter: Params) -> Params:
     return _map_adapted(attach_one, decoder, adapter)
 
 
-def merge(config: LoraConfig, decoder: Params, adapter: Params) -> Params:
-    """Parameters that need no adapter: W + s A B, for DoRA m (W + s A B)/‖W + s A B‖."""
+def merge(config: LoraConfig, decoder: Params, adapter: Params, dtype=None) -> Params:
+    """Parameters that need no adapter: W + s A B, for DoRA m (W + s A B)/‖W + s A B‖.
+
+    In bfloat16 an entry of W stays as it is until s A B is half of its last bit: at least 0.2 % of it.
+
+    Args:
+      dtype: of the adapted weights; None: each keeps its own.
+    """
 
     def merge_one(weight, inputs, down, up, magnitude=None):
         adapted = _adapted_weight(weight, down, up, config.scale)
         if magnitude is not None:
             gain = magnitude / _column_norms(adapted, inputs)
             adapted = adapted * gain.reshape((1,) * inputs + magnitude.shape)
-        return adapted.astype(weight.dtype)
+        return adapted.astype(dtype or weight.dtype)
 
     return _map_adapted(merge_one, decoder, adapter)
 

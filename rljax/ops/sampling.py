@@ -1,8 +1,9 @@
 """Sampling of tokens: one uniform number per row, inverted through the cumulative distribution.
 
 The uniform of a token depends on (seed, step, prompt, sample, position) alone, so the sample does not depend on the
-batch split or the mesh. Nothing is sorted: thresholds are found by bisection over the bit patterns of the
-probabilities, which is exact and some forty times cheaper than a sort on a CPU.
+batch split or the mesh. The vocabulary is not sorted: thresholds are found by bisection over the bit patterns of the
+probabilities, which is exact and some forty times cheaper than a sort on a CPU. Where at most k tokens are wanted
+(`truncate_to`) they are found first.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, Int, Key
 
 Probs = Float[Array, "B V"]
 Column = Float[Array, "B 1"]
+PASSES_A_TURN = {"cpu": 1}  # of the search for a threshold, by backend
+PASSES_ELSEWHERE = 4  # there each turn of a loop waits for the host; passes that find the search ended change nothing
 
 
 def row_keys(seed: Int[Array, ""], step: Int[Array, "*#B"], prompt: Int[Array, " B"], sample: Int[Array, " B"]):
@@ -32,10 +35,13 @@ def token_uniforms(keys: Key[Array, " B"], position: Int[Array, "*#B"]) -> Float
 
 
 def argmax(x: Float[Array, "*N V"]) -> Int[Array, "*N"]:
-    """First index of the maximum, as a max and a min: jnp.argmax is several times slower on a CPU."""
+    """First index of the maximum, as a max and a min: jnp.argmax is several times slower on a CPU.
+
+    The last index where an entry is NaN, which equals nothing.
+    """
     V = x.shape[-1]
     places = jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(V).reshape((1,) * (x.ndim - 1) + (V,)), V)
-    return places.min(axis=-1)
+    return jnp.minimum(places.min(axis=-1), V - 1)
 
 
 def invert_cdf(probs: Probs, uniform: Float[Array, " B"], block: int = 128) -> Int[Array, " B"]:
@@ -114,11 +120,16 @@ def _threshold(probs: Probs, target: Column, low: Column, size: Callable, least:
         ends = jnp.where(up, middle, low), jnp.where(down, middle, high), jnp.where(up, size_middle, size_low)
         return ends, (residual_low, residual_high), jnp.where(up, -1, jnp.where(down, 1, stayed))
 
+    def turn(state):
+        for _ in range(PASSES_A_TURN.get(jax.default_backend(), PASSES_ELSEWHERE)):
+            state = narrow(state)
+        return state
+
     size_low = size(low)
     low = _to_bits(low)
     residuals = jnp.maximum(residual(size_low, low), 1e-6), jnp.minimum(residual(0.5 * least(top), low), -1e-6)
     start = (low, _to_bits(top) + 1, size_low), residuals, jnp.zeros_like(low)
-    (low, *_), *_ = jax.lax.while_loop(lambda state: unfinished(*state[0]).any(), narrow, start)
+    (low, *_), *_ = jax.lax.while_loop(lambda state: unfinished(*state[0]).any(), turn, start)
     low = _to_float(low)
     kept = _fold(jnp.where(probs >= low, probs, jnp.inf), jnp.minimum, fill=jnp.inf)
     above = _to_float(_to_bits(kept.min(axis=-1, keepdims=True)) + 1)
@@ -182,6 +193,32 @@ def truncate(
     if min_p is not None:
         tau = jnp.maximum(tau, min_p[:, None] * probs.max(axis=-1, keepdims=True))
     return jnp.where(probs >= tau, probs, 0.0)
+
+
+def truncate_to(
+    probs: Probs,
+    k: int,
+    top_k: Int[Array, " B"] | None = None,
+    top_p: Float[Array, " B"] | None = None,
+    min_p: Float[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """Of the tokens that `truncate` keeps the k most likely, of tied ones the first: their probabilities and ids.
+
+    The most likely is the first; 0 and -1 stand where fewer are kept. k is at least top_k and at most V.
+    """
+    largest, ids = jax.lax.top_k(probs, k)
+    tau = jnp.zeros_like(largest[:, :1])
+    if top_k is not None:
+        tau = jnp.take_along_axis(largest, jnp.minimum(top_k, k)[:, None] - 1, axis=-1)
+    if top_p is not None:
+        held = top_p[:, None] * _sum(jnp.where(probs >= tau, probs, 0.0))
+        before = jnp.pad(jnp.cumsum(largest, axis=-1)[:, :-1], ((0, 0), (1, 0)))
+        least = jnp.where(before < held, largest, jnp.inf).min(axis=-1, keepdims=True)
+        tau = jnp.where(top_p[:, None] >= 1.0, tau, jnp.maximum(tau, least))
+    if min_p is not None:
+        tau = jnp.maximum(tau, min_p[:, None] * largest[:, :1])
+    kept = jnp.where(largest >= tau, largest, 0.0)
+    return kept, jnp.where(kept > 0, ids, -1)
 
 
 def _below_top_k(probs: Probs, k: Column, count: Callable) -> Column:

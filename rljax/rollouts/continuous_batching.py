@@ -1,9 +1,12 @@
 """Continuous batching in one compiled loop: W slots, R > W completions; a finished slot takes the next in the queue.
 
 The completions are those of the static batch: a completion's uniform numbers are its own, whichever slot it is in.
-When the queue is empty and half of the slots are idle, the active ones are moved together and the loop goes on with
-half as many, as long as each device has a slot.
+Columns are added to the caches when a completion needs them, since attention reads all there are. When the queue is
+empty and half of the slots are idle, the active ones are moved together and the loop goes on with half as many, as long
+as each device has a slot.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from rljax.rollouts.sample_token import PenaltyState, SamplingSettings, sample_t
 from rljax.types import LM, Array, Sampling
 
 MIN_SLOTS = 8  # fewer rows take no less time
+INITIAL_COLUMNS = 128  # of completions in the caches at first; doubled when one is longer. Each is compiled separately
 
 
 @struct.dataclass
@@ -40,6 +44,7 @@ class SlotState:
     completions: Completions  # R + 1 rows: idle slots write to the last
     experts: Array | None  # [R + 1 N M k] experts of each sampled token (mixture models)
     stats: DecodeStats
+    columns: int = struct.field(pytree_node=False)  # of the cache, for tokens of completions
 
 
 def decode_in_slots(
@@ -50,7 +55,6 @@ def decode_in_slots(
     Returns them, the experts of all tokens but the last of each (as `sampler.decode` does), and the stats.
     """
     R = len(source)
-    W = sampling.max_concurrent
     completions = Completions.empty(settings, sampling)
     queue = Queue(
         prefilled=prefilled,
@@ -59,17 +63,27 @@ def decode_in_slots(
         count=(~completions.done).sum(),
     )
     state = init_slots(lm, queue, completions, sampling)
-    while max(MIN_SLOTS, lm.row_shards) <= W // 2 and W // 2 % lm.row_shards == 0:
-        state = decode_until_idle(lm, state, queue, settings, sampling, num_idle=W // 2)
-        W //= 2
-        state = compact_slots(lm, state, W)
-    state = decode_until_idle(lm, state, queue, settings, sampling, num_idle=W)
+    for slots, fewer in itertools.pairwise([*slot_counts(lm, sampling.max_concurrent), 0]):
+        state = decode_until_idle(lm, state, queue, settings, sampling, num_idle=slots - fewer)
+        while state.columns < sampling.max_tokens:
+            state = add_columns(lm, state, min(2 * state.columns, sampling.max_tokens))
+            state = decode_until_idle(lm, state, queue, settings, sampling, num_idle=slots - fewer)
+        if fewer:
+            state = compact_slots(lm, state, fewer)
     completions = jax.tree.map(lambda x: x[:R], state.completions)
     experts = state.experts
     if experts is not None:
         of_prompts = lm.routing(prefilled.cache)[source]
         experts = jnp.concatenate([of_prompts, experts[:R, :-1]], axis=1)
     return completions, experts, state.stats.replace(tokens=completions.num_tokens.sum())
+
+
+def slot_counts(lm: LM, most: int) -> list[int]:
+    """How many slots there are, one count after the other: halves, at least MIN_SLOTS and equally many a device."""
+    counts = [most]
+    while (half := counts[-1] // 2) >= max(MIN_SLOTS, lm.row_shards) and half % lm.row_shards == 0:
+        counts.append(half)
+    return counts
 
 
 def init_slots(lm: LM, queue: Queue, completions: Completions, sampling: Sampling) -> SlotState:
@@ -79,8 +93,9 @@ def init_slots(lm: LM, queue: Queue, completions: Completions, sampling: Samplin
     first = queue.order[:W]
     prompts = gather_prefilled(lm, queue.prefilled, queue.source[first])
     zero = jnp.int32(0)
+    columns = min(INITIAL_COLUMNS, sampling.max_tokens)
     return SlotState(
-        cache=lm.grow(prompts.cache, sampling.max_tokens),
+        cache=lm.grow(prompts.cache, columns),
         hidden=prompts.hidden,
         penalties=prompts.penalties,
         slot_row=jnp.where(jnp.arange(W) < queue.count, first, R),
@@ -89,7 +104,13 @@ def init_slots(lm: LM, queue: Queue, completions: Completions, sampling: Samplin
         completions=jax.tree.map(_append_row, completions),
         experts=_empty_experts(lm, queue, (R + 1, sampling.max_tokens)),
         stats=DecodeStats(steps=zero, row_steps=zero, tokens=zero),
+        columns=columns,
     )
+
+
+def add_columns(lm: LM, state: SlotState, columns: int) -> SlotState:
+    """The same slots, with room for completions of so many tokens."""
+    return state.replace(cache=lm.grow(state.cache, columns - state.columns), columns=columns)
 
 
 def _append_row(x):
@@ -106,12 +127,14 @@ def _empty_experts(lm: LM, queue: Queue, shape: tuple[int, int]) -> Array | None
 def decode_until_idle(
     lm: LM, state: SlotState, queue: Queue, settings: SamplingSettings, sampling: Sampling, num_idle: int
 ) -> SlotState:
-    """Decode until the queue is empty and so many slots are idle, or nothing is left to sample."""
+    """Decode until the queue is empty and so many slots are idle, a cache is full, or nothing is left to sample."""
     R = len(queue.order)
 
     def condition(state: SlotState):
-        busy = (state.next < queue.count) | ((state.slot_row == R).sum() < num_idle)
-        return busy & should_continue(state.completions, R, sampling)
+        idle = state.slot_row == R
+        busy = (state.next < queue.count) | (idle.sum() < num_idle)
+        has_room = (idle | (state.t < state.columns)).all()
+        return busy & has_room & should_continue(state.completions, R, sampling)
 
     def body(state: SlotState):
         state = refill_slots(lm, state, queue)
@@ -167,7 +190,7 @@ def decode_slots(lm: LM, state: SlotState, settings: SamplingSettings, sampling:
     experts = state.experts
     if experts is not None:  # of the column just written, which every row counts from the end of its prompt
         of_all = lm.routing(cache)
-        column = of_all.shape[1] - sampling.max_tokens + t
+        column = of_all.shape[1] - state.columns + t
         experts = experts.at[row, t].set(of_all[jnp.arange(len(row)), column])
     stats = state.stats.replace(steps=state.stats.steps + 1, row_steps=state.stats.row_steps + len(row))
     return state.replace(

@@ -148,7 +148,8 @@ def sample_token(
     Args: logits: [B V]. t: scalar, or [B]. settings, penalties: of these B rows.
     """
     position = settings.resumed_length + t
-    column = jnp.broadcast_to(t, position.shape)[:, None]
+    last = settings.uniforms.shape[1] - 1  # idle slots count on beyond it
+    column = jnp.broadcast_to(jnp.minimum(t, last), position.shape)[:, None]
     uniform = jnp.take_along_axis(settings.uniforms, column, axis=1)[:, 0]
     stop = jnp.asarray(sampling.stop, jnp.int32)
     logits = logits.astype(jnp.float32)
@@ -158,12 +159,12 @@ def sample_token(
     temperature = jnp.where(greedy, 1.0, settings.temperature)
     policy = softmax(logits, temperature)
     masses = policy.masses if processed is logits else softmax(processed, temperature).masses
-    masses = ops.truncate(masses, settings.top_k, settings.top_p, settings.min_p)
-    support = None
-    if sampling.support is not None:
-        masses, support = _cut_to_support(masses, sampling.support)
-    token = ops.invert_cdf(masses, uniform)
-    token = jax.lax.cond(greedy.any(), lambda: jnp.where(greedy, ops.argmax(masses), token), lambda: token)
+    cuts = settings.top_k, settings.top_p, settings.min_p
+    if sampling.support is None:
+        masses = ops.truncate(masses, *cuts)
+        token, support = _draw(masses, uniform, greedy), None
+    else:
+        token, support = _draw_from_support(masses, cuts, sampling.support, uniform, greedy)
 
     if support is not None:
         logp = chosen_logp(on_support(logits, support), index_in_support(support, token), temperature)
@@ -183,14 +184,24 @@ def sample_token(
     return SampledToken(token, logp, terminated, done, penalties, support)
 
 
-def _cut_to_support(masses: Array, k: int) -> tuple[Array, Array]:
-    """The masses [B V] of the k most likely tokens (of tied ones the first) and their ids [B k]; -1 = no token."""
-    B, V = masses.shape
+def _draw(masses: Array, uniform: Array, greedy: Array) -> Array:
+    """The column of the masses [B N] that each row's uniform number selects, or where it is greedy the likeliest."""
+    drawn = ops.invert_cdf(masses, uniform)
+    return jax.lax.cond(greedy.any(), lambda: jnp.where(greedy, ops.argmax(masses), drawn), lambda: drawn)
+
+
+def _draw_from_support(masses: Array, cuts: tuple, k: int, uniform: Array, greedy: Array) -> tuple[Array, Array]:
+    """A token of the k most likely ones that the cuts leave, and their ids [B k], the likeliest first; -1 = no token.
+
+    They are drawn from in the order of the vocabulary, as all of its tokens would be.
+    """
+    V = masses.shape[-1]
     if k > V:
         raise ValueError(f"sampling.support is {k}; legal: at most the vocabulary of {V} tokens")
-    largest, ids = jax.lax.top_k(masses, k)
-    cut = jnp.zeros_like(masses).at[jnp.arange(B)[:, None], ids].set(largest)
-    return cut, jnp.where(largest > 0, ids, -1).astype(jnp.int32)
+    kept, support = ops.truncate_to(masses, k, *cuts)
+    ids, kept = jax.lax.sort((support, kept), num_keys=1)
+    token = jnp.take_along_axis(ids, _draw(kept, uniform, greedy)[:, None], axis=-1)[:, 0]
+    return jnp.maximum(token, 0), support  # of masses that are NaN none is left
 
 
 def _process_logits(logits, position, settings: SamplingSettings, penalties: PenaltyState, stop):

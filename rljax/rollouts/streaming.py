@@ -21,8 +21,10 @@ def stream(
     """The completions of `sample` on the host, so far, after every `every` new columns (at most).
 
     The last ones yielded are finished. The columns between two yields are one call of a program that is compiled once
-    for each capacity of the cache, whatever `every` is. Raises ValueError for parameters out of range, and for
-    max_concurrent: all rows are sampled at once.
+    for each capacity of the cache, whatever `every` is. For several batches of one policy prepare the model before the
+    first (`sampler.prepare_once`): it is not prepared again.
+
+    Raises ValueError for parameters out of range, and for max_concurrent: all rows are sampled at once.
     """
     check_sampling(sampling)
     if sampling.max_concurrent is not None or every < 1:

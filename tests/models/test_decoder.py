@@ -16,6 +16,7 @@ from rljax.data.prompts import pad_left
 from rljax.data.tokenizer import load_tokenizer
 from rljax.models import caches, decoder, hf, layers, rope
 from rljax.models.policy import make_policy
+from rljax.rollouts import continuous_batching
 from rljax.rollouts.sampler import sample
 from rljax.train import mesh as meshes
 from rljax.types import PromptBatch, Sampling
@@ -236,8 +237,12 @@ def test_the_recording_tells_a_wrong_setting(name, wrong, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "max_concurrent"), [("gemma2", None), ("moe_mixed", None), ("moe_mixed", 3)])
-def test_the_trainer_says_what_the_sampler_said(name, max_concurrent, tmp_path):
-    """Windows, soft caps and a recorded routing, in texts that outgrow the window and end at different places."""
+def test_the_trainer_says_what_the_sampler_said(name, max_concurrent, tmp_path, monkeypatch):
+    """Windows, soft caps and a recorded routing, in texts that outgrow the window and end at different places.
+
+    Slots have caches that grow.
+    """
+    monkeypatch.setattr(continuous_batching, "INITIAL_COLUMNS", 5)
     config, params, texts, _ = read(tmp_path, name)
     tokens, mask = pad_left([ids[:size].tolist() for ids, size in zip(texts, (6, 3), strict=True)], 6, 0)
     prompts = PromptBatch(tokens, mask, np.arange(2, dtype=np.int32), [{}, {}], 2)

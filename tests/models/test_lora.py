@@ -124,6 +124,50 @@ def test_attached_is_merged_is_the_formula(variant):
     assert np.abs(attached - hidden(config, {"decoder": base}, {})).max() > 0.1
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_on_one_device_a_rollout_in_float32_merges_the_adapter_and_fuses_projections(variant):
+    """What its forward pass computes is what the trainer's does; the base, a reference, is fused without a merge."""
+    config, base, adapter = made(variant)
+    lm = decoder.language_model(config, devices=1)
+    frozen = {"base": {"decoder": base}}
+
+    @compiled
+    def of_rollout(params):
+        prepared, _ = lm.prepare(params, frozen)
+        assert "fused" in prepared["layers"][1]["attention"]
+        assert not any(isinstance(x, lora.LoraWeight) for x in jax.tree.leaves(prepared, is_leaf=is_adapted))
+        return lm.forward(prepared, {}, IDS, jnp.arange(8)[None], jnp.ones_like(IDS))[0]
+
+    for params in ({"lora": adapter}, {}):
+        want = hidden(config, params, frozen)
+        rounding = bounds.of_decoder(config, want.shape[1], np.abs(want).max())
+        np.testing.assert_allclose(of_rollout(params), want, rtol=0, atol=rounding)
+
+
+def is_adapted(x):
+    return isinstance(x, lora.LoraWeight)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"batch_invariant": True, "head_dim": 16}])
+def test_elsewhere_a_rollout_multiplies_as_the_trainer_does(changes):
+    """In bfloat16 a merge keeps most of a base as it was; batch-invariant numbers have the trainer's bits."""
+    config = config_of("lora", **changes)
+    base = jax.eval_shape(partial(policy.init, config), jax.random.key(0))
+    params, frozen = jax.eval_shape(lambda base, key: policy.with_adapter(base, config, key), base, jax.random.key(1))
+    prepared, _ = jax.eval_shape(decoder.language_model(config, devices=1).prepare, params, frozen)
+    assert is_adapted(prepared["layers"][0]["attention"]["query"])
+
+
+def test_a_merge_in_bfloat16_rounds_small_changes_away():
+    config, base, adapter = made("lora")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    small = jax.tree.map(lambda x: 0.01 * x, adapter)
+    weight, merged = (tree["layers"][0]["mlp"]["up"] for tree in (half, lora.merge(config.adapter, half, small)))
+    exact = lora.merge(config.adapter, base, small)["layers"][0]["mlp"]["up"]
+    assert (exact != base["layers"][0]["mlp"]["up"]).all()
+    assert (merged == weight).mean() > 0.7
+
+
 @EVERY
 def test_merging_is_undone_where_it_can_be(variant):
     config, base, adapter = made(variant)

@@ -12,6 +12,7 @@ from tests.ops.golden import narrow
 
 # Jitted: op by op they take longer to compile than to test.
 invert_cdf, truncate = jax.jit(sampling.invert_cdf, static_argnames="block"), jax.jit(sampling.truncate)
+truncate_to = jax.jit(sampling.truncate_to, static_argnames="k")
 row_keys, token_uniforms = jax.jit(sampling.row_keys), jax.jit(sampling.token_uniforms)
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
@@ -53,6 +54,30 @@ def test_truncate_keeps_what_a_sort_keeps_row_by_row(filters, V):
     got = np.asarray(truncate(narrow(probs), **arrays))
     np.testing.assert_array_equal(got, want)
     assert (got == 0).sum() > (probs == 0).sum()
+
+
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_truncating_to_k_keeps_the_first_of_what_truncate_keeps(k):
+    """Most likely first, of tied tokens the first; where fewer are kept no token."""
+    probs = dyadic(len(K), 200)
+    every = {"top_k": np.minimum(K, k), "top_p": np.array(P), "min_p": np.array(M)}
+    for names in (("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p"), tuple(every)):
+        rows = [{name: every[name][i] for name in names} for i in range(len(K))]
+        whole = np.array([truncate_by_sorting(row, **cuts) for row, cuts in zip(probs, rows, strict=True)])
+        ids = np.argsort(-whole, axis=1, kind="stable")[:, :k]
+        kept = np.take_along_axis(whole, ids, axis=1)
+        got = truncate_to(narrow(probs), k, **{name: jnp.asarray(every[name]) for name in names})
+        np.testing.assert_array_equal(got[0], kept)
+        np.testing.assert_array_equal(got[1], np.where(kept > 0, ids, -1))
+
+
+def test_more_passes_a_turn_find_the_same_thresholds(monkeypatch):
+    probs = np.random.default_rng(6).dirichlet(np.full(3000, 0.2), size=12).astype(np.float32)
+    cuts = jnp.arange(1, 360, 30), jnp.linspace(0.05, 0.999, 12), jnp.full(12, 1e-4)
+    once = truncate(probs, *cuts)
+    monkeypatch.setattr(sampling, "PASSES_A_TURN", {})
+    assert sampling.PASSES_ELSEWHERE > 1
+    np.testing.assert_array_equal(jax.jit(lambda *args: sampling.truncate(*args))(probs, *cuts), once)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 50}, {"top_p": 1.0}, {"min_p": 0.0}])
@@ -146,6 +171,8 @@ def test_argmax_is_the_first_of_ties(shape):
     x = np.random.default_rng(0).integers(-3, 2, size=shape).astype(np.float32)
     x[..., -1] = -np.inf if shape[-1] > 1 else -1
     np.testing.assert_array_equal(argmax(jnp.asarray(x)), x.argmax(-1))
+    x[..., 0] = np.nan
+    np.testing.assert_array_equal(argmax(jnp.asarray(x)), shape[-1] - 1)  # inside
 
 
 def test_a_uniform_depends_on_its_own_coordinates_alone():

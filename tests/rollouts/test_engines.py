@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from rljax import types
 from rljax.models import decoder, policy
 from rljax.models.policy import make_policy
-from rljax.rollouts import self_check
+from rljax.rollouts import continuous_batching, self_check
 from rljax.rollouts.partial import resume_rows, unfinished_rows
-from rljax.rollouts.sampler import sample, sample_and_count
+from rljax.rollouts.sample_token import PenaltyState, sample_token
+from rljax.rollouts.sampler import sample, sample_and_count, sampling_settings, to_device
 from rljax.types import PromptBatch, Resume, Sampling
 from rollouts.common import CLOSE, CONFIG, LM, STOP, assert_same_sample, completions, draws, make_rows, take
 from tests import bounds
@@ -45,13 +47,53 @@ def gap(logp, traj) -> float:
 
 
 @pytest.mark.parametrize("max_concurrent", [6, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 31))])
-def test_slots_draw_the_same_completions(static, params, rows, max_concurrent):
+def test_slots_draw_the_same_completions(static, params, rows, max_concurrent, monkeypatch):
+    """In caches of 6, 12 and 16 columns."""
+    monkeypatch.setattr(continuous_batching, "INITIAL_COLUMNS", 6)
     traj, margins = static
     got, stats = sample_and_count(LM, params, {}, rows, SAMPLING.replace(max_concurrent=max_concurrent), SEED, 3)
     assert_same_sample(SAMPLING, traj, got, margins)
     np.testing.assert_array_equal(got.group, traj.group)
     assert_no_gap(params, got)
     assert int(stats.tokens) == int(got.mask.sum()) <= int(stats.row_steps) <= max_concurrent * int(stats.steps)
+
+
+def test_no_completion_is_lost_where_slots_are_halved():
+    """17 slots, then 8: the ninth that is active is waited for. A model whose tokens all are equally likely."""
+    lm = types.LM(
+        init_cache=lambda rows, _: jnp.zeros((rows, 1)),
+        forward=lambda params, frozen, tokens, positions, segments, cache: (jnp.zeros((*tokens.shape, 1)), cache),
+        logits=lambda params, frozen, hidden: jnp.zeros((*hidden.shape[:-1], 20)),
+        gather=lambda cache, rows: cache[rows],
+        scatter=lambda cache, rows, other: cache.at[rows].set(other),
+        fork=lambda cache, n, columns: jnp.repeat(cache, n, axis=0),
+        grow=lambda cache, columns: cache,
+        crop=lambda cache, length: cache,
+    )
+    sampling = Sampling(n=4, max_tokens=64, stop=(0,), max_concurrent=17)
+    rows = make_rows(LENGTHS)
+    for seed in range(8):
+        assert not unfinished_rows(sample(lm, {}, {}, rows, sampling, seed, 0)).any()
+
+
+def draw_one(logits, t, **settings):
+    """A token of each of two rows of at most three."""
+    sampling = Sampling(max_tokens=3, **settings)
+    drawn_with = sampling_settings(to_device(make_rows([2, 3]), 0), sampling, jnp.int32(0))
+    return sample_token(logits, jnp.asarray(t), drawn_with, PenaltyState(None, None), sampling)
+
+
+def test_a_slot_that_waits_counts_on_and_is_no_nan():
+    """Beyond the last token of a completion there is no uniform number; --debug stops at the first NaN."""
+    with jax.debug_nans(True):
+        draw_one(jnp.zeros((2, CONFIG.vocab_size)), [3, 1])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.0, "support": 4}, {"support": 4}, {}])
+def test_of_logits_that_are_nan_a_token_of_the_vocabulary_is_drawn_and_its_log_prob_says_so(settings):
+    new = draw_one(jnp.full((2, CONFIG.vocab_size), jnp.nan), [0, 0], **settings)
+    assert ((new.token >= 0) & (new.token < CONFIG.vocab_size)).all()
+    assert np.isnan(new.logp).all()
 
 
 def test_slots_in_another_order(static, params, rows):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from experiments.common.sampling import keep_support
+from experiments.common.sampling import greedy_of, keep_support
 from rljax.models import policy
 from rljax.models.distillation import make_compare
 from rljax.models.policy import make_annotate, make_policy
+from rljax.ops import sampling as ops
 from rljax.rollouts.partial import carry_from_arrays, carry_to_arrays, empty_carry, resume_rows, unfinished_rows
+from rljax.rollouts.sample_token import _draw_from_support, check_logp, check_sampling, distribution_settings
 from rljax.rollouts.sampler import build_trajectory, sample, sampling_settings, to_device
 from rljax.rollouts.streaming import stream
 from rljax.train.packing import pack_batch
@@ -123,6 +125,24 @@ def test_a_support_that_is_too_small_cuts_the_draw_too(params, rows):
     assert inside.sum(axis=-1)[mask].max() == 3
     assert (least * (1 + 1e-4) >= most_left_out)[mask].all()
     close(POLICY(params, {}, traj).logp, traj.logp, traj)
+
+
+@pytest.mark.parametrize("k", [3, 20, CONFIG.vocab_size])
+def test_a_token_is_drawn_as_from_the_whole_vocabulary(k):
+    """A uniform number selects the token that it selects among all ids in their order; sums of these are exact."""
+    B, V = 600, CONFIG.vocab_size
+    random = np.random.default_rng(0)
+    masses = jnp.asarray(random.integers(0, 9, (B, V)) / np.float32(8))
+    uniform = jnp.asarray(np.arange(B) / np.float32(1024))
+    cuts = jnp.asarray(random.integers(1, k + 1, B)), jnp.asarray(random.integers(1, 9, B) / np.float32(8)), None
+    token, support = jax.jit(_draw_from_support, static_argnums=2)(masses, cuts, k, uniform, jnp.arange(B) % 4 == 0)
+
+    largest, ids = jax.lax.top_k(ops.truncate(masses, *cuts), k)
+    among_all = jnp.zeros_like(masses).at[jnp.arange(B)[:, None], ids].set(largest)
+    want = np.where(np.arange(B) % 4 == 0, among_all.argmax(axis=1), ops.invert_cdf(among_all, uniform))
+    np.testing.assert_array_equal(token, want)
+    np.testing.assert_array_equal(support, jnp.where(largest > 0, ids, -1))
+    assert len(np.unique(token)) > V // 2
 
 
 def test_no_stop_before_min_tokens_is_a_support_too(params, rows):
@@ -321,6 +341,16 @@ def test_recipes_keep_the_support_or_refuse():
             keep_support(plain.replace(stop=STOP, **setting), 64, 1000)
     with pytest.raises(ValueError, match="legal in training: above 0"):
         keep_support(plain.replace(temperature=0.0), 64, 1000)
+
+
+@pytest.mark.parametrize("cuts", [{"top_p": 0.9}, {"top_k": 5, "min_p": 0.1, "min_tokens": 3, "stop": STOP}])
+def test_a_greedy_baseline_is_sampled_whatever_a_run_cuts_off(cuts):
+    """ReMax's: of the most likely tokens there is no distribution to keep."""
+    greedy = greedy_of(keep_support(Sampling(n=8, **cuts), 64, 1000))
+    check_sampling(greedy)
+    check_logp(greedy)
+    assert (greedy.temperature, greedy.n, greedy.min_tokens) == (0.0, 1, cuts.get("min_tokens"))
+    assert not {"top_k", "top_p", "min_p"} & set(distribution_settings(greedy))  # no search for thresholds
 
 
 def test_distillation_refuses_a_truncated_distribution(params, traj):
