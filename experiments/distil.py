@@ -40,7 +40,7 @@ from rljax.ops import groups
 from rljax.ops.distillation import full_vocabulary
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info
-from rljax.train.mesh import Shardings, data_parallel_size, make_mesh, place, shard_prompts
+from rljax.train.mesh import Shardings, make_mesh, place, shard_prompts
 from rljax.train.update import learn, make_update
 from rljax.types import LM, CompareFn, Distillation, Objective, TrainState
 
@@ -114,8 +114,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- the functions of a step
     lm = writer(cfg, config, teacher_config)
     mix = make_mix(cfg.on_policy_fraction, cfg.sampling, train_prompts, cfg.seed)
-    devices = data_parallel_size(mesh)
-    pieces = micro_batches.cut(config, batches, train_prompts.length, cfg.sampling.max_tokens, devices)
+    pieces = micro_batches.cut(config, batches, train_prompts.length, cfg.sampling.max_tokens, mesh)
     update = make_update(objective, optimizer, pieces.micro_batches, shardings)
     evaluate = make_evaluate(cfg, decoder.language_model(config), compare, eval_prompts, sampling, shardings)
     run = runs.make_run(cfg, __file__, cfg.divergence, objective, {}, PROGRESS_METRICS)

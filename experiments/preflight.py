@@ -126,9 +126,7 @@ def formulas(cfg: Config, config: DecoderConfig, topology: Topology, sizes: dict
     config = dataclasses.replace(models.trained_config(config, cfg.weights, mesh), hidden_sharding=None)
     optimizer = lowering.make_optimizer(cfg.optimizer, cfg.steps)
     state, _ = lowering.state_shapes(cfg, config, mesh, optimizer)
-    return plan.by_formulas(
-        config, topology, mesh, lowering.sizes_of(cfg, config, mesh, topology.chip.hbm_bytes), state
-    )
+    return plan.by_formulas(config, topology, mesh, lowering.sizes_of(cfg, config, mesh, topology.chip), state)
 
 
 def sweep(cfg: Config, config: DecoderConfig, topology: Topology) -> list[Plan]:

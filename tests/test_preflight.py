@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import grpo, preflight
-from experiments.common import command_line, costs, device_memory, lowering, models, plan
+from experiments.common import activations, command_line, costs, device_memory, lowering, micro_batches, models, plan
 from experiments.common.chips import CHIPS, read_topology
 from experiments.common.hlo import collectives
 from experiments.common.model_shapes import SHAPES, find_shape
@@ -160,6 +160,52 @@ def test_the_same_pieces_in_more_updates_move_the_same():
     assert few[3].hbm_bytes - one[3].hbm_bytes == pytest.approx(three_optimizer_steps)
 
 
+def pieces_of(model, topology, lengths, dtype="bfloat16", remat="full", batches=None, **sizes):
+    topology = read_topology(topology)
+    mesh = plan.abstract_mesh(topology, MeshShape(**sizes).sizes)
+    config = dataclasses.replace(hf.read_config(find_shape(model), sum(lengths)), dtype=dtype, remat=remat)
+    return micro_batches.cut(config, batches or Batches(64, 8), *lengths, mesh, topology.chip)
+
+
+@pytest.mark.parametrize(
+    ("topology", "remat", "sizes", "pieces"),
+    [
+        ("h100:8", "none", {}, (64, 1)),
+        ("h100:8", "dots", {"fsdp": 2, "tensor": 4}, (64, 4)),
+        ("h100:8", "full", {}, (8, 8)),  # an eighth of the weights' gathers, and each prompt computed once
+        ("h100:8", "none", {"fsdp": 2, "tensor": 4}, (128, 2)),
+        ("v5e:8x8", "full", {}, (4, 2)),
+    ],
+)
+def test_the_cut_of_an_update_counts_what_remat_and_tensor_leave(topology, remat, sizes, pieces):
+    """Qwen2.5-7B, 64 prompts x 8 completions of 1,024 + 3,072 tokens."""
+    assert pieces_of("qwen2.5-7b", topology, (1024, 3072), remat=remat, **sizes) == pieces
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("qwen2.5-0.5b", "float32"), ("gemma-3-1b", "bfloat16")])
+def test_the_cut_of_an_update_counts_scores_where_no_kernel_computes_them_again(model, dtype):
+    """cuDNN's takes half precision, and heads of up to 128: Gemma 3 has 256."""
+    config = hf.read_config(find_shape(model), 2048)
+    layer, scores = config.num_layers, 8 * config.num_heads * 2048
+    pieces = pieces_of(model, "h100:8", (256, 1792), dtype, remat="none")
+    rows = 512 // (8 * pieces.micro_batches)
+    assert layer * scores * rows * 1792 <= 80e9 / 4 < layer * scores * 4 * rows * 1792
+    assert pieces_of("qwen2.5-0.5b", "h100:8", (256, 1792), remat="none").micro_batches < pieces.micro_batches
+
+
+@pytest.mark.parametrize(("remat", "least"), [("none", 20e9 / 4), ("dots", 20e9 / 8), ("full", 0)])
+def test_the_cut_and_the_plan_of_memory_hold_one_formula(remat, least):
+    """What a micro-batch holds in the plan is within the part of memory that the cut allows."""
+    mesh = plan.abstract_mesh(read_topology("h100:8"), MeshShape().sizes)
+    config = hf.read_config(find_shape("qwen2.5-0.5b"), 4096)
+    config = dataclasses.replace(config, dtype="float32", remat=remat, scan_layers=True)
+    pieces = micro_batches.cut(config, Batches(64, 8), 1024, 1024, mesh, CHIPS["h100"])
+    sizes = costs.Sizes(64, 8, 1024, 1024, pieces, scored=1, updates=1, epochs=1)
+    update = device_memory.activation_terms(config, mesh, sizes, trained=1.0, backend="gpu")
+    held = sum(update.get(name, 0) for name in ("one layer", "kept activations", "attention scores"))
+    assert least < held <= 1.001 * 20e9
+
+
 def test_a_cache_is_read_whole_where_its_heads_do_not_divide():
     """Qwen2.5-7B has four heads of keys and values: eight devices of `tensor` have a copy each."""
 
@@ -170,7 +216,7 @@ def test_a_cache_is_read_whole_where_its_heads_do_not_divide():
             read_topology(cfg.topology),
             plan.abstract_mesh(read_topology(cfg.topology), MeshShape(tensor=tensor).sizes),
         )
-        sizes = lowering.sizes_of(cfg, config, mesh, topology.chip.hbm_bytes)
+        sizes = lowering.sizes_of(cfg, config, mesh, topology.chip)
         longer = sizes._replace(prompt_tokens=sizes.prompt_tokens + 1)
         read = [costs.phases(config, topology, mesh, of)[1].hbm_bytes for of in (sizes, longer)]
         return read[1] - read[0]  # another key and value, for every token that is decoded
@@ -372,8 +418,7 @@ def test_bytes_of_a_layer_of_experts_are_the_compilers(has_gradient, monkeypatch
         return jax.vjp(of_layer, x, *others)[1](x)
 
     lowered = jax.jit(backward if has_gradient else layer).lower(*arguments)
-    piece = device_memory._MicroBatch(rows, rows / 8, tokens, rows / 8 * tokens)
-    predicted = 4 * device_memory._numbers_of_mixture(config, mesh, piece, has_gradient)
+    predicted = 4 * rows / 8 * tokens * activations.expert_numbers(config, mesh, has_gradient)
     assert predicted == pytest.approx(lowered.compile().memory_analysis().temp_size_in_bytes, rel=0.15)
 
 

@@ -37,7 +37,7 @@ from rljax.models import decoder, policy
 from rljax.rewards.pool import Pool
 from rljax.rewards.score import Score, make_score
 from rljax.train.log import log_info, table
-from rljax.train.mesh import data_parallel_size, make_mesh
+from rljax.train.mesh import make_mesh
 from rljax.train.metrics import rollout_metrics
 from rljax.train.objective import policy_objective
 from rljax.train.update import learn, make_update
@@ -95,7 +95,7 @@ def batches_of(workload: Workload, micro_batches: int) -> Batches:
 def micro_batches_of(workload: Workload, asked: int) -> int:
     """In how many pieces `own_step` cuts its update; `asked` 0: chosen from sizes."""
     sizes = (workload.prompt_tokens, workload.completion_tokens)
-    return cut(workload.config, batches_of(workload, asked), *sizes, data_parallel_size(make_mesh())).micro_batches
+    return cut(workload.config, batches_of(workload, asked), *sizes, make_mesh()).micro_batches
 
 
 def own_step(workload: Workload, micro_batches: int, score: Score, seconds: dict[str, list[float]]) -> Work:

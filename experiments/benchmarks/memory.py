@@ -23,6 +23,7 @@ from experiments.common.settings import Batches
 from rljax.algorithms import grpo
 from rljax.models import policy
 from rljax.train.log import table
+from rljax.train.mesh import make_mesh
 from rljax.train.objective import policy_objective
 from rljax.train.shared_prefix import share_prefix
 from rljax.train.update import make_update
@@ -89,7 +90,8 @@ def temporary_bytes(workload: Workload, micro_batches: int) -> int:
     config = workload.config
     optimizer = optax.adamw(1e-3)
     batches = Batches(workload.prompts, workload.n, micro_batches=micro_batches)
-    pieces = cut(config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+    one = make_mesh(devices=jax.devices()[:1])
+    pieces = cut(config, batches, workload.prompt_tokens, workload.completion_tokens, one)
     batch = share_prefix(batch_of(workload), workload.prompt_tokens - 1, pieces.group_size)
 
     def state():

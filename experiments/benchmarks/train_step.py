@@ -34,6 +34,7 @@ from rljax.data.demonstrations import demonstrations
 from rljax.models import decoder, policy
 from rljax.rollouts.sampler import sample
 from rljax.train.log import log_info, table
+from rljax.train.mesh import make_mesh
 from rljax.train.objective import policy_objective
 from rljax.train.shared_prefix import make_shared_prefix_annotate, make_shared_prefix_update
 from rljax.train.update import make_update
@@ -123,7 +124,8 @@ def cut_as_recipes(name: AlgorithmName, workload: Workload, micro_batches: int) 
     """In how many pieces an update of all rows is cut; `micro_batches` 0: chosen from sizes."""
     group_size = {"dpo": 2, "sft": 1}.get(name, workload.n)  # neighboring completions of one prompt
     batches = Batches(workload.rows // group_size, group_size, micro_batches=micro_batches)
-    return cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, devices=1)
+    one = make_mesh(devices=jax.devices()[:1])
+    return cut(workload.config, batches, workload.prompt_tokens, workload.completion_tokens, one)
 
 
 def grpo_step(workload: Workload, micro_batches: int) -> Work:

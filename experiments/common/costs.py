@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.common.activations import SINGLE, expert_shards
 from experiments.common.chips import Topology
 from experiments.common.micro_batches import Pieces
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.train.mesh import RULES
 
-SINGLE = 4  # bytes of a float32
 PASSES = {"none": 3, "dots": 3, "full": 4}  # forward passes that an update costs: forward, two backward, recomputed
 
 
@@ -235,12 +235,6 @@ def params_of_device(config: DecoderConfig, mesh: jax.sharding.Mesh) -> tuple[fl
 def kv_shards(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
     """Parts that keys and values are split into over `tensor`; heads that it does not divide are copied to all."""
     return mesh.shape["tensor"] if config.num_kv_heads % mesh.shape["tensor"] == 0 else 1
-
-
-def expert_shards(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
-    """Parts that the experts of a layer are split into over `expert`, where it divides them."""
-    divides = config.moe is not None and config.moe.num_experts % mesh.shape["expert"] == 0
-    return mesh.shape["expert"] if divides else 1
 
 
 def seconds(

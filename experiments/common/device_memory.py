@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.common.costs import SINGLE, Sizes, expert_shards, num_layer_params
+from experiments.common import activations
+from experiments.common.activations import SINGLE
+from experiments.common.costs import Sizes, num_layer_params
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.policy import default_chunk_tokens
@@ -102,8 +104,8 @@ def activation_terms(
     trained: bytes on a device of the float32 parameters that it is differentiated by; 0: a pass without a gradient.
 
     Attention, the MLP and the logits are computed one after the other: without a gradient the largest of the three is
-    counted. The backward pass of a layer holds all that the layer computes: with one, the layer or the logits. The
-    inputs of layers stay for it too (full remat; else all that each layer computes).
+    counted. The backward pass of a layer holds all that the layer computes: with one, the layer or the logits. What the
+    other layers keep for it stays too (`activations.of_update`).
     """
     all_rows = sizes.rows * sizes.epochs // (sizes.updates * sizes.pieces.micro_batches)
     rows = max(1.0, all_rows / data_parallel_size(mesh))
@@ -111,76 +113,34 @@ def activation_terms(
     tokens = rows * (columns + sizes.prompt_tokens / sizes.pieces.group_size / mesh.shape["sequence"])
     piece = _MicroBatch(all_rows, rows, columns, tokens)
     has_gradient = trained > 0
-    attention = _attention_terms(config, mesh, sizes, piece, has_gradient, backend)
-    mlp = _mlp_terms(config, mesh, piece, has_gradient)
+    keys = sizes.prompt_tokens + sizes.max_tokens
+    dense = activations.is_dense(config, mesh, activations.KERNELS.get(backend, "xla"))
+    of_attention, of_mlp = _layer_weights(config, mesh, has_gradient)
     logits = _logits_terms(config, mesh, piece, has_gradient, backend)
     if not has_gradient:
+        one = activations.of_token(config, mesh, keys, dense, has_gradient)
+        attention = {"one layer": tokens * one.attention, "weights of a layer": of_attention}
+        if dense:
+            attention["attention scores"] = 2 * rows * columns * one.scores  # and probabilities
+        mlp = {"one layer": tokens * one.mlp, "weights of a layer": of_mlp}
         return max(attention, mlp, logits, key=_total)
 
-    layer = {name: attention.get(name, 0) + mlp.get(name, 0) for name in attention | mlp}
-    kept = 0 if config.remat == "full" else (config.num_layers - 1) * layer["one layer"]
-    inputs = config.num_layers * tokens * config.hidden_size * np.dtype(config.dtype).itemsize
+    layer = activations.of_update(config, mesh, tokens, rows * columns, keys, dense)
+    kept = layer.pop("kept activations")
+    layer["weights of a layer"] = of_attention + of_mlp
     copies = 1 if sizes.pieces.micro_batches == 1 else 2  # the sum, and what a micro-batch adds to it
-    gradients = copies * trained
-    return max(layer, logits, key=_total) | {"inputs of layers": inputs + kept, "gradients": gradients}
+    return max(layer, logits, key=_total) | {"kept activations": kept, "gradients": copies * trained}
 
 
 def _total(arrays: dict[str, float]) -> float:
     return sum(arrays.values())
 
 
-def _attention_terms(
-    config: DecoderConfig,
-    mesh: jax.sharding.Mesh,
-    sizes: Sizes,
-    piece: _MicroBatch,
-    has_gradient: bool,
-    backend: str,
-) -> dict[str, float]:
-    """Scores exist where XLA computes attention, on a CPU: a kernel computes them again."""
-    half = np.dtype(config.dtype).itemsize
-    tensor = mesh.shape["tensor"]
-    projected = (
-        2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    )  # queries, keys, values, and what comes out
-    terms = {
-        "one layer": piece.tokens * half * (4 * config.hidden_size + projected / tensor),
-        "weights of a layer": _weights_as_computed(config, mesh, projected * config.hidden_size, has_gradient),
-    }
-    if backend == "cpu":
-        heads = max(1, config.num_heads // tensor)
-        scores = piece.rows * heads * piece.columns * (sizes.prompt_tokens + sizes.max_tokens) * SINGLE
-        terms["attention scores"] = (3 if has_gradient else 2) * scores  # and probabilities; the gradient of one
-    return terms
-
-
-def _mlp_terms(
-    config: DecoderConfig, mesh: jax.sharding.Mesh, piece: _MicroBatch, has_gradient: bool
-) -> dict[str, float]:
-    """Gate, up and their product; in a mixture also the tokens, sorted by expert and back in their order."""
-    half = np.dtype(config.dtype).itemsize
-    numbers = 3 * piece.tokens * config.intermediate_size / mesh.shape["tensor"]
-    if config.moe is not None:
-        numbers = _numbers_of_mixture(config, mesh, piece, has_gradient)
-    of_attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
-    weights = (num_layer_params(config) / config.num_layers - of_attention) / mesh.shape["expert"]
-    return {
-        "one layer": half * numbers,
-        "weights of a layer": _weights_as_computed(config, mesh, weights, has_gradient),
-    }
-
-
-def _numbers_of_mixture(
-    config: DecoderConfig, mesh: jax.sharding.Mesh, piece: _MicroBatch, has_gradient: bool
-) -> float:
-    """What a layer of experts holds: a device has a row for each choice of the tokens of all devices along `expert`.
-
-    Forward these are its inputs beside gate and up, or its outputs twice: sorted by expert and in the order of tokens.
-    Of the backward pass as many as XLA for CPUs was seen to hold.
-    """
-    rows = expert_shards(config, mesh) * piece.tokens * config.moe.num_experts_per_tok
-    wide, inner = config.hidden_size, config.moe.intermediate_size / mesh.shape["tensor"]
-    return rows * (4 * wide + 5.5 * inner if has_gradient else max(2 * wide, wide + 2 * inner))
+def _layer_weights(config: DecoderConfig, mesh: jax.sharding.Mesh, has_gradient: bool) -> tuple[float, float]:
+    """Bytes of the weights of attention, and of those of the MLP or the experts, as a device computes with them."""
+    projected = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
+    others = (num_layer_params(config) / config.num_layers - projected) / mesh.shape["expert"]
+    return tuple(_weights_as_computed(config, mesh, weights, has_gradient) for weights in (projected, others))
 
 
 def _weights_as_computed(config: DecoderConfig, mesh: jax.sharding.Mesh, weights: float, has_gradient: bool) -> float:

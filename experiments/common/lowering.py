@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from experiments import grpo
 from experiments.common import controllers, micro_batches, models, train
+from experiments.common.chips import Chip
 from experiments.common.costs import Sizes
 from experiments.common.device_memory import device_bytes
 from experiments.common.optimizer import make_optimizer
@@ -16,7 +17,7 @@ from experiments.common.sampling import keep_support, sampling_of
 from rljax.models import decoder, policy
 from rljax.models.decoder import DecoderConfig
 from rljax.rollouts import sampler
-from rljax.train.mesh import Shardings, data_parallel_size, sharding_of
+from rljax.train.mesh import Shardings, sharding_of
 from rljax.types import Params, Sampling, TrainState, Trajectory
 
 # Settings of grpo.py with which it compiles other programs than those planned here, and what is planned.
@@ -169,19 +170,18 @@ def calls_of_scoring(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh) -
     return -(-rows // train.annotate_rows(cfg.batches, config, *lengths, mesh))
 
 
-def sizes_of(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh, memory: float | None = None) -> Sizes:
+def sizes_of(cfg: Any, config: DecoderConfig, mesh: jax.sharding.Mesh, chip: Chip | None = None) -> Sizes:
     """How much a step samples and learns from.
 
-    memory: bytes of a device of a mesh without devices.
+    chip: of a mesh without devices.
     """
     algorithm = grpo.with_settings(grpo.named_algorithm(cfg), cfg, config)
-    devices = data_parallel_size(mesh)
     lengths = (cfg.max_prompt_tokens, cfg.sampling.max_tokens)
     return Sizes(
         cfg.batches.prompts,
         cfg.batches.num_generations,
         *lengths,
-        pieces=micro_batches.cut(config, cfg.batches, *lengths, devices, memory),
+        pieces=micro_batches.cut(config, cfg.batches, *lengths, mesh, chip),
         scored=1 + ("old_logp" in algorithm.needs),
         updates=cfg.batches.epochs * cfg.batches.minibatches,
         epochs=cfg.batches.epochs,

@@ -3,14 +3,16 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from experiments.common.chips import hbm_bytes
+from experiments.common import activations
+from experiments.common.chips import Chip, hbm_bytes
 from experiments.common.settings import Batches
+from rljax.models.attention import flash_kernel
 from rljax.models.decoder import DecoderConfig
+from rljax.train.mesh import data_parallel_size
 
 # A device multiplies this many columns at about its best rate; more at a time only take memory.
-ENOUGH_COLUMNS = {"cpu": 512}
+ENOUGH_COLUMNS_ON_CPU = 512
 ENOUGH_COLUMNS_ELSEWHERE = 8192
 # Of activations. A CPU's would come from memory instead of its caches; elsewhere a quarter of the device's memory.
 CPU_BYTES = 256e6
@@ -28,41 +30,46 @@ def cut(
     batches: Batches,
     prompt_tokens: int,
     max_tokens: int,
-    devices: int,
-    device_bytes: float | None = None,
+    mesh: jax.sharding.Mesh,
+    chip: Chip | None = None,
 ) -> Pieces:
     """The cut that `batches` asks for; with micro_batches = 0 one chosen from sizes.
 
     That is the largest number of micro-batches of whole groups which still have enough columns for the device, and more
-    where their activations would not fit.
+    where their activations would not fit (`activations.of_update`: those depend on `config.remat`, on how the mesh
+    splits heads and columns, and on whether a kernel computes attention).
 
-    device_bytes: memory of an accelerator that is not there; None: of those that the decoder runs on.
+    chip: of a mesh without devices.
     """
     rows = batches.prompts * batches.num_generations // batches.minibatches
+    devices = data_parallel_size(mesh)
     # Shuffled minibatches separate the rows of a group.
     group_size = batches.num_generations if batches.minibatches == 1 else 1
     if batches.micro_batches:
         return Pieces(batches.micro_batches, largest_share(rows, group_size, batches.micro_batches * devices))
 
-    backend = config.backend if device_bytes is None else ""
-    enough = ENOUGH_COLUMNS.get(backend, ENOUGH_COLUMNS_ELSEWHERE)
-    most_bytes = CPU_BYTES if backend == "cpu" else (device_bytes or _bytes_of_device(config)) / 4
-    bytes_of_column = activation_bytes(config, prompt_tokens + max_tokens, backend)
+    device = _device_of(mesh, chip)
+    dense = activations.is_dense(config, mesh, device.kernel)
 
-    def share_and_columns(pieces: int) -> tuple[int, int]:
+    def held_by(pieces: int) -> tuple[int, float, float]:
+        """Rows that share a prompt, columns, and bytes of activations, of one device."""
         share = largest_share(rows, group_size, pieces)
-        return share, columns_of(rows // pieces, share, prompt_tokens, max_tokens)
+        parts = pieces * mesh.shape["sequence"]
+        columns = columns_of(rows, share, prompt_tokens, max_tokens) / parts
+        keys = prompt_tokens + max_tokens
+        held = activations.of_update(config, mesh, columns, rows * max_tokens / parts, keys, dense)
+        return share, columns, sum(held.values())
 
     chosen = devices
     for pieces in range(2 * devices, rows + 1, devices):
         if rows % pieces:
             continue
-        _, columns = share_and_columns(chosen)
-        share, fewer_columns = share_and_columns(pieces)
-        if columns * bytes_of_column <= most_bytes and (share < group_size or fewer_columns < enough):
+        _, _, size = held_by(chosen)
+        share, fewer_columns, _ = held_by(pieces)
+        if size <= device.activation_bytes and (share < group_size or fewer_columns < device.enough_columns):
             break
         chosen = pieces
-    return Pieces(chosen // devices, share_and_columns(chosen)[0])
+    return Pieces(chosen // devices, held_by(chosen)[0])
 
 
 def largest_share(rows: int, group_size: int, pieces: int) -> int:
@@ -75,19 +82,23 @@ def columns_of(rows: int, share: int, prompt_tokens: int, max_tokens: int) -> in
     return rows * max_tokens + rows // share * (prompt_tokens - 1)
 
 
-def activation_bytes(config: DecoderConfig, keys: int, backend: str) -> int:
-    """About what the backward pass keeps of a token that attends to so many keys: inputs of products, and scores."""
-    size = jnp.dtype(config.dtype).itemsize
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    numbers = 4 * config.hidden_size + heads * config.head_dim + 3 * config.intermediate_size
-    scores = 8 * config.num_heads * keys if backend == "cpu" else 0  # elsewhere kernels compute them again
-    return config.num_layers * (size * numbers + scores)
+class _Device(NamedTuple):
+    """What the cut depends on of the devices that it is made for."""
+
+    kernel: str  # of attention
+    enough_columns: int
+    activation_bytes: float  # at most
 
 
-def _bytes_of_device(config: DecoderConfig) -> float:
-    """Of this machine's devices, or of those of the pod that the program is compiled for."""
-    devices = jax.devices() if config.hidden_sharding is None else config.hidden_sharding.mesh.devices.flat
-    device = next(iter(devices))
+def _device_of(mesh: jax.sharding.Mesh, chip: Chip | None) -> _Device:
+    """Of the mesh, whose devices are this machine's or those of a pod that the program is compiled for."""
+    if chip is not None:
+        kernel = activations.KERNELS["tpu" if chip.torus else "gpu"]
+        return _Device(kernel, ENOUGH_COLUMNS_ELSEWHERE, chip.hbm_bytes / 4)
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return _Device("xla", ENOUGH_COLUMNS_ON_CPU, CPU_BYTES)
     is_here = device.platform == jax.default_backend()
     stats = (device.memory_stats() if is_here else None) or {}
-    return stats.get("bytes_limit") or hbm_bytes(device.device_kind)
+    memory = stats.get("bytes_limit") or hbm_bytes(device.device_kind)
+    return _Device(flash_kernel(device), ENOUGH_COLUMNS_ELSEWHERE, memory / 4)

@@ -82,8 +82,7 @@ def choose_micro_batches(
       what: is cut, for the log.
     """
     batches = Batches(prompts=batch_size, num_generations=1, micro_batches=wanted)
-    devices = data_parallel_size(shardings.rows.mesh)
-    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices).micro_batches
+    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, shardings.rows.mesh).micro_batches
     log_info(f"{what} is cut into {pieces} micro-batches")
     return pieces
 

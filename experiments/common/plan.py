@@ -23,7 +23,7 @@ TRY = {
     "gathered weights": "a larger --mesh.tensor, --mesh.expert for a mixture, or no --weights.gather_for_generation",
     "gradients": "more devices on --mesh.fsdp or --mesh.tensor",
     "attention scores": "more --batches.micro_batches, --mesh.tensor or --mesh.sequence",
-    "inputs of layers": "more --batches.micro_batches, or --mesh.sequence",
+    "kept activations": "more --batches.micro_batches, or --mesh.sequence",
     "one layer": "more --batches.micro_batches, --mesh.tensor or --mesh.sequence",
     "logits": "more --batches.micro_batches",
     "weights of a layer": "--mesh.tensor, and --mesh.expert for a mixture",

@@ -203,8 +203,7 @@ def cut_update(
     """
     row_length = prompt_tokens + max_tokens - 1
     if not batches.max_tokens_per_device:
-        devices = data_parallel_size(shardings.rows.mesh)
-        pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, devices)
+        pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, shardings.rows.mesh)
         log_info(f"an update is cut into {pieces.micro_batches} micro-batches; {pieces.group_size} rows share a prompt")
         update = make(micro_batches=pieces.micro_batches)
         if prompt_tokens == 1:
@@ -247,7 +246,7 @@ def annotate_rows(
     batches: Batches, config: DecoderConfig, prompt_tokens: int, max_tokens: int, mesh: jax.sharding.Mesh
 ) -> int:
     """How many rows of a rollout are annotated at a time: as many as a micro-batch of an update has."""
-    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, data_parallel_size(mesh))
+    pieces = micro_batches.cut(config, batches, prompt_tokens, max_tokens, mesh)
     return batches.prompts * batches.num_generations // (batches.minibatches * pieces.micro_batches)
 
 

@@ -4,11 +4,14 @@ A query attends to the keys of its own segment (segment 0 is padding) and of the
 positions up to its own; in a layer with a sliding window of W positions only to the last W of them, its own included.
 
     xla      everywhere, and for caches
-    cudnn    NVIDIA's flash attention: uncached rows in half precision, no softcap
-    splash   Pallas on TPU: uncached rows of a multiple of 128 columns, each segment contiguous and none continued; on a
-             mesh each device attends for its rows and heads, where these divide and columns are whole
+    cudnn    NVIDIA's flash attention (A100 and later): whole rows in half precision, no softcap
+    splash   Pallas on TPU: whole rows, each segment contiguous and none continued; on a mesh each device attends for
+             its rows and heads, where these divide and columns are whole
+
+Whole rows are those of scoring and update, and prompts that are read into an empty cache.
 """
 
+import re
 from functools import partial, reduce
 from typing import Literal, NamedTuple
 
@@ -22,7 +25,9 @@ from rljax.models.partition import num_shards
 from rljax.ops.logprobs import tree_sum
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
-TPU_LANES = 128
+TPU_LANES = 128  # splash attention takes heads and numbers of columns that are multiples of this
+CUDNN_CAPABILITY = 8  # compute capability of an A100, the first for which cuDNN has flash attention
+CUDNN_HEAD_DIM = 128  # the widest heads that it takes there; an H100 takes 256
 MASK_VALUE = -(2.0**100)  # finite: the softmax of a padding query, which attends to nothing, is then not NaN
 
 
@@ -114,9 +119,9 @@ def attend(
     if batch_invariant:
         implementation = "xla"
     elif implementation == "auto":
-        backend = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+        kernel = flash_kernel(jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0])
         can_cut = mask.context is None and divides_over(sharding, len(query), key.shape[2])
-        implementation = choose_implementation(backend, can_cut, query.shape, key.shape[1], query.dtype, softcap)
+        implementation = choose_implementation(kernel, can_cut, query.shape[3], query.dtype, softcap)
     if implementation == "cudnn":
         return cudnn_attention(query, key, value, mask.visible(window)[0], scale)
     if implementation == "splash":
@@ -168,21 +173,28 @@ def attend_cached(
     return dot_product_attention(query, keys_values, visible, scale, softcap)
 
 
+def flash_kernel(device: jax.Device) -> Implementation:
+    """The flash attention that this device has; "xla": none is used (CPUs, AMD's GPUs, NVIDIA's before the A100)."""
+    if device.platform == "tpu":
+        return "splash"
+    version = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))  # AMD's are words
+    if device.platform == "gpu" and version is not None and int(version[1]) >= CUDNN_CAPABILITY:
+        return "cudnn"
+    return "xla"
+
+
 def choose_implementation(
-    backend: str, can_cut: bool, shape: tuple[int, ...], keys: int, dtype, softcap: float | None
+    kernel: Implementation, can_cut: bool, head_dim: int, dtype, softcap: float | None
 ) -> Implementation:
-    """What "auto" means on this backend, for queries of this shape [B T H K] and so many columns of keys.
+    """What "auto" means on a device with this `flash_kernel`.
 
     can_cut: `divides_over`, and no segment continues another. XLA cannot partition a Pallas kernel over devices by
     itself.
     """
-    _, T, _, K = shape
     is_half = dtype in (jnp.bfloat16, jnp.float16)
-    if backend == "gpu" and is_half and softcap is None and K % 8 == 0 and K <= TPU_LANES:
+    if kernel == "cudnn" and is_half and softcap is None and head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM:
         return "cudnn"
-    if backend == "tpu" and can_cut and T % TPU_LANES == 0 and keys % TPU_LANES == 0:
-        return "splash"
-    return "xla"
+    return "splash" if kernel == "splash" and can_cut else "xla"
 
 
 def divides_over(sharding: NamedSharding | None, rows: int, kv_heads: int) -> bool:
@@ -335,28 +347,32 @@ def splash_attention(
 ) -> Float[Array, "B T H K"]:
     """JAX's splash attention. The queries' columns are the last of the keys'. Padding attends to padding.
 
+    The kernel takes multiples of 128 columns: others are padded here, on the left, where no real query looks.
+
     Args:
       sharding: of hidden states on a mesh over which rows and heads divide.
       interpret: run without a TPU, slowly.
     """
     if attention_mask.context is not None:
         raise ValueError("splash attention knows no segment that continues another; legal: 'auto' or 'xla'")
-    segments = attention_mask.segments
-    key_segments = segments if attention_mask.keys is None else attention_mask.keys[0][1]
+    segments = attention_mask.segments if attention_mask.keys is None else attention_mask.keys[0][1]
     call = partial(_splash, scale=scale, window=window, softcap=softcap, interpret=interpret)
     if sharding is not None:
         rows = jax.P(sharding.spec[0])
         heads = jax.P(sharding.spec[0], None, "tensor")
-        specs = (heads, heads, heads, rows, rows)
+        specs = (heads, heads, heads, rows)
         call = jax.shard_map(call, mesh=sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return call(query, key, value, segments, key_segments)
+    return call(query, key, value, segments)
 
 
-def _splash(query, key, value, segments, key_segments, scale: float, window, softcap, interpret: bool):
-    """`splash_attention` on one device."""
+def _splash(query, key, value, segments, scale: float, window, softcap, interpret: bool):
+    """`splash_attention` on one device. segments: of the keys [B S], the last of which are the queries'."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    columns, head_dim = query.shape[1], query.shape[3]
+    query, key, value = (_pad_left(_pad_left(x, 1), 3) for x in (query, key, value))
+    segments = _pad_left(segments, 1)
     B, T, H, K = query.shape
     S, kv_heads = key.shape[1:3]
     if window is None:
@@ -367,13 +383,16 @@ def _splash(query, key, value, segments, key_segments, scale: float, window, sof
         masks.MultiHeadMask([mask] * (H // kv_heads)), attn_logits_soft_cap=softcap, interpret=interpret
     )
 
-    def heads_first(x):
-        """[B T H K] -> [B H T K], with K padded to whole lanes."""
-        padded = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -K % TPU_LANES)))
-        return jnp.moveaxis(padded, 1, 2)
-
-    queries = heads_first((query * scale).astype(query.dtype)).reshape(B, kv_heads, H // kv_heads, T, -1)
+    queries = jnp.moveaxis((query * scale).astype(query.dtype), 1, 2).reshape(B, kv_heads, H // kv_heads, T, K)
     over_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     over_rows = jax.vmap(over_heads)
-    out = over_rows(queries, heads_first(key), heads_first(value), kernels.SegmentIds(segments, key_segments))
-    return jnp.moveaxis(out.reshape(B, H, T, -1)[..., :K], 1, 2).astype(query.dtype)
+    segment_ids = kernels.SegmentIds(segments[:, S - T :], segments)  # an added query attends to its column, at least
+    out = over_rows(queries, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2), segment_ids)
+    return jnp.moveaxis(out.reshape(B, H, T, K)[:, :, -columns:, -head_dim:], 1, 2).astype(query.dtype)
+
+
+def _pad_left(x: Array, axis: int) -> Array:
+    """x with zeros before it along the axis, up to a multiple of TPU_LANES."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (-x.shape[axis] % TPU_LANES, 0)
+    return jnp.pad(x, widths)

@@ -7,6 +7,7 @@
     routing              [B S M k] experts chosen for each token (mixtures of experts)
     shared               after `fork`: the cache of a common prefix. It has P rows, and each serves n = B/P neighboring
                          rows, which attend to it before their own columns
+    end                  [] after `fork`, of the rows and of `shared`: columns in use, which are as many in every row
 
 A row's tokens may come in any number of calls: a prompt, one token at a time, the reply of a tool.
 """
@@ -76,12 +77,27 @@ def write_columns(
 def append_positions(cache: Cache, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Cache:
     """The cache with the positions and segments of T new columns; their keys and values follow layer by layer."""
     start = cache["length"]
+    T = positions.shape[1]
+    end = {"end": cache["end"] + T} if "end" in cache else {}
     return {
         **cache,
+        **end,
         "positions": write_columns(cache["positions"], positions, start),
         "segments": write_columns(cache["segments"], segments, start),
-        "length": start + positions.shape[1],
+        "length": start + T,
     }
+
+
+def is_filled_by(cache: Cache, columns: int) -> bool:
+    """Whether so many new columns fill the whole cache: it is empty then, and they attend to themselves alone."""
+    return "shared" not in cache and columns == cache["segments"].shape[1]
+
+
+class Place(NamedTuple):
+    """Where new columns stand in a cache."""
+
+    start: Int[Array, "B"]  # the first of them
+    ends: tuple[Int[Array, ""], ...] | None  # columns in use of a shared prefix and of all rows; None: rows may differ
 
 
 class LayerCache(NamedTuple):
@@ -117,9 +133,37 @@ class LayerCache(NamedTuple):
 
 def cache_mask(cache: Cache, positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> AttentionMask:
     """The attention mask of queries at these positions: keys are those of the shared prefix and of the cache."""
-    parts = [cache["shared"], cache] if "shared" in cache else [cache]
-    keys = tuple((part["positions"], part["segments"]) for part in parts)
+    keys = tuple((part["positions"], part["segments"]) for part in _parts(cache))
     return AttentionMask(positions, segments, keys)
+
+
+def _parts(cache: Cache) -> list[Cache]:
+    return [cache["shared"], cache] if "shared" in cache else [cache]
+
+
+def ends(cache: Cache) -> tuple[Int[Array, ""], ...] | None:
+    """Columns in use of the shared prefix and of the rows; None where rows may differ."""
+    return tuple(part["end"] for part in _parts(cache)) if "end" in cache else None
+
+
+def within_window(
+    keys_values: list[tuple[Array, Array]], mask: AttentionMask, ends: tuple[Int[Array, ""], ...], window: int
+) -> tuple[list[tuple[Array, Array]], AttentionMask]:
+    """Keys, values and mask of the columns that T new ones can reach in a layer with a window.
+
+    Those are the last window + T - 1 of the rows, new ones included, and the last window - 1 of a prefix before them.
+    What is in use is taken to be without gaps: padding is at the left end of a prefix, and after the end of a row.
+    """
+    T = mask.positions.shape[1]
+    reach = [window - 1] * (len(ends) - 1) + [window + T - 1]
+
+    def cut(part: int, x: Array, axis: int) -> Array:
+        size = min(x.shape[axis], max(1, reach[part]))
+        return jax.lax.dynamic_slice_in_dim(x, jnp.maximum(ends[part] - size, 0), size, axis)
+
+    near = [(cut(i, key, 3), cut(i, value, 2)) for i, (key, value) in enumerate(keys_values)]
+    keys = tuple((cut(i, positions, 1), cut(i, segments, 1)) for i, (positions, segments) in enumerate(mask.keys))
+    return near, mask._replace(keys=keys)
 
 
 def layer_caches(cache: Cache) -> list[LayerCache]:
@@ -231,7 +275,10 @@ def crop(cache: Cache, length: Int[Array, "B"]) -> Cache:
 
 
 def fork(cache: Cache, n: int, columns: int) -> Cache:
-    """n rows for each row of the cache, which they share as a prefix, with that many empty columns of their own."""
+    """n rows for each row of the cache, which they share as a prefix, with that many empty columns of their own.
+
+    All prefixes end in the same column (they are padded on the left), and all rows go on together.
+    """
     rows = cache["length"].shape[0] * n
 
     def empty(path, x):
@@ -240,7 +287,8 @@ def fork(cache: Cache, n: int, columns: int) -> Cache:
 
     shared = _per_token(cache)
     own = jax.tree.map_with_path(empty, shared)
-    return own | {"length": jnp.zeros(rows, jnp.int32), "shared": shared}
+    end = cache["length"].max(initial=0)
+    return own | {"length": jnp.zeros(rows, jnp.int32), "end": jnp.int32(0), "shared": shared | {"end": end}}
 
 
 def repeat_kv(cache: Cache, n: int, columns: int) -> Cache:
@@ -269,6 +317,8 @@ def constrain(cache: Cache, sharding: NamedSharding | None) -> Cache:
         return cache
 
     def constrain_leaf(path, x):
+        if x.ndim == 0:
+            return x
         spec = [sharding.spec[0], *[None] * (x.ndim - 1)]
         if getattr(path[-1], "key", None) in COLUMN_AXIS:
             if x.shape[-3] % sharding.mesh.shape["tensor"]:

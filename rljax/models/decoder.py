@@ -175,6 +175,16 @@ def fuse_projections(config: DecoderConfig, params: Params) -> Params:
     return params | {"layers": {i: fused_block(block) for i, block in params["layers"].items()}}
 
 
+def cast_matrices(config: DecoderConfig, params: Params) -> Params:
+    """The parameters as layers compute with them: in `config.dtype`, but for the scales of norms and DoRA's gains."""
+
+    def cast(path: tuple, x: Array) -> Array:
+        name = getattr(path[-1], "key", getattr(path[-1], "name", None))
+        return x if name in ("scale", "gain") else x.astype(config.dtype)
+
+    return jax.tree.map_with_path(cast, params)
+
+
 def _fused_attention(config: DecoderConfig, attention: Params) -> Params:
     """Queries, keys and values in one matrix [D KV H/KV+2 K]."""
     projections = ("query", "key", "value")
@@ -247,10 +257,11 @@ def _logits_of_whole_rows(config: DecoderConfig, params: Params, hidden: Float[A
 def language_model(config: DecoderConfig, devices: int | None = None) -> LM:
     """The decoder as the sampler's `LM`. Its parameters are those that `full_params` takes.
 
-    On one device `prepare` fuses projections: on a mesh that would move weights. It does not where the config is
-    batch-invariant: for a matrix with other columns XLA may choose another kernel. An adapter is merged into the
-    weights first; not in bfloat16, which would round small changes away: with an adapter nothing is fused there.
-    With `gather_for_generation` it gathers the layers' weights: else decoding gathers them for each token.
+    On one device `prepare` casts matrices to `config.dtype`, once for all tokens, and fuses projections: on a mesh that
+    would move weights. It does not fuse where the config is batch-invariant: for a matrix with other columns XLA may
+    choose another kernel. An adapter is merged into the weights first; not in bfloat16, which would round small changes
+    away: with an adapter nothing is fused there.
+    With `gather_for_generation` it gathers the layers' weights on a mesh: else decoding gathers them for each token.
 
     A sampler has no long sequence to split: the devices that have columns of a row elsewhere have rows here.
 
@@ -266,6 +277,8 @@ def language_model(config: DecoderConfig, devices: int | None = None) -> LM:
     def prepare(params: Params, frozen: Params) -> tuple[Params, Params]:
         adapt = partial(merge, dtype=config.dtype) if is_fused else attach
         params = full_params(config, params, frozen, adapt)["decoder"]
+        if on_one_device:
+            params = cast_matrices(config, params)
         if is_fused:
             params = fuse_projections(config, params)
         if config.gather_for_generation and config.hidden_sharding is not None:

@@ -137,9 +137,12 @@ class Attention(nnx.Module):
         mask: AttentionMask | SharedPrefixMask,
         rotations: list[tuple],
         cache: caches.LayerCache | None,
-        start: Int[Array, "B"] | None,
+        place: caches.Place | None,
     ):
-        """The change [B T D] of the hidden states, and the layer's cache with the keys and values of x."""
+        """The change [B T D] of the hidden states, and the layer's cache with the keys and values of x.
+
+        place: where they stand in the cache.
+        """
         config = self.config
         query, key, value = self.projections(x)
         if config.qk_norm != "none":
@@ -156,12 +159,16 @@ class Attention(nnx.Module):
             "softcap": config.attention_softcap,
             "batch_invariant": config.batch_invariant,
         }
-        if cache is None:
+        if cache is not None:
+            cache = cache.append(key, value, place.start)
+        if cache is None or mask.keys is None:  # nothing came before: the keys are those of x
             settings |= {"implementation": config.attn_implementation, "sharding": config.hidden_sharding}
             out = attend(query, key, value, mask, **settings)
         else:
-            cache = cache.append(key, value, start)
-            out = attend_cached(query, cache.keys_values(), mask, **settings)
+            keys_values = cache.keys_values()
+            if self.window is not None and place.ends is not None:
+                keys_values, mask = caches.within_window(keys_values, mask, place.ends, self.window)
+            out = attend_cached(query, keys_values, mask, **settings)
         return _project_by(self, "out", out, inputs=2), cache
 
     def projections(self, x):
@@ -241,11 +248,11 @@ class Block(nnx.Module):
         self.has_post_norms = config.norms != "pre"
         self.hidden_sharding = config.hidden_sharding
 
-    def __call__(self, x, cache: caches.LayerCache | None, routing, mask, rotations, start):
+    def __call__(self, x, cache: caches.LayerCache | None, routing, mask, rotations, place):
         """x [B T D] after the block, its cache with the new columns, and the experts [B T k] of a mixture."""
         x = _with_sharding(x, self.hidden_sharding)
         normed = self.attention_norm(x) if self.has_pre_norms else x
-        change, cache = self.attention(normed, mask, rotations, cache, start)
+        change, cache = self.attention(normed, mask, rotations, cache, place)
         x = x + (self.attention_post_norm(change) if self.has_post_norms else change)
         normed = self.mlp_norm(x) if self.has_pre_norms else x
         change, chosen = self.mlp(normed, routing)
@@ -275,7 +282,7 @@ class Decoder(nnx.Module):
         """Hidden states [B T D] after the last norm, and the cache with the new columns."""
         config = self.config
         if cache is None:
-            start = None
+            place = None
             mask = AttentionMask(positions, segments, context=context)
             layers = [None] * len(self.layers)
             if prefix is not None:  # one row for each group from here on: its prefix, then its rows
@@ -286,7 +293,9 @@ class Decoder(nnx.Module):
         else:
             start = cache["length"]
             cache = caches.append_positions(cache, positions, segments)
-            mask = caches.cache_mask(cache, positions, segments)
+            place = caches.Place(start, caches.ends(cache))
+            is_whole = caches.is_filled_by(cache, tokens.shape[1])
+            mask = AttentionMask(positions, segments) if is_whole else caches.cache_mask(cache, positions, segments)
             layers = caches.layer_caches(cache)
 
         x = self.embedding[...][tokens].astype(config.dtype)
@@ -296,7 +305,7 @@ class Decoder(nnx.Module):
         moe_layers = config.moe.layers if config.moe else ()
         replayed = {} if routing is None else {layer: routing[:, :, m] for m, layer in enumerate(moe_layers)}
         run = self._scan if config.scan_layers else self._unroll
-        x, layers, chosen = run(x, layers, replayed, mask, rotations, start)
+        x, layers, chosen = run(x, layers, replayed, mask, rotations, place)
         if cache is not None:
             cache = {**cache, "layers": [layer.own for layer in layers]}
             if moe_layers:

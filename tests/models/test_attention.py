@@ -1,13 +1,21 @@
 """Every implementation of attention against the plain one, and which of them is taken where."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.models.attention import AttentionMask, attend, choose_implementation, divides_over, splash_attention
+from rljax.models.attention import (
+    AttentionMask,
+    attend,
+    choose_implementation,
+    divides_over,
+    flash_kernel,
+    splash_attention,
+)
 from rljax.train.mesh import hidden_sharding, make_mesh
 
 T = 128
@@ -32,9 +40,10 @@ def test_splash_is_dense(texts, window, softcap):
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 2.0)])
-def test_splash_compiles_for_a_tpu(texts, window, softcap):
+@pytest.mark.parametrize(("columns", "window", "softcap"), [(T, None, None), (T, 17, 2.0), (T - 5, None, None)])
+def test_splash_compiles_for_a_tpu(texts, columns, window, softcap):
     call = partial(attend, scale=0.3, window=window, softcap=softcap, implementation="splash")
+    texts = jax.tree.map(lambda x: x[:, :columns], texts)
     exported = jax.export.export(jax.jit(call), platforms=["tpu"])(*texts)
     assert "tpu_custom_call" in exported.mlir_module()
 
@@ -54,39 +63,70 @@ def test_padding_sees_nothing_and_gives_numbers(texts):
 
 
 @pytest.mark.parametrize(
-    ("backend", "can_cut", "changes", "chosen"),
+    ("kernel", "can_cut", "changes", "chosen"),
     [
-        ("gpu", False, {}, "cudnn"),
-        ("gpu", True, {"dtype": jnp.float16}, "cudnn"),
-        ("gpu", True, {"dtype": jnp.float32}, "xla"),
-        ("gpu", True, {"softcap": 50.0}, "xla"),
-        ("gpu", True, {"head_dim": 256}, "xla"),
-        ("gpu", True, {"head_dim": 60}, "xla"),
-        ("tpu", True, {}, "splash"),
-        ("tpu", True, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 60}, "splash"),
-        ("tpu", True, {"columns": 250}, "xla"),
-        ("tpu", True, {"keys": 300}, "xla"),
-        ("tpu", False, {}, "xla"),
-        ("cpu", True, {}, "xla"),
+        ("cudnn", False, {}, "cudnn"),
+        ("cudnn", True, {"dtype": jnp.float16}, "cudnn"),
+        ("cudnn", True, {"dtype": jnp.float32}, "xla"),
+        ("cudnn", True, {"softcap": 50.0}, "xla"),
+        ("cudnn", True, {"head_dim": 256}, "xla"),
+        ("cudnn", True, {"head_dim": 60}, "xla"),
+        ("splash", True, {}, "splash"),
+        ("splash", True, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 60}, "splash"),
+        ("splash", False, {}, "xla"),
+        ("xla", True, {}, "xla"),
     ],
 )
-def test_the_implementation_that_auto_is(backend, can_cut, changes, chosen):
-    dtype, softcap = changes.get("dtype", jnp.bfloat16), changes.get("softcap")
-    shape = (2, changes.get("columns", 256), 4, changes.get("head_dim", 64))
-    assert choose_implementation(backend, can_cut, shape, changes.get("keys", 256), dtype, softcap) == chosen
+def test_the_implementation_that_auto_is(kernel, can_cut, changes, chosen):
+    asked = {"head_dim": 64, "dtype": jnp.bfloat16, "softcap": None} | changes
+    assert choose_implementation(kernel, can_cut, **asked) == chosen
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, 2.0)])
-def test_splash_is_dense_for_the_last_columns_of_longer_keys(window, softcap):
-    """As rows attend to a shared prefix: the queries are the last 128 of 256 columns, the first 30 are padding."""
+@pytest.mark.parametrize(
+    ("platform", "capability", "kernel"),
+    [
+        ("gpu", "9.0", "cudnn"),
+        ("gpu", "8.0", "cudnn"),
+        ("gpu", "10.3", "cudnn"),
+        ("gpu", "7.5", "xla"),  # T4: bfloat16 there must not raise
+        ("gpu", "gfx942", "xla"),  # AMD
+        ("tpu", None, "splash"),
+        ("cpu", None, "xla"),
+    ],
+)
+def test_the_flash_attention_of_a_device(platform, capability, kernel):
+    of_gpu = {"compute_capability": capability} if platform == "gpu" else {}
+    assert flash_kernel(SimpleNamespace(platform=platform, **of_gpu)) == kernel
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "window", "softcap"),
+    [(128, 256, 17, 2.0), (100, 150, None, None), (3, 130, 5, None)],
+)
+def test_splash_is_dense_for_the_last_columns_of_longer_keys(columns, keys, window, softcap):
+    """As rows attend to a shared prefix: the queries are the last columns, the first 30 keys are padding.
+
+    The kernel takes multiples of 128 columns; others are padded, and what is added gets no gradient.
+    """
     draw = np.random.RandomState(0)
-    query, key, value = (jnp.float32(draw.standard_normal((1, 2 * T, heads, 24))) for heads in (4, 2, 2))
-    segments = jnp.asarray(np.arange(2 * T) >= 30, jnp.int32)[None]
+    query, key, value = (jnp.float32(draw.standard_normal((1, keys, heads, 24))) for heads in (4, 2, 2))
+    segments = jnp.asarray(np.arange(keys) >= 30, jnp.int32)[None]
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    mask = AttentionMask(positions[:, T:], segments[:, T:], ((positions, segments),))
-    want = attend(query[:, T:], key, value, mask, 0.3, window, softcap, "xla")
-    got = splash_attention(query[:, T:], key, value, mask, 0.3, window, softcap, interpret=True)
+    mask = AttentionMask(positions[:, -columns:], segments[:, -columns:], ((positions, segments),))
+    real = (mask.segments > 0)[:, :, None, None]
+
+    def total(call, *inputs):
+        out = jnp.where(real, call(*inputs, mask, 0.3, window, softcap), 0.0)
+        return (out**2).sum(), out
+
+    inputs = (query[:, -columns:], key, value)
+    gradient = partial(jax.value_and_grad, argnums=(1, 2, 3), has_aux=True)
+    dense, splash = partial(attend, implementation="xla"), partial(splash_attention, interpret=True)
+    (_, want), want_slopes = jax.jit(partial(gradient(total), dense))(*inputs)
+    (_, got), got_slopes = jax.jit(partial(gradient(total), splash))(*inputs)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    for got, want in zip(got_slopes, want_slopes, strict=True):
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize(

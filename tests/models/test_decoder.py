@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from models import tiny
 from rljax.data.prompts import pad_left
@@ -169,10 +170,54 @@ def test_forked_and_refilled_caches_go_on(tmp_path):
     refilled = caches.scatter(longer, jnp.array([1]), caches.gather(cache, jnp.array([0])))
     for logits in run(apply, config, params, rows(go_on, go_on), refilled)[0]:
         close(config, logits, want[5:])
-    forked = caches.fork(caches.gather(cache, jnp.array([0])), 2, len(go_on[0]))
-    for logits in run(apply, config, params, rows(go_on, go_on), forked)[0]:
-        close(config, logits, want[5:])
-    assert caches.routing(forked).shape[1] == len(one) + len(go_on[0])
+    forked = caches.fork(caches.gather(cache, jnp.array([0])), 2, len(go_on[0]) + 3)
+    for columns in (slice(0, 6), slice(6, None)):  # the second piece begins past the window of four
+        piece = [x[columns] for x in go_on]
+        found, forked = run(apply, config, params, rows(piece, piece), forked)
+        for logits in found:
+            close(config, logits, want[5:][columns])
+    assert caches.routing(forked).shape[1] == len(one) + len(go_on[0]) + 3
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_window_is_all_that_a_layer_reads_of_a_forked_cache(scan_layers):
+    config = decoder.DecoderConfig(11, 12, 2, 3, 1, 4, 20, windows=(5, 5), scan_layers=scan_layers)
+    one = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+
+    def step(columns):
+        cache = jax.eval_shape(lambda: caches.fork(decoder.init_cache(config, 2, columns), 2, columns))
+        lowered = jax.jit(partial(decoder.forward, config)).lower(decoder.abstract(config), one, one, one, cache)
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert step(128) == step(64)
+
+
+def test_a_prompt_is_read_by_the_kernel_of_whole_rows():
+    """Its keys are its own, and no array of scores [P L L] is needed; what is read later attends to the cache."""
+    config = decoder.DecoderConfig(11, 12, 2, 3, 1, 4, 20, attn_implementation="splash")
+    tokens = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+
+    def module(columns):
+        cache = jax.eval_shape(partial(decoder.init_cache, config, 2, columns))
+        read = jax.jit(partial(decoder.forward, config))
+        exported = jax.export.export(read, platforms=["tpu"])(decoder.abstract(config), tokens, tokens, tokens, cache)
+        return exported.mlir_module()
+
+    assert "tpu_custom_call" in module(9)
+    assert "tpu_custom_call" not in module(10)
+
+
+def test_a_sampler_on_one_device_casts_its_matrices_once():
+    """To the dtype that every product casts them to: the same numbers."""
+    config = decoder.DecoderConfig(11, 12, 1, 3, 1, 4, 20, qkv_bias=True, dtype="bfloat16")
+    params = decoder.init(config, jax.random.key(0))
+    prepared, _ = jax.eval_shape(decoder.language_model(config, devices=1).prepare, {"decoder": params}, {})
+    for path, leaf in flatten_dict(prepared).items():
+        assert leaf.dtype == (jnp.float32 if path[-1] == "scale" else jnp.bfloat16), path
+    ids = jnp.arange(6)[None]
+    want, _ = run(apply, config, params, (ids, ids, jnp.ones_like(ids)))
+    got, _ = run(apply, config, decoder.cast_matrices(config, params), (ids, ids, jnp.ones_like(ids)))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(
