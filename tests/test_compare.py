@@ -28,12 +28,22 @@ def test_every_algorithm_runs_with_every_seed():
     ]
 
 
-def test_a_result_is_that_of_its_settings_and_of_the_source_of_its_algorithm():
+def recorded(run, **changed):
+    """A record of the run, as if it had been made with these settings changed."""
+    run = dataclasses.replace(run, **changed)
+    return {"algorithm": compare.method_of(run), "settings": compare.settings_of(run)}
+
+
+def test_a_result_is_that_of_a_run_with_its_settings():
     run = dataclasses.replace(compare.SORTING, algorithm="grpo")
-    inputs = compare.inputs_of(run)
-    assert inputs == compare.inputs_of(dataclasses.replace(run))
-    assert inputs != compare.inputs_of(dataclasses.replace(run, steps=41))
-    assert inputs != compare.inputs_of(dataclasses.replace(run, algorithm="gspo"))
+    assert compare.is_of(recorded(run), run)
+    assert not compare.is_of(recorded(run, steps=41), run)
+    assert not compare.is_of(recorded(run, seed=1), run)
+    assert not compare.is_of(recorded(run, algorithm="gspo"), run)
+    assert not compare.is_of(recorded(run, batches=dataclasses.replace(run.batches, prompts=16)), run)
+    older = recorded(run)
+    del older["settings"]["save_every"]
+    assert compare.is_of(older, run), "a setting that is newer than the record"
 
 
 def test_the_page_orders_algorithms_by_the_median_of_the_seeds_that_all_have_run():
@@ -98,7 +108,7 @@ def test_an_interrupted_comparison_reads_back_what_is_finished(tmp_path, monkeyp
     wanted = dataclasses.replace(cfg, algorithms=("grpo", "gspo", "online_dpo"), finished_only=True)
     assert [record["algorithm"] for record in compare.main(wanted)] == ["grpo", "gspo"]
     assert "| gspo |" in (tmp_path / "page.md").read_text()
-    assert compare.main(cfg)[0]["inputs"] == compare.inputs_of(compare.planned_runs(cfg)[0])
+    assert compare.main(cfg)[0]["settings"] == compare.settings_of(compare.planned_runs(cfg)[0])
     assert measured == ["grpo", "gspo"]
 
 
@@ -110,13 +120,12 @@ def test_online_dpo_samples_as_much_and_updates_as_often_as_methods_that_select(
     assert [getattr(dpo.batches, name) for name in shared] == [getattr(grpo.batches, name) for name in shared]
     for name in ("task", "seed", "steps", "optimizer", "sft_target", "eval_prompts", "eval_every"):
         assert getattr(dpo, name) == getattr(grpo, name), name
-    assert compare.inputs_of(dpo) != compare.inputs_of(dataclasses.replace(dpo, loss="ipo"))
+    assert not compare.is_of(recorded(dpo, loss="ipo"), dpo)
 
 
 def test_a_result_does_not_depend_on_the_mesh():
     run = compare.run_of(compare.SORTING, "grpo", 0)
-    other = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, tensor=2))
-    assert compare.inputs_of(run) == compare.inputs_of(other)
+    assert compare.is_of(recorded(run, mesh=dataclasses.replace(run.mesh, tensor=2)), run)
 
 
 def test_every_planned_run_has_sizes_that_its_method_takes():

@@ -4,7 +4,9 @@ r"""Every algorithm on the same task from the same warm-up: docs/results.md, and
     python experiments/tables/compare.py --algorithms gspo remax --seeds 0 --out runs/results.md
     python experiments/tables/compare.py --finished_only        # runs nothing: the page of what is finished so far
 
-Finished runs are recorded in docs/results/runs.jsonl, which goes with the repository: any machine goes on from there.
+Finished runs are recorded in docs/results/runs.jsonl, which goes with the repository: any machine goes on from there. A
+run counts as finished where one with its settings is recorded, by whatever commit: the page names the commits. Whoever
+changes what an algorithm computes deletes its lines.
 
 For each seed one supervised checkpoint, then each algorithm of arithmetic_grpo.py from there with the same prompts,
 optimizer and number of steps. Nothing is tuned for any of them. Methods that compare the completions of a prompt learn
@@ -24,21 +26,19 @@ Reached: docs/results.md.
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from experiments import arithmetic_grpo, arithmetic_online_dpo
 from experiments.arithmetic_grpo import ALGORITHMS, AlgorithmName
 from experiments.common.command_line import run as run_command
-from experiments.common.preference_methods import PAIR_METHODS
 from experiments.common.records import append_lines, read_lines
 from experiments.common.settings import Batches, Optimizer
 from experiments.tables.results_page import tasks_of, write_page
 from rljax.train.log import log_info, table
-from rljax.train.provenance import function_source
+from rljax.train.report import flatten_settings
 
 BATCHES = Batches(prompts=32, num_generations=8, oversample=2, minibatches=2)
 OPTIMIZER = Optimizer(learning_rate=4e-4, schedule="cosine")  # half the demo's rate: two updates per rollout
@@ -75,12 +75,11 @@ def main(cfg: Config) -> list[dict]:
     finished = read_lines(log)
     results = []
     for run in planned_runs(cfg):
-        inputs = inputs_of(run)
-        result = next((old for old in finished if old["inputs"] == inputs), None)
+        result = next((record for record in finished if is_of(record, run)), None)
         if result is None and cfg.finished_only:
             continue
         if result is None:
-            result = measure(run, cfg.directory) | {"inputs": inputs}
+            result = measure(run, cfg.directory) | {"settings": settings_of(run)}
             append_lines(log, [result])
         results.append(result)
         if not cfg.finished_only:
@@ -130,17 +129,18 @@ def method_of(run: AnyRun) -> str:
     return ONLINE_DPO if isinstance(run, arithmetic_online_dpo.Config) else run.algorithm
 
 
-def inputs_of(run: AnyRun) -> str:
-    """sha256 of what a result depends on: the settings but for the mesh, and the source of the algorithm.
+def settings_of(run: AnyRun) -> dict[str, Any]:
+    """Name, with dots -> value of what a result depends on: all settings but the mesh."""
+    settings = json.loads(json.dumps(dataclasses.asdict(run)))
+    del settings["mesh"]
+    return flatten_settings(settings)
 
-    A recorded result is used again where it is equal.
-    """
-    if isinstance(run, arithmetic_online_dpo.Config):
-        source = function_source(PAIR_METHODS[run.loss].make)
-    else:
-        source = function_source(ALGORITHMS[run.algorithm]())
-    settings = {name: value for name, value in dataclasses.asdict(run).items() if name != "mesh"}
-    return hashlib.sha256(json.dumps([settings, source], sort_keys=True).encode()).hexdigest()
+
+def is_of(record: dict, run: AnyRun) -> bool:
+    """Whether a recorded result is that of this run. A setting that the record does not have is newer than it."""
+    kept = record["settings"]
+    equal = all(kept.get(name, value) == value for name, value in settings_of(run).items())
+    return equal and record["algorithm"] == method_of(run)
 
 
 def measure(run: AnyRun, directory: str) -> dict:

@@ -22,6 +22,7 @@ import subprocess
 import sysconfig
 import textwrap
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def _values_used(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name in names:
         value = function.__globals__.get(name)
         if isinstance(value, types.ModuleType):
-            members = [(f"{name}.{member}", getattr(value, member, None)) for member in names]
+            with warnings.catch_warnings(action="ignore"):  # numpy warns where it is asked for "str"
+                members = [(f"{name}.{member}", getattr(value, member, None)) for member in names]
             yield from ((label, member) for label, member in members if _is_followed(member, function))
         elif name in function.__globals__ and (_is_constant(value) or _is_followed(value, function)):
             yield name, value

@@ -111,6 +111,13 @@ def test_other_installed_packages_are_not_followed():
     assert function_source(relu).count("def ") == 1
 
 
+def test_a_module_that_warns_of_a_name_is_read_silently():
+    def shown(values):
+        return str(np.asarray(values))  # numpy warns where it is asked for its "str"
+
+    assert "str(np.asarray(values))" in function_source(shown)
+
+
 def test_functions_that_call_each_other_end():
     def even(n):
         return n == 0 or odd(n - 1)
