@@ -591,7 +591,7 @@ def test_a_sweep_passes_over_batches_that_do_not_divide_and_nothing_else(capsys)
     preflight.main(cfg)
     with pytest.raises(ValueError, match="the batch divides over no mesh of 2 devices"):
         preflight.main(dataclasses.replace(cfg, batches=Batches(prompts=3, num_generations=2, micro_batches=4)))
-    with pytest.raises(ValueError, match="gdpo does not read the sum of rewards"):
+    with pytest.raises(ValueError, match="kl_in_reward changes the rewards, and this method reads each score"):
         preflight.main(dataclasses.replace(cfg, algorithm="gdpo", kl_in_reward=True))
 
 

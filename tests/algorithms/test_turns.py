@@ -127,7 +127,7 @@ def test_conversations_of_one_turn_are_completions():
 
 
 def test_what_a_wrapped_algorithm_reads_besides_rewards_and_groups_is_an_error():
-    with pytest.raises(ValueError, match="scores"):
-        credit(a.turn_groups(a.gdpo((1.0,))), conversations(0))
+    with pytest.raises(ValueError, match="turn_groups changes the rewards, and this method reads each score"):
+        a.turn_groups(a.gdpo((1.0,)))
     with pytest.raises(ValueError, match="step_ends"):
         credit(a.turn_level(a.ppo()), conversations(0).replace(step_ends=None))

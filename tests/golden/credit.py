@@ -239,7 +239,8 @@ def swift_advantages(case: Case) -> dict:
         ("rloo", scale): rloo(),
         ("reinforce_plus_plus", scale): reinforce(group_mean_baseline),
     }[estimator, scale]
-    batch = kl_in_reward(algorithm, beta).credit(traj, {})
+    algorithm = kl_in_reward(algorithm, beta) if beta else algorithm
+    batch = algorithm.credit(traj, {})
     advantages, rewards = batch.advantages[:, 0], batch.traj.rewards[:, 0]
     if estimator != "grpo":
         of = {"rloo": rewards, "reinforce_plus_plus": advantages}[estimator]
