@@ -12,6 +12,7 @@ Whole rows are those of scoring and update, and prompts that are read into an em
 """
 
 import re
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Literal, NamedTuple
 
@@ -357,6 +358,8 @@ def splash_attention(
         raise ValueError("splash attention knows no segment that continues another; legal: 'auto' or 'xla'")
     segments = attention_mask.segments if attention_mask.keys is None else attention_mask.keys[0][1]
     call = partial(_splash, scale=scale, window=window, softcap=softcap, interpret=interpret)
+    if query.dtype != jnp.float32:
+        call = _at_default_precision(call)
     if sharding is not None:
         rows = jax.P(sharding.spec[0])
         heads = jax.P(sharding.spec[0], None, "tensor")
@@ -389,6 +392,29 @@ def _splash(query, key, value, segments, scale: float, window, softcap, interpre
     segment_ids = kernels.SegmentIds(segments[:, S - T :], segments)  # an added query attends to its column, at least
     out = over_rows(queries, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2), segment_ids)
     return jnp.moveaxis(out.reshape(B, H, T, K)[:, :, -columns:, -head_dim:], 1, 2).astype(query.dtype)
+
+
+def _at_default_precision(attention: Callable) -> Callable:
+    """attention(query, key, value, segments), whose kernels multiply as if `jax_default_matmul_precision` were not set.
+
+    Of products of bfloat16 in float32 the TPU's compiler of kernels knows nothing. They are exact as they are.
+    """
+
+    def forward(query, key, value, segments):
+        with jax.default_matmul_precision("default"):
+            return jax.vjp(lambda *inputs: attention(*inputs, segments), query, key, value)
+
+    def backward(pull_back, slopes):
+        with jax.default_matmul_precision("default"):
+            return *pull_back(slopes), None
+
+    @jax.custom_vjp
+    def call(query, key, value, segments):
+        with jax.default_matmul_precision("default"):
+            return attention(query, key, value, segments)
+
+    call.defvjp(forward, backward)
+    return call
 
 
 def _pad_left(x: Array, axis: int) -> Array:

@@ -48,6 +48,27 @@ def test_splash_compiles_for_a_tpu(texts, columns, window, softcap):
     assert "tpu_custom_call" in exported.mlir_module()
 
 
+def test_splash_multiplies_bfloat16_as_it_is_whatever_the_precision_of_products(texts):
+    """Recipes ask for float32 products, which the TPU's compiler of kernels has for float32 alone."""
+    *arrays, mask = texts
+    arrays = [x.astype(jnp.bfloat16) for x in arrays]
+
+    def total(attention, *inputs):
+        out = attention(*inputs, mask, 0.3, None, None)
+        return jnp.where(mask.segments[..., None, None] > 0, jnp.sin(out.astype(jnp.float32)), 0.0).sum()
+
+    def slopes(attention):
+        return jax.grad(partial(total, attention), argnums=(0, 1, 2))
+
+    splash = partial(splash_attention, interpret=True)
+    with jax.default_matmul_precision("float32"):
+        text = str(jax.make_jaxpr(slopes(splash))(*arrays))
+    assert text.count("dot_general") >= 5  # scores and values, and three of the backward pass
+    assert "HIGHEST" not in text
+    got, want = slopes(splash)(*arrays), slopes(partial(attend, implementation="xla"))(*arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=0.15), *jax.tree.map(np.float32, (got, want)))
+
+
 def test_a_window_counts_the_query_itself():
     mask = AttentionMask(jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32))
     np.testing.assert_array_equal(mask.visible(2)[0][0], np.tri(4) - np.tri(4, k=-2))
