@@ -17,13 +17,10 @@ import jax
 import optax
 
 from experiments.benchmarks.common import WORKLOADS, Workload, named, run, write_figures
-from experiments.benchmarks.train_step import rewarded_rollout
-from experiments.common.micro_batches import cut
-from experiments.common.settings import Batches
+from experiments.benchmarks.train_step import cut_as_recipes, rewarded_rollout
 from rljax.algorithms import grpo
 from rljax.models import policy
 from rljax.train.log import table
-from rljax.train.mesh import make_mesh
 from rljax.train.objective import policy_objective
 from rljax.train.shared_prefix import share_prefix
 from rljax.train.update import make_update
@@ -89,9 +86,7 @@ def temporary_bytes(workload: Workload, micro_batches: int) -> int:
     """Of the compiled update on a rollout, beside its arguments and results."""
     config = workload.config
     optimizer = optax.adamw(1e-3)
-    batches = Batches(workload.prompts, workload.n, micro_batches=micro_batches)
-    one = make_mesh(devices=jax.devices()[:1])
-    pieces = cut(config, batches, workload.prompt_tokens, workload.completion_tokens, one)
+    pieces = cut_as_recipes("grpo", workload, micro_batches)
     batch = share_prefix(batch_of(workload), workload.prompt_tokens - 1, pieces.group_size)
 
     def state():
