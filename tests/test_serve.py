@@ -270,6 +270,7 @@ GARBAGE = [
     ({"prompt": [1], "stream": "yes"}, 400, "stream = 'yes'; legal: true or false"),
     ({"prompt": [1], "logprobs": 5}, 400, "logprobs = 5; legal: a whole number from 0 to 1"),
     ({"prompt": [1], "presence_penalty": 1}, 400, "presence_penalty is not supported"),
+    ({"prompt": [1], "min_p": 0.1}, 400, "min_p is not supported"),
     ({"prompt": [1], "tools": []}, 400, "tools is not supported"),
     ({"prompt": [1], "model": "gpt-5"}, 404, "there is no model 'gpt-5'; this server has tiny"),
 ]

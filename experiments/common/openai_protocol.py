@@ -31,7 +31,9 @@ COMMON = {
 }
 COMMON |= {"stream_options", "return_token_ids", "logprobs", "user"}
 FIELDS = {False: COMMON | {"prompt"}, True: COMMON | {"messages", "max_completion_tokens", "top_logprobs"}}
-OFF = {"presence_penalty": 0, "frequency_penalty": 0, "echo": False, "best_of": 1, "logit_bias": {}, "suffix": None}
+# Fields that may be there with the value that changes nothing.
+OFF = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_p": 0}
+OFF |= {"echo": False, "best_of": 1, "logit_bias": {}, "suffix": None}
 DEFAULT_TOKENS = 16  # of a completion; a chat goes on to the end of the context
 MAX_STOPS = 16
 

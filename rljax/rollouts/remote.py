@@ -17,6 +17,16 @@ from rljax.types import PromptBatch, Sampling, Trajectory, trajectory_of_tokens
 
 UNKNOWN_VERSION = -1  # `Trajectory.version` of tokens whose server does not tell it
 ROUNDING = 1e-4  # by which a log-prob may be above 0
+# Values that leave the distribution as it is. vLLM and SGLang take a field that a request lacks from the model's
+# generation_config.json, and may report log-probs of the whole distribution all the same, in which no gap shows it.
+WHOLE_DISTRIBUTION = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 class ServerAnswerError(ValueError):
@@ -55,9 +65,10 @@ def sample_remote(
     tokens, mask = np.asarray(prompts.tokens), np.asarray(prompts.mask)
     ids = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
     numbers = np.asarray(prompts.number).tolist()
+    temperatures = np.broadcast_to(sampling.temperature, len(ids)).tolist()
     bodies = [
-        completion_request(model, prompt, sampling, seed, step, number)
-        for prompt, number in zip(ids, numbers, strict=True)
+        completion_request(model, prompt, sampling.replace(temperature=temperature), seed, step, number)
+        for prompt, temperature, number in zip(ids, temperatures, numbers, strict=True)
     ]
     completions = []
     for body, answer in zip(bodies, ask_all(bodies), strict=True):
@@ -77,14 +88,14 @@ def check_remote(prompts: PromptBatch, sampling: Sampling) -> None:
             f"{[*changed, *others][0]} is set; legal with a server: temperature, n and max_tokens alone, so that "
             "log-probs are those of the whole distribution and completions end at stop tokens"
         )
-    if sampling.temperature == 0:
+    if np.any(np.asarray(sampling.temperature) == 0):
         raise ValueError("temperature = 0; legal with a server: above 0")
 
 
 def completion_request(
     model: str, prompt: list[int], sampling: Sampling, seed: int, step: int, number: int
 ) -> dict[str, Any]:
-    """The body of POST /v1/completions for the completions of one prompt.
+    """The body of POST /v1/completions for the completions of one prompt, all at the same temperature.
 
     `key` names the samples for experiments/serve.py: those of `sampler.sample`, where its --seed is this one. Others
     take `seed`, which differs from prompt to prompt.
@@ -96,6 +107,7 @@ def completion_request(
         "n": sampling.n,
         "max_tokens": sampling.max_tokens,
         "temperature": float(sampling.temperature),
+        **WHOLE_DISTRIBUTION,
         "seed": int(mixed % 2**31),
         "key": [step, number],
         "stop_token_ids": list(sampling.stop),
@@ -175,6 +187,7 @@ def _build_trajectory(prompts: PromptBatch, completions: Sequence[SampledComplet
     """Each completion after its prompt, in the columns that `sampler.sample` gives them."""
     P, L = np.shape(prompts.tokens)
     R, N = P * sampling.n, sampling.max_tokens
+    temperature = np.broadcast_to(sampling.temperature, P)
     tokens = np.zeros((R, N), np.int32)
     logp = np.zeros((R, N), np.float32)
     version = np.zeros((R, N), np.int32)
@@ -198,7 +211,7 @@ def _build_trajectory(prompts: PromptBatch, completions: Sequence[SampledComplet
         segments=np.concatenate([of_prompt(prompts.mask), chosen], axis=1).astype(np.int32),
         chosen=jnp.asarray(after_prompt(chosen)),
         logp=jnp.asarray(after_prompt(logp)),
-        temperature=jnp.full((R, L + N), sampling.temperature, jnp.float32),
+        temperature=jnp.asarray(np.broadcast_to(of_prompt(temperature)[:, None], (R, L + N)), jnp.float32),
         terminated=jnp.asarray(after_prompt(last & terminated)),
         truncated=jnp.asarray(after_prompt(last & ~terminated)),
         version=jnp.asarray(after_prompt(version)),

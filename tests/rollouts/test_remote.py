@@ -42,6 +42,9 @@ def test_a_request_asks_for_ids_and_logprobs():
     assert BODY == {
         **{"model": "m", "prompt": [5, 6], "n": 2, "max_tokens": 3, "temperature": 0.7, "key": [3, 4]},
         **{"stop_token_ids": [0, 9], "logprobs": 1, "return_token_ids": True},
+        # what a server would take from the model's generation_config.json
+        **{"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+        **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
     }
 
 
@@ -52,7 +55,8 @@ def test_answers_become_a_trajectory():
         asked.extend(bodies)
         return [GOOD, answer(choice(0, [9], reason="stop"), choice(1, [7, 8, 7]))]
 
-    traj = sample_remote(ask_all, "m", PROMPTS, SAMPLING, seed=1, step=3, vocab_size=10, version="3")
+    sampling = SAMPLING.replace(temperature=np.array([0.7, 1.5]))
+    traj = sample_remote(ask_all, "m", PROMPTS, sampling, seed=1, step=3, vocab_size=10, version="3")
     assert [body["prompt"] for body in asked] == [[5, 6], [1, 2, 3]]
     assert [body["key"] for body in asked] == [[3, 4], [3, 7]]
     np.testing.assert_array_equal(traj.group, [4, 4, 7, 7])
@@ -64,7 +68,8 @@ def test_answers_become_a_trajectory():
     np.testing.assert_array_equal(traj.terminated.sum(1), [0, 1, 1, 0])
     np.testing.assert_array_equal(traj.truncated, [[0, 0, 0, 0, 1], [0] * 5, [0] * 5, [0, 0, 0, 0, 1]])
     np.testing.assert_array_equal(traj.version, 3 * np.array(chosen))
-    np.testing.assert_allclose(traj.temperature, 0.7)
+    np.testing.assert_allclose(traj.temperature, np.float32([[0.7], [0.7], [1.5], [1.5]]).repeat(5, axis=1))
+    assert [body["temperature"] for body in asked] == [0.7, 1.5]
     np.testing.assert_array_equal(traj.positions[0], [0, 0, 1, 2, 3])
 
 
