@@ -67,10 +67,14 @@ class ConversationRecord:
         return False
 
     def keep_routing(self, row: int, experts: np.ndarray) -> None:
-        """The experts [S M k] of all tokens of a conversation but the last, which no layer has read."""
+        """The experts [S M k] of all tokens of a conversation but the last, which no layer has read.
+
+        S: columns of the cache, which is as long as it had to be: shorter than a row, or longer.
+        """
         if not self.routing:
             self.routing["experts"] = np.zeros((*self.tokens.shape, *experts.shape[1:]), experts.dtype)
-        self.routing["experts"][row] = experts[: self.tokens.shape[1]]
+        columns = min(len(experts), self.tokens.shape[1])
+        self.routing["experts"][row, :columns] = experts[:columns]
 
     def trajectory(self, group: np.ndarray, temperature: np.ndarray) -> Trajectory:
         """The conversations as rows of decisions; group, temperature: [B]."""

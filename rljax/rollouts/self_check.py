@@ -55,7 +55,7 @@ def sampler_gap(lm: LM, policy: PolicyFn, params: Params, frozen: Params, vocab_
             _largest_gap(together(params, frozen, first).logp, first),
             _largest_gap(under_gradient(params, frozen, traj), traj),
         ]
-    return max(gaps)
+    return float(np.max(gaps))  # NaN where one is NaN, as max() is not
 
 
 def require_batch_invariance(

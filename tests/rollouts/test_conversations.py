@@ -235,10 +235,12 @@ def test_a_repetition_penalty_remembers_observations_too(params, rows):
 
 
 def test_a_mixture_records_its_experts(rows):
+    """Of conversations that end while the cache has fewer columns than a row may have: 256 of 300."""
     moe = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=16, layers=(1,), norm_topk_prob=True)
     config = dataclasses.replace(CONFIG, moe=moe)
     params = policy.init(config, jax.random.key(0))
-    traj, _ = converse(params, rows, SAMPLING.replace(n=1, max_concurrent=4), decoder.language_model(config))
+    sampling = SAMPLING.replace(n=1, max_concurrent=4)
+    traj, _ = converse(params, rows, sampling, decoder.language_model(config), max_context=300)
     assert traj.routing.shape == (*traj.mask.shape, 1, 2)
     assert_no_gap(params, traj, config)
     swapped = traj.replace(routing=3 - traj.routing)  # the experts matter: others give other log-probs

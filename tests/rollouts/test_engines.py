@@ -16,7 +16,7 @@ from rljax.rollouts import continuous_batching, self_check
 from rljax.rollouts.partial import resume_rows, unfinished_rows
 from rljax.rollouts.sample_token import PenaltyState, sample_token
 from rljax.rollouts.sampler import sample, sample_and_count, sampling_settings, to_device
-from rljax.types import PromptBatch, Resume, Sampling
+from rljax.types import PolicyOutput, PromptBatch, Resume, Sampling, trajectory_of_tokens
 from rollouts.common import CLOSE, CONFIG, LM, STOP, assert_same_sample, completions, draws, make_rows, take
 from tests import bounds
 
@@ -333,6 +333,16 @@ def test_a_gap_is_refused(monkeypatch):
     monkeypatch.setattr(self_check, "sampler_gap", lambda *_: 2e-6)
     with pytest.raises(ValueError, match="differ by 2e-06"):
         self_check.require_batch_invariance(LM, make_policy(CONFIG), {}, {}, CONFIG.vocab_size, print)
+
+
+def test_a_nan_of_one_program_is_a_gap(monkeypatch):
+    traj = trajectory_of_tokens(np.ones((2, 3), int), np.ones((2, 3), int), np.ones((2, 3), bool), np.zeros((2, 3)))
+    monkeypatch.setattr(self_check, "sample", lambda *_: traj)
+
+    def policy_fn(params, frozen, traj):
+        return PolicyOutput(traj.logp * (1.0 if len(traj.logp) > 1 else jnp.nan))  # of one row alone
+
+    assert np.isnan(self_check.sampler_gap(LM, policy_fn, 1.0, {}, CONFIG.vocab_size))
 
 
 def test_every_product_has_one_shape_whatever_the_batch():
