@@ -130,6 +130,10 @@ def test_adapters_are_merged_into_their_base(model, tmp_path):
     same(written(tmp_path / "from the checkpoint"), config, lora.merge(adapter, params["decoder"], now))
     named = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(directory)
+    scored = {**trained, "score_head": np.zeros(config.hidden_size, np.float32)}
+    place = saved_run(tmp_path / "scored", scored, frozen, adapter, directory, steps=(1,))
+    with pytest.raises(ValueError, match="a score head, which an adapter's files do not hold; legal: --adapter merged"):
+        export.main(export.Config(str(place), str(tmp_path / "no head"), adapter="separate"))
 
 
 def test_an_interrupted_export_leaves_nothing(model, run, tmp_path, monkeypatch):
@@ -188,6 +192,10 @@ def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
     config = hf.read_config(tmp_path / "out", reward_model=True)
     read = hf.load(tmp_path / "out", config)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), read, {n: params["decoder"][n] for n in read})
+    more = {"decoder": read, "score_head": params["score_head"]}
+    again = saved_run(tmp_path / "again", more, about=tmp_path / "out", steps=(1,))  # a run that began from it
+    export.main(export.Config(str(again), str(tmp_path / "out again")))
+    np.testing.assert_array_equal(hf.load_score_head(tmp_path / "out again"), params["score_head"] + 1)
     with pytest.raises(ValueError, match=r"holds no score.weight: it is no reward model"):
         hf.load_score_head(directory)
 
@@ -199,6 +207,7 @@ def test_a_reward_model_comes_back_with_its_head(model, tmp_path):
         (["<|begin|>", "</s>", "<|right_pad|>"], {"bos_token": "<|begin|>"}, "<|right_pad|>"),
         (["<s>", "</s>"], {"bos_token": {"content": "<s>"}, "pad_token": None}, "<s>"),
         (["</s>", "<|turn|>"], {"pad_token": "</s>"}, "<|turn|>"),
+        (["</s>", *(f"<{i}>" for i in range(1, 37)), "<pad>"], {"pad_token": "<pad>"}, "<1>"),  # 37: no row
     ],
 )
 def test_a_reward_model_is_padded_with_a_token_that_ends_no_text(special, named, pad, model, tmp_path):

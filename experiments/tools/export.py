@@ -41,7 +41,7 @@ def main(cfg: Config) -> None:
     if not model_files.is_dir():
         raise ValueError(f"{cfg.run} is no run directory of a language model: it has no model_files/config.json")
     adapter, base_directory = hf.read_adapter(model_files)
-    config = dataclasses.replace(hf.read_config(model_files), adapter=adapter)
+    config = dataclasses.replace(hf.read_config(model_files, reward_model=True), adapter=adapter)
     separate = cfg.adapter == "separate"
     if separate and adapter is None:
         raise ValueError(f"{cfg.run} trained no adapter; legal: --adapter merged")
@@ -51,6 +51,10 @@ def main(cfg: Config) -> None:
     needed = ("params",) if separate or base_is_there else ("params", "frozen")
     step, parts = restore_items(Path(cfg.run) / "checkpoints", *needed, step=cfg.step or None)
     config = dataclasses.replace(config, scan_layers=are_stacked(parts["params"]))
+    if separate and "score_head" in parts["params"]:
+        raise ValueError(
+            f"{cfg.run} trained a score head, which an adapter's files do not hold; legal: --adapter merged"
+        )
     if separate:
         peft.save_adapter(cfg.out, config, parts["params"]["lora"], base_directory)
     else:

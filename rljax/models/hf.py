@@ -237,9 +237,15 @@ def to_hf_config(config: DecoderConfig, stop: tuple[int, ...], dtype: str = "flo
     shape = [getattr(config, field.name) for field in dataclasses.fields(config)[:8]]
     free = ("rms_norm_eps", "tie_word_embeddings", "dtype", "attn_implementation", "adapter")
     free += ("remat", "scan_layers", "hidden_sharding", "gather_for_generation")  # of how it is computed
+    free += ("batch_invariant", "fused_projections")
     llama = dataclasses.replace(DecoderConfig(*shape), **{name: getattr(config, name) for name in free})
-    if llama != config:
-        raise ValueError("only a Llama can be written; a decoder that was loaded keeps its own config.json")
+    fields = [field.name for field in dataclasses.fields(config)]
+    other = [name for name in fields if getattr(config, name) != getattr(llama, name)]
+    if other:
+        raise ValueError(
+            f"only a Llama can be written, and this decoder has another {', '.join(other)}; a decoder that was loaded "
+            "keeps its own config.json"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -378,13 +384,14 @@ def reward_model_pad(source: str | Path) -> int:
 
     transformers scores a text at its last token that is not padding, so padding with EOS would score the token before
     it. The first that ends no text of: the pad_token_id of config.json, the tokenizer's pad token, a special token with
-    "pad" in its name, the unknown token, the one that begins a text, any other special token. Raises ValueError where
-    there is none.
+    "pad" in its name, the unknown token, the one that begins a text, any other special token; of special tokens those
+    that have a row in the embedding. Raises ValueError where there is none.
     """
     about = read_raw(source)
     named = _read_json(source, "special_tokens_map.json") | _read_json(source, "tokenizer_config.json")
     added = _read_json(source, "tokenizer.json").get("added_tokens", [])
-    special = {token["content"]: token["id"] for token in added if token.get("special")}
+    rows = about.get("vocab_size", math.inf)
+    special = {token["content"]: token["id"] for token in added if token.get("special") and token["id"] < rows}
 
     def id_of(name: str) -> int | None:
         token = named.get(name)

@@ -280,6 +280,14 @@ def test_tensors_that_do_not_fit(change, message, tmp_path):
         read(directory)
 
 
+def test_a_llama_of_our_own_is_written_however_it_is_computed():
+    llama = DecoderConfig(37, 32, 2, 2, 1, 16, 20)
+    other = dataclasses.replace(llama, batch_invariant=True, fused_projections=True, dtype="bfloat16")
+    assert hf.to_hf_config(other, (2,)) == hf.to_hf_config(llama, (2,))
+    with pytest.raises(ValueError, match="this decoder has another qk_norm, activation; a decoder that was loaded"):
+        hf.to_hf_config(dataclasses.replace(llama, qk_norm="head", activation="gelu_tanh"), (2,))
+
+
 def test_no_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model in .*absent: config\.json is missing"):
         read(tmp_path / "absent")
