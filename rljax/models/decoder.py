@@ -111,6 +111,25 @@ def overwrite(base: Params, params: Params) -> Params:
     return out
 
 
+@lru_cache
+def _param_names(config: DecoderConfig) -> frozenset[str]:
+    return frozenset(_names(abstract(config)))
+
+
+def _names(params: Params) -> set[str]:
+    return {"/".join(map(str, path)) for path in flatten_dict(params)}
+
+
+def _check_names(config: DecoderConfig, params: Params) -> None:
+    """Raises ValueError for the parameters of another decoder: flax binds them by their order, and counts them."""
+    wanted, found = _param_names(config), _names(params)
+    if found != wanted:
+        raise ValueError(
+            f"these are another decoder's parameters: {sorted(wanted - found)[:3]} missing, of which the config has "
+            f"{len(wanted)}, and {sorted(found - wanted)[:3]} too many"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
@@ -143,6 +162,7 @@ def forward(
       prefix: tokens before those of the rows, computed once for the rows that share them; only without a cache.
       context: the segment that each segment continues, in packed rows; 0: none; only without a cache and a prefix.
     """
+    _check_names(config, params)
     if (cache is not None) + (prefix is not None) + (context is not None) > 1:
         raise ValueError("each holds what came before the tokens; legal: one of cache, prefix and context")
     decoder = nnx.merge(_definition(config)[0], params)

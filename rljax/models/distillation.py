@@ -17,7 +17,7 @@ def make_compare(
     config: DecoderConfig, teacher_config: DecoderConfig | None = None, chunk_tokens: int | None = None
 ) -> CompareFn:
     """compare(params, frozen, batch, divergence) -> TokenComparison [B T], the teacher's parameters being
-    `frozen["teacher"]`.
+    `frozen["teacher"]`: all of them where it has a config of its own, else those that differ from `frozen["base"]`.
 
     Both distributions are taken at the temperature that each token was drawn at. The logits of both models exist for
     `chunk_tokens` decisions at a time, in forward and backward pass. The teacher gets no gradient.
@@ -27,6 +27,7 @@ def make_compare(
       chunk_tokens: number of decisions whose logits exist at the same time; None: half of `default_chunk_tokens`, since
       there are two models.
     """
+    is_whole = teacher_config is not None  # the student's base is not under it
     teacher_config = teacher_config or config
     of_one = default_chunk_tokens(config.vocab_size, config.backend, config.num_devices)
     chunk_tokens = chunk_tokens or max(1, of_one // 2)
@@ -42,7 +43,7 @@ def make_compare(
             )
         student = decoder.full_params(config, params, frozen)["decoder"]
         teacher_params = jax.lax.stop_gradient(decoder.on_device(frozen["teacher"]))
-        teacher = decoder.full_params(teacher_config, teacher_params, frozen)["decoder"]
+        teacher = decoder.full_params(teacher_config, teacher_params, {} if is_whole else frozen)["decoder"]
         hidden = decoder.hidden_of(config, student, traj)
         teacher_hidden = _teacher_hidden(teacher_config, teacher, batch)
         student_logits_of = partial(decoder.logits, config, student)

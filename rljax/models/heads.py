@@ -39,9 +39,17 @@ def make_reward_model(config: DecoderConfig) -> ScoreFn:
 
 
 def make_process_reward_model(config: DecoderConfig) -> ScoreFn:
-    """step_scores(params, frozen, trajectory) -> [B T]: the head's output (a logit) after each decision's token."""
+    """step_scores(params, frozen, trajectory) -> [B T]: the head's output (a logit) after each decision's token.
+
+    It raises ValueError for rows in which completions share a prompt that is there once (`Trajectory.context`).
+    """
 
     def step_scores(params: Params, frozen: Params, traj: Trajectory) -> Float[Array, "B T"]:
+        if traj.context is not None:
+            raise ValueError(
+                "traj.context is set: these rows hold a prompt once for several completions, which would be scored "
+                "without it; legal: each completion behind its prompt (context None)"
+            )
         params = decoder.full_params(config, params, frozen)
         tokens, positions, segments = full_sequences(traj)
         hidden, _ = decoder.forward(config, params["decoder"], tokens, positions, segments, prefix=traj.prefix)

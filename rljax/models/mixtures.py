@@ -26,15 +26,17 @@ def geometric_mixture(config: DecoderConfig, beta: float, entry: str = "referenc
     def combine(logits, other_logits):
         return (1.0 - beta) * logits + beta * other_logits
 
-    return _mixture(config, config, entry, combine)
+    return _mixture(config, None, entry, combine)
 
 
 @lru_cache
 def arithmetic_mixture(
     config: DecoderConfig, alpha: float = 0.2, entry: str = "teacher", other_config: DecoderConfig | None = None
 ) -> LM:
-    """(1 - α) π + α μ at each state, for sampling at temperature 1; 0 < α < 1. `other_config`: μ's; None: `config`.
+    """(1 - α) π + α μ at each state, for sampling at temperature 1; 0 < α < 1.
 
+    Args:
+      other_config: of a μ whose parameters are all in frozen[entry]; None: `config`, over π's frozen["base"] if any.
     Raises ValueError for another α.
     """
     if not 0.0 < alpha < 1.0:
@@ -45,19 +47,19 @@ def arithmetic_mixture(
         other = jax.nn.log_softmax(other_logits) + jnp.log(alpha)
         return jnp.logaddexp(own, other)
 
-    return _mixture(config, other_config or config, entry, combine)
+    return _mixture(config, other_config, entry, combine)
 
 
 def _mixture(
-    config: DecoderConfig, other_config: DecoderConfig, entry: str, combine: Callable[[Logits, Logits], Logits]
+    config: DecoderConfig, other_config: DecoderConfig | None, entry: str, combine: Callable[[Logits, Logits], Logits]
 ) -> LM:
     """Both models side by side: caches and parameters as pairs, hidden states one behind the other."""
     own = decoder.language_model(config)
-    other = decoder.language_model(other_config)
+    other = decoder.language_model(other_config or config)
 
     def prepare(params, frozen):
         own_params, _ = own.prepare(params, frozen)
-        other_params, _ = other.prepare(decoder.on_device(frozen[entry]), frozen)
+        other_params, _ = other.prepare(decoder.on_device(frozen[entry]), frozen if other_config is None else {})
         return (own_params, other_params), {}
 
     def forward(params, frozen, tokens, positions, segments, cache):

@@ -1,6 +1,7 @@
 """A student and a teacher of the decoder, compared in chunks."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from rljax.models import decoder, policy
 from rljax.models.distillation import make_compare
+from rljax.models.lora import LoraConfig
 from rljax.ops.distillation import full_vocabulary, top_k
 from rljax.types import Distillation, TrainState, trajectory_of_tokens
 from tests.ops.test_distillation import jsd, softmax
@@ -79,6 +81,20 @@ def test_a_teacher_who_reads_more_is_asked_about_the_same_tokens(params, frozen,
     alone = compare(params, frozen, batch, full_vocabulary(1.0))
     assert np.abs(found.teacher_logp - alone.teacher_logp)[mask].max() > 1e-3
     np.testing.assert_array_equal(found.logp, alone.logp)
+
+
+def test_beside_an_adapter_a_teacher_is_its_own_parameters_alone(params, frozen, batch):
+    """The student's base has a layer more, which the teacher's config refuses by name."""
+    config = dataclasses.replace(CONFIG, adapter=LoraConfig(rank=2))
+    trained, base = policy.with_adapter(params, config, jax.random.key(1))
+    compare = partial(make_compare(config, TEACHER_CONFIG), divergence=full_vocabulary(1.0))
+    assert jax.eval_shape(compare, trained, {**base, **frozen}, batch).teacher_logp.shape == batch.traj.mask.shape
+
+
+def test_parameters_of_another_decoder_are_told_by_name(params, batch):
+    deeper = dataclasses.replace(CONFIG, num_layers=3)
+    with pytest.raises(ValueError, match=r"another decoder's parameters: \['layers/2/attention/.* and \[\] too many"):
+        decoder.hidden_of(deeper, params["decoder"], batch.traj)
 
 
 def sizes(jaxpr):

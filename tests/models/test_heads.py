@@ -55,6 +55,12 @@ def test_an_answer_is_scored_at_the_last_token_that_the_mask_calls_its_own(param
     np.testing.assert_allclose(got, [after[0, 8], after[1, 8], after[2, 5]], rtol=1e-5, atol=1e-5)
 
 
+def test_rows_that_hold_a_prompt_once_are_refused(params):
+    traj = traj_of([0])
+    with pytest.raises(ValueError, match="would be scored without it; legal: each completion behind its prompt"):
+        heads.make_reward_model(CONFIG)(params, {}, traj.replace(context=jnp.zeros_like(traj.segments)))
+
+
 def test_rows_are_put_together_as_they_were():
     traj = traj_of([0, 1, 2, 3])
     tokens, positions, segments = heads.full_sequences(traj)

@@ -1,10 +1,13 @@
 """Completions of a mixture of two policies: their log-probs are the mixture's at every state."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from rljax.models import decoder, policy
+from rljax.models.lora import LoraConfig
 from rljax.models.mixtures import arithmetic_mixture, geometric_mixture
 from rljax.rollouts.sampler import sample
 from rljax.types import Sampling
@@ -52,6 +55,17 @@ def test_a_share_of_each_token_is_the_teachers(params):
     own, other = log_probs(CONFIG, params, traj), log_probs(OTHER_CONFIG, teacher, traj)
     want = np.log(0.8 * np.exp(own) + 0.2 * np.exp(other))
     np.testing.assert_allclose(np.asarray(traj.logp)[np.asarray(traj.mask)], chosen(want, traj), atol=1e-4)
+
+
+def test_beside_an_adapter_a_teacher_is_its_own_parameters_alone(params):
+    teacher = {"teacher": policy.init(OTHER_CONFIG, jax.random.key(4))}
+    adapted = dataclasses.replace(CONFIG, adapter=LoraConfig(rank=2))
+    trained, base = policy.with_adapter(params, adapted, jax.random.key(1))
+    found, want = (
+        jax.eval_shape(arithmetic_mixture(config, other_config=OTHER_CONFIG).prepare, own, {**frozen, **teacher})
+        for config, own, frozen in ((adapted, trained, base), (CONFIG, params, {}))
+    )
+    assert jax.tree.structure(found[0][1]) == jax.tree.structure(want[0][1])
 
 
 def test_a_teachers_share_of_nothing_is_refused():
