@@ -24,7 +24,7 @@ from rljax.data.examples import Example, demonstration, prompt_ids
 from rljax.data.files import Table, read_table
 from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
 from rljax.data.tokenizer import Tokenizer
-from rljax.data.tokenizer import load_tokenizer as load
+from rljax.data.tokenizer import load_tokenizer as load_tokenizer
 from rljax.models import hf
 from rljax.train import distributed
 from rljax.train.log import log_info
@@ -32,14 +32,6 @@ from rljax.train.log import log_info
 T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def load_tokenizer(directory: str, vocabulary: int) -> Tokenizer:
-    """The tokenizer of a model directory. Raises ValueError where it has more ids than the model."""
-    tokenizer = load(directory)
-    if tokenizer.size > vocabulary:
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.size} ids, the model {vocabulary}")
-    return tokenizer
 
 
 def load_tokenizer_and_context(directory: str) -> tuple[Tokenizer, int]:

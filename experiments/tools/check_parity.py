@@ -57,7 +57,7 @@ class Difference(NamedTuple):
 def main(cfg: Config) -> None:
     """Print the largest differences. Raises ValueError where one is above the tolerance."""
     config = hf.read_config(cfg.model)  # says clearly what is wrong with the directory
-    encode = load_tokenizer(cfg.model).encode
+    encode = load_tokenizer(cfg.model, config.vocab_size).encode
     texts = [encode(text) for text in TEXTS]
     if min(map(len, texts)) < 2:  # a tokenizer that knows none of these words
         texts = [random_tokens(config.vocab_size, length) for length in (3, 20, 40)]

@@ -89,12 +89,17 @@ def save_characters(alphabet: str, directory: str | Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory.
 
     A completion ends at the EOS ids of tokenizer, generation_config.json and config.json, and at the token with which
     the chat template ends a turn.
-    Raises ValueError or FileNotFoundError, naming the file, where there is none or where it cannot be read.
+
+    Args:
+      vocab_size: ids of the model; None: those of the tokenizer. Special tokens beyond them, as the <image_soft_token>
+      of Gemma 3's text models, are no part of it: where a text holds one, encoding raises ValueError.
+    Raises ValueError or FileNotFoundError, naming the file, where there is none or where it cannot be read; ValueError
+    where other tokens, or those that end a completion, are beyond the model's ids.
     """
     directory = Path(directory)
     _check_tokenizer_files(directory)
@@ -107,12 +112,21 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise ValueError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
     eos = inner.eos_token_id
     ends = _eos_ids(directory) | {eos} - {None}
+    beyond = {} if vocab_size is None else _special_beyond(inner, directory, vocab_size, ends)
+
+    def known(ids: list[int]) -> list[int]:
+        for token in beyond.keys() & ids:
+            raise ValueError(
+                f"a text has {beyond[token]!r}, id {token} of the tokenizer of {directory}, but the model has "
+                f"{vocab_size} ids; legal: texts without it"
+            )
+        return ids
 
     def encode(text: str) -> list[int]:
-        return inner(text)["input_ids"]
+        return known(inner(text)["input_ids"])
 
     def encode_more(text: str) -> list[int]:
-        return inner(text, add_special_tokens=False)["input_ids"]
+        return known(inner(text, add_special_tokens=False)["input_ids"])
 
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
@@ -125,19 +139,20 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             raise ValueError(
                 f"{directory}: the tokens of a {type(inner).__name__} cannot be read; legal: tokenizer.json"
             )
-        return read_token_bytes(inner.backend_tokenizer, len(inner))
+        return read_token_bytes(inner.backend_tokenizer, size)
 
     chat = read_chat(inner, str(directory), encode_more, ends)
     if chat is not None:
         ends |= {chat.end_of_turn} - {None}
     stop = tuple(sorted(ends))
+    size = len(inner) if vocab_size is None else min(len(inner), vocab_size)
     return Tokenizer(
         encode,
         decode,
         decode_all,
         stop,
         pad=stop[0] if stop else 0,
-        size=len(inner),
+        size=size,
         token_bytes=token_bytes,
         encode_more=encode_more,
         eos=stop[0] if eos is None and stop else eos,
@@ -145,6 +160,24 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         chat=chat,
         special_tokens=_read_markers(inner),
     )
+
+
+def _special_beyond(inner, directory: Path, vocab_size: int, ends: set[int]) -> dict[int, str]:
+    """id -> token of what has no row in the model's embedding. Raises ValueError unless all are special tokens.
+
+    An embedding's lookup would take the last row for them, without an error.
+    """
+    added = inner.added_tokens_decoder
+    if max([len(inner) - 1, *added]) < vocab_size:
+        return {}
+    beyond = {number: token for token, number in inner.get_vocab().items() if number >= vocab_size}
+    wrong = [number for number in sorted(beyond) if number in ends or number not in added or not added[number].special]
+    if wrong:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(inner)} ids, the model {vocab_size}; legal: beyond them special "
+            f"tokens alone that end no completion, unlike {beyond[wrong[0]]!r}, {wrong[0]}"
+        )
+    return beyond
 
 
 def _read_markers(inner) -> tuple[str, ...]:

@@ -78,6 +78,22 @@ def bytewise(tmp_path_factory):
     return load_tokenizer(directory)
 
 
+def test_special_tokens_without_a_row_in_the_embedding(tmp_path):
+    """Gemma 3's text models: <image_soft_token> is 262144, of an embedding with as many rows. No text needs it."""
+    made = Inner(models.WordLevel({"<end>": 0, "a": 1, "b": 2, "<image>": 3}, unk_token="b"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    made.add_special_tokens([AddedToken(token, special=True) for token in ("<end>", "<image>")])
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, 3)
+    assert (tokenizer.encode("ab"), tokenizer.size, tokenizer.token_bytes()) == ([1, 2], 3, [b"", b"a", b"b"])
+    for encode in (tokenizer.encode, tokenizer.encode_more):
+        with pytest.raises(ValueError, match=r"a text has '<image>', id 3 .* but the model has 3 ids; legal: texts"):
+            encode("a<image>")
+    assert load_tokenizer(tmp_path, 4).encode("a<image>") == [1, 3]
+    with pytest.raises(ValueError, match=r"the tokenizer has 4 ids, the model 2; legal: .* unlike 'b', 2"):
+        load_tokenizer(tmp_path, 2)
+
+
 def test_pieces_of_bytes(bytewise):
     pieces = bytewise.token_bytes()
     assert len(pieces) == bytewise.size > 256 + 20
