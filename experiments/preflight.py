@@ -88,6 +88,8 @@ def main(cfg: Config) -> Plan:
     config = hf.read_config(directory, cfg.max_prompt_tokens + cfg.sampling.max_tokens)
     lowering.planned_sampling(cfg, config)
     log_info(f"{cfg.model}: {costs.num_params(config) / 1e9:,.2f} B parameters; {topology.size} x {topology.chip.name}")
+    if config.moe is not None and not topology.is_tpu:
+        log_info(models.DENSE_EXPERTS)
     swept = []
     if cfg.sweep:
         swept = sweep(cfg, config, topology)

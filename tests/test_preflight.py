@@ -395,10 +395,23 @@ def test_sums_over_tensor_are_of_all_tokens_that_a_device_of_experts_collects():
     assert formulas["hidden states", "all-reduce", (0, 1)] == pytest.approx(compiled["all-reduce", (0, 1)], rel=0.1)
 
 
+def test_on_gpus_a_mixture_is_planned_as_the_dense_product_that_xla_makes_of_it():
+    """[262144, 64 x 2560] for a product of [262144, 2560] and [64, 2560, 1280]: marin-community/marin, issue 7012."""
+    moe = MoEConfig(64, 4, 1280, layers=(0, 1), norm_topk_prob=True)
+    config, mesh = dataclasses.replace(MIXTURE, hidden_size=2560, moe=moe), make_mesh(fsdp=8)
+    held = activations.expert_numbers(config, mesh, grouped=False, has_gradient=False)
+    assert 262144 // 4 * held == 262144 * (1 + 64) * 2560
+    of_experts = 2 * 4 * 3 * 2560 * 1280
+    assert costs.token_weights(config, grouped=False) - costs.token_weights(config) == 63 * of_experts
+    assert planned(preflight.Config("qwen3-30b-a3b", "h100:64", batches=Batches(64, 8))).over > 0
+
+
 @pytest.mark.parametrize("has_gradient", [False, True])
-def test_bytes_of_a_layer_of_experts_are_the_compilers(has_gradient, monkeypatch):
-    """With a plain product of the same sizes: XLA for CPUs computes a grouped one for each expert in turn."""
-    monkeypatch.setattr(jax.lax, "ragged_dot", lambda x, weights, group_sizes, precision: x @ weights[0])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_bytes_of_a_layer_of_experts_are_the_compilers(grouped, has_gradient, monkeypatch):
+    """Grouped: with a plain product of the same sizes in the place of a CPU's, which is dense."""
+    if grouped:
+        monkeypatch.setattr(jax.lax, "ragged_dot", lambda x, weights, group_sizes, precision: x @ weights[0])
     mesh = make_mesh(fsdp=1, expert=8)
     rows, tokens, D, F, E, k = 16, 256, 256, 96, 32, 8
     config = dataclasses.replace(MIXTURE, hidden_size=D, moe=MoEConfig(E, k, F, layers=(0, 1), norm_topk_prob=True))
@@ -418,7 +431,7 @@ def test_bytes_of_a_layer_of_experts_are_the_compilers(has_gradient, monkeypatch
         return jax.vjp(of_layer, x, *others)[1](x)
 
     lowered = jax.jit(backward if has_gradient else layer).lower(*arguments)
-    predicted = 4 * rows / 8 * tokens * activations.expert_numbers(config, mesh, has_gradient)
+    predicted = 4 * rows / 8 * tokens * activations.expert_numbers(config, mesh, grouped, has_gradient)
     assert predicted == pytest.approx(lowered.compile().memory_analysis().temp_size_in_bytes, rel=0.15)
 
 

@@ -13,6 +13,7 @@ from rljax.models.decoder import DecoderConfig
 
 SINGLE = 4  # bytes of a float32
 KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # `flash_kernel` of the devices that plans are made for
+GROUPED = ("tpu",)  # platforms on which an expert is multiplied by its own tokens alone (`models.moe.moe_mlp`)
 
 
 class TokenBytes(NamedTuple):
@@ -38,11 +39,13 @@ def is_dense(config: DecoderConfig, mesh: jax.sharding.Mesh, kernel: str) -> boo
 
 
 def of_token(
-    config: DecoderConfig, mesh: jax.sharding.Mesh, keys: int, dense: bool, has_gradient: bool = True
+    config: DecoderConfig, mesh: jax.sharding.Mesh, keys: int, dense: bool, grouped: bool, has_gradient: bool = True
 ) -> TokenBytes:
     """Bytes of a token that attends to so many keys.
 
-    dense: as `is_dense` says.
+    Args:
+      dense: as `is_dense` says.
+      grouped: whether the devices' platform is one of GROUPED.
     """
     size = np.dtype(config.dtype).itemsize
     tensor = mesh.shape["tensor"]
@@ -54,7 +57,7 @@ def of_token(
         mlp = 3 * inner
         products += 2 * inner + wide
     else:
-        mlp = expert_numbers(config, mesh, has_gradient)
+        mlp = expert_numbers(config, mesh, grouped, has_gradient)
     return TokenBytes(
         inputs=size * wide,
         attention=size * (4 * wide + 2 * heads + 2 * kv_heads),
@@ -70,19 +73,24 @@ def expert_shards(config: DecoderConfig, mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["expert"] if divides else 1
 
 
-def expert_numbers(config: DecoderConfig, mesh: jax.sharding.Mesh, has_gradient: bool) -> float:
+def expert_numbers(config: DecoderConfig, mesh: jax.sharding.Mesh, grouped: bool, has_gradient: bool) -> float:
     """Numbers that a layer of experts holds for each token of a device, which has the choices of all along `expert`.
 
     Forward these are its inputs beside gate and up, or its outputs twice: sorted by expert and in the order of tokens.
-    Of the backward pass as many as XLA for CPUs was seen to hold.
+    Where products are not grouped, they are its inputs and a copy of them for each expert of the device. Of the
+    backward pass as many as XLA for CPUs was seen to hold.
     """
-    rows = expert_shards(config, mesh) * config.moe.num_experts_per_tok
+    shards = expert_shards(config, mesh)
+    rows = shards * config.moe.num_experts_per_tok
     wide, inner = config.hidden_size, config.moe.intermediate_size / mesh.shape["tensor"]
-    return rows * (4 * wide + 5.5 * inner if has_gradient else max(2 * wide, wide + 2 * inner))
+    if grouped:
+        return rows * (4 * wide + 5.5 * inner if has_gradient else max(2 * wide, wide + 2 * inner))
+    experts = config.moe.num_experts / shards
+    return rows * (2 * wide + experts * (2 * wide + 6 * inner) if has_gradient else wide + experts * max(wide, inner))
 
 
 def of_update(
-    config: DecoderConfig, mesh: jax.sharding.Mesh, tokens: float, queries: float, keys: int, dense: bool
+    config: DecoderConfig, mesh: jax.sharding.Mesh, tokens: float, queries: float, keys: int, dense: bool, grouped: bool
 ) -> dict[str, float]:
     """Bytes of a micro-batch on one device while the backward pass is in a layer, by array.
 
@@ -93,7 +101,7 @@ def of_update(
       tokens: of the micro-batch on the device; `queries` of them, those of completions, attend to so many keys. (Those
         of prompts attend to prompts alone.)
     """
-    one = of_token(config, mesh, keys, dense)
+    one = of_token(config, mesh, keys, dense, grouped)
     layer = tokens * (one.attention + one.mlp)
     scores = queries * one.scores
     layers = config.num_layers

@@ -8,7 +8,7 @@ needed; where a program is compiled, the compiler's own figures replace those fo
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,20 +79,24 @@ def _count(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def token_weights(config: DecoderConfig) -> float:
-    """Weights that a token is multiplied by in the layers: of a mixture those of its experts alone."""
+def token_weights(config: DecoderConfig, grouped: bool = True) -> float:
+    """Weights that a token is multiplied by in the layers: of a mixture those of its experts alone.
+
+    grouped: False: a token's row for each of its experts is multiplied by all experts (`models.moe.moe_mlp`).
+    """
     layers = num_layer_params(config)
     if config.moe is None:
         return layers
     moe = config.moe
-    idle = 3 * config.hidden_size * moe.intermediate_size * (moe.num_experts - moe.num_experts_per_tok)
-    return layers - len(moe.layers) * idle
+    used = moe.num_experts_per_tok * (1 if grouped else moe.num_experts)
+    return layers + len(moe.layers) * 3 * config.hidden_size * moe.intermediate_size * (used - moe.num_experts)
 
 
-def forward_flops(config: DecoderConfig, tokens: float, pairs: float, logits: float) -> float:
+def forward_flops(config: DecoderConfig, tokens: float, pairs: float, logits: float, grouped: bool = True) -> float:
     """Of a forward pass over `tokens`, with `pairs` of query and key in each layer, and so many rows of logits."""
     attention = 4 * config.num_heads * config.head_dim * config.num_layers * pairs
-    return 2 * token_weights(config) * tokens + attention + 2 * config.vocab_size * config.hidden_size * logits
+    products = 2 * token_weights(config, grouped) * tokens
+    return products + attention + 2 * config.vocab_size * config.hidden_size * logits
 
 
 def seen_pairs(config: DecoderConfig, start: int, end: int) -> float:
@@ -112,6 +116,7 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
     """Prefill, decoding, scoring and update of a step: what each device computes, moves and sends."""
     half = np.dtype(config.dtype).itemsize
     devices = mesh.size
+    flops_of = partial(forward_flops, config, grouped=topology.is_tpu)
     P, B, L, N = sizes.prompts, sizes.rows, sizes.prompt_tokens, sizes.max_tokens
     weights = sum(params_of_device(config, mesh)) * half  # as a device computes with them
     layer_bytes = config.num_layers * config.hidden_size * half
@@ -120,9 +125,8 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
 
     prompt_tokens = B / sizes.pieces.group_size * L
     learned = B * N + prompt_tokens
-    learned_flops = forward_flops(
-        config, learned, B * decode_pairs + B / sizes.pieces.group_size * seen_pairs(config, 0, L), B * N
-    )
+    learned_pairs = B * decode_pairs + B / sizes.pieces.group_size * seen_pairs(config, 0, L)
+    learned_flops = flops_of(learned, learned_pairs, B * N)
     cut = sizes.updates // sizes.epochs * sizes.pieces.micro_batches  # all rows of a step, in so many pieces
     passes = PASSES[config.remat]
     local = devices / mesh.shape["tensor"]
@@ -138,13 +142,13 @@ def phases(config: DecoderConfig, topology: Topology, mesh: jax.sharding.Mesh, s
     return [
         phase(
             "prefill",
-            forward_flops(config, P * L, P * seen_pairs(config, 0, L), P),
+            flops_of(P * L, P * seen_pairs(config, 0, L), P),
             weights + 20 * layer_bytes * P * L / local,
             _sent(config, mesh, P * L, passes=1, gathers=sampled),
         ),
         phase(
             "decode",
-            forward_flops(config, B * N, B * decode_pairs, B * N),
+            flops_of(B * N, B * decode_pairs, B * N),
             decode_hbm,
             _sent(config, mesh, B * N, passes=1, gathers=gathers * sampled, logits=B * N),
         ),

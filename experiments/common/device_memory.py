@@ -115,17 +115,18 @@ def activation_terms(
     has_gradient = trained > 0
     keys = sizes.prompt_tokens + sizes.max_tokens
     dense = activations.is_dense(config, mesh, activations.KERNELS.get(backend, "xla"))
+    grouped = backend in activations.GROUPED
     of_attention, of_mlp = _layer_weights(config, mesh, has_gradient)
     logits = _logits_terms(config, mesh, piece, has_gradient, backend)
     if not has_gradient:
-        one = activations.of_token(config, mesh, keys, dense, has_gradient)
+        one = activations.of_token(config, mesh, keys, dense, grouped, has_gradient)
         attention = {"one layer": tokens * one.attention, "weights of a layer": of_attention}
         if dense:
             attention["attention scores"] = 2 * rows * columns * one.scores  # and probabilities
         mlp = {"one layer": tokens * one.mlp, "weights of a layer": of_mlp}
         return max(attention, mlp, logits, key=_total)
 
-    layer = activations.of_update(config, mesh, tokens, rows * columns, keys, dense)
+    layer = activations.of_update(config, mesh, tokens, rows * columns, keys, dense, grouped)
     kept = layer.pop("kept activations")
     layer["weights of a layer"] = of_attention + of_mlp
     copies = 1 if sizes.pieces.micro_batches == 1 else 2  # the sum, and what a micro-batch adds to it

@@ -50,6 +50,7 @@ def cut(
 
     device = _device_of(mesh, chip)
     dense = activations.is_dense(config, mesh, device.kernel)
+    grouped = device.platform in activations.GROUPED
 
     def held_by(pieces: int) -> tuple[int, float, float]:
         """Rows that share a prompt, columns, and bytes of activations, of one device."""
@@ -57,7 +58,7 @@ def cut(
         parts = pieces * mesh.shape["sequence"]
         columns = columns_of(rows, share, prompt_tokens, max_tokens) / parts
         keys = prompt_tokens + max_tokens
-        held = activations.of_update(config, mesh, columns, rows * max_tokens / parts, keys, dense)
+        held = activations.of_update(config, mesh, columns, rows * max_tokens / parts, keys, dense, grouped)
         return share, columns, sum(held.values())
 
     chosen = devices
@@ -85,6 +86,7 @@ def columns_of(rows: int, share: int, prompt_tokens: int, max_tokens: int) -> in
 class _Device(NamedTuple):
     """What the cut depends on of the devices that it is made for."""
 
+    platform: str
     kernel: str  # of attention
     enough_columns: int
     activation_bytes: float  # at most
@@ -93,12 +95,12 @@ class _Device(NamedTuple):
 def _device_of(mesh: jax.sharding.Mesh, chip: Chip | None) -> _Device:
     """Of the mesh, whose devices are this machine's or those of a pod that the program is compiled for."""
     if chip is not None:
-        kernel = activations.KERNELS["tpu" if chip.torus else "gpu"]
-        return _Device(kernel, ENOUGH_COLUMNS_ELSEWHERE, chip.hbm_bytes / 4)
+        platform = "tpu" if chip.torus else "gpu"
+        return _Device(platform, activations.KERNELS[platform], ENOUGH_COLUMNS_ELSEWHERE, chip.hbm_bytes / 4)
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return _Device("xla", ENOUGH_COLUMNS_ON_CPU, CPU_BYTES)
+        return _Device("cpu", "xla", ENOUGH_COLUMNS_ON_CPU, CPU_BYTES)
     is_here = device.platform == jax.default_backend()
     stats = (device.memory_stats() if is_here else None) or {}
     memory = stats.get("bytes_limit") or hbm_bytes(device.device_kind)
-    return _Device(flash_kernel(device), ENOUGH_COLUMNS_ELSEWHERE, memory / 4)
+    return _Device(device.platform, flash_kernel(device), ENOUGH_COLUMNS_ELSEWHERE, memory / 4)

@@ -15,9 +15,15 @@ from rljax.models.decoder import DecoderConfig
 from rljax.models.lora import LoraConfig
 from rljax.models.stored import holds_tensors, stored_files
 from rljax.train import distributed
+from rljax.train.log import log_info
 from rljax.train.mesh import hidden_sharding, param_shardings
 from rljax.train.watchdog import sign_of_life
 from rljax.types import Array, Params, TrainState
+
+DENSE_EXPERTS = (
+    "this model is a mixture of experts, and TPUs alone multiply an expert by its own tokens alone: here each row is "
+    "multiplied by all experts, and held once for each of them (docs/models.md)"
+)
 
 
 def check_not_trained(weights: Weights) -> None:
@@ -55,6 +61,8 @@ def load_pretrained(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
         )
     config = trained_config(hf.read_config(directory, context, reward_model), weights, mesh)
+    if config.moe is not None and config.backend != "tpu":
+        log_info(DENSE_EXPERTS)
     params = load_decoder(directory, config, mesh, stored_dtype(weights))
     if reward_model:
         params = _with_score_head(params, config, directory, seed)

@@ -56,8 +56,11 @@ def moe_mlp(
 ) -> Float[Array, "N D"]:
     """Σ_k weight_k · MLP of expert chosen_k; what is no expert from 0 to E - 1 adds nothing.
 
-    Tokens are sorted by expert, so that the tokens of an expert are one block of a grouped matmul. No token is dropped,
-    and each expert computes only the tokens routed to it.
+    Tokens are sorted by expert, so that the tokens of an expert are one block of a grouped matmul. No token is dropped.
+    On TPUs each expert computes only the tokens routed to it. For CPUs jax 0.10.2 writes the product as a dense one of
+    E masked copies of all N·k rows, and on NVIDIA's GPUs XLA does (marin-community/marin issue 7012, jaxlib 0.10.2):
+    E times the arithmetic, in arrays [N·k, E·D]. Newer XLA has cuDNN's grouped product (openxla/xla pull request
+    42313), not tried here.
     """
     N, k = chosen.shape
     E = len(gate)
@@ -77,7 +80,7 @@ def moe_mlp(
 def positions_by_expert(expert: Int[Array, " M"], num_experts: int) -> tuple[Int[Array, " M"], Int[Array, " E"]]:
     """Where each one stands when all are sorted by expert, equals in their order; and how many each expert has.
 
-    A counting sort: XLA's own takes most of a minute to compile for a TPU.
+    A counting sort: XLA's own takes most of a minute to compile for a TPU. It holds up to three int32 arrays [M E].
     """
     is_expert = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
     counts = jnp.cumsum(is_expert, axis=0)
@@ -117,19 +120,21 @@ def sharded_moe_mlp(
     activation: Callable[[Array], Array],
     sharding: NamedSharding | None = None,
 ) -> Float[Array, "B T D"]:
-    """`moe_mlp`, on a mesh with its experts over the axis `expert`, where they divide.
+    """`moe_mlp`, on a mesh of each device's own tokens, with its experts over the axis `expert`, where they divide.
 
     The devices along that axis hold rows too. Each collects the tokens of all of them and computes what its own experts
-    add; the sums of each token go back to where it came from. So no token is dropped, whatever the routers choose.
+    add; the sums of each token go back to where it came from. So no token is dropped, whatever the routers choose. XLA
+    by itself sorts the tokens of all devices on every device.
 
     Args:
       sharding: of x on a mesh.
     """
     E = len(gate)
-    if sharding is None or sharding.mesh.shape["expert"] == 1 or E % sharding.mesh.shape["expert"]:
+    if sharding is None:
         flat = (found.reshape(-1, found.shape[-1]) for found in (x, chosen, weights))
         return moe_mlp(*flat, gate, up, down, activation).reshape(x.shape)
 
+    expert = "expert" if E % sharding.mesh.shape["expert"] == 0 else None
     tensor = "tensor" if gate.shape[-1] % sharding.mesh.shape["tensor"] == 0 else None
     B, T, _ = x.shape
     padding = [(0, -B % num_shards(sharding, 0)), (0, -T % num_shards(sharding, 1))]
@@ -138,9 +143,9 @@ def sharded_moe_mlp(
         return jnp.pad(found, [*padding, (0, 0)], constant_values=fill)
 
     tokens = jax.P(*sharding.spec[:2])
-    inner, outer = jax.P("expert", None, tensor), jax.P("expert", tensor)
+    inner, outer = jax.P(expert, None, tensor), jax.P(expert, tensor)
     of_device = jax.shard_map(
-        partial(_own_experts, activation=activation, tensor=tensor),
+        partial(_own_experts, activation=activation, expert=expert, tensor=tensor),
         mesh=sharding.mesh,
         in_specs=(tokens, tokens, tokens, inner, inner, outer),
         out_specs=tokens,
@@ -148,12 +153,16 @@ def sharded_moe_mlp(
     return of_device(pad(x, 0), pad(chosen, E), pad(weights, 0), gate, up, down)[:B, :T]
 
 
-def _own_experts(x, chosen, weights, gate, up, down, activation: Callable, tensor: str | None):
+def _own_experts(x, chosen, weights, gate, up, down, activation: Callable, expert: str | None, tensor: str | None):
     """On each device: its tokens' sums, of which its own experts have computed their part for all of the axis."""
-    flat = [found.reshape(-1, found.shape[-1]) for found in (x, chosen, weights)]
-    collected, experts, their_weights = (jax.lax.all_gather(found, "expert", tiled=True) for found in flat)
-    experts = experts - jax.lax.axis_index("expert") * len(gate)
-    out = moe_mlp(collected, experts, their_weights, gate, up, down, activation)
+    tokens, experts, token_weights = (found.reshape(-1, found.shape[-1]) for found in (x, chosen, weights))
+    if expert is not None:
+        gather = partial(jax.lax.all_gather, axis_name=expert, tiled=True)
+        tokens, experts, token_weights = gather(tokens), gather(experts), gather(token_weights)
+        experts = experts - jax.lax.axis_index(expert) * len(gate)
+    out = moe_mlp(tokens, experts, token_weights, gate, up, down, activation)
     if tensor is not None:  # each device of that axis has a part of the experts' width
         out = jax.lax.psum(out, tensor)
-    return jax.lax.psum_scatter(out, "expert", tiled=True).reshape(x.shape)
+    if expert is not None:
+        out = jax.lax.psum_scatter(out, expert, tiled=True)
+    return out.reshape(x.shape)

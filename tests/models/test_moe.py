@@ -8,21 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
+from experiments.common.hlo import collectives
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.moe import MoEConfig, moe_mlp, sharded_moe_mlp
 from rljax.train.mesh import hidden_sharding, make_mesh
 
 E, K, D, F = 8, 3, 6, 4
-MESHES = {
-    "experts": {"fsdp": 1, "expert": 8},
-    "rows and widths": {"fsdp": 2, "expert": 2, "tensor": 2},
-    "copies and columns": {"data": 2, "fsdp": 1, "expert": 2, "sequence": 2},
+CASES = {  # mesh, rows and columns, number of experts
+    "experts": ({"fsdp": 1, "expert": 8}, (8, 4), E),
+    "rows and widths": ({"fsdp": 2, "expert": 2, "tensor": 2}, (8, 4), E),
+    "copies and columns": ({"data": 2, "fsdp": 1, "expert": 2, "sequence": 2}, (8, 4), E),
+    "experts, rows divide over nothing": ({"fsdp": 1, "expert": 8}, (5, 3), E),
+    "copies and columns, rows divide over nothing": (
+        {"data": 2, "fsdp": 1, "expert": 2, "sequence": 2},
+        (5, 3),
+        E,
+    ),
+    "experts divide over nothing": ({"fsdp": 2, "expert": 4}, (5, 3), 6),
 }
 
 
-def inputs(B, T):
+def inputs(B, T, E=E, D=D):
     draw = np.random.RandomState(0)
     chosen = np.argsort(draw.random_sample((B, T, E)), axis=-1)[..., :K]
     shapes = ((B, T, D), (B, T, K), (E, D, F), (E, D, F), (E, F, D))
@@ -40,11 +49,10 @@ def by_hand(x, chosen, weights, experts):
     return out
 
 
-@pytest.mark.parametrize("shape", [(8, 4), (5, 3)])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_experts_on_several_devices(sizes, shape):
-    """Values by hand, gradients of those on one device; 5 rows of 3 columns divide over nothing."""
-    x, chosen, weights, experts = inputs(*shape)
+@pytest.mark.parametrize(("sizes", "shape", "count"), CASES.values(), ids=CASES)
+def test_experts_on_several_devices(sizes, shape, count):
+    """Values by hand, gradients of those on one device."""
+    x, chosen, weights, experts = inputs(*shape, E=count)
     out_weights = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
 
     def total(sharding, x, weights, *experts):
@@ -61,6 +69,21 @@ def test_experts_on_several_devices(sizes, shape):
     _, want_slopes = gradient(None)
     for slope, want in zip(slopes, want_slopes, strict=True):
         assert np.linalg.norm(slope - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_without_an_axis_of_experts_devices_exchange_weights_alone():
+    """XLA by itself sums and collects the tokens of all devices on every device, to sort them there."""
+    mesh = make_mesh(fsdp=8)
+    x, chosen, weights, experts = inputs(8, 4, D=8)
+    rows, inner, outer = (NamedSharding(mesh, jax.P(*[None] * axis, "fsdp")) for axis in range(3))
+    placed = jax.device_put((x, chosen, weights, *experts), (rows, rows, rows, inner, inner, outer))
+    layer = jax.jit(partial(sharded_moe_mlp, activation=jnp.tanh, sharding=hidden_sharding(mesh)))
+    compiled = layer.lower(*placed).compile()
+    sent = collectives(compiled.as_text())
+    assert {one.kind for one in sent} == {"all-gather"}
+    assert sum(one.bytes for one in sent) == sum(weight.nbytes for weight in experts)
+    want = by_hand(x, chosen, weights, experts)
+    assert np.linalg.norm(compiled(*placed) - want) <= 1e-5 * np.linalg.norm(want)
 
 
 def test_all_tokens_may_choose_the_same_expert():
