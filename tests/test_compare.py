@@ -65,6 +65,11 @@ def test_the_page_orders_algorithms_by_the_median_of_the_seeds_that_all_have_run
 def test_with_three_seeds_each_the_order_stands():
     rows = [result(name, seed, 0.25, 0.5, 1.0) for name in ("grpo", "ppo") for seed in range(3)]
     assert "says nothing" not in results_page.results_page(rows, "results", "")
+    assert "Of 1 differences from grpo, 0 lie above 0 with their whole interval, and 0 below." in (
+        results_page.results_page(rows, "results", "")
+    )
+    better = [row | {"after": row["after"] + 0.1 * (row["algorithm"] == "ppo")} for row in rows]
+    assert "Of 1 differences from grpo, 1 lie above 0" in results_page.results_page(better, "results", "")
     assert "1 of 2 algorithms" in results_page.results_page(rows[:-1], "results", "")
 
 

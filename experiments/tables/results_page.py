@@ -71,24 +71,40 @@ def shared_seeds(results: list[dict]) -> list[int]:
     return shared
 
 
-def difference(results: list[dict], name: str) -> str:
-    """What the algorithm reached less what the baseline did, over the seeds of both: mean and 95 % interval.
+def difference(results: list[dict], name: str) -> tuple | None:
+    """What the algorithm reached less what the baseline did, over the seeds of both: mean, ends of its 95 % interval.
 
-    Of one seed the difference alone; "" for the baseline itself, and where no seed has run with both.
+    The ends are None of a single seed. None for the baseline itself, and where no seed has run with both.
     """
     reached, baseline = by_seed(results, name), by_seed(results, BASELINE)
     differences = [reached[seed] - baseline[seed] for seed in sorted(reached.keys() & baseline.keys())]
     if name == BASELINE or not differences:
+        return None
+    return mean_and_interval(np.array(differences))
+
+
+def shown_difference(found: tuple | None) -> str:
+    """A cell of the table."""
+    if found is None:
         return ""
-    mean, low, high = mean_and_interval(np.array(differences))
+    mean, low, high = found
     return f"{mean:+.3f}" if low is None else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def beyond_chance(results: list[dict]) -> list[str]:
+    """How many algorithms differ from the baseline by more than their interval; nothing where there is no interval."""
+    found = [difference(results, name) for name in dict.fromkeys(row["algorithm"] for row in results)]
+    intervals = [(low, high) for _, low, high in filter(None, found) if low is not None]
+    above, below = sum(low > 0 for low, _ in intervals), sum(high < 0 for _, high in intervals)
+    counted = f"{above} lie above 0 with their whole interval, and {below} below"
+    return [f"Of {len(intervals)} differences from {BASELINE}, {counted}.", ""] if intervals else []
 
 
 def results_page(results: list[dict], folder: str, explanation: str) -> str:
     """Markdown: a table, algorithms by the median of what they reached. folder: of the pictures."""
     lines = ["# Results", "", "Written by `python experiments/tables/compare.py`; do not edit.", "", explanation, ""]
     lines += [f"{results[0]['steps']} steps; eval accuracy after the warm-up, by seed: {warm_ups(results)}.", ""]
-    lines += few_seeds(results)
+    lines += few_seeds(results) or beyond_chance(results)
     lines += [*table_of_results(results), ""]
     lines += [f"![eval accuracy after so many steps]({folder}/{name})" for name in picture_names(results)]
     jax_of_commit = {result["git"].rstrip("+"): result["jax"] for result in results if result["git"]}
@@ -128,6 +144,11 @@ def table_of_results(results: list[dict]) -> list[str]:
         reached = by_seed(results, name)
         cells = [f"{reached[seed]:.3f}" if seed in reached else "" for seed in seeds]
         longest = max(row["seconds"] for row in results if row["algorithm"] == name)
-        cells += [str(len(reached)), f"{median[name]:.3f}", difference(results, name), f"{longest:.0f}"]
+        cells += [
+            str(len(reached)),
+            f"{median[name]:.3f}",
+            shown_difference(difference(results, name)),
+            f"{longest:.0f}",
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
