@@ -102,31 +102,16 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> Toke
     where other tokens, or those that end a completion, are beyond the model's ids.
     """
     directory = Path(directory)
-    _check_tokenizer_files(directory)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice to install torch, which is not needed
-    from transformers import AutoTokenizer  # a second of import: only where it is needed
-
-    try:
-        inner = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
+    inner = _read_inner(directory)
     eos = inner.eos_token_id
     ends = _eos_ids(directory) | {eos} - {None}
     beyond = {} if vocab_size is None else _special_beyond(inner, directory, vocab_size, ends)
 
-    def known(ids: list[int]) -> list[int]:
-        for token in beyond.keys() & ids:
-            raise ValueError(
-                f"a text has {beyond[token]!r}, id {token} of the tokenizer of {directory}, but the model has "
-                f"{vocab_size} ids; legal: texts without it"
-            )
-        return ids
-
     def encode(text: str) -> list[int]:
-        return known(inner(text)["input_ids"])
+        return _without(beyond, inner(text)["input_ids"])
 
     def encode_more(text: str) -> list[int]:
-        return known(inner(text, add_special_tokens=False)["input_ids"])
+        return _without(beyond, inner(text, add_special_tokens=False)["input_ids"])
 
     def decode(ids: Sequence[int]) -> str:
         return inner.decode(list(ids), skip_special_tokens=True)
@@ -162,6 +147,18 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> Toke
     )
 
 
+def _read_inner(directory: Path):
+    """transformers' tokenizer."""
+    _check_tokenizer_files(directory)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice to install torch, which is not needed
+    from transformers import AutoTokenizer  # a second of import: only where it is needed
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{directory}: the tokenizer cannot be read: {_first_line(error)}") from None
+
+
 def _special_beyond(inner, directory: Path, vocab_size: int, ends: set[int]) -> dict[int, str]:
     """id -> token of what has no row in the model's embedding. Raises ValueError unless all are special tokens.
 
@@ -178,6 +175,13 @@ def _special_beyond(inner, directory: Path, vocab_size: int, ends: set[int]) -> 
             f"tokens alone that end no completion, unlike {beyond[wrong[0]]!r}, {wrong[0]}"
         )
     return beyond
+
+
+def _without(beyond: dict[int, str], ids: list[int]) -> list[int]:
+    """The ids. Raises ValueError where one is beyond the model's."""
+    for token in beyond.keys() & ids:
+        raise ValueError(f"a text has {beyond[token]!r}, id {token}, beyond the model's ids; legal: texts without it")
+    return ids
 
 
 def _read_markers(inner) -> tuple[str, ...]:
