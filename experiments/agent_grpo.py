@@ -56,7 +56,7 @@ class Config:
     max_turns: int = 4  # turns of the model in a conversation; cut then
     max_context: int = 1024  # tokens of a conversation, prompt and observations included; cut then
     turn_seconds: Rare[float] = 30.0  # that the environment may take for a turn; the conversation is cut then
-    max_observation: Rare[int] = 2000  # characters of a message of the environment; the middle is cut out
+    max_observation: Rare[int] = 2000  # characters of a message that answers a turn; the middle is cut out
     max_failed: Rare[float] = 0.5  # share of conversations that the environment may leave without a reward
     algorithm: CriticFree = "grpo"  # how to learn
     credit: Literal["trajectory", "turn"] = "trajectory"  # turn: of one index in a group are compared

@@ -11,7 +11,9 @@ A step samples completions, judges them by a reward model or verifiers, and lear
     nash_md      P(y better than y'), σ of the difference of their rewards, y' from a mixture of the policy and the
                  reference (arXiv:2312.00886)
 
-A prompt whose completions are equally good makes no pair. The reference is the model as it was at the start.
+With online_dpo a prompt whose completions are equally good makes no pair. With xpo the policy's own is then the chosen
+one, as in TRL (the paper draws it); verifiers of 0 and 1 make many such pairs. The reference is the model as it was at
+the start.
 
 Reached: stories260k as rlhf.py fine-tunes it, against its reward model (seed 0; --batches.prompts 16
 --batches.num_generations 4 --sampling.max_tokens 80 --optimizer.learning_rate 3e-4 --optimizer.schedule constant):
