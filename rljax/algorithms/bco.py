@@ -5,7 +5,7 @@
 
 With r_w, r_l the rewards β Δ of a pair, the loss exceeds DPO's by a term in e^{δ - r_w} + e^{r_l - δ}, which is least
 at δ = ½ (r_w + r_l): the paper's reward shift. The two classes weigh the same in it, however many completions each
-has. TRL takes the mean of all rewards instead, which is the same for classes of one size.
+has. TRL (to 1.13) took the mean of all rewards instead, which is the same for classes of one size.
 
 The means are over all completions so far, this batch included, and a class that was never seen is left out. They are
 state: `TrainState(coefficients=initial_state())` starts it, and every update carries it on, so that it is the same

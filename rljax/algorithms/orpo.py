@@ -3,8 +3,8 @@
     L = (1/N) Σ_i [-ℓ̄_w - λ log σ(log odds(y_w) - log odds(y_l))]        log odds = ℓ̄ - log(1 - e^ℓ̄)
 
 ℓ̄ is the mean log-prob of a completion over its own length, in the odds and in the NLL (eq. 1, 2 and 6: an expectation
-over pairs). TRL's NLL is the mean over the tokens of the batch. Left out: the paper's code also includes the prompt's
-tokens.
+over pairs). TRL's NLL is the mean over the tokens of the batch, those of prompts too. Left out: the paper's code also
+includes the prompt's tokens.
 """
 
 from rljax.algorithms.common.pairs import preference_objective

@@ -20,7 +20,7 @@ from rljax.types import Objective, Pairs, PolicyFn, Trajectory
 def xpo(
     policy: PolicyFn, loss: PreferenceLoss = preferences.sigmoid, beta: float = 0.1, alpha: float = 1e-5
 ) -> Objective:
-    """XPO over `Pairs` of `xpo_pairs`. `alpha`: α, the exploration bonus; 0 gives DPO. The default is TRL's.
+    """XPO over `Pairs` of `xpo_pairs`. `alpha`: α, the exploration bonus; 0 gives DPO. The default was TRL's (to 1.13).
 
     Raises ValueError for pairs whose `extra` does not say which completion is the reference's.
     """
@@ -41,7 +41,7 @@ def xpo(
 def xpo_pairs(traj: Trajectory, reference_traj: Trajectory) -> Pairs:
     """The policy's completion of each prompt against the reference's: row i of both continues the same prompt.
 
-    Of equal rewards the policy's own is chosen, as in TRL. A row without a valid reward on both sides gives a pair
+    Of equal rewards the policy's own is chosen, as TRL did. A row without a valid reward on both sides gives a pair
     without tokens, which weighs nothing. Raises ValueError where the two trajectories differ in shape.
     """
     if traj.mask.shape != reference_traj.mask.shape:

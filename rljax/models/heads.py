@@ -16,7 +16,7 @@ from rljax.types import Params, ScoreFn, Trajectory
 
 
 def with_score_head(params: Params, config: DecoderConfig, key: Array) -> Params:
-    """Adds "score_head" [D], normal with standard deviation 1/√(D + 1), as in TRL."""
+    """Adds "score_head" [D], normal with standard deviation 1/√(D + 1) (arXiv:2009.01325)."""
     scale = (config.hidden_size + 1) ** -0.5
     return {**params, "score_head": jax.random.normal(key, (config.hidden_size,)) * scale}
 

@@ -225,7 +225,8 @@ def wpo_weight(chosen: PerRow, rejected: PerRow) -> PerRow:
     """w_w w_l, w = exp(alignment), constant: off-policy pairs weigh less (WPO, arXiv:2406.11827).
 
     The equation has no upper bound, so there is none here: a pair of completions more likely than the policy's own
-    samples weighs more than 1. The authors' code (`run_wpo.py`) and TRL's `use_weighting` clamp the product at 1.
+    samples weighs more than 1. The authors' code (`run_wpo.py`) clamps the product at 1, as TRL's `use_weighting` did
+    before 0.29.
     """
     return stop_gradient(_exp(chosen + rejected))
 

@@ -637,7 +637,7 @@ MUTANTS = [
         "wpo_weight",
         "stop_gradient(_exp(chosen + rejected))",
         "stop_gradient(jnp.minimum(_exp(chosen + rejected), 1.0))",
-        "the authors' code and TRL clamp; WPO's equation, arXiv:2406.11827, has no bound",
+        "the authors' code clamps, and TRL did before 0.29; WPO's equation, arXiv:2406.11827, has no bound",
         ("tests/ops/test_preferences.py",),
     ),
     Mutant(
@@ -2028,7 +2028,7 @@ MUTANTS = [
         "reward_model_pad",
         "if candidate is not None and candidate not in ends:",
         "if candidate is not None:",
-        "TRL pads with EOS by default, and transformers then scores the token before it",
+        "TRL pads with EOS for want of a padding token; transformers then scores the token before it",
         ("tests/test_export.py",),
     ),
     Mutant(

@@ -78,8 +78,8 @@ def penalize_missing_eos(traj: Trajectory, penalty: float) -> Trajectory:
 
 
 def clip_reward(algorithm: Algorithm, limit: float = 10.0) -> Algorithm:
-    """Rewards of rows within ±`limit`, as OpenRLHF clips those of a reward model. Inside it stand terms that are not to
-    be clipped: `clip_reward(kl_in_reward(ppo()))`.
+    """Rewards of rows within ±`limit`. OpenRLHF clips all rewards to ±10, after the baseline where there is one. Inside
+    it stand terms that are not to be clipped: `clip_reward(kl_in_reward(ppo()))`.
     """
 
     def shaped(traj, rewards, valid, coefficients):
