@@ -249,7 +249,7 @@ class Log:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to the line of a step, the last one that was written, be it by an earlier process.
 
-        Of a name that the line has the new value stands.
+        Numbers that the line has already stay as they are.
         """
         if not self._active:
             return
@@ -258,6 +258,7 @@ class Log:
         line = {"step": step}
         for record in read_records(path):
             line = record if record["step"] == step else line
+        values = {name: value for name, value in values.items() if line.get(name) is None}
         self._metrics.close()
         drop_records_from(path, step, instead=[line | _finite(values)])
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115

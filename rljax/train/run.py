@@ -233,7 +233,7 @@ class Run:
     def add_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add metrics to the line of the last step: what is measured after its checkpoint, so that no error loses it.
 
-        A finished run that is run again measures again, and its last line is written again.
+        A finished run that is run again measures again, perhaps with other functions: its log stays as it is.
         """
         self._log.add(self.total_steps - 1, metrics)
 
