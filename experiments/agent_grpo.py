@@ -27,7 +27,7 @@ from experiments.common.conversations import ConversationSettings
 from experiments.common.environments import NamedEnvironment, ToolFormat, named_environment
 from experiments.common.optimizer import make_optimizer
 from experiments.common.sampling import training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights, one_small_step
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights
 from rljax.algorithms import turn_groups, with_kl
 from rljax.data.prompts import Prompts, train_eval_split
 from rljax.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class Config:
     max_turns: int = 4  # turns of the model in a conversation; cut then
     max_context: int = 1024  # tokens of a conversation, prompt and observations included; cut then
     turn_seconds: Rare[float] = 30.0  # that the environment may take for a turn; the conversation is cut then
-    max_observation: Rare[int] = 2000  # characters of a message of the environment; the middle is cut out
+    max_observation: Rare[int] = 2000  # characters of a message that answers a turn; the middle is cut out
     max_failed: Rare[float] = 0.5  # share of conversations that the environment may leave without a reward
     algorithm: CriticFree = "grpo"  # how to learn
     credit: Literal["trajectory", "turn"] = "trajectory"  # turn: of one index in a group are compared
@@ -86,7 +86,7 @@ def main(
     train.check_directory(cfg.directory, algorithm)
     name = "" if algorithm else cfg.algorithm
     algorithm = algorithm or named_algorithm(cfg)
-    cfg = one_small_step(cfg, algorithm.least_group) if cfg.debug else cfg
+    cfg = runs.checked(cfg, algorithm.least_group)
     batches = cfg.batches
     mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh)
@@ -115,12 +115,12 @@ def main(
     lm = decoder.language_model(config)
     converse = conversations.make_converse(lm, settings)
     sizes = (batches, shardings, config, 1, cfg.max_context - 1)  # prompts end in different columns: none is shared
-    annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
+    annotate, annotate_eval = train.make_annotates(model, (*algorithm.needs, "ref_logp"), *sizes)
     credit = jax.jit(algorithm.credit)
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
     per_token = train.make_token_columns(model, *sizes)
-    evaluate = make_evaluate(cfg, lm, annotate, settings, eval_prompts, shardings)
+    evaluate = make_evaluate(cfg, lm, annotate_eval, settings, eval_prompts, shardings)
 
     # -- the loop
     kind = f"{cfg.algorithm}-{env.name.replace(':', '-')}"

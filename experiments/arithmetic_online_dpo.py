@@ -23,7 +23,6 @@ from experiments.common.preference_methods import PAIR_METHODS, PairLoss
 from experiments.common.sampling import make_draw
 from experiments.common.settings import Batches, MeshShape, Optimizer, debug_batches
 from rljax.algorithms import online_pairs
-from rljax.algorithms.common.credit import rewards_differ
 from rljax.models import policy
 from rljax.rewards.score import make_score
 from rljax.rewards.text import exact_text
@@ -32,7 +31,7 @@ from rljax.train.mesh import make_mesh, place
 from rljax.train.metrics import rollout_metrics
 from rljax.train.run import Run
 from rljax.train.update import learn, make_update
-from rljax.types import Pairs, TrainState, Trajectory
+from rljax.types import TrainState
 
 PROGRESS_METRICS = ("reward", "eval_reward", "accuracy", "margin", "kl_sequence")
 
@@ -80,6 +79,7 @@ def main(cfg: Config) -> dict[str, float]:
     shardings = train.shardings_of(mesh, state, optimizer, task.config)
 
     # -- the functions of a step
+    make_pairs = jax.jit(partial(online_pairs, num_generations=batches.num_generations))
     score = make_score({"exact": exact_text}, task.tokenizer.decode)
     sampling = arithmetic.sampling_of(task, batches.num_generations)
     draw = make_draw(task.lm, task.train_prompts, batches, sampling, shardings, cfg.seed)
@@ -100,7 +100,7 @@ def main(cfg: Config) -> dict[str, float]:
         for step in run.steps(state.step):
             traj, prompts, state = draw(state, step)
             traj = score(annotate(state, traj), prompts)
-            batch = best_and_worst(traj, batches.num_generations)
+            batch = make_pairs(traj)
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             metrics = rollout_metrics(traj, score.names) | metrics
@@ -113,13 +113,6 @@ def main(cfg: Config) -> dict[str, float]:
         arithmetic.save_pretrained(task.config, state.params, run.directory)
     log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}
-
-
-@partial(jax.jit, static_argnums=1)
-def best_and_worst(traj: Trajectory, num_generations: int) -> Pairs:
-    """A pair for each prompt; one without tokens, which weighs nothing, where all completions are equally good."""
-    compared = traj.replace(mask=traj.mask & rewards_differ(traj)[:, None])
-    return online_pairs(compared, num_generations)
 
 
 def make_run(cfg: Config) -> Run:

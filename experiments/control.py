@@ -52,28 +52,37 @@ class Trainer(NamedTuple):
     make_train: Callable  # (env, sizes) -> train(params, key, hyper) -> (params, curve)
     init_params: Callable  # (env, key, **network) -> params
     make_play: Callable  # (env, max_steps) -> play(params, key, num_episodes) -> Trajectory
-    hyper_flags: tuple[str, ...] = ("learning_rate", "gamma")  # the flags of Hyperparams that the method reads
+    reads: tuple[str, ...]  # the fields of Sizes and Hyperparams that the method reads
+    whole_episodes: bool = False  # a rollout is an episode of each environment
 
 
-def on_policy_trainer(method: on_policy.Method, hyper_flags: tuple[str, ...] = ("learning_rate", "gamma")) -> Trainer:
+def on_policy_trainer(method: on_policy.Method, *reads: str) -> Trainer:
+    """reads: beside the sizes that every rollout has."""
+
     def make_train(env: Env, sizes: on_policy.Sizes) -> Callable:
         return on_policy.make_train(env, method, sizes)
 
-    return Trainer(make_train, on_policy.init_params, on_policy.make_play, hyper_flags)
+    reads = ("total_steps", "num_envs", "num_steps", "actor_lag", *reads)
+    whole_episodes = method.collect is on_policy.collect_episodes
+    return Trainer(make_train, on_policy.init_params, on_policy.make_play, reads, whole_episodes)
 
 
+ACTOR = ("learning_rate", "entropy_coefficient")
+SEPARATE_CRITIC = ("epochs", "minibatches", "critic_learning_rate", "gamma", "lam")
+JOINT_CRITIC = (*ACTOR, "epochs", "minibatches", "anneal_learning_rate", "gamma", "lam")
 TRAINERS: dict[str, Trainer] = {
-    "dqn": Trainer(dqn.make_train, dqn.init_params, dqn.make_play),
-    "off_policy_pg": on_policy_trainer(on_policy.OFF_POLICY_PG, ("learning_rate",)),  # undiscounted
-    "ppo": on_policy_trainer(on_policy.PPO),
-    "ppo_penalty": on_policy_trainer(on_policy.PPO_PENALTY),
-    "reinforce": on_policy_trainer(on_policy.REINFORCE, ("learning_rate",)),  # undiscounted
-    "reinforce_baseline": on_policy_trainer(on_policy.REINFORCE_BASELINE),
-    "reinforce_to_go": on_policy_trainer(on_policy.REINFORCE_TO_GO),
-    "trpo": on_policy_trainer(on_policy.TRPO, ("delta", "gamma")),
-    "vpg": on_policy_trainer(on_policy.VPG),
-    "vtrace": on_policy_trainer(on_policy.VTRACE),
+    "dqn": Trainer(dqn.make_train, dqn.init_params, dqn.make_play, (*dqn.Sizes._fields, *dqn.Hyperparams._fields)),
+    "off_policy_pg": on_policy_trainer(on_policy.OFF_POLICY_PG, *ACTOR),  # undiscounted
+    "ppo": on_policy_trainer(on_policy.PPO, *JOINT_CRITIC, "clip_range", "value_clip"),
+    "ppo_penalty": on_policy_trainer(on_policy.PPO_PENALTY, *JOINT_CRITIC, "value_clip"),
+    "reinforce": on_policy_trainer(on_policy.REINFORCE, *ACTOR),  # undiscounted
+    "reinforce_baseline": on_policy_trainer(on_policy.REINFORCE_BASELINE, *ACTOR, "gamma"),
+    "reinforce_to_go": on_policy_trainer(on_policy.REINFORCE_TO_GO, *ACTOR, "gamma"),
+    "trpo": on_policy_trainer(on_policy.TRPO, *SEPARATE_CRITIC, "delta", "damping", "kl_direction"),
+    "vpg": on_policy_trainer(on_policy.VPG, *ACTOR, *SEPARATE_CRITIC),
+    "vtrace": on_policy_trainer(on_policy.VTRACE, *JOINT_CRITIC),
 }
+HYPER_FLAGS = ("learning_rate", "gamma", "delta")
 AlgorithmName = Literal[tuple(TRAINERS)]
 
 
@@ -111,13 +120,14 @@ REINFORCE_CARTPOLE = Settings(
 )
 PPO_DEFAULT = Settings(PPO_SIZES, on_policy.Hyperparams(2e-3))
 TRPO_DEFAULT = Settings(PPO_SIZES, on_policy.Hyperparams(lam=0.97))
-# Its ratio is that of the policy before the update: one update of each rollout, so short rollouts.
-VTRACE_SIZES = on_policy.Sizes(num_steps=32, epochs=1, minibatches=1, anneal_learning_rate=False)
+# Its ratio is that of the policy before the update: one update of each rollout, so short rollouts, and an actor that
+# lags, or every ratio would be 1.
+VTRACE_SIZES = on_policy.Sizes(num_steps=32, epochs=1, minibatches=1, anneal_learning_rate=False, actor_lag=4)
 DQN_DEFAULT = Settings(dqn.Sizes(), dqn.Hyperparams())
 
-DEFAULTS: dict[str, Settings] = {  # where TUNED has no entry
+DEFAULTS: dict[str, Settings] = {  # where TUNED has no entry; whole episodes are then as long as the environment's
     "dqn": DQN_DEFAULT,
-    "off_policy_pg": REINFORCE_CARTPOLE,
+    "off_policy_pg": REINFORCE_CARTPOLE,  # on-policy: a product of hundreds of ratios is of no use
     "ppo": PPO_DEFAULT,
     "ppo_penalty": PPO_DEFAULT,
     "reinforce": REINFORCE_CARTPOLE,
@@ -138,7 +148,7 @@ TUNED: dict[tuple[str, str], Settings] = {
         on_policy.Hyperparams(1e-2, gamma=1.0, entropy_coefficient=0.0),
     ),
     ("vtrace", "catch"): Settings(
-        VTRACE_SIZES._replace(total_steps=100_000, num_envs=32, num_steps=9, actor_lag=4),
+        VTRACE_SIZES._replace(total_steps=100_000, num_envs=32, num_steps=9),
         on_policy.Hyperparams(3e-3, gamma=1.0, lam=1.0),
     ),
     ("reinforce", "catch"): REINFORCE_CATCH,
@@ -179,11 +189,11 @@ TUNED: dict[tuple[str, str], Settings] = {
 class Config:
     """One algorithm on one environment, over seeds."""
 
-    algo: AlgorithmName = "ppo"
+    algo: AlgorithmName = "ppo"  # off_policy_pg is off-policy on catch alone; elsewhere it is reinforce with a baseline
     env: str = "cartpole"  # acrobot, cartpole, catch, four_rooms, maze, pendulum, or gymnax:NAME
     seeds: int = 5  # runs, one after another
     seed: int = 0  # of the first run
-    total_steps: int | None = None  # steps of all environments together, in a run
+    total_steps: int | None = None  # of all environments together; of whole episodes also what is left after their ends
     num_envs: int | None = None  # environments at once
     learning_rate: float | None = None
     gamma: float | None = None  # discount
@@ -197,7 +207,7 @@ def main(cfg: Config) -> dict[str, float]:
         raise ValueError(f"seeds = {cfg.seeds}; legal: at least 1")
     env = make_env(cfg.env)
     trainer = TRAINERS[cfg.algo]
-    sizes, hyper, network = settings(cfg)
+    sizes, hyper, network = settings(cfg, env)
     train = jax.jit(trainer.make_train(env, sizes))
     play = jax.jit(trainer.make_play(env, max_episode_steps(env)), static_argnums=2)
 
@@ -220,26 +230,33 @@ def main(cfg: Config) -> dict[str, float]:
     figures = {"curve": curve_figure(title, cfg.algo, sizes.total_steps, np.stack(curves))}
     if cfg.env == "cartpole":
         figures["frames"] = cartpole_figure(f"{cfg.algo}, the last seed's policy", partial(play, params), cfg.seed)
-    pictures.write_report(directory, title, rows, figures, {**sizes._asdict(), **hyper._asdict()})
+    read = {name: x for name, x in (sizes._asdict() | hyper._asdict()).items() if name in trainer.reads}
+    pictures.write_report(directory, title, rows, figures, read)
     returns = [row["greedy"] for row in rows]
     reached = {"median": float(np.median(returns)), "worst": min(returns)}
     log_info(f"greedy return: median {reached['median']:.4g}, worst {reached['worst']:.4g}; report in {directory}")
     return reached
 
 
-def settings(cfg: Config) -> Settings:
+def settings(cfg: Config, env: Env) -> Settings:
     """The tuned ones, or the algorithm's defaults, with what the command line changes.
 
-    Raises ValueError for a flag that the algorithm does not read, and for a discount outside 0 to 1.
+    Raises ValueError for a flag that the algorithm does not read, and for a number that no run can have.
     """
+    trainer = TRAINERS[cfg.algo]
     given = {name: value for name, value in vars(cfg).items() if value is not None}
-    legal = TRAINERS[cfg.algo].hyper_flags
-    for name in ("learning_rate", "gamma", "delta"):
+    legal = [name for name in HYPER_FLAGS if name in trainer.reads]
+    for name in HYPER_FLAGS:
         if name in given and name not in legal:
             raise ValueError(f"{cfg.algo} reads no {name}; legal: {', '.join(legal)}")
     if cfg.gamma is not None and not 0 <= cfg.gamma <= 1:
         raise ValueError(f"gamma = {cfg.gamma}; legal: 0 to 1")
+    for name in ("total_steps", "num_envs", "learning_rate", "delta"):
+        if name in given and not given[name] > 0:
+            raise ValueError(f"{name} = {given[name]}; legal: above 0")
     sizes, hyper, network = TUNED.get((cfg.algo, cfg.env), DEFAULTS[cfg.algo])
+    if trainer.whole_episodes and (cfg.algo, cfg.env) not in TUNED:
+        sizes = sizes._replace(num_steps=max_episode_steps(env))
     sizes = sizes._replace(**{name: given[name] for name in ("total_steps", "num_envs") if name in given})
     hyper = hyper._replace(**{name: given[name] for name in legal if name in given})
     return Settings(sizes, jax.tree.map(jnp.float32, hyper), network)

@@ -7,9 +7,9 @@ r"""DPO and its family: a language model from comparisons or judgments of comple
 A line is {"prompt", "chosen", "rejected"}; odpo reads "margin" too, tpo a third completion "gold". kto, bco and their
 like read {"prompt", "completion", "label"}, or a pair as two judgments. What --loss names stands in
 experiments/common/preference_methods.py, each with the β of its paper; its other numbers are changed there, or by
-main(cfg, method=...). The reference is the model as it was at the start: its log-probs are computed once, before the
-first step. A run writes DIRECTORY/model, and with --eval_every DIRECTORY/best, which had the lowest loss on held-out
-rows. The same command goes on where it stopped.
+main(cfg, method=...). The reference is the model as it was at the start: its log-probs of the rows that will be drawn
+are computed before the first step, at each start of the command. A run writes DIRECTORY/model, and with --eval_every
+DIRECTORY/best, which had the lowest loss on held-out rows. The same command goes on where it stopped.
 
 Reached: stories260k on the 3,142 comparisons of collect.py's header without noise, each completion with an EOS (--steps
 100 --data.eval_size 400 --optimizer.learning_rate 1e-4): loss 0.693 -> 0.622, accuracy 0.676 on 400 held-out pairs of
@@ -28,6 +28,7 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.preference_methods import METHODS, Method
 from experiments.common.preference_rows import collate_rows, empty_row, read_rows, with_reference
 from experiments.common.settings import Data, MeshShape, Optimizer, Weights
+from rljax.data.prompts import shuffled_indices
 from rljax.models import policy
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh, place
@@ -73,9 +74,12 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
     # -- model and data
     tokenizer, context = data.load_tokenizer_and_context(cfg.model)
     rows = read_rows(cfg.data, method, tokenizer, context, cfg.seed)
-    widths = offline.widths(example for row in (*rows.train, *rows.eval) for example in row.completions)
+    examples = [example for row in (*rows.train, *rows.eval) for example in row.completions]
+    widths = offline.widths(examples)
+    lengths = offline.tokens_of(examples)
+    data.report_padding(lengths, sum(widths), "completions", offline.NARROWER)
     config, params, frozen = models.load_pretrained(
-        cfg.model, cfg.weights, mesh, sum(widths), cfg.seed, reference=False
+        cfg.model, cfg.weights, mesh, max(lengths), cfg.seed, reference=False
     )
 
     # -- training state
@@ -102,7 +106,8 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
         state = place(state, shardings.state, donate=True)
         if method.reference:
             annotate = policy.make_annotate(model, ("old_logp",))
-            rows = with_reference(rows, annotate, state, widths, cfg.batch_size // pieces, shardings)
+            drawn = shuffled_indices(len(rows.train), cfg.seed, 0, cfg.steps * cfg.batch_size)
+            rows = with_reference(rows, drawn, annotate, state, widths, cfg.batch_size // pieces, shardings)
         eval_rows = offline.filled(rows.eval, cfg.batch_size, empty_row(rows.eval[0]))
         eval_batches = list(map(collate, eval_rows))
         measured = (rows.eval, eval_batches, eval_metrics(method))

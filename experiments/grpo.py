@@ -29,7 +29,7 @@ from experiments.common.optimizer import make_optimizer
 from experiments.common.remote_sampling import connect_server, is_off_policy
 from experiments.common.rewards import check_compared_in_training, check_verdicts, load_score, read_rewards
 from experiments.common.sampling import initial_extra, make_draw, make_greedy_baseline, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS
 from rljax.algorithms import kl_in_reward, with_kl
 from rljax.models import decoder, policy
@@ -86,7 +86,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
     algorithm = algorithm or named_algorithm(cfg)
     check_compared_in_training(cfg, algorithm.needs)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward, per_step=cfg.algorithm in PER_STEP)
-    cfg = one_small_step(cfg, algorithm.least_group) if cfg.debug else cfg
+    cfg = runs.checked(cfg, algorithm.least_group)
     batches = cfg.batches
     mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh, carries_over=True)
@@ -111,7 +111,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
 
     # -- the functions of a step
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
-    lm, model, annotate, keep, credit, update = make_step(algorithm, optimizer, *sizes)
+    lm, model, annotate, annotate_eval, keep, credit, update = make_step(algorithm, optimizer, *sizes)
     per_token = train.make_token_columns(model, *sizes)
     remote = connect_server(cfg, config, per_token)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed, cfg.data, remote)
@@ -123,7 +123,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         fill_baseline = make_greedy_baseline(lm, algorithm, score, batches, sampling, shardings)
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, batches, shardings)
-        evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
+        evaluate = train.make_evaluate(lm, annotate_eval, score, *evaluation)
         state = place(state, shardings.state, donate=True)
         train.check_batch_invariance(config, lm, model, state)
         draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
@@ -156,6 +156,7 @@ class Step(NamedTuple):
     lm: LM  # that is sampled from
     model: PolicyFn
     annotate: AnnotateFn  # reference log-probs, and what else the algorithm needs
+    annotate_eval: AnnotateFn  # reference log-probs alone
     keep: Callable  # all rows unless batches.oversample > 1
     credit: Callable  # advantages
     update: UpdateFn
@@ -174,11 +175,11 @@ def make_step(
     sizes = (batches, shardings, config, prompt_tokens, max_tokens)
     model = policy.make_policy(config)
     # ref_logp: the KL to the reference is always logged
-    annotate = train.cut_annotate(policy.make_annotate(model, (*algorithm.needs, "ref_logp")), *sizes)
+    annotates = train.make_annotates(model, (*algorithm.needs, "ref_logp"), *sizes)
     keep = train.make_keep(algorithm, batches)
     credit = jax.jit(algorithm.credit)
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
-    return Step(decoder.language_model(config), model, annotate, keep, credit, train.cut_update(make, *sizes))
+    return Step(decoder.language_model(config), model, *annotates, keep, credit, train.cut_update(make, *sizes))
 
 
 def with_settings(algorithm: Algorithm, cfg: Config, config: DecoderConfig, other: bool = False) -> Algorithm:

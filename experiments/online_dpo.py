@@ -11,7 +11,9 @@ A step samples completions, judges them by a reward model or verifiers, and lear
     nash_md      P(y better than y'), σ of the difference of their rewards, y' from a mixture of the policy and the
                  reference (arXiv:2312.00886)
 
-A prompt whose completions are equally good makes no pair. The reference is the model as it was at the start.
+With online_dpo a prompt whose completions are equally good makes no pair. With xpo the policy's own is then the chosen
+one, as in TRL (the paper draws it); verifiers of 0 and 1 make many such pairs. The reference is the model as it was at
+the start.
 
 Reached: stories260k as rlhf.py fine-tunes it, against its reward model (seed 0; --batches.prompts 16
 --batches.num_generations 4 --sampling.max_tokens 80 --optimizer.learning_rate 3e-4 --optimizer.schedule constant):
@@ -30,7 +32,7 @@ from experiments.common.online_methods import METHODS, Preference, check_prefere
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rewards import check_compared_in_training, load_score, read_rewards
 from experiments.common.sampling import make_sample_scored, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS
 from rljax.models import decoder, policy
 from rljax.rewards.pool import Pool
@@ -75,7 +77,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     """Train; return reward and KL on the eval prompts before and after."""
     check_compared_in_training(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
-    cfg = one_small_step(cfg) if cfg.debug else cfg
+    cfg = runs.checked(cfg)
     mesh = make_mesh(**cfg.mesh.sizes)
     train.check_whole_groups(cfg.batches)
     check_preference(cfg.method, cfg.preference)
@@ -111,6 +113,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, cfg.batches, shardings)
         evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
         state = place(state, shardings.state, donate=True)
+        train.check_batch_invariance(config, lm, model, state)
         sample_scored, update, evaluate = run.timed(sample_and_score=sample_scored, update=update, eval=evaluate)
         before = train.before_training(run, evaluate, state)
         state = run.restore(state)

@@ -26,7 +26,7 @@ from experiments.common.controllers import Controllers
 from experiments.common.optimizer import make_actor_critic_optimizer
 from experiments.common.rewards import check_compared_in_training, load_score, read_rewards
 from experiments.common.sampling import make_draw, training_sampling
-from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights, one_small_step
+from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Reward, Sampling, Weights
 from experiments.common.verifiers import VERIFIERS
 from rljax import algorithms as a
 from rljax.models import decoder, policy
@@ -91,7 +91,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     """Train; return reward and KL on the eval prompts before and after."""
     check_compared_in_training(cfg)
     rewards = read_rewards(cfg.rewards, verifiers, cfg.reward)
-    cfg = one_small_step(cfg) if cfg.debug else cfg
+    cfg = runs.checked(cfg)
     batches = cfg.batches
     mesh = make_mesh(**cfg.mesh.sizes)
     train.check_batches(batches, mesh)
@@ -120,7 +120,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
     lm = decoder.language_model(config)
     draw = make_draw(lm, train_prompts, batches, sampling, shardings, cfg.seed)
     sizes = (batches, shardings, config, train_prompts.length, cfg.sampling.max_tokens)
-    annotate = train.cut_annotate(policy.make_annotate(model, algorithm.needs), *sizes)  # values, reference log-probs
+    annotate, annotate_eval = train.make_annotates(model, algorithm.needs, *sizes)  # values, reference log-probs
     credit = jax.jit(algorithm.credit)  # KL in the reward, GAE, whitening
     make = partial(make_update, policy_objective(model, algorithm), optimizer, shardings=shardings)
     update = train.cut_update(make, *sizes)
@@ -132,7 +132,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         score = load_score(rewards, tokenizer, pool, mesh, cfg.weights.dtype, run.directory)
         evaluation = (eval_prompts, sampling, cfg.eval_samples, cfg.seed, batches, shardings)
-        evaluate = train.make_evaluate(lm, annotate, score, *evaluation)
+        evaluate = train.make_evaluate(lm, annotate_eval, score, *evaluation)
         state = place(state, shardings.state, donate=True)
         draw, score, update, evaluate = run.timed(sample=draw, score=score, update=update, eval=evaluate)
         before = train.before_training(run, evaluate, state)

@@ -66,7 +66,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     tokenizer, context = data.load_tokenizer_and_context(cfg.model)
     read = partial(steps, separator=unescape(cfg.separator))
     rows = data.read_examples(cfg.data, read, tokenizer, context, cfg.seed)
-    width = max(len(row.example.prompt) + len(row.example.completion) for row in (*rows.train, *rows.eval))
+    width = max(offline.tokens_of(row.example for row in (*rows.train, *rows.eval)))
+    data.report_padding(offline.tokens_of(row.example for row in rows.train), width, "solutions", offline.NARROWER)
     config, params, frozen = models.load_pretrained(
         cfg.model, cfg.weights, mesh, width, cfg.seed, reference=False, reward_model=True
     )

@@ -49,7 +49,7 @@ class Config:
     model: str  # directory with config.json, *.safetensors and a tokenizer; of a language model or a reward model
     data: Data  # comparisons
     ranking_loss: Literal["plackett_luce", "kwise"] = "plackett_luce"  # of rankings: of the order, or mean over pairs
-    center_rewards_coefficient: float = 0.0  # coefficient of the squared sum of a pair's scores, which centers them
+    center_rewards_coefficient: float = 0.0  # of pairs: coefficient of the squared sum of scores, which centers them
     seed: int = 0  # of the order of the comparisons and of a new head
     steps: int = 100  # optimizer updates
     batch_size: int = 32  # comparisons per step
@@ -72,9 +72,12 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- model and data
     tokenizer, context = data.load_tokenizer_and_context(cfg.model)
     rows = data.read_examples(cfg.data, read_row, tokenizer, context, cfg.seed)
-    prompt_tokens, max_tokens = offline.widths(one for row in (*rows.train, *rows.eval) for one in completions_of(row))
+    examples = [one for row in (*rows.train, *rows.eval) for one in completions_of(row)]
+    prompt_tokens, max_tokens = offline.widths(examples)
+    lengths = offline.tokens_of(examples)
+    data.report_padding(lengths, prompt_tokens + max_tokens, "completions", offline.NARROWER)
     config, params, frozen = models.load_pretrained(
-        cfg.model, cfg.weights, mesh, prompt_tokens + max_tokens, cfg.seed, reference=False, reward_model=True
+        cfg.model, cfg.weights, mesh, max(lengths), cfg.seed, reference=False, reward_model=True
     )
 
     # -- training state
@@ -84,7 +87,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
 
     # -- the functions of a step
     objective, collate, empty = make_method(cfg, rows, heads.make_reward_model(config), prompt_tokens, max_tokens)
-    most = max(len(completions_of(row)) for row in rows.train)
+    most = max(len(completions_of(row)) for row in (*rows.train, *rows.eval))
     sizes = (cfg.batch_size, cfg.micro_batches, prompt_tokens, most * max_tokens)
     pieces = offline.choose_micro_batches(config, *sizes, shardings)
     update = make_update(objective, optimizer, pieces, shardings)
@@ -128,10 +131,16 @@ def make_method(
 ) -> tuple[Objective, Callable, Comparison | list]:
     """The objective, the function that makes a batch of rows, and a row that teaches nothing.
 
-    Raises ValueError where pairs and rankings are mixed, or only some pairs have a margin.
+    Raises ValueError where pairs and rankings are mixed, where only some pairs have a margin, and for a setting of the
+    other kind of rows.
     """
     both = (*rows.train, *rows.eval)
     pairs = [row for row in both if isinstance(row, Comparison)]
+    if pairs and cfg.ranking_loss != Config.ranking_loss:
+        raise ValueError(f"--ranking_loss {cfg.ranking_loss} is read only with rankings, and these rows are pairs")
+    if not pairs and cfg.center_rewards_coefficient:
+        given = f"--center_rewards_coefficient {cfg.center_rewards_coefficient}"
+        raise ValueError(f"{given} is read only with pairs, and these rows are rankings")
     if not pairs:
         most = max(map(len, both))
         objective = ranked_reward_model(score, RANKING_LOSSES[cfg.ranking_loss])

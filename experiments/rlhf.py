@@ -76,6 +76,7 @@ class Config:
 
 def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Walk the road; return the reward and the KL to the fine-tuned model before and after the last stage."""
+    runs.check_evaluation(cfg)
     root = Path(cfg.directory or f"runs/rlhf/{hub.model_name(cfg.model)}-seed{cfg.seed}")
     tuned, preferences = compare_completions(cfg, root)
     log_info("== reward model")
@@ -212,10 +213,14 @@ def first_sentences(judged: list[dict], count: int) -> list[dict]:
 
 
 def comparisons(judged: list[dict], most: int, seed: int) -> list[dict]:
-    """Two completions of a prompt whose rewards differ, at most so many times for each prompt, at random."""
+    """Two completions of a prompt whose rewards differ, at most so many times for each prompt, at random.
+
+    A completion without a reward, which the rule left unjudged, is not compared.
+    """
     rows = []
     for record in judged:
-        pairs = itertools.combinations(zip(record["rewards"], record["completions"], record["ended"], strict=True), 2)
+        completions = zip(record["rewards"], record["completions"], record["ended"], strict=True)
+        pairs = itertools.combinations([one for one in completions if one[0] is not None], 2)
         told_apart = [sorted(pair, reverse=True) for pair in pairs if pair[0][0] != pair[1][0]]
         random.Random(f"{seed} {record['number']}").shuffle(told_apart)
         for (_, chosen, ended), (_, rejected, other_ended) in told_apart[:most]:

@@ -70,7 +70,10 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     # -- model and data
     tokenizer, context = data.load_tokenizer_and_context(cfg.model)
     examples = data.read_examples(cfg.data, demonstration, tokenizer, context, cfg.seed)
-    width = max(len(example.prompt) + len(example.completion) for example in (*examples.train, *examples.eval))
+    width = max(offline.tokens_of((*examples.train, *examples.eval)))
+    if not cfg.max_tokens_per_device:
+        advice = "--data.max_tokens {} leaves the others out, and --max_tokens_per_device packs them"
+        data.report_padding(offline.tokens_of(examples.train), width, "examples", advice)
     config, params, frozen = models.load_pretrained(cfg.model, cfg.weights, mesh, width, cfg.seed, reference=False)
 
     # -- training state

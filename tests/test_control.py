@@ -288,8 +288,11 @@ def test_dqn_balances_the_pole_in_50000_steps(seeds):
 
 
 def test_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match="train_frequency = 10 must be a multiple of 4"):
-        dqn.make_train(make_cartpole(), dqn.Sizes(num_envs=4))
+    for num_envs in (0, 4, 16):
+        with pytest.raises(ValueError, match=f"num_envs = {num_envs}; legal: 1, 2, 5, 10, the divisors of train_freq"):
+            dqn.make_train(make_cartpole(), dqn.Sizes(num_envs=num_envs))
+    with pytest.raises(ValueError, match="target_frequency = 15 must be a multiple of 10"):
+        dqn.make_train(make_cartpole(), dqn.Sizes(target_frequency=15))
     with pytest.raises(ValueError, match="finitely many actions"):
         dqn.init_params(make_pendulum(), jax.random.key(0))
     with pytest.raises(ValueError, match=r"n_step = 2; legal: at most train_frequency / num_envs = 1"):

@@ -1,7 +1,9 @@
 """The recipes of classical control, as a user runs them, for a few steps."""
 
+import re
 import xml.etree.ElementTree as ET
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,11 +14,15 @@ from rljax.envs.cartpole import make_cartpole
 
 
 def test_the_maze_is_drawn(tmp_path, capsys):
-    reached = maze.main(maze.Config(steps=1500, seeds=4, epsilon=1.0, directory=str(tmp_path)))
+    """(1, 3) is a wall and (0, 3) behind the goal: episodes tell nothing of them, and they are not compared."""
+    places = {"columns": 4, "start": (0, 0), "walls": ((1, 3),)}
+    reached = maze.main(maze.Config(steps=1500, seeds=4, epsilon=1.0, directory=str(tmp_path), **places))
     assert reached["distance"] < 0.1
     assert reached["optimal"] == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {"maze.svg", "exact.svg", "distance.svg", "report.html"}
-    assert "9.00 (9.00)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "9.00 (9.00)" in shown
+    assert not re.search(r"\([01], 3\)", shown)
     for path in tmp_path.glob("*.svg"):
         ET.parse(path)
         assert path.read_text() in (tmp_path / "report.html").read_text()
@@ -27,13 +33,19 @@ def test_a_curve_and_frames_are_drawn(tmp_path, algo, capsys):
     steps = {"ppo": 4000, "dqn": 11_000}[algo]
     reached = control.main(control.Config(algo=algo, seeds=2, total_steps=steps, directory=str(tmp_path)))
     assert reached.keys() == {"median", "worst"}
+    assert "clip_range" in (tmp_path / "report.html").read_text() or algo == "dqn"
+    assert "damping" not in (tmp_path / "report.html").read_text()  # TRPO's
     assert {path.name for path in tmp_path.iterdir()} == {"curve.svg", "frames.svg", "report.html"}
     assert "2 seeds" in (tmp_path / "curve.svg").read_text()
     assert "greedy return: median" in capsys.readouterr().out
 
 
+def settings(algo, env="cartpole", **flags):
+    return control.settings(control.Config(algo=algo, env=env, **flags), control.make_env(env))
+
+
 def test_settings_of_the_command_line_win():
-    sizes, hyper, _ = control.settings(control.Config(algo="ppo", env="acrobot", total_steps=1000, learning_rate=0.5))
+    sizes, hyper, _ = settings("ppo", "acrobot", total_steps=1000, learning_rate=0.5)
     assert (sizes.total_steps, sizes.num_steps) == (1000, 256)
     assert float(hyper.learning_rate) == 0.5
     assert float(hyper.gamma) == np.float32(0.99)
@@ -42,19 +54,83 @@ def test_settings_of_the_command_line_win():
 
 
 def test_trpo_has_a_bound_and_no_learning_rate():
-    _, hyper, _ = control.settings(control.Config(algo="trpo", env="maze", delta=0.02))
+    _, hyper, _ = settings("trpo", "maze", delta=0.02)
     assert float(hyper.delta) == np.float32(0.02)
-    with pytest.raises(ValueError, match="trpo reads no learning_rate; legal: delta"):
-        control.settings(control.Config(algo="trpo", learning_rate=0.1))
+    with pytest.raises(ValueError, match="trpo reads no learning_rate; legal: gamma, delta"):
+        settings("trpo", learning_rate=0.1)
     with pytest.raises(ValueError, match="dqn reads no delta; legal: learning_rate"):
-        control.settings(control.Config(algo="dqn", delta=0.1))
+        settings("dqn", delta=0.1)
 
 
 @pytest.mark.parametrize("algo", ["reinforce", "off_policy_pg"])
 def test_whole_episodes_are_credited_undiscounted(algo):
-    assert control.settings(control.Config(algo=algo, env="acrobot"))[0].num_steps == 500
+    assert not {"gamma", "lam"} & set(control.TRAINERS[algo].reads)
     with pytest.raises(ValueError, match=f"{algo} reads no gamma; legal: learning_rate"):
-        control.settings(control.Config(algo=algo, gamma=0.5))
+        settings(algo, gamma=0.5)
+
+
+@pytest.mark.parametrize("algo", [name for name, trainer in control.TRAINERS.items() if trainer.whole_episodes])
+def test_whole_episodes_are_as_long_as_the_environments(algo):
+    for env, steps in {"maze": 50, "pendulum": 200, "acrobot": 500}.items():
+        assert settings(algo, env)[0].num_steps == steps
+    assert settings(algo, "catch")[0].num_steps == 9  # as tuned
+
+
+class Recording:
+    """Sizes that note which of them are read."""
+
+    def __init__(self, sizes):
+        self.sizes, self.names = sizes, set()
+
+    def __getattr__(self, name):
+        self.names |= {name} if name in self.sizes._fields else {"total_steps", "num_envs", "num_steps"}
+        return getattr(self.sizes, name)
+
+
+@pytest.mark.parametrize(
+    "algo", [pytest.param(name, marks=pytest.mark.nightly if name != "trpo" else ()) for name in control.TRAINERS]
+)
+def test_a_method_reads_the_settings_that_the_report_shows(algo):
+    """Sizes as they are asked for, hyperparameters as the program depends on them."""
+    trainer, env = control.TRAINERS[algo], control.make_env("maze")
+    sizes, hyper, network = settings(algo, "maze")
+    key = jax.random.key(0)
+    recording = Recording(sizes)
+    train = trainer.make_train(env, recording)
+    jaxpr = jax.make_jaxpr(train)(trainer.init_params(env, key, **network), key, hyper).jaxpr
+    used = set(map(id, jaxpr.outvars))  # by what comes out: Adam's -1 * learning_rate is computed for no step too
+    for equation in reversed(jaxpr.eqns):
+        if used & set(map(id, equation.outvars)):
+            used |= set(map(id, equation.invars))
+    arguments = zip(hyper._fields, jaxpr.invars[-len(hyper) :], strict=True)
+    read = recording.names | {name for name, x in arguments if id(x) in used}
+    assert read == set(trainer.reads)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_envs": 0}, "num_envs = 0; legal: above 0"),
+        ({"total_steps": -1}, "total_steps = -1; legal: above 0"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0; legal: above 0"),
+        ({"gamma": 1.5}, "gamma = 1.5; legal: 0 to 1"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused(flags, message):
+    for algo in ("dqn", "ppo"):
+        with pytest.raises(ValueError, match=message):
+            settings(algo, **flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"steps": 0}, {"epsilon": 1.5}, {"slip": 2.0}, {"alpha": 0.0}, {"power": -1.0}, {"gamma": 0.0}, {"seeds": 0}],
+    ids=str,
+)
+def test_numbers_that_no_run_in_a_maze_can_have_are_refused(flags):
+    ((name, value),) = flags.items()
+    with pytest.raises(ValueError, match=f"^{name} = {value}; legal: "):
+        maze.main(maze.Config(**flags))
 
 
 def methods_of(module):
@@ -74,15 +150,16 @@ def test_the_command_line_names_every_method(monkeypatch):
 
 def test_every_algorithm_has_settings_for_an_environment_it_is_not_tuned_for():
     for algo in control.TRAINERS:
-        sizes, hyper, _ = control.settings(control.Config(algo=algo, env="four_rooms"))
+        sizes, hyper, _ = settings(algo, "four_rooms")
         expected = (dqn.Sizes, dqn.Hyperparams) if algo == "dqn" else (on_policy.Sizes, on_policy.Hyperparams)
         assert (type(sizes), type(hyper)) == expected
 
 
 def test_a_method_without_a_ratio_makes_one_update_of_a_rollout():
-    """V-trace on any environment; another number is refused."""
+    """V-trace on any environment, by an actor that lags: its ratios are not all 1. Another number is refused."""
     for env in control.ENVS:
-        sizes, hyper, _ = control.settings(control.Config(algo="vtrace", env=env))
+        sizes, hyper, _ = settings("vtrace", env)
+        assert sizes.actor_lag > 1
         on_policy.vtrace_learner(sizes, hyper)
     for wrong in ({"epochs": 4}, {"minibatches": 8}):
         with pytest.raises(ValueError, match=r"right for one update of a rollout.*; legal: 1 x 1"):

@@ -263,6 +263,16 @@ def test_every_script_gives_the_state_up_that_it_began_with(path):
     assert ("before = " in text) == ("before = train.before_training(run, evaluate, state)" in text)
 
 
+WITH_WEIGHTS = [path for path in RESUMED if "weights: Weights" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_WEIGHTS, ids=lambda path: path.stem)
+def test_every_script_that_samples_refuses_batch_invariance_where_it_does_not_hold(path):
+    """By the check itself, or by its first step, whose log-probs must be the sampler's."""
+    text = path.read_text()
+    assert ("sampling: Sampling" in text) == ("check_batch_invariance(" in text or "require_on_policy(" in text)
+
+
 RECIPES = sorted(path for path in [*SCRIPTS.glob("*.py"), *SCRIPTS.glob("tools/*.py")] if path.stem != "__init__")
 
 

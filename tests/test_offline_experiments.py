@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import optax
 import pytest
 
 from experiments import dpo, process_reward, reward_model, sft
-from experiments.common import offline
+from experiments.common import data, offline
 from experiments.common.settings import Adapter, Data, MeshShape, Optimizer, Weights
 from models import tiny
 from rljax import algorithms
@@ -165,6 +166,9 @@ def test_packed_demonstrations_make_the_same_first_step(root, tmp_path):
         (sft, "demonstrations", {"batch_size": 3, "micro_batches": 2}, "batch_size = 3, micro_batches = 2 .* of 2"),
         (sft, "demonstrations", {"max_tokens_per_device": 4}, "4 tokens at a time hold no row of"),
         (sft, "demonstrations", {"weights": Weights(ref_sync_steps=2)}, "ref_sync_steps = 2; legal when .*: 0"),
+        (dpo, "pairs", {"weights": Weights(batch_invariant=True)}, "--weights.batch_invariant: nothing is sampled"),
+        (reward_model, "pairs", {"ranking_loss": "kwise"}, "--ranking_loss kwise is read only with rankings"),
+        (reward_model, "rankings", {"center_rewards_coefficient": 0.1}, "_coefficient 0.1 is read only with pairs"),
         (sft, "pairs", {}, "column"),
         (dpo, "pairs", {"loss": "odpo"}, "a pair without a margin; this method wants one"),
         (dpo, "pairs", {"loss": "tpo"}, "a pair without a column gold"),
@@ -176,6 +180,71 @@ def test_what_is_refused_before_anything_is_written(script, rows, fields, messag
     with pytest.raises(ValueError, match=message):
         script.main(dataclasses.replace(cfg, **fields))
     assert not (tmp_path / "run").exists()
+
+
+class Loaded(Exception):
+    """The model would be read now."""
+
+
+@pytest.mark.parametrize(
+    ("script", "names", "advice"),
+    [
+        (dpo, ("chosen", "rejected"), ""),
+        (reward_model, ("chosen", "rejected"), ""),
+        (sft, ("completion",), ", and --max_tokens_per_device packs"),
+    ],
+)
+def test_rows_are_as_long_as_the_longest_one_and_much_padding_is_said(
+    script, names, advice, root, tmp_path, monkeypatch, capsys
+):
+    """The longest prompt and the longest completion are of different rows."""
+    texts = dict(zip(names, "bc", strict=False))
+    short = [{"prompt": letter, **texts} for letter in "defghijk" * 40]
+    long = [{"prompt": "x" * 40, **texts}, {"prompt": "y", **texts, names[0]: "z" * 20}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*short, *long]))
+
+    def load(directory, weights, mesh, context, *others, **more):
+        raise Loaded(f"{context} tokens")
+
+    monkeypatch.setattr(script.models, "load_pretrained", load)
+    cfg = config_of(root, script, "pairs", {}, tmp_path / "run")
+    cfg = dataclasses.replace(cfg, data=Data(files=(str(tmp_path / "rows.jsonl"),), eval_size=2))
+    with pytest.raises(Loaded, match=r"^43 tokens$"):  # <s>, the prompt, a letter and </s>
+        script.main(cfg)
+    said = " ".join(capsys.readouterr().out.split())
+    narrower = "99 % of them have at most 4: --data.max_tokens 4 leaves the others out"
+    assert re.search(rf"\d\d% is padding. {narrower}{advice}", said)
+
+
+def test_no_limit_is_advised_that_leaves_many_rows_out(capsys):
+    data.report_padding([1] * 95 + [100] * 5, 100, "rows", "{}")
+    assert capsys.readouterr().out.endswith("94% is padding\n")
+    data.report_padding([50, 100], 100, "rows", "{}")
+    assert not capsys.readouterr().out
+
+
+def test_the_pieces_of_a_reward_model_are_those_of_the_longest_ranking_of_all(root, tmp_path, monkeypatch):
+    """All batches are as wide as the longest ranking, which is held out here."""
+    read = data.read_examples
+
+    def read_longer_ones_to_evaluate_on(*arguments):
+        found = read(*arguments)
+        return found._replace(train=[row[:2] for row in found.train], eval=[(row * 2)[:4] for row in found.eval])
+
+    def cut(config, batch_size, wanted, prompt_tokens, tokens, shardings):
+        raise Loaded(f"{tokens} tokens")
+
+    monkeypatch.setattr(data, "read_examples", read_longer_ones_to_evaluate_on)
+    monkeypatch.setattr(offline, "choose_micro_batches", cut)
+    with pytest.raises(Loaded, match=rf"^{4 * len(' slept.$')} tokens$"):
+        reward_model.main(config_of(root, reward_model, "rankings", {}, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("held_out", [1, 64])
+def test_the_step_of_debug_evaluates_on_no_more_rows_than_it_learns_from(held_out):
+    cfg = dpo.Config(model="", data=Data(eval_size=held_out), debug=True)
+    small = offline.one_small_step(cfg)
+    assert (small.steps, small.batch_size, small.data.eval_size) == (1, 8, min(held_out, 8))
 
 
 def test_rows_of_two_kinds_are_refused(root, tmp_path):

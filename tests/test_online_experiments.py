@@ -11,8 +11,11 @@ import pytest
 
 from experiments import best_of_n, distil, online_dpo, ppo
 from experiments.common import models as common_models
-from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Sampling, Weights
+from experiments.common import runs, train
+from experiments.common.sampling import make_mix
+from experiments.common.settings import Batches, Controllers, MeshShape, Optimizer, Sampling, Weights, debug_batches
 from models import tiny
+from rljax.data.prompts import Prompts
 from rljax.models import decoder, hf
 from rljax.train.mesh import make_mesh
 from test_grpo_experiment import RAW, VERIFIERS, change, metrics, note_calls, write_prompts, write_tokenizer
@@ -102,7 +105,11 @@ SCRIPTS = {
 }
 
 
-AT_NIGHT = {"xpo", "nash_md"}  # other batches in the loop of online_dpo
+SCRIPTS["distil of the file"] = (
+    distil,
+    lambda root, directory: change(SCRIPTS["distil"][1](root, directory), on_policy_fraction=0.0),
+)
+AT_NIGHT = {"xpo", "nash_md", "distil of the file"}  # other batches in the loops of online_dpo and distil
 
 
 @pytest.mark.parametrize(
@@ -128,7 +135,15 @@ def test_stopped_and_run_again_it_ends_the_same(name, root, tmp_path, monkeypatc
     jax.tree.map(np.testing.assert_array_equal, model, again)
 
 
-def test_ppo_logs_what_its_field_looks_at(root, tmp_path):
+def test_ppo_logs_what_its_field_looks_at(root, tmp_path, monkeypatch):
+    evaluated = []
+
+    def reward_and_kl(traj):
+        evaluated.append((traj.values, traj.old_logp))
+        return metrics_of_a_rollout(traj)
+
+    metrics_of_a_rollout = train.reward_and_kl
+    monkeypatch.setattr(train, "reward_and_kl", reward_and_kl)
     followed = Controllers(kl_target=0.01, kl_horizon=10, entropy_target=100.0, entropy_delta=50.0)
     cfg = change(ppo_settings(root, tmp_path / "run"), eval_every=1, critic="shared", critic_model="")
     ppo.main(change(cfg, controllers=followed), VERIFIERS)
@@ -138,6 +153,8 @@ def test_ppo_logs_what_its_field_looks_at(root, tmp_path):
     assert first["kl_coef"] == pytest.approx(0.05)
     assert first["kl_coef"] != last["kl_coef"]
     assert (first["entropy_coef"], last["entropy_coef"]) == (0, 1)
+    assert evaluated
+    assert all(fields == (None, None) for fields in evaluated)  # a KL needs the reference alone
     terms = last["policy_loss"] + 0.1 * last["value_loss"] - 1.0 * last["entropy"]
     assert last["loss"] == pytest.approx(terms, rel=1e-3)
     assert first["clip_fraction_first"] == 0
@@ -159,6 +176,47 @@ def test_a_critic_begins_as_the_policy_or_as_the_reward_model(root):
     other = {"decoder": decoder.init(deeper, jax.random.key(0))}
     with pytest.raises(ValueError, match="has other sizes than the policy"):
         common_models.add_critic(other, {}, deeper, "separate", str(root / "reward"), mesh)
+
+
+def test_where_the_student_writes_nothing_nothing_is_sampled():
+    prompts = Prompts([{}, {}], [[1, 2], [3]], max_tokens=2, completions=[[4, 5, 6], [7]])
+    rows = prompts.draw(0, 2)
+
+    def sampled():
+        raise AssertionError("sampled")
+
+    mix = make_mix(0.0, Sampling(max_tokens=2, temperature=0.5), prompts, seed=0)
+    traj = mix(0, sampled, rows)
+    written = [tokens[chosen].tolist() for tokens, chosen in zip(traj.actions, np.asarray(traj.mask), strict=True)]
+    assert written == [prompts.completions[i][:2] for i in prompts.indices_of(rows.number)]
+    assert np.unique(traj.temperature).tolist() == [0.5]
+    with pytest.raises(AssertionError, match="sampled"):
+        make_mix(0.5, Sampling(max_tokens=2), prompts, seed=0)(0, sampled, rows)
+
+
+@pytest.mark.parametrize(
+    ("script", "fields", "size"),
+    [
+        (ppo, {"batches": ppo.Config("", "").batches}, (8, 1)),
+        (online_dpo, {"batches": Batches(prompts=32, num_generations=8, minibatches=4)}, (8, 2)),
+        (distil, {"on_policy_fraction": 0.5, "batches": Batches(prompts=32, num_generations=1)}, (8, 1)),
+    ],
+)
+def test_the_step_of_debug_is_legal_on_this_machine(script, fields, size, root, tmp_path):
+    """A prompt for each of eight devices, and no more completions of one than the run would have."""
+    teacher = {"teacher": str(root / "teacher")} if script is distil else {}
+    cfg = runs.checked(settings(script, root, tmp_path, mesh=MeshShape(), debug=True, **teacher, **fields))
+    assert (cfg.steps, cfg.batches.prompts, cfg.batches.num_generations) == (1, *size)
+    train.check_batches(cfg.batches, make_mesh(**cfg.mesh.sizes))
+    if script is distil:
+        distil.check_settings(cfg)
+
+
+def test_the_step_of_debug_carries_over_what_divides():
+    batches = debug_batches(Batches(prompts=64, num_generations=8, carry_over=3))
+    train.check_batches(batches, make_mesh(), carries_over=True)
+    assert (batches.num_generations, batches.carry_over) == (2, 8)
+    assert debug_batches(Batches(num_generations=8), least_group=5).num_generations == 5
 
 
 # ----------------------------------------------------------------------------------------------------------- best of n
@@ -256,6 +314,12 @@ BAD = {
         r"reward\.compare = pairwise .*: eval_samples/eval_prompts = 1 leaves nothing to compare",
     ),
     "greedy": (ppo, {"sampling__temperature": 0.0}, r"temperature is 0"),
+    "no samples": (distil, {"eval_samples": 0}, r"eval_samples = 0; legal: at least 1"),
+    "what nothing reads": (
+        ppo,
+        {"weights__ref_mixup_alpha": 0.5, "controllers__kl_horizon": 7},
+        r"--weights.ref_mixup_alpha 0.5 is read only with --weights.ref_sync_steps\n--controllers.kl_horizon 7 is read",
+    ),
 }
 
 

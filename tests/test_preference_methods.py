@@ -11,9 +11,10 @@ import pytest
 
 from algorithms.tiny import table_params, table_policy
 from experiments.common import online_methods
+from experiments.common.data import Examples
 from experiments.common.offline import make_evaluate
 from experiments.common.preference_methods import METHODS
-from experiments.common.preference_rows import Row, collate_rows, empty_row
+from experiments.common.preference_rows import Row, collate_rows, empty_row, with_reference
 from experiments.common.settings import Batches
 from rljax.data.demonstrations import EMPTY
 from rljax.data.examples import Example
@@ -99,6 +100,27 @@ def test_an_empty_row_holds_nothing():
     assert row.completions == (EMPTY, EMPTY)
     assert row.label is False
     assert [x.size for x in row.ref_logps] == [0, 0]
+
+
+def test_the_reference_is_asked_for_the_rows_that_are_read():
+    """Of six rows to train on two are drawn, one of them twice; two are held out. A row is of two completions."""
+    pairs = rows_of(METHODS["sigmoid"])
+    params = table_params()
+    state = TrainState(0, params, optax.EmptyState(), jax.random.key(0))
+    axes = jax.tree.map(lambda x: (None,) * x.ndim, params)
+    shardings = state_shardings(make_mesh(fsdp=1, tensor=-1), state, optax.identity(), axes)
+    asked = []
+
+    def annotate(state, traj):
+        asked.append(len(traj.mask))
+        return traj.replace(old_logp=traj.actions.astype(float))
+
+    examples = Examples([*pairs, *pairs], pairs[:2])
+    found = with_reference(examples, [4, 1, 4], annotate, state, (2, 4), 1, shardings)
+    assert asked == [2] * 4
+    logps = [[x.tolist() for x in row.ref_logps] for row in (*found.train, *found.eval)]
+    assert logps == [[BEST, WORST] if i in (1, 4, 6, 7) else [] for i in range(8)]
+    assert [row.completions for row in found.train] == [row.completions for row in examples.train]
 
 
 def test_the_page_names_every_method():

@@ -104,6 +104,7 @@ def test_help_is_short_and_each_flag_has_a_meaning_and_a_default():
     flags = entries(done.stdout)
     assert 30 <= len(flags) <= 35
     assert flags[0].startswith("-h, --help")
+    assert "0: greedy, not in training" in next(flag for flag in flags if flag.startswith("--sampling.temperature"))
     for entry in flags[1:]:
         name, _, described = entry.partition(" ")
         meaning, _, default = described.rpartition(" (")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import grpo
-from experiments.common import data
+from experiments.common import data, models
 from experiments.common.reward_models import PIECE_TOKENS, load_process_reward_model, load_reward_model
 from experiments.common.rewards import Rewards, check_verdicts, read_rewards
-from experiments.common.settings import Batches, MeshShape, PromptData, Reward, Sampling
+from experiments.common.settings import Batches, MeshShape, PromptData, Reward, Sampling, Weights
 from models import tiny
 from rewards import servers
 from rljax import algorithms as a
@@ -165,8 +166,13 @@ def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, mon
     np.testing.assert_allclose(reward(traj, None), want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_longer_than_the_context_is_not_judged(directories, tmp_path):
-    write_reward_model(tmp_path / "short", max_position_embeddings=12)
+LONGROPE = tiny.rope(50.0, "longrope", original_max_position_embeddings=12, **tiny.LONG)
+
+
+@pytest.mark.parametrize("fields", [{"max_position_embeddings": 12}, LONGROPE], ids=["context", "longrope"])
+def test_a_row_longer_than_the_context_is_not_judged(fields, directories, tmp_path):
+    """Nor one that longrope has another table for: a reward model is trained with that of short texts."""
+    write_reward_model(tmp_path / "short", **fields)
     policy = data.load_tokenizer(str(directories / "policy"), 37)
     traj, whole = rollout([("once", "upon a", True), ("a", "bcdef", True)], policy)
     assert [len(ids) for ids in whole] == [12, 8]
@@ -175,6 +181,16 @@ def test_a_row_longer_than_the_context_is_not_judged(directories, tmp_path):
     assert np.isnan(reward(traj, None)).tolist() == [False, False]
     traj, _ = rollout([("once", "upon a ", True), ("a", "bcdef", True)], policy)
     assert np.isnan(reward(traj, None)).tolist() == [True, False]
+
+
+def test_a_reward_model_is_not_trained_on_rows_of_another_table(tmp_path):
+    write_reward_model(tmp_path, **LONGROPE)
+    mesh = make_mesh(fsdp=1, tensor=-1)
+    load = partial(models.load_pretrained, str(tmp_path), Weights(), mesh, reference=False, reward_model=True)
+    message = r"a row of 13 tokens: .* \(longrope\) beyond 12, .*; legal: --data.max_tokens 12"
+    with pytest.raises(ValueError, match=message):
+        load(13)
+    assert load(12)[0].ropes == hf.read_config(tmp_path, reward_model=True).ropes
 
 
 def test_items_of_rewards(directories):

@@ -40,6 +40,12 @@ def test_equal_completions_are_no_comparison():
     assert len(rlhf.comparisons(JUDGED, most=1, seed=0)) == 1
 
 
+def test_what_the_rule_left_unjudged_is_no_comparison():
+    record = JUDGED[0] | {"rewards": [0.0, None, 1.0]}
+    (row,) = rlhf.comparisons([record], most=5, seed=0)
+    assert (row["chosen"], row["rejected"]) == (record["completions"][2], record["completions"][0])
+
+
 def test_comparisons_of_several_openings_are_held_out(tmp_path):
     write_tokenizer(tiny.write(tmp_path / "model", RAW, {}))
     tokenizer = load_tokenizer(tmp_path / "model")

@@ -198,6 +198,20 @@ def mixed(parts: Sequence[list], weights: Sequence[float], names: Sequence[str],
     return rows
 
 
+def report_padding(lengths: Sequence[int], width: int, what: str, advice: str) -> None:
+    """Where more than half of what is computed is padding, one line says so, and what helps where few rows are so long.
+
+    Args:
+      lengths: tokens of each row. width: of every row of a batch, which is that of the longest.
+      advice: what makes rows narrower, with {} for the tokens that 99 % of them have at most.
+    """
+    padding = 1 - np.mean(lengths) / width
+    if padding > 0.5:
+        most = int(np.quantile(lengths, 0.99, method="higher"))
+        helps = f". 99 % of them have at most {most}: {advice.format(most)}" if 2 * most <= width else ""
+        log_info(f"batches of {what} are as wide as the longest needs, {width} tokens: {padding:.0%} is padding{helps}")
+
+
 def draw(examples: Sequence[T], seed: int, cursor: int, count: int) -> list[T]:
     """The next `count` examples of the shuffled order from draw number `cursor` on: a pure function."""
     return [examples[i] for i in shuffled_indices(len(examples), seed, int(cursor), count)]

@@ -48,11 +48,18 @@ def load_pretrained(
       seed: of the adapter's initial values.
       reference: keep a copy of the model as it is now; an adapter's base is there anyway.
       reward_model: with a score head, that of the directory or a new one, drawn from the seed.
-    Raises ValueError for an adapter together with `freeze`.
+    Raises ValueError for an adapter together with `freeze`, and for a reward model of rows that longrope has another
+    table for: it is read with that of short texts, whatever row it scores.
     """
     if weights.adapter.rank and weights.freeze:
         raise ValueError(
             "with an adapter the whole base is frozen: leave out --weights.freeze or --weights.adapter.rank"
+        )
+    limit = hf.longrope_limit(directory) if reward_model else None
+    if limit is not None and (context or 0) > limit:
+        raise ValueError(
+            f"a row of {context} tokens: {directory} has other positions (longrope) beyond {limit}, with which no "
+            f"reward model is read; legal: --data.max_tokens {limit}"
         )
     config = trained_config(hf.read_config(directory, context, reward_model), weights, mesh)
     params = load_decoder(directory, config, mesh, stored_dtype(weights))

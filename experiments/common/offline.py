@@ -15,7 +15,8 @@ from experiments.common import data, hub, micro_batches, train
 from experiments.common.best import keep_best
 from experiments.common.inputs import inputs_of
 from experiments.common.rows import examples_in
-from experiments.common.settings import PLACEMENT, Batches
+from experiments.common.settings import LOGISTICS, PLACEMENT, Batches
+from experiments.common.unread import check_unread
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
 from rljax.models.hf import RewardKind
@@ -27,9 +28,13 @@ from rljax.train.run import Run
 from rljax.train.update import map_micro_batches
 from rljax.types import Array, Objective, Params, TrainState
 
+NARROWER = "--data.max_tokens {} leaves the others out"  # for `data.report_padding`
+
 
 def check_settings(cfg: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError unless a batch divides into micro-batches over the devices, and the reference stays as it is."""
+    """Raise ValueError unless a batch divides into micro-batches over the devices, the reference stays as it is, and
+    every setting is read."""
+    check_unread(cfg, samples=False)
     devices = data_parallel_size(mesh)
     ways = devices * max(cfg.micro_batches, 1)
     if cfg.batch_size < 1 or cfg.micro_batches < 0 or cfg.batch_size % ways:
@@ -42,8 +47,11 @@ def check_settings(cfg: Any, mesh: jax.sharding.Mesh) -> None:
 
 
 def one_small_step(cfg: Any) -> Any:
-    """The settings with one step of as few examples as there are devices: small enough to run without jit."""
-    return dataclasses.replace(cfg, steps=1, batch_size=jax.device_count(), micro_batches=1)
+    """The settings with one step of as few examples as there are devices, and as few held out: small enough to run
+    without jit."""
+    size = jax.device_count()
+    rows = dataclasses.replace(cfg.data, eval_size=min(size, cfg.data.eval_size))
+    return dataclasses.replace(cfg, data=rows, steps=1, batch_size=size, micro_batches=1)
 
 
 def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str = "", **functions: Any) -> Run:
@@ -60,6 +68,7 @@ def make_run(cfg: Any, source: str, progress_metrics: Sequence[str], kind: str =
         save_every=cfg.save_every,
         progress_metrics=progress_metrics,
         placement=PLACEMENT,
+        logistics=LOGISTICS,
     )
 
 
@@ -67,6 +76,11 @@ def widths(examples: Iterable[Example]) -> tuple[int, int]:
     """Tokens of the longest prompt, and of the longest completion."""
     lengths = [(len(example.prompt), len(example.completion)) for example in examples]
     return max(prompt for prompt, _ in lengths), max(completion for _, completion in lengths)
+
+
+def tokens_of(examples: Iterable[Example]) -> list[int]:
+    """Tokens of each example, its prompt among them."""
+    return [len(example.prompt) + len(example.completion) for example in examples]
 
 
 def choose_micro_batches(

@@ -10,7 +10,6 @@ from experiments.common import train
 from experiments.common.preference_methods import PAIR_METHODS, PairLoss
 from experiments.common.settings import Batches, Rare
 from rljax import algorithms as a
-from rljax.algorithms.common.credit import rewards_differ
 from rljax.algorithms.common.reward_shaping import penalize_missing_eos
 from rljax.models import decoder, mixtures
 from rljax.models.decoder import DecoderConfig
@@ -49,8 +48,7 @@ def online_dpo(preference: Preference, batches: Batches, config: DecoderConfig, 
     def make_pairs(traj, other):
         if preference.missing_eos_penalty:
             traj = penalize_missing_eos(traj, preference.missing_eos_penalty)
-        compared = traj.replace(mask=traj.mask & rewards_differ(traj)[:, None])
-        return a.online_pairs(compared, n)
+        return a.online_pairs(traj, n)
 
     method = PAIR_METHODS[preference.loss]
     objective = method.make(model, method.beta if preference.beta is None else preference.beta)

@@ -1,4 +1,4 @@
-"""Rows of dpo.py: what a method learns from, and the reference's log-probs of it, computed once."""
+"""Rows of dpo.py: what a method learns from, and the reference's log-probs of it, computed once a start."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -122,13 +122,20 @@ def _with_ref_logp(traj: Trajectory, logps: Sequence[np.ndarray]) -> Trajectory:
 
 
 def with_reference(
-    rows: Examples, annotate: AnnotateFn, state: TrainState, widths: tuple[int, int], size: int, shardings: Shardings
+    rows: Examples,
+    drawn: Sequence[int] | np.ndarray,
+    annotate: AnnotateFn,
+    state: TrainState,
+    widths: tuple[int, int],
+    size: int,
+    shardings: Shardings,
 ) -> Examples:
     """The rows with the log-probs that the policy has before its first update: it is the reference then.
 
-    Computed once for all rows, so that no copy of the reference is kept during training.
+    Computed for the rows that a run reads, once a start, so that no copy of the reference is kept during training.
 
     Args:
+      drawn: indices of the training rows that are learned from; the others stay without log-probs.
       annotate: fills `old_logp`.
       widths: tokens of the longest prompt and of the longest completion. size: rows at a time.
     """
@@ -143,13 +150,17 @@ def with_reference(
         logp = distributed.fetch(annotate(state, traj).old_logp)
         return iter([values[decides] for values, decides in zip(logp, np.asarray(traj.mask), strict=True)])
 
-    both = [*rows.train, *rows.eval]
+    numbers = np.unique(np.asarray(drawn)).tolist()
+    read = [*(rows.train[i] for i in numbers), *rows.eval]
     found = []
-    for part in offline.filled(both, size, empty_row(both[0])):
+    for part in offline.filled(read, size, empty_row(read[0])):
         logps = logps_of(part)
-        before = 10 * len(found) // len(both)
+        before = 10 * len(found) // len(read)
         found += [row._replace(ref_logps=tuple(next(logps) for _ in range(completions))) for row in part]
-        now = 10 * min(len(found), len(both)) // len(both)
+        now = 10 * min(len(found), len(read)) // len(read)
         if now > before:
-            log_info(f"reference log-probs: {10 * now} % of {len(both)} rows")
-    return Examples(found[: len(rows.train)], found[len(rows.train) : len(both)])
+            log_info(f"reference log-probs: {10 * now} % of {len(read)} rows")
+    train = list(rows.train)
+    for i, row in zip(numbers, found, strict=False):
+        train[i] = row
+    return Examples(train, found[len(numbers) : len(read)])

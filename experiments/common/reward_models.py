@@ -125,9 +125,15 @@ def _closed(
 
 
 def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> tuple[DecoderConfig, Params, Tokenizer]:
-    """Config, parameters and tokenizer of a sequence classifier."""
+    """Config, parameters and tokenizer of a sequence classifier.
+
+    It is trained with one table of positions: rows that longrope has another one for count as beyond its context.
+    """
     config = hf.read_config(directory, reward_model=True)
-    config = dataclasses.replace(config, dtype=dtype, hidden_sharding=hidden_sharding(mesh))
+    longest = hf.longrope_limit(directory) or config.max_positions
+    config = dataclasses.replace(
+        config, dtype=dtype, hidden_sharding=hidden_sharding(mesh), max_positions=min(longest, config.max_positions)
+    )
     tokenizer = data.load_tokenizer(str(directory), config.vocab_size)
     params = models.load_decoder(str(directory), config, mesh, dtype)
     return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer

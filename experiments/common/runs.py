@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
@@ -12,7 +12,8 @@ from experiments.common import data, hub, train
 from experiments.common.best import keep_best
 from experiments.common.inputs import inputs_of
 from experiments.common.rows import Read, make_shape
-from experiments.common.settings import PLACEMENT
+from experiments.common.settings import LOGISTICS, PLACEMENT, one_small_step
+from experiments.common.unread import check_unread
 from experiments.common.verifiers import check_answers, check_rubric_columns
 from rljax.data.prompts import Prompts
 from rljax.data.tokenizer import Tokenizer
@@ -22,6 +23,24 @@ from rljax.rewards.pool import Pool
 from rljax.train.log import log_info
 from rljax.train.run import Run
 from rljax.types import Batch, TrainState, Trajectory
+
+T = TypeVar("T")
+
+
+def checked(cfg: T, least_group: int = 1) -> T:
+    """The settings of a run, with --debug those of one small step.
+
+    least_group: of the algorithm. Raises ValueError for settings that nothing reads, and for evaluations of nothing.
+    """
+    check_unread(cfg)
+    check_evaluation(cfg)
+    return one_small_step(cfg, least_group) if cfg.debug else cfg
+
+
+def check_evaluation(cfg: Any) -> None:
+    """Raise ValueError for evaluations of nothing."""
+    if cfg.eval_samples < 1:
+        raise ValueError(f"eval_samples = {cfg.eval_samples}; legal: at least 1")
 
 
 def read_data(
@@ -35,6 +54,8 @@ def read_data(
     files = data.read_files(cfg.prompts)
     sizes = (max_tokens, cfg.eval_prompts, cfg.seed)
     prompts = data.read_prompts(files, cfg.template, tokenizer, *sizes, cfg.data, read)
+    lengths = [len(ids) for ids in prompts[0].encoded]
+    data.report_padding(lengths, prompts[0].length, "prompts", "--max_prompt_tokens {} leaves the others out")
     _check_answers(cfg, files, verifiers)
     return tokenizer, *prompts
 
@@ -116,6 +137,7 @@ def make_run(
         log_samples_every=cfg.log_samples_every,
         progress_metrics=progress_metrics,
         placement=PLACEMENT,
+        logistics=LOGISTICS,
     )
 
 
@@ -123,7 +145,9 @@ def make_run_of_one_step(
     cfg: Any, directory: str, settings: dict, source: str, verifiers: Mapping[str, Callable]
 ) -> Run:
     """The run directory of a script that trains nothing; `settings` are those of cfg that may not change."""
-    return Run(directory, settings, steps=1, source=source, functions={"rewards": verifiers}, inputs=inputs_of(cfg))
+    functions = {"rewards": verifiers}
+    inputs = inputs_of(cfg)
+    return Run(directory, settings, steps=1, source=source, functions=functions, inputs=inputs, logistics=LOGISTICS)
 
 
 def summarize(cfg: Any, before: dict[str, float], after: dict[str, float], model: Path) -> dict[str, dict[str, float]]:

@@ -242,21 +242,25 @@ MIXED = ("inputs", "actions", "logp", "mask", "positions", "segments", "temperat
 
 def make_mix(
     policy_fraction: float, options: settings.Sampling, prompts: Prompts, seed: int
-) -> Callable[[int, Trajectory, PromptBatch], Trajectory]:
-    """mix(step, traj, rows) -> the trajectory, in which some rows are the file's completions of the same prompts.
+) -> Callable[[int, Callable[[], Trajectory], PromptBatch], Trajectory]:
+    """mix(step, sampled, rows) -> sampled(), in which some rows are the file's completions of the same prompts.
 
-    They are `prompts.completions`, cut where sampled ones would be. `policy_fraction`: share of rows that stay as they
-    were sampled.
+    They are `prompts.completions`, cut where sampled ones would be. `policy_fraction`: probability that a row stays as
+    it was sampled; with 0 nothing is sampled.
     """
     if policy_fraction == 1:
-        return lambda step, traj, rows: traj
+        return lambda step, sampled, rows: sampled()
     completions = [ids[: options.max_tokens] for ids in prompts.completions]
 
-    def mix(step: int, traj: Trajectory, rows: PromptBatch) -> Trajectory:
+    def mix(step: int, sampled: Callable[[], Trajectory], rows: PromptBatch) -> Trajectory:
         given = demonstrations(rows, [completions[i] for i in prompts.indices_of(rows.number)], options.max_tokens)
         temperature = jnp.full_like(given.temperature, options.temperature)
         given = given.replace(temperature=temperature, group=jnp.asarray(rows.number))
-        sides = [Trajectory(**{name: getattr(side, name) for name in MIXED}) for side in (traj, given)]
-        return mix_completions(jax.random.fold_in(jax.random.key(seed), step), *sides, policy_fraction)
+        given = Trajectory(**{name: getattr(given, name) for name in MIXED})
+        if policy_fraction == 0:
+            return given
+        traj = sampled()
+        traj = Trajectory(**{name: getattr(traj, name) for name in MIXED})
+        return mix_completions(jax.random.fold_in(jax.random.key(seed), step), traj, given, policy_fraction)
 
     return mix

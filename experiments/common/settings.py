@@ -7,19 +7,28 @@ import dataclasses
 import sys
 from typing import Annotated, Literal, TypeVar
 
+import jax
 import tyro
 
 from rljax.train.mesh import AXES
 from rljax.train.trackers import OPENERS
 
 T = TypeVar("T")
-PLACEMENT = (
-    "mesh",
-    "micro_batches",
-    "remat",
-    "offload",
-    "gather_for_generation",
-)  # settings that a resumed run may change
+# Settings that a resumed run may change: where arrays lie and how work is cut, and where, how patiently and how often
+# others are asked and files are written. None of them says what is learned.
+PLACEMENT = ("mesh", "micro_batches", "remat", "offload", "gather_for_generation")
+LOGISTICS = (
+    "server.url",
+    "reward.workers",
+    "reward.server_requests",
+    "reward.server_retries",
+    "reward.server_timeout_seconds",
+    "reward.server_step_seconds",
+    "reward.max_failed",
+    "max_failed",
+    "save_every",
+    "log_samples_every",
+)
 Rare = tyro.conf.Suppress if {"-h", "--help"} & set(sys.argv) else Annotated[T, "rare"]
 
 
@@ -43,12 +52,12 @@ class Batches:
 class Sampling:
     """How completions are sampled."""
 
-    temperature: float = 1.0  # of the softmax, in sampling and in the trainer's log-probs; 0: greedy
+    temperature: float = 1.0  # of the softmax, in sampling and in the trainer's log-probs; 0: greedy, not in training
     top_k: int | None = None  # sample from the k most likely tokens
     top_p: float | None = None  # sample from the most likely tokens that hold this probability together
     min_p: Rare[float | None] = None  # sample from tokens at least this likely, relative to the most likely one
-    repetition_penalty: Rare[float | None] = None  # divides positive logits of earlier tokens, multiplies negative ones
-    min_tokens: Rare[int | None] = None  # tokens of a completion before a stop token is possible
+    repetition_penalty: Rare[float | None] = None  # earlier tokens' positive logits are divided by it; not in training
+    min_tokens: Rare[int | None] = None  # of a completion before it can stop; in training with top_k, top_p, min_p only
     stop_strings: tuple[str, ...] = ()  # texts that end a completion; \n is a new line
     max_tokens: int = 64  # tokens of a completion
     max_concurrent: Rare[int | None] = None  # rows sampled at a time, refilled as they finish; default: all at once
@@ -215,9 +224,17 @@ class Panel:
 
 
 def debug_batches(batches: Batches, least_group: int = 1) -> Batches:
-    """Two prompts with two completions each, or as many as the algorithm needs: small enough to run without jit."""
+    """Two completions, or as many as the algorithm needs, of two prompts, or of one for each device: small enough to
+    run without jit. No more completions of a prompt than the settings have."""
+    prompts = max(2, jax.device_count())
     return dataclasses.replace(
-        batches, prompts=2, num_generations=max(2, least_group), oversample=1, minibatches=1, micro_batches=1
+        batches,
+        prompts=prompts,
+        num_generations=min(max(2, least_group), batches.num_generations),
+        oversample=1,
+        carry_over=min(prompts, batches.carry_over * prompts),
+        minibatches=1,
+        micro_batches=1,
     )
 
 

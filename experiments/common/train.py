@@ -242,6 +242,17 @@ def cut_annotate(
     return make_shared_prefix_annotate(annotate, prompt_tokens - 1, group_size, rows_at_once, shardings)
 
 
+def make_annotates(policy: PolicyFn, needs: tuple[str, ...], *sizes: Any) -> tuple[AnnotateFn, AnnotateFn]:
+    """The annotate of a step, which fills `needs`, and that of an evaluation, which fills `ref_logp` alone, for its KL.
+
+    One function where both fill the same. sizes: those of `cut_annotate`.
+    """
+    annotate = cut_annotate(policies.make_annotate(policy, needs), *sizes)
+    if set(needs) <= {"ref_logp", "baseline"}:
+        return annotate, annotate
+    return annotate, cut_annotate(policies.make_annotate(policy, ("ref_logp",)), *sizes)
+
+
 def annotate_rows(
     batches: Batches, config: DecoderConfig, prompt_tokens: int, max_tokens: int, mesh: jax.sharding.Mesh
 ) -> int:
@@ -290,6 +301,8 @@ def make_evaluate(
     """evaluate(state) -> mean reward, its standard error, and KL to the reference, of `samples` completions.
 
     Every evaluation samples with the same key, about as many completions at a time as a step of training.
+
+    annotate: fills `ref_logp`.
     """
     all_prompts = prompts.first(len(prompts))
     sampling = sampling.replace(n=math.ceil(samples / len(prompts)))

@@ -17,7 +17,9 @@ from rljax.train.compiled import polyak_update
 from rljax.train.update import make_update
 from rljax.types import Params, TrainState, Trajectory, Transition
 
-MAX_CHUNK = 128  # iterations whose random numbers are drawn together, at most
+# Iterations whose random numbers are drawn together, at most. It is a divisor of their number: where that is a prime,
+# each iteration draws for itself, which is slower.
+MAX_CHUNK = 128
 
 
 class Hyperparams(NamedTuple):
@@ -33,7 +35,7 @@ class Hyperparams(NamedTuple):
 class Sizes(NamedTuple):
     """Static: another value compiles another program. Intervals are in steps of all environments together."""
 
-    total_steps: int = 500_000
+    total_steps: int = 500_000  # best a multiple of 128 train_frequency: see MAX_CHUNK
     num_envs: int = 10  # environments at once
     train_frequency: int = 10  # steps between trainings
     gradient_steps: int = 1  # updates of each training
@@ -108,8 +110,11 @@ def make_train(env: Env, sizes: Sizes) -> Callable:
 
 
 def check_sizes(sizes: Sizes) -> None:
+    fitting = [n for n in range(1, sizes.train_frequency + 1) if sizes.train_frequency % n == 0]
+    if sizes.num_envs not in fitting:
+        legal = f"{', '.join(map(str, fitting))}, the divisors of train_frequency"
+        raise ValueError(f"num_envs = {sizes.num_envs}; legal: {legal}: intervals count steps of all environments")
     for name, value, divisor in (
-        ("train_frequency", sizes.train_frequency, sizes.num_envs),
         ("target_frequency", sizes.target_frequency, sizes.train_frequency),
         ("buffer_size", sizes.buffer_size, sizes.train_frequency),
     ):

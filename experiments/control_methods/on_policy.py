@@ -53,7 +53,7 @@ class Hyperparams(NamedTuple):
 class Sizes(NamedTuple):
     """Static: another value compiles another program."""
 
-    total_steps: int = 150_000  # steps of all environments together
+    total_steps: int = 150_000  # of all environments together; of whole episodes also the columns after their ends
     num_envs: int = 16  # environments at once
     num_steps: int = 128  # steps of each environment in a rollout; longest episode where whole episodes are collected
     epochs: int = 4  # passes over the decisions of a rollout; vpg, trpo: passes of the critic

@@ -13,7 +13,7 @@ different accuracies.
 import jax
 import jax.numpy as jnp
 
-from rljax.algorithms.common.credit import rewards_differ
+from rljax.algorithms.common.credit import require, rewards_differ
 from rljax.types import Algorithm, SignalFn, Trajectory
 
 
@@ -23,6 +23,7 @@ def dynamic_sampling(traj: Trajectory, rows: int, group_signal: SignalFn = rewar
     Groups must be of one size that divides `rows`. Report rewards and lengths of the trajectory before: this one is a
     selection.
     """
+    require(traj, "group")
     kept = jnp.lexsort((traj.group, ~group_signal(traj)))[:rows]
     return jax.tree.map(lambda x: x[kept], traj)
 

@@ -7,7 +7,7 @@ A baseline b that does not depend on row i's own decisions leaves the mean of th
 variance. `leave_one_out_baseline` is one (RLOO, arXiv:2402.14740); `group_mean_baseline` and `batch_mean_baseline`
 include the row itself and so shrink the gradient by (n - 1)/n. b_it is the same function of column t: n are then the
 rows with a decision there, and where n varies with t the two that include the row also change the gradient's direction.
-A truncated episode counts as ended: neither bootstraps.
+A row is one episode, and a truncated one counts as ended: neither bootstraps.
 """
 
 import jax
@@ -20,6 +20,7 @@ from rljax.algorithms.common.credit import (
     decision_rewards,
     outcome_batch,
     outcome_rewards,
+    require,
     rewards_differ,
 )
 from rljax.ops import groups, losses, statistics, weights
@@ -50,17 +51,23 @@ def leave_one_out_baseline(rewards: PerRow, group: GroupIds, valid: ValidRows) -
     return groups.leave_one_out_mean(rewards, group, valid)
 
 
+def _compares(baseline: BaselineFn) -> bool:
+    return baseline in (group_mean_baseline, leave_one_out_baseline)
+
+
 def reinforce(baseline: BaselineFn = leave_one_out_baseline) -> Algorithm:
     """REINFORCE. `baseline`: (rewards [B], group [B], valid [B]) -> [B]."""
+    compares = _compares(baseline)
 
     def credit(traj, coefficients):
+        if compares:
+            require(traj, "group")
         rewards, valid = outcome_rewards(traj)
         return outcome_batch(traj, rewards - baseline(rewards, traj.group, valid), valid, coefficients)
 
     def loss(output, batch):
         return losses.policy_gradient(output.logp, batch.advantages), {}
 
-    compares = baseline in (group_mean_baseline, leave_one_out_baseline)
     signal = rewards_differ if compares else None
     least = 2 if compares else 1
     weigh = weights.seq_mean_token_sum
@@ -71,6 +78,8 @@ def reinforce_to_go(baseline: BaselineFn = leave_one_out_baseline, gamma: Scalar
     """REINFORCE in which a decision is credited with the rewards from it on. `baseline`: as of `reinforce`."""
 
     def credit(traj, coefficients):
+        if _compares(baseline):
+            require(traj, "group")
         rewards, mask = decision_rewards(traj)
         returns = discounted_returns(rewards, mask, gamma)
         baselines = jax.vmap(baseline, in_axes=(1, None, 1), out_axes=1)(returns, traj.group, mask)

@@ -33,6 +33,7 @@ def balanced_subsample(traj: Trajectory, drawn: int, kept: int) -> Trajectory:
     """
     if traj.mask.shape[0] % drawn or kept > drawn:
         raise ValueError(f"{traj.mask.shape[0]} rows are not groups of {drawn}, or hold no {kept} to keep")
+    require(traj, "group")
     rewards, valid = outcome_rewards(traj)
     mean = groups.group_mean(rewards, traj.group, valid)
 

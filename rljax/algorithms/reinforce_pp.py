@@ -3,6 +3,8 @@
     Â = whiten(Σ_{t'≥t} γ^{t'-t} r_t')    over all decisions of the batch; no group is needed
     L = (1/Σm) Σ max(-ρÂ, -clip(ρ) Â)
 
+A row is one episode: its sum of rewards goes on to the end of the row.
+
 The paper's KL is in the reward: `kl_in_reward(reinforce_pp(), β)`. `reinforce_pp_baseline` subtracts the mean reward of
 the group before whitening (several completions per prompt); its KL is k2 in the loss:
 `with_kl(reinforce_pp_baseline(), β, k2)`.

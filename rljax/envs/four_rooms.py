@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from rljax.envs.env import Env
-from rljax.envs.maze import Maze, maze_env, one_hot
+from rljax.envs.maze import Maze, check_on_grid, check_slip, maze_env, one_hot
 
 MAP = """
 xxxxxxxxxxxxx
@@ -33,10 +33,13 @@ def make_four_rooms(
 ) -> Env:
     """The map of gymnax. slip 4/9: a third of the actions become another one (a uniform draw may be the chosen one).
 
-    start None: any free cell but the goal. Raises ValueError for a position in a wall, or a start at the goal.
+    start None: any free cell but the goal. Raises ValueError for a position off the map or in a wall, a start at the
+    goal, or a slip that is no probability.
     """
+    check_slip(slip)
     lines = MAP.strip().splitlines()
     for name, position in (("goal", goal), ("start", start)):
+        check_on_grid(name, position, len(lines), len(lines[0]))
         if position is not None and lines[position[0]][position[1]] == "x":
             raise ValueError(f"{name} at {position} is in a wall")
     if start == goal:

@@ -11,6 +11,7 @@ def make_gymnax(name: str, **arguments) -> Env:
     """`gymnax.make(name, **arguments)` as an Env, observed as one vector of floats.
 
     Its own auto-reset is left out: `rollouts.unroll` resets. A step that ends an episode both ways has terminated it.
+    A continuous action is clipped to its bounds, which only some of gymnax's environments do by themselves.
 
     Raises ImportError without gymnax, ValueError for a name it does not know.
     """
@@ -18,10 +19,10 @@ def make_gymnax(name: str, **arguments) -> Env:
         import gymnax
     except ImportError:
         raise ImportError("gymnax is not installed: pip install 'rljax[envs]' (Python 3.11)") from None
-    try:
-        env, params = gymnax.make(name, **arguments)
-    except ValueError:
-        raise ValueError(f"gymnax has no {name!r}; it has {', '.join(gymnax.registered_envs)}") from None
+    if name not in gymnax.registered_envs:
+        raise ValueError(f"gymnax has no {name!r}; it has {', '.join(gymnax.registered_envs)}")
+    env, params = gymnax.make(name, **arguments)
+    actions = convert_action_space(env.action_space(params))
 
     def observe(observation):
         return jnp.ravel(observation).astype(jnp.float32)
@@ -31,12 +32,14 @@ def make_gymnax(name: str, **arguments) -> Env:
         return observe(observation), state
 
     def step(key, state, action, params) -> Step:
+        if isinstance(actions, Box):
+            action = jnp.clip(action, jnp.asarray(actions.low), jnp.asarray(actions.high))
         observation, state, reward, terminated, info = env.step_env(key, state, action, params)
         terminated = jnp.asarray(terminated, bool)
         truncated = ~terminated & env.is_truncated(state, params)
         return Step(observe(observation), state, jnp.float32(reward), terminated, truncated, info)
 
-    return Env(reset, step, convert_action_space(env.action_space(params)), params)
+    return Env(reset, step, actions, params)
 
 
 def convert_action_space(space: Any) -> int | Box:

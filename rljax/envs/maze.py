@@ -73,14 +73,15 @@ def make_maze(
     Args: reward: of the goal; the trap's is its negative. observe: (position, maze) -> observation: `one_hot`,
     `row_and_column`, `cell_index`, or the caller's own.
 
-    Raises ValueError for a position off the grid or in a wall, two ends in one cell, or no cell to start in.
+    Raises ValueError for a position off the grid or in a wall, two ends in one cell, no cell to start in, or a slip
+    that is no probability.
     """
+    check_slip(slip)
     blank = jnp.zeros((rows, columns), bool)
     special = {"start": start, "goal": goal, "trap": trap}
     cells = special | {f"wall {n}": wall for n, wall in enumerate(walls)}
     for name, place in cells.items():
-        if place is not None and not (0 <= place[0] < rows and 0 <= place[1] < columns):
-            raise ValueError(f"{name} at {place} is off the grid of {rows} x {columns}")
+        check_on_grid(name, place, rows, columns)
         if name in special and place in walls:
             raise ValueError(f"{name} at {place} is in a wall")
     for name, place, others in (("trap", trap, (goal,)), ("start", start, (goal, trap))):
@@ -100,6 +101,18 @@ def make_maze(
         raise ValueError("no cell is left to begin in: all are walls or ends")
     rewards = reward * mark(goal) - reward * mark(trap)
     return maze_env(Maze(blocked, starts, ends, rewards, jnp.float32(slip), jnp.int32(max_steps)), observe)
+
+
+def check_on_grid(name: str, place: tuple[int, int] | None, rows: int, columns: int) -> None:
+    """Raise ValueError, naming the position, where it is no cell of the grid."""
+    if place is not None and not (0 <= place[0] < rows and 0 <= place[1] < columns):
+        raise ValueError(f"{name} at {place} is off the grid of {rows} x {columns}")
+
+
+def check_slip(slip: float) -> None:
+    """Raise ValueError for what is no probability."""
+    if not 0 <= slip <= 1:
+        raise ValueError(f"slip = {slip}; legal: a probability, 0 to 1")
 
 
 def maze_env(maze: Maze, observe: Callable = one_hot) -> Env:
@@ -134,7 +147,10 @@ def move(position: jax.Array, action: jax.Array, maze: Maze) -> jax.Array:
 
 
 def maze_mdp(maze: Maze, gamma: float) -> TabularMDP:
-    """The maze as tables, its cells indexed row by row, its ends terminal. The time limit is no part of it."""
+    """The maze as tables, its cells indexed row by row. The time limit is no part of it.
+
+    Ends are terminal, and so are walls, which nothing enters: the values of both are 0.
+    """
     rows, columns = maze.walls.shape
     cells = jnp.stack(jnp.divmod(jnp.arange(rows * columns), columns), axis=1).astype(jnp.int32)
 
@@ -142,4 +158,4 @@ def maze_mdp(maze: Maze, gamma: float) -> TabularMDP:
         position = move(cell, action, maze)
         return cell_index(position, maze), maze.rewards[position[0], position[1]]
 
-    return tabulate(outcome, cells, len(MOVES), maze.ends.ravel(), gamma, maze.slip)
+    return tabulate(outcome, cells, len(MOVES), (maze.ends | maze.walls).ravel(), gamma, maze.slip)

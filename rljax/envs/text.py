@@ -13,7 +13,8 @@ What an environment does wrong never hangs a run and never becomes a reward of 0
 | returns the reward None | status "unjudged": the conversation has no reward; it is counted |
 | raises in `step` | status "raised": the conversation is truncated and has no reward; it is counted |
 | gives no answer in time | status "timeout": likewise |
-| writes more than the limit | the middle is cut out, and the text says how much |
+| writes an observation longer than the limit | the middle is cut out, and the text says how much |
+| writes a long prompt | it stays whole: a prompt is bounded in tokens, by who encodes it |
 """
 
 import math
@@ -57,7 +58,7 @@ class TurnLimits(NamedTuple):
     """What an environment may take for a turn."""
 
     timeout_seconds: float = 10.0
-    max_characters: int = 4000  # of an observation
+    max_characters: int = 4000  # of a message of an observation; prompts are not cut
     workers: int = 16  # turns that are played side by side
 
 
@@ -84,7 +85,7 @@ def begin_each(
         if not (isinstance(called.value, tuple) and len(called.value) == 2):
             raise TextEnvError(f"{place} returned {_shown(called.value)}; legal: (state, observation)")
         state, observation = called.value
-        messages, _ = _messages(observation, place, limits.max_characters)
+        messages = _messages(observation, place)
         if not any(message["content"] for message in messages):
             raise TextEnvError(f"{place} returned no text to begin with; legal: a prompt")
         begun.append((state, messages))
@@ -122,7 +123,9 @@ def check_turn(returned: Any, place: str, max_characters: int) -> PlayedTurn:
         raise TextEnvError(f"{place}: the reward is {shown}; legal: a finite number, or None for what cannot be judged")
     if not (isinstance(returned.info, Mapping) and all(map(_is_finite, returned.info.values()))):
         raise TextEnvError(f"{place}: info is {_shown(returned.info)}; legal: names with finite numbers")
-    messages, cut = _messages(returned.observation, place, max_characters)
+    messages = _messages(returned.observation, place)
+    cut = sum(max(len(message["content"]) - max_characters, 0) for message in messages)
+    messages = [{**message, "content": cut_middle(message["content"], max_characters)} for message in messages]
     step = returned._replace(observation=messages)
     return PlayedTurn(step, "unjudged" if returned.reward is None else "ok", cut_characters=cut)
 
@@ -146,24 +149,20 @@ def _call_each(env: TextEnv, calls: Sequence[Callable[[], Any]], limits: TurnLim
         raise TextEnvError(str(error)) from None
 
 
-def _messages(observation: Any, place: str, max_characters: int) -> tuple[list[dict], int]:
-    """The messages of an observation, and how many characters were cut. A character that is no Unicode becomes "?"."""
+def _messages(observation: Any, place: str) -> list[dict]:
+    """The messages of an observation. A character that is no Unicode becomes "?"."""
     messages = observation
     if isinstance(observation, str):
         messages = [{"role": "user", "content": observation}] if observation else []
     if not isinstance(messages, list):
         raise TextEnvError(f"{place}: the observation is {_shown(observation)}; legal: a text, or a list of messages")
     found = []
-    cut = 0
     for message in messages:
         texts = [message.get("role"), message.get("content")] if isinstance(message, Mapping) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise TextEnvError(f"{place}: a message is {_shown(message)}; legal: {{'role': text, 'content': text}}")
-        content = message["content"]
-        cut += max(len(content) - max_characters, 0)
-        content = cut_middle(content, max_characters).encode("utf-8", "replace").decode("utf-8")
-        found.append({**message, "content": content})
-    return found, cut
+        found.append({**message, "content": message["content"].encode("utf-8", "replace").decode("utf-8")})
+    return found
 
 
 def _is_finite(value: Any) -> bool:

@@ -38,12 +38,20 @@ def tool_env(
     that says so. A tool that hangs meets the deadline of the turn, and one that raises ToolUnavailable ends it.
 
     Args:
-      tools: functions by name. What they return is written as a text.
+      tools: functions by name, whose parameters Python knows. What they return is written as a text.
       parse: the calls in a turn, as of `rljax.data.tool_calls`.
       prompt: row -> how the conversation begins. grade: (answer, row) -> reward, None where it cannot be judged.
       schemas: of the tools, for the chat template. role: of the observations.
       max_calls: of a conversation; further ones are refused, in an observation.
+
+    Raises ValueError for a tool whose parameters are not known: builtins such as `max`.
     """
+    for called, tool in tools.items():
+        try:
+            inspect.signature(tool)
+        except (TypeError, ValueError) as error:
+            legal = f"a function written in Python, as lambda *numbers: {called}(*numbers)"
+            raise ValueError(f"tool {called}: {error}; legal: {legal}") from None
 
     def reset(row: Mapping[str, Any], seed: int) -> tuple[ToolState, TextOrMessages]:
         return ToolState(row), prompt(row)
@@ -67,7 +75,10 @@ def tool_env(
 
 
 def call_tool(tools: Mapping[str, Callable], call: ToolCall) -> tuple[str, bool]:
-    """What the model reads after a call, and whether the call was carried out. Raises ToolUnavailable alone."""
+    """What the model reads after a call, and whether the call was carried out.
+
+    tools: as of `tool_env`, which has looked at their parameters. Raises ToolUnavailable alone.
+    """
     if call.problem:
         return f"The call was not carried out: {call.problem}", False
     if call.name not in tools:

@@ -102,6 +102,14 @@ def read_raw(directory: str | Path) -> dict:
     return read_object(file)
 
 
+def longrope_limit(directory: str | Path) -> int | None:
+    """Tokens of the longest text for which longrope has its table of short ones, which is that of `read_config` without
+    a context; None for a model of one table."""
+    c = _hf_config(Path(directory) / "config.json", read_raw(directory))
+    ropes = [fields for fields in _each_rope(c.rope_parameters) if fields.get("rope_type") == "longrope"]
+    return min((fields["original_max_position_embeddings"] for fields in ropes), default=None)
+
+
 def _is_classifier(raw: dict) -> bool:
     """Whether it is a reward model, which has no table of logits of its own."""
     return any(name.endswith("ForSequenceClassification") for name in raw.get("architectures") or [])

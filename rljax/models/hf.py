@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from rljax.models import decoder
 from rljax.models.decoder import DecoderConfig
 from rljax.models.families import has_own_head, read_raw
+from rljax.models.families import longrope_limit as longrope_limit
 from rljax.models.families import read_config as read_config
 from rljax.models.layout import (
     NOT_TRANSPOSED,

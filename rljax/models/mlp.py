@@ -4,7 +4,8 @@ Weights begin as independent normals of variance 1/in (LeCun et al. 1998), times
 PPO's implementations begin with orthogonal weights of gain √2; docs/control.md measures both.
 
 A policy over continuous actions is a Gaussian with independent dimensions and a standard deviation that is the same in
-every state. Environments clip actions to their bounds; log-probs are of the unclipped action.
+every state. Environments clip actions to their bounds (those of gymnax: its adapter); log-probs are of the unclipped
+action.
 """
 
 from collections.abc import Callable

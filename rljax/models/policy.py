@@ -173,8 +173,8 @@ def make_annotate(policy: PolicyFn, needs: tuple[str, ...]) -> AnnotateFn:
     * ref_logp, teacher_logp: of the policy on state.frozen["reference"] and ["teacher"]. Their routers choose their own
       experts: the recorded routing is the sampling policy's. They are renormalized over `traj.support`, as the policy
       is: a KL estimated from them is that of the two truncated distributions.
-    * values [B T+1]: on state.params, 0 after the last decision; with them final_values [B T] where an environment
-      recorded `next_inputs`.
+    * values [B T+1]: on state.params, 0 after the last decision. Where an environment recorded `next_inputs`, also
+      final_values [B T], and a row whose last column is a decision ends in the value of what that one led to.
     * old_logp: the trainer's own log-probs, for methods that distinguish them from the sampler's.
     * sum_pi_squared, entropy.
 
@@ -218,7 +218,9 @@ def _own_fields(policy: PolicyFn, params: Params, frozen: Params, traj: Trajecto
             raise ValueError("this algorithm needs values: give the parameters a head (policy.with_value_head)")
         fields["values"] = jnp.pad(jnp.where(traj.mask, output.values, 0.0), ((0, 0), (0, 1)))
         if traj.next_inputs is not None:
-            fields["final_values"] = policy(params, frozen, traj.replace(inputs=traj.next_inputs)).values
+            final_values = policy(params, frozen, traj.replace(inputs=traj.next_inputs)).values
+            after = jnp.where(traj.mask[:, -1], final_values[:, -1], 0.0)
+            fields |= {"final_values": final_values, "values": fields["values"].at[:, -1].set(after)}
     if "old_logp" in needs:
         fields["old_logp"] = output.logp
     if "sum_pi_squared" in needs:

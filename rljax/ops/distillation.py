@@ -93,7 +93,9 @@ def _keep(logits: Logits, indices: Int[Array, "*N k"], tail: bool) -> Float[Arra
     if not tail or indices.shape[-1] == logits.shape[-1]:
         return kept
     others = jnp.put_along_axis(logits, indices, -jnp.inf, axis=-1, inplace=False)
-    return jnp.concatenate([kept, log_sum_exp(others)[..., None]], axis=-1)
+    possible = (others > -jnp.inf).any(axis=-1, keepdims=True)  # the log of a sum of 0 has no gradient
+    rest = log_sum_exp(jnp.where(possible, others, 0.0))[..., None]
+    return jnp.concatenate([kept, jnp.where(possible, rest, -jnp.inf)], axis=-1)
 
 
 def sampled_token(beta: float = 1.0) -> DivergenceOfLogits:

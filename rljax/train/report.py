@@ -50,6 +50,7 @@ THEMES = {
     ),
     "Speed": ("tokens_per_second", "seconds", "second", "bytes", "flops", "utilisation", "tokens"),
 }
+NO_PART_OF_A_STEP = ("compile_seconds", "samples_seconds")  # within its parts; beside it
 UNITS = ("second", "seconds", "bytes")  # a name that ends so is about speed, whatever it begins with
 SPREAD = ("_std", "_max", "_min")  # these follow the metric that they belong to, and are not in the headline
 
@@ -158,11 +159,12 @@ def flatten_settings(settings: dict, prefix: str = "") -> dict[str, Any]:
 def changed_settings(before: dict, now: dict, ignored: Sequence[str] = ()) -> str:
     """The settings that differ, as "seed = 0, now 1; ..."; empty where none does.
 
-    ignored: names of settings, and of blocks of them, that may differ.
+    ignored: names of settings, dotted or without their blocks, and of blocks, that may differ.
     """
     before = flatten_settings(before)
     now = flatten_settings(now)
-    compared = [name for name in sorted(before.keys() | now.keys()) if not set(name.split(".")) & set(ignored)]
+    names = sorted(before.keys() | now.keys())
+    compared = [name for name in names if not {name, *name.split(".")} & set(ignored)]
     changed = [name for name in compared if before.get(name) != now.get(name)]
     return "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
 
@@ -331,7 +333,8 @@ def time_breakdown(columns: dict) -> dict | None:
     later = sum(_after_first(columns, "seconds"))
     phases = []
     for name in columns:
-        values = _after_first(columns, name) if name.endswith("_seconds") and name != "compile_seconds" else []
+        is_part = name.endswith("_seconds") and name not in NO_PART_OF_A_STEP
+        values = _after_first(columns, name) if is_part else []
         if values:
             phases.append(_phase(name.removesuffix("_seconds"), values, later))
     if phases:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from rljax.train import distributed
 from rljax.train.checkpoint import Checkpoints
@@ -37,8 +38,8 @@ from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
 from rljax.train.machine import environment, peak_bytes
 from rljax.train.metrics import MUST_BE_FINITE
 from rljax.train.provenance import git_revision, record_sources, run_sources
-from rljax.train.report import changed_settings, write_report
-from rljax.train.samples import Decode, sample_records
+from rljax.train.report import changed_settings, flatten_settings, write_report
+from rljax.train.samples import Decode, sample_records, shown_rows
 from rljax.train.trackers import Tracker, open_tracker
 from rljax.train.watchdog import Watchdog, sign_of_life
 from rljax.types import Array, Batch, PromptBatch, TrainState
@@ -66,6 +67,24 @@ class _Timed:
         return getattr(self._function, name)
 
 
+def _fetch_shown(
+    batch: Batch, token_columns: Mapping[str, Array] | None
+) -> tuple[np.ndarray, Batch, Mapping[str, Array] | None]:
+    """The rows of a batch that samples show, their indices first: on the host, without what no sample has."""
+    group = np.asarray(distributed.fetch(batch.traj.group))
+    rows = shown_rows(group)
+    traj = batch.traj.replace(dist=None, routing=None, support=None)
+    shown = (batch.replace(traj=traj, coefficients={}), token_columns)
+    if len(rows) < len(group):
+        shown = jax.tree.map(lambda x: x[rows] if isinstance(x, np.ndarray) else _take_rows(x, rows), shown)
+    return rows, *distributed.fetch(shown)
+
+
+@jax.jit
+def _take_rows(x: Array, rows: Array) -> Array:
+    return x[rows]
+
+
 class Run:
     """One training run in one directory.
 
@@ -83,6 +102,8 @@ class Run:
       log_samples_every: steps between samples of completions. progress_metrics: metrics on the progress line.
       placement: names of settings, or of blocks of them, that say where arrays lie and how work is cut: they may be
         others when a run is resumed.
+      logistics: names of settings that say where, how patiently and how often others are asked and files are written:
+        they may be others too, but a text, an address say, may not come or go. One line says which have changed.
       watchdog: ends the process where no step ends any more; by default `Watchdog()`.
       functions: what the run calls (an algorithm, verifiers), by name. Their source is kept. A run that is resumed with
         another source prints a warning and keeps that source too.
@@ -101,6 +122,7 @@ class Run:
         log_samples_every: int = 20,
         progress_metrics: Sequence[str] = PROGRESS_METRICS,
         placement: Sequence[str] = (),
+        logistics: Sequence[str] = (),
         watchdog: Watchdog | None = None,
     ):
         intervals = {"steps": steps, "save_every": save_every, "log_samples_every": log_samples_every}
@@ -117,6 +139,7 @@ class Run:
         self._sources = run_sources(functions or {})  # now: their files may be edited while the run goes on
         self._progress_metrics = progress_metrics
         self._placement = placement
+        self._logistics = logistics
         self._watchdog = watchdog or Watchdog()
         self._compile_watch = CompileWatch()
         self._seconds_of: dict[str, float] = {}  # of the timed functions in this step
@@ -168,6 +191,7 @@ class Run:
         self._start_step = int(state.step)
         if distributed.is_main():
             self._record_functions()
+            self._report_changed_settings()
             self._tracker = open_tracker(self.directory, self._config)
         self._log = Log(
             self.directory if distributed.is_main() else None,
@@ -274,10 +298,12 @@ class Run:
           token_columns: numbers [B T] shown with the tokens, by name: `log_ratio`, `entropy`.
           turn_notes: of each conversation of the batch, a text for each turn.
         """
+        began = time.monotonic()
         with self.not_counted():
-            batch, token_columns = distributed.fetch((batch, token_columns))
+            rows, batch, token_columns = _fetch_shown(batch, token_columns)
             if not distributed.is_main():
                 return
+            turn_notes = turn_notes and [turn_notes[row] for row in rows]
             index = {int(number): i for i, number in enumerate(prompts.number)}
             columns = [prompts.columns[index[number]] for number in batch.traj.group.tolist()]
             records = sample_records(
@@ -285,6 +311,7 @@ class Run:
             )
             self._log.samples(records)
             write_report(self.directory)
+        self._seconds_of["samples"] = time.monotonic() - began
 
     # ------------------------------------------------------------------------------------------------------ private
 
@@ -322,7 +349,9 @@ class Run:
         stored = json.loads(path.read_text()).get("config")
         if stored is None:
             return f"{self.directory} is no run directory: its config.json is not of a run; name another"
-        changed = changed_settings(stored, self._config, ignored=self._placement)
+        before, now = flatten_settings(stored), flatten_settings(self._config)
+        logistics = [name for name in self._logistics if "" not in (before.get(name), now.get(name))]
+        changed = changed_settings(stored, self._config, ignored=[*self._placement, *logistics])
         if not changed:
             return self._changed_inputs()
         further = ""
@@ -378,6 +407,11 @@ class Run:
                 f"{', '.join(changed)}; both are kept in {folder}{rest}",
                 style="yellow",
             )
+
+    def _report_changed_settings(self) -> None:
+        stored = json.loads((self.directory / "config.json").read_text())["config"]
+        if changed := changed_settings(stored, self._config):
+            log_info(f"from step {self._start_step} on: {changed}; what is learned does not depend on it")
 
     def _is_told_to_end(self) -> bool:
         if distributed.reached_preemption():

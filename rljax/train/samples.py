@@ -27,6 +27,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from rljax.types import Array, Batch, Trajectory
 Decode = Callable[[list[int]], str]  # token ids -> text
 
 MAX_COLUMN_CHARACTERS = 2000
+MAX_DECODED = 2**17  # tokens and pairs of them whose text is kept while records are made
+SHOWN_PROMPTS = 4  # of a batch
 MAX_SAMPLED_STEPS = 24  # in a report, evenly spaced
 MAX_SAMPLED_BYTES = 24_000_000  # of completions in a report
 
@@ -53,12 +56,12 @@ def sample_records(
     columns: Sequence[Mapping[str, Any]] | None = None,
     token_columns: Mapping[str, Array] | None = None,
     turn_notes: Sequence[Sequence[str]] | None = None,
-    limit: int = 4,
+    limit: int = SHOWN_PROMPTS,
 ) -> list[dict]:
     """The completions of the first `limit` prompts of an unpacked batch, as records.
 
     Args:
-      decode: list of ids -> text; also called on single tokens and pairs, where it may be lossy.
+      decode: list of ids -> text, a pure function; also called on single tokens and pairs, where it may be lossy.
       names: of the K verifiers whose results are `batch.traj.scores` [B K].
       columns: of the dataset, to be shown: B dicts, or P of them where B = P·G and the rows of a prompt are adjacent.
       token_columns: further numbers [B T] of each decision by name, such as `log_ratio` and `entropy`.
@@ -73,12 +76,11 @@ def sample_records(
     if columns and B % len(columns):
         raise ValueError(f"{len(columns)} dicts of columns for {B} rows: give one a row, or one a prompt")
     group = np.arange(B) if traj.group is None else traj.group
-    shown_groups = list(dict.fromkeys(group.tolist()))[:limit]
-    rows = [b for shown in shown_groups for b in np.flatnonzero(group == shown)]
     per_token = {"mask": batch.mask, "advantage": batch.advantages, "logp": traj.logp}
     if traj.ref_logp is not None:
         per_token["kl"] = traj.logp - traj.ref_logp
     per_token = {name: np.asarray(value) for name, value in {**per_token, **(token_columns or {})}.items()}
+    decode_few = lru_cache(MAX_DECODED)(lambda *ids: decode(list(ids)))
     return [
         {
             "step": int(step),
@@ -87,10 +89,20 @@ def sample_records(
             "columns": _columns_as_text(columns[b * len(columns) // B]) if columns else {},
             **_rewards(traj, b, names),
             **_turns(traj, b, decode, turn_notes[b] if turn_notes else ()),
-            "tokens": _token_columns(traj, b, decode, per_token),
+            "tokens": _token_columns(traj, b, lambda ids: decode_few(*ids), per_token),
         }
-        for b in rows
+        for b in shown_rows(group, limit)
     ]
+
+
+def shown_rows(group: np.ndarray, limit: int = SHOWN_PROMPTS) -> np.ndarray:
+    """Indices of the rows of the first `limit` prompts, those of a prompt together. group: [B] the prompt of each row.
+
+    >>> shown_rows(np.array([5, 2, 5, 7]), limit=2)
+    array([0, 2, 1])
+    """
+    first = list(dict.fromkeys(group.tolist()))[:limit]
+    return np.concatenate([np.flatnonzero(group == number) for number in first])
 
 
 def _columns_as_text(columns: Mapping[str, Any]) -> dict[str, str]:
@@ -198,7 +210,7 @@ def read_samples(path: Path, limit: int = MAX_SAMPLED_STEPS, size: int = MAX_SAM
 
     Returns: {"steps": [{"step", "records", "groups_left_out"}], "left_out": number of steps}.
     """
-    index = _index_lines(path)
+    index = _index_groups(path)
     chosen = evenly_spaced(sorted(index), limit)
     steps = [_read_step(path, step, index[step], size // len(chosen)) for step in chosen]
     return {"steps": steps, "left_out": len(index) - len(steps)}
@@ -215,38 +227,37 @@ def evenly_spaced(items: Sequence, limit: int) -> list:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def _index_lines(path: Path) -> dict[int, list[tuple[int, int]]]:
-    """Step -> (offset, bytes) of its lines, unparsed: a long run logs more completions than fit into memory."""
-    index: dict[int, list[tuple[int, int]]] = {}
+Lines = list[tuple[int, int]]  # offset and bytes of each
+
+
+def _index_groups(path: Path) -> dict[int, dict[int, Lines]]:
+    """Step -> group -> its lines, unparsed: a long run logs more completions than fit into memory."""
+    index: dict[int, dict[int, Lines]] = {}
     if not path.exists():
         return index
     offset = 0
     with open(path, "rb") as file:
         for line in file:
-            start = re.match(rb'\{"step": (\d+),', line)
+            start = re.match(rb'\{"step": (\d+), "group": (-?\d+),', line)
             is_complete = line.endswith(b"}\n")
             if start and is_complete:
-                index.setdefault(int(start[1]), []).append((offset, len(line)))
+                step, group = map(int, start.groups())
+                index.setdefault(step, {}).setdefault(group, []).append((offset, len(line)))
             offset += len(line)
     return index
 
 
-def _read_step(path: Path, step: int, lines: Sequence[tuple[int, int]], size: int) -> dict:
-    """The records of one step, whole groups of at most `size` bytes together, but at least the first group."""
-    records: dict[int, list[dict]] = {}
-    group_bytes: dict[int, int] = {}
+def _read_step(path: Path, step: int, groups: dict[int, Lines], size: int) -> dict:
+    """The records of one step, whole groups of at most `size` bytes together, but at least the first group.
+
+    No more than these are parsed.
+    """
+    used = np.cumsum([sum(length for _, length in lines) for lines in groups.values()])
+    kept = max(1, int(np.searchsorted(used, size, side="right")))
+    records = []
     with open(path, "rb") as file:
-        for offset, length in lines:
-            file.seek(offset)
-            record = json.loads(file.read(length))
-            group = record["group"]
-            records.setdefault(group, []).append(record)
-            group_bytes[group] = group_bytes.get(group, 0) + length
-    kept: list[dict] = []
-    used = 0
-    for i, group in enumerate(records):
-        used += group_bytes[group]
-        if i > 0 and used > size:
-            return {"step": step, "records": kept, "groups_left_out": len(records) - i}
-        kept += records[group]
-    return {"step": step, "records": kept, "groups_left_out": 0}
+        for lines in list(groups.values())[:kept]:
+            for offset, length in lines:
+                file.seek(offset)
+                records.append(json.loads(file.read(length)))
+    return {"step": step, "records": records, "groups_left_out": len(groups) - kept}

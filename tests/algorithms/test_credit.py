@@ -1,6 +1,7 @@
 """Credit and wrappers: exact expectations, what counts as judged, coefficients that change while training."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -360,6 +361,17 @@ def test_what_nobody_filled_is_named(algorithm, field):
     traj = rollout().replace(**{field: None})
     with pytest.raises(ValueError, match=rf"needs Trajectory.{field}"):
         algorithm.credit(traj, {})
+
+
+def test_whoever_compares_completions_names_the_missing_group():
+    alone = rollout().replace(group=None)
+    compare = [algorithm.credit for algorithm in ALGORITHMS.values() if algorithm.least_group > 1]
+    assert len(compare) > 20
+    select = [a.online_pairs, lambda traj: balanced_subsample(traj, 8, 4)]
+    select.append(lambda traj: dynamic_sampling(traj, 8, lambda traj: traj.mask.any(axis=1)))
+    for function in [partial(credit, coefficients={}) for credit in compare] + select:
+        with pytest.raises(ValueError, match=r"needs Trajectory\.group, which is None"):
+            function(alone)
 
 
 def test_process_grpo_loses_no_reward_on_a_token_that_ends_no_step():

@@ -607,9 +607,13 @@ def test_the_best_answer_is_paired_with_the_worst():
     assert (named(moved, "chosen"), named(moved, "rejected")) == ([3, 4], [5, 0])  # groups in the order of their ids
 
 
-def test_of_equal_answers_the_first_is_chosen_and_the_last_rejected():
-    found = online_pairs(answered([2, 2, 2, 1, 1, 2], [0, 0, 0, 1, 1, 1]), num_generations=3)
+@pytest.mark.parametrize("ties", [False, True])
+def test_of_equal_answers_the_first_is_chosen_and_the_last_rejected(ties):
+    """Where all are equally good there is nothing to choose, unless ties are asked for."""
+    found = online_pairs(answered([2, 2, 2, 1, 1, 2], [0, 0, 0, 1, 1, 1]), num_generations=3, ties=ties)
     assert (named(found, "chosen"), named(found, "rejected")) == ([0, 5], [2, 4])
+    for side in (found.chosen, found.rejected):
+        np.testing.assert_array_equal(side.mask, [[ties], [True]])
 
 
 def test_unjudged_answers_are_in_no_pair():

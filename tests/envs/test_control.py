@@ -96,6 +96,8 @@ def test_four_rooms_has_doors_and_slips():
     np.testing.assert_allclose(mdp.P[cell, 0, up], 2 / 3, rtol=1e-6)
     np.testing.assert_allclose(mdp.P[wall, 2, wall], 2 / 3, rtol=1e-6)  # to the left of (4, 1) is a wall
     np.testing.assert_allclose(mdp.P.sum(axis=2)[free & ~env.params.ends.ravel()], 1.0, rtol=1e-6)
+    assert not mdp.P[~free].any()  # walls have the value 0: no episode is ever there
+    assert not mdp.R[~free].any()
 
 
 # ---------------------------------------------------------------------------------------------------------- token MDP

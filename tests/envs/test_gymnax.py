@@ -1,5 +1,6 @@
 """Our environments against gymnax's, step by step. Skipped where gymnax is absent (`pip install rljax[envs]`)."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -42,6 +43,29 @@ def test_spaces_that_no_policy_here_can_act_in_are_refused():
     )
     with pytest.raises(ValueError, match="Discrete or a Box of one axis"):
         convert_action_space(SimpleNamespace(shape=(2, 2)))
+
+
+def test_actions_are_clipped_to_their_bounds_and_errors_of_an_environment_are_its_own(monkeypatch):
+    """An environment of gymnax's kind that clips nothing, as Reacher and Swimmer: its reward is the action."""
+
+    def make(name, size=1):
+        if size > 2:
+            raise ValueError("size is too large")
+        space = SimpleNamespace(shape=(size,), low=-1.0, high=1.0)
+        return SimpleNamespace(
+            action_space=lambda params: space,
+            step_env=lambda key, state, action, params: (action, state, action.sum(), False, {}),
+            is_truncated=lambda state, params: False,
+        ), None
+
+    monkeypatch.setitem(sys.modules, "gymnax", SimpleNamespace(make=make, registered_envs=["Push-misc"]))
+    env = make_gymnax("Push-misc", size=2)
+    rewards = [float(env.step(None, None, jnp.array(x), None).reward) for x in ([3.0, 0.25], [1.0, 0.25], [-7.0, -7.0])]
+    assert rewards == [1.25, 1.25, -2.0]
+    with pytest.raises(ValueError, match="size is too large"):
+        make_gymnax("Push-misc", size=3)
+    with pytest.raises(ValueError, match=r"gymnax has no 'Pull-misc'; it has Push-misc"):
+        make_gymnax("Pull-misc")
 
 
 PAIRS = {

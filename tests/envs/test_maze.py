@@ -69,8 +69,12 @@ def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
         traj = annotate(state, play(state.params, jax.random.key(step)))
         check_shapes(traj)
         if "values" in algorithm.needs and step == 0:
-            alone = mlp.annotate(state.params, traj).final_values
-            np.testing.assert_allclose(traj.final_values, alone, atol=bounds.of_sum(6 + 16 + 16))
+            alone, atol = mlp.annotate(state.params, traj), bounds.of_sum(6 + 16 + 16)
+            np.testing.assert_allclose(traj.final_values, alone.final_values, atol=atol)
+            full = traj.mask[:, -1]  # as rows of an unroll, which go on
+            assert 0 < full.sum() < len(full)
+            np.testing.assert_allclose(traj.values[full, -1], alone.values[full, -1], atol=atol)
+            assert not traj.values[~full, -1].any()
         state, _ = update(state, algorithm.credit(traj, {}))
     total = jnp.where(traj.mask, traj.rewards, 0.0).sum(axis=1)
     assert float(total.mean()) > 9.0
@@ -82,6 +86,7 @@ def test_the_update_that_trains_language_models_solves_the_maze(algorithm):
     [
         ({"goal": (1, 2)}, "trap at .* where an episode ends already"),
         ({"start": (0, 2)}, "start at .* where an episode ends already"),
+        ({"slip": 2.0}, "slip = 2.0; legal: a probability, 0 to 1"),
         ({"start": None, "walls": ((0, 0), (0, 1), (1, 0), (1, 1))}, "no cell is left to begin in"),
     ],
 )
@@ -90,7 +95,16 @@ def test_a_maze_without_a_way_is_refused(places, message):
         make_maze(**places)
 
 
-@pytest.mark.parametrize(("places", "message"), [({"goal": (0, 0)}, "in a wall"), ({"start": (8, 9)}, "two cells")])
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"goal": (0, 0)}, "in a wall"),
+        ({"start": (8, 9)}, "two cells"),
+        ({"goal": (20, 1)}, r"goal at \(20, 1\) is off the grid of 13 x 13"),
+        ({"start": (-2, 1)}, r"start at \(-2, 1\) is off the grid of 13 x 13"),
+        ({"slip": -0.1}, "slip = -0.1; legal: a probability, 0 to 1"),
+    ],
+)
 def test_four_rooms_without_a_way_too(places, message):
     with pytest.raises(ValueError, match=message):
         make_four_rooms(**places)

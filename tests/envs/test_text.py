@@ -132,6 +132,12 @@ def test_episodes_begin_with_row_and_seed():
     assert begun == [(({"x": x}, seed), [{"role": "user", "content": "begin"}]) for x, seed in ((1, 5), (2, 6))]
 
 
+def test_a_prompt_longer_than_an_observation_may_be_stays_whole():
+    problem = "a\ud800b" * 1000
+    ((_, messages),) = begin_each(env_that(reset=lambda row, seed: (0, problem)), [{}], [0], LIMITS)
+    assert messages == [{"role": "user", "content": "a?b" * 1000}]
+
+
 def fails(row, seed):
     raise KeyError("question")
 

@@ -151,6 +151,12 @@ def test_a_tool_that_is_not_to_be_had_leaves_the_turn_unjudged():
     assert "no sandbox" in str(turn)
 
 
+@pytest.mark.parametrize(("tool", "problem"), [(max, "no signature found for builtin"), (3, "3 is not a callable")])
+def test_a_tool_without_known_parameters_is_refused_at_once(tool, problem):
+    with pytest.raises(ValueError, match=rf"tool largest: {problem}.*; legal: a function written in Python"):
+        tool_env("none", {"largest": tool}, TOOL_FORMATS["plain"], lambda row: "?", graded)
+
+
 def graded(answer, row):
     return float(answer == row["answer"])
 

@@ -277,7 +277,7 @@ def trl_online_dpo(case: Case) -> dict:
     mask, beta = case.ins["completion_mask"], case.hyper["beta"]
     last = (mask > 0) & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
     traj = rows_of(mask, ref_logp=case.ins["ref_logprobs"], rewards=last * case.ins["scores"][:, None])
-    pairs = online_pairs(traj.replace(group=jnp.tile(jnp.arange(len(mask) // 2), 2)))
+    pairs = online_pairs(traj.replace(group=jnp.tile(jnp.arange(len(mask) // 2), 2)), ties=True)
     loss = {"sigmoid": preferences.sigmoid, "ipo": preferences.ipo}[case.hyper["loss_type"]]
     params_of = lambda x: {"logp": table(x["logprobs"])}  # noqa: E731
     value, _, grad = learn(dpo(reads_logp, loss, beta), pairs, params_of, case, "logprobs")

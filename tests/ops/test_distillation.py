@@ -73,7 +73,7 @@ def test_gradients_are_those_of_differences(beta):
     np.testing.assert_allclose(slope(d.full_vocabulary(beta)), want, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("divergence", [d.full_vocabulary(0.3), d.full_vocabulary(1.0), d.top_k(0.3, k=3)])
+@pytest.mark.parametrize("divergence", [*map(d.full_vocabulary, (0.3, 1.0)), d.top_k(0.3, 3), d.top_k(1.0, V)])
 def test_tokens_that_neither_has_change_nothing_and_give_no_nan(divergence):
     wide = np.full((N, 2), -np.inf)
     student, teacher = (np.concatenate([x, wide], axis=1) for x in (STUDENT, TEACHER))

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from rljax.train import samples
 from rljax.train.log import Log
 from rljax.train.report import (
     collect,
@@ -184,6 +185,7 @@ def test_the_time_of_a_run_is_that_of_its_phases_and_what_is_left():
         "seconds": column(10.0, 2.0, 2.0, 4.0),
         "sample_seconds": column(6.0, 1.0, 1.0, 1.0),
         "eval_seconds": ([3], [1.5]),
+        "samples_seconds": column(9.0, 0.0, 9.0, 9.0),  # beside the steps
         "compile_seconds": column(7.0, 0.0, 0.0, 0.0),
     }
     time = time_breakdown(columns)
@@ -290,7 +292,7 @@ def test_few_steps_evenly_with_both_ends(tmp_path):
     assert evenly_spaced([1, 2], 5) == [1, 2]
 
 
-def test_whole_groups_within_the_size_and_at_least_one(tmp_path):
+def test_whole_groups_within_the_size_and_at_least_one(tmp_path, monkeypatch):
     records = [record(0, group=g, completion="x" * 1000) for g in (5, 5, 6, 6, 7, 7)]
     path = write_samples(tmp_path / "s.jsonl", records)
 
@@ -300,4 +302,8 @@ def test_whole_groups_within_the_size_and_at_least_one(tmp_path):
 
     assert groups(10**6) == ([5, 5, 6, 6, 7, 7], 0)
     assert groups(6000) == ([5, 5, 6, 6], 1)
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(samples.json, "loads", lambda text: parsed.append(text) or loads(text))
     assert groups(10) == ([5, 5], 2)
+    assert len(parsed) == 2  # no more than is shown

@@ -21,7 +21,7 @@ from rljax.train.checkpoint import Checkpoints
 from rljax.train.log import MACHINE_METRICS
 from rljax.train.run import Run
 from rljax.train.update import make_update
-from rljax.types import Objective, TrainState
+from rljax.types import Batch, Objective, PromptBatch, TrainState, trajectory_of_tokens
 
 OPTIMIZER = optax.adam(0.1)
 CONFIG = {"seed": 0, "sizes": (1, 2), "nested": {"rate": 0.1}}
@@ -154,6 +154,34 @@ def test_where_arrays_lie_may_change_and_nothing_else(tmp_path):
     train(tmp_path, steps.append, moved, **options)
     assert steps == [2, 3, 4, 5, 6]
     assert json.loads((tmp_path / "config.json").read_text())["config"]["mesh"] == {"fsdp": 8}
+
+
+def test_where_and_how_patiently_others_are_asked_may_change_and_one_line_says_so(tmp_path, capsys):
+    """An address may be another one, but not come or go."""
+
+    def stop_at_3(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"logistics": ("save_every", "server.url")}
+    first = CONFIG | {"save_every": 2, "server": {"url": "http://one/v1", "max_gap": 1}, "judge": {"url": ""}}
+    with pytest.raises(SystemExit):
+        train(tmp_path, stop_at_3, first, **options)
+    assert "save_every" not in capsys.readouterr().out
+    for name, other, message in (
+        ("server", {"url": "http://two/v1", "max_gap": 2}, r"other settings: server.max_gap = 1, now 2\."),
+        ("server", {"url": "", "max_gap": 1}, r"other settings: server.url = 'http://one/v1', now ''\."),
+        ("judge", {"url": "http://one/v1"}, r"other settings: judge.url = '', now 'http://one/v1'\."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, config=first | {name: other}, **options)
+    steps = []
+    moved = first | {"save_every": 5, "server": {"url": "http://two/v1", "max_gap": 1}}
+    train(tmp_path, steps.append, moved, **options)
+    assert steps == [4, 5, 6]
+    said = " ".join(capsys.readouterr().out.split())
+    changes = "save_every = 2, now 5; server.url = 'http://one/v1', now 'http://two/v1'"
+    assert f"from step 4 on: {changes}; what is learned does not depend on it" in said
 
 
 def test_other_settings_are_refused_by_name_and_the_directory_is_left_as_it_was(tmp_path):
@@ -394,6 +422,39 @@ def test_the_directory_says_what_was_run(tmp_path):
     assert about["experiment"] == "script"
     assert about["devices"] == 8
     assert (tmp_path / "run" / "experiment.py").read_text() == source.read_text()
+
+
+def test_samples_bring_no_more_to_the_host_than_they_show(tmp_path, monkeypatch):
+    """The first four of five prompts, without what no sample has; their time is logged beside the step's."""
+    fetched = []
+
+    def fetch(tree):
+        fetched.extend(np.shape(x) for x in jax.tree.leaves(tree))
+        return jax.device_get(tree)
+
+    rows = jnp.arange(10)
+    tokens = jnp.stack([jnp.full(10, 20), rows], axis=1)
+    group = rows % 5 + 7
+    traj = trajectory_of_tokens(tokens, jnp.ones((10, 2), int), jnp.array([[False, True]] * 10), jnp.zeros((10, 2)))
+    traj = traj.replace(group=group, support=jnp.zeros((10, 1, 6), int), dist=jnp.zeros((10, 1, 6)))
+    prompts = PromptBatch(np.zeros((5, 1)), np.ones((5, 1)), np.arange(7, 12), [{"n": n} for n in range(5)], 5)
+    state = TrainState(step=0, params={}, opt_state=None, key=jax.random.key(5))
+    with Run(tmp_path, {}, steps=1) as run:
+        state = run.restore(state)
+        for step in run.steps(0):
+            monkeypatch.setattr(distributed, "fetch", fetch)
+            batch = Batch(traj, jnp.zeros((10, 1)), traj.mask, coefficients={"kl": jnp.zeros(())})
+            notes = [[str(row)] for row in range(10)]
+            shown = (lambda ids: "".join(map(chr, ids)), (), prompts, {"entropy": rows[:, None]}, notes)
+            run.log_samples(step, batch, *shown)
+            run.record(step, state.replace(step=1), {})
+    assert fetched[0] == (10,)
+    assert set(fetched[1:]) <= {(8,), (8, 1)}
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    found = [(r["group"], r["columns"]["n"], ord(r["completion"]), r["tokens"]["entropy"][1]) for r in records]
+    assert found == [(7 + n, str(n), n + b, n + b) for n in range(4) for b in (0, 5)]
+    (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["samples_seconds"] > 0
 
 
 class Doubler:

@@ -141,6 +141,22 @@ def test_tokens_keep_the_space_that_lone_tokens_lose():
     assert token_texts([], lossy) == []
 
 
+def test_a_token_and_a_pair_are_decoded_once_for_all_rows():
+    tokens = np.tile([1, 2, 3], (6, 40))
+    chosen = np.ones(tokens.shape, bool)
+    traj = trajectory_of_tokens(tokens, chosen.astype(int), chosen, np.zeros(tokens.shape, np.float32))
+    asked = []
+
+    def count(ids):
+        asked.append(tuple(ids))
+        return decode(ids)
+
+    records = sample_records(0, Batch(traj, np.zeros(traj.mask.shape, np.float32), traj.mask), count)
+    assert records[0]["tokens"]["text"] == list("abc" * 40)
+    few = [ids for ids in asked if 1 < len(ids) < 3 or ids in {(2,), (3,)}]
+    assert sorted(few) == [(1, 2), (2,), (2, 3), (3,), (3, 1)]
+
+
 def test_four_digits_that_count():
     assert [round_or_none(x) for x in (0.123456, -12345.6, 1e-9, 0.0)] == [0.1235, -12350.0, 1e-9, 0.0]
     assert [round_or_none(x) for x in (NAN, math.inf, np.float32(-math.inf))] == [None, None, None]

@@ -100,8 +100,8 @@ def normalized_is(
 
     def normalized(_, batch):
         truncated = ratios.truncate_weights(sampler_ratio(batch, level), cap)
-        uniform_row_weights = weights(batch.mask, batch.traj.segments, batch.traj.group)
-        return {"sampler_weight": ratios.normalize_weights(truncated, uniform_row_weights)}
+        of_the_mean = weights(batch.mask, batch.traj.segments, batch.traj.group)
+        return {"sampler_weight": ratios.normalize_weights(truncated, of_the_mean)}
 
     def weight(_, batch):
         return batch.extra["sampler_weight"]

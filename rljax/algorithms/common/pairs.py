@@ -185,8 +185,8 @@ def preference_objective(
     def loss(params, frozen, batch: Pairs):
         pair, entropy = evaluate_pair(params, frozen, batch)
         present = has_tokens(batch.chosen) | has_tokens(batch.rejected)
-        sum_and_count = jnp.where(present, batch.weight * term(pair), 0.0).sum()
-        return sum_and_count, preference_metrics(pair, reward, present) | entropy
+        total = jnp.where(present, batch.weight * term(pair), 0.0).sum()
+        return total, preference_metrics(pair, reward, present) | entropy
 
     return Objective(prepare, loss)
 
