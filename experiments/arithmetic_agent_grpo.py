@@ -101,8 +101,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
             task.tokenizer, task.config, run.directory / "model_files", tool_arithmetic.ALPHABET
         )
         state = place(state, shardings.state, donate=True)
+        converse, update, evaluate = run.timed(converse=converse, update=update, eval=evaluate)
         before = train.before_training(run, evaluate, state)
-        converse, update = run.timed(converse=converse, update=update)
         state = run.restore(state)
         for step in run.steps(state.step):
             prompts = task.train_prompts.draw(state.cursor, batches.prompts)
@@ -114,9 +114,8 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             metrics = rollout_metrics(traj, conversations.REWARD_NAMES) | rollout.metrics | metrics
-            if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-                after = evaluate(state)
-                metrics |= {f"eval_{key}": after[key] for key in ("reward", "tool_calls")}
+            if train.is_due(cfg.eval_every, step, run.total_steps):
+                metrics |= logged(evaluate(state))
             if run.should_log_samples(step):
                 notes = conversations.turn_notes(rollout.conversations)
                 run.log_samples(
@@ -124,10 +123,16 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, dict[str,
                 )
             run.record(step, state, metrics)
         after = evaluate(state)
+        run.add_metrics(logged(after))
         arithmetic.save_pretrained(task.config, state.params, run.directory)
     shown = " -> ".join(f"{found['reward']:.3f} ± {found['error']:.3f}" for found in (before, after))
     log_info(f"eval reward: {shown}; calls a conversation: {before['tool_calls']:.2f} -> {after['tool_calls']:.2f}")
     return {"before": before, "after": after}
+
+
+def logged(found: dict[str, float]) -> dict[str, float]:
+    """What is logged of an evaluation."""
+    return {f"eval_{key}": found[key] for key in ("reward", "tool_calls")}
 
 
 def make_run(cfg: Config, algorithm: Algorithm) -> Run:

@@ -128,12 +128,12 @@ def main(cfg: Config, algorithm: Algorithm | None = None) -> dict[str, float]:
                 require_on_policy(metrics)
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             metrics = rollout_metrics(traj, score.names) | metrics
-            if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            if train.is_due(cfg.eval_every, step, run.total_steps):
                 metrics |= evaluate(state)
             if run.should_log_samples(step):
                 run.log_samples(step, batch, task.tokenizer.decode, score.names, prompts, per_token(state, batch.traj))
             run.record(step, state, metrics)
-        after = evaluate(state)["eval_reward"]
+        after = train.evaluate_at_end(run, evaluate, state)["eval_reward"]
         arithmetic.save_pretrained(task.config, state.params, run.directory)
     log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}

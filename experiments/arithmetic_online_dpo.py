@@ -104,12 +104,12 @@ def main(cfg: Config) -> dict[str, float]:
             state, metrics = learn(update, state, batch, batches.epochs, batches.minibatches)
             state = state.replace(step=step + 1, cursor=prompts.cursor)
             metrics = rollout_metrics(traj, score.names) | metrics
-            if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            if train.is_due(cfg.eval_every, step, run.total_steps):
                 metrics |= evaluate(state)
             if run.should_log_samples(step):
                 run.log_samples(step, runs.without_credit(traj), task.tokenizer.decode, score.names, prompts)
             run.record(step, state, metrics)
-        after = evaluate(state)["eval_reward"]
+        after = train.evaluate_at_end(run, evaluate, state)["eval_reward"]
         arithmetic.save_pretrained(task.config, state.params, run.directory)
     log_info(f"eval accuracy: {before:.3f} -> {after:.3f}")
     return {"before": before, "after": after}

@@ -125,6 +125,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
         state = place(state, shardings.state, donate=True)
         train.check_batch_invariance(config, decoder.language_model(config), policy.make_policy(config), state)
         update, evaluate = run.timed(update=update, eval=evaluate)
+        evaluation = (config, evaluate, "kl", True)  # lower is better
         before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -138,9 +139,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
                 run.log_samples(step, runs.without_credit(traj), tokenizer.decode, (), prompts)
             tokens = traj.mask.sum()
             metrics |= {"tokens": tokens, "length": tokens / len(traj.mask)}
-            metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate, "kl", lower_is_better=True)
+            metrics |= runs.evaluate_when_due(cfg, run, step, state, *evaluation)
             run.record(step, state, metrics)
-        after = evaluate(state)
+        after = runs.evaluate_at_end(cfg, run, state, *evaluation)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     kl = " -> ".join(f"{found['kl']:.2f} ± {found['error']:.2f}" for found in (before, after))
     log_info(f"eval KL of the student to the teacher: {kl} nats a sequence")

@@ -8,8 +8,8 @@ A line is {"prompt", "chosen", "rejected"}; odpo reads "margin" too, tpo a third
 like read {"prompt", "completion", "label"}, or a pair as two judgments. What --loss names stands in
 experiments/common/preference_methods.py, each with the β of its paper; its other numbers are changed there, or by
 main(cfg, method=...). The reference is the model as it was at the start: its log-probs of the rows that will be drawn
-are computed before the first step, at each start of the command. A run writes DIRECTORY/model and DIRECTORY/best, which
-had the lowest loss on held-out rows. The same command goes on where it stopped.
+are computed before the first step, at each start of the command. A run writes DIRECTORY/model, and with --eval_every
+DIRECTORY/best, which had the lowest loss on held-out rows. The same command goes on where it stopped.
 
 Reached: stories260k on the 3,142 comparisons of collect.py's header without noise, each completion with an EOS (--steps
 100 --data.eval_size 400 --optimizer.learning_rate 1e-4): loss 0.693 -> 0.622, accuracy 0.676 on 400 held-out pairs of
@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common import command_line, data, models, offline, train
-from experiments.common.best import keep_best
 from experiments.common.optimizer import make_optimizer
 from experiments.common.preference_methods import METHODS, Method
 from experiments.common.preference_rows import collate_rows, empty_row, read_rows, with_reference
@@ -113,6 +112,8 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
         eval_batches = list(map(collate, eval_rows))
         measured = (rows.eval, eval_batches, eval_metrics(method))
         evaluate = offline.make_evaluate(objective, *measured, pieces, shardings)
+        (evaluate,) = run.timed(eval=evaluate)
+        evaluation = offline.Evaluation(config, evaluate, "eval_loss", lower_is_better=True)
         before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -120,12 +121,9 @@ def main(cfg: Config, method: Method | None = None) -> dict[str, dict[str, float
             state, metrics = update(state, batch)
             state = state.replace(step=step + 1, cursor=state.cursor + cfg.batch_size)
             metrics["epoch"] = state.cursor / len(rows.train)
-            if offline.is_due(cfg.eval_every, step, cfg.steps):
-                metrics |= evaluate(state)
-                loss = metrics["eval_loss"]
-                keep_best(run.directory, state, config, cfg.model, "eval_loss", loss, lower_is_better=True)
+            metrics |= offline.evaluate_when_due(cfg, run, step, state, evaluation)
             run.record(step, state, metrics)
-        after = evaluate(state)
+        after = offline.evaluate_at_end(cfg, run, state, evaluation)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     log_info(f"held-out rows: {shown(before, after)}; model: {run.directory / 'model'}")
     return {"before": before, "after": after}

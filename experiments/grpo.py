@@ -145,7 +145,7 @@ def main(cfg: Config, algorithm: Algorithm | None = None, verifiers: dict = VERI
             state, metrics = controllers.adapt(cfg.controllers, state, metrics, len(traj.mask))
             metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
             run.record(step, state, metrics)
-        after = evaluate(state)
+        after = runs.evaluate_at_end(cfg, run, state, config, evaluate)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(cfg, before, after, run.directory / "model")
 

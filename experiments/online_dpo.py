@@ -130,7 +130,7 @@ def main(cfg: Config, verifiers: dict = VERIFIERS) -> dict[str, dict[str, float]
             metrics = rollout_metrics(traj, score.names) | metrics
             metrics |= runs.evaluate_when_due(cfg, run, step, state, config, evaluate)
             run.record(step, state, metrics)
-        after = evaluate(state)
+        after = runs.evaluate_at_end(cfg, run, state, config, evaluate)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return runs.summarize(cfg, before, after, run.directory / "model")
 

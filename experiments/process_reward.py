@@ -5,8 +5,8 @@ r"""A process reward model: is each step of a solution right? From solutions who
 A line is {"prompt", "completions": [step, ...], "labels": [true, false, ...]}; a label may also be the share of a
 step's continuations that were right. A row of numbers after the last layer makes the log-odds of "right" of the hidden
 state behind each step's last token, which is that of the separator. A run writes DIRECTORY/model, a sequence classifier
-with one label whose score is read at step ends, and DIRECTORY/best, which had the lowest loss on held-out solutions.
-The same command goes on where it stopped.
+with one label whose score is read at step ends, and with --eval_every DIRECTORY/best, which had the lowest loss on
+held-out solutions. The same command goes on where it stopped.
 
 Reached: stories260k on 465 stories, whose steps are sentences that are right where they name an animal (of the
 comparisons of rlhf.py, seed 0; half of the 1,139 labels each; --steps 200 --data.eval_size 400
@@ -20,7 +20,6 @@ from functools import partial
 import jax
 
 from experiments.common import command_line, data, models, offline, train
-from experiments.common.best import keep_best
 from experiments.common.optimizer import make_optimizer
 from experiments.common.rows import unescape
 from experiments.common.settings import Data, MeshShape, Optimizer, Weights
@@ -90,6 +89,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter, KIND)  # for tools/export.py
         state = place(state, shardings.state, donate=True)
+        (evaluate,) = run.timed(eval=evaluate)
+        evaluation = offline.Evaluation(config, evaluate, "eval_loss", True, KIND)
         before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -97,12 +98,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
             state, metrics = update(state, batch)
             state = state.replace(step=step + 1, cursor=state.cursor + cfg.batch_size)
             metrics["epoch"] = state.cursor / len(rows.train)
-            if offline.is_due(cfg.eval_every, step, cfg.steps):
-                metrics |= evaluate(state)
-                found = ("eval_loss", metrics["eval_loss"])
-                keep_best(run.directory, state, config, cfg.model, *found, lower_is_better=True, reward_kind=KIND)
+            metrics |= offline.evaluate_when_due(cfg, run, step, state, evaluation)
             run.record(step, state, metrics)
-        after = evaluate(state)
+        after = offline.evaluate_at_end(cfg, run, state, evaluation)
         parts = (state.params, state.frozen, config)
         models.save_pretrained(*parts, cfg.model, run.directory / "model", reward_kind=KIND)
     return offline.summarize(before, after, run.directory / "model")

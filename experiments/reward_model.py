@@ -8,7 +8,8 @@ A line is {"prompt", "chosen", "rejected"}, optionally with a "margin", by how m
 {"prompt", "completions"}, the best completion first. A row of numbers after the last layer makes a score of the hidden
 state behind a completion's last token; where the model is a reward model already, its own is trained on. A run writes
 DIRECTORY/model, which transformers loads as a sequence classifier with one label and which --rewards of other scripts
-takes; and DIRECTORY/best, the most accurate on held-out pairs. The same command goes on where it stopped.
+takes; and with --eval_every DIRECTORY/best, the most accurate on held-out pairs. The same command goes on where it
+stopped.
 
 Reached: stories260k on the 3,142 comparisons of collect.py's header without noise, each completion with an EOS (--steps
 200 --data.eval_size 400 --optimizer.learning_rate 1e-3): 0.470 -> 0.877 of 400 held-out pairs of other prompts, in 154
@@ -23,7 +24,6 @@ from typing import Literal
 import jax
 
 from experiments.common import command_line, data, models, offline, train
-from experiments.common.best import keep_best
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Data, MeshShape, Optimizer, Weights
 from rljax.algorithms import ranked_reward_model, reward_model
@@ -100,6 +100,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     with offline.make_run(cfg, __file__, PROGRESS_METRICS) as run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter, "outcome")  # for export.py
         state = place(state, shardings.state, donate=True)
+        (evaluate,) = run.timed(eval=evaluate)
+        evaluation = offline.Evaluation(config, evaluate, "eval_accuracy")
         before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -107,11 +109,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
             state, metrics = update(state, batch)
             state = state.replace(step=step + 1, cursor=state.cursor + cfg.batch_size)
             metrics["epoch"] = state.cursor / len(rows.train)
-            if offline.is_due(cfg.eval_every, step, cfg.steps):
-                metrics |= evaluate(state)
-                keep_best(run.directory, state, config, cfg.model, "eval_accuracy", metrics["eval_accuracy"])
+            metrics |= offline.evaluate_when_due(cfg, run, step, state, evaluation)
             run.record(step, state, metrics)
-        after = evaluate(state)
+        after = offline.evaluate_at_end(cfg, run, state, evaluation)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     return offline.summarize(before, after, run.directory / "model")
 

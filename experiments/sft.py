@@ -7,8 +7,8 @@ r"""Supervised fine-tuning of a Hugging Face model directory on demonstrations: 
 A line is {"prompt", "completion"}, {"messages"} or {"text"}, plain or conversational. The loss is on completions only;
 in a conversation of several turns on what the assistant says. With --max_tokens_per_device several demonstrations share
 a row, each in a segment that sees no other: the same loss from less padding. A run writes DIRECTORY/model, which any
-other script takes as --model, and DIRECTORY/best, which had the lowest loss on held-out rows. The same command goes on
-where it stopped.
+other script takes as --model, and with --eval_every DIRECTORY/best, which had the lowest loss on held-out rows. The
+same command goes on where it stopped.
 
 Reached: stories260k on the training problems of GSM8K (--data.template "{question}\n" --data.completion "{answer}"
 --data.max_tokens 256 --max_tokens_per_device 2048 --batch_size 16 --steps 60 --optimizer.learning_rate 1e-3): 8.08 ->
@@ -22,7 +22,6 @@ from typing import Literal
 import jax
 
 from experiments.common import command_line, data, models, offline, train
-from experiments.common.best import keep_best
 from experiments.common.optimizer import make_optimizer
 from experiments.common.settings import Data, MeshShape, Optimizer, Weights
 from rljax.algorithms import dft, sft
@@ -103,6 +102,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     with offline.make_run(cfg, __file__, PROGRESS_METRICS, cfg.loss, algorithm=algorithm) as run:
         models.keep_model_files(cfg.model, run.directory / "model_files", config.adapter)  # for tools/export.py
         state = place(state, shardings.state, donate=True)
+        (evaluate,) = run.timed(eval=evaluate)
+        evaluation = offline.Evaluation(config, evaluate, "eval_loss", lower_is_better=True)
         before = train.before_training(run, evaluate, state)
         state = run.restore(state)
         for step in run.steps(state.step):
@@ -111,12 +112,9 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
             state = state.replace(step=step + 1, cursor=state.cursor + cfg.batch_size)
             metrics = {name: metrics[name] for name in LOGGED_METRICS if name in metrics}
             metrics |= {"tokens": batch.mask.sum(), "epoch": state.cursor / len(examples.train)}
-            if offline.is_due(cfg.eval_every, step, cfg.steps):
-                metrics |= evaluate(state)
-                loss = metrics["eval_loss"]
-                keep_best(run.directory, state, config, cfg.model, "eval_loss", loss, lower_is_better=True)
+            metrics |= offline.evaluate_when_due(cfg, run, step, state, evaluation)
             run.record(step, state, metrics)
-        after = evaluate(state)
+        after = offline.evaluate_at_end(cfg, run, state, evaluation)
         models.save_pretrained(state.params, state.frozen, config, cfg.model, run.directory / "model")
     losses = " -> ".join(f"{found['eval_loss']:.4f}" for found in (before, after))
     log_info(f"eval loss: {losses} nats a token; model: {run.directory / 'model'}")

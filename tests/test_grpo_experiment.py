@@ -18,7 +18,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from experiments import grpo
-from experiments.common import command_line
+from experiments.common import command_line, controllers
 from experiments.common import models as common_models
 from experiments.common.algorithms import PER_STEP, CriticFree, critic_free
 from experiments.common.optimizer import make_optimizer
@@ -45,6 +45,7 @@ from rljax.train.checkpoint import restore_items
 from rljax.train.log import MACHINE_METRICS
 from rljax.train.mesh import make_mesh
 from rljax.train.run import Run
+from rljax.types import TrainState
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,!?-:;"
 RAW = tiny.config_of("plain") | {"num_hidden_layers": 1}
@@ -138,7 +139,7 @@ def test_a_run_leaves_what_one_looks_at(finished):
     record = json.loads((directory / "samples.jsonl").read_text().splitlines()[0])
     assert {"advantage", "logp", "kl", "log_ratio", "entropy", "mask"} <= set(record["tokens"])
     phases = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"sample_seconds", "score_seconds", "update_seconds", "eval_seconds"} <= set(phases)
+    assert {"sample_seconds", "score_seconds", "update_seconds"} <= set(phases)
     assert {"1", "2"} <= {path.name for path in (directory / "checkpoints").iterdir()}
     assert json.loads((directory / "config.json").read_text())["config"]["batches"]["num_generations"] == 2
     assert (directory / "experiment.py").read_text() == Path(grpo.__file__).read_text()
@@ -195,10 +196,32 @@ def test_a_resumed_run_does_not_evaluate_the_model_it_began_with_again(finished,
     assert evaluated == [1]
 
 
-def test_a_run_ends_with_a_model_directory_and_keeps_the_best(tiny_run, tmp_path):
+def note_calls(monkeypatch, module) -> list[str]:
+    """What a script evaluates, records and adds to its log, in order. module: whose make_evaluate it calls."""
+    calls = []
+    make = module.make_evaluate
+
+    def make_evaluate(*args):
+        evaluate = make(*args)
+        return lambda state: calls.append(f"evaluate {int(state.step)}") or evaluate(state)
+
+    def noting(name):
+        method = getattr(Run, name)
+        return lambda run, *args: calls.append(name) or method(run, *args)
+
+    monkeypatch.setattr(module, "make_evaluate", make_evaluate)
+    for name in ("record", "add_metrics"):
+        monkeypatch.setattr(Run, name, noting(name))
+    return calls
+
+
+def test_a_run_ends_with_a_model_directory_and_keeps_the_best(tiny_run, tmp_path, monkeypatch):
     """Trained on, each loads again with the parameters of its checkpoint; the tokenizer is the model's own."""
     cfg = change(tiny_run, eval_every=1, directory=str(tmp_path / "run"), optimizer__learning_rate=0.1)
+    calls = note_calls(monkeypatch, grpo.train)
     grpo.main(cfg, verifiers=VERIFIERS)
+    # The last state is evaluated once, when its checkpoint is there: a judge that is gone then costs no step.
+    assert calls == ["evaluate 0", "evaluate 1", "record", "record", "evaluate 2", "add_metrics"]
     best = json.loads((tmp_path / "run" / "best.json").read_text())
     rewards = [record["eval_reward"] for record in metrics(cfg.directory)]
     assert best == {"step": 1 + int(np.argmax(rewards)), "metric": "eval_reward", "value": max(rewards)}
@@ -628,6 +651,36 @@ def test_weight_decay_is_for_matrices():
     moved = jax.tree.map(lambda x: float(jnp.abs(x).max()), made.update(zeros, made.init(params), params)[0])
     assert moved["layers"][0]["mlp"]["up"] == pytest.approx(0.05)
     assert moved["layers"][0]["norm"]["scale"] == moved["layers"][0]["query_bias"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_grad_norm", (0.0, -1.0, float("inf"), float("nan"))),
+        ("learning_rate", (-1e-4, float("nan"))),
+        ("warmup_steps", (-1,)),
+        ("weight_decay", (-0.1,)),
+        ("beta2", (1.0, -0.1)),
+    ],
+)
+def test_an_optimizer_that_would_not_learn_is_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"optimizer\.{name} = {value}; legal: at least 0|{name} = .*: above 0;"):
+            make_optimizer(Optimizer(**{name: value}), 10)
+
+
+def test_a_step_without_a_decision_moves_no_coefficient():
+    """Its entropy is NaN: to take it for 0 would be to see a collapse."""
+    cfg = Controllers(entropy_target=0.5, kl_target=1.0)
+    coefficients = {"entropy": jnp.float32(0.1), "last_entropy": jnp.float32(0.8), "kl": jnp.float32(0.2)}
+    state = TrainState(0, {}, (), jax.random.key(0), coefficients=coefficients)
+    nothing = {"entropy": float("nan"), "kl": float("nan"), "kl_sequence": float("nan")}
+    state, shown = controllers.adapt(cfg, state, nothing, 8)
+    assert state.coefficients == coefficients
+    assert (shown["entropy_coef"], shown["kl_coef"]) == (jnp.float32(0.1), jnp.float32(0.2))
+    state, _ = controllers.adapt(cfg, state, nothing | {"entropy": 0.3}, 8)
+    assert state.coefficients["entropy"] > 0.1
+    assert state.coefficients["last_entropy"] == jnp.float32(0.3)
 
 
 def test_a_loss_that_compares_completions_is_not_cut_into_minibatches():

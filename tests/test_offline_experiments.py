@@ -24,7 +24,7 @@ from rljax.models import decoder, hf
 from rljax.train.checkpoint import restore_items
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.types import TrainState
-from test_grpo_experiment import RAW, contents, metrics, write_tokenizer
+from test_grpo_experiment import RAW, contents, metrics, note_calls, write_tokenizer
 
 ANIMALS = ("a cat", "a dog", "a bird", "a fish", "a cow", "a hen")
 PROMPTS = [f"there was {animal}" for animal in ANIMALS]
@@ -88,9 +88,11 @@ AT_NIGHT = {"reward_model, rankings", "bco of pairs"}  # other rows in the loops
     [pytest.param(*case, marks=pytest.mark.nightly if name in AT_NIGHT else ()) for name, case in CASES.items()],
     ids=CASES,
 )
-def test_a_run_goes_on_where_it_stopped_and_leaves_a_model(script, rows, fields, root, tmp_path):
+def test_a_run_goes_on_where_it_stopped_and_leaves_a_model(script, rows, fields, root, tmp_path, monkeypatch):
     cfg = config_of(root, script, rows, fields, tmp_path / "run")
+    calls = note_calls(monkeypatch, offline)
     result = script.main(cfg)
+    assert calls == ["evaluate 0", "evaluate 1", "record", "record", "evaluate 2", "add_metrics"]
     assert result["after"]["eval_loss"] != result["before"]["eval_loss"]
     left = contents(tmp_path / "run" / "model")
     before = metrics(cfg.directory)
@@ -147,7 +149,10 @@ def test_the_error_of_an_accuracy_is_that_of_prompts():
 def test_packed_demonstrations_make_the_same_first_step(root, tmp_path):
     cfg = config_of(root, sft, "demonstrations", {}, tmp_path / "alone")
     sft.main(cfg)
-    sft.main(dataclasses.replace(cfg, max_tokens_per_device=64, directory=str(tmp_path / "packed")))
+    packed = dataclasses.replace(cfg, max_tokens_per_device=64, eval_every=0, directory=str(tmp_path / "packed"))
+    sft.main(packed)
+    assert (tmp_path / "alone" / "best").is_dir()
+    assert not (tmp_path / "packed" / "best").exists()  # without evaluations there is none but the last
     one, other = (metrics(tmp_path / name)[0] for name in ("alone", "packed"))
     assert one["eval_loss"] > metrics(tmp_path / "alone")[1]["eval_loss"]
     for name in ("loss", "grad_norm", "tokens"):

@@ -18,7 +18,7 @@ from models import tiny
 from rljax.data.prompts import Prompts
 from rljax.models import decoder, hf
 from rljax.train.mesh import make_mesh
-from test_grpo_experiment import RAW, VERIFIERS, change, metrics, write_prompts, write_tokenizer
+from test_grpo_experiment import RAW, VERIFIERS, change, metrics, note_calls, write_prompts, write_tokenizer
 
 ROWS = [
     {"prompt": "once upon"[: 3 + i], "completion": " a time"[: 2 + i], "letters": "abcdefghijklm"} for i in range(6)
@@ -115,11 +115,13 @@ AT_NIGHT = {"xpo", "nash_md", "distil of the file"}  # other batches in the loop
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.nightly) if name in AT_NIGHT else name for name in SCRIPTS]
 )
-def test_stopped_and_run_again_it_ends_the_same(name, root, tmp_path):
+def test_stopped_and_run_again_it_ends_the_same(name, root, tmp_path, monkeypatch):
     """What a run leaves that was stopped after its first step; every number is equal to the last bit."""
     script, make = SCRIPTS[name]
     cfg = make(root, tmp_path / "run")
+    calls = note_calls(monkeypatch, distil if script is distil else script.train)
     result = run(script, cfg)
+    assert calls == ["evaluate 0", "record", "record", "evaluate 2", "add_metrics"]
     before = metrics(cfg.directory)
     assert [record["step"] for record in before] == [0, 1]
     assert before[0]["grad_norm"] > 0

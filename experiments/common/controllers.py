@@ -1,5 +1,7 @@
 """The adaptive coefficients of a recipe, kept in `TrainState.coefficients`: of the KL term and of the entropy bonus."""
 
+import math
+
 import jax.numpy as jnp
 
 from experiments.common.settings import Controllers, Server
@@ -44,6 +46,7 @@ def applied_coefficients(cfg: Controllers, coefficients: dict[str, Array]) -> di
 def adapt(cfg: Controllers, state: TrainState, metrics: dict, samples: int) -> tuple[TrainState, dict]:
     """The state with coefficients moved by the metrics of a step of so many completions; the metrics with theirs.
 
+    A step without a decision has no entropy: the coefficient stays, and what the next step compares with its target.
     Raises ValueError where the algorithm has no KL term whose coefficient could be changed.
     """
     coefficients = dict(state.coefficients)
@@ -57,7 +60,8 @@ def adapt(cfg: Controllers, state: TrainState, metrics: dict, samples: int) -> t
         coefficients[term] = adaptive_kl(coefficients[term], measured, cfg.kl_target, cfg.kl_horizon, samples)
     if cfg.entropy_target is not None:
         shown["entropy_coef"] = coefficients["entropy"]
-        entropy = jnp.float32(metrics["entropy"])
-        moved = adaptive_entropy(coefficients["entropy"], entropy, cfg.entropy_target, cfg.entropy_delta)
-        coefficients |= {"entropy": moved, "last_entropy": entropy}
+        if not math.isnan(metrics["entropy"]):
+            entropy = jnp.float32(metrics["entropy"])
+            moved = adaptive_entropy(coefficients["entropy"], entropy, cfg.entropy_target, cfg.entropy_delta)
+            coefficients |= {"entropy": moved, "last_entropy": entropy}
     return state.replace(coefficients=coefficients), metrics | shown

@@ -1,5 +1,6 @@
 """Prompts left out of a step by their running pass rate, and a curriculum from easy ones to all."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -82,5 +83,7 @@ def after_scores(
     rates = PassRates(**{name: np.asarray(value) for name, value in state.extra.items()})
     rates = update_pass_rates(rates, indices, rows.number // len(prompts), passed)
     left_out = rows.cursor - int(state.cursor) - len(rows.number)
-    metrics = {"prompts_left_out": float(left_out), "pass_rate": float(rates.rate[rates.epoch >= 0].mean())}
+    known = rates.rate[rates.epoch >= 0]
+    pass_rate = float(known.mean()) if len(known) else math.nan
+    metrics = {"prompts_left_out": float(left_out), "pass_rate": pass_rate}
     return state.replace(extra=rates._asdict()), metrics

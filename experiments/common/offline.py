@@ -1,22 +1,25 @@
 """What scripts share that learn from a file of examples: sizes, pieces of an update, held-out examples, the run."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import data, hub, micro_batches
+from experiments.common import data, hub, micro_batches, train
+from experiments.common.best import keep_best
 from experiments.common.inputs import inputs_of
 from experiments.common.rows import examples_in
 from experiments.common.settings import LOGISTICS, PLACEMENT, Batches
 from experiments.common.unread import check_unread
 from rljax.data.examples import Example
 from rljax.models.decoder import DecoderConfig
+from rljax.models.hf import RewardKind
 from rljax.ops import groups
 from rljax.train import distributed
 from rljax.train.log import log_info
@@ -145,7 +148,7 @@ def make_evaluate(
             batch = batch.replace(coefficients=batch.coefficients | carried)
         measured = distributed.fetch(measure(state.params, state.frozen, shard_rows(shardings, batch)))
         found = jax.tree.map(lambda x: x.astype(np.float64), measured)
-        means = {f"eval_{name}": float(x.sum() / max(n.sum(), 1.0)) for name, (x, n) in found.items()}
+        means = {f"eval_{name}": float(x.sum() / n.sum()) if n.sum() else math.nan for name, (x, n) in found.items()}
         if "accuracy" in metrics:
             right, count = (jnp.asarray(x[: len(rows)], jnp.float32) for x in found["accuracy"])
             means["eval_accuracy_error"] = float(groups.standard_error(right, count, group))
@@ -171,10 +174,34 @@ def metrics_by_row(objective: Objective, params: Params, frozen: Params, batch: 
     return jax.vmap(alone)(rows)
 
 
-def is_due(every: int, step: int, steps: int) -> bool:
-    """Whether an evaluation is due after this step: after every `every` of them (0: none), and after the last."""
-    done = step + 1
-    return done == steps or (every > 0 and done % every == 0)
+class Evaluation(NamedTuple):
+    """How the model is evaluated during a run, and which one is the best."""
+
+    config: DecoderConfig
+    evaluate: Callable[[TrainState], dict[str, float]]
+    metric: str  # by which models are compared
+    lower_is_better: bool = False
+    reward_kind: RewardKind = "outcome"  # of a reward model
+
+
+def evaluate_when_due(cfg: Any, run: Run, step: int, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
+    """The evaluation every `eval_every` steps but the last, the best model being kept; else {}."""
+    return _evaluate(cfg, run, state, evaluation) if train.is_due(cfg.eval_every, step, run.total_steps) else {}
+
+
+def evaluate_at_end(cfg: Any, run: Run, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
+    """The evaluation of the last state, whose checkpoint is there: logged with the last step."""
+    found = _evaluate(cfg, run, state, evaluation)
+    run.add_metrics(found)
+    return found
+
+
+def _evaluate(cfg: Any, run: Run, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
+    config, evaluate, metric, *how = evaluation
+    found = evaluate(state)
+    if cfg.eval_every:
+        keep_best(run, state, config, cfg.model, metric, found[metric], *how)
+    return found
 
 
 def summarize(before: dict[str, float], after: dict[str, float], model: Path) -> dict[str, dict[str, float]]:

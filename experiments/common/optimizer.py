@@ -1,6 +1,7 @@
 """The optimizer of a recipe: AdamW after clipping, with a learning-rate schedule."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import optax
@@ -13,7 +14,8 @@ CRITIC = ("critic", "value_head")  # entries of the parameters
 
 
 def make_optimizer(settings: Optimizer, updates: int) -> optax.GradientTransformation:
-    """The optax chain of these settings; its schedule ends after `updates`."""
+    """The optax chain of these settings; its schedule ends after `updates`. Raises as `check_optimizer` does."""
+    check_optimizer(settings)
     decayed = param_filters.decay_mask if settings.weight_decay else None
     adam = optax.adamw(
         learning_rate(settings, updates), b2=settings.beta2, weight_decay=settings.weight_decay, mask=decayed
@@ -30,6 +32,21 @@ def make_actor_critic_optimizer(
     critic = dataclasses.replace(settings, learning_rate=critic_learning_rate)
     parts = {"policy": make_optimizer(settings, updates), "critic": make_optimizer(critic, updates)}
     return optax.partition(parts, {name: "critic" if name in CRITIC else "policy" for name in params})
+
+
+def check_optimizer(settings: Optimizer) -> None:
+    """Raise ValueError for numbers with which nothing is learned, the loss is climbed, or parameters become NaN."""
+    legal = {
+        "learning_rate": (settings.learning_rate >= 0, "at least 0"),
+        "warmup_steps": (settings.warmup_steps >= 0, "at least 0"),
+        "max_grad_norm": (settings.max_grad_norm > 0, "above 0; 1e9 clips nothing"),
+        "weight_decay": (settings.weight_decay >= 0, "at least 0"),
+        "beta2": (0 <= settings.beta2 < 1, "at least 0 and below 1"),
+    }
+    for name, (is_legal, words) in legal.items():
+        value = getattr(settings, name)
+        if not (is_legal and math.isfinite(value)):
+            raise ValueError(f"optimizer.{name} = {value}; legal: {words}")
 
 
 def learning_rate(settings: Optimizer, updates: int) -> optax.Schedule:

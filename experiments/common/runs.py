@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from experiments.common import data, hub
+from experiments.common import data, hub, train
 from experiments.common.best import keep_best
 from experiments.common.inputs import inputs_of
 from experiments.common.rows import Read, make_shape
@@ -169,15 +169,41 @@ def evaluate_when_due(
     metric: str = "reward",
     lower_is_better: bool = False,
 ) -> dict[str, float]:
-    """{"eval_METRIC": ...} every `eval_every` steps, the best model being kept, and after the last step; else {}."""
-    is_due = bool(cfg.eval_every) and (step + 1) % cfg.eval_every == 0
-    if not is_due and step + 1 != cfg.steps:
+    """{"eval_METRIC": ...} every `eval_every` steps but the last, the best model being kept; else {}."""
+    if not train.is_due(cfg.eval_every, step, run.total_steps):
         return {}
-    name = f"eval_{metric}"
-    found = evaluate(state)[metric]
+    found = _evaluate(cfg, run, state, config, evaluate, metric, lower_is_better)
+    return {f"eval_{metric}": found[metric]}
+
+
+def evaluate_at_end(
+    cfg: Any,
+    run: Run,
+    state: TrainState,
+    config: DecoderConfig,
+    evaluate: Callable,
+    metric: str = "reward",
+    lower_is_better: bool = False,
+) -> dict[str, float]:
+    """What `evaluate` says of the last state, whose checkpoint is there; `eval_METRIC` is logged with the last step."""
+    found = _evaluate(cfg, run, state, config, evaluate, metric, lower_is_better)
+    run.add_metrics({f"eval_{metric}": found[metric]})
+    return found
+
+
+def _evaluate(
+    cfg: Any,
+    run: Run,
+    state: TrainState,
+    config: DecoderConfig,
+    evaluate: Callable,
+    metric: str,
+    lower_is_better: bool,
+) -> dict[str, float]:
+    found = evaluate(state)
     if cfg.eval_every:
-        keep_best(run.directory, state, config, cfg.model, name, found, lower_is_better)
-    return {name: found}
+        keep_best(run, state, config, cfg.model, f"eval_{metric}", found[metric], lower_is_better)
+    return found
 
 
 def without_credit(traj: Trajectory) -> Batch:

@@ -331,6 +331,22 @@ def before_training(run: Run, evaluate: Callable[[TrainState], Any], state: Trai
     return found
 
 
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether an evaluation is due before this step is recorded: after every `every` steps (0: none) but the last.
+
+    What is evaluated after the last step is evaluated once its checkpoint is there (`evaluate_at_end`).
+    """
+    done = step + 1
+    return every > 0 and done % every == 0 and done < steps
+
+
+def evaluate_at_end(run: Run, evaluate: Callable[[TrainState], dict[str, float]], state: TrainState) -> dict:
+    """What `evaluate` says of the last state, whose checkpoint is there: logged with the last step."""
+    found = evaluate(state)
+    run.add_metrics(found)
+    return found
+
+
 def make_token_columns(policy: PolicyFn, *sizes: Any) -> Callable[[TrainState, Trajectory], dict[str, Array]]:
     """token_columns(state, traj) -> {"log_ratio": log π - log π_sampler [B T], "entropy": of π [B T]}, for the samples
     of the report.

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rljax.ops.statistics import nan_where_none
+
 
 def group_sum(x: Float[Array, "B *rest"], group: Int[Array, " B"]) -> Float[Array, "B *rest"]:
     """Σ of x over the rows with the same id, on each of these rows."""
@@ -36,7 +38,7 @@ def standard_error(
     size = group_sum(jnp.ones_like(total), group)
     groups = jnp.where(group_sum(count, group) > 0, 1.0 / size, 0.0).sum()
     variance = groups / jnp.maximum(groups - 1.0, 1.0) * (residual**2 / size).sum()
-    return jnp.where(groups > 1.5, jnp.sqrt(variance) / jnp.maximum(count.sum(), 1.0), jnp.nan)
+    return nan_where_none(jnp.sqrt(variance) / jnp.maximum(count.sum(), 1.0), groups > 1.5)
 
 
 def group_min(x: Float[Array, " B"], group: Int[Array, " B"], valid: Bool[Array, " B"]) -> Float[Array, " B"]:

@@ -1,9 +1,10 @@
 """Statistics under a mask, over all axes. Masked entries may be NaN."""
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
-from rljax.ops.shapes import Elementwise
+from rljax.ops.shapes import Elementwise, Scalar
 
 ElementMask = Bool[Array, "*shape"]
 
@@ -32,6 +33,15 @@ def masked_max(x: Elementwise, mask: ElementMask) -> Float[Array, ""]:
 def masked_min(x: Elementwise, mask: ElementMask) -> Float[Array, ""]:
     """Smallest unmasked entry; 0 where there is none."""
     return -masked_max(-x, mask)
+
+
+def nan_where_none(value: Scalar, count: int | float | Shaped[Array, ""]) -> Float[Array, ""]:
+    """The value, a statistic of `count` entries; NaN where there is none: what was not measured is not 0.
+
+    For metrics. This NaN is meant: `jax_debug_nans` does not stop at it.
+    """
+    with jax.debug_nans(False):
+        return jnp.where(count > 0, value, jnp.nan)
 
 
 def whiten(x: Elementwise, mask: ElementMask) -> Elementwise:

@@ -6,18 +6,20 @@ its manifest is reported and skipped for the one before it. A step without one w
 restored if Orbax can read it, which is said, and then gets its manifest.
 
 Where several processes run, all call every function here: each writes its part of the arrays and computes the digests
-of some files; process 0 writes the manifest and removes what is damaged. A checkpoint may be read by another number of
-processes and into other shardings.
+of some files; process 0 writes the manifest and moves what is damaged aside. A checkpoint may be read by another number
+of processes and into other shardings.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ class Checkpoints:
         distributed.on_main("remove what was left half saved", self._remove_leftovers)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager.reached_preemption = lambda step: False  # it would ask JAX: `distributed.reached_preemption`
         self._hasher = ThreadPoolExecutor(1)
         self._pending: Future | None = None
 
@@ -75,15 +78,25 @@ class Checkpoints:
                 restored, damage = self._read_unverified(step, state)
             if restored is not None:
                 for damaged_step in damaged:
-                    self._manager.delete(damaged_step)
-                    if distributed.is_main():  # last: what is left of a step that has a manifest counts as damaged
-                        _manifest(self.directory, damaged_step).unlink(missing_ok=True)
+                    distributed.on_main("move a damaged checkpoint", partial(self._move_aside, damaged_step))
+                    with _quiet_absl():  # Orbax finds nothing to delete, and forgets the step
+                        self._manager.delete(damaged_step)
                 return restored
             self.log_info(f"checkpoint {step} is damaged ({damage}); falling back to the one before")
             damaged.append(step)
         if damaged:
             raise RuntimeError(f"{self.directory}: all checkpoints are damaged; move the run away to start over")
         return None
+
+    def _move_aside(self, step: int) -> None:
+        """Make room for this step to be saved again. What is there may have been unreadable for a moment only."""
+        others = (self.directory / f"{step}.damaged.{number}" for number in itertools.count(2))
+        places = itertools.chain([self.directory / f"{step}.damaged"], others)
+        place = next(place for place in places if not place.exists())
+        os.rename(self.directory / str(step), place)
+        if _manifest(self.directory, step).is_file():
+            os.rename(_manifest(self.directory, step), place / "sha256.json")
+        self.log_info(f"checkpoint {step} is kept as {place}: remove it when you no longer want it")
 
     def wait(self) -> None:
         """Wait until the last save is committed and has its manifest; raises what its thread raised."""
@@ -142,7 +155,7 @@ class Checkpoints:
         kept = {str(s) for s in self._manager.all_steps()}
         for manifest in self.directory.glob("*.sha256.json"):
             if manifest.name.split(".")[0] not in kept:
-                manifest.unlink()
+                manifest.unlink(missing_ok=True)  # `restore` may be moving it
 
 
 class OtherModelError(ValueError):
@@ -247,7 +260,8 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _digest(file: Path) -> str:
     sign_of_life()
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with open(file, "rb") as source:  # of gigabytes: not all of it in memory
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def _digests(directory: Path) -> dict[str, str]:

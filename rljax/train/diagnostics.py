@@ -10,7 +10,7 @@ from rljax.ops import groups
 from rljax.ops.kl import k1, k3
 from rljax.ops.pass_at_k import pass_at_k
 from rljax.ops.ratios import importance_ratio
-from rljax.ops.statistics import masked_max, masked_mean, masked_min
+from rljax.ops.statistics import masked_max, masked_mean, masked_min, nan_where_none
 from rljax.types import Array, Trajectory
 
 
@@ -25,7 +25,7 @@ def sampler_mismatch(logp: Array, sampler_logp: Array, mask: Array) -> dict[str,
     `kl`, `kl_k3`: KL(sampler ‖ trainer) per token, by k1 and k3. `chi2` = mean ρ² - 1, the variance of the importance
     weights where their mean is 1; `chi2_sequence` the same of the products over completions. Perplexities are
     exp(-mean log-prob) of a completion, averaged over completions that have a token; the gap is the log of the
-    trainer's over the sampler's.
+    trainer's over the sampler's. All are NaN without a token.
     """
     logp = jnp.where(mask, logp, 0.0)
     sampler_logp = jnp.where(mask, sampler_logp, 0.0)
@@ -35,7 +35,7 @@ def sampler_mismatch(logp: Array, sampler_logp: Array, mask: Array) -> dict[str,
     sampler_mean = sampler_logp.sum(axis=1) / count
     gap = sampler_mean - mean
     product = importance_ratio(logp.sum(axis=1), sampler_logp.sum(axis=1))
-    return {
+    found = {
         "kl": masked_mean(k1(sampler_logp, logp), mask),
         "kl_k3": masked_mean(k3(sampler_logp, logp), mask),
         "chi2": masked_mean(importance_ratio(logp, sampler_logp) ** 2, mask) - 1.0,
@@ -50,6 +50,7 @@ def sampler_mismatch(logp: Array, sampler_logp: Array, mask: Array) -> dict[str,
         "log_perplexity_gap_max": masked_max(gap, rows),
         "log_perplexity_gap_min": masked_min(gap, rows),
     }
+    return {name: nan_where_none(value, mask.sum()) for name, value in found.items()}
 
 
 def solve_rates(
@@ -59,7 +60,7 @@ def solve_rates(
 
     avg@k is the fraction of correct ones among the first k scored completions of a prompt; maj@k the probability that
     the most common answer of these is correct, ties broken uniformly; pass@k is estimated from all of them. Prompts
-    without a scored completion are left out, of pass@k those with fewer than k.
+    without a scored completion are left out, of pass@k those with fewer than k; NaN where all are.
 
     Args:
       correct, valid: [B] bool: the completion is correct; it was scored.
@@ -92,7 +93,8 @@ def majority_correct(answers: Array, correct: Array, group: Array, valid: Array)
 def _mean_over_groups(x: Array, group: Array, valid: Array) -> Array:
     """Mean over groups of x, which is the same on all rows of a group; groups without a valid row are left out."""
     weight = jnp.where(valid, 1.0 / jnp.maximum(groups.group_count(group, valid), 1.0), 0.0)
-    return jnp.where(valid, weight * x, 0.0).sum() / jnp.maximum(weight.sum(), 1.0)
+    mean = jnp.where(valid, weight * x, 0.0).sum() / jnp.maximum(weight.sum(), 1.0)
+    return nan_where_none(mean, valid.sum())
 
 
 def _position_in_group(group: Array, valid: Array) -> Array:

@@ -289,8 +289,8 @@ def reached_preemption() -> bool:
     True of the same call on every process. All call it where they can stop, equally often: before the first step and
     after each. False with one process.
     """
-    # JAX waits for a number: one more than the highest that it was given before it heard of the signal, or 1 where it
-    # was given none. The steps of the run would not do: a run that is resumed at step 100 never comes to 1.
+    # JAX waits for one number: one more than the last that any process gave it before it heard of the signal, or 1
+    # where none did. So nothing else may ask it, and steps would not do: a run resumed at step 100 never comes to 1.
     return process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_stopping_points))
 
 

@@ -131,13 +131,17 @@ def read_records(path: Path) -> Iterator[dict]:
         yield record
 
 
-def drop_records_from(path: Path, step: int) -> None:
-    """Drop the records of `step` and later, and an incomplete last line. Lines that are kept keep their bytes."""
+def drop_records_from(path: Path, step: int, instead: Sequence[Mapping] = ()) -> None:
+    """Drop the records of `step` and later, and an incomplete last line. Lines that are kept keep their bytes.
+
+    instead: records that take their place.
+    """
     if not path.exists():
         return
     part = path.with_name(f".{path.name}.part")
     with open(part, "wb") as file:
         file.writelines(line for line, record in _lines(path) if record["step"] < step)
+        file.writelines(_json_line(record).encode() for record in instead)
         _flush_to_disk(file)
     os.replace(part, path)
 
@@ -164,8 +168,16 @@ def _flush_to_disk(file: IO) -> None:
 
 def _append(file: TextIO, records: Iterable[Mapping]) -> None:
     for record in records:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.write(_json_line(record))
     file.flush()
+
+
+def _json_line(record: Mapping) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _scalar(name: str, value: Any) -> float:
@@ -230,13 +242,36 @@ class Log:
             raise ValueError("'step' is no metric: it is the first argument of write")
         step = int(step)
         values = {name: _scalar(name, value) for name, value in metrics.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        _append(self._metrics, [{"step": step, **finite}])
+        _append(self._metrics, [{"step": step, **_finite(values)}])
+        self._send(step, values)
+        self._progress.update(step, self._latest)
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the line of a step, the last one that was written, be it by an earlier process.
+
+        Numbers that the line has already stay as they are.
+        """
+        if not self._active:
+            return
+        values = {name: _scalar(name, value) for name, value in metrics.items()}
+        path = Path(self._metrics.name)
+        line = {"step": step}
+        for record in read_records(path):
+            line = record if record["step"] == step else line
+        values = {name: value for name, value in values.items() if line.get(name) is None}
+        self._metrics.close()
+        drop_records_from(path, step, instead=[line | _finite(values)])
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._send(step, values)
+        if not values.keys().isdisjoint(self._progress.names):
+            self._progress.update(step, self._latest)
+
+    def _send(self, step: int, values: dict[str, float]) -> None:
+        """To TensorBoard and further writers."""
         self._write_event(step, values)
         for writer in self._writers:
             writer(step, values)
         self._latest |= values  # a metric that is measured only now and then stays on the progress line
-        self._progress.update(step, self._latest)
 
     def _write_event(self, step: int, values: Mapping[str, float]) -> None:
         """One TensorBoard event for all metrics: add_scalar queues one for each, and warns of every NaN."""

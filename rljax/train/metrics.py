@@ -1,22 +1,32 @@
 """The metrics of a run: of a rollout, of its credit and of the updates made from it. docs/metrics.md explains each.
 
-Functions of arrays; the quantities behind some of them are in `train.diagnostics`.
+Functions of arrays; the quantities behind some of them are in `train.diagnostics`. A mean over nothing is NaN.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rljax.ops import groups
 from rljax.ops.kl import k1, k3
 from rljax.ops.ratios import importance_ratio
 from rljax.ops.returns import correct_episodes, episode_rewards
-from rljax.ops.statistics import explained_variance, masked_max, masked_mean, masked_min, masked_std
+from rljax.ops.statistics import (
+    explained_variance,
+    masked_max,
+    masked_mean,
+    masked_min,
+    masked_std,
+    nan_where_none,
+)
 from rljax.train.diagnostics import sampler_mismatch, sequence_kl
 from rljax.types import Array, Batch, PolicyOutput, Trajectory
+
+MUST_BE_FINITE = ("loss", "grad_norm", "update_norm")  # of every update, or the run stops
 
 # --------------------------------------------------------------------------------------------------------- a rollout
 
@@ -33,13 +43,15 @@ def rollout_metrics(traj: Trajectory, names: tuple[str, ...], above: float = 0.0
     solved, _ = correct_episodes(traj.rewards, traj.mask, traj.scores, above)
     correct = groups.group_sum(solved.astype(float), traj.group)
     count = groups.group_count(traj.group, valid)
+    compared = count > 1
+    equal = groups.zero_std(total, traj.group, valid).astype(float)
     metrics = {
-        "reward": masked_mean(total, valid),
-        "reward_std": _population_std(total, valid),
-        "reward_max": masked_max(total, valid),
-        "reward_min": masked_min(total, valid),
+        "reward": _over(masked_mean, total, valid),
+        "reward_std": _over(_population_std, total, valid),
+        "reward_max": _over(masked_max, total, valid),
+        "reward_min": _over(masked_min, total, valid),
         "frac_reward_failed": _fraction(~valid),
-        "frac_reward_zero_std": _fraction(groups.zero_std(total, traj.group, valid)),
+        "frac_reward_zero_std": _over(masked_mean, equal, compared),
         "solved_all": _fraction((count > 0) & (correct == count)),
         "solved_none": _fraction((count > 0) & (correct == 0)),
         "length": length.astype(float).mean(),
@@ -52,7 +64,7 @@ def rollout_metrics(traj: Trajectory, names: tuple[str, ...], above: float = 0.0
         metrics["truncated"] = _fraction((traj.truncated & traj.mask).any(axis=1))
     if traj.version is not None:
         newest = jnp.where(traj.mask, traj.version, -1).max()
-        metrics["version_lag"] = masked_mean((newest - traj.version).astype(float), traj.mask)
+        metrics["version_lag"] = _over(masked_mean, (newest - traj.version).astype(float), traj.mask)
     if traj.ref_logp is not None:
         metrics["kl_sequence"] = sequence_kl(traj).mean()
     if traj.old_logp is not None:
@@ -61,8 +73,8 @@ def rollout_metrics(traj: Trajectory, names: tuple[str, ...], above: float = 0.0
     for k, name in enumerate(names):
         score = traj.scores[:, k]
         scored = jnp.isfinite(score)
-        metrics[f"reward/{name}"] = masked_mean(score, scored)
-        metrics[f"reward/{name}_std"] = _population_std(score, scored)
+        metrics[f"reward/{name}"] = _over(masked_mean, score, scored)
+        metrics[f"reward/{name}_std"] = _over(_population_std, score, scored)
     return metrics
 
 
@@ -74,7 +86,7 @@ def reward_and_kl(traj: Trajectory) -> dict[str, float]:
     total, valid = episode_rewards(jnp.asarray(traj.rewards), traj.mask)
     error = groups.standard_error(jnp.where(valid, total, 0.0), valid, traj.group)
     return {
-        "reward": float(masked_mean(total, valid)),
+        "reward": float(_over(masked_mean, total, valid)),
         "error": float(error),
         "kl": float(sequence_kl(traj).mean()),
     }
@@ -82,6 +94,11 @@ def reward_and_kl(traj: Trajectory) -> dict[str, float]:
 
 def _fraction(x: Array) -> Array:
     return x.astype(float).mean()
+
+
+def _over(statistic: Callable[[Array, Array], Array], x: Array, mask: Array) -> Array:
+    """The statistic of the unmasked entries; NaN where there is none."""
+    return nan_where_none(statistic(x, mask), mask.sum())
 
 
 def _population_std(x: Array, mask: Array) -> Array:
@@ -104,12 +121,13 @@ def credit_metrics(batch: Batch) -> dict[str, Array]:
         shown["value"] = values
     metrics = {}
     for name, x in shown.items():
-        metrics[name] = masked_mean(x, mask)
-        metrics[f"{name}_std"] = masked_std(x, mask)
-        metrics[f"{name}_max"] = masked_max(x, mask)
-        metrics[f"{name}_min"] = masked_min(x, mask)
+        metrics[name] = _over(masked_mean, x, mask)
+        metrics[f"{name}_std"] = _over(masked_std, x, mask)
+        metrics[f"{name}_max"] = _over(masked_max, x, mask)
+        metrics[f"{name}_min"] = _over(masked_min, x, mask)
     if values is not None and batch.returns is not None:
-        metrics["explained_variance"] = explained_variance(values, batch.returns, mask)
+        explained = explained_variance(values, batch.returns, mask)
+        metrics["explained_variance"] = nan_where_none(explained, mask.sum())
     return metrics
 
 
@@ -142,22 +160,26 @@ def policy_metrics(output: PolicyOutput, batch: Batch) -> dict[str, Array]:
 
 
 def average_metrics(updates: Iterable[dict]) -> dict[str, float]:
-    """The metrics of one rollout from those of its updates: means, of *_max and *_min the extremum."""
+    """The metrics of one rollout from those of its updates: means, of *_max and *_min the extremum.
+
+    An update in which a metric is NaN, since nothing was measured, does not count in its mean.
+    """
     updates = jax.device_get(list(updates))  # every copy begins before the first is waited for
     average = {}
     for name in updates[0]:
         values = [float(metrics[name]) for metrics in updates]
         if name.endswith("_max"):
-            average[name] = max(values)
+            average[name] = float(np.max(values))
         elif name.endswith("_min"):
-            average[name] = min(values)
+            average[name] = float(np.min(values))
         else:
-            average[name] = sum(values) / len(values)
+            counted = values if name in MUST_BE_FINITE else [value for value in values if not math.isnan(value)]
+            average[name] = sum(counted) / len(counted) if counted else math.nan
     return _with_ratio_spread(average)
 
 
 def _with_ratio_spread(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics with `ratio_std` and `ess_fraction` in place of `ratio_squared`.
+    """The metrics with `ratio_std` and `ess_fraction` in place of `ratio_squared`, NaN where that is.
 
     E ρ² - (E ρ)² is taken of float32 means: a spread below about 3e-4 is rounding.
     """
@@ -166,6 +188,8 @@ def _with_ratio_spread(metrics: dict[str, float]) -> dict[str, float]:
     out = {name: value for name, value in metrics.items() if name != "ratio_squared"}
     mean = metrics["ratio"]
     square = metrics["ratio_squared"]
+    if math.isnan(square):
+        return out | {"ratio_std": math.nan, "ess_fraction": math.nan}
     out["ratio_std"] = math.sqrt(square - mean**2) if square > mean**2 else 0.0
     out["ess_fraction"] = min(mean**2 / square, 1.0) if square > 0 else 0.0
     return out

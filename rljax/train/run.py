@@ -15,6 +15,7 @@ Where several processes run the script, process 0 alone writes the directory, an
 may go on with another number of processes and on another mesh: its numbers are then the same to rounding.
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -35,6 +36,7 @@ from rljax.train.compile_watch import CompileWatch
 from rljax.train.inputs import describe_changed_inputs, file_digests
 from rljax.train.log import PROGRESS_METRICS, Log, log_info, write_atomically
 from rljax.train.machine import environment, peak_bytes
+from rljax.train.metrics import MUST_BE_FINITE
 from rljax.train.provenance import git_revision, record_sources, run_sources
 from rljax.train.report import changed_settings, flatten_settings, write_report
 from rljax.train.samples import Decode, sample_records, shown_rows
@@ -141,6 +143,7 @@ class Run:
         self._watchdog = watchdog or Watchdog()
         self._compile_watch = CompileWatch()
         self._seconds_of: dict[str, float] = {}  # of the timed functions in this step
+        self._step_began = time.monotonic()
         self._start_step = 0
         self._saved_step: int | None = None
         self._signal: int | None = None
@@ -165,18 +168,18 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         failed_alone = distributed.process_count() > 1 and kind not in (None, SystemExit)
-        if not failed_alone:  # else the others may not come to finish what is still being saved
-            self._checkpoints.close()
-        self._watchdog.stop()
-        self._compile_watch.stop()
-        if not distributed.is_main():
-            return
-        if self._log is not None:
-            self._log.close()
-            if self._tracker is not None:
-                self._tracker.close()
-            log_info(f"report: {write_report(self.directory)}")
-        self._lock.close()
+        with contextlib.ExitStack() as closing:  # the last one first, and all of them whatever one raises
+            if distributed.is_main():
+                closing.callback(self._lock.close)
+                if self._log is not None:
+                    closing.callback(lambda: log_info(f"report: {write_report(self.directory)}"))
+                    if self._tracker is not None:
+                        closing.callback(self._tracker.close)
+                    closing.callback(self._log.close)
+            closing.callback(self._compile_watch.stop)
+            closing.callback(self._watchdog.stop)
+            if not failed_alone:  # else the others may not come to finish what is still being saved
+                closing.callback(self._checkpoints.close)
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest undamaged checkpoint, in the shapes and shardings of `state`; else `state` itself."""
@@ -227,7 +230,7 @@ class Run:
         """Log a finished step and save a checkpoint when one is due.
 
         `state.step` must be step + 1, the step that a resumed run starts with. Raises FloatingPointError, saving
-        nothing, where the loss or the gradient is not finite.
+        nothing, where the loss, the gradient or the change of the parameters is not finite.
         """
         done = step + 1
         if int(state.step) != done:
@@ -240,19 +243,36 @@ class Run:
         values["compile_seconds"] = self._compile_watch.take_seconds()
         values |= peak_bytes()
         if "tokens" in values:
-            values["tokens_per_second"] = values["tokens"] / values["seconds"]
+            evaluating = self._seconds_of.get("eval", 0.0)
+            values["tokens_per_second"] = values["tokens"] / (values["seconds"] - evaluating)
         self._log.write(step, values)
         is_told_to_end = self._is_told_to_end()
         if done % self.save_every == 0 or done == self.total_steps or is_told_to_end:
             self.save(state)
         if is_told_to_end:
             self._stop(done)
+        if done == self.total_steps and distributed.process_count() > 1:
+            self._checkpoints.wait()  # a process that fails alone in what comes now does not wait for it
+
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the line of the last step: what is measured after its checkpoint, so that no error loses it.
+
+        A finished run that is run again measures again, perhaps with other functions: its log stays as it is.
+        """
+        self._log.add(self.total_steps - 1, metrics)
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint now, unless this step is saved already."""
         if int(state.step) != self._saved_step:
             self._checkpoints.save(int(state.step), state)
             self._saved_step = int(state.step)
+
+    @contextlib.contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """What is done inside does not count as the step's time."""
+        began = time.monotonic()
+        yield
+        self._step_began += time.monotonic() - began
 
     def should_log_samples(self, step: int) -> bool:
         """Whether samples of this step are due."""
@@ -279,19 +299,19 @@ class Run:
           turn_notes: of each conversation of the batch, a text for each turn.
         """
         began = time.monotonic()
-        rows, batch, token_columns = _fetch_shown(batch, token_columns)
-        if not distributed.is_main():
-            return
-        turn_notes = turn_notes and [turn_notes[row] for row in rows]
-        index = {int(number): i for i, number in enumerate(prompts.number)}
-        columns = [prompts.columns[index[number]] for number in batch.traj.group.tolist()]
-        records = sample_records(
-            step, batch, decode, names=names, columns=columns, token_columns=token_columns, turn_notes=turn_notes
-        )
-        self._log.samples(records)
-        write_report(self.directory)
+        with self.not_counted():
+            rows, batch, token_columns = _fetch_shown(batch, token_columns)
+            if not distributed.is_main():
+                return
+            turn_notes = turn_notes and [turn_notes[row] for row in rows]
+            index = {int(number): i for i, number in enumerate(prompts.number)}
+            columns = [prompts.columns[index[number]] for number in batch.traj.group.tolist()]
+            records = sample_records(
+                step, batch, decode, names=names, columns=columns, token_columns=token_columns, turn_notes=turn_notes
+            )
+            self._log.samples(records)
+            write_report(self.directory)
         self._seconds_of["samples"] = time.monotonic() - began
-        self._step_began += self._seconds_of["samples"]
 
     # ------------------------------------------------------------------------------------------------------ private
 
@@ -350,7 +370,7 @@ class Run:
         return describe_changed_inputs(self.directory, json.loads(path.read_text()), self._inputs, "--directory")
 
     def _refuse_non_finite(self, step: int, values: Mapping[str, float]) -> None:
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values.get(name, 0.0))]
+        bad = [name for name in MUST_BE_FINITE if not math.isfinite(values.get(name, 0.0))]
         if not bad:
             return
         if self._saved_step is None:

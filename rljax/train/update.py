@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rljax.ops.dtypes import at_least_float32, cast_like
+from rljax.ops.statistics import nan_where_none
 from rljax.train.mesh import Shardings, shard_rows
 from rljax.train.metrics import average_metrics
 from rljax.types import Array, Objective, Params, TrainState
@@ -29,7 +30,7 @@ def make_update(
 
     Weights are fixed over the whole batch before it is cut, so gradients are plain sums and do not depend on
     `micro_batches` or on the mesh. What `prepare` computes of the policy is of the whole batch too, one micro-batch at
-    a time. Metrics are means over the whole batch, with `loss`, `grad_norm` (before any
+    a time. Metrics are means over the whole batch (NaN of no decision), with `loss`, `grad_norm` (before any
     clipping in the optimizer's chain) and `update_norm`. With `shardings` the state enters and leaves in them.
 
     Gradients are float32 or wider whatever the parameters are, and so is what the optimizer is given; its state keeps
@@ -127,7 +128,7 @@ def accumulate_gradients(
 
     if micro_batches == 1:
         (loss, metrics), grads = value_and_grad(batch)
-        metrics = {name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()}
+        metrics = {name: _mean(total, count) for name, (total, count) in metrics.items()}
         return loss, metrics, keep_sharding(grads)
 
     rows, shared = _cut(batch, micro_batches)
@@ -178,7 +179,12 @@ def _reduce_micro_batches(name: str, values: Array, counts: Array) -> Array:
         return values.max()
     if name.endswith("_min"):
         return values.min()
-    return values.sum() / jnp.maximum(counts.sum(), 1)
+    return _mean(values.sum(), counts.sum())
+
+
+def _mean(total: Array, count: Array) -> Array:
+    """total/count; NaN where nothing was counted."""
+    return nan_where_none(total / jnp.maximum(count, 1), count)
 
 
 def _cut(batch: Any, micro_batches: int) -> tuple[list, tuple]:
@@ -264,7 +270,7 @@ def learn(
         averaged["sampler_gap"] = logged[0]["logp_diff_max"]
     if "clip_fraction" in logged[0]:
         parts = ("clip_fraction_low", "clip_fraction_high") if "dropped" in logged[0] else ("clip_fraction",)
-        averaged["clip_fraction_first"] = sum(logged[0][part] for part in parts)
+        averaged["clip_fraction_first"] = sum(float(logged[0][part]) for part in parts)
     if stop_kl is not None:
         averaged["updates"] = len(logged)
     return state, averaged

@@ -31,6 +31,12 @@ def test_the_entropy_coefficient_rises_below_the_target_and_falls_above_it_withi
     assert [float(applied_entropy_coefficient(0.5, h, 0.2)) for h in (0.1, 0.2, 0.3)] == [0.5, 0.5, 0.0]
 
 
+def test_where_nothing_was_measured_coefficients_stay():
+    assert adaptive_kl(0.25, np.nan, target=6.0, horizon=10, samples=500) == 0.25
+    assert controllers.ppo_penalty_coefficient(0.25, np.nan, 0.01) == 0.25
+    assert adaptive_entropy(0.25, np.nan, 0.2) == 0.25
+
+
 def test_a_fixed_coefficient_stays():
     assert controllers.fixed_coefficient(0.3, 99.0) == 0.3
 

@@ -155,7 +155,12 @@ def test_a_run_goes_on_with_another_number_of_processes(flags, reference, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("when", "legal"), [("before restore", {3}), pytest.param("after restore", {3, 4}, marks=pytest.mark.nightly)]
+    ("when", "legal"),
+    [
+        ("before restore", {3}),
+        pytest.param("after restore", {3, 4}, marks=pytest.mark.nightly),
+        pytest.param("after a save", {5}, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_run_that_is_resumed_and_told_to_end_at_once_ends(when, legal, tmp_path):
     """All processes stop after the same step, long before the last."""

@@ -1,4 +1,4 @@
-"""A run of 100 empty steps in DIRECTORY. Its last process is told to end WHEN: before or after restore."""
+"""A run of 100 empty steps in DIRECTORY. Its last process is told to end WHEN: around restore, or after a save."""
 
 import argparse
 import os
@@ -34,7 +34,7 @@ command_line.configure_jax()
 distributed.initialize(*hosts)
 state = TrainState(step=0, params={"w": jnp.zeros(3)}, opt_state=(), key=jax.random.key(0))
 state = place(state, NamedSharding(make_mesh(), PartitionSpec()))
-with Run(directory, {}, steps=100, save_every=100) as run:
+with Run(directory, {}, steps=100, save_every=1 if when == "after a save" else 100) as run:
     be_told("before restore")
     state = run.restore(state)
     be_told("after restore")
@@ -42,3 +42,5 @@ with Run(directory, {}, steps=100, save_every=100) as run:
         distributed.exchange("update", None)  # they wait for each other, as in the collectives of an update
         state = state.replace(step=step + 1)
         run.record(step, state, {"loss": 0.0})
+        if run.is_first_step(step):
+            be_told("after a save")

@@ -1,5 +1,6 @@
 """Masked statistics against numpy on the unmasked entries alone."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from rljax.ops.statistics import (
     masked_min,
     masked_std,
     masked_var,
+    nan_where_none,
     whiten,
 )
 
@@ -56,6 +58,12 @@ def test_too_few_entries_give_zeros(count):
         close(one_is_enough(x, mask), 4.0 * count)
     assert masked_var(x, mask) == masked_std(x, mask) == 0
     assert (whiten(x, mask) == 0).all()
+
+
+def test_a_metric_of_nothing_is_no_number_and_no_error_of_debugging():
+    with jax.debug_nans(True), jax.disable_jit():
+        for value, count, want in ((0.0, 0, np.nan), (0.5, 1, 0.5)):
+            np.testing.assert_array_equal(nan_where_none(jnp.float32(value), jnp.int32(count)), np.float32(want))
 
 
 def test_explained_variance_of_a_perfect_a_constant_and_a_halfway_critic():

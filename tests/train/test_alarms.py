@@ -98,6 +98,12 @@ def test_a_healthy_run_raises_none_and_a_sick_one_raises_each():
     assert all(each["now"] and each["count"] == 1 and each["first"] == 39 for each in found)
 
 
+def test_rewards_that_nothing_is_compared_with_are_no_lack_of_signal():
+    """PPO with one completion a prompt."""
+    alone = {"frac_reward_zero_std": ([0, 1], [None, None]), "entropy": ([0, 1], [None, None])}
+    assert not [found for found in check_alarms(alone) if found["count"]]
+
+
 def test_thresholds_are_described_with_their_numbers():
     assert len({(each.title, each.metric) for each in RULES}) == len(RULES)
     for each in RULES:

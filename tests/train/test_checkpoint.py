@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from orbax.checkpoint import CheckpointManager
 
 from rljax.models import decoder
-from rljax.train.checkpoint import Checkpoints
+from rljax.train.checkpoint import Checkpoints, restore_items
 from rljax.train.mesh import make_mesh, state_shardings
 from rljax.types import TrainState
 
@@ -147,11 +150,13 @@ def test_damage_to_the_newest_is_said_and_the_one_before_is_taken(tmp_path, smal
     saved(tmp_path, [small(1), small(2)])
     damage(tmp_path / "2")
     said = []
+    before = files(tmp_path / "2")
     checkpoints = Checkpoints(tmp_path, log_info=said.append)
     assert checkpoints.restore(small(0)).params["w"][0] == 1
-    assert len(said) == 1
     assert said[0].startswith("checkpoint 2 is damaged (")
     assert said[0].endswith("); falling back to the one before")
+    assert said[1:] == [f"checkpoint 2 is kept as {tmp_path}/2.damaged: remove it when you no longer want it"]
+    assert before.items() <= files(tmp_path / "2.damaged").items()  # it was perhaps unreadable for a moment only
     checkpoints.save(2, small(2).replace(params={"w": jnp.full(3, 22.0)}))  # the run goes on and saves again
     checkpoints.close()
     assert restored(tmp_path, small(0)).params["w"][0] == 22
@@ -190,21 +195,33 @@ def test_what_has_no_manifest_and_cannot_be_read_is_damaged(tmp_path, small):
     said = []
     assert restored(tmp_path, small(0), log_info=said.append).params["w"][0] == 1
     assert said[0].startswith("checkpoint 2 is damaged (it has no manifest and cannot be read: ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.sha256.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "1.sha256.json", "2.damaged"]
 
 
-def test_a_damaged_step_that_was_half_removed_is_not_taken_for_a_whole_one(tmp_path, small, monkeypatch):
+def test_a_damaged_step_whose_moving_was_interrupted_is_not_taken_for_a_whole_one(tmp_path, small, monkeypatch):
     saved(tmp_path, [small(1), small(2)])
     add_a_file(tmp_path / "2")  # Orbax reads it none the less
+    (tmp_path / "2.damaged").mkdir()  # of an earlier time
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointManager, "delete", interrupt)
+        patch.setattr("rljax.train.checkpoint.os.rename", rename_and_stop)
         with pytest.raises(KeyboardInterrupt):
             restored(tmp_path, small(0))
     assert restored(tmp_path, small(0)).params["w"][0] == 1
+    assert (tmp_path / "2.damaged.2" / "stray").is_file()
+    assert restore_items(tmp_path, "params")[0] == 1
 
 
-def interrupt(*_):
+def rename_and_stop(*paths):
+    os.replace(*paths)
     raise KeyboardInterrupt
+
+
+def test_a_save_does_not_ask_jax_whether_the_job_is_to_end(tmp_path, small, monkeypatch):
+    """JAX waits for the number after the last that it was given: steps of Orbax among them would hide it for good."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    saved(tmp_path, [small(5)])
+    assert asked == []
 
 
 def test_a_checkpoint_is_read_when_the_state_that_it_replaces_is_gone(tmp_path, small, monkeypatch):
@@ -228,10 +245,12 @@ def test_a_checkpoint_is_read_when_the_state_that_it_replaces_is_gone(tmp_path, 
     checkpoints.close()
 
 
-def test_the_manifest_names_every_file_with_its_hash(tmp_path, small):
-    saved(tmp_path, [small(1)])
+def test_the_manifest_names_every_file_with_its_hash(tmp_path, small, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delattr(Path, "read_bytes")
+        saved(tmp_path, [small(1)])
     manifest = json.loads((tmp_path / "1.sha256.json").read_text())
-    assert manifest == files(tmp_path / "1")
+    assert manifest == files(tmp_path / "1")  # read whole here, and there piece by piece
     assert manifest
 
 

@@ -56,6 +56,18 @@ def test_a_step_is_a_line_of_strict_json(tmp_path):
     assert strict(lines[1]) == {"step": 1}
 
 
+def test_what_is_measured_later_is_added_to_the_line_of_its_step(tmp_path):
+    """Also by a process that comes after the one that wrote it. A number that is there stays."""
+    for start, value, shown in ((0, NAN, "null"), (2, 0.75, "0.75"), (2, 0.25, "0.75")):
+        with Log(tmp_path, total_steps=2, start=start) as log:
+            for step in range(start, 2):
+                log.write(step, {"loss": 1.0 + step, "kl": 0.5})
+            log.add(1, {"eval_reward": value, "kl": 0.25})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert lines[0] == '{"step": 0, "loss": 1.0, "kl": 0.5}'
+        assert lines[1:] == [f'{{"step": 1, "loss": 2.0, "kl": 0.5, "eval_reward": {shown}}}']
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     with Log(tmp_path, total_steps=2) as log:
         log.write(0, {"reward": 1.0})

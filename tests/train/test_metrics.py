@@ -43,13 +43,28 @@ def test_rewards_lengths_and_signal():
         "frac_empty": 0,
         "tokens": 12,
         "frac_reward_failed": 3 / 8,
-        "frac_reward_zero_std": 6 / 8,
+        "frac_reward_zero_std": 2 / 4,  # of two groups several rows are judged
         "reward/right": 3 / 5,
         "reward/right_std": np.std([1, 0, 1, 1, 0]),
         "reward/long": 30 / 6,
         "reward/long_std": np.std([5, 5, 7, 5, 5, 3]),
     }
     assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_what_was_not_measured_is_no_number():
+    """No row is judged; each prompt has one completion; no decision is left to learn from."""
+    unjudged = trajectory(rewards=np.where(MASK, nan, 0.0), scores=np.full((8, 1), nan), ref_logp=np.zeros(MASK.shape))
+    found = rollout_metrics(unjudged, ("right",))
+    names = ("reward", "reward_std", "reward_max", "reward_min", "reward/right", "frac_reward_zero_std")
+    assert np.isnan([found[name] for name in names]).all()
+    assert found["frac_reward_failed"] == 1
+    assert np.isnan(reward_and_kl(unjudged)["reward"])
+    alone = trajectory().replace(group=jnp.arange(8))
+    assert np.isnan(rollout_metrics(alone, ())["frac_reward_zero_std"])
+    zeros = jnp.zeros(MASK.shape)
+    empty = Batch(trajectory(values=np.zeros((8, 4))), advantages=zeros, returns=zeros, mask=zeros > 0)
+    assert all(np.isnan(value) for value in credit_metrics(empty).values())
 
 
 def test_groups_are_solved_by_all_or_by_none():
@@ -132,6 +147,17 @@ def test_ratios_have_their_spread_and_their_effective_share():
 def test_average_takes_means_and_extremes():
     steps = [{"loss": 1.0, "ratio_max": 3.0, "ratio_min": 0.5}, {"loss": 2.0, "ratio_max": 1.0, "ratio_min": 0.25}]
     assert average_metrics(steps) == {"loss": 1.5, "ratio_max": 3.0, "ratio_min": 0.25}
+
+
+def test_an_update_that_measured_nothing_does_not_count_in_a_mean():
+    """But a loss that is not finite is not passed over: the run is to stop."""
+    empty = {"ratio": nan, "ratio_squared": nan, "ratio_max": -np.inf, "entropy": nan, "loss": 0.0}
+    steps = [empty, {"ratio": 1.0, "ratio_squared": 1.25, "ratio_max": 2.0, "entropy": 0.5, "loss": 1.0}]
+    want = {"ratio": 1.0, "ratio_max": 2.0, "entropy": 0.5, "loss": 0.5, "ratio_std": 0.5, "ess_fraction": 0.8}
+    assert average_metrics(steps) == pytest.approx(want)
+    found = average_metrics([empty | {"loss": nan}, empty])
+    assert all(np.isnan(found[name]) for name in ("loss", "ratio", "ratio_std", "ess_fraction", "entropy"))
+    require_on_policy({"sampler_gap": -np.inf, "clip_fraction_first": nan})  # there is nothing to compare
 
 
 def test_metrics_come_to_the_host_together():

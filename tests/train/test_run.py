@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 from rljax.train import distributed, inputs
+from rljax.train.checkpoint import Checkpoints
 from rljax.train.log import MACHINE_METRICS
 from rljax.train.run import Run
 from rljax.train.update import make_update
@@ -340,7 +342,11 @@ def record_all(directory, *metrics):
 
 @pytest.mark.parametrize(
     ("bad", "words"),
-    [({"loss": np.nan}, "loss not finite"), ({"loss": 1.0, "grad_norm": np.inf}, "grad_norm not finite")],
+    [
+        ({"loss": np.nan}, "loss not finite"),
+        ({"loss": 1.0, "grad_norm": np.inf}, "grad_norm not finite"),
+        ({"loss": 1.0, "grad_norm": 1.0, "update_norm": np.nan}, "update_norm not finite"),
+    ],
 )
 def test_a_step_that_is_not_finite_stops_the_run_and_is_neither_logged_nor_saved(tmp_path, bad, words):
     with pytest.raises(FloatingPointError, match=f"{words} at step 1; the last checkpoint is step 1"):
@@ -354,6 +360,44 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_neither_logged_nor_saved
 def test_another_metric_that_is_not_finite_is_null_in_the_log(tmp_path):
     record_all(tmp_path, {"loss": 1.0, "kl": np.nan})
     assert log(tmp_path) == [{"step": 0, "loss": 1.0, "kl": None}]
+
+
+def test_what_is_measured_after_the_last_step_stands_in_its_line_and_costs_no_step_where_it_fails(tmp_path):
+    def finish(measure):
+        state = TrainState(step=0, params={"w": jnp.zeros(1)}, opt_state=(), key=jax.random.key(0))
+        with Run(tmp_path, {}, steps=2) as run:
+            state = run.restore(state)
+            for step in run.steps(state.step):
+                state = state.replace(step=step + 1)
+                run.record(step, state, {"loss": float(step)})
+            run.add_metrics({"eval_reward": measure(int(state.step))})
+
+    def gone(step):
+        raise ConnectionError("the judge is gone")
+
+    with pytest.raises(ConnectionError):
+        finish(gone)
+    assert log(tmp_path) == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 1.0}]
+    for value in (0.5, 0.25):  # the second time it is a finished run
+        finish(lambda step, value=value: value * step)
+        assert log(tmp_path) == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 1.0, "eval_reward": 1.0}]
+        assert "seconds" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_all_is_closed_where_the_last_save_fails(tmp_path, monkeypatch):
+    def full(self):
+        close(self)
+        raise OSError("disk full")
+
+    close = Checkpoints.close
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "close", full)
+        with pytest.raises(OSError, match="disk full"):
+            train(tmp_path)
+    assert (tmp_path / "report.html").is_file()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    train(tmp_path)  # nothing holds its lock
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_handlers_come_back(tmp_path):
@@ -423,17 +467,23 @@ class Doubler:
 def test_timed_functions_are_logged_and_stay_what_they_are(tmp_path):
     state = TrainState(step=0, params={}, opt_state=None, key=jax.random.key(5))
     with Run(tmp_path, {}, steps=3) as run:
-        double, plus = run.timed(double=Doubler(), plus=lambda x, by: x + by)
+        double, plus, evaluate = run.timed(double=Doubler(), plus=lambda x, by: x + by, eval=time.sleep)
         assert double.names == ("double",)
         state = run.restore(state)
         for step in run.steps(0):
             assert double(double(jnp.ones(2))).tolist() == [4.0, 4.0]
             if step == 1:
                 assert plus(1, by=2) == 3
-            run.record(step, state.replace(step=step + 1), {})
+                evaluate(0.02)
+                with run.not_counted():
+                    time.sleep(0.5)
+            run.record(step, state.replace(step=step + 1), {"tokens": 6})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["double_seconds"] < line["seconds"] for line in lines)
     assert ["plus_seconds" in line for line in lines] == [False, True, False]
+    evaluating = lines[1]["eval_seconds"]
+    assert 0.02 <= evaluating < lines[1]["seconds"] < 0.5
+    assert lines[1]["tokens_per_second"] == pytest.approx(6 / (lines[1]["seconds"] - evaluating))
     assert all(line["compile_seconds"] >= 0 and line["peak_host_bytes"] > 0 for line in lines)
     facts = json.loads((tmp_path / "config.json").read_text())
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))

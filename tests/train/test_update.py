@@ -70,6 +70,17 @@ def test_loss_metrics_and_step_are_those_of_the_whole_batch(micro_batches):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_metric_of_no_decision_is_no_number(micro_batches):
+    """And micro-batches without one count in no mean."""
+    update = make_update(REGRESSION, optax.sgd(0.1), micro_batches)
+    _, metrics = update(state(optax.sgd(0.1)), rows() | {"mask": jnp.zeros(ROWS, bool)})
+    assert np.isnan(metrics["error"])
+    assert (metrics["loss"], metrics["grad_norm"], np.isfinite(metrics["error_max"])) == (0, 0, False)
+    _, metrics = update(state(optax.sgd(0.1)), rows() | {"mask": jnp.arange(ROWS) == 4})
+    np.testing.assert_allclose(metrics["error"], (X @ W - Y)[4], rtol=1e-5)
+
+
 def test_what_prepare_draws_is_one_draw_for_the_batch_and_another_for_the_next():
     seen = []
     for micro_batches in (1, 4):

@@ -1,7 +1,8 @@
 """Coefficients that follow a measurement: (coefficient, measurement, ...) -> coefficient.
 
 Pure functions of scalars, traced or not: a loop keeps their result in `TrainState.coefficients`, where a wrapper
-(`with_kl`, `with_entropy`) or a loss reads it, and nothing is recompiled.
+(`with_kl`, `with_entropy`) or a loss reads it, and nothing is recompiled. A measurement of NaN, which is none, leaves a
+coefficient as it was.
 """
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ def adaptive_kl(coefficient: Scalar, kl: Scalar, target: Scalar, horizon: Count,
     `kl` in the unit of `target`, in the paper nats per *sequence* (the metric `kl_sequence`); `samples`: episodes since
     the last call. The paper starts with β = 0.2, target 6, horizon 10,000.
     """
+    kl = jnp.where(jnp.isnan(kl), target, kl)
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return coefficient * (1.0 + error * samples / horizon)
 
@@ -42,7 +44,8 @@ def adaptive_entropy(
 
     The loss is given `applied_entropy_coefficient` of it.
     """
-    return jnp.clip(coefficient + jnp.where(entropy <= target, delta, -delta), low, high)
+    change = jnp.where(entropy <= target, delta, -delta)
+    return jnp.clip(coefficient + jnp.where(jnp.isnan(entropy), 0.0, change), low, high)
 
 
 def applied_entropy_coefficient(coefficient: Scalar, entropy: Scalar, target: Scalar) -> Float[Array, ""]:
