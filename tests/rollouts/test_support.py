@@ -166,7 +166,7 @@ def every_completion(params):
     def next_distribution(texts):
         texts = jnp.asarray(texts, jnp.int32)
         places = jnp.broadcast_to(jnp.arange(texts.shape[1]), texts.shape)
-        hidden, _ = LM.forward(params, {}, texts, places, jnp.ones_like(texts), None)
+        hidden, _ = LM.forward(params["decoder"], {}, texts, places, jnp.ones_like(texts), None)
         logits = np.float64(policy.decoder.logits(CONFIG, params["decoder"], hidden[:, -1]))
         return softmax(logits / TEMPERATURE, axis=-1)
 

@@ -101,11 +101,13 @@ def test_greedy_is_the_argmax_loop(params, rows):
         sample(LM, params, {}, some, Sampling(temperature=0.0, max_tokens=16, stop=STOP), 0, 0), SAMPLING
     )
 
+    prepared, frozen = LM.prepare(params, {})
+
     @jax.jit
     def next_tokens(tokens, length):
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = LM.forward(params, {}, tokens, places, jnp.ones_like(tokens), None)
-        return LM.logits(params, {}, hidden)[jnp.arange(3), length - 1].argmax(axis=-1)
+        hidden, _ = LM.forward(prepared, frozen, tokens, places, jnp.ones_like(tokens), None)
+        return LM.logits(prepared, frozen, hidden)[jnp.arange(3), length - 1].argmax(axis=-1)
 
     lengths = some.mask.sum(axis=1)
     texts = np.zeros((3, 9 + 16), np.int32)
