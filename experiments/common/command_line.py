@@ -106,9 +106,9 @@ def parse(config_type: type, makes_run: bool = True) -> Any:
                 flags, description=description, config=(tyro.conf.FlagCreatePairsOff,), use_underscores=True
             )
     except SystemExit as stop:
-        print(errors.getvalue(), end="", file=sys.stderr)
         if stop.code and "Unrecognized" in errors.getvalue():
             print(textwrap.fill("legal: " + " ".join(legal), 100, break_on_hyphens=False), file=sys.stderr)
+        print(errors.getvalue(), end="", file=sys.stderr)  # last: it says which flag was perhaps meant
         raise
 
 
