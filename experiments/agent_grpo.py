@@ -30,7 +30,7 @@ from experiments.common.sampling import training_sampling
 from experiments.common.settings import Batches, MeshShape, Optimizer, Rare, Sampling, Weights
 from rljax.algorithms import turn_groups, with_kl
 from rljax.data.prompts import Prompts, train_eval_split
-from rljax.data.tokenizer import Tokenizer
+from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.envs.text import TextEnv, TurnLimits
 from rljax.models import decoder, hf, policy
 from rljax.rewards.sandbox import Level
@@ -170,7 +170,7 @@ def read_tokenizer(cfg: Config) -> Tokenizer:
     config = hf.read_config(cfg.model)
     if cfg.max_context > config.max_positions:
         raise ValueError(f"max_context = {cfg.max_context}; legal: at most {config.max_positions}, the model's context")
-    return data.load_tokenizer(cfg.model, config.vocab_size)
+    return load_tokenizer(cfg.model, config.vocab_size)
 
 
 def conversation_settings(cfg: Config, env: TextEnv, tokenizer: Tokenizer, sampling: Sampling) -> ConversationSettings:

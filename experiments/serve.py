@@ -36,6 +36,7 @@ from experiments.common import openai_protocol as protocol
 from experiments.common.engine import Answer, Engine, Stage
 from experiments.common.openai_protocol import Call, Model, RequestProblem
 from experiments.common.settings import MeshShape, Rare
+from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.train.log import log_info
 from rljax.train.mesh import make_mesh
@@ -75,7 +76,7 @@ def start(cfg: Config) -> Iterator["Server"]:
     """A server that listens, its model loaded; `serve_forever` answers."""
     config = hf.read_config(cfg.model)
     context = check_settings(cfg, config.max_positions)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    tokenizer = load_tokenizer(cfg.model, config.vocab_size)
     mesh = make_mesh(**cfg.mesh.sizes)
     config, params = models.load_model(cfg.model, mesh, cfg.dtype, context)
 

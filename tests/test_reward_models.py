@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import grpo
-from experiments.common import data, models
+from experiments.common import models
 from experiments.common.reward_models import PIECE_TOKENS, load_process_reward_model, load_reward_model
 from experiments.common.rewards import Rewards, check_verdicts, read_rewards
 from experiments.common.settings import Batches, MeshShape, PromptData, Reward, Sampling, Weights
@@ -20,6 +20,7 @@ from models import tiny
 from rewards import servers
 from rljax import algorithms as a
 from rljax.data import examples
+from rljax.data.tokenizer import load_tokenizer
 from rljax.models import decoder, hf
 from rljax.rewards.score import RewardError
 from rljax.train.mesh import make_mesh
@@ -81,7 +82,7 @@ TEXTS = [("once upon", " a time.", True), ("a", "b", False), ("the cat", ", a do
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 1, "tensor": -1}, {"fsdp": 4, "tensor": 2}])
 def test_the_sampled_ids_are_scored_at_the_last_token(directories, mesh):
-    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    policy = load_tokenizer(str(directories / "policy"), 37)
     traj, whole = rollout(TEXTS[:5], policy)  # five rows over four devices
     reward = load_reward_model(directories / "same", make_mesh(**mesh), policy)
     want = [score_of(directories / "same", ids) for ids in whole]
@@ -89,7 +90,7 @@ def test_the_sampled_ids_are_scored_at_the_last_token(directories, mesh):
 
 
 def test_another_vocabulary_reads_the_text(directories, capsys):
-    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    policy = load_tokenizer(str(directories / "policy"), 37)
     traj, _ = rollout(TEXTS[:4], policy)
     mesh = make_mesh(fsdp=2, tensor=4)
     reward = load_reward_model(directories / "other", mesh, policy)
@@ -108,14 +109,14 @@ def test_a_conversation_is_encoded_with_the_other_template(directories, tmp_path
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
     about = json.loads((other / "tokenizer_config.json").read_text()) | {"chat_template": template}
     (other / "tokenizer_config.json").write_text(json.dumps(about))
-    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    policy = load_tokenizer(str(directories / "policy"), 37)
     traj, _ = rollout([("sampled", " a time.", True), ("as if", "b c", False)], policy)
     messages = [{"role": "user", "content": "why?"}]
     answered = [*messages, {"role": "assistant", "content": "ignored"}]
     columns = [{"prompt": messages}, {"messages": answered}]
     rows = PromptBatch(np.zeros((2, 1)), np.ones((2, 1)), np.arange(2), columns, 2)
     reward = load_reward_model(other, make_mesh(fsdp=2, tensor=4), policy)
-    tokenizer = data.load_tokenizer(str(other), 47)
+    tokenizer = load_tokenizer(str(other), 47)
     whole = [tokenizer.encode_more("user:why?</s>assistant:" + text) for text in (" a time.</s>", "b c")]
     want = [score_of(other, ids) for ids in whole]
     np.testing.assert_allclose(reward(traj.replace(group=np.arange(2)), rows), want, rtol=1e-4, atol=1e-4)
@@ -126,7 +127,7 @@ def test_steps_are_judged_behind_their_separator(directories):
 
     These are the tokens at which `data.examples.steps` puts the labels of training.
     """
-    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    policy = load_tokenizer(str(directories / "policy"), 37)
     texts = [("once", "a,b c, d", True), ("as", "if", False), ("once", "a,b,", True), ("as", "", True)]
     traj, _ = rollout(texts, policy)
     want = []
@@ -157,7 +158,7 @@ def test_steps_are_judged_behind_their_separator(directories):
 
 
 def test_pieces_bound_what_is_read_at_a_time_and_change_nothing(directories, monkeypatch):
-    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    policy = load_tokenizer(str(directories / "policy"), 37)
     traj, _ = rollout(TEXTS, policy)
     reward = load_reward_model(directories / "same", make_mesh(fsdp=2, tensor=4), policy)
     want = reward(traj, None)
@@ -173,7 +174,7 @@ LONGROPE = tiny.rope(50.0, "longrope", original_max_position_embeddings=12, **ti
 def test_a_row_longer_than_the_context_is_not_judged(fields, directories, tmp_path):
     """Nor one that longrope has another table for: a reward model is trained with that of short texts."""
     write_reward_model(tmp_path / "short", **fields)
-    policy = data.load_tokenizer(str(directories / "policy"), 37)
+    policy = load_tokenizer(str(directories / "policy"), 37)
     traj, whole = rollout([("once", "upon a", True), ("a", "bcdef", True)], policy)
     assert [len(ids) for ids in whole] == [12, 8]
     mesh = make_mesh(fsdp=1, tensor=-1)

@@ -23,8 +23,7 @@ from experiments.common.settings import Data, Rows
 from rljax.data.examples import Example, demonstration, prompt_ids
 from rljax.data.files import Table, read_table
 from rljax.data.prompts import Prompts, shuffled_indices, train_eval_split
-from rljax.data.tokenizer import Tokenizer
-from rljax.data.tokenizer import load_tokenizer as load_tokenizer
+from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import hf
 from rljax.train import distributed
 from rljax.train.log import log_info

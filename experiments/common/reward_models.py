@@ -16,7 +16,7 @@ from rljax.data.chat import encode_after
 from rljax.data.examples import answer, demonstration, prompt_of, without_end
 from rljax.data.formats import is_conversation
 from rljax.data.prompts import pad_left, padded_width
-from rljax.data.tokenizer import Tokenizer
+from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import heads, hf
 from rljax.models.decoder import DecoderConfig
 from rljax.ops.ranking import min_over_steps
@@ -134,7 +134,7 @@ def _load_scorer(directory: str | Path, mesh: jax.sharding.Mesh, dtype: str) -> 
     config = dataclasses.replace(
         config, dtype=dtype, hidden_sharding=hidden_sharding(mesh), max_positions=min(longest, config.max_positions)
     )
-    tokenizer = data.load_tokenizer(str(directory), config.vocab_size)
+    tokenizer = load_tokenizer(str(directory), config.vocab_size)
     params = models.load_decoder(str(directory), config, mesh, dtype)
     return config, {**params, "score_head": hf.load_score_head(directory)}, tokenizer
 

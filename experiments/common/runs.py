@@ -16,7 +16,7 @@ from experiments.common.settings import LOGISTICS, PLACEMENT, one_small_step
 from experiments.common.unread import check_unread
 from experiments.common.verifiers import check_answers, check_rubric_columns
 from rljax.data.prompts import Prompts
-from rljax.data.tokenizer import Tokenizer
+from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import hf
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.pool import Pool
@@ -82,7 +82,7 @@ def check_whole_prompts(cfg: Any) -> None:
 def _tokenizer_and_limit(cfg: Any) -> tuple[Tokenizer, int]:
     """The tokenizer, and how many tokens a prompt may have."""
     config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    tokenizer = load_tokenizer(cfg.model, config.vocab_size)
     return tokenizer, data.max_prompt_length(cfg.max_prompt_tokens, cfg.sampling.max_tokens, config.max_positions)
 
 
@@ -159,35 +159,24 @@ def summarize(cfg: Any, before: dict[str, float], after: dict[str, float], model
     return {"before": before, "after": after}
 
 
-def evaluate_when_due(
-    cfg: Any,
-    run: Run,
-    step: int,
-    state: TrainState,
-    config: DecoderConfig,
-    evaluate: Callable,
-    metric: str = "reward",
-    lower_is_better: bool = False,
-) -> dict[str, float]:
-    """{"eval_METRIC": ...} every `eval_every` steps but the last, the best model being kept; else {}."""
+def evaluate_when_due(cfg: Any, run: Run, step: int, state: TrainState, *evaluation: Any) -> dict[str, float]:
+    """{"eval_METRIC": ...} every `eval_every` steps but the last, the best model being kept; else {}.
+
+    evaluation: config, evaluate, and of another metric than the reward `metric` and `lower_is_better` (`_evaluate`).
+    """
     if not train.is_due(cfg.eval_every, step, run.total_steps):
         return {}
-    found = _evaluate(cfg, run, state, config, evaluate, metric, lower_is_better)
-    return {f"eval_{metric}": found[metric]}
+    _, logged = _evaluate(cfg, run, state, *evaluation)
+    return logged
 
 
-def evaluate_at_end(
-    cfg: Any,
-    run: Run,
-    state: TrainState,
-    config: DecoderConfig,
-    evaluate: Callable,
-    metric: str = "reward",
-    lower_is_better: bool = False,
-) -> dict[str, float]:
-    """What `evaluate` says of the last state, whose checkpoint is there; `eval_METRIC` is logged with the last step."""
-    found = _evaluate(cfg, run, state, config, evaluate, metric, lower_is_better)
-    run.add_metrics({f"eval_{metric}": found[metric]})
+def evaluate_at_end(cfg: Any, run: Run, state: TrainState, *evaluation: Any) -> dict[str, float]:
+    """What `evaluate` says of the last state, whose checkpoint is there; `eval_METRIC` is logged with the last step.
+
+    evaluation: as of `evaluate_when_due`.
+    """
+    found, logged = _evaluate(cfg, run, state, *evaluation)
+    run.add_metrics(logged)
     return found
 
 
@@ -197,13 +186,15 @@ def _evaluate(
     state: TrainState,
     config: DecoderConfig,
     evaluate: Callable,
-    metric: str,
-    lower_is_better: bool,
-) -> dict[str, float]:
+    metric: str = "reward",
+    lower_is_better: bool = False,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What `evaluate` says, and what is logged of it; the best model is kept."""
     found = evaluate(state)
+    name = f"eval_{metric}"
     if cfg.eval_every:
-        keep_best(run, state, config, cfg.model, f"eval_{metric}", found[metric], lower_is_better)
-    return found
+        keep_best(run, state, config, cfg.model, name, found[metric], lower_is_better)
+    return found, {name: found[metric]}
 
 
 def without_credit(traj: Trajectory) -> Batch:

@@ -36,7 +36,7 @@ from rljax.data.chat import encode_prompt, encode_reply
 from rljax.data.files import Table, read_table
 from rljax.data.prompts import Prompts, pad_left, padded_width
 from rljax.data.stop_strings import streamed_text
-from rljax.data.tokenizer import Tokenizer
+from rljax.data.tokenizer import Tokenizer, load_tokenizer
 from rljax.models import decoder, hf
 from rljax.rollouts.decode_state import Completions
 from rljax.rollouts.sample_token import check_sampling
@@ -75,7 +75,7 @@ def main(cfg: Config) -> list[dict]:
 
     # -- tokenizer and prompts
     config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    tokenizer = load_tokenizer(cfg.model, config.vocab_size)
     prompts = read_prompts(cfg, tokenizer, config.max_positions)
     sampling = make_sampling(cfg.sampling, cfg.n, tokenizer, config.vocab_size)
     check_sampling(sampling)
@@ -148,7 +148,7 @@ def typed_lines() -> Iterator[str]:
 def talk(cfg: Config, lines: Iterable[str]) -> list[dict]:
     """Answer line after line; the model reads the conversation so far, its own turns as the tokens that it sampled."""
     config = hf.read_config(cfg.model)
-    tokenizer = data.load_tokenizer(cfg.model, config.vocab_size)
+    tokenizer = load_tokenizer(cfg.model, config.vocab_size)
     _check_chat(cfg, tokenizer)
     chat = tokenizer.chat
     sampling = make_sampling(cfg.sampling, 1, tokenizer, config.vocab_size)
