@@ -127,7 +127,7 @@ def of_half(algorithm, output, batch, logp):
 FILTERS = ("grpo + reject", "grpo + off-policy sequence mask")  # leave out what the sampler made, and weigh nothing
 
 
-@EVERY
+@pytest.mark.parametrize("name", kinds_by_day(ALGORITHMS))
 def test_a_method_is_weighted_for_the_sampler_once_and_where_a_weight_is_felt(name):
     by_sampler, by_advantage = moved_by_the_sampler(ALGORITHMS[name])
     kind = ALGORITHMS[name].off_policy

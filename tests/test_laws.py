@@ -24,6 +24,7 @@ from tests.algorithms.tiny import (
     asked_for,
     compiled,
     credited,
+    kinds_by_day,
     learn,
     rollout,
     state_of,
@@ -74,11 +75,11 @@ EXCEPTIONS = {
 }
 
 
-def except_for(law):
-    """Every algorithm but those that break the law for a written reason."""
+def except_for(law, by_day=list):
+    """Every algorithm but those that break the law for a written reason; `by_day`: which of them not only at night."""
     broken = {name for name, why in EXCEPTIONS[law].items() if why}
     assert broken <= set(ALGORITHMS)
-    return pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in broken])
+    return pytest.mark.parametrize("name", by_day(name for name in ALGORITHMS if name not in broken))
 
 
 @lru_cache
@@ -93,7 +94,7 @@ def undisturbed(name):
     return learn(ALGORITHMS[name], credited_rollout(name), table_params())
 
 
-@EVERY
+@pytest.mark.parametrize("name", kinds_by_day(ALGORITHMS))
 def test_micro_batches_change_neither_gradient_nor_metrics(name):
     assert np.abs(undisturbed(name)[0]["table"]).max() > 1e-3
     found = learn(ALGORITHMS[name], credited_rollout(name), table_params(), micro_batches=2)
@@ -301,7 +302,7 @@ COMPARES = [  # completions of one prompt with one another, and nothing else
 
 
 @pytest.mark.parametrize("name", COMPARES)
-@pytest.mark.parametrize("reward", [1.0, 0.1, 1 / 3, -1000.1])
+@pytest.mark.parametrize("reward", [0.1, *(pytest.param(x, marks=pytest.mark.nightly) for x in (1.0, 1 / 3, -1000.1))])
 def test_equal_rewards_are_no_signal_to_the_last_bit(name, reward):
     """But to rounding where the mean is weighted."""
     traj = rollout()
@@ -315,7 +316,7 @@ def test_equal_rewards_are_no_signal_to_the_last_bit(name, reward):
     assert np.abs(np.where(alone, 0.0, advantages)).max() <= limit
 
 
-@except_for("absent rows")
+@except_for("absent rows", kinds_by_day)
 def test_rows_without_decisions_or_judgement_are_as_if_they_were_not_there(name):
     algorithm, traj = ALGORITHMS[name], rollout()
     gone = [3] if name in ("sft", "dft") else [3, 7]  # a demonstration needs no judgement
@@ -345,7 +346,7 @@ def packed(batch):
     return batch.replace(traj=traj.replace(**facts), extra=jax.tree.map(join, batch.extra), **own)
 
 
-@except_for("packing")
+@except_for("packing", kinds_by_day)
 def test_packed_rows_give_the_same_gradient(name):
     agree(learn(ALGORITHMS[name], packed(credited_rollout(name)), table_params()), undisturbed(name))
 
@@ -364,7 +365,7 @@ def test_corrections_touch_neither_the_critic_nor_the_kl_in_any_order(correct):
     assert np.abs(gradient(inside)["table"] - plain["table"]).max() > 1e-4
 
 
-@EVERY
+@pytest.mark.parametrize("name", kinds_by_day(ALGORITHMS))
 def test_a_batch_of_nothing_gives_no_gradient_and_no_nan(name):
     algorithm, traj = ALGORITHMS[name], rollout()
     gradient, metrics = learn(algorithm, credited(algorithm, traj.replace(mask=traj.mask & False)), table_params())

@@ -36,7 +36,7 @@ from rljax.algorithms.reinforce_ada import balanced_subsample
 from rljax.ops import kl
 from rljax.ops.weights import token_mean
 from rljax.types import Batch, PolicyOutput, Trajectory
-from tests.algorithms.tiny import ALGORITHMS, agree, credited, learn, rollout, table_params, take_rows
+from tests.algorithms.tiny import ALGORITHMS, agree, credited, kinds_by_day, learn, rollout, table_params, take_rows
 from tests.ops.golden import close
 
 
@@ -309,7 +309,7 @@ def test_the_sampler_is_corrected_for_once(correct):
     assert correct(with_kl(a.reject(grpo()))).off_policy == "itself"
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", kinds_by_day(ALGORITHMS))
 def test_a_group_of_the_least_size_teaches_something(name):
     algorithm = ALGORITHMS[name]
     traj = rollout()
@@ -326,7 +326,7 @@ LONE_KEEPS_ITS_REWARD = {  # a baseline of the others, of whom there are none
 }
 
 
-@pytest.mark.parametrize("name", [name for name, x in ALGORITHMS.items() if x.least_group > 1])
+@pytest.mark.parametrize("name", kinds_by_day(name for name, x in ALGORITHMS.items() if x.least_group > 1))
 def test_a_smaller_group_teaches_nothing_or_has_no_baseline(name):
     """Whatever the other rows of the batch are."""
     algorithm = ALGORITHMS[name]

@@ -256,7 +256,7 @@ def on_trajectories(change, batch):
     )
 
 
-@EVERY
+@EVERY_AT_NIGHT
 def test_micro_batches_change_neither_gradient_nor_metrics(name):
     objective, batch = CASES[name]
     assert max(np.abs(x).max() for x in whole(name)[0].values()) > 1e-3
@@ -264,7 +264,7 @@ def test_micro_batches_change_neither_gradient_nor_metrics(name):
     agree(learn(objective, batch(), micro_batches=4), whole(name))
 
 
-@EVERY
+@EVERY_AT_NIGHT
 def test_row_order_does_not_matter(name):
     objective, batch = CASES[name]
     rows = len(jax.tree.leaves(batch())[0])
@@ -287,7 +287,7 @@ def test_what_stands_at_masked_columns_changes_nothing(name, garbage):
     chex.assert_trees_all_equal(learn(objective, spoilt), whole(name))
 
 
-@EVERY
+@EVERY_AT_NIGHT
 def test_rows_without_tokens_are_as_if_they_were_not_there(name):
     objective, batch = CASES[name]
     row = 6 if batch is rankings else 3

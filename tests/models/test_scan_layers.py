@@ -107,7 +107,13 @@ def test_a_stack_has_a_name_that_tells_its_layers():
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("name", tiny.CASES)
+# By day a plain stack, layers of two kinds, and experts.
+FILES_BY_DAY = ("plain", "qwen2_windows", "moe_mixed", "phi3")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FILES_BY_DAY else pytest.mark.nightly) for name in tiny.CASES]
+)
 def test_files_are_those_of_single_layers(name, tmp_path):
     config, params = read(tmp_path / "made", name)
     found = hf.load(tmp_path / "made", scanned(config))

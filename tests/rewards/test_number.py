@@ -96,6 +96,7 @@ def reading_seconds(text: str) -> float:
     return min(found)
 
 
+@pytest.mark.nightly  # reads a clock
 @pytest.mark.parametrize(
     "piece",
     [
