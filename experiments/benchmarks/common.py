@@ -45,15 +45,16 @@ def prompts(config: DecoderConfig, count: int, length: int) -> PromptBatch:
     return PromptBatch(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), [], 0)
 
 
-def alternately(works: dict[str, Callable[[int], object]], repeats: int, pause: float = 0.0) -> dict[str, list[float]]:
+def alternately(works: dict[str, Callable[[int], object]], repeats: int, untimed: int = 0) -> dict[str, list[float]]:
     """Wall seconds of each work(i), taking turns; the first round, which compiles, is left out.
 
-    `pause`: seconds before each turn, which nobody is charged for.
+    `untimed`: how often a work is done at the beginning of its turn before it is timed.
     """
     times = {name: [] for name in works}
     for i in range(repeats + 1):
         for name, work in works.items():
-            time.sleep(pause)
+            for _ in range(untimed):
+                jax.block_until_ready(work(i))
             start = time.perf_counter()
             jax.block_until_ready(work(i))
             times[name].append(time.perf_counter() - start)
