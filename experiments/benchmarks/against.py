@@ -40,6 +40,9 @@ PEERS = {
     "tunix": Peer("Tunix", "3.12", ("google-tunix==0.1.7", "jax==0.12.0.1", "flax==0.12.12"), "1.5 GB"),
     "trl": Peer("TRL", "3.11", ("trl==1.16.0", "transformers==5.24.0", "torch==2.13.0"), "1.5 GB (torch for CPUs)"),
 }
+# Runs at the beginning of a turn that are not timed. A trainer's steps follow one another, but the first after another
+# process's turn finds cold memory, and Tunix gives back that of its update after the results are there.
+UNTIMED = 1
 SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 
 

@@ -21,8 +21,6 @@ W2 = DecoderConfig(
     32768, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, intermediate_size=1376
 )
 
-PAUSE = 0.3  # seconds between turns
-
 
 class Workload(NamedTuple):
     """A model, and how much it samples."""
@@ -47,16 +45,16 @@ def prompts(config: DecoderConfig, count: int, length: int) -> PromptBatch:
     return PromptBatch(tokens, np.ones(tokens.shape, bool), np.arange(count, dtype=np.int32), [], 0)
 
 
-def alternately(works: dict[str, Callable[[int], object]], repeats: int) -> dict[str, list[float]]:
+def alternately(works: dict[str, Callable[[int], object]], repeats: int, untimed: int = 0) -> dict[str, list[float]]:
     """Wall seconds of each work(i), taking turns; the first round, which compiles, is left out.
 
-    A pause before each turn, because XLA gives memory back after the results are there, in a thread of its own:
-    Tunix's update takes 0.1 s of a core for that, which the next in turn would pay.
+    `untimed`: how often a work is done at the beginning of its turn before it is timed.
     """
     times = {name: [] for name in works}
     for i in range(repeats + 1):
         for name, work in works.items():
-            time.sleep(PAUSE)
+            for _ in range(untimed):
+                jax.block_until_ready(work(i))
             start = time.perf_counter()
             jax.block_until_ready(work(i))
             times[name].append(time.perf_counter() - start)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.benchmarks.against import PeerName, Work, peer_works
+from experiments.benchmarks.against import UNTIMED, PeerName, Work, peer_works
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, run, trace, write_figures
 from experiments.benchmarks.train_step import report
 from experiments.common import train
@@ -68,7 +68,7 @@ def main(cfg: Config) -> dict[str, float]:
             name = f"{micro_batches} micro-batches"
             parts[name] = defaultdict(list)
             own[name] = own_step(workload, micro_batches, score, parts[name])
-        times = alternately(own | peers, cfg.repeats)
+        times = alternately(own | peers, cfg.repeats, UNTIMED if peers else 0)
         figures = report(f"{cfg.preset}, GRPO step", times) | report_parts(cfg.preset, parts)
         trace(own, cfg.profile)
     log_info(f"float32 on {jax.devices()[0].device_kind}, medians of {cfg.repeats}, taking turns")

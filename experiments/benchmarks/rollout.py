@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.benchmarks.against import PEERS, PeerName, peer_works, require_conditions_of_peers
+from experiments.benchmarks.against import PEERS, UNTIMED, PeerName, peer_works, require_conditions_of_peers
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, run, trace, write_figures
 from experiments.benchmarks.roofline import least_seconds, measure, rollout_works, share
 from rljax.models import decoder, policy
@@ -127,7 +127,7 @@ def main(cfg: Config) -> dict[str, float]:
     passes = rollout_works(workload, config)
     rates = measure(passes, cfg.dtype, cfg.repeats, cfg.devices)
     with peer_works(cfg.against, "rollout", workload) as peers:
-        times = alternately(works | peers, cfg.repeats)
+        times = alternately(works | peers, cfg.repeats, UNTIMED if peers else 0)
     rates = measure(passes, cfg.dtype, cfg.repeats, cfg.devices, before=rates)
     trace(works, cfg.profile)
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks.against import PEERS, PeerName, Work, peer_works
+from experiments.benchmarks.against import PEERS, UNTIMED, PeerName, Work, peer_works
 from experiments.benchmarks.common import WORKLOADS, Output, Workload, alternately, prompts, run, trace, write_figures
 from experiments.common.micro_batches import Pieces, cut
 from experiments.common.settings import Batches
@@ -64,7 +64,7 @@ def main(cfg: Config) -> dict[str, float]:
         own = {f"{m} micro-batches": own_step(name, workload, m) for m in numbers}
         names = cfg.against if name in UNITS else ()
         with peer_works(names, UNITS.get(name), workload) as peers:
-            times = alternately(own | peers, cfg.repeats)
+            times = alternately(own | peers, cfg.repeats, UNTIMED if peers else 0)
         figures |= report(f"{cfg.preset}, {name}", times)
         trace({f"{name}, {pieces}": work for pieces, work in own.items()}, cfg.profile)
     log_info(f"float32 on {jax.devices()[0].device_kind}, medians of {cfg.repeats}, taking turns")
