@@ -34,6 +34,7 @@ from tests.algorithms.tiny import (
 )
 
 EVERY = pytest.mark.parametrize("name", ALGORITHMS)
+EVERY_AT_NIGHT = pytest.mark.parametrize("name", kinds_by_day(ALGORITHMS))  # by day one of each kind
 
 RANDOM = "draws a number for each place of the batch, so that other places mean other draws"
 PULL = "pulls the policy towards another one, or towards its data, without any advantage"
@@ -94,7 +95,7 @@ def undisturbed(name):
     return learn(ALGORITHMS[name], credited_rollout(name), table_params())
 
 
-@pytest.mark.parametrize("name", kinds_by_day(ALGORITHMS))
+@EVERY_AT_NIGHT
 def test_micro_batches_change_neither_gradient_nor_metrics(name):
     assert np.abs(undisturbed(name)[0]["table"]).max() > 1e-3
     found = learn(ALGORITHMS[name], credited_rollout(name), table_params(), micro_batches=2)
@@ -365,7 +366,7 @@ def test_corrections_touch_neither_the_critic_nor_the_kl_in_any_order(correct):
     assert np.abs(gradient(inside)["table"] - plain["table"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", kinds_by_day(ALGORITHMS))
+@EVERY_AT_NIGHT
 def test_a_batch_of_nothing_gives_no_gradient_and_no_nan(name):
     algorithm, traj = ALGORITHMS[name], rollout()
     gradient, metrics = learn(algorithm, credited(algorithm, traj.replace(mask=traj.mask & False)), table_params())

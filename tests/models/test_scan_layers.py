@@ -292,7 +292,8 @@ def test_full_remat_keeps_one_layer_at_a_time():
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 
-@pytest.mark.parametrize("use_dora", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("use_dora", [False, True])
 def test_adapters_begin_and_merge_the_same(use_dora):
     config = dataclasses.replace(PERIODS, adapter=LoraConfig(rank=2, use_dora=use_dora))
     base = decoder.init(config, jax.random.key(0))

@@ -88,7 +88,7 @@ def environment(copy: Path) -> dict:
 
 
 def run_tests(copy: Path, arguments: tuple[str, ...], seconds: float | None) -> subprocess.CompletedProcess:
-    """pytest in the copy; named tests run whatever their marks. Raises subprocess.TimeoutExpired, all processes killed."""
+    """pytest in the copy; named tests run by day too. Raises subprocess.TimeoutExpired, all processes killed."""
     marks = ("-m", "not parity") if arguments else ()
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *marks, *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
