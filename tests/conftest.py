@@ -65,10 +65,11 @@ def pytest_runtest_teardown(item):
     """Compiled programs are given up before there are too many; what is needed again comes from the files' cache."""
     if next(finished) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_finish(session):
-    """A tenth of the CPU time was the garbage collector looking through all of jax again and again: now it does not."""
+    """The garbage collector no longer looks through all of jax again and again, which was a tenth of the CPU time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)

@@ -36,6 +36,26 @@ def test_peers_are_named_on_the_command_line(benchmark):
     assert tyro.cli(benchmark.Config, args=["--against", "tunix", "trl"]).against == ("tunix", "trl")
 
 
+def test_the_last_run_of_a_turn_is_timed_and_the_first_round_is_left_out(monkeypatch):
+    """A clock that goes on by one in each run of the first work, and by 100 in each of the second."""
+    clock, runs = [0.0], []
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+
+    def work(name, seconds):
+        def run(i):
+            runs.append((name, i))
+            clock[0] += seconds if runs.count((name, i)) == 2 else 10 * seconds
+
+        return run
+
+    times = common.alternately({"a": work("a", 1.0), "b": work("b", 100.0)}, repeats=2, untimed=1)
+    assert times == {"a": [1.0, 1.0], "b": [100.0, 100.0]}
+    assert runs == [(name, i) for i in range(3) for name in "aabb"]
+    parts = {"4 pieces": {"rollout": [50.0, 9.0, 7.0, 1.0, 8.0, 3.0]}}
+    assert list(grpo_step.report_parts("W1", parts, untimed=1).values()) == [2.0]
+    assert list(grpo_step.report_parts("W1", parts, untimed=0).values()) == [7.0]
+
+
 @pytest.mark.nightly
 def test_a_step_of_every_algorithm(tiny, tmp_path):
     cfg = train_step.Config(micro_batches=(2,), repeats=1, json=str(tmp_path / "figures.json"))

@@ -109,8 +109,7 @@ SCRIPTS["distil of the file"] = (
     distil,
     lambda root, directory: change(SCRIPTS["distil"][1](root, directory), on_policy_fraction=0.0),
 )
-# Other batches in the loop of online_dpo, and distil, whose loop is that of ppo with other data.
-AT_NIGHT = {"xpo", "nash_md", "distil", "distil of the file"}
+AT_NIGHT = {"xpo", "nash_md", "distil of the file"}  # other batches in the loops of online_dpo and distil
 
 
 @pytest.mark.parametrize(

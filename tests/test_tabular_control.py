@@ -68,7 +68,7 @@ def epsilon_greedy_values(epsilon):
     ("method", "hyper", "bound"),
     [
         pytest.param(tabular.EXPECTED_SARSA, Hyperparams(alpha=0.5, epsilon=1.0), 1e-2, marks=pytest.mark.nightly),
-        pytest.param(tabular.SARSA, Hyperparams(alpha=1.0, power=0.8, epsilon=1.0), 0.5, marks=pytest.mark.nightly),
+        (tabular.SARSA, Hyperparams(alpha=1.0, power=0.8, epsilon=1.0), 0.5),
         (tabular.EXPECTED_SARSA, Hyperparams(alpha=1.0, power=0.6, epsilon=0.5), 1e-1),
     ],
     ids=["expected sarsa, random", "sarsa, random", "expected sarsa, on its policy"],

@@ -10,7 +10,7 @@ are not computed; nothing is written to disk.
 
 Fair: float32, plain AdamW, one update a rollout, random weights, the same shapes. Peers run their trainers' own loops
 with the settings that are fastest for them (peers/*_worker.py says which); their reward functions run in the trainer's
-process. First runs, which compile, are left out.
+process. First runs, which compile, are left out; beside peers each turn begins with a run that is not timed.
 """
 
 import dataclasses
@@ -68,20 +68,21 @@ def main(cfg: Config) -> dict[str, float]:
             name = f"{micro_batches} micro-batches"
             parts[name] = defaultdict(list)
             own[name] = own_step(workload, micro_batches, score, parts[name])
-        times = alternately(own | peers, cfg.repeats, UNTIMED if peers else 0)
-        figures = report(f"{cfg.preset}, GRPO step", times) | report_parts(cfg.preset, parts)
+        untimed = UNTIMED if peers else 0
+        times = alternately(own | peers, cfg.repeats, untimed)
+        figures = report(f"{cfg.preset}, GRPO step", times) | report_parts(cfg.preset, parts, untimed)
         trace(own, cfg.profile)
     log_info(f"float32 on {jax.devices()[0].device_kind}, medians of {cfg.repeats}, taking turns")
     write_figures(cfg.json, figures)
     return figures
 
 
-def report_parts(preset: str, parts: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Print and return the median seconds of each part of our step, without the first step."""
+def report_parts(preset: str, parts: dict[str, dict[str, list[float]]], untimed: int) -> dict[str, float]:
+    """Print and return the median seconds of each part of our step: the last of each turn, without the first turn."""
     lines = []
     figures = {}
     for name, seconds in parts.items():
-        medians = {part: statistics.median(values[1:]) for part, values in seconds.items()}
+        medians = {part: statistics.median(values[untimed :: untimed + 1][1:]) for part, values in seconds.items()}
         figures |= {f"{preset}, GRPO step, {name}, {part}, seconds": value for part, value in medians.items()}
         lines.append({"": name, **medians})
     table(f"{preset}, seconds of the parts", lines)

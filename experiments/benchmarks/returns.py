@@ -86,14 +86,15 @@ def main(cfg: Config) -> dict[str, float]:
     times, ratios = [], []
     for name in WORKS:
         best = {what: min(medians[name, what]) for what in ("numpy's copy", "jax's copy", "time-major", "[B, T]")}
-        times.append({"ms": name, "MB": moved[name] / 1e6} | {what: 1e3 * seconds for what, seconds in best.items()})
-        line = {"ratios": name}
+        milliseconds = {f"{what}, ms": 1e3 * seconds for what, seconds in best.items()}
+        times.append({"": name, "MB": moved[name] / 1e6} | milliseconds)
+        line = {"": name}
         for layout in ("time-major", "[B, T]"):
             line |= {f"{layout} / {copy}": best[layout] / best[copy] for copy in ("numpy's copy", "jax's copy")}
         ratios.append(line | {"[B, T] / time-major": best["[B, T]"] / best["time-major"]})
-    table(f"[{B}, {T}] float32, milliseconds", times)
+    table(f"[{B}, {T}] float32", times)
     table("of a copy, and of the other layout", ratios)
-    figures = named(times, f"[{B}, {T}], ms, ") | named(ratios, f"[{B}, {T}], ")
+    figures = named(times, f"[{B}, {T}], ") | named(ratios, f"[{B}, {T}], ")
     write_figures(cfg.json, figures)
     return figures
 

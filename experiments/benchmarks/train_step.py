@@ -12,7 +12,7 @@ computed in every step, by us as by the peers; sampling, rewards and PPO's value
 
 Fair: float32, plain AdamW, random weights, the same shapes, nothing is logged or saved, every update is waited for. The
 peers run their own trainers with the settings that are fastest for them (peers/*_worker.py says which). First runs,
-which compile, are left out.
+which compile, are left out; beside peers each turn begins with a run that is not timed.
 """
 
 import dataclasses

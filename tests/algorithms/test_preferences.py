@@ -224,7 +224,7 @@ EVERY = pytest.mark.parametrize(
 )
 
 # One of each kind of rows, and of what is carried from step to step.
-KINDS = {"rpo", "aot", "aot unpaired", "kto balanced", "bco", "plackett-luce", "process", "tpo", "sdpo"}
+KINDS = {"dpo", "rpo", "aot", "aot unpaired", "kto balanced", "bco", "plackett-luce", "process", "tpo", "sdpo"}
 assert set(CASES) >= KINDS
 EVERY_AT_NIGHT = pytest.mark.parametrize(  # by day one of each kind
     "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.nightly) for name in CASES]

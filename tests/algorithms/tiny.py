@@ -144,21 +144,10 @@ ALGORITHMS = {**LISTED, **with_defaults(vars(a), LISTED)}
 # One of each kind: how tokens are weighed, a ratio of tokens or of texts, a critic, each annotation, extra facts. The
 # others are for the night where each costs a program or two.
 KINDS = {
-    *(
-        "grpo",
-        "remax",
-        "reinforce_pp",
-        "otb",
-        "grpo_process",
-        "dr_grpo",
-        "gspo_token",
-        "gmpo",
-        "kl_cov",
-        "fipo",
-        "capo",
-    ),
-    *("off_policy_pg", "vtrace", "trpo_gae", "ppo, dual clip", "vapo + positive nll", "dft", "ppo + kl + entropy"),
-    *("grpo, prompt mean", "grpo + teacher", "grpo + normalized is by sequence", "dapo + high entropy mask"),
+    *("grpo", "remax", "reinforce_pp", "otb", "grpo_process", "dr_grpo", "gspo_token", "gmpo", "kl_cov", "fipo"),
+    *("capo", "off_policy_pg", "vtrace", "trpo_gae", "ppo, dual clip", "vapo + positive nll", "dft", "grpo + teacher"),
+    *("ppo + kl + entropy", "grpo, prompt mean", "grpo + normalized is by sequence", "dapo + high entropy mask"),
+    *("dapo + overlong", "grpo + reject"),
 }
 assert set(ALGORITHMS) >= KINDS
 

@@ -107,7 +107,7 @@ def test_a_stack_has_a_name_that_tells_its_layers():
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-# By day a plain stack, layers of two kinds, and experts.
+# By day a plain stack, layers of two kinds, experts, and fused projections.
 FILES_BY_DAY = ("plain", "qwen2_windows", "moe_mixed", "phi3")
 
 
@@ -292,8 +292,7 @@ def test_full_remat_keeps_one_layer_at_a_time():
 # ------------------------------------------------------------------------------------------------------------ adapters
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_adapters_begin_and_merge_the_same(use_dora):
     config = dataclasses.replace(PERIODS, adapter=LoraConfig(rank=2, use_dora=use_dora))
     base = decoder.init(config, jax.random.key(0))

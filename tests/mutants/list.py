@@ -502,7 +502,7 @@ MUTANTS = [
         "(group_std(x, group, valid) + epsilon)",
         "group_std(x, group, valid)",
         "groups solved by all or by none: TRL 5588 and its PRs; miles PR 1573",
-        (f"{LAWS}::test_equal_rewards_are_no_signal_to_the_last_bit[1.0-grpo]",),
+        (f"{LAWS}::test_equal_rewards_are_no_signal_to_the_last_bit[0.1-grpo]",),
     ),
     Mutant(
         "what could not be judged is worth 0",

@@ -88,9 +88,8 @@ def environment(copy: Path) -> dict:
 
 
 def run_tests(copy: Path, arguments: tuple[str, ...], seconds: float | None) -> subprocess.CompletedProcess:
-    """pytest in the copy; named tests run by day too. Raises subprocess.TimeoutExpired, all processes killed."""
-    marks = ("-m", "not parity") if arguments else ()
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *marks, *arguments]
+    """pytest in the copy. Raises subprocess.TimeoutExpired, the whole process group killed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=copy, env=environment(copy), start_new_session=True, **streams)
     try:
