@@ -96,19 +96,15 @@ def reading_seconds(text: str) -> float:
     return min(found)
 
 
+PIECES = (
+    *("1,000,", ",000", "\\boxed{", "\\frac{", "^ ", "{", "-", ".5", "9", "1/", "####", "\\text{", "(1,"),
+    *("5 – ", "f_{", "½"),
+)
+BY_DAY = (",000", "\\frac{")
+
+
 @pytest.mark.parametrize(
-    "piece",
-    [
-        ",000",
-        "\\frac{",
-        *(
-            pytest.param(piece, marks=pytest.mark.nightly)
-            for piece in (
-                *("1,000,", "\\boxed{", "^ ", "{", "-", ".5", "9", "1/", "####", "\\text{", "(1,"),
-                *("5 – ", "f_{", "½"),
-            )
-        ),
-    ],
+    "piece", [pytest.param(piece, marks=() if piece in BY_DAY else pytest.mark.nightly) for piece in PIECES]
 )
 def test_long_texts_are_read_fast(piece):
     """A text of 16 times the length takes about 16 times as long, not 256 times."""
